@@ -1,0 +1,1 @@
+"""Other implementations that this one is measured against."""

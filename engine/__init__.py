@@ -1,0 +1,1 @@
+"""Layouts, prompts, the unified transformer, and inference with it."""

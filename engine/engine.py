@@ -1,0 +1,321 @@
+"""The facade: load a Janus checkpoint, draw layouts, find objects, close the cycle."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    JanusConfig,
+    JanusVisionModel,
+    JanusVQVAE,
+    PreTrainedTokenizerBase,
+)
+
+from echogen.engine.cycle import CycleResult, score
+from echogen.engine.decode import Progress, decode_image
+from echogen.engine.ground import ground_images
+from echogen.engine.layout import Box, Layout
+from echogen.engine.model import UnifiedTransformer
+from echogen.engine.prompt import QUESTION, BoxCodec, LocationCodec, Prompts, TextualCodec
+from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.tokens import add_box_tokens
+from echogen.engine.vision import (
+    decode_codes,
+    encode_image,
+    load_image,
+    pixel_features,
+    to_images,
+    to_pixels,
+)
+from echogen.engine.weights import CheckpointError, load_checkpoint, save_checkpoint
+
+BUNDLED = Path(__file__).parent / "models"
+META = "echogen.json"
+"""Beside a checkpoint's config.json: box codec, question, default sampling, provenance."""
+
+
+class Engine:
+    """One set of weights for drawing, grounding and (shared with the trainer) training.
+
+    Args:
+        config: the `transformers` configuration of the checkpoint.
+        transformer, vq, siglip: its modules, on one device.
+        prompts: tokenizer and box codec.
+        sampling: the default of ``generate`` and ``cycle``.
+        pixels_trained: whether the SigLIP path was trained (False for the bundled model).
+    """
+
+    def __init__(
+        self,
+        config: JanusConfig,
+        transformer: UnifiedTransformer,
+        vq: JanusVQVAE,
+        siglip: JanusVisionModel,
+        prompts: Prompts,
+        sampling: Sampling | None = None,
+        pixels_trained: bool = True,
+    ) -> None:
+        self.config, self.prompts = config, prompts
+        self.transformer, self.vq, self.siglip = transformer, vq.eval(), siglip.eval()
+        self.sampling = sampling or Sampling()
+        self.pixels_trained = pixels_trained
+        self._code_table = torch.empty(0)
+        self.refresh()
+
+    # --- loading and saving ---------------------------------------------------------------------
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        codec: Literal["location", "textual"] | None = None,
+        bins: int = 1000,
+    ) -> Engine:
+        """Load a checkpoint.
+
+        Args:
+            model: ``"tiny"`` (bundled), a folder, or a hub id such as
+                ``deepseek-community/Janus-Pro-1B``; the transformers Janus format or the original
+                deepseek-ai layout.
+            device, dtype: where and in what precision the weights live.
+            codec: how boxes are written; None reads it from the checkpoint (``echogen.json``), and
+                takes PlanGen's textual codec where it says nothing.
+            bins: location tokens, when ``codec="location"`` is asked of a checkpoint without them:
+                they are added, each starting at the mean embedding of its number's digits.
+
+        Raises:
+            CheckpointError: nothing there, or a broken checkpoint; names the file and the key.
+        """
+        folder = resolve(model)
+        checkpoint = load_checkpoint(folder, dtype, device)
+        tokenizer = _tokenizer(folder)
+        meta = read_meta(folder)
+        name = codec or meta.get("codec", {}).get("name", "textual")
+        bins = meta.get("codec", {}).get("bins", bins)
+        add_box_tokens(tokenizer, checkpoint.transformer, bins if name == "location" else 0)
+        box_codec: BoxCodec
+        box_codec = (
+            LocationCodec(tokenizer, bins) if name == "location" else TextualCodec(tokenizer)
+        )
+        prompts = Prompts(tokenizer, box_codec, meta.get("question", QUESTION))
+        return cls(
+            checkpoint.config,
+            checkpoint.transformer.eval(),
+            checkpoint.vq,
+            checkpoint.siglip,
+            prompts,
+            Sampling(**meta.get("sampling", {})),
+            meta.get("pixels_trained", True),
+        )
+
+    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+        """Write a folder that this engine and ``JanusForConditionalGeneration`` both load."""
+        folder, prompts = Path(folder), self.prompts
+        generation = {
+            "bos_token_id": prompts.bos,
+            "eos_token_id": prompts.eos,
+            "pad_token_id": prompts.pad,
+            "generation_kwargs": {"boi_token_id": prompts.begin_image},
+        }
+        self.config.text_config.vocab_size = self.transformer.config.vocab_size
+        save_checkpoint(
+            folder,
+            self.config,
+            self.transformer,
+            self.vq,
+            self.siglip,
+            dtype,
+            generation=generation,
+        )
+        prompts.tokenizer.save_pretrained(folder)
+        codec: dict[str, Any] = {"name": prompts.codec.name}
+        if isinstance(prompts.codec, LocationCodec):
+            codec["bins"] = prompts.codec.scale + 1
+        meta = {
+            "codec": codec,
+            "question": prompts.question,
+            "sampling": dataclasses.asdict(self.sampling),
+            "pixels_trained": self.pixels_trained,
+        }
+        (folder / META).write_text(json.dumps(meta, indent=2) + "\n")
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Rebuild what is derived from the weights; call it after they changed."""
+        self._code_table = self.transformer.code_table().detach()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights live."""
+        return self._code_table.device
+
+    @property
+    def image_size(self) -> int:
+        """Pixels along a side of the images drawn and read."""
+        return self.transformer.config.image_size
+
+    # --- layout → image -------------------------------------------------------------------------
+
+    def generate(
+        self,
+        layout: Layout,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
+    ) -> Image.Image:
+        """Draw one picture of a layout; the same seed draws the same picture."""
+        codes = self.generate_codes([layout], seed, sampling=sampling, progress=progress)
+        return self.decode(codes)[0]
+
+    def generate_codes(
+        self,
+        layouts: list[Layout],
+        seed: int = 0,
+        draws: list[int] | None = None,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Image codes int64 [N, T], one image a layout.
+
+        Args:
+            layouts: N layouts (repeat one for several samples).
+            seed: noise key.
+            draws: the noise's draw id of each image; 0 … N-1 where None. The same (seed, draw)
+                gives the same noise whatever else is in the batch.
+            sampling: None: the checkpoint's default.
+            progress: called after every step.
+        """
+        sampling = sampling or self.sampling
+        prompts = [self.prompts.l2i(layout) for layout in layouts]
+        if sampling.cfg != 1:
+            prompts += [self.prompts.unconditional(p, sampling.unconditional) for p in prompts]
+        ids = torch.tensor(draws if draws is not None else range(len(layouts)), device=self.device)
+        c = self.transformer.config
+        sampler = Sampler(sampling, seed, ids, c.codebook_size, c.image_tokens)
+        return decode_image(
+            self.transformer, self._code_table, prompts, sampler, self.prompts.pad, progress
+        )
+
+    def decode(self, codes: Tensor) -> list[Image.Image]:
+        """Image codes [N, T] → pictures."""
+        return to_images(decode_codes(self.vq, codes))
+
+    # --- image → layout -------------------------------------------------------------------------
+
+    def ground(
+        self,
+        image: Image.Image | str,
+        expressions: list[str],
+        features: Literal["tokens", "pixels"] = "tokens",
+    ) -> list[Box]:
+        """Find one box for each expression, all in parallel.
+
+        Args:
+            image: a square picture or its path.
+            expressions: what to find; the answers do not depend on their order.
+            features: ``tokens`` reads the picture as VQ codes, ``pixels`` as SigLIP features.
+
+        Raises:
+            ImageError, LayoutError: a picture or expression that cannot be used.
+            ValueError: ``pixels`` on a checkpoint whose SigLIP path was not trained.
+        """
+        if not expressions:
+            return []
+        pixels = to_pixels([load_image(image, self.image_size)])
+        if features == "tokens":
+            return self.ground_codes(encode_image(self.vq, pixels), [expressions])[0]
+        if not self.pixels_trained:
+            raise ValueError("this checkpoint's SigLIP path was not trained; use features='tokens'")
+        with torch.no_grad():
+            embedded = self.transformer.embed_pixels(pixel_features(self.siglip, pixels))
+        return ground_images(self.transformer, self.prompts, embedded, [expressions])[0]
+
+    def ground_codes(self, codes: Tensor, expressions: list[list[str]]) -> list[list[Box]]:
+        """Boxes of every expression in images given as codes [B, T]."""
+        return ground_images(
+            self.transformer, self.prompts, self._code_table[codes.to(self.device)], expressions
+        )
+
+    # --- the cycle ------------------------------------------------------------------------------
+
+    def cycle(
+        self,
+        layout: Layout,
+        samples: int = 1,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        progress: Progress | None = None,
+    ) -> CycleResult:
+        """Draw ``samples`` pictures of a layout, find its objects in each, and score them."""
+        if samples < 1:
+            raise ValueError(f"samples = {samples}; it must be at least 1")
+        began = time.perf_counter()
+        codes = self.generate_codes([layout] * samples, seed, None, sampling, progress)
+        boxes = self.ground_codes(codes, [[o.expr for o in layout.objects]] * samples)
+        scores = score(layout, boxes)
+        images = self.decode(codes)
+        return CycleResult(
+            layout, images, codes, boxes, *scores, seconds=time.perf_counter() - began
+        )
+
+
+def resolve(model: str | Path) -> Path:
+    """Folder of a bundled name, a folder, or a hub id (downloaded once into the hub's cache).
+
+    Raises CheckpointError where there is nothing to load.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if (BUNDLED / str(model) / "config.json").is_file():
+        return BUNDLED / str(model)
+    text = str(model)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        names = sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
+        raise CheckpointError(
+            f"{text}: no such folder; bundled models: {', '.join(names) or 'none'}"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{text}: neither a folder nor a hub id that loads ({reason})"
+        ) from None
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(f"{folder}: its tokenizer does not load ({reason})") from None
+    return tokenizer
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The checkpoint's ``echogen.json``, or {} where there is none."""
+    path = folder / META
+    if not path.exists():
+        return {}
+    try:
+        meta = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(meta, dict):
+        raise CheckpointError(f"{path}: not an object")
+    return meta

@@ -1,0 +1,223 @@
+"""The domain's nouns: a box, an object with its referring expression, a layout; and their JSON.
+
+Everything that enters the project as a layout passes through here, so a layout that exists is a
+layout that is valid: each refusal names the object, the value and the mend.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Box = tuple[float, float, float, float]
+"""``(x1, y1, x2, y2)``, origin at the top left, normalised to [0, 1]; x1 < x2 and y1 < y2."""
+
+_LAYOUT_KEYS = {"caption", "objects", "size"}
+_OBJECT_KEYS = {"expr", "box"}
+
+
+class LayoutError(ValueError):
+    """A layout that is refused; the message is one line that names the value and the mend."""
+
+
+def _show(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=True, default=repr)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _text(value: object, what: str) -> str:
+    if not isinstance(value, str):
+        raise LayoutError(f"{what} is {_show(value)}; it must be a string")
+    if not value.strip():
+        raise LayoutError(f"{what} is empty ({_show(value)}); write what the object or scene is")
+    if not value.isprintable():
+        raise LayoutError(f"{what} holds a control character ({_show(value)}); use one plain line")
+    return value
+
+
+def _number(value: object, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise LayoutError(f"{what} is {_show(value)}; it must be a number")
+    try:
+        number = float(value)
+    except OverflowError:
+        raise LayoutError(f"{what} is {_show(value)}; it is too large for a number") from None
+    if not math.isfinite(number):
+        raise LayoutError(f"{what} is {number}; it must be finite")
+    return number
+
+
+def check_box(box: object, what: str = "box", size: tuple[float, float] | None = None) -> Box:
+    """Validate one box and return it normalised.
+
+    Args:
+        box: four numbers ``[x1, y1, x2, y2]``, in [0, 1], or in pixels when ``size`` is given.
+        what: how errors call it, for instance ``object 2 ("a red circle"): box``.
+        size: canvas ``(width, height)`` in pixels, or None for normalised boxes.
+
+    Raises:
+        LayoutError: not four finite numbers, outside the canvas, or without extent.
+    """
+    if isinstance(box, (str, bytes, Mapping)) or not isinstance(box, Iterable):
+        raise LayoutError(f"{what} is {_show(box)}; write [x1, y1, x2, y2]")
+    items = list(box)
+    if len(items) != 4:
+        raise LayoutError(f"{what} has {len(items)} numbers ({_show(items)}); write four")
+    numbers = [_number(v, f"{what} {n}") for v, n in zip(items, ("x1", "y1", "x2", "y2"))]
+    width, height = size if size is not None else (1.0, 1.0)
+    limits = (width, height, width, height)
+    for value, limit, name in zip(numbers, limits, ("x1", "y1", "x2", "y2")):
+        if not 0 <= value <= limit:
+            unit = (
+                'boxes are fractions of the canvas; for pixels add "size": [width, height]'
+                if size is None
+                else "move it inside the canvas"
+            )
+            raise LayoutError(f"{what} {name} = {value:g} is outside [0, {limit:g}]; {unit}")
+    x1, y1, x2, y2 = (v / limit for v, limit in zip(numbers, limits))
+    if x2 <= x1:
+        raise LayoutError(f"{what} has x2 = {numbers[2]:g} <= x1 = {numbers[0]:g}; swap or widen")
+    if y2 <= y1:
+        raise LayoutError(
+            f"{what} has y2 = {numbers[3]:g} <= y1 = {numbers[1]:g}; swap or heighten"
+        )
+    return (x1, y1, x2, y2)
+
+
+@dataclass(frozen=True)
+class LayoutObject:
+    """A referring expression and where it shall be; validated when made."""
+
+    expr: str
+    box: Box
+
+    def __post_init__(self) -> None:
+        _text(self.expr, "expr")
+        object.__setattr__(self, "box", check_box(self.box, f"object {_show(self.expr)}: box"))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A caption and its objects, in drawing order.
+
+    Attributes:
+        caption: one line of text for the whole image.
+        objects: at least one object, boxes normalised.
+        size: canvas ``(width, height)`` in pixels that boxes are written in by ``to_dict``; the
+            boxes held here are normalised either way. None: written normalised.
+    """
+
+    caption: str
+    objects: tuple[LayoutObject, ...]
+    size: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        _text(self.caption, "caption")
+        object.__setattr__(self, "objects", tuple(self.objects))
+        if not self.objects:
+            raise LayoutError('objects is empty; a layout needs at least one {"expr", "box"}')
+
+    @classmethod
+    def from_dict(cls, data: object) -> Layout:
+        """Read a layout from parsed JSON (see README for the format).
+
+        Raises:
+            LayoutError: anything that is not exactly that format; nothing is clipped or guessed.
+        """
+        fields = _fields(data, _LAYOUT_KEYS, {"caption", "objects"}, "layout")
+        caption = _text(fields["caption"], "caption")
+        size = _size(fields["size"]) if "size" in fields else None
+        raw = fields["objects"]
+        if not isinstance(raw, (list, tuple)):
+            raise LayoutError(f'objects is {_show(raw)}; write a list of {{"expr", "box"}}')
+        objects = []
+        for i, item in enumerate(raw, 1):
+            entry = _fields(item, _OBJECT_KEYS, _OBJECT_KEYS, f"object {i}")
+            expr = _text(entry["expr"], f"object {i}: expr")
+            box = check_box(entry["box"], f"object {i} ({_show(expr)}): box", size)
+            objects.append(LayoutObject(expr, box))
+        return cls(caption, tuple(objects), size)
+
+    @classmethod
+    def loads(cls, text: str) -> Layout:
+        """Read a layout from JSON text. Raises LayoutError, as ``from_dict``."""
+        try:
+            data = json.loads(text, object_pairs_hook=_no_duplicates)
+        except json.JSONDecodeError as error:
+            where = f"line {error.lineno} column {error.colno}"
+            raise LayoutError(f"not valid JSON at {where}: {error.msg}") from None
+        except RecursionError:
+            raise LayoutError("not a layout: the JSON is nested too deeply") from None
+        except LayoutError:
+            raise
+        except ValueError as error:  # an integer of more digits than Python converts
+            raise LayoutError(f"not valid JSON: {error}") from None
+        return cls.from_dict(data)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Layout:
+        """Read a layout file. Raises LayoutError, with the path in front."""
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or "not UTF-8 text"
+            raise LayoutError(f"{path}: cannot be read ({reason})") from None
+        try:
+            return cls.loads(text)
+        except LayoutError as error:
+            raise LayoutError(f"{path}: {error}") from None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layout as JSON-ready data; boxes in pixels when ``size`` is set."""
+        width, height = self.size if self.size is not None else (1.0, 1.0)
+        scale = (width, height, width, height)
+        data: dict[str, Any] = {
+            "caption": self.caption,
+            "objects": [
+                {"expr": o.expr, "box": [v * s for v, s in zip(o.box, scale)]} for o in self.objects
+            ],
+        }
+        if self.size is not None:
+            data["size"] = list(self.size)
+        return data
+
+    def dumps(self) -> str:
+        """The layout as JSON text."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    def save(self, path: str | Path) -> None:
+        """Write the layout as a JSON file."""
+        Path(path).write_text(self.dumps() + "\n", encoding="utf-8")
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    data: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in data:
+            raise LayoutError(f"key {_show(key)} stands twice; keep one")
+        data[key] = value
+    return data
+
+
+def _fields(data: object, known: set[str], needed: set[str], what: str) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise LayoutError(f"{what} is {_show(data)}; write an object with {sorted(needed)}")
+    for key in data:
+        if key not in known:
+            raise LayoutError(f"{what} has the unknown key {_show(key)}; known: {sorted(known)}")
+    for key in sorted(needed - set(data)):
+        raise LayoutError(f'{what} has no "{key}"; add it')
+    return data
+
+
+def _size(value: object) -> tuple[float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        raise LayoutError(f"size is {_show(value)}; write [width, height] in pixels")
+    width, height = (_number(v, f"size {n}") for v, n in zip(value, ("width", "height")))
+    if width <= 0 or height <= 0:
+        raise LayoutError(f"size is {_show(value)}; width and height must be positive")
+    return (width, height)

@@ -1,0 +1,239 @@
+"""The unified transformer: one decoder that reads and writes text tokens and image codes.
+
+Shape legend: B rows, L tokens, S cached tokens, D width, H heads, K head_dim, V codebook, C code.
+The same module trains and infers; `engine/weights.py` maps it onto Janus checkpoints.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from echogen.engine.cache import KVCache
+from echogen.engine.config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a gain (Zhang & Sennrich 2019)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+        self.shape = (width,)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.shape, self.weight, self.eps)
+
+
+class Rotary(nn.Module):
+    """RoPE tables in the half-split convention of Llama, looked up by position."""
+
+    def __init__(self, head_dim: int, positions: int, theta: float) -> None:
+        super().__init__()
+        self.head_dim, self.theta = head_dim, theta
+        self.register_buffer("cos", torch.empty(0), persistent=False)
+        self.register_buffer("sin", torch.empty(0), persistent=False)
+        self.build(positions)
+
+    def build(self, positions: int) -> None:
+        """Fill the tables for ``positions`` positions (also after a load onto the meta device)."""
+        half = torch.arange(0, self.head_dim, 2, dtype=torch.float32) / self.head_dim
+        angle = torch.outer(torch.arange(positions, dtype=torch.float32), self.theta**-half)
+        device = self.cos.device if self.cos.device.type != "meta" else None
+        # sin carries the sign of rotate_half, so that a rotation is x*cos + roll(x)*sin.
+        self.cos = torch.cat((angle.cos(), angle.cos()), -1).to(device)
+        self.sin = torch.cat((-angle.sin(), angle.sin()), -1).to(device)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions [B, L] or [L], int64 → cos, sin [B or 1, L, 1, K]."""
+        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
+        return (cos, sin) if positions.dim() == 2 else (cos.unsqueeze(0), sin.unsqueeze(0))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate ``x`` [B, L, H, K] by position (RoFormer, Su et al. 2021)."""
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q·kᵀ/√K + mask)·v for q [B, H, L, K], k and v [B, kv_heads, S, K].
+
+    ``mask`` is additive in q's dtype [B or 1, 1, L, S], or None where every query sees every key.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if torch.is_grad_enabled() and query.device.type == "cpu":
+        # Training on a CPU: the plain product is 4x faster than SDPA in bfloat16, forward and
+        # backward (64 rows x 4 heads x 128 tokens on one core: 23 against 88 ms).
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
+        if mask is not None:
+            scores = scores + mask
+        return torch.matmul(scores.softmax(-1), value)
+    return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=groups > 1)
+
+
+class Block(nn.Module):
+    """One pre-norm decoder layer: fused qkv, attention, SwiGLU with a fused gate-up weight."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = config
+        self.heads, self.kv_heads, self.head_dim = c.heads, c.kv_heads, c.head_dim
+        self.attn_norm = RMSNorm(c.width, c.norm_eps)
+        self.qkv = nn.Linear(c.width, (c.heads + 2 * c.kv_heads) * c.head_dim, bias=False)
+        self.out = nn.Linear(c.heads * c.head_dim, c.width, bias=False)
+        self.mlp_norm = RMSNorm(c.width, c.norm_eps)
+        self.gate_up = nn.Linear(c.width, 2 * c.mlp_width, bias=False)
+        self.down = nn.Linear(c.mlp_width, c.width, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        cache: KVCache | None,
+        layer: int,
+    ) -> Tensor:
+        B, L, _ = x.shape
+        heads = self.qkv(self.attn_norm(x)).view(B, L, -1, self.head_dim)
+        rotated = rotate(heads[:, :, : self.heads + self.kv_heads], *rope).to(heads.dtype)
+        query = rotated[:, :, : self.heads].transpose(1, 2)
+        key = rotated[:, :, self.heads :].transpose(1, 2)
+        value = heads[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+        if cache is not None:
+            key, value = cache.append(layer, key, value)
+        attended = attention(query, key, value, mask).transpose(1, 2).reshape(B, L, -1)
+        x = x + self.out(attended)
+        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Projector(nn.Module):
+    """``depth`` linear layers with GELU between them: codes or pixel features → residual width."""
+
+    def __init__(self, inputs: int, width: int, depth: int) -> None:
+        super().__init__()
+        sizes = [inputs] + [width] * depth
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(F.gelu(x) if i else x)
+        return x
+
+
+class UnifiedTransformer(nn.Module):
+    """Text tokens and image codes in, text logits and image logits out.
+
+    Two embeddings (text rows; code rows of width C lifted by a projector) feed one decoder, and
+    two heads read it. What a token is allowed to see is the caller's mask, so that generation,
+    grounding and the packed training sequence are the same forward.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        c = self.config = config
+        self.text_embedding = nn.Embedding(c.vocab_size, c.width)
+        self.code_embedding = nn.Embedding(c.codebook_size, c.code_dim)
+        self.code_aligner = Projector(c.code_dim, c.width, c.aligner_depth)
+        self.pixel_aligner = Projector(c.pixel_dim, c.width, c.pixel_aligner_depth)
+        self.rotary = Rotary(c.head_dim, c.max_positions, c.rope_theta)
+        self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.norm = RMSNorm(c.width, c.norm_eps)
+        self.text_head = nn.Linear(c.width, c.vocab_size, bias=False)
+        self.image_head = nn.Sequential(
+            nn.Linear(c.width, c.head_width), nn.GELU(), nn.Linear(c.head_width, c.codebook_size)
+        )
+        if c.tied:
+            self.text_head.weight = self.text_embedding.weight
+
+    def initialise(self, seed: int, std: float = 0.02) -> None:
+        """Draw fresh weights from ``seed``: normal(0, std), projections into the residual stream
+        scaled by 1/√(2·layers) (GPT-2), biases 0, gains 1."""
+        generator = torch.Generator().manual_seed(seed)
+        residual = std / (2 * self.config.layers) ** 0.5
+        for name, p in self.named_parameters():
+            if p.dim() < 2:
+                nn.init.constant_(p, 1.0 if name.endswith("norm.weight") else 0.0)
+            else:
+                into_residual = name.endswith(("out.weight", "down.weight"))
+                nn.init.normal_(p, 0, residual if into_residual else std, generator)
+        # Codes are 8 numbers wide: at std 0.02 they would all look alike to the aligner.
+        nn.init.normal_(self.code_embedding.weight, 0, 1.0, generator)
+        first = self.code_aligner.layers[0].weight
+        nn.init.normal_(first, 0, first.shape[1] ** -0.5, generator)  # type: ignore[arg-type]
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """Text ids [...] → [..., D]."""
+        return self.text_embedding(ids)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Image codes [...] → [..., D]."""
+        return self.code_aligner(self.code_embedding(codes))
+
+    def embed_pixels(self, features: Tensor) -> Tensor:
+        """SigLIP features [..., pixel_dim] → [..., D]."""
+        return self.pixel_aligner(features)
+
+    def code_table(self) -> Tensor:
+        """All code embeddings [V, D]; at decoding a lookup replaces embedding and aligner."""
+        return self.code_aligner(self.code_embedding.weight)
+
+    def embed_mixed(self, ids: Tensor) -> Tensor:
+        """Text ids, or ``vocab_size + code`` for image codes [...] → [..., D].
+
+        One lookup in both tables: in a training batch the codebook is smaller than the number of
+        image tokens, so lifting each code once is the cheaper way.
+        """
+        return F.embedding(ids, torch.cat((self.text_embedding.weight, self.code_table())))
+
+    def forward(
+        self,
+        embeddings: Tensor,
+        positions: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Run the decoder.
+
+        Args:
+            embeddings: [B, L, D].
+            positions: [B, L] or [L], int64; RoPE positions.
+            mask: additive [B or 1, 1, L, S], S = cached + L; None: every query sees every key,
+                which is right for a single decoded token.
+            cache: keys and values of earlier tokens; extended by these L.
+
+        Returns:
+            Final hidden states [B, L, D], normed.
+        """
+        rope = self.rotary(positions)
+        x = embeddings
+        for i, block in enumerate(self.blocks):
+            x = block(x, rope, mask, cache, i)
+        if cache is not None:
+            cache.advance(x.shape[1])
+        return self.norm(x)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Boolean visibility [B, L, S] → additive mask [B, 1, L, S] of 0 and -inf."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, float("-inf")).unsqueeze(1)
+
+
+def tree_visibility(
+    tree_q: Tensor, branch_q: Tensor, tree_k: Tensor, branch_k: Tensor, causal: Tensor
+) -> Tensor:
+    """Which key a query sees when each sequence is a trunk with branches (METHOD: PMTP masks).
+
+    A token sees the earlier tokens of its own tree that lie on the trunk (branch 0) or on its own
+    branch. ``tree`` numbers the trees packed into one row (-1: padding), ``branch`` is 0 on the
+    trunk and k on branch k. All arguments are int64 [B, L] or [B, S]; ``causal`` is bool [L, S]
+    or [B, L, S]; returns bool [B, L, S]. Padding sees itself only through ``causal``'s diagonal.
+    """
+    same_tree = tree_q.unsqueeze(-1) == tree_k.unsqueeze(-2)
+    branch_k = branch_k.unsqueeze(-2)
+    return causal & same_tree & ((branch_k == 0) | (branch_k == branch_q.unsqueeze(-1)))

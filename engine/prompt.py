@@ -1,0 +1,323 @@
+"""Layouts to token ids and back: the two sequences of METHOD (L2I, I2L) and the grammar of boxes.
+
+L2I, byte for byte PlanGen's format with the textual codec::
+
+    BOS<|User|>: {caption}\\n\\n<|Assistant|>: <grounding><ref>e_1</ref><box>…</box>…</grounding>EOS<begin_of_image>
+
+I2L, the trunk all questions about one image share, and one branch for each expression::
+
+    BOS<|User|>: <begin_of_image> z_1 … z_T <end_of_image> {question}\\n\\n<|Assistant|>:
+        <ref>e_k</ref><box> → four coordinates </box>
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Literal, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from echogen.engine.layout import Box, Layout, LayoutError, LayoutObject
+
+USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+BEGIN_IMAGE, END_IMAGE = "<begin_of_image>", "<end_of_image>"
+MARKS = ("<grounding>", "</grounding>", "<ref>", "</ref>", "<box>", "</box>")
+QUESTION = "Locate each object."
+Unconditional = Literal["pad", "empty"]
+
+
+class PromptError(ValueError):
+    """Token ids or a tokenizer that do not fit the format; the message names what is wrong."""
+
+
+def quantise(box: Box, scale: int) -> tuple[int, int, int, int]:
+    """Normalised box → integers on 0…scale, at least one step wide and high, x1 and y1 < scale."""
+    x1, y1 = (min(round(v * scale), scale - 1) for v in box[:2])
+    x2, y2 = (round(v * scale) for v in box[2:])
+    return x1, y1, max(x2, x1 + 1), max(y2, y1 + 1)
+
+
+class BoxCodec(Protocol):
+    """How a box stands between ``<box>`` and ``</box>``.
+
+    Attributes:
+        name: "location" or "textual".
+        scale: the largest coordinate; a box survives a round trip to half of 1/scale.
+        steps: the most tokens a box can take.
+    """
+
+    name: str
+    scale: int
+    steps: int
+
+    def text(self, box: Box) -> str:
+        """The box as prompt text."""
+        ...
+
+    def parse(self, ids: list[int]) -> Box | None:
+        """Ids between the marks → box, or None where they are no box."""
+        ...
+
+    def allowed(self, ids: tuple[int, ...]) -> list[int]:
+        """Ids that may follow ``ids`` so that a valid box can still be completed; [] when done."""
+        ...
+
+
+def _box(numbers: list[int], scale: int) -> Box | None:
+    x1, y1, x2, y2 = numbers
+    if x2 <= x1 or y2 <= y1:
+        return None
+    return (x1 / scale, y1 / scale, x2 / scale, y2 / scale)
+
+
+class LocationCodec:
+    """Four tokens ``<loc_i>`` a box, i = round(t·(bins − 1)), order x1 y1 x2 y2."""
+
+    name = "location"
+    steps = 4
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, bins: int) -> None:
+        """Raises PromptError where the tokenizer lacks one of the location tokens."""
+        if bins < 2:
+            raise PromptError(f"location codec with {bins} bins; it needs at least 2")
+        vocab = tokenizer.get_vocab()
+        names = [location_token(i) for i in range(bins)]
+        for name in names:
+            if name not in vocab:
+                raise PromptError(
+                    f"the tokenizer has no {name}; the location codec of {bins} bins needs "
+                    f"<loc_0> to <loc_{bins - 1}> (use the textual codec for this checkpoint)"
+                )
+        self.scale = bins - 1
+        self.ids = [vocab[name] for name in names]
+        self._value = {token: i for i, token in enumerate(self.ids)}
+
+    def text(self, box: Box) -> str:
+        return "".join(location_token(v) for v in quantise(box, self.scale))
+
+    def parse(self, ids: list[int]) -> Box | None:
+        values = [self._value.get(i, -1) for i in ids]
+        return None if len(values) != 4 or min(values) < 0 else _box(values, self.scale)
+
+    def allowed(self, ids: tuple[int, ...]) -> list[int]:
+        if len(ids) < 2:
+            return self.ids[: self.scale]
+        return self.ids[self._value[ids[-2]] + 1 :] if len(ids) < 4 else []
+
+
+def location_token(value: int) -> str:
+    """The token of one coordinate."""
+    return f"<loc_{value}>"
+
+
+class TextualCodec:
+    """``[x1, y1, x2, y2]`` as text on 0…1000: the format of PlanGen's published checkpoint."""
+
+    name = "textual"
+    scale = 1000
+    steps = 26  # "[1000, 1000, 1000, 1000]" one character a token, and two to spare
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+        texts = {i: tokenizer.decode([i]) for i in sorted(set(tokenizer.get_vocab().values()))}
+        special = set(tokenizer.all_special_ids)
+        self._pieces = {
+            i: t
+            for i, t in texts.items()
+            if t and i not in special and not set(t) - set("[], 0123456789")
+        }
+        self._allowed = lru_cache(maxsize=65536)(self._search)
+
+    def text(self, box: Box) -> str:
+        return "[" + ", ".join(map(str, quantise(box, self.scale))) + "]"
+
+    def parse(self, ids: list[int]) -> Box | None:
+        text = self._tokenizer.decode(ids)
+        if not text.startswith("[") or not text.endswith("]") or not feasible(text, self.scale):
+            return None
+        return _box([int(v) for v in text[1:-1].split(", ")], self.scale)
+
+    def allowed(self, ids: tuple[int, ...]) -> list[int]:
+        return self._allowed("".join(self._pieces[i] for i in ids))
+
+    def _search(self, text: str) -> list[int]:
+        if text.endswith("]"):
+            return []
+        return [i for i, piece in self._pieces.items() if feasible(text + piece, self.scale)]
+
+
+def feasible(text: str, scale: int) -> bool:
+    """Whether ``text`` is the beginning of some ``[x1, y1, x2, y2]`` with x1 < x2 ≤ scale and
+    y1 < y2 ≤ scale, integers without leading zeros."""
+    if not text.startswith("["):
+        return not text
+    rest, done = text[1:], []
+    for i in range(4):
+        low, high = (0, scale - 1) if i < 2 else (done[i - 2] + 1, scale)
+        digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
+        rest = rest[len(digits) :]
+        if not rest:
+            return _extendable(digits, low, high)
+        if not digits or str(int(digits)) != digits or not low <= int(digits) <= high:
+            return False
+        done.append(int(digits))
+        separator = ", " if i < 3 else "]"
+        if len(rest) < len(separator):
+            return separator.startswith(rest)
+        if not rest.startswith(separator):
+            return False
+        rest = rest[len(separator) :]
+    return not rest
+
+
+def _extendable(digits: str, low: int, high: int) -> bool:
+    """Whether digits, perhaps with more digits behind, can be an integer in low…high."""
+    if not digits or digits == "0":
+        return low <= (high if not digits else 0)
+    if digits[0] == "0":
+        return False
+    number, spread = int(digits), 1
+    while number <= high:
+        if number + spread > low:
+            return True
+        number, spread = number * 10, spread * 10
+    return False
+
+
+class Prompts:
+    """Builds and reads the token sequences of one tokenizer and one box codec.
+
+    Args:
+        tokenizer: has BOS, EOS, PAD, the begin- and end-of-image tokens and ``MARKS``.
+        codec: how boxes are written.
+        question: the constant text of I2L; it holds no expression.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, codec: BoxCodec, question: str = QUESTION
+    ) -> None:
+        self.tokenizer, self.codec, self.question = tokenizer, codec, question
+        for name in ("bos", "eos", "pad"):
+            if getattr(tokenizer, f"{name}_token_id") is None:
+                raise PromptError(
+                    f"the tokenizer has no {name.upper()} token; name one in its config"
+                )
+        self.bos: int = tokenizer.bos_token_id
+        self.eos: int = tokenizer.eos_token_id
+        self.pad: int = tokenizer.pad_token_id
+        vocab = tokenizer.get_vocab()
+        for token in (BEGIN_IMAGE, END_IMAGE, *MARKS):
+            if token not in vocab:
+                raise PromptError(f"the tokenizer has no {token}; add it as a special token")
+        self.begin_image, self.end_image = vocab[BEGIN_IMAGE], vocab[END_IMAGE]
+        self.ref, self.ref_end = vocab["<ref>"], vocab["</ref>"]
+        self.box, self.box_end = vocab["<box>"], vocab["</box>"]
+        # Text that spells a control token would be read as one: such captions are refused.
+        self._reserved = sorted({*MARKS, BEGIN_IMAGE, END_IMAGE, USER, ASSISTANT}) + [
+            t for t in tokenizer.all_special_tokens if t.strip()
+        ]
+        self._encode = lru_cache(maxsize=65536)(self._encode_text)
+
+    def _encode_text(self, text: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _checked(self, text: str, what: str) -> str:
+        for token in self._reserved:
+            if token in text:
+                raise LayoutError(f"{what} holds the reserved token {token}; reword it")
+        if text.startswith("<loc_") or "<loc_" in text:
+            raise LayoutError(f"{what} holds a location token; reword it")
+        return text
+
+    # --- layout → image -------------------------------------------------------------------------
+
+    def l2i_text(self, layout: Layout) -> str:
+        """The text of an L2I prompt between BOS and EOS. Raises LayoutError on reserved tokens."""
+        objects = "".join(
+            f"<ref>{self._checked(o.expr, f'object {i}: expr')}</ref>"
+            f"<box>{self.codec.text(o.box)}</box>"
+            for i, o in enumerate(layout.objects, 1)
+        )
+        caption = self._checked(layout.caption, "caption")
+        return f"{USER}: {caption}\n\n{ASSISTANT}: <grounding>{objects}</grounding>"
+
+    def l2i(self, layout: Layout) -> list[int]:
+        """The L2I prompt, BOS to begin-of-image; image codes follow it."""
+        return [self.bos, *self._encode(self.l2i_text(layout)), self.eos, self.begin_image]
+
+    def unconditional(self, prompt: list[int], kind: Unconditional = "pad") -> list[int]:
+        """The prompt of the unconditional branch of classifier-free guidance.
+
+        ``pad`` (Janus): all but BOS and begin-of-image replaced by PAD, which is attended;
+        ``empty`` (PlanGen): an empty layout.
+        """
+        if kind == "pad":
+            return [self.bos, *[self.pad] * (len(prompt) - 2), self.begin_image]
+        text = f"{USER}: \n\n{ASSISTANT}: <grounding></grounding>"
+        return [self.bos, *self._encode(text), self.eos, self.begin_image]
+
+    def layout(self, ids: list[int]) -> Layout:
+        """Read an L2I prompt back; boxes are those of the quantised coordinates.
+
+        Raises:
+            PromptError: the ids are no L2I prompt.
+        """
+        head = len(self._encode(f"{USER}: "))
+        end = [i for i, token in enumerate(ids) if token == self.ref]
+        if not end or ids[0] != self.bos:
+            raise PromptError("the ids are no L2I prompt: BOS or <ref> is missing")
+        text = self.tokenizer.decode(ids[1 : end[0]])
+        start, middle = f"{USER}: ", f"\n\n{ASSISTANT}: <grounding>"
+        if not text.startswith(start) or not text.endswith(middle):
+            raise PromptError(
+                f"the ids are no L2I prompt: they begin with {text[:40]!r} ({head} ids)"
+            )
+        objects = []
+        for expr, box in self.boxes(ids[end[0] :]):
+            if box is None:
+                raise PromptError(f"the box of {expr!r} does not parse")
+            objects.append(LayoutObject(expr, box))
+        return Layout(text[len(start) : -len(middle)], tuple(objects))
+
+    def boxes(self, ids: list[int]) -> list[tuple[str, Box | None]]:
+        """Every ``<ref>expr</ref><box>…</box>`` in ids; None where a box does not parse."""
+        found: list[tuple[str, Box | None]] = []
+        i = 0
+        while i < len(ids):
+            if ids[i] != self.ref:
+                i += 1
+                continue
+            close = _find(ids, self.ref_end, i)
+            expr = self.tokenizer.decode(ids[i + 1 : close])
+            i = close + 1
+            if i < len(ids) and ids[i] == self.box:
+                close = _find(ids, self.box_end, i)
+                found.append((expr, self.codec.parse(ids[i + 1 : close])))
+                i = close + 1
+            else:
+                found.append((expr, None))
+        return found
+
+    # --- image → layout -------------------------------------------------------------------------
+
+    def i2l(self) -> tuple[list[int], list[int]]:
+        """The ids before and behind the image codes in the trunk of an I2L sequence."""
+        before = [self.bos, *self._encode(f"{USER}: "), self.begin_image]
+        return before, [self.end_image, *self._encode(f" {self.question}\n\n{ASSISTANT}:")]
+
+    def branch(self, expr: str) -> list[int]:
+        """The question of one branch, ``<ref>expr</ref><box>``; coordinates follow it.
+
+        Raises LayoutError where the expression is empty or holds a reserved token.
+        """
+        if not expr.strip():
+            raise LayoutError("an expression is empty; write what shall be found")
+        return [self.ref, *self._encode(self._checked(expr, "expr")), self.ref_end, self.box]
+
+    def answer(self, box: Box) -> list[int]:
+        """The coordinates of a box and ``</box>``."""
+        return [*self._encode(self.codec.text(box)), self.box_end]
+
+
+def _find(ids: list[int], token: int, start: int) -> int:
+    return ids.index(token, start) if token in ids[start:] else len(ids)

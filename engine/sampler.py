@@ -1,0 +1,114 @@
+"""From image logits to codes: guidance, temperature, truncation, keyed Gumbel-max noise."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echogen.engine.prompt import Unconditional
+from echogen.kernels.philox import gumbel_noise
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How image codes are drawn.
+
+    Attributes:
+        temperature: divides the guided logits; 0 takes the most likely code.
+        cfg: classifier-free guidance scale s in ``u + s·(c − u)`` (Ho & Salimans 2022); 1 is off,
+            and then no unconditional rows are computed.
+        top_k: keep the k most likely codes (0: all).
+        top_p: keep the smallest set of codes with at least this probability (1: all).
+        unconditional: prompt of the unconditional rows, "pad" (Janus) or "empty" (PlanGen).
+    """
+
+    temperature: float = 1.0
+    cfg: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    unconditional: Unconditional = "pad"
+
+    def __post_init__(self) -> None:
+        def finite(value: float) -> bool:
+            return value == value and abs(value) != float("inf")
+
+        if not finite(self.temperature) or self.temperature < 0:
+            raise ValueError(f"temperature = {self.temperature}; it must be 0 or more")
+        if not finite(self.cfg) or self.cfg < 0:
+            raise ValueError(f"cfg = {self.cfg}; it must be 0 or more (1 is off)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k = {self.top_k}; it must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p = {self.top_p}; it must be in (0, 1]")
+        if self.unconditional not in ("pad", "empty"):
+            raise ValueError(f"unconditional = {self.unconditional!r}; choose 'pad' or 'empty'")
+
+
+def guided(logits: Tensor, cfg: float) -> Tensor:
+    """Logits [2N, V], conditional rows first, → guided logits [N, V]."""
+    cond, uncond = logits.chunk(2)
+    return uncond + cfg * (cond - uncond)
+
+
+def truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits [N, V] with everything outside top-k and top-p at -inf. Ties with the last kept
+    code are kept too."""
+    if 0 < top_k < logits.shape[-1]:
+        floor = logits.topk(top_k, -1).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, float("-inf"))
+    if top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
+        logits = logits.masked_fill(drop, float("-inf"))
+    return logits
+
+
+class Sampler:
+    """Draws the codes of a batch, step by step.
+
+    A code is ``argmax(ℓ/temperature + g)`` with ``g`` keyed by (seed, draw, position): the result
+    depends neither on the batch nor on its order.
+
+    Args:
+        sampling: the distribution.
+        seed: noise key.
+        draws: int64 [N], the noise's draw id of each sample.
+        codebook: V.
+        steps: image tokens T.
+    """
+
+    # Noise is drawn for several positions at once: one by one, the 120 small integer operations
+    # of a Philox block cost more than the tiny model's step.
+    BLOCK = 1 << 21
+
+    def __init__(
+        self, sampling: Sampling, seed: int, draws: Tensor, codebook: int, steps: int
+    ) -> None:
+        self.sampling, self._seed, self._draws = sampling, seed, draws
+        self._codebook, self._steps = codebook, steps
+        self._chunk = max(1, min(steps, self.BLOCK // max(1, codebook * len(draws))))
+        self._noise = torch.empty(0)
+
+    def _gumbel(self, step: int) -> Tensor:
+        if step % self._chunk == 0 or not len(self._noise):
+            first = step - step % self._chunk
+            positions = torch.arange(
+                first, min(first + self._chunk, self._steps), device=self._draws.device
+            )
+            grid = torch.broadcast_tensors(self._draws, positions[:, None])
+            self._noise = gumbel_noise(self._seed, *grid, self._codebook)
+        return self._noise[step % self._chunk]
+
+    def __call__(self, logits: Tensor, step: int) -> Tensor:
+        """Logits [N, V], or [2N, V] with guidance, of position ``step`` → codes int64 [N]."""
+        s = self.sampling
+        logits = logits.float()
+        if s.cfg != 1:
+            logits = guided(logits, s.cfg)
+        if s.temperature == 0:
+            return logits.argmax(-1)
+        logits = truncated(logits / s.temperature, s.top_k, s.top_p)
+        return (logits + self._gumbel(step)).argmax(-1)

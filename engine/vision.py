@@ -1,0 +1,80 @@
+"""Pixels ↔ image codes and pixel features, on the VQ and SigLIP modules of `transformers`.
+
+The nearest-code search is done here with l2-normalised vectors, as Janus's own release does; the
+port's `encode` leaves the normalisation out (both agree when codebook rows have unit norm).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from transformers import JanusVisionModel, JanusVQVAE
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message names the value and the mend."""
+
+
+def load_image(source: str | Image.Image, size: int) -> Image.Image:
+    """Open a picture as RGB, ``size`` × ``size`` pixels (bicubic where it has another size).
+
+    Raises:
+        ImageError: unreadable, or not square (a crop would move the boxes: crop it yourself).
+    """
+    if isinstance(source, Image.Image):
+        image = source
+    else:
+        try:
+            image = Image.open(source)
+            image.load()
+        except (OSError, ValueError, SyntaxError) as error:
+            reason = getattr(error, "strerror", None) or "no picture that Pillow reads"
+            raise ImageError(f"{source}: cannot be opened ({reason})") from None
+    if image.width != image.height:
+        raise ImageError(
+            f"the picture is {image.width}x{image.height}; boxes refer to the whole picture, "
+            "so make it square first (crop or pad)"
+        )
+    image = image.convert("RGB")
+    return image if image.width == size else image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def to_pixels(images: list[Image.Image] | np.ndarray) -> Tensor:
+    """RGB pictures, or uint8 [B, H, W, 3] → float32 [B, 3, H, W] in [-1, 1]."""
+    array = images if isinstance(images, np.ndarray) else np.stack([np.asarray(i) for i in images])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float().div(127.5).sub(1).contiguous()
+
+
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """[B, 3, H, W] in [-1, 1] → RGB pictures. Decoders overshoot a little: values saturate."""
+    levels = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    return [Image.fromarray(a) for a in levels.permute(0, 2, 3, 1).cpu().numpy()]
+
+
+def nearest_codes(vq: JanusVQVAE, features: Tensor) -> Tensor:
+    """Encoder features [B, C, h, w] → codes int64 [B, h·w], by cosine (l2-normalised) distance."""
+    flat = F.normalize(features.flatten(2).transpose(1, 2), dim=-1)
+    return (flat @ F.normalize(vq.quantize.embedding.weight, dim=-1).T).argmax(-1)
+
+
+@torch.no_grad()
+def encode_image(vq: JanusVQVAE, pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] in [-1, 1] → image codes int64 [B, T], raster order."""
+    weight = vq.quant_conv.weight
+    return nearest_codes(vq, vq.quant_conv(vq.encoder(pixels.to(weight.device, weight.dtype))))
+
+
+@torch.no_grad()
+def decode_codes(vq: JanusVQVAE, codes: Tensor) -> Tensor:
+    """Image codes int64 [B, T] → pixels [B, 3, H, W], about [-1, 1]."""
+    return vq.decode(codes)
+
+
+@torch.no_grad()
+def pixel_features(siglip: JanusVisionModel, pixels: Tensor) -> Tensor:
+    """Pixels [B, 3, H, W] in [-1, 1] → SigLIP features [B, T, pixel_dim]."""
+    weight = siglip.embeddings.patch_embedding.weight
+    return siglip(pixels.to(weight.device, weight.dtype)).last_hidden_state

@@ -1,0 +1,111 @@
+"""Small Janus models of transformers with weights that hide nothing, for parity tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+)
+
+
+def _janus_config(
+    tied: bool = False,
+    vision: dict[str, Any] | None = None,
+    vq: dict[str, Any] | None = None,
+    **text: Any,
+) -> JanusConfig:
+    llama = {
+        "vocab_size": 60,
+        "hidden_size": 48,
+        "intermediate_size": 88,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 64,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    } | text
+    width = llama["hidden_size"]
+    return JanusConfig(
+        text_config=LlamaConfig(**llama),
+        vision_config=JanusVisionConfig(
+            **{
+                "hidden_size": 24,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 8,
+                "patch_size": 2,
+                "num_image_tokens": 16,
+                "projection_dim": width,
+            }
+            | (vision or {})
+        ),
+        vq_config=JanusVQVAEConfig(
+            **{
+                "embed_dim": 4,
+                "num_embeddings": 24,
+                "latent_channels": 8,
+                "base_channels": 32,
+                "channel_multiplier": [1, 2],
+                "num_res_blocks": 1,
+                "projection_dim": width,
+                "image_token_embed_dim": width,
+            }
+            | (vq or {})
+        ),
+        image_token_id=59,
+        tie_word_embeddings=tied,
+    )
+
+
+def _redraw(model: nn.Module, seed: int) -> None:
+    """Give every parameter, gains and biases too, a value that a forgotten term would betray."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() > 1 and "embed" not in name:
+                p.copy_(noise * p[0].numel() ** -0.5)
+            elif p.dim() > 1:
+                p.copy_(noise)
+            else:  # gains near 1, biases near 0
+                p.copy_(0.3 * noise + float("norm" in name and name.endswith("weight")))
+
+
+@pytest.fixture(scope="session")
+def janus_config() -> Callable[..., JanusConfig]:
+    """``janus_config(tied, vision={...}, vq={...}, **text)``: a tiny configuration."""
+    return _janus_config
+
+
+@pytest.fixture(scope="session")
+def random_janus() -> Callable[..., JanusForConditionalGeneration]:
+    """``random_janus(config, seed)``: the port's model with every parameter drawn anew."""
+
+    def build(config: JanusConfig, seed: int = 0) -> JanusForConditionalGeneration:
+        model = JanusForConditionalGeneration(config).eval()
+        _redraw(model, seed)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def relative_error() -> Callable[[Tensor, Tensor], float]:
+    """Largest difference over largest magnitude."""
+
+    def measure(found: Tensor, wanted: Tensor) -> float:
+        assert found.shape == wanted.shape
+        return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+    return measure

@@ -1,0 +1,1 @@
+"""The data, the training stages, the step loop they share, and the evaluation."""

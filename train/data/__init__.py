@@ -1,0 +1,1 @@
+"""Training data: the embedded world, token caches, packing."""

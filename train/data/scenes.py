@@ -1,0 +1,66 @@
+"""Scenes of the embedded world on disk, so that drawing and judging them is paid once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from echogen.train.data import grammar, shapes
+from echogen.train.data.shapes import Object, Scene, sample_scene
+
+_CHUNK = 500
+
+
+def cache_folder() -> Path:
+    """Where derived data is kept: ``$ECHOGEN_CACHE``, else ``~/.cache/echogen``."""
+    chosen = os.environ.get("ECHOGEN_CACHE")
+    folder = Path(chosen) if chosen else Path.home() / ".cache" / "echogen"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def world_version() -> str:
+    """Hash of the sources that decide what a scene is; part of every cache's name."""
+    from echogen.train.eval import judge
+
+    digest = hashlib.blake2b(digest_size=6)
+    for module in (shapes, grammar, judge):
+        digest.update(Path(str(module.__file__)).read_bytes())
+    return digest.hexdigest()
+
+
+def _draw(
+    split: str, seed: int, indices: range
+) -> list[list[tuple[str, str, str, tuple[int, ...]]]]:
+    scenes = (sample_scene(split, i, seed) for i in indices)
+    return [[(o.shape, o.color, o.texture, o.box) for o in s.objects] for s in scenes]
+
+
+def load_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
+    """Scenes 0 … count-1 of a split, from the cache or drawn now (on all cores) and cached."""
+    path = cache_folder() / f"scenes-{world_version()}-{split}-{count}-{seed}.jsonl"
+    if not path.exists():
+        chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
+        if len(chunks) == 1:
+            drawn = [_draw(split, seed, chunks[0])]
+        else:
+            with ProcessPoolExecutor(os.cpu_count()) as pool:
+                drawn = list(pool.map(partial(_draw, split, seed), chunks))
+        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+        beside.write_text("".join(json.dumps(scene) + "\n" for part in drawn for scene in part))
+        os.replace(beside, path)
+    return [
+        Scene(tuple(Object(s, c, t, tuple(b)) for s, c, t, b in json.loads(line)))  # type: ignore[arg-type]
+        for line in path.read_text().splitlines()
+    ]
+
+
+def render(scenes: list[Scene]) -> np.ndarray:
+    """Pictures of the scenes, uint8 [N, 64, 64, 3]."""
+    return np.stack([scene.image() for scene in scenes])

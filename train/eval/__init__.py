@@ -1,0 +1,1 @@
+"""The judge and every metric; training evaluates with them too."""

@@ -1,0 +1,184 @@
+"""The tables of METHOD on ShapesWorld: L2I, I2L, cycle, and the judge's ceiling beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from scipy.linalg import sqrtm
+from torch import Tensor
+from transformers import JanusVQVAE
+
+from echogen.engine.cycle import score
+from echogen.engine.layout import Layout
+from echogen.engine.vision import decode_codes, encode_image, to_images, to_pixels
+from echogen.train.data.scenes import load_scenes, render
+from echogen.train.data.shapes import Scene
+from echogen.train.eval.intervals import Estimate, estimate
+from echogen.train.eval.judge import Detection, box_iou, detect
+from echogen.train.eval.matching import (
+    ATTRIBUTES,
+    attribute_answers,
+    average_precision,
+    class_ious,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from echogen.engine.engine import Engine
+
+BATCH = 32
+MACC_THRESHOLDS = np.arange(0.5, 0.951, 0.05)  # Ref-L4: ten thresholds
+
+
+def layouts_of(scenes: list[Scene], seed: int) -> list[Layout]:
+    """One layout a scene, the forms of its expressions drawn from (seed, place)."""
+    return [s.layout(np.random.default_rng((seed, i))) for i, s in enumerate(scenes)]
+
+
+def expressions_of(layouts: list[Layout]) -> list[list[str]]:
+    """The expressions of every layout."""
+    return [[o.expr for o in layout.objects] for layout in layouts]
+
+
+def judge_boxes(pixels: Tensor, scenes: list[Scene]) -> dict[str, float]:
+    """The judge's mean IoU and accuracy at 0.5 on pictures [N, 3, H, W] of known scenes."""
+    ious = [class_ious(s, detect(i)) for s, i in zip(scenes, to_images(pixels))]
+    flat = np.concatenate(ious)
+    return {"judge_iou": float(flat.mean()), "judge_acc50": float((flat >= 0.5).mean())}
+
+
+def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
+    """Fréchet distance of two feature sets [N, F] as Gaussians (Heusel et al. 2017)."""
+    mean = a.mean(0) - b.mean(0)
+    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+    root = np.real(sqrtm(covariances[0] @ covariances[1]))
+    return float(mean @ mean + np.trace(covariances[0] + covariances[1] - 2 * root))
+
+
+@torch.no_grad()
+def vq_features(vq: JanusVQVAE, pixels: Tensor) -> np.ndarray:
+    """Encoder features averaged over the grid, float64 [N, latent]."""
+    weight = vq.quant_conv.weight
+    parts = [
+        vq.encoder(p.to(weight.device, weight.dtype)).mean((2, 3)).double().cpu()
+        for p in pixels.split(BATCH)
+    ]
+    return torch.cat(parts).numpy()
+
+
+def l2i_table(
+    scenes: list[Scene], layouts: list[Layout], found: list[list[Detection]]
+) -> dict[str, Any]:
+    """AP, AP50, AP75, accuracy at IoU 0.5 and 0.75, and LayoutSAM-Eval's four answers."""
+    ious = [class_ious(s, d) for s, d in zip(scenes, found)]
+    answers = [
+        attribute_answers(e, s, d) for e, s, d in zip(expressions_of(layouts), scenes, found)
+    ]
+    estimates = {
+        "acc50": estimate([(v >= 0.5).astype(float) for v in ious]),
+        "acc75": estimate([(v >= 0.75).astype(float) for v in ious]),
+        "judge_iou": estimate(ious),
+        **{name: estimate([a[name] for a in answers]) for name in ATTRIBUTES},
+    }
+    return average_precision(scenes, found) | _with_intervals(estimates)
+
+
+def i2l_table(targets: list[np.ndarray], boxes: list[list[tuple[float, ...]]]) -> dict[str, Any]:
+    """Ref-L4's accuracies of recovered boxes against true ones."""
+    ious = [
+        np.array([box_iou(a, b) for a, b in zip(t.tolist(), row)])
+        for t, row in zip(targets, boxes, strict=True)
+    ]
+    estimates = {
+        f"acc{round(100 * t)}": estimate([(v >= t) * 1.0 for v in ious]) for t in (0.5, 0.75, 0.9)
+    }
+    estimates["macc"] = estimate([(v[:, None] >= MACC_THRESHOLDS).mean(1) for v in ious])
+    estimates["mean_iou"] = estimate(ious)
+    return _with_intervals(estimates)
+
+
+def _with_intervals(estimates: dict[str, Estimate]) -> dict[str, Any]:
+    means: dict[str, Any] = {name: e.mean for name, e in estimates.items()}
+    return means | {"interval95": {name: e.to_list() for name, e in estimates.items()}}
+
+
+def evaluate(
+    engine: Engine,
+    split: str,
+    count: int,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Any]:
+    """All tables of a model on ``count`` scenes of a split.
+
+    Drawing uses the engine's default sampling; grounding is free-running constrained decoding.
+
+    Returns:
+        JSON-ready data with ``l2i``, ``i2l``, ``cycle``, ``judge_ceiling`` (accuracy at IoU 0.5 of
+        the judge on the true pictures), ``vq_ceiling`` (the L2I table of the true pictures after a
+        round trip through the image tokenizer) and ``count``.
+    """
+
+    def tell(what: str, done: int, total: int) -> None:
+        if progress is not None:
+            progress(what, done, total)
+
+    scenes = load_scenes(split, count)
+    layouts = layouts_of(scenes, seed)
+    expressions = expressions_of(layouts)
+    pixels = to_pixels(render(scenes))
+    true_codes = torch.cat([encode_image(engine.vq, p) for p in pixels.split(BATCH)])
+    drawn, recovered, self_boxes = [], [], []
+    for i in range(0, count, BATCH):
+        rows = slice(i, i + BATCH)
+        draws = list(range(i, min(i + BATCH, count)))
+        drawn.append(engine.generate_codes(layouts[rows], seed, draws))
+        self_boxes += engine.ground_codes(drawn[-1], expressions[rows])
+        recovered += engine.ground_codes(true_codes[rows], expressions[rows])
+        tell("images", draws[-1] + 1, count)
+    codes = torch.cat(drawn)
+    images = torch.cat([decode_codes(engine.vq, c) for c in codes.split(BATCH)])
+    found = [detect(i) for i in to_images(images)]
+    tables = {
+        "l2i": l2i_table(scenes, layouts, found),
+        "i2l": i2l_table([s.boxes() for s in scenes], recovered),
+        "cycle": cycle_table(scenes, layouts, self_boxes, found),
+        "judge_ceiling": l2i_table(scenes, layouts, [detect(i) for i in render(scenes)])["acc50"],
+        "vq_ceiling": l2i_table(
+            scenes,
+            layouts,
+            [
+                detect(i)
+                for c in true_codes.split(BATCH)
+                for i in to_images(decode_codes(engine.vq, c))
+            ],
+        ),
+        "count": count,
+    }
+    tables["l2i"]["fd_vq"] = frechet_distance(
+        vq_features(engine.vq, images), vq_features(engine.vq, pixels)
+    )
+    return tables
+
+
+def cycle_table(
+    scenes: list[Scene],
+    layouts: list[Layout],
+    boxes: list[list[tuple[float, float, float, float]]],
+    found: list[list[Detection]],
+) -> dict[str, Any]:
+    """Self-judged IoU, L1 and reward of generated images, the judge's IoU, and the signed gap."""
+    scores = [score(layout, [row]) for layout, row in zip(layouts, boxes)]
+    self_iou = [s[0][0].double().numpy() for s in scores]
+    judged = [class_ious(s, d) for s, d in zip(scenes, found)]
+    estimates = {
+        "self_iou": estimate(self_iou),
+        "self_l1": estimate([s[1][0].double().numpy() for s in scores]),
+        "reward": estimate([s[2].double().numpy() for s in scores]),
+        "judge_iou": estimate(judged),
+        "gap": estimate([a - b for a, b in zip(self_iou, judged)]),
+    }
+    return _with_intervals(estimates)

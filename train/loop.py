@@ -1,0 +1,193 @@
+"""One step loop for every stage: optimizer, schedule, logging, evaluation, checkpoints, resume.
+
+A stage's batch is a pure function of the step number, so a resumed run needs no data position and
+repeats an uninterrupted one exactly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+
+from echogen.train.checkpoint import StateError, load_state, save_state
+from echogen.train.config import LoopConfig, to_json
+from echogen.train.optim import build_optimizer, learning_rate
+
+
+class Stage(Protocol):
+    """What a training stage adds to the loop: its batch → loss, its evaluation, its export."""
+
+    name: str
+    module: nn.Module
+    config: Any
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        """Loss of step ``step`` and the numbers worth logging; a pure function of the step."""
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Whatever follows the optimizer step (a codebook's moving averages, say)."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation numbers."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the trained model in the format users load."""
+        ...
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says at which step and why."""
+
+
+def keep_pages() -> None:
+    """Let glibc keep freed memory instead of returning it to the kernel.
+
+    A training step allocates and frees the same large tensors again and again; with the default
+    thresholds each one is mapped afresh and its pages are faulted in and zeroed. Measured on one
+    core, SiLU over 8.4 M floats: 16.6 ms before, 2.1 ms after.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # glibc; musl has none and does not need it
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+class MetricsFile:
+    """`metrics.jsonl`, one object a line; on resume, lines beyond the restored step are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        kept = []
+        if step and path.exists():
+            lines = path.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in kept))
+        self._path = path
+
+    def write(self, **values: float | int | str) -> None:
+        with open(self._path, "a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) -> None:
+    """Train ``stage`` for ``config.steps`` steps, keeping everything under ``folder``.
+
+    Writes ``state.pt`` (resumable), ``metrics.jsonl``, ``config.json`` and, at the end, the
+    exported model under ``model/``.
+
+    Raises:
+        TrainingError: the loss became NaN or infinite (the last state stays as it was).
+        StateError: ``resume`` with a torn state or one of another configuration.
+    """
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    keep_pages()
+    folder.mkdir(parents=True, exist_ok=True)
+    optimizer = build_optimizer(stage.module, config)
+    state_path = folder / "state.pt"
+    start = _restore(stage, optimizer, state_path) if resume and state_path.exists() else 0
+    (folder / "config.json").write_text(json.dumps(to_json(stage.config), indent=2) + "\n")
+    metrics = MetricsFile(folder / "metrics.jsonl", start)
+    console = Console(stderr=True)
+    with _progress(console, stage.name, config.steps, start) as bar:
+        _steps(stage, config, optimizer, start, metrics, bar, state_path, console)
+    stage.export(folder / "model")
+    console.print(f"{stage.name}: done; the model is in {folder / 'model'}")
+
+
+def _steps(
+    stage: Stage,
+    config: LoopConfig,
+    optimizer: torch.optim.Optimizer,
+    start: int,
+    metrics: MetricsFile,
+    bar: Progress,
+    state_path: Path,
+    console: Console,
+) -> None:
+    began, parameters = time.perf_counter(), list(stage.module.parameters())
+    for step in range(start, config.steps):
+        rate = learning_rate(step, config)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        device = next(iter(parameters)).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
+            loss, numbers = stage.loss(step)
+        loss.backward()
+        norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
+        if not math.isfinite(float(loss.detach())) or not math.isfinite(norm):
+            raise TrainingError(
+                f"{stage.name}: loss {float(loss.detach())}, gradient norm {norm} at step {step}; "
+                f"the state of the last checkpoint is kept in {state_path} (try a lower lr)"
+            )
+        optimizer.step()
+        stage.after_step(step)
+        done, last = step + 1, step + 1 == config.steps
+        bar.update(bar.task_ids[0], completed=done, note=f"loss {numbers['loss']:.4f}")
+        if done % config.log_every == 0 or last:
+            seconds = (time.perf_counter() - began) / (done - start)
+            row = {"step": done, **_rounded(numbers), "lr": rate, "grad_norm": round(norm, 4)}
+            metrics.write(**row, seconds_per_step=round(seconds, 4))
+            if not console.is_terminal:
+                console.print(f"{stage.name} {row} {seconds:.3f} s/step", soft_wrap=True)
+        if done % config.eval_every == 0 or last:
+            values = _rounded(stage.evaluate())
+            metrics.write(step=done, **{f"val_{k}": v for k, v in values.items()})
+            console.print(f"{stage.name} step {done} validation {values}", soft_wrap=True)
+        if done % config.save_every == 0 or last:
+            save_state(state_path, _state(stage, optimizer, done))
+
+
+def _state(stage: Stage, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+    return {
+        "stage": stage.name,
+        "config": json.dumps(to_json(stage.config), sort_keys=True),
+        "step": step,
+        "module": stage.module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+
+
+def _restore(stage: Stage, optimizer: torch.optim.Optimizer, path: Path) -> int:
+    state = load_state(path)
+    config = json.dumps(to_json(stage.config), sort_keys=True)
+    if state["stage"] != stage.name or state["config"] != config:
+        raise StateError(
+            f"{path}: written by another run ({state['stage']}, other settings); "
+            "give the same recipe and options, or another --out"
+        )
+    stage.module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _rounded(numbers: dict[str, float]) -> dict[str, float]:
+    return {k: round(float(v), 5) for k, v in numbers.items()}
+
+
+def _progress(console: Console, name: str, steps: int, start: int) -> Progress:
+    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    bar = Progress(
+        *columns,
+        TextColumn("{task.fields[note]}"),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    bar.add_task(name, total=steps, completed=start, note="")
+    return bar
