@@ -10,7 +10,7 @@ FOLDERS = ("kernels", "engine", "train", "bench")
 
 def packages() -> dict[str, str]:
     """Import name → folder, for every folder of the house that holds Python files."""
-    found = {"echogen": "echogen"}
+    found = {"echogen": "echogen", "echogen.commands": "echogen/commands"}
     for top in FOLDERS:
         for folder in [ROOT / top, *sorted(p for p in (ROOT / top).rglob("*") if p.is_dir())]:
             if any(folder.glob("*.py")) or folder == ROOT / top:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from echogen.engine.cache import KVCache
 from echogen.engine.model import UnifiedTransformer, additive_mask
+from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.sampler import Sampler
 
 Progress = Callable[[int, int], None]
@@ -60,11 +61,12 @@ def decode_image(
     mask = additive_mask(seen if ragged else causal, dtype)
     step_mask = additive_mask(kept, dtype) if ragged else None
 
-    hidden = model(model.embed_text(ids), positions[..., :length], mask, cache)[:, -1]
+    run = PackedTransformer(model, rows) if packable(model) else model
+    hidden = run(model.embed_text(ids), positions[..., :length], mask, cache)[:, -1]
     codes = torch.empty(rows if sampler.sampling.cfg == 1 else rows // 2, steps, dtype=torch.int64)
     codes = codes.to(device)
     for step in range(steps):
-        code = sampler(model.image_head(hidden), step)
+        code = sampler(run.image_head(hidden), step)
         codes[:, step] = code
         if progress is not None:
             progress(step + 1, steps)
@@ -72,7 +74,7 @@ def decode_image(
             break
         end = length + step
         embedded = code_table[code] if len(code) == rows else code_table[code.repeat(2)]
-        hidden = model(
+        hidden = run(
             embedded.unsqueeze(1),
             positions[..., end : end + 1],
             None if step_mask is None else step_mask[..., : end + 1],

@@ -22,7 +22,7 @@ from transformers import (
 from echogen.engine.cycle import CycleResult, score
 from echogen.engine.decode import Progress, decode_image
 from echogen.engine.ground import ground_images
-from echogen.engine.layout import Box, Layout
+from echogen.engine.layout import Box, Layout, LayoutError
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import QUESTION, BoxCodec, LocationCodec, Prompts, TextualCodec
 from echogen.engine.sampler import Sampler, Sampling
@@ -201,6 +201,12 @@ class Engine:
             prompts += [self.prompts.unconditional(p, sampling.unconditional) for p in prompts]
         ids = torch.tensor(draws if draws is not None else range(len(layouts)), device=self.device)
         c = self.transformer.config
+        longest = max(map(len, prompts), default=0)
+        if longest + c.image_tokens > c.max_positions:
+            raise LayoutError(
+                f"the layout takes {longest} tokens; this model has room for "
+                f"{c.max_positions - c.image_tokens}, so shorten its texts or name fewer objects"
+            )
         sampler = Sampler(sampling, seed, ids, c.codebook_size, c.image_tokens)
         return decode_image(
             self.transformer, self._code_table, prompts, sampler, self.prompts.pad, progress
@@ -236,15 +242,28 @@ class Engine:
             return self.ground_codes(encode_image(self.vq, pixels), [expressions])[0]
         if not self.pixels_trained:
             raise ValueError("this checkpoint's SigLIP path was not trained; use features='tokens'")
+        self._check_branches([expressions])
         with torch.no_grad():
             embedded = self.transformer.embed_pixels(pixel_features(self.siglip, pixels))
         return ground_images(self.transformer, self.prompts, embedded, [expressions])[0]
 
     def ground_codes(self, codes: Tensor, expressions: list[list[str]]) -> list[list[Box]]:
         """Boxes of every expression in images given as codes [B, T]."""
+        self._check_branches(expressions)
         return ground_images(
             self.transformer, self.prompts, self._code_table[codes.to(self.device)], expressions
         )
+
+    def _check_branches(self, expressions: list[list[str]]) -> None:
+        c, (before, after) = self.transformer.config, self.prompts.i2l()
+        steps = self.prompts.codec.steps
+        room = c.max_positions - c.image_tokens - len(before) - len(after) - steps
+        for expr in {e for row in expressions for e in row}:
+            if (length := len(self.prompts.branch(expr))) > room:
+                raise LayoutError(
+                    f"an expression takes {length} tokens; this model has room for {room}, "
+                    f"so shorten it ({expr[:30]!r}...)"
+                )
 
     # --- the cycle ------------------------------------------------------------------------------
 

@@ -99,7 +99,7 @@ class Block(nn.Module):
     ) -> Tensor:
         B, L, _ = x.shape
         heads = self.qkv(self.attn_norm(x)).view(B, L, -1, self.head_dim)
-        rotated = rotate(heads[:, :, : self.heads + self.kv_heads], *rope).to(heads.dtype)
+        rotated = rotate(heads[:, :, : self.heads + self.kv_heads], *rope)
         query = rotated[:, :, : self.heads].transpose(1, 2)
         key = rotated[:, :, self.heads :].transpose(1, 2)
         value = heads[:, :, self.heads + self.kv_heads :].transpose(1, 2)
@@ -209,7 +209,13 @@ class UnifiedTransformer(nn.Module):
         Returns:
             Final hidden states [B, L, D], normed.
         """
-        rope = self.rotary(positions)
+        # In the products' own precision, as the port does; float32 tables would turn every
+        # rotation under autocast into float32 and back.
+        kind = embeddings.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else embeddings.dtype
+        cos, sin = self.rotary(positions)
+        rope = (cos.to(dtype), sin.to(dtype))
         x = embeddings
         for i, block in enumerate(self.blocks):
             x = block(x, rope, mask, cache, i)

@@ -30,7 +30,7 @@ def load_image(source: str | Image.Image, size: int) -> Image.Image:
         try:
             image = Image.open(source)
             image.load()
-        except (OSError, ValueError, SyntaxError) as error:
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             reason = getattr(error, "strerror", None) or "no picture that Pillow reads"
             raise ImageError(f"{source}: cannot be opened ({reason})") from None
     if image.width != image.height:

@@ -17,6 +17,7 @@ class LoopConfig:
     Attributes:
         steps: optimizer steps in all.
         lr: peak learning rate of AdamW.
+        muon_lr: peak learning rate of Muon for the transformer's matrices; None: AdamW for all.
         warmup: steps of linear warm-up.
         decay: share of the steps, at the end, over which the rate falls linearly to zero.
         betas, weight_decay, clip: AdamW's, decoupled decay on matrices only, gradient-norm clip.
@@ -28,6 +29,7 @@ class LoopConfig:
 
     steps: int
     lr: float
+    muon_lr: float | None = None
     warmup: int = 100
     decay: float = 0.3
     betas: tuple[float, float] = (0.9, 0.99)
@@ -95,16 +97,16 @@ class PMTPConfig:
     """
 
     loop: LoopConfig
-    width: int = 256
+    width: int = 192
     layers: int = 6
-    heads: int = 4
-    mlp_width: int = 704
+    heads: int = 3
+    mlp_width: int = 512
     rope_theta: float = 1000.0
     bins: int = 65
     mask: Mask = "isolated"
-    scenes: int = 60_000
-    batch: int = 32
-    extra_grounding: int = 32
+    scenes: int = 40_000
+    batch: int = 16
+    extra_grounding: int = 16
     branches: int = 6
     prompt_dropout: float = 0.1
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from echogen.train.checkpoint import StateError, load_state, save_state
 from echogen.train.config import LoopConfig, to_json
-from echogen.train.optim import build_optimizer, learning_rate
+from echogen.train.optim import build_optimizers, schedule
 
 
 class Stage(Protocol):
@@ -98,14 +98,14 @@ def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) ->
         torch.set_num_threads(config.threads)
     keep_pages()
     folder.mkdir(parents=True, exist_ok=True)
-    optimizer = build_optimizer(stage.module, config)
+    optimizers = build_optimizers(stage.module, config)
     state_path = folder / "state.pt"
-    start = _restore(stage, optimizer, state_path) if resume and state_path.exists() else 0
+    start = _restore(stage, optimizers, state_path) if resume and state_path.exists() else 0
     (folder / "config.json").write_text(json.dumps(to_json(stage.config), indent=2) + "\n")
     metrics = MetricsFile(folder / "metrics.jsonl", start)
     console = Console(stderr=True)
     with _progress(console, stage.name, config.steps, start) as bar:
-        _steps(stage, config, optimizer, start, metrics, bar, state_path, console)
+        _steps(stage, config, optimizers, start, metrics, bar, state_path, console)
     stage.export(folder / "model")
     console.print(f"{stage.name}: done; the model is in {folder / 'model'}")
 
@@ -113,7 +113,7 @@ def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) ->
 def _steps(
     stage: Stage,
     config: LoopConfig,
-    optimizer: torch.optim.Optimizer,
+    optimizers: list[torch.optim.Optimizer],
     start: int,
     metrics: MetricsFile,
     bar: Progress,
@@ -122,10 +122,11 @@ def _steps(
 ) -> None:
     began, parameters = time.perf_counter(), list(stage.module.parameters())
     for step in range(start, config.steps):
-        rate = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.zero_grad(set_to_none=True)
+        rate = schedule(step, config)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["peak"]
+            optimizer.zero_grad(set_to_none=True)
         device = next(iter(parameters)).device.type
         with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
             loss, numbers = stage.loss(step)
@@ -136,35 +137,37 @@ def _steps(
                 f"{stage.name}: loss {float(loss.detach())}, gradient norm {norm} at step {step}; "
                 f"the state of the last checkpoint is kept in {state_path} (try a lower lr)"
             )
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         stage.after_step(step)
         done, last = step + 1, step + 1 == config.steps
         bar.update(bar.task_ids[0], completed=done, note=f"loss {numbers['loss']:.4f}")
         if done % config.log_every == 0 or last:
             seconds = (time.perf_counter() - began) / (done - start)
-            row = {"step": done, **_rounded(numbers), "lr": rate, "grad_norm": round(norm, 4)}
+            row = {"step": done, **_rounded(numbers), "lr": rate * config.lr, "grad_norm": round(norm, 4)}
             metrics.write(**row, seconds_per_step=round(seconds, 4))
             if not console.is_terminal:
                 console.print(f"{stage.name} {row} {seconds:.3f} s/step", soft_wrap=True)
+        # Saved first: a failing evaluation costs no training.
+        if done % config.save_every == 0 or last:
+            save_state(state_path, _state(stage, optimizers, done))
         if done % config.eval_every == 0 or last:
             values = _rounded(stage.evaluate())
             metrics.write(step=done, **{f"val_{k}": v for k, v in values.items()})
             console.print(f"{stage.name} step {done} validation {values}", soft_wrap=True)
-        if done % config.save_every == 0 or last:
-            save_state(state_path, _state(stage, optimizer, done))
 
 
-def _state(stage: Stage, optimizer: torch.optim.Optimizer, step: int) -> dict[str, Any]:
+def _state(stage: Stage, optimizers: list[torch.optim.Optimizer], step: int) -> dict[str, Any]:
     return {
         "stage": stage.name,
         "config": json.dumps(to_json(stage.config), sort_keys=True),
         "step": step,
         "module": stage.module.state_dict(),
-        "optimizer": optimizer.state_dict(),
+        "optimizers": [o.state_dict() for o in optimizers],
     }
 
 
-def _restore(stage: Stage, optimizer: torch.optim.Optimizer, path: Path) -> int:
+def _restore(stage: Stage, optimizers: list[torch.optim.Optimizer], path: Path) -> int:
     state = load_state(path)
     config = json.dumps(to_json(stage.config), sort_keys=True)
     if state["stage"] != stage.name or state["config"] != config:
@@ -173,7 +176,8 @@ def _restore(stage: Stage, optimizer: torch.optim.Optimizer, path: Path) -> int:
             "give the same recipe and options, or another --out"
         )
     stage.module.load_state_dict(state["module"])
-    optimizer.load_state_dict(state["optimizer"])
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        optimizer.load_state_dict(saved)
     return int(state["step"])
 
 

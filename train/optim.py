@@ -1,4 +1,4 @@
-"""Optimizer and learning-rate schedule shared by every stage."""
+"""Optimizers and learning-rate schedule shared by every stage."""
 
 from __future__ import annotations
 
@@ -8,18 +8,43 @@ from torch import nn
 from echogen.train.config import LoopConfig
 
 
-def build_optimizer(module: nn.Module, config: LoopConfig) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019), weight decay on matrices and kernels only."""
-    parameters = [p for p in module.parameters() if p.requires_grad]
+def build_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
+    """AdamW for everything, or Muon for the matrices of decoder blocks and AdamW for the rest.
+
+    AdamW (Loshchilov & Hutter 2019) decays matrices and kernels only. Muon (Jordan et al. 2024,
+    `torch.optim.Muon`) orthogonalises the update of a matrix. On the tiny recipe, after 100 steps
+    of the same batches, losses (image, box) were 6.12, 3.16 with AdamW at 2e-3 and 5.93, 2.99 with
+    Muon at 4e-3, at the same time a step.
+    """
+    named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
+    use_muon = config.muon_lr is not None
+    hidden = [p for n, p in named if use_muon and n.startswith("blocks.") and p.dim() == 2]
+    chosen = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in chosen]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    ]
+    if config.muon_lr is not None:
+        optimizers.append(
+            torch.optim.Muon(
+                hidden,
+                lr=config.muon_lr,
+                weight_decay=config.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            )
+        )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
 
 
-def learning_rate(step: int, config: LoopConfig) -> float:
-    """Rate of step 0, 1, …: linear warm-up, constant, linear decay to zero (a trapezoid)."""
+def schedule(step: int, config: LoopConfig) -> float:
+    """Share of the peak rate at step 0, 1, …: linear warm-up, constant, linear decay to zero."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     tail = max(1.0, config.decay * config.steps)
-    return config.lr * warm * min(1.0, (config.steps - step) / tail)
+    return warm * min(1.0, (config.steps - step) / tail)

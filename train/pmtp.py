@@ -18,6 +18,7 @@ from transformers import (
     JanusVisionConfig,
     JanusVisionModel,
     JanusVQVAE,
+    JanusVQVAEConfig,
     LlamaConfig,
     PreTrainedTokenizerBase,
 )
@@ -64,10 +65,13 @@ def janus_config(
         projection_dim=config.width,
         num_image_tokens=side * side,
     )
+    # Janus keeps the transformer's width in the tokenizer's configuration too.
+    vq_config = JanusVQVAEConfig(**vq.config.to_dict())
+    vq_config.projection_dim = vq_config.image_token_embed_dim = config.width
     return JanusConfig(
         text_config=text,
         vision_config=vision,
-        vq_config=vq.config,
+        vq_config=vq_config,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
         tie_word_embeddings=False,
     )
@@ -157,7 +161,8 @@ class PMTPStage:
         trees += [self._grounding(s, rng) for s in self._val]
         image, text = self._losses(pack(trees, 0, self.prompts.pad))
         scenes = load_scenes("val", VAL_SAMPLES)
-        scores = quick_scores(self.module.eval(), self.vq, self.prompts, self._val, scenes)
+        codes = np.stack([s.codes for s in self._val])
+        scores = quick_scores(self.module.eval(), self.vq, self.prompts, codes, scenes)
         self.module.train()
         return {"l2i": float(image), "i2l": float(text), **scores}
 

@@ -11,8 +11,10 @@ def tiny() -> Recipe:
     """The bundled model: 64×64 pictures of ShapesWorld, 64 image tokens, two CPU cores."""
     return Recipe(
         name="tiny",
-        vq=VQConfig(loop=LoopConfig(steps=2500, lr=1e-3)),
-        pmtp=PMTPConfig(loop=LoopConfig(steps=5000, lr=1.5e-3, warmup=200)),
+        vq=VQConfig(loop=LoopConfig(steps=1800, lr=1e-3), warmup_steps=300),
+        pmtp=PMTPConfig(
+            loop=LoopConfig(steps=4000, lr=2e-3, muon_lr=6e-3, eval_every=1000)
+        ),
     )
 
 

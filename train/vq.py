@@ -156,7 +156,7 @@ class VQStage:
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Pixel error, share of codes in use and the judge's reading of reconstructions."""
-        from echogen.train.eval.l2i import judge_boxes
+        from echogen.train.eval.tables import judge_boxes
 
         vq = self.module.vq
         codes = torch.cat([encode_image(vq, p) for p in self._val.split(32)])

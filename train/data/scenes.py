@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import json
 import os
@@ -26,13 +27,23 @@ def cache_folder() -> Path:
 
 
 def world_version() -> str:
-    """Hash of the sources that decide what a scene is; part of every cache's name."""
+    """Hash of the code that decides what a scene is; part of every cache's name. Layout, comments
+    and docstrings do not count."""
     from echogen.train.eval import judge
 
     digest = hashlib.blake2b(digest_size=6)
     for module in (shapes, grammar, judge):
-        digest.update(Path(str(module.__file__)).read_bytes())
+        tree = ast.parse(Path(str(module.__file__)).read_bytes())
+        for node in ast.walk(tree):
+            body = getattr(node, "body", None)
+            if isinstance(body, list):
+                node.body = [n for n in body if not _is_text(n)]  # type: ignore[attr-defined]
+        digest.update(ast.dump(tree).encode())
     return digest.hexdigest()
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
 def _draw(

@@ -1,0 +1,34 @@
+# make demo: the main job on the bundled model.  make test: everything that is tested without a GPU.
+VENV ?= .venv
+PYTHON ?= python3
+RUN = $(VENV)/bin
+
+.PHONY: demo test lint bench gpu clean
+
+$(VENV)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(RUN)/pip install --quiet --upgrade pip
+	$(RUN)/pip install --quiet torch==2.13.0
+	$(RUN)/pip install --quiet -e ".[dev,train,nvtx]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(RUN)/echogen cycle --layout examples/overlap.json --out out/demo --seed 0
+	@echo "look at out/demo/image.png and out/demo/overlay.png"
+
+test: $(VENV)/.installed
+	$(RUN)/python -m pytest
+
+lint: $(VENV)/.installed
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+bench: $(VENV)/.installed
+	$(RUN)/echogen bench engine --peer transformers --model tiny
+
+gpu:
+	bash bench/gpu.sh
+
+clean:
+	rm -rf build out *.egg-info .pytest_cache .mypy_cache .ruff_cache

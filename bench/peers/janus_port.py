@@ -1,0 +1,78 @@
+"""The port of Janus in transformers, run as its users would run it at its best."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, JanusForConditionalGeneration, StaticCache
+
+from echogen.engine.keymap import to_port
+from echogen.engine.model import UnifiedTransformer
+
+CacheKind = Literal["dynamic", "static"]
+
+
+def share_weights(model: UnifiedTransformer, port: JanusForConditionalGeneration) -> None:
+    """Make ``port`` run on the memory of ``model``; its VQ and SigLIP tower stay its own.
+
+    Raises:
+        ValueError: the two do not describe the same transformer.
+    """
+    state = to_port(model.state_dict(), model.config)
+    missing, unknown = port.load_state_dict(state, strict=False, assign=True)
+    apart = [k for k in missing if not k.startswith(("model.vqmodel.", "model.vision_model."))]
+    if apart or unknown:
+        raise ValueError(f"the port's transformer is another one: {(apart + unknown)[:5]}")
+
+
+class JanusPort:
+    """The port's own generate loop.
+
+    Image generation in transformers wants its cache handed in; both kinds it knows are offered,
+    so that the caller can time the better one. Attention is SDPA, the mode inference mode.
+
+    Args:
+        port: the model, in evaluation mode.
+        begin_image: id of begin-of-image, which the unconditional rows keep.
+    """
+
+    def __init__(self, port: JanusForConditionalGeneration, begin_image: int) -> None:
+        self._port = port.eval()
+        self._port.set_attn_implementation("sdpa")
+        ids = port.config.text_config
+        self._generation = GenerationConfig(
+            do_sample=False,
+            bos_token_id=ids.bos_token_id,
+            eos_token_id=ids.eos_token_id,
+            pad_token_id=ids.pad_token_id,
+            generation_kwargs={"boi_token_id": begin_image},
+        )
+
+    @torch.inference_mode()
+    def generate(self, prompts: Tensor, cfg: float, cache: CacheKind) -> Tensor:
+        """Greedy codes int64 [N, T] of prompts int64 [N, L] that end in begin-of-image.
+
+        Raises:
+            ValueError: ``cfg`` is not above 1; the port's loop only runs with guidance.
+        """
+        if not cfg > 1:
+            raise ValueError(f"cfg = {cfg}; the port draws only with guidance, above 1")
+        config = self._port.config
+        length = prompts.shape[1] + config.vision_config.num_image_tokens
+        past = (
+            DynamicCache(config=config.text_config)
+            if cache == "dynamic"
+            else StaticCache(config=config.text_config, max_cache_len=length)
+        )
+        codes: Tensor = self._port.generate(
+            inputs=prompts,
+            attention_mask=torch.ones_like(prompts),
+            generation_mode="image",
+            generation_config=self._generation,
+            guidance_scale=cfg,
+            max_length=length,
+            past_key_values=past,
+        )
+        return codes

@@ -1,0 +1,1 @@
+"""Speed of the kernels, of the engine and of training."""

@@ -1,0 +1,160 @@
+"""Models to time: a checkpoint, or random weights of a stated size that need no file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import (
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+)
+
+from echogen.bench.peers.janus_port import JanusPort, share_weights
+from echogen.engine.config import ModelConfig
+from echogen.engine.engine import Engine, resolve
+from echogen.engine.layout import Layout, LayoutObject
+from echogen.engine.model import UnifiedTransformer
+
+BOS, EOS, PAD, BEGIN_IMAGE, PLACEHOLDER = range(5)
+PROMPT_TOKENS = 60
+"""Length of a random model's prompt; ShapesWorld's layouts are about that long."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a random model; its VQ and its SigLIP tower are stubs, which drawing never runs."""
+
+    width: int
+    layers: int
+    heads: int
+    mlp_width: int
+    vocabulary: int = 600
+    codebook: int = 1024
+    grid: int = 8
+
+    def janus_config(self) -> JanusConfig:
+        """The `transformers` configuration."""
+        patch = 8
+        return JanusConfig(
+            text_config=LlamaConfig(
+                vocab_size=self.vocabulary,
+                hidden_size=self.width,
+                intermediate_size=self.mlp_width,
+                num_hidden_layers=self.layers,
+                num_attention_heads=self.heads,
+                num_key_value_heads=self.heads,
+                max_position_embeddings=1024,
+                rope_parameters={"rope_type": "default", "rope_theta": 1000.0},
+                bos_token_id=BOS,
+                eos_token_id=EOS,
+                pad_token_id=PAD,
+                tie_word_embeddings=False,
+            ),
+            vision_config=JanusVisionConfig(
+                hidden_size=32,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                image_size=self.grid * patch,
+                patch_size=patch,
+                projection_dim=self.width,
+                num_image_tokens=self.grid**2,
+            ),
+            vq_config=JanusVQVAEConfig(
+                embed_dim=8,
+                num_embeddings=self.codebook,
+                latent_channels=32,
+                base_channels=32,
+                channel_multiplier=[1, 1, 1, 1],
+                num_res_blocks=1,
+                projection_dim=self.width,
+                image_token_embed_dim=self.width,
+                num_patches=self.grid,
+            ),
+            image_token_id=PLACEHOLDER,
+            tie_word_embeddings=False,
+        )
+
+
+RANDOM = {
+    "random:micro": Shape(width=32, layers=2, heads=2, mlp_width=48, codebook=64, grid=4),
+    "random:tiny": Shape(width=256, layers=6, heads=4, mlp_width=704),
+    "random:100m": Shape(
+        width=768, layers=14, heads=12, mlp_width=2048, vocabulary=4096, codebook=4096, grid=12
+    ),
+}
+"""Random models: one for tests, one shaped like the bundled model, one of 100M parameters, whose
+weights no longer fit a cache."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model on both sides.
+
+    Attributes:
+        transformer, code_table: this engine's.
+        port: the peer on the same weights, None where none was asked for.
+        prompts: int64 [N, L], of equal length, ending in begin-of-image.
+        bos, pad, begin_image: ids the unconditional prompt is made of.
+    """
+
+    transformer: UnifiedTransformer
+    code_table: Tensor
+    port: JanusPort | None
+    prompts: Tensor
+    bos: int
+    pad: int
+    begin_image: int
+
+
+def load(name: str, batch: int, seed: int, with_port: bool) -> Subject:
+    """A random model of ``RANDOM``, or whatever ``Engine.from_pretrained`` loads, in float32.
+
+    Raises:
+        ValueError: an unknown random model.
+        CheckpointError: nothing to load under ``name``.
+    """
+    if not name.startswith("random:"):
+        return _from_checkpoint(name, batch, with_port)
+    if name not in RANDOM:
+        raise ValueError(f"model {name!r} is unknown; random models: {', '.join(RANDOM)}")
+    config = RANDOM[name].janus_config()
+    model = UnifiedTransformer(ModelConfig.from_janus(config)).eval()
+    model.initialise(seed)
+    port = None
+    if with_port:
+        theirs = JanusForConditionalGeneration(config)
+        share_weights(model, theirs)
+        port = JanusPort(theirs, BEGIN_IMAGE)
+    generator = torch.Generator().manual_seed(seed)
+    vocabulary = model.config.vocab_size
+    prompts = torch.randint(
+        PLACEHOLDER + 1, vocabulary, (batch, PROMPT_TOKENS), generator=generator
+    )
+    prompts[:, 0], prompts[:, -1] = BOS, BEGIN_IMAGE
+    with torch.inference_mode():
+        table = model.code_table()
+    return Subject(model, table, port, prompts, BOS, PAD, BEGIN_IMAGE)
+
+
+def _from_checkpoint(name: str, batch: int, with_port: bool) -> Subject:
+    engine = Engine.from_pretrained(name)
+    port = None
+    if with_port:
+        theirs = JanusForConditionalGeneration.from_pretrained(resolve(name), dtype=torch.float32)
+        port = JanusPort(theirs, engine.prompts.begin_image)
+    objects = (
+        LayoutObject("a red circle in front", (0.10, 0.20, 0.45, 0.60)),
+        LayoutObject("a blue square behind", (0.30, 0.35, 0.80, 0.90)),
+    )
+    prompt = engine.prompts.l2i(Layout("a red circle in front of a blue square", objects))
+    with torch.inference_mode():
+        table = engine.transformer.code_table()
+    p = engine.prompts
+    prompts = torch.tensor([prompt] * batch)
+    return Subject(engine.transformer, table, port, prompts, p.bos, p.pad, p.begin_image)

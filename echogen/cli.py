@@ -1,0 +1,89 @@
+"""The command line: parses arguments, runs one command, and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import tyro
+
+from echogen import __version__
+from echogen.commands.bench import Bench
+from echogen.commands.evaluate import Eval
+from echogen.commands.output import InputError, fail
+from echogen.commands.pictures import Cycle, Generate, Ground
+from echogen.commands.training import Train
+from echogen.doctor import Doctor
+
+subcommand = tyro.conf.subcommand
+Command = (
+    Annotated[Doctor, subcommand("doctor")]
+    | Annotated[Generate, subcommand("generate")]
+    | Annotated[Ground, subcommand("ground")]
+    | Annotated[Cycle, subcommand("cycle")]
+    | Annotated[Eval, subcommand("eval")]
+    | Annotated[Train, subcommand("train")]
+    | Annotated[Bench, subcommand("bench")]
+)
+DESCRIPTION = "One transformer that draws an image from a layout and finds the layout in an image."
+
+# What refuses input, by module: only a module that was loaded can have raised, so nothing heavy
+# is imported to find out.
+_REFUSALS = {
+    "echogen.engine.layout": "LayoutError",
+    "echogen.engine.vision": "ImageError",
+    "echogen.engine.keymap": "CheckpointError",
+    "echogen.engine.prompt": "PromptError",
+    "echogen.engine.config": "ConfigError",
+    "echogen.train.checkpoint": "StateError",
+}
+
+
+def refusals() -> tuple[type[Exception], ...]:
+    """The errors that mean bad input: exit code 2 and one line instead of a traceback."""
+    loaded = [getattr(sys.modules[m], name) for m, name in _REFUSALS.items() if m in sys.modules]
+    return (InputError, *loaded)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (0 done, 2 bad usage or input, 1 anything else).
+
+    Args:
+        argv: the arguments behind the program's name; None: those of this process.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without × or – still gets its table
+        sys.stdout.reconfigure(errors="backslashreplace")
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv == ["--version"]:
+        print(f"echogen {__version__}")
+        return 0
+    try:
+        command = tyro.cli(
+            Command,
+            prog="echogen",
+            description=DESCRIPTION,
+            args=argv,
+            config=(
+                tyro.conf.OmitArgPrefixes,
+                tyro.conf.OmitSubcommandPrefixes,
+                tyro.conf.FlagCreatePairsOff,
+            ),
+        )
+    except SystemExit as leaving:  # --help, or usage that tyro has explained already
+        return leaving.code if isinstance(leaving.code, int) else 1
+    try:
+        command.run()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        fail("interrupted")
+        return 130
+    except BrokenPipeError:  # the reader of our output left; the interpreter's own flush would fail
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except refusals() as error:
+        fail(str(error))
+        return 2
+    return 0

@@ -1,0 +1,49 @@
+"""The command that measures speed against a peer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import tyro
+
+from echogen.commands.options import Json, check_range, check_seed
+from echogen.commands.output import InputError, print_json, progress
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed beside the same weights in another library."""
+
+    what: Annotated[Literal["engine"], tyro.conf.Positional]
+    """engine: drawing, from the prompt to the last image code."""
+    model: str = "tiny"
+    """A bundled model, a folder, or a hub id in the Janus format."""
+    peer: Literal["transformers"] = "transformers"
+    """What to compare with."""
+    repeats: int = 5
+    """Timed runs of each."""
+    batch: int = 1
+    """Pictures drawn at once."""
+    cfg: float = 1.0
+    """Scale of classifier-free guidance; 1 is off."""
+    seed: int = 0
+    """Of the noise."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        check_range("repeats", self.repeats, 1, 10_000)
+        check_range("batch", self.batch, 1, 4096)
+        check_seed(self.seed)
+        if not 0 <= self.cfg < float("inf"):
+            raise InputError(f"--cfg {self.cfg}: it must be 0 or more (1 is off)")
+        from echogen.bench.speed import engine as speed
+
+        with progress("timing") as update:
+            result = speed.run(
+                self.model, self.peer, self.repeats, self.batch, self.cfg, self.seed, update
+            )
+        print(speed.table(result))
+        if self.json:
+            print_json(result)

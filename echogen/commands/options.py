@@ -1,0 +1,93 @@
+"""Options that several commands share, and the checks that need no model."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from echogen.commands.output import InputError
+
+if TYPE_CHECKING:
+    from echogen.engine.engine import Engine
+    from echogen.engine.sampler import Sampling
+
+SEED_MAX = 2**63 - 1
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and where it runs."""
+
+    model: str = "tiny"
+    """A bundled model, a folder, or a hub id in the Janus format."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+
+    def check(self) -> None:
+        """Refuse a device that is not there."""
+        import torch
+
+        kind, _, index = self.device.partition(":")
+        if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", self.device):
+            raise InputError(f"--device {self.device}: choose cpu, cuda or cuda:N")
+        if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise InputError(f"--device {self.device}: PyTorch sees {count} CUDA devices; use cpu")
+
+    def load(self) -> Engine:
+        """The engine. Raises CheckpointError where there is no such model."""
+        self.check()
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        from echogen.engine.engine import Engine
+
+        return Engine.from_pretrained(self.model, self.device)
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How image codes are drawn; what is left out is the model's own default."""
+
+    temperature: float | None = None
+    """Divides the logits; 0 takes the most likely code."""
+    cfg: float | None = None
+    """Scale of classifier-free guidance; 1 is off."""
+    top_k: int | None = None
+    """Keep the k most likely codes; 0 keeps all."""
+    top_p: float | None = None
+    """Keep the smallest set of codes with this probability; 1 keeps all."""
+
+    def _given(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def check(self) -> None:
+        """Refuse values out of range, before a model is loaded."""
+        from echogen.engine.sampler import Sampling
+
+        try:
+            Sampling(**self._given())
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+
+    def over(self, default: Sampling) -> Sampling:
+        """The model's defaults with the given options in their place."""
+        from echogen.engine.sampler import Sampling
+
+        return Sampling(**asdict(default) | self._given())
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that is no key of the noise."""
+    if not 0 <= seed <= SEED_MAX:
+        raise InputError(f"--seed {seed}: it must be in 0 … 2^63 - 1")
+
+
+def check_range(name: str, value: int, low: int, high: int) -> None:
+    """Refuse a number outside low … high."""
+    if not low <= value <= high:
+        raise InputError(f"--{name} {value}: it must be in {low} … {high}")

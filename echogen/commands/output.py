@@ -1,0 +1,128 @@
+"""How commands speak: tables for people, one JSON line for programs, progress, files."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class InputError(Exception):
+    """Bad input found by a command; the message is one line that names the value and the mend."""
+
+
+def fail(message: str) -> None:
+    """One line on stderr, whatever the message holds."""
+    print("echogen: " + " ".join(message.split()), file=sys.stderr)
+
+
+def warn(message: str) -> None:
+    """One line on stderr about something that does not stop the command."""
+    print("echogen: warning: " + " ".join(message.split()), file=sys.stderr)
+
+
+def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+    """Print a table to stdout; cells are plain text, so brackets in expressions stay brackets."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(
+        title=Text(title, "bold"), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
+    )
+    for i, name in enumerate(columns):
+        numeric = bool(rows) and all(isinstance(row[i], (int, float)) for row in rows)
+        table.add_column(Text(name), justify="right" if numeric else "left", no_wrap=i > 0)
+    for row in rows:
+        table.add_row(*(Text(f"{v:.3f}" if isinstance(v, float) else str(v)) for v in row))
+    Console().print(table)
+
+
+def print_json(data: dict[str, Any]) -> None:
+    """The one JSON object for programs, as the last line of stdout."""
+    print(json.dumps(finite(data), allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """The value with every number that JSON cannot hold (NaN, infinity) turned into None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    return value
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr while it is a terminal; yields ``update(done, total)``."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+# --- files ------------------------------------------------------------------------------------
+
+
+def check_file(path: Path, suffixes: Sequence[str]) -> None:
+    """Refuse, before any work, an output file that could not be written after it."""
+    if path.suffix.lower() not in suffixes:
+        raise InputError(f"--out {path}: ends in {path.suffix!r}; choose {', '.join(suffixes)}")
+    if path.is_dir():
+        raise InputError(f"--out {path}: is a folder; name a file")
+    if not path.parent.is_dir():
+        raise InputError(f"--out {path}: there is no folder {path.parent}; make it first")
+    if not os.access(path.parent, os.W_OK):
+        raise InputError(f"--out {path}: the folder {path.parent} cannot be written to")
+
+
+def make_folder(path: Path) -> None:
+    """Make an output folder with its parents."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {path}: cannot be made ({error.strerror})") from None
+    if not os.access(path, os.W_OK):
+        raise InputError(f"--out {path}: cannot be written to")
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file beside its place and rename it, so that no torn file is left."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_bytes(data)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise InputError(f"--out {path}: cannot be written ({error.strerror})") from None
+
+
+def write_picture(path: Path, image: Image.Image) -> None:
+    """Encode a picture by its file name; the same picture gives the same bytes."""
+    from io import BytesIO
+
+    from PIL import Image as Pillow
+
+    Pillow.init()
+    buffer = BytesIO()
+    image.save(buffer, Pillow.registered_extensions()[path.suffix.lower()])
+    write(path, buffer.getvalue())

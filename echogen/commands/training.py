@@ -1,0 +1,161 @@
+"""The commands that train: the image tokenizer (vq), then stage 1 (pmtp)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+from echogen.commands.options import Json
+from echogen.commands.output import InputError, make_folder, print_json, show
+
+if TYPE_CHECKING:
+    from transformers import JanusVQVAE
+
+    from echogen.train.config import LoopConfig, Recipe
+    from echogen.train.loop import Stage
+
+RUN_FILES = ("state.pt", "config.json", "metrics.jsonl", "model")
+
+
+@dataclass(frozen=True)
+class TrainVQ:
+    """Train the image tokenizer from scratch."""
+
+    out: Path
+    """Folder of the run; the model ends in its model/."""
+    recipe: str = "tiny"
+    """Which configuration."""
+    steps: int | None = None
+    """Optimizer steps, in place of the recipe's."""
+    resume: bool = False
+    """Go on with the run in --out, from its last checkpoint."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        check_run_folder(self.out, self.resume)
+        recipe = find_recipe(self.recipe)
+        loop = with_steps(recipe.vq.loop, self.steps)
+        make_folder(self.out)
+        from echogen.train.vq import VQStage
+
+        stage = VQStage(replace(recipe.vq, loop=loop), recipe.pmtp.width)
+        train(stage, loop, self.out, self.resume, self.json)
+
+
+@dataclass(frozen=True)
+class TrainPMTP:
+    """Train stage 1: draw layouts and ground expressions in parallel."""
+
+    out: Path
+    """Folder of the run; the model ends in its model/."""
+    vq: Path
+    """Folder of the trained image tokenizer (the model/ of `train vq`)."""
+    recipe: str = "tiny"
+    """Which configuration."""
+    steps: int | None = None
+    """Optimizer steps, in place of the recipe's."""
+    resume: bool = False
+    """Go on with the run in --out, from its last checkpoint."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        check_run_folder(self.out, self.resume)
+        if not (self.vq / "config.json").is_file():
+            raise InputError(f"--vq {self.vq}: no config.json there; name the model/ of `train vq`")
+        recipe = find_recipe(self.recipe)
+        loop = with_steps(recipe.pmtp.loop, self.steps)
+        vq = load_vq(self.vq, recipe.pmtp.width)
+        make_folder(self.out)
+        from echogen.train.pmtp import PMTPStage
+
+        stage = PMTPStage(replace(recipe.pmtp, loop=loop), vq)
+        train(stage, loop, self.out, self.resume, self.json)
+
+
+@dataclass(frozen=True)
+class Train:
+    """Train a model, stage by stage."""
+
+    stage: (
+        Annotated[TrainVQ, tyro.conf.subcommand("vq")]
+        | Annotated[TrainPMTP, tyro.conf.subcommand("pmtp")]
+    )
+
+    def run(self) -> None:
+        self.stage.run()
+
+
+def check_run_folder(out: Path, resume: bool) -> None:
+    """Refuse to write over a run, or to resume where there is none."""
+    present = [name for name in RUN_FILES if (out / name).exists()]
+    if present and not resume:
+        raise InputError(
+            f"--out {out}: holds a run already ({', '.join(present)}); "
+            "add --resume to go on with it, or name another folder"
+        )
+    if resume and not present:
+        raise InputError(f"--out {out}: holds no run to resume; leave --resume out")
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of that name. Raises InputError with the known names."""
+    from echogen.train.recipes import RECIPES
+
+    if name not in RECIPES:
+        raise InputError(f"--recipe {name}: unknown; choose {', '.join(sorted(RECIPES))}")
+    return RECIPES[name]()
+
+
+def with_steps(loop: LoopConfig, steps: int | None) -> LoopConfig:
+    """The step loop with another number of steps. Raises InputError below 1."""
+    if steps is not None and steps < 1:
+        raise InputError(f"--steps {steps}: it must be at least 1")
+    return loop if steps is None else replace(loop, steps=steps)
+
+
+def load_vq(folder: Path, width: int) -> JanusVQVAE:
+    """An image tokenizer, whole and of the transformer's width. Raises InputError otherwise."""
+    from safetensors import SafetensorError
+    from transformers import JanusVQVAE
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()  # what it would warn of is checked below
+    try:
+        loaded: Any = JanusVQVAE.from_pretrained(folder, output_loading_info=True)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "damaged"
+        raise InputError(f"--vq {folder}: does not load ({reason})") from None
+    vq: JanusVQVAE
+    vq, info = loaded
+    odd = sorted([*info["missing_keys"], *info["unexpected_keys"]])
+    if odd:
+        raise InputError(f"--vq {folder}: no whole image tokenizer ({len(odd)} keys, as {odd[0]})")
+    if vq.config.projection_dim != width:
+        raise InputError(
+            f"--vq {folder}: was trained for width {vq.config.projection_dim}, "
+            f"the recipe's is {width}; train it with the same recipe"
+        )
+    return vq
+
+
+def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool) -> None:
+    """Run a stage to its end and report its last numbers."""
+    from transformers.utils import logging
+
+    from echogen.train.loop import run
+
+    logging.disable_progress_bar()  # of writing shards; the loop has its own
+    run(stage, loop, out, resume)
+    last: dict[str, float] = {}
+    for line in (out / "metrics.jsonl").read_text().splitlines():
+        last |= json.loads(line)
+    show(f"{stage.name}: {out / 'model'}", ("measure", "last value"), list(last.items()))
+    if as_json:
+        print_json({"stage": stage.name, "out": str(out), "model": str(out / "model"), **last})

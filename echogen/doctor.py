@@ -1,0 +1,181 @@
+"""Says what this installation has and lacks, and what that means for its user."""
+
+from __future__ import annotations
+
+import os
+import pkgutil
+import sys
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from echogen import __version__
+from echogen.commands.options import Json, ModelOptions
+from echogen.commands.output import print_json, show
+
+# Distributions that bring a library (cupy has one a CUDA version), and what its absence means.
+LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
+    "torch": (("torch",), "nothing runs"),
+    "transformers": (("transformers",), "nothing runs"),
+    "triton": (("triton",), "Triton kernels cannot run; plain torch does"),
+    "cupy": (
+        ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy"),
+        "CUDA C++ kernels are not loaded",
+    ),
+    "nvtx": (("nvtx",), "profiling ranges are left out"),
+    "flash-attn": (("flash-attn",), "attention uses PyTorch's own"),
+}
+
+
+@dataclass(frozen=True)
+class Doctor:
+    """Show versions, devices, models and which operators run where."""
+
+    model: str | None = None
+    """Load this model too, and show what it is."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        data = examine()
+        if self.model is not None:
+            data["model"] = describe(self.model)
+        _show(data)
+        if self.json:
+            print_json(data)
+
+
+def examine() -> dict[str, Any]:
+    """Everything but a model, as JSON-ready data."""
+    return {
+        "echogen": __version__,
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "libraries": {name: version(name) for name in LIBRARIES},
+        "devices": devices(),
+        "threads": _threads(),
+        "models": bundled(),
+        "operators": operators(),
+        "force_reference": os.environ.get("ECHOGEN_FORCE_REFERENCE") == "1",
+        "cache": cache(),
+    }
+
+
+def version(library: str) -> str | None:
+    """Version of a library; None where it is not installed."""
+    for name in LIBRARIES[library][0]:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return None
+
+
+def devices() -> list[dict[str, Any]]:
+    """The CPU and every CUDA device that PyTorch sees."""
+    import torch
+
+    found: list[dict[str, Any]] = [{"name": "cpu", "cores": os.cpu_count()}]
+    for i in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "name": f"cuda:{i}",
+                "is": p.name,
+                "memory_gib": round(p.total_memory / 2**30, 1),
+                "capability": f"{p.major}.{p.minor}",
+            }
+        )
+    return found
+
+
+def _threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def bundled() -> dict[str, int]:
+    """Bundled models and the bytes of each."""
+    # The folder is found without importing the engine: a doctor must work where that fails.
+    spec = find_spec("echogen.engine")
+    assert spec is not None and spec.origin is not None
+    folder = Path(spec.origin).parent / "models"
+    return {
+        config.parent.name: sum(f.stat().st_size for f in config.parent.iterdir() if f.is_file())
+        for config in sorted(folder.glob("*/config.json"))
+    }
+
+
+def operators() -> dict[str, str]:
+    """Each module of operators and the implementation that runs here.
+
+    Every one of them is its plain-torch reference so far, on the CPU and on CUDA alike.
+    """
+    spec = find_spec("echogen.kernels")  # a namespace: no __init__.py, by design
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    modules = (m.name for m in pkgutil.iter_modules(folders) if not m.ispkg)
+    return dict.fromkeys(sorted(modules), "plain-torch reference")
+
+
+def cache() -> dict[str, Any]:
+    """The cache folder, and whether it can be written to."""
+    from echogen.train.data.scenes import cache_folder
+
+    try:
+        folder = cache_folder()
+    except OSError as error:
+        return {"folder": os.environ.get("ECHOGEN_CACHE"), "error": error.strerror}
+    return {"folder": str(folder), "writable": os.access(folder, os.W_OK)}
+
+
+def describe(model: str) -> dict[str, Any]:
+    """What a model is, once loaded. Raises CheckpointError where it does not load."""
+    engine = ModelOptions(model).load()
+    parts = {"transformer": engine.transformer, "vq": engine.vq, "siglip": engine.siglip}
+    return {
+        "name": model,
+        "parameters": {k: sum(p.numel() for p in m.parameters()) for k, m in parts.items()},
+        "image_size": engine.image_size,
+        "image_tokens": engine.transformer.config.image_tokens,
+        "codec": engine.prompts.codec.name,
+        "pixels_trained": engine.pixels_trained,
+        "sampling": asdict(engine.sampling),
+    }
+
+
+def _show(data: dict[str, Any]) -> None:
+    rows = [("python", data["python"], "")]
+    for name, found in data["libraries"].items():
+        rows.append((name, found or "absent", "" if found else LIBRARIES[name][1]))
+    show(f"echogen {data['echogen']}", ("part", "version", "what that means"), rows)
+    here = [(d["name"], _device(d)) for d in data["devices"]]
+    if len(here) == 1:
+        here.append(("cuda", "none: everything runs on the CPU"))
+    here.append(("threads", str(data["threads"])))
+    cache = data["cache"]
+    state = f"cannot be made ({cache['error']})" if "error" in cache else ""
+    state = state or ("" if cache["writable"] else "cannot be written to")
+    here.append(("cache", " ".join(filter(None, (cache["folder"], state)))))
+    models = [f"{name} ({size / 1e6:.1f} MB)" for name, size in data["models"].items()]
+    here.append(("bundled models", ", ".join(models) or "none"))
+    show("This machine", ("part", "found"), here)
+    show("Operators", ("module", "implementation"), list(data["operators"].items()))
+    if "model" in data:
+        m = dict(data["model"])
+        show(f"Model {m.pop('name')}", ("part", "value"), [(k, _plain(v)) for k, v in m.items()])
+
+
+def _device(device: dict[str, Any]) -> str:
+    if device["name"] == "cpu":
+        return f"{device['cores']} cores"
+    return f"{device['is']}, {device['memory_gib']} GiB, capability {device['capability']}"
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ", ".join(
+            f"{k} {v:,}" if isinstance(v, int) else f"{k} {v}" for k, v in value.items()
+        )
+    return str(value)

@@ -1,0 +1,341 @@
+"""The command line: what it prints, what it writes, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import echogen
+from echogen import __version__
+from echogen.cli import main
+from echogen.engine.layout import Layout, LayoutError
+
+EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.json"))
+
+
+# A child finds the package where this process found it, installed or not.
+CHILD = os.environ | {"PYTHONPATH": str(Path(echogen.__file__).parents[1])}
+
+
+def shell(*argv: object, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *map(str, argv)]
+    return subprocess.run(command, cwd=cwd, env=CHILD, capture_output=True, text=True, timeout=60)
+
+
+# --- usage ------------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy(tmp_path):
+    probe = (
+        "import sys\nfrom echogen.cli import main\nassert main(['--help']) == 0\n"
+        "heavy = {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    began = time.perf_counter()
+    done = shell("-c", probe, cwd=tmp_path)
+    seconds = time.perf_counter() - began
+    assert done.returncode == 0, done.stderr
+    for command in ("doctor", "generate", "ground", "cycle", "eval", "train", "bench"):
+        assert command in done.stdout
+    assert seconds < 1
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [["generate"], ["cycle", "--help"], ["train", "pmtp", "--help"], ["bench", "engine", "-h"]],
+)
+def test_help_of_commands(run, argv):
+    assert run(*argv[:-1], "--help").code == 0
+
+
+def test_version(run):
+    assert run("--version").out == f"echogen {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["paint"],
+        ["generate"],
+        ["train"],
+        ["generate", "--layout", "a.json", "--seed", "x"],
+        ["ground", "--image", "a.png", "--expr", "e", "--features", "words"],
+        ["bench", "engine", "--peer", "vllm"],
+    ],
+)
+def test_usage_errors_leave_with_2(run, argv):
+    done = run(*argv)
+    assert done.code == 2
+    assert done.err and "Traceback" not in done.err
+
+
+def test_exit_codes_reach_the_shell(model, layout, tmp_path):
+    bad = shell("-m", "echogen", "generate", "--layout", "absent.json", cwd=tmp_path)
+    assert bad.returncode == 2
+    assert bad.stderr == "echogen: absent.json: cannot be read (No such file or directory)\n"
+    good = shell(
+        "-m", "echogen", "generate", "--layout", layout, "--model", model, "--json", cwd=tmp_path
+    )
+    assert good.returncode == 0, good.stderr
+    assert json.loads(good.stdout.splitlines()[-1])["files"] == {"image": "image.png"}
+    assert good.stderr == ""
+    assert Image.open(tmp_path / "image.png").size == (64, 64)
+
+
+def test_unexpected_errors_keep_their_traceback(monkeypatch):
+    monkeypatch.setattr(Layout, "load", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):  # the interpreter prints it and leaves with 1
+        main(["generate", "--layout", "a.json"])
+
+
+def test_interruption(run, monkeypatch):
+    def interrupted(path):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Layout, "load", interrupted)
+    done = run("generate", "--layout", "a.json")
+    assert (done.code, done.err) == (130, "echogen: interrupted\n")
+
+
+# --- bad input --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--seed", "-1"], ["--seed -1"]),
+        (["--seed", 2**63], ["--seed"]),
+        (["--temperature", "-0.5"], ["temperature", "-0.5"]),
+        (["--temperature", "nan"], ["temperature", "nan"]),
+        (["--cfg", "inf"], ["cfg", "inf"]),
+        (["--top-k", "-1"], ["top_k", "-1"]),
+        (["--top-p", "0"], ["top_p", "0.0"]),
+        (["--out", "image.gif.txt"], ["--out", ".txt"]),
+        (["--out", "absent/image.png"], ["--out", "absent"]),
+        (["--model", "enormous"], ["enormous", "no such folder"]),
+        (["--model", "."], ["config.json is missing"]),
+        (["--device", "toaster"], ["toaster"]),
+        (["--device", "cuda:999"], ["cuda:999"]),
+    ],
+)
+def test_generate_refuses(run, layout, tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    assert run("generate", "--layout", layout, *options).refused(*words)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("expr", "word"), [("a </box> circle", "</box>"), ("word " * 2000, "tokens")]
+)
+def test_layouts_that_no_prompt_can_hold(run, model, tmp_path, expr, word):
+    path, out = tmp_path / "layout.json", tmp_path / "image.png"
+    objects = [{"expr": expr, "box": [0.1, 0.1, 0.5, 0.5]}]
+    path.write_text(json.dumps({"caption": "a circle", "objects": objects}))
+    done = run("generate", "--layout", path, "--model", model, "--out", out)
+    assert done.refused(word), done
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["cycle", "--layout", "{layout}", "--out", "{file}"], ["--out"]),
+        (["cycle", "--layout", "{layout}", "--out", "x", "--samples", "0"], ["--samples 0"]),
+        (["cycle", "--layout", "{layout}", "--out", "x", "--samples", "-3"], ["--samples -3"]),
+        (["cycle", "--layout", "{layout}", "--out", "x", "--samples", "9999"], ["--samples"]),
+        (["ground", "--image", "absent.png", "--expr", "a star"], ["absent.png"]),
+        (["ground", "--image", "{layout}", "--expr", "a star"], ["no picture"]),
+        (["ground", "--image", "{wide}", "--expr", "a star"], ["20x10", "square"]),
+        (["ground", "--image", "{square}"], ["--expr"]),
+        (["ground", "--image", "{square}", "--expr", " "], ["--expr"]),
+        (["ground", "--image", "{square}", "--expr", "a\nstar"], ["--expr"]),
+        (["ground", "--image", "{square}", "--expr", "<ref>"], ["<ref>"]),
+        (["ground", "--image", "{square}", "--expr", "word " * 2000], ["tokens"]),
+        (
+            ["ground", "--image", "{square}", "--expr", "a star", "--features", "pixels"],
+            ["pixels", "not trained"],
+        ),
+        (["eval", "--split", "exam"], ["--split exam", "train, val, test"]),
+        (["eval", "--count", "0"], ["--count 0"]),
+        (["eval", "--seed", "-1"], ["--seed -1"]),
+        (["eval", "--out", "table.txt"], ["--out", ".json"]),
+        (["train", "vq", "--out", "x", "--recipe", "huge"], ["--recipe huge", "tiny"]),
+        (["train", "vq", "--out", "x", "--steps", "0"], ["--steps 0"]),
+        (["train", "vq", "--out", "x", "--resume"], ["no run"]),
+        (["train", "vq", "--out", "{run}"], ["--resume"]),
+        (["train", "pmtp", "--out", "x", "--vq", "absent"], ["--vq absent"]),
+        (["train", "pmtp", "--out", "x", "--vq", "{broken}"], ["--vq"]),
+        (["bench", "engine", "--repeats", "0"], ["--repeats 0"]),
+        (["bench", "engine", "--cfg", "nan"], ["--cfg nan"]),
+        (["doctor", "--model", "enormous"], ["enormous"]),
+    ],
+)
+def test_commands_refuse(run, model, layout, tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (20, 10)).save("wide.png")
+    Image.new("RGB", (64, 64)).save("square.png")
+    for name, file in (("run", "state.pt"), ("broken", "config.json")):
+        Path(name).mkdir()
+        Path(name, file).write_text("{}")
+    names = {"layout": layout, "file": layout, "wide": "wide.png", "square": "square.png"}
+    filled = [a.format(**names, run="run", broken="broken") for a in argv]
+    if argv[0] in ("cycle", "ground", "eval"):
+        filled += ["--model", str(model)]
+    before = sorted(tmp_path.rglob("*"))
+    done = run(*filled)
+    assert done.refused(*words), done
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=8,
+)
+NUMBER = st.floats() | st.integers(-3, 3) | st.sampled_from([0.2, 0.8]) | JSON
+NEARLY = st.fixed_dictionaries(
+    {
+        "caption": st.just("a red circle") | st.text(max_size=5),
+        "objects": st.lists(
+            st.fixed_dictionaries(
+                {
+                    "expr": st.just("a star") | st.text(max_size=5) | JSON,
+                    "box": st.lists(NUMBER, min_size=3, max_size=5) | JSON,
+                }
+            ),
+            max_size=3,
+        ),
+    },
+    optional={"size": st.lists(NUMBER, max_size=3) | JSON, "extra": JSON},
+)
+TEXTS = st.text(max_size=30).map(str.encode) | st.binary(max_size=30)
+FILES = (NEARLY | JSON).map(lambda data: json.dumps(data).encode()) | TEXTS
+
+
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(content=FILES)
+def test_broken_layout_files(run, tmp_path, content):
+    path, out = tmp_path / "layout.json", tmp_path / "image.png"
+    path.write_bytes(content)
+    try:
+        Layout.load(path)
+        return
+    except LayoutError:
+        pass
+    done = run("generate", "--layout", path, "--out", out)
+    assert done.refused(path.name), done
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+# --- what is printed and written --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.stem)
+def test_examples_are_layouts_of_the_world(path):
+    from echogen.train.data.grammar import parse_expression
+
+    for obj in Layout.load(path).objects:
+        parse_expression(obj.expr)
+
+
+def test_generate(run, model, layout, tmp_path):
+    out = tmp_path / "picture.png"
+    options = ["--layout", layout, "--model", model, "--out", out, "--json"]
+    done = run("generate", *options, "--top-k", "5", "--seed", "7")
+    assert (done.code, done.err) == (0, "")
+    first = out.read_bytes()
+    assert Image.open(out).size == (64, 64)
+    # What is not asked for is the checkpoint's own.
+    sampling = {"temperature": 0.8, "cfg": 1.5, "top_k": 5, "top_p": 1.0, "unconditional": "pad"}
+    assert done.data["sampling"] == sampling
+    assert (done.data["seed"], done.data["model"]) == (7, str(model))
+    run("generate", *options, "--top-k", "5", "--seed", "7")
+    assert out.read_bytes() == first
+    run("generate", *options, "--top-k", "5", "--seed", "8")
+    assert out.read_bytes() != first
+
+
+def test_ground(run, model, tmp_path):
+    picture, out = tmp_path / "picture.png", tmp_path / "overlay.png"
+    Image.new("RGB", (100, 100), "white").save(picture)
+    asked = ["--expr", "a red circle", "--expr", "a [blue] square"]
+    done = run("ground", "--image", picture, *asked, "--model", model, "--out", out, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert [o["expr"] for o in done.data["objects"]] == ["a red circle", "a [blue] square"]
+    assert "a [blue] square" in done.out.splitlines()[-3]  # the table takes no markup
+    for obj in done.data["objects"]:
+        x1, y1, x2, y2 = obj["box"]
+        assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+    assert Image.open(out).width >= 512
+
+
+def test_cycle(run, model, layout, tmp_path):
+    options = ["--layout", layout, "--model", model, "--seed", "3", "--json"]
+    done = run("cycle", *options, "--out", tmp_path / "a", "--samples", "3")
+    assert (done.code, done.err) == (0, "")
+    data = done.data
+    assert {"objects", "reward", "seconds", "seed", "model", "sampling", "files"} <= set(data)
+    assert set(data["files"]) == {"image", "overlay", "sheet", "report"}
+    assert json.loads(Path(data["files"]["report"]).read_text()) == data
+    rewards = [s["reward"] for s in data["samples"]]
+    assert data["reward"] == max(rewards) == rewards[data["best"]]
+    assert abs(sum(s["advantage"] for s in data["samples"])) < 1e-4
+    for obj in data["objects"]:
+        assert set(obj) == {"expr", "box", "recovered", "iou", "l1"}
+    reward = 1 - sum(0.5 * (1 - o["iou"]) + 0.5 * o["l1"] for o in data["objects"]) / 2
+    assert abs(reward - data["reward"]) < 1e-5
+
+    run("cycle", *options, "--out", tmp_path / "b", "--samples", "3")
+    for name in ("image.png", "overlay.png", "sheet.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+    alone = run("cycle", *options, "--out", tmp_path / "c")
+    assert "samples" not in alone.data
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "cycle.json",
+        "image.png",
+        "overlay.png",
+    ]
+
+
+def test_eval(run, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECHOGEN_CACHE", str(tmp_path / "cache"))
+    out = tmp_path / "tables.json"
+    done = run("eval", "--model", model, "--count", "3", "--json", "--out", out)
+    assert done.code == 0, done.err
+    assert {"ap", "ap50", "ap75", "acc50", "spatial", "color", "texture", "shape"} <= set(
+        done.data["l2i"]
+    )
+    assert {"i2l", "cycle", "judge_ceiling", "sampling", "model"} <= set(done.data)
+    assert done.data["count"] == 3
+    assert json.loads(out.read_text()) == done.data
+
+
+def test_doctor(run, model):
+    done = run("doctor", "--model", model, "--json")
+    assert (done.code, done.err) == (0, "")
+    assert set(done.data["operators"]) >= {"boxes", "grpo", "philox"}
+    assert done.data["model"]["image_size"] == 64
+    assert done.data["libraries"]["torch"]
+
+
+def test_numbers_that_json_lacks_become_null():
+    from echogen.commands.output import finite
+
+    assert finite({"a": [float("nan"), 1.0], "b": (float("inf"), 2)}) == {
+        "a": [None, 1.0],
+        "b": [None, 2],
+    }

@@ -1,0 +1,82 @@
+"""The train commands: what they hand to the step loop, and which tokenizers they accept."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from echogen.commands.output import InputError
+from echogen.commands.training import load_vq
+from echogen.engine.engine import Engine
+from echogen.engine.layout import Layout
+
+
+@pytest.fixture
+def vq(model, tmp_path):
+    """Folder of a random image tokenizer for a transformer of width 32."""
+    Engine.from_pretrained(model).vq.save_pretrained(tmp_path / "vq")
+    return tmp_path / "vq"
+
+
+def test_train_vq_runs_the_recipe(run, tmp_path, monkeypatch):
+    calls = []
+
+    class Stage:
+        name = "vq"
+
+        def __init__(self, config, width):
+            calls.append((config.loop.steps, config.codes, width))
+
+    def loop(stage, config, folder, resume):
+        calls.append((config.steps, folder, resume))
+        (folder / "state.pt").write_text("")
+        (folder / "metrics.jsonl").write_text('{"step": 7, "loss": 0.5}\n{"step": 7, "val": 1}\n')
+
+    monkeypatch.setattr("echogen.train.vq.VQStage", Stage)
+    monkeypatch.setattr("echogen.train.loop.run", loop)
+    out = tmp_path / "runs" / "vq"
+    done = run("train", "vq", "--out", out, "--steps", "7", "--json")
+    assert done.code == 0, done.err
+    assert calls == [(7, 1024, 256), (7, out, False)]
+    assert done.data["step"] == 7 and done.data["loss"] == 0.5 and done.data["val"] == 1
+    assert run("train", "vq", "--out", out, "--steps", "7").refused("--resume")
+    assert run("train", "vq", "--out", out, "--steps", "7", "--resume").code == 0
+    assert calls[-1] == (7, out, True)
+
+
+def test_load_vq(vq):
+    assert load_vq(vq, 32).config.num_embeddings == 32
+    with pytest.raises(InputError, match="trained for width 32"):
+        load_vq(vq, 256)
+
+
+def test_load_vq_refuses_what_is_damaged(vq):
+    weights = vq / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="does not load"):
+        load_vq(vq, 32)
+
+
+def test_load_vq_refuses_another_model(model):
+    with pytest.raises(InputError, match="no whole image tokenizer"):
+        load_vq(model, 32)
+
+
+def test_engine_survives_saving(model, layout, tmp_path):
+    first = Engine.from_pretrained(model)
+    first.save_pretrained(tmp_path / "again")
+    again = Engine.from_pretrained(tmp_path / "again")
+    assert again.sampling == first.sampling
+    assert again.prompts.codec.name == "location"
+    assert not again.pixels_trained
+    asked = Layout.load(layout)
+    codes = [e.generate_codes([asked] * 2, seed=5) for e in (first, again)]
+    assert torch.equal(*codes)
+    assert first.ground_codes(codes[0], [["a star"]] * 2) == again.ground_codes(
+        codes[0], [["a star"]] * 2
+    )
+    meta = json.loads(Path(tmp_path, "again", "echogen.json").read_text())
+    assert meta["codec"] == {"name": "location", "bins": 33}
