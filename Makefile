@@ -2,6 +2,8 @@
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin
+# The type checker sees the folders where they are imported from: inside the package echogen.
+FOLDERS = kernels engine train bench
 
 .PHONY: demo test lint bench gpu clean
 
@@ -22,7 +24,9 @@ test: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
-	$(RUN)/mypy
+	rm -rf build/types && mkdir -p build/types/echogen
+	ln -s $(addprefix ../../../,$(wildcard echogen/*.py) echogen/commands $(FOLDERS)) build/types/echogen/
+	cd build/types && $(abspath $(RUN))/mypy --config-file ../../pyproject.toml -p echogen
 
 bench: $(VENV)/.installed
 	$(RUN)/echogen bench engine --peer transformers --model tiny

@@ -18,7 +18,7 @@ class KVCache:
         dtype, device: of the stored keys and values.
 
     Attributes:
-        keys, values: lists over layers of [B, kv_heads, S, head_dim].
+        keys, values: for each layer [B, kv_heads, S, head_dim].
         length: tokens written so far; the next write goes behind them.
     """
 
@@ -30,22 +30,35 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (config.layers, rows, config.kv_heads, capacity, config.head_dim)
-        # One block for all layers; unbound once, since indexing it per layer and step costs time.
-        self.keys = list(torch.empty(shape, dtype=dtype, device=device).unbind(0))
-        self.values = list(torch.empty(shape, dtype=dtype, device=device).unbind(0))
+        shape = (2 * config.layers, rows, config.kv_heads, capacity, config.head_dim)
+        self._block = torch.empty(shape, dtype=dtype, device=device)
+        self.keys, self.values = self._halves(self._block)
         self.capacity = capacity
         self.length = 0
+        self._window = (-1, -1)
+
+    @staticmethod
+    def _halves(block: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        layers = block.unbind(0)
+        return layers[: len(layers) // 2], layers[len(layers) // 2 :]
+
+    def _open(self, end: int) -> None:
+        """Make every layer's views of slots ``length`` … ``end`` and of all up to ``end`` at once:
+        slicing them layer by layer took 8 µs a layer, a twentieth of the tiny model's step."""
+        self._window = (self.length, end)
+        self._new = self._halves(self._block[:, :, :, self.length : end])
+        self._seen = self._halves(self._block[:, :, :, :end])
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write ``key`` and ``value`` [B, kv_heads, n, head_dim] behind ``length`` and return views
         of everything up to and including them. ``advance`` moves ``length`` once all layers wrote.
         """
         end = self.length + key.shape[2]
-        keys, values = self.keys[layer], self.values[layer]
-        keys[:, :, self.length : end] = key
-        values[:, :, self.length : end] = value
-        return keys[:, :, :end], values[:, :, :end]
+        if self._window != (self.length, end):
+            self._open(end)
+        self._new[0][layer].copy_(key)
+        self._new[1][layer].copy_(value)
+        return self._seen[0][layer], self._seen[1][layer]
 
     def advance(self, tokens: int) -> None:
         """Count ``tokens`` more per row as written.

@@ -45,7 +45,9 @@ class CycleResult:
 
     def to_dict(self, sample: int) -> dict[str, Any]:
         """One sample as JSON-ready data: objects with their boxes and scores, reward, seconds."""
-        rows = zip(self.layout.objects, self.boxes[sample], self.iou[sample], self.l1[sample])
+        rows = zip(
+            self.layout.objects, self.boxes[sample], self.iou[sample], self.l1[sample], strict=True
+        )
         objects = [
             {
                 "expr": o.expr,

@@ -103,17 +103,10 @@ class _Branches:
 
     def prefill(self) -> Tensor:
         """Run trunk and questions; text logits at the end of every branch [B, K, vocab]."""
-        ends = (
-            torch.tensor(
-                [
-                    self._before,
-                ]
-            ),
-            torch.tensor([self._after]),
-        )
         before, after = (
-            self._model.embed_text(t.to(self._image.device)).expand(self._rows, -1, -1)
-            for t in ends
+            self._model.embed_text(torch.tensor(ids, device=self._image.device))
+            .expand(self._rows, -1, -1)
+            for ids in (self._before, self._after)
         )
         questions = self._model.embed_text(self._ids)
         embedded = torch.cat((before, self._image, after, questions), 1)

@@ -25,7 +25,10 @@ class LayoutError(ValueError):
 
 
 def _show(value: object) -> str:
-    text = json.dumps(value, ensure_ascii=True, default=repr)
+    try:
+        text = json.dumps(value, ensure_ascii=True, default=repr)
+    except (TypeError, ValueError, RecursionError):  # too deep, too many digits, not JSON's keys
+        text = f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -67,10 +70,12 @@ def check_box(box: object, what: str = "box", size: tuple[float, float] | None =
     items = list(box)
     if len(items) != 4:
         raise LayoutError(f"{what} has {len(items)} numbers ({_show(items)}); write four")
-    numbers = [_number(v, f"{what} {n}") for v, n in zip(items, ("x1", "y1", "x2", "y2"))]
+    numbers = [
+        _number(v, f"{what} {n}") for v, n in zip(items, ("x1", "y1", "x2", "y2"), strict=True)
+    ]
     width, height = size if size is not None else (1.0, 1.0)
     limits = (width, height, width, height)
-    for value, limit, name in zip(numbers, limits, ("x1", "y1", "x2", "y2")):
+    for value, limit, name in zip(numbers, limits, ("x1", "y1", "x2", "y2"), strict=True):
         if not 0 <= value <= limit:
             unit = (
                 'boxes are fractions of the canvas; for pixels add "size": [width, height]'
@@ -78,7 +83,7 @@ def check_box(box: object, what: str = "box", size: tuple[float, float] | None =
                 else "move it inside the canvas"
             )
             raise LayoutError(f"{what} {name} = {value:g} is outside [0, {limit:g}]; {unit}")
-    x1, y1, x2, y2 = (v / limit for v, limit in zip(numbers, limits))
+    x1, y1, x2, y2 = (v / limit for v, limit in zip(numbers, limits, strict=True))
     if x2 <= x1:
         raise LayoutError(f"{what} has x2 = {numbers[2]:g} <= x1 = {numbers[0]:g}; swap or widen")
     if y2 <= y1:
@@ -118,6 +123,8 @@ class Layout:
     def __post_init__(self) -> None:
         _text(self.caption, "caption")
         object.__setattr__(self, "objects", tuple(self.objects))
+        if self.size is not None:
+            object.__setattr__(self, "size", _size(self.size))
         if not self.objects:
             raise LayoutError('objects is empty; a layout needs at least one {"expr", "box"}')
 
@@ -178,7 +185,8 @@ class Layout:
         data: dict[str, Any] = {
             "caption": self.caption,
             "objects": [
-                {"expr": o.expr, "box": [v * s for v, s in zip(o.box, scale)]} for o in self.objects
+                {"expr": o.expr, "box": [v * s for v, s in zip(o.box, scale, strict=True)]}
+                for o in self.objects
             ],
         }
         if self.size is not None:
@@ -217,7 +225,9 @@ def _fields(data: object, known: set[str], needed: set[str], what: str) -> Mappi
 def _size(value: object) -> tuple[float, float]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         raise LayoutError(f"size is {_show(value)}; write [width, height] in pixels")
-    width, height = (_number(v, f"size {n}") for v, n in zip(value, ("width", "height")))
+    width, height = (
+        _number(v, f"size {n}") for v, n in zip(value, ("width", "height"), strict=True)
+    )
     if width <= 0 or height <= 0:
         raise LayoutError(f"size is {_show(value)}; width and height must be positive")
     return (width, height)

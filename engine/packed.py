@@ -3,18 +3,20 @@
 Decoding multiplies every weight by two rows (conditional and unconditional). `F.linear` in float32
 goes to MKL, which on the CPU at hand reads a plain 4096×768 weight at 9 GB/s; oneDNN on a weight in
 its own blocked layout reads it at 36 GB/s, and is 2.3x faster at a prompt's 120 rows too. The
-layout is a copy of the weights, so it lives only as long as a decode and can never be stale.
-(AMD EPYC 9005, one thread, torch 2.13; the operators are those that torch.compile's freezing emits.)
+layout is a copy of the weights: whoever holds it makes a new one after the weights changed.
+(AMD EPYC, Zen 5, one thread, torch 2.13; the operators are those torch.compile's freezing emits.)
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echogen.engine.cache import KVCache
-from echogen.engine.model import Block, UnifiedTransformer, rotate
+from echogen.engine.model import Block, RMSNorm, UnifiedTransformer, rotate
 
 
 class PackedLinear:
@@ -38,12 +40,31 @@ class PackedLinear:
         return y
 
 
+def _norm(norm: RMSNorm) -> Callable[[Tensor], Tensor]:
+    """``norm`` in fewer operations: ‖x‖ and √(D·eps) are the legs of the root mean square.
+
+    F.rms_norm is seven operations on a CPU, 7.5 µs on two rows of 256 numbers; this is 3.9 µs. In
+    bfloat16 ‖x‖ would be rounded, so there the norm stays what it is.
+    """
+    if norm.weight.dtype != torch.float32:
+        return norm.forward
+    width = norm.weight.numel()
+    gain = norm.weight.detach() * width**0.5
+    floor = torch.tensor((width * norm.eps) ** 0.5)
+
+    def run(x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x * gain).div_(torch.hypot(length, floor))
+
+    return run
+
+
 class _PackedBlock:
     """`model.Block` in evaluation, on packed weights."""
 
     def __init__(self, block: Block, rows: int) -> None:
         self.heads, self.kv_heads, self.head_dim = block.heads, block.kv_heads, block.head_dim
-        self.attn_norm, self.mlp_norm = block.attn_norm.forward, block.mlp_norm.forward
+        self.attn_norm, self.mlp_norm = _norm(block.attn_norm), _norm(block.mlp_norm)
         self.qkv, self.out = PackedLinear(block.qkv, rows), PackedLinear(block.out, rows)
         self.gate_up = PackedLinear(block.gate_up, rows)
         self.down = PackedLinear(block.down, rows)
@@ -78,11 +99,13 @@ class PackedTransformer:
 
     Args:
         model: on the CPU; ``packable`` says whether it can be packed.
-        rows: rows decoded at once.
+        rows: rows the layout is chosen for; others work too (one made for 2 rows is as fast at
+            120 as one made for 120).
     """
 
-    def __init__(self, model: UnifiedTransformer, rows: int) -> None:
-        self._rotary, self._norm = model.rotary, model.norm
+    def __init__(self, model: UnifiedTransformer, rows: int = 2) -> None:
+        self.config, self.embed_text = model.config, model.embed_text
+        self._rotary, self._norm = model.rotary, _norm(model.norm)
         self._blocks = [_PackedBlock(b, rows) for b in model.blocks if isinstance(b, Block)]
         into, _, out = model.image_head
         assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)

@@ -2,7 +2,8 @@
 
 L2I, byte for byte PlanGen's format with the textual codec::
 
-    BOS<|User|>: {caption}\\n\\n<|Assistant|>: <grounding><ref>e_1</ref><box>…</box>…</grounding>EOS<begin_of_image>
+    BOS<|User|>: {caption}\\n\\n<|Assistant|>: <grounding>
+        <ref>e_1</ref><box>…</box>…</grounding>EOS<begin_of_image>          (in one line)
 
 I2L, the trunk all questions about one image share, and one branch for each expression::
 
@@ -23,6 +24,7 @@ USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 BEGIN_IMAGE, END_IMAGE = "<begin_of_image>", "<end_of_image>"
 MARKS = ("<grounding>", "</grounding>", "<ref>", "</ref>", "<box>", "</box>")
 QUESTION = "Locate each object."
+_LOCATION = "<loc_"
 Unconditional = Literal["pad", "empty"]
 
 
@@ -107,7 +109,7 @@ class LocationCodec:
 
 def location_token(value: int) -> str:
     """The token of one coordinate."""
-    return f"<loc_{value}>"
+    return f"{_LOCATION}{value}>"
 
 
 class TextualCodec:
@@ -118,7 +120,6 @@ class TextualCodec:
     steps = 26  # "[1000, 1000, 1000, 1000]" one character a token, and two to spare
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._tokenizer = tokenizer
         texts = {i: tokenizer.decode([i]) for i in sorted(set(tokenizer.get_vocab().values()))}
         special = set(tokenizer.all_special_ids)
         self._pieces = {
@@ -132,7 +133,7 @@ class TextualCodec:
         return "[" + ", ".join(map(str, quantise(box, self.scale))) + "]"
 
     def parse(self, ids: list[int]) -> Box | None:
-        text = self._tokenizer.decode(ids)
+        text = "".join(self._pieces.get(i, "?") for i in ids)
         if not text.startswith("[") or not text.endswith("]") or not feasible(text, self.scale):
             return None
         return _box([int(v) for v in text[1:-1].split(", ")], self.scale)
@@ -213,9 +214,8 @@ class Prompts:
         self.ref, self.ref_end = vocab["<ref>"], vocab["</ref>"]
         self.box, self.box_end = vocab["<box>"], vocab["</box>"]
         # Text that spells a control token would be read as one: such captions are refused.
-        self._reserved = sorted({*MARKS, BEGIN_IMAGE, END_IMAGE, USER, ASSISTANT}) + [
-            t for t in tokenizer.all_special_tokens if t.strip()
-        ]
+        control = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, USER, ASSISTANT}
+        self._reserved = sorted(t for t in control if t.strip() and not t.startswith(_LOCATION))
         self._encode = lru_cache(maxsize=65536)(self._encode_text)
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
@@ -225,7 +225,7 @@ class Prompts:
         for token in self._reserved:
             if token in text:
                 raise LayoutError(f"{what} holds the reserved token {token}; reword it")
-        if text.startswith("<loc_") or "<loc_" in text:
+        if _LOCATION in text:
             raise LayoutError(f"{what} holds a location token; reword it")
         return text
 
@@ -262,22 +262,24 @@ class Prompts:
         Raises:
             PromptError: the ids are no L2I prompt.
         """
-        head = len(self._encode(f"{USER}: "))
-        end = [i for i, token in enumerate(ids) if token == self.ref]
-        if not end or ids[0] != self.bos:
-            raise PromptError("the ids are no L2I prompt: BOS or <ref> is missing")
-        text = self.tokenizer.decode(ids[1 : end[0]])
-        start, middle = f"{USER}: ", f"\n\n{ASSISTANT}: <grounding>"
-        if not text.startswith(start) or not text.endswith(middle):
+        first = _find(ids, self.ref, 0)
+        if first == len(ids) or ids[0] != self.bos or ids[-2:] != [self.eos, self.begin_image]:
             raise PromptError(
-                f"the ids are no L2I prompt: they begin with {text[:40]!r} ({head} ids)"
+                "the ids are no L2I prompt: BOS, <ref>, EOS or begin-of-image is missing"
             )
+        head = self.tokenizer.decode(ids[1:first])
+        start, end = f"{USER}: ", f"\n\n{ASSISTANT}: <grounding>"
+        if not head.startswith(start) or not head.endswith(end):
+            raise PromptError(f"the ids are no L2I prompt: they begin with {head[:40]!r}")
         objects = []
-        for expr, box in self.boxes(ids[end[0] :]):
+        for expr, box in self.boxes(ids[first:]):
             if box is None:
                 raise PromptError(f"the box of {expr!r} does not parse")
-            objects.append(LayoutObject(expr, box))
-        return Layout(text[len(start) : -len(middle)], tuple(objects))
+            objects.append((expr, box))
+        try:
+            return Layout(head[len(start) : -len(end)], tuple(LayoutObject(*o) for o in objects))
+        except LayoutError as error:
+            raise PromptError(f"the ids are no L2I prompt: {error}") from None
 
     def boxes(self, ids: list[int]) -> list[tuple[str, Box | None]]:
         """Every ``<ref>expr</ref><box>…</box>`` in ids; None where a box does not parse."""

@@ -90,16 +90,16 @@ class Sampler:
         self.sampling, self._seed, self._draws = sampling, seed, draws
         self._codebook, self._steps = codebook, steps
         self._chunk = max(1, min(steps, self.BLOCK // max(1, codebook * len(draws))))
-        self._noise = torch.empty(0)
+        self._first, self._noise = -1, torch.empty(0)
 
     def _gumbel(self, step: int) -> Tensor:
-        if step % self._chunk == 0 or not len(self._noise):
-            first = step - step % self._chunk
+        first = step - step % self._chunk
+        if first != self._first:
             positions = torch.arange(
                 first, min(first + self._chunk, self._steps), device=self._draws.device
             )
             grid = torch.broadcast_tensors(self._draws, positions[:, None])
-            self._noise = gumbel_noise(self._seed, *grid, self._codebook)
+            self._first, self._noise = first, gumbel_noise(self._seed, *grid, self._codebook)
         return self._noise[step % self._chunk]
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:

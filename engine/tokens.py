@@ -1,4 +1,4 @@
-"""Gives a plain Janus checkpoint the tokens that layouts need, with embeddings worth starting from."""
+"""Gives a plain Janus checkpoint the tokens that layouts need, with useful first embeddings."""
 
 from __future__ import annotations
 

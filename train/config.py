@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-Mask = Literal["isolated", "shared"]
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -87,12 +85,12 @@ class PMTPConfig:
         width, layers, heads, mlp_width: the transformer.
         rope_theta: RoPE base; small, since sequences are short.
         bins: location tokens of the box codec.
-        mask: "isolated" or "shared" (METHOD, stage 1).
         scenes: layouts of the training set.
         batch: samples a step that carry both tasks.
         extra_grounding: further samples a step that carry grounding only.
         branches: grounding branches (expressions) of one image.
         prompt_dropout: share of L2I prompts replaced by the unconditional prompt.
+        temperature, cfg: default sampling written into the exported model; chosen on validation.
         loop: the step loop.
     """
 
@@ -103,12 +101,13 @@ class PMTPConfig:
     mlp_width: int = 512
     rope_theta: float = 1000.0
     bins: int = 65
-    mask: Mask = "isolated"
     scenes: int = 40_000
     batch: int = 16
     extra_grounding: int = 16
     branches: int = 6
     prompt_dropout: float = 0.1
+    temperature: float = 1.0
+    cfg: float = 1.0
 
 
 @dataclass(frozen=True)

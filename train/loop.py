@@ -144,7 +144,12 @@ def _steps(
         bar.update(bar.task_ids[0], completed=done, note=f"loss {numbers['loss']:.4f}")
         if done % config.log_every == 0 or last:
             seconds = (time.perf_counter() - began) / (done - start)
-            row = {"step": done, **_rounded(numbers), "lr": rate * config.lr, "grad_norm": round(norm, 4)}
+            row = {
+                "step": done,
+                **_rounded(numbers),
+                "lr": rate * config.lr,
+                "grad_norm": round(norm, 4),
+            }
             metrics.write(**row, seconds_per_step=round(seconds, 4))
             if not console.is_terminal:
                 console.print(f"{stage.name} {row} {seconds:.3f} s/step", soft_wrap=True)

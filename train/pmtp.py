@@ -26,6 +26,7 @@ from transformers import (
 from echogen.engine.config import ModelConfig
 from echogen.engine.model import UnifiedTransformer, additive_mask, tree_visibility
 from echogen.engine.prompt import LocationCodec, Prompts
+from echogen.engine.sampler import Sampling
 from echogen.train.config import PMTPConfig
 from echogen.train.data.packing import Batch, Tree, i2l_tree, l2i_prompt, l2i_tree, pack
 from echogen.train.data.samples import Sample, load_samples
@@ -167,10 +168,19 @@ class PMTPStage:
         return {"l2i": float(image), "i2l": float(text), **scores}
 
     def export(self, folder: Path) -> None:
+        """Write a Janus checkpoint in bfloat16, which `Engine.from_pretrained` loads."""
         from echogen.engine.engine import Engine
 
         torch.manual_seed(self.config.loop.seed)
         siglip = JanusVisionModel(self.janus.vision_config)
-        Engine(self.janus, self.module, self.vq, siglip, self.prompts).save_pretrained(
-            folder, dtype=torch.bfloat16
+        sampling = Sampling(temperature=self.config.temperature, cfg=self.config.cfg)
+        engine = Engine(
+            self.janus,
+            self.module,
+            self.vq,
+            siglip,
+            self.prompts,
+            sampling,
+            pixels_trained=False,
         )
+        engine.save_pretrained(folder, dtype=torch.bfloat16)

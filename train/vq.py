@@ -20,6 +20,7 @@ from echogen.train.config import VQConfig
 from echogen.train.data.scenes import load_scenes, render
 from echogen.train.data.shapes import sample_scene
 
+VAL_SCENES = 256
 DEAD_AFTER = 0.05  # a code whose moving count (in vectors a step) falls below this is drawn anew
 
 
@@ -78,7 +79,7 @@ class VQStage:
         self.config = config
         torch.manual_seed(config.loop.seed)
         self.module = VQModule(build_vq(config, width)).train()
-        self._val = to_pixels(render(load_scenes("val", 256)))
+        self._val = to_pixels(render(load_scenes("val", VAL_SCENES)))
         self._features = torch.empty(0)
         self._codes: Tensor | None = None
 

@@ -19,14 +19,14 @@ class Bench:
     """engine: drawing, from the prompt to the last image code."""
     model: str = "tiny"
     """A bundled model, a folder, or a hub id in the Janus format."""
-    peer: Literal["transformers"] = "transformers"
+    peer: Literal["transformers", "none"] = "transformers"
     """What to compare with."""
     repeats: int = 5
     """Timed runs of each."""
     batch: int = 1
     """Pictures drawn at once."""
-    cfg: float = 1.0
-    """Scale of classifier-free guidance; 1 is off."""
+    cfg: float = 5.0
+    """Scale of classifier-free guidance; the port draws only with guidance, above 1."""
     seed: int = 0
     """Of the noise."""
     json: Json = False
@@ -38,12 +38,16 @@ class Bench:
         check_seed(self.seed)
         if not 0 <= self.cfg < float("inf"):
             raise InputError(f"--cfg {self.cfg}: it must be 0 or more (1 is off)")
+        from rich.console import Console
+
         from echogen.bench.speed import engine as speed
 
+        if self.peer == "transformers" and not self.cfg > 1:
+            raise InputError(f"--cfg {self.cfg}: the port draws only with guidance, above 1")
         with progress("timing") as update:
             result = speed.run(
                 self.model, self.peer, self.repeats, self.batch, self.cfg, self.seed, update
             )
-        print(speed.table(result))
+        Console().print(speed.table(result))
         if self.json:
             print_json(result)

@@ -18,8 +18,10 @@ def iou(a: Tensor, b: Tensor) -> Tensor:
     shared = (high - low).clamp(min=0).prod(-1)
     areas = [(box[..., 2:] - box[..., :2]).prod(-1) for box in (a, b)]
     ok = valid(a) & valid(b)
-    union = torch.where(ok, areas[0] + areas[1] - shared, 1.0)
-    return torch.where(ok, shared / union, 0.0)
+    union = areas[0] + areas[1] - shared
+    # Boxes may be so small that their areas vanish; rounding may leave less union than overlap.
+    ok &= union > 0
+    return torch.where(ok, (shared / torch.where(ok, union, 1.0)).clamp(max=1), 0.0)
 
 
 def l1(a: Tensor, b: Tensor) -> Tensor:

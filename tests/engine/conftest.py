@@ -14,7 +14,10 @@ from transformers import (
     JanusVisionConfig,
     JanusVQVAEConfig,
     LlamaConfig,
+    PreTrainedTokenizerFast,
 )
+
+from echogen.train.tokenizer import train_tokenizer
 
 
 def _janus_config(
@@ -109,3 +112,10 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
         return ((found - wanted).abs().max() / wanted.abs().max()).item()
 
     return measure
+
+
+@pytest.fixture(scope="session")
+def small_tokenizer() -> PreTrainedTokenizerFast:
+    """The tiny models' tokenizer, trained on a few texts, with 33 location tokens."""
+    texts = ["a red circle in front of a blue square", "the left of the two green stars", "[10, 25]"]
+    return train_tokenizer(texts * 3, bins=33, merges=60)

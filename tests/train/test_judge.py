@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from PIL import Image
+from scipy import ndimage
+
 from echogen.train.data.shapes import Object, Scene, read_correctly, sample_scene
 from echogen.train.eval import judge
 from echogen.train.eval.judge import answer, best_match, box_iou, detect, related
-from PIL import Image
-from scipy import ndimage
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import hashlib
 
 import numpy as np
 import pytest
+
 from echogen.train.data.grammar import parse_expression, words
 from echogen.train.data.shapes import (
     COLORS,

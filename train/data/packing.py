@@ -92,27 +92,28 @@ def pack(trees: list[Tree], row_tokens: int, pad: int) -> Batch:
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(trees)), key=lambda i: -len(trees[i])):
-        for r, free in enumerate(room):
-            if free >= len(trees[i]):
-                break
-        else:
-            r = len(rows)
+        fitting = [r for r, free in enumerate(room) if free >= len(trees[i])]
+        if not fitting:
+            fitting = [len(rows)]
             rows.append([])
             room.append(row_tokens)
-        rows[r].append(i)
-        room[r] -= len(trees[i])
+        rows[fitting[0]].append(i)
+        room[fitting[0]] -= len(trees[i])
     fills = {"ids": pad, "positions": 0, "branch": 0, "codes": NO_TARGET, "texts": NO_TARGET}
     fields = {
         name: torch.tensor(
             [
                 [v for i in row for v in getattr(trees[i], name)] + [fill] * free
-                for row, free in zip(rows, room)
+                for row, free in zip(rows, room, strict=True)
             ]
         )
         for name, fill in fills.items()
     }
     tree = torch.tensor(
-        [[i for i in row for _ in range(len(trees[i]))] + [-1] * n for row, n in zip(rows, room)]
+        [
+            [i for i in row for _ in range(len(trees[i]))] + [-1] * n
+            for row, n in zip(rows, room, strict=True)
+        ]
     )
     return Batch(tree=tree, **fields)
 

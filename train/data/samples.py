@@ -39,7 +39,7 @@ class Sample:
     def layout(self, rng: np.random.Generator) -> Layout:
         """A layout of this sample, each object under one of its expressions."""
         chosen = (forms[rng.integers(len(forms))] for forms in self.expressions)
-        objects = (LayoutObject(e, b) for e, b in zip(chosen, self.boxes))
+        objects = (LayoutObject(e, b) for e, b in zip(chosen, self.boxes, strict=True))
         return Layout(self.caption, tuple(objects))
 
 
@@ -80,5 +80,5 @@ def load_samples(vq: JanusVQVAE, split: str, count: int) -> list[Sample]:
             tuple(tuple(b) for b in scene.boxes().astype(float).tolist()),  # type: ignore[misc]
             tuple(tuple(scene.expressions(k)) for k in range(len(scene.objects))),
         )
-        for row, scene in zip(codes, scenes)
+        for row, scene in zip(codes, scenes, strict=True)
     ]

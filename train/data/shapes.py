@@ -14,6 +14,7 @@ from functools import cache, cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
+
 from echogen.train.data import grammar
 from echogen.train.data.grammar import COLORS, SHAPES, TEXTURES, Phrase, parse_expression
 

@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from PIL import Image
+from scipy import ndimage
+
 from echogen.train.data.grammar import RELATIONS
 from echogen.train.data.shapes import (
     COLORS,
@@ -24,8 +27,6 @@ from echogen.train.data.shapes import (
     shape_mask,
     texture_mask,
 )  # fmt: skip
-from PIL import Image
-from scipy import ndimage
 
 GROUND_LABEL, UNKNOWN_LABEL = len(COLORS), len(COLORS) + 1
 IOU_MATCH = 0.5  # LayoutSAM-Eval: an answer is about the detection that overlaps the box this much

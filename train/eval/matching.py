@@ -24,7 +24,7 @@ def class_ious(scene: Scene, found: list[Detection]) -> np.ndarray:
     Within a class, detections and objects are matched one to one for the largest total IoU.
     """
     ious = np.zeros((len(scene.objects), max(1, len(found))))
-    for i, (o, box) in enumerate(zip(scene.objects, scene.boxes().tolist())):
+    for i, (o, box) in enumerate(zip(scene.objects, scene.boxes().tolist(), strict=True)):
         for j, d in enumerate(found):
             if (d.color, d.shape) == o.kind:
                 ious[i, j] = box_iou(d.box, box)
@@ -40,7 +40,7 @@ def attribute_answers(
     """LayoutSAM-Eval's four questions for every asked-for box; an attribute that the expression
     does not mention counts as yes where anything lies in the box."""
     answers: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
-    for expr, box in zip(expressions, scene.boxes().tolist()):
+    for expr, box in zip(expressions, scene.boxes().tolist(), strict=True):
         asked = parse_expression(expr)
         for name in ATTRIBUTES:
             value = None if name == "spatial" else getattr(asked, name)
@@ -58,7 +58,7 @@ def average_precision(scenes: list[Scene], found: list[list[Detection]]) -> dict
             for n, (i, o, box) in enumerate(
                 (i, o, box)
                 for i, s in enumerate(scenes)
-                for o, box in zip(s.objects, s.boxes().tolist())
+                for o, box in zip(s.objects, s.boxes().tolist(), strict=True)
             )
         ],
     }
@@ -77,7 +77,7 @@ def average_precision(scenes: list[Scene], found: list[list[Detection]]) -> dict
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return dict(zip(("ap", "ap50", "ap75"), map(float, evaluation.stats[:3])))
+    return dict(zip(("ap", "ap50", "ap75"), map(float, evaluation.stats[:3]), strict=True))
 
 
 def _annotation(

@@ -50,7 +50,7 @@ def expressions_of(layouts: list[Layout]) -> list[list[str]]:
 
 def judge_boxes(pixels: Tensor, scenes: list[Scene]) -> dict[str, float]:
     """The judge's mean IoU and accuracy at 0.5 on pictures [N, 3, H, W] of known scenes."""
-    ious = [class_ious(s, detect(i)) for s, i in zip(scenes, to_images(pixels))]
+    ious = [class_ious(s, detect(i)) for s, i in zip(scenes, to_images(pixels), strict=True)]
     flat = np.concatenate(ious)
     return {"judge_iou": float(flat.mean()), "judge_acc50": float((flat >= 0.5).mean())}
 
@@ -78,9 +78,10 @@ def l2i_table(
     scenes: list[Scene], layouts: list[Layout], found: list[list[Detection]]
 ) -> dict[str, Any]:
     """AP, AP50, AP75, accuracy at IoU 0.5 and 0.75, and LayoutSAM-Eval's four answers."""
-    ious = [class_ious(s, d) for s, d in zip(scenes, found)]
+    ious = [class_ious(s, d) for s, d in zip(scenes, found, strict=True)]
     answers = [
-        attribute_answers(e, s, d) for e, s, d in zip(expressions_of(layouts), scenes, found)
+        attribute_answers(e, s, d)
+        for e, s, d in zip(expressions_of(layouts), scenes, found, strict=True)
     ]
     estimates = {
         "acc50": estimate([(v >= 0.5).astype(float) for v in ious]),
@@ -94,7 +95,7 @@ def l2i_table(
 def i2l_table(targets: list[np.ndarray], boxes: list[list[tuple[float, ...]]]) -> dict[str, Any]:
     """Ref-L4's accuracies of recovered boxes against true ones."""
     ious = [
-        np.array([box_iou(a, b) for a, b in zip(t.tolist(), row)])
+        np.array([box_iou(a, b) for a, b in zip(t.tolist(), row, strict=True)])
         for t, row in zip(targets, boxes, strict=True)
     ]
     estimates = {
@@ -192,9 +193,7 @@ def quick_scores(
             for s, row in zip(scenes, recovered, strict=True)
         ]
     )
-    sampler = Sampler(
-        Sampling(temperature=0.7), 0, torch.arange(drawn), *_code_shape(model)
-    )
+    sampler = Sampler(Sampling(temperature=0.7), 0, torch.arange(drawn), *_code_shape(model))
     inputs = [prompts.l2i(layout) for layout in layouts[:drawn]]
     images = decode_codes(vq, decode_image(model, table, inputs, sampler, prompts.pad))
     scores = {"ground_acc50": float((ious >= 0.5).mean()), "ground_iou": float(ious.mean())}
@@ -212,14 +211,14 @@ def cycle_table(
     found: list[list[Detection]],
 ) -> dict[str, Any]:
     """Self-judged IoU, L1 and reward of generated images, the judge's IoU, and the signed gap."""
-    scores = [score(layout, [row]) for layout, row in zip(layouts, boxes)]
+    scores = [score(layout, [row]) for layout, row in zip(layouts, boxes, strict=True)]
     self_iou = [s[0][0].double().numpy() for s in scores]
-    judged = [class_ious(s, d) for s, d in zip(scenes, found)]
+    judged = [class_ious(s, d) for s, d in zip(scenes, found, strict=True)]
     estimates = {
         "self_iou": estimate(self_iou),
         "self_l1": estimate([s[1][0].double().numpy() for s in scores]),
         "reward": estimate([s[2].double().numpy() for s in scores]),
         "judge_iou": estimate(judged),
-        "gap": estimate([a - b for a, b in zip(self_iou, judged)]),
+        "gap": estimate([a - b for a, b in zip(self_iou, judged, strict=True)]),
     }
     return _with_intervals(estimates)

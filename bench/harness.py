@@ -1,0 +1,85 @@
+"""What every benchmark needs: where it ran, alternating timed runs, quantiles."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+
+class WrongResult(RuntimeError):
+    """The contestants do not compute the same, so a comparison of their speed means nothing."""
+
+
+def environment(device: str = "cpu") -> dict[str, Any]:
+    """Device, processor, versions and commit, JSON-ready; commit and dirty are None outside git."""
+    commit = _git("rev-parse", "HEAD")
+    status = _git("status", "--porcelain") if commit else None
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
+        "cpu": _cpu_model(),
+        "cpus": os.cpu_count(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "commit": commit,
+        "dirty": None if status is None else bool(status),
+    }
+
+
+def _git(*words: str) -> str | None:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall time of one call on the CPU."""
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def alternate(
+    calls: Mapping[str, Callable[[], object]],
+    repeats: int,
+    after: Callable[[], None] = lambda: None,
+) -> dict[str, list[float]]:
+    """Seconds of each call, ``repeats`` times in turn, so that a busy moment meets all of them.
+
+    ``after`` is called behind each timed call. Warming up is the caller's: every contestant has
+    run before, to have its result checked.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            times[name].append(seconds(call))
+            after()
+    return times
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median and the quantiles 0.2 and 0.8, linearly interpolated."""
+    q = torch.tensor(values, dtype=torch.float64).quantile(
+        torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    )
+    return dict(zip(("median", "q20", "q80"), q.tolist(), strict=True))

@@ -1,0 +1,200 @@
+"""Tokens a second of this engine and of the transformers port: same weights, machine and sampling.
+
+Each side runs at its own best thread count (and the port with its better cache). Greedy codes are
+compared before anything is timed; then the two draw in turn.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, get_args
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from echogen.bench.harness import WrongResult, alternate, environment, quantiles, seconds
+from echogen.bench.peers.janus_port import CacheKind
+from echogen.bench.speed.models import Subject, load
+from echogen.engine.decode import Progress, decode_image
+from echogen.engine.packed import PackedTransformer, packable
+from echogen.engine.sampler import Sampler, Sampling
+
+Draw = Callable[[], Tensor]
+OURS, PORT = "echogen", "transformers"
+
+
+def run(
+    model: str = "tiny",
+    peer: Literal["transformers", "none"] = "transformers",
+    repeats: int = 5,
+    batch: int = 1,
+    cfg: float = 5.0,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time greedy drawing with guidance in float32 on the CPU; JSON-ready.
+
+    Args:
+        model: what ``Engine.from_pretrained`` takes, or a random model (``models.RANDOM``).
+        peer: "none" times this engine alone.
+        repeats: timed images a side.
+        batch: images drawn at once.
+        cfg: guidance scale; the port's loop only runs above 1.
+        seed: of a random model's weights and prompts.
+        progress: called with (repeats done, repeats in all).
+
+    Returns:
+        ``results``, one object a provider (times of one batch of images, medians and quantiles
+        0.2 and 0.8), ``ratio`` (this engine / port, median over the pairs; None without a peer) and
+        what was run where. ``pack_ms`` is spent once for a set of weights, not once an image.
+
+    Raises:
+        WrongResult: the port draws other codes; nothing was timed.
+        ValueError: repeats or batch below 1, an unknown model or peer, guidance the port lacks.
+        CheckpointError: no such checkpoint.
+    """
+    if repeats < 1 or batch < 1:
+        raise ValueError(f"repeats = {repeats}, batch = {batch}; both must be at least 1")
+    if peer not in (PORT, "none"):
+        raise ValueError(f"peer = {peer!r}; choose 'transformers' or 'none'")
+    if peer == PORT and not cfg > 1:
+        raise ValueError(f"cfg = {cfg}; the port draws only with guidance, above 1")
+    subject = load(model, batch, seed, with_port=peer == PORT)
+    threads_before = torch.get_num_threads()
+    try:
+        found = _compare(subject, cfg, repeats, progress)
+    finally:
+        torch.set_num_threads(threads_before)
+    parameters = sum(p.numel() for p in subject.transformer.parameters())
+    asked = {"model": model, "parameters": parameters, "dtype": "float32"}
+    asked |= {"batch": batch, "cfg": cfg, "repeats": repeats, "seed": seed}
+    return asked | environment() | found
+
+
+def _compare(
+    subject: Subject, cfg: float, repeats: int, progress: Progress | None
+) -> dict[str, Any]:
+    draws, pack = _contestants(subject, cfg)
+    wanted = draws[OURS][0]()
+    for name, variants in draws.items():
+        for draw in variants:
+            _check(name, draw(), wanted)
+    best = {name: _best(variants) for name, variants in draws.items()}
+
+    def at_best(name: str) -> None:
+        draw, threads = best[name]
+        torch.set_num_threads(threads)
+        draw()
+
+    total = repeats * len(best)
+    done = iter(range(1, total + 1))
+    times = alternate(
+        {name: partial(at_best, name) for name in best},
+        repeats,
+        lambda: progress(next(done), total) if progress else None,
+    )
+    images, steps = wanted.shape
+    results = [_row(name, times[name], best[name][1], images, steps) for name in times]
+    pairs = [theirs / ours for ours, theirs in zip(times[OURS], times.get(PORT, []), strict=False)]
+    return {
+        "results": results,
+        "ratio": statistics.median(pairs) if pairs else None,
+        "image_tokens": steps,
+        "prompt_tokens": subject.prompts.shape[1],
+        "pack_ms": pack * 1e3,
+    }
+
+
+def _contestants(subject: Subject, cfg: float) -> tuple[dict[str, list[Draw]], float]:
+    """Each provider's ways of drawing, and the seconds spent on packing this engine's weights."""
+    s, c = subject, subject.transformer.config
+    prompts = s.prompts.tolist()
+    if cfg != 1:
+        middle = [s.pad] * (s.prompts.shape[1] - 2)
+        prompts += [[s.bos, *middle, s.begin_image]] * len(prompts)
+    images = len(s.prompts)
+    holder: list[Any] = [s.transformer]
+
+    def pack() -> None:
+        with torch.inference_mode():
+            holder[0] = PackedTransformer(s.transformer)
+
+    spent = seconds(pack) if packable(s.transformer) else 0.0
+
+    def ours() -> Tensor:
+        sampling = Sampling(temperature=0, cfg=cfg)
+        sampler = Sampler(sampling, 0, torch.arange(images), c.codebook_size, c.image_tokens)
+        return decode_image(holder[0], s.code_table, prompts, sampler, s.pad)
+
+    draws: dict[str, list[Draw]] = {OURS: [ours]}
+    if s.port is not None:
+        kinds = get_args(CacheKind)
+        draws[PORT] = [partial(s.port.generate, s.prompts, cfg, kind) for kind in kinds]
+    return draws, spent
+
+
+def _check(name: str, codes: Tensor, wanted: Tensor) -> None:
+    if codes.shape != wanted.shape:
+        shapes = f"{tuple(codes.shape)}, not {tuple(wanted.shape)}"
+        raise WrongResult(f"{name} drew codes of shape {shapes}; nothing was timed")
+    if not torch.equal(codes, wanted):
+        image, position = (codes != wanted).nonzero()[0].tolist()
+        raise WrongResult(
+            f"{name} drew another picture: code {int(codes[image, position])} at position "
+            f"{position} of image {image}, this engine {int(wanted[image, position])}; "
+            "nothing was timed"
+        )
+
+
+def _best(variants: list[Draw], probes: int = 2) -> tuple[Draw, int]:
+    """The fastest variant and thread count: the best of a few probes, after one to warm up."""
+    scores: dict[tuple[int, int], float] = {}
+    for threads in range(1, (os.cpu_count() or 1) + 1):
+        torch.set_num_threads(threads)
+        for i, draw in enumerate(variants):
+            draw()
+            scores[i, threads] = min(seconds(draw) for _ in range(probes))
+    variant, threads = min(scores, key=scores.__getitem__)
+    return variants[variant], threads
+
+
+def _row(name: str, times: list[float], threads: int, images: int, steps: int) -> dict[str, Any]:
+    spread = quantiles(times)
+    return {
+        "provider": name,
+        "threads": threads,
+        "tokens_per_s": images * steps / spread["median"],
+        # A slow run has few tokens a second: the time's upper quantile is the rate's lower one.
+        "tokens_per_s_q20": images * steps / spread["q80"],
+        "tokens_per_s_q80": images * steps / spread["q20"],
+        "ms_per_step": spread["median"] / steps * 1e3,
+        "ms_per_step_q20": spread["q20"] / steps * 1e3,
+        "ms_per_step_q80": spread["q80"] / steps * 1e3,
+        "images_per_s": images / spread["median"],
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """What ``run`` found, for people."""
+    ratio = "" if result["ratio"] is None else f", {result['ratio']:.2f}x the port"
+    shown = Table(
+        title=f"{result['model']} ({result['parameters'] / 1e6:.1f}M, {result['dtype']}, "
+        f"batch {result['batch']}, cfg {result['cfg']:g}){ratio}"
+    )
+    shown.add_column("provider")
+    for heading in ("threads", "tokens/s", "q20 … q80", "ms/step", "images/s"):
+        shown.add_column(heading, justify="right")
+    for r in result["results"]:
+        shown.add_row(
+            r["provider"],
+            str(r["threads"]),
+            f"{r['tokens_per_s']:.1f}",
+            f"{r['tokens_per_s_q20']:.1f} … {r['tokens_per_s_q80']:.1f}",
+            f"{r['ms_per_step']:.2f}",
+            f"{r['images_per_s']:.3f}",
+        )
+    return shown

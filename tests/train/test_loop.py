@@ -1,0 +1,120 @@
+"""The step loop: resuming repeats the run, and nothing is lost when something goes wrong."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from echogen.train.checkpoint import StateError, load_state, save_state
+from echogen.train.config import LoopConfig
+from echogen.train.loop import TrainingError, run
+from echogen.train.optim import schedule
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class ToyConfig:
+    loop: LoopConfig
+
+
+class Toy:
+    """Regression on noise keyed by the step; stops or breaks where a test asks for it."""
+
+    name = "toy"
+
+    def __init__(self, config: LoopConfig, break_at: int = -1, nan_at: int = -1) -> None:
+        torch.manual_seed(0)
+        self.config = ToyConfig(config)
+        self.module = nn.Sequential()
+        self.module.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 1)])
+        self.break_at, self.nan_at = break_at, nan_at
+        self.exported: list[Path] = []
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        if step == self.break_at:
+            raise KeyboardInterrupt
+        x = torch.randn(8, 6, generator=torch.Generator().manual_seed(step))
+        hidden = self.module.blocks[0](x).relu()
+        loss = (self.module.blocks[1](hidden).float() - x[:, :1]).square().mean()
+        if step == self.nan_at:
+            loss = loss * float("nan")
+        return loss, {"loss": float(loss.detach())}
+
+    def after_step(self, step: int) -> None:
+        pass
+
+    def evaluate(self) -> dict[str, float]:
+        return {"weight": float(self.module.blocks[0].weight.sum())}
+
+    def export(self, folder: Path) -> None:
+        self.exported.append(folder)
+
+
+CONFIG = LoopConfig(
+    steps=12, lr=1e-2, muon_lr=1e-2, warmup=2, log_every=1, eval_every=4, save_every=3, threads=1
+)
+
+
+def rows(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k != "seconds_per_step"} for x in lines]
+
+
+@pytest.mark.parametrize("break_at", [1, 5, 10])
+def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, break_at: int) -> None:
+    run(Toy(CONFIG), CONFIG, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(Toy(CONFIG, break_at=break_at), CONFIG, tmp_path / "broken")
+    resumed = Toy(CONFIG)
+    run(resumed, CONFIG, tmp_path / "broken", resume=True)
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    assert resumed.exported == [tmp_path / "broken" / "model"]
+
+
+def test_a_nan_loss_stops_and_leaves_the_last_state(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"nan.*at step 7"):
+        run(Toy(CONFIG, nan_at=7), CONFIG, tmp_path)
+    assert load_state(tmp_path / "state.pt")["step"] == 6
+
+
+def test_resume_refuses_another_configuration(tmp_path: Path) -> None:
+    run(Toy(CONFIG), CONFIG, tmp_path)
+    other = replace(CONFIG, lr=2e-2)
+    with pytest.raises(StateError, match="another run"):
+        run(Toy(other), other, tmp_path, resume=True)
+
+
+def test_a_torn_state_is_refused_with_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "state.pt"
+    save_state(path, {"step": 1, "x": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(StateError, match=r"state\.pt.*no whole training state"):
+        load_state(path)
+
+
+def test_an_interrupted_write_leaves_the_previous_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state.pt"
+    save_state(path, {"step": 1})
+
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(StateError, match="No space left"):
+        save_state(path, {"step": 2})
+    assert load_state(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_schedule_is_a_trapezoid() -> None:
+    config = LoopConfig(steps=100, lr=1.0, warmup=10, decay=0.5)
+    values = [schedule(step, config) for step in range(100)]
+    assert values[0] == pytest.approx(0.1)
+    assert values[9:50] == [1.0] * 41
+    assert values[75] == pytest.approx(0.5)
+    assert values[99] == pytest.approx(0.02)

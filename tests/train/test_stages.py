@@ -1,0 +1,127 @@
+"""The two trainable stages end to end at toy size: they learn, resume, and export what loads."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from echogen.engine.engine import Engine
+from echogen.engine.layout import Layout, LayoutObject
+from echogen.train import pmtp as pmtp_module
+from echogen.train import vq as vq_module
+from echogen.train.config import LoopConfig, PMTPConfig, VQConfig
+from echogen.train.data import samples, scenes
+from echogen.train.data.scenes import load_scenes, world_version
+from echogen.train.data.shapes import sample_scene
+from echogen.train.loop import run
+from echogen.train.pmtp import PMTPStage
+from echogen.train.vq import VQStage, build_vq
+
+LOOP = LoopConfig(
+    steps=6, lr=2e-3, muon_lr=4e-3, warmup=2, log_every=1, eval_every=6, save_every=2, threads=1
+)
+VQ = VQConfig(loop=LOOP, codes=32, latent=32, multipliers=(1, 1, 1, 1), batch=4, warmup_steps=3)
+PMTP = PMTPConfig(
+    loop=LOOP, width=32, layers=2, heads=2, mlp_width=64, scenes=24, batch=3, extra_grounding=2
+)
+
+
+@pytest.fixture(autouse=True)
+def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of this test's own, and few validation scenes."""
+    monkeypatch.setenv("ECHOGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(pmtp_module, "VAL_SAMPLES", 4)
+    monkeypatch.setattr(vq_module, "VAL_SCENES", 4)
+
+
+def losses(folder: Path) -> list[float]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [row["loss"] for row in map(json.loads, lines) if "loss" in row]
+
+
+def test_the_tokenizer_trains_and_resumes_to_the_same_numbers(tmp_path: Path) -> None:
+    run(VQStage(VQ, 32), LOOP, tmp_path / "whole")
+    stopped = VQStage(VQ, 32)
+    averages = VQStage.after_step
+
+    def until_four(step: int) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+        averages(stopped, step)
+
+    stopped.after_step = until_four  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, LOOP, tmp_path / "parts")
+    run(VQStage(VQ, 32), LOOP, tmp_path / "parts", resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    rows = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)["module"]
+    norms = rows["vq.quantize.embedding.weight"].norm(dim=-1)
+    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
+
+
+def test_stage_one_trains_resumes_and_exports_a_model_that_loads(tmp_path: Path) -> None:
+    vq = build_vq(VQ, 32)
+    run(PMTPStage(PMTP, vq), LOOP, tmp_path / "whole")
+    stage = PMTPStage(PMTP, vq)
+
+    def until_four(step: int) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    stage.after_step = until_four  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run(stage, LOOP, tmp_path / "parts")
+    run(PMTPStage(PMTP, vq), LOOP, tmp_path / "parts", resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+    engine = Engine.from_pretrained(tmp_path / "whole" / "model")
+    layout = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
+    result = engine.cycle(layout, samples=2)
+    assert result.images[0].size == (64, 64) and len(result.boxes) == 2
+    with pytest.raises(ValueError, match="SigLIP path was not trained"):
+        engine.ground(result.images[0], ["a red circle"], features="pixels")
+
+
+def test_stage_one_learns_its_targets(tmp_path: Path) -> None:
+    config = dataclasses.replace(PMTP, scenes=4, loop=dataclasses.replace(LOOP, lr=5e-3))
+    stage = PMTPStage(config, build_vq(VQ, 32))
+    optimizer = torch.optim.AdamW(stage.module.parameters(), lr=5e-3)
+    values = []
+    for step in range(40):
+        loss, numbers = stage.loss(step)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        values.append((numbers["l2i"], numbers["i2l"]))
+    first, last = np.mean(values[:3], 0), np.mean(values[-3:], 0)
+    assert (last < 0.7 * first).all(), (first, last)
+
+
+def test_codes_are_cached_under_the_hash_of_their_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vq = build_vq(VQ, 32)
+    drawn = load_scenes("train", 3)
+    first = samples.load_codes(vq, "train", drawn)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(samples, "encode_image", fail)
+    assert (samples.load_codes(vq, "train", drawn) == first).all()
+    with torch.no_grad():
+        vq.quant_conv.bias.add_(1)
+    with pytest.raises(AssertionError, match="encoded again"):
+        samples.load_codes(vq, "train", drawn)
+
+
+def test_cached_scenes_are_the_drawn_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = load_scenes("val", 5)
+    assert drawn == [sample_scene("val", i) for i in range(5)]
+    monkeypatch.setattr(scenes, "sample_scene", None)
+    assert load_scenes("val", 5) == drawn
+    assert len(world_version()) == 12

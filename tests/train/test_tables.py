@@ -1,0 +1,101 @@
+"""The tables: perfect answers score 1, wrong ones lose what they should, intervals cover."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from echogen.train.data.scenes import render
+from echogen.train.data.shapes import Scene, sample_scene
+from echogen.train.eval.intervals import estimate
+from echogen.train.eval.judge import Detection, detect
+from echogen.train.eval.matching import class_ious
+from echogen.train.eval.tables import (
+    cycle_table,
+    frechet_distance,
+    i2l_table,
+    l2i_table,
+    layouts_of,
+)
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [sample_scene("val", i) for i in range(24)]
+
+
+@pytest.fixture(scope="module")
+def found(scenes: list[Scene]) -> list[list[Detection]]:
+    return [detect(image) for image in render(scenes)]
+
+
+def test_true_pictures_score_one(scenes: list[Scene], found: list[list[Detection]]) -> None:
+    table = l2i_table(scenes, layouts_of(scenes, 0), found)
+    for name in ("ap50", "acc50", "spatial", "color", "texture", "shape"):
+        assert table[name] == pytest.approx(1.0), name
+    assert table["ap"] > 0.95
+
+
+def test_a_wrong_colour_costs_colour_and_class_alone(
+    scenes: list[Scene], found: list[list[Detection]]
+) -> None:
+    swap = {"red": "blue", "blue": "red"}
+    wrong = [[dataclasses.replace(d, color=swap.get(d.color, d.color)) for d in f] for f in found]
+    table = l2i_table(scenes, layouts_of(scenes, 0), wrong)
+    painted = np.mean([o.color in swap for s in scenes for o in s.objects])
+    assert table["color"] == pytest.approx(1 - painted)
+    assert table["acc50"] < 1 and table["spatial"] == table["shape"] == 1
+
+
+def test_empty_pictures_score_zero(scenes: list[Scene]) -> None:
+    table = l2i_table(scenes, layouts_of(scenes, 0), [[] for _ in scenes])
+    assert all(table[n] == 0 for n in ("ap", "ap50", "ap75", "acc50", "spatial", "texture"))
+
+
+def test_one_detection_answers_for_one_object_only(scenes: list[Scene]) -> None:
+    scene = next(s for s in scenes if len(s.objects) >= 2)
+    twin = Scene((scene.objects[0], scene.objects[0]))
+    one = [Detection(*_class(scene), box=tuple(scene.boxes()[0].tolist()), score=1.0)]
+    assert sorted(class_ious(twin, one)) == [0.0, pytest.approx(1.0)]
+
+
+def _class(scene: Scene) -> tuple[str, str, str]:
+    first = scene.objects[0]
+    return first.shape, first.color, first.texture
+
+
+def test_grounding_accuracies_follow_ref_l4() -> None:
+    target = [np.array([[0.0, 0.0, 0.5, 1.0]])] * 4
+    boxes = [[(0.0, 0.0, x, 1.0)] for x in (0.5, 0.4, 0.3, 0.2)]  # IoU 1, 0.8, 0.6, 0.4
+    table = i2l_table(target, boxes)
+    assert (table["acc50"], table["acc75"], table["acc90"]) == (0.75, 0.5, 0.25)
+    assert table["macc"] == pytest.approx((10 + 7 + 3) / 40, abs=0.026)  # thresholds at the IoUs
+
+
+def test_the_gap_is_self_judged_minus_judged(
+    scenes: list[Scene], found: list[list[Detection]]
+) -> None:
+    layouts = layouts_of(scenes, 0)
+    boxes = [[o.box for o in layout.objects] for layout in layouts]
+    table = cycle_table(scenes, layouts, boxes, [[] for _ in scenes])
+    assert table["self_iou"] == pytest.approx(1) and table["judge_iou"] == 0
+    assert table["gap"] == pytest.approx(1) and table["reward"] == pytest.approx(1)
+    assert cycle_table(scenes, layouts, boxes, found)["gap"] < 0.05
+
+
+def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(60):
+        images = [(rng.random(rng.integers(1, 4)) < 0.7) * 1.0 for _ in range(80)]
+        e = estimate(images)
+        hits += e.low <= 0.7 <= e.high
+    assert hits >= 52
+
+
+def test_frechet_distance_of_shifted_gaussians() -> None:
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(4000, 3))
+    assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(a, a + [3, 0, 0]) == pytest.approx(9, rel=1e-6)
