@@ -44,7 +44,7 @@ class KVCache:
 
     def _open(self, end: int) -> None:
         """Make every layer's views of slots ``length`` … ``end`` and of all up to ``end`` at once:
-        slicing them layer by layer took 8 µs a layer, a twentieth of the tiny model's step."""
+        against slicing layer by layer a step of a 6-layer model took 1.33 instead of 1.38 ms."""
         self._window = (self.length, end)
         self._new = self._halves(self._block[:, :, :, self.length : end])
         self._seen = self._halves(self._block[:, :, :, :end])

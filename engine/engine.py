@@ -24,6 +24,7 @@ from echogen.engine.decode import Progress, decode_image
 from echogen.engine.ground import ground_images
 from echogen.engine.layout import Box, Layout, LayoutError
 from echogen.engine.model import UnifiedTransformer
+from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.prompt import QUESTION, BoxCodec, LocationCodec, Prompts, TextualCodec
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.tokens import add_box_tokens
@@ -68,6 +69,7 @@ class Engine:
         self.sampling = sampling or Sampling()
         self.pixels_trained = pixels_trained
         self._code_table = torch.empty(0)
+        self._decoder: UnifiedTransformer | PackedTransformer | None = None
         self.refresh()
 
     # --- loading and saving ---------------------------------------------------------------------
@@ -153,6 +155,17 @@ class Engine:
     def refresh(self) -> None:
         """Rebuild what is derived from the weights; call it after they changed."""
         self._code_table = self.transformer.code_table().detach()
+        self._decoder = None
+
+    @property
+    def decoder(self) -> UnifiedTransformer | PackedTransformer:
+        """The transformer as drawing runs it: on a CPU a packed copy, made at first use and held
+        until ``refresh`` (made for every image it would cost the tiny model 13 ms of 110)."""
+        if self._decoder is None:
+            with torch.inference_mode():
+                packed = packable(self.transformer)
+                self._decoder = PackedTransformer(self.transformer) if packed else self.transformer
+        return self._decoder
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +222,7 @@ class Engine:
             )
         sampler = Sampler(sampling, seed, ids, c.codebook_size, c.image_tokens)
         return decode_image(
-            self.transformer, self._code_table, prompts, sampler, self.prompts.pad, progress
+            self.decoder, self._code_table, prompts, sampler, self.prompts.pad, progress
         )
 
     def decode(self, codes: Tensor) -> list[Image.Image]:

@@ -104,8 +104,9 @@ class _Branches:
     def prefill(self) -> Tensor:
         """Run trunk and questions; text logits at the end of every branch [B, K, vocab]."""
         before, after = (
-            self._model.embed_text(torch.tensor(ids, device=self._image.device))
-            .expand(self._rows, -1, -1)
+            self._model.embed_text(torch.tensor(ids, device=self._image.device)).expand(
+                self._rows, -1, -1
+            )
             for ids in (self._before, self._after)
         )
         questions = self._model.embed_text(self._ids)

@@ -102,8 +102,8 @@ class PMTPConfig:
     rope_theta: float = 1000.0
     bins: int = 65
     scenes: int = 40_000
-    batch: int = 16
-    extra_grounding: int = 16
+    batch: int = 32
+    extra_grounding: int = 0
     branches: int = 6
     prompt_dropout: float = 0.1
     temperature: float = 1.0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ class JanusPort:
     def __init__(self, port: JanusForConditionalGeneration, begin_image: int) -> None:
         self._port = port.eval()
         self._port.set_attn_implementation("sdpa")
-        ids = port.config.text_config
+        ids: Any = port.config.text_config
         self._generation = GenerationConfig(
             do_sample=False,
             bos_token_id=ids.bos_token_id,

@@ -15,6 +15,12 @@ from echogen.bench.speed import engine
 MICRO = "random:micro"
 
 
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    """On a machine whose cores are taken, a second thread turned 1 s into 20."""
+    monkeypatch.setattr(engine.os, "cpu_count", lambda: 1)
+
+
 def test_run_reports_both_providers():
     threads, seen = torch.get_num_threads(), []
     result = engine.run(MICRO, repeats=1, progress=lambda done, total: seen.append((done, total)))

@@ -117,5 +117,9 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 @pytest.fixture(scope="session")
 def small_tokenizer() -> PreTrainedTokenizerFast:
     """The tiny models' tokenizer, trained on a few texts, with 33 location tokens."""
-    texts = ["a red circle in front of a blue square", "the left of the two green stars", "[10, 25]"]
+    texts = [
+        "a red circle in front of a blue square",
+        "the left of the two green stars",
+        "[10, 25]",
+    ]
     return train_tokenizer(texts * 3, bins=33, merges=60)

@@ -258,7 +258,7 @@ def read(act) -> Layout | None:
         return None
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None, derandomize=True)
 @given(st.one_of(VALUES, LIKELY, MUTATED))
 def test_any_json_is_taken_unchanged_or_refused(data):
     unchanged_or_refused(data, read(lambda: Layout.from_dict(data)))
@@ -266,7 +266,7 @@ def test_any_json_is_taken_unchanged_or_refused(data):
     unchanged_or_refused(data, read(lambda: Layout.loads(text)))
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=100, deadline=None, derandomize=True)
 @given(
     st.sampled_from([json.dumps(PLAIN), json.dumps(PIXELS, ensure_ascii=False)]),
     st.integers(0, 400),

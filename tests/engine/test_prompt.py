@@ -151,19 +151,17 @@ def boxes(draw, scale: int) -> tuple[float, float, float, float]:
 
 
 def check_recovered(found, box, scale: int) -> None:
-    for low in (0, 1):
-        a, b, wide = box[low], box[low + 2], box[low + 2] - box[low] >= 1 / scale
-        bin_a, bin_b = found[low] * scale, found[low + 2] * scale
-        if wide:
-            assert abs(found[low] - a) <= 0.5 / scale + 1e-12
-            assert abs(found[low + 2] - b) <= 0.5 / scale + 1e-12
-        else:  # at least a bin, and no further away than one
-            assert 1 - 1e-9 <= bin_b - bin_a <= 1 + 1e-9 or bin_b - bin_a <= 2
-            assert abs(found[low] - a) <= 1 / scale + 1e-12
-            assert abs(found[low + 2] - b) <= 1.5 / scale + 1e-12
+    """Half a bin at most; a side thinner than a bin becomes one bin, not far away."""
+    for low, high in ((0, 2), (1, 3)):
+        loose = 0.0
+        if box[high] - box[low] < 1 / scale:
+            assert round((found[high] - found[low]) * scale, 6) == 1
+            loose = 1.0
+        assert abs(found[low] - box[low]) * scale <= 0.5 + loose + 1e-9
+        assert abs(found[high] - box[high]) * scale <= 0.5 + loose + 1e-9
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(st.data(), st.sampled_from(CODECS))
 def test_layouts_survive_the_round_trip_to_half_a_bin(both, data, name):
     prompts = both[name]
@@ -179,7 +177,7 @@ def test_layouts_survive_the_round_trip_to_half_a_bin(both, data, name):
     assert prompts.l2i(found) == ids  # quantised boxes stay where they are
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=70, deadline=None, derandomize=True)
 @given(st.data(), st.sampled_from(CODECS))
 def test_answers_parse_and_the_grammar_lets_them_through(both, data, name):
     codec = both[name].codec
@@ -203,7 +201,7 @@ def test_thin_boxes_become_one_bin_inside_the_canvas(scale):
 # --- the grammar ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(18))
 def test_every_walk_through_the_grammar_ends_in_a_box(prompts, seed):
     codec, rng, ids = prompts.codec, random.Random(seed), []
     greedy = seed % 3
@@ -252,7 +250,7 @@ def test_what_is_no_box_parses_to_none(prompts, text):
     assert prompts.codec.parse(ids) is None
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=70, deadline=None, derandomize=True)
 @given(st.data(), st.sampled_from(CODECS))
 def test_unconstrained_garbage_parses_to_none(both, data, name):
     prompts = both[name]

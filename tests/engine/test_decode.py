@@ -1,0 +1,294 @@
+"""Drawing is the port's greedy loop, is the uncached forward, and samples what it says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scipy import stats
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, StaticCache
+
+from echogen.engine.cache import KVCache
+from echogen.engine.decode import decode_image
+from echogen.engine.model import additive_mask
+from echogen.engine.packed import PackedTransformer, packable
+from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.weights import load_checkpoint
+from echogen.kernels.philox import gumbel_noise
+
+BOS, EOS, PAD, BEGIN = 1, 2, 0, 58
+GREEDY = Sampling(temperature=0)
+SHAPES = {
+    "plain": {},
+    "grouped heads": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "tied": {"tied": True, "num_hidden_layers": 3},
+}
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def pair(request, tmp_path_factory, janus_config, random_janus):
+    """A port model, and its transformer as the engine loads it."""
+    port = random_janus(janus_config(**SHAPES[request.param]), seed=20)
+    folder = tmp_path_factory.mktemp("checkpoint")
+    port.save_pretrained(folder)
+    return port, load_checkpoint(folder).transformer
+
+
+@pytest.fixture
+def model(pair):
+    return pair[1]
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    middle = torch.randint(3, BEGIN, (length - 2,), generator=generator).tolist()
+    return [BOS, *middle, BEGIN]
+
+
+def unconditional(ids: list[int]) -> list[int]:
+    return [BOS, *[PAD] * (len(ids) - 2), BEGIN]
+
+
+def draw(model, prompts, sampling=GREEDY, seed=0, draws=None, sampler=Sampler) -> Tensor:
+    """Codes of ``prompts``; the unconditional rows are added here."""
+    c = model.config
+    ids = torch.arange(len(prompts)) if draws is None else torch.tensor(draws)
+    rows = prompts if sampling.cfg == 1 else prompts + [unconditional(p) for p in prompts]
+    made = sampler(sampling, seed, ids, c.codebook_size, c.image_tokens)
+    with torch.no_grad():
+        table = model.code_table()
+    return decode_image(model, table, rows, made, PAD)
+
+
+class Recorder(Sampler):
+    """Keeps the logits of every step."""
+
+    def __init__(self, *arguments) -> None:
+        super().__init__(*arguments)
+        self.seen: list[Tensor] = []
+        Recorder.last = self
+
+    def __call__(self, logits: Tensor, step: int) -> Tensor:
+        self.seen.append(logits.clone())
+        return super().__call__(logits, step)
+
+
+@torch.inference_mode()
+def full_logits(model, ids: list[int], codes: Tensor) -> Tensor:
+    """Image logits of every code of one image, by one forward without a cache."""
+    embedded = torch.cat(
+        (model.embed_text(torch.tensor([ids])), model.embed_codes(codes[None, :-1])), 1
+    )
+    length = embedded.shape[1]
+    mask = additive_mask(torch.ones(1, length, length, dtype=torch.bool).tril(), embedded.dtype)
+    hidden = model(embedded, torch.arange(length), mask)
+    return model.image_head(hidden[0, len(ids) - 1 :])
+
+
+# --- greedy ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("seed, rows, length", [(0, 1, 5), (1, 3, 9), (2, 2, 17)])
+def test_greedy_guided_codes_are_the_ports(pair, seed, rows, length, cache):
+    port, model = pair
+    prompts = [prompt(length, 100 * seed + i) for i in range(rows)]
+    ids = torch.tensor(prompts)
+    total = length + model.config.image_tokens
+    past = (
+        DynamicCache(config=port.config.text_config)
+        if cache == "dynamic"
+        else StaticCache(config=port.config.text_config, max_cache_len=total)
+    )
+    wanted = port.generate(
+        inputs=ids,
+        attention_mask=torch.ones_like(ids),
+        generation_mode="image",
+        generation_config=GenerationConfig(
+            do_sample=False,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            pad_token_id=PAD,
+            generation_kwargs={"boi_token_id": BEGIN},
+        ),
+        guidance_scale=5.0,
+        max_length=total,
+        past_key_values=past,
+    )
+    found = draw(model, prompts, Sampling(temperature=0, cfg=5.0))
+    assert torch.equal(found, wanted)
+    assert len(found.unique()) > 3  # a constant image would prove little
+
+
+def test_greedy_codes_without_guidance_are_those_of_the_uncached_forward(model):
+    prompts = [prompt(7, seed) for seed in range(3)]
+    found = draw(model, prompts)
+    for ids, row in zip(prompts, found, strict=True):
+        codes = torch.zeros(0, dtype=torch.int64)
+        for _ in range(model.config.image_tokens):
+            nothing = torch.zeros(1, dtype=torch.int64)
+            logits = full_logits(model, ids, torch.cat((codes, nothing)))
+            codes = torch.cat((codes, logits[-1:].argmax(-1)))
+        assert torch.equal(codes, row)
+
+
+@pytest.mark.parametrize("cfg", [1.0, 3.0])
+@pytest.mark.parametrize("lengths", [(6, 6), (3, 9, 5)], ids=["even", "ragged"])
+def test_decoding_logits_are_those_of_the_uncached_forward(model, relative_error, lengths, cfg):
+    prompts = [prompt(n, seed) for seed, n in enumerate(lengths)]
+    codes = draw(model, prompts, Sampling(temperature=0, cfg=cfg), sampler=Recorder)
+    steps = torch.stack(Recorder.last.seen, 1)
+    rows = prompts if cfg == 1 else prompts + [unconditional(p) for p in prompts]
+    assert len(steps) == len(rows)
+    for i, ids in enumerate(rows):
+        wanted = full_logits(model, ids, codes[i % len(prompts)])
+        assert relative_error(steps[i], wanted) < 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@torch.inference_mode()
+def test_a_cached_forward_in_pieces_is_the_whole(model, relative_error, packed):
+    if packed and not packable(model):
+        pytest.skip("oneDNN cannot pack this model here")
+    run = PackedTransformer(model, 2) if packed else model
+    generator = torch.Generator().manual_seed(3)
+    embedded = torch.randn(2, 15, model.config.width, generator=generator)
+    whole = additive_mask(torch.ones(1, 15, 15, dtype=torch.bool).tril(), torch.float32)
+    wanted = model(embedded, torch.arange(15), whole)
+    cache, pieces = KVCache(model.config, 2, 15), []
+    for first, last in ((0, 6), (6, 10), (10, 11), (11, 12), (12, 15)):
+        pieces.append(
+            run(
+                embedded[:, first:last],
+                torch.arange(first, last),
+                whole[:, :, first:last, :last] if last - first > 1 else None,
+                cache,
+            )
+        )
+    assert relative_error(torch.cat(pieces, 1), wanted) < 1e-5
+    with pytest.raises(ValueError, match="larger capacity"):
+        cache.advance(1)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(cfg=4.0), Sampling(top_k=5)])
+def test_ragged_prompts_draw_what_each_draws_alone(model, sampling):
+    prompts = [prompt(n, seed) for seed, n in enumerate((2, 11, 5, 8))]
+    together = draw(model, prompts, sampling, seed=3, draws=[4, 5, 6, 7])
+    for i, ids in enumerate(prompts):
+        alone = draw(model, [ids], sampling, seed=3, draws=[4 + i])
+        assert torch.equal(alone[0], together[i])
+
+
+def test_shorter_unconditional_prompts(model):
+    """PlanGen's unconditional prompt is shorter than the conditional ones beside it."""
+    c, prompts, empty = model.config, [prompt(9, 0), prompt(6, 1)], prompt(4, 2)
+    sampling = Sampling(temperature=0, cfg=5.0)
+
+    def codes(rows: list[list[int]]) -> Tensor:
+        sampler = Sampler(sampling, 0, torch.arange(len(rows) // 2), c.codebook_size, 16)
+        return decode_image(model, model.code_table().detach(), rows, sampler, PAD)
+
+    together = codes([*prompts, empty, empty])
+    for i, ids in enumerate(prompts):
+        assert torch.equal(codes([ids, empty])[0], together[i])
+        conditional, other = (full_logits(model, p, together[i]) for p in (ids, empty))
+        assert torch.equal((other + 5 * (conditional - other)).argmax(-1), together[i])
+
+
+# --- sampling -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(cfg=3.0, temperature=0.8, top_p=0.9)])
+def test_codes_do_not_depend_on_the_batch(model, sampling):
+    prompts = [prompt(6, seed) for seed in range(4)]
+    draws = [10, 3, 77, 2**32 - 1]
+    together = draw(model, prompts, sampling, seed=8, draws=draws)
+    order = [2, 0, 3, 1]
+    shuffled = draw(model, [prompts[i] for i in order], sampling, 8, [draws[i] for i in order])
+    assert torch.equal(shuffled, together[order])
+    assert torch.equal(draw(model, prompts[1:2], sampling, 8, draws[1:2])[0], together[1])
+
+
+def test_seed_and_draw_decide_the_codes(model):
+    prompts = [prompt(6, 0)] * 3
+    codes = draw(model, prompts, Sampling(), seed=1)
+    assert torch.equal(draw(model, prompts, Sampling(), seed=1), codes)
+    assert not torch.equal(draw(model, prompts, Sampling(), seed=2), codes)
+    assert len(codes.unique(dim=0)) == 3
+    assert ((codes >= 0) & (codes < model.config.codebook_size)).all()
+
+
+def test_progress_is_told_of_every_step(model):
+    told, c = [], model.config
+    sampler = Sampler(GREEDY, 0, torch.arange(1), c.codebook_size, c.image_tokens)
+    table = model.code_table().detach()
+    decode_image(model, table, [prompt(4, 0)], sampler, PAD, lambda *s: told.append(s))
+    assert told == [(i, 16) for i in range(1, 17)]
+
+
+V, DRAWS = 7, 20_000
+COND = torch.tensor([1.5, 0.2, -0.4, 0.9, -2.0, 0.5, 1.1])
+UNCOND = torch.tensor([0.3, 0.8, -0.1, -0.7, 0.4, 0.0, 1.0])
+
+
+def stated(sampling: Sampling) -> list[float]:
+    """The documented distribution, code by code in plain Python floats."""
+    guided = [
+        u + sampling.cfg * (c - u) for c, u in zip(COND.tolist(), UNCOND.tolist(), strict=True)
+    ]
+    weights = torch.tensor(guided, dtype=torch.float64).div(sampling.temperature).exp().tolist()
+    ranked = sorted(range(V), key=lambda i: -weights[i])
+    if sampling.top_k:
+        ranked = ranked[: sampling.top_k]
+    total, kept, mass = sum(weights[i] for i in ranked), [], 0.0
+    for i in ranked:
+        if mass >= sampling.top_p:
+            break
+        kept.append(i)
+        mass += weights[i] / total
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(V)]
+
+
+@pytest.mark.parametrize("sampling", [
+    Sampling(), Sampling(temperature=0.5), Sampling(temperature=2.0, cfg=3.0), Sampling(cfg=0.0),
+    Sampling(top_k=3), Sampling(cfg=2.0, top_k=1), Sampling(top_p=0.7), Sampling(top_p=1e-6),
+    Sampling(temperature=1.3, cfg=1.5, top_k=5, top_p=0.8), Sampling(top_k=99),
+])  # fmt: skip
+def test_draws_follow_the_stated_distribution(sampling):
+    logits = COND.expand(DRAWS, V)
+    if sampling.cfg != 1:
+        logits = torch.cat((logits, UNCOND.expand(DRAWS, V)))
+    sampler = Sampler(sampling, 5, torch.arange(DRAWS), V, 4)
+    counts = torch.stack([sampler(logits, s).bincount(minlength=V) for s in range(2)]).sum(0)
+    wanted = torch.tensor(stated(sampling), dtype=torch.float64)
+    kept = wanted > 0
+    assert counts[~kept].sum() == 0
+    if kept.sum() > 1:
+        test = stats.chisquare(counts[kept].numpy(), (wanted[kept] * counts.sum()).numpy())
+        assert test.pvalue > 0.001
+
+
+def test_noise_is_keyed_by_position_however_the_steps_are_visited(monkeypatch):
+    """Blocks of positions are an implementation's matter: their size and order do not show."""
+    logits, draws = COND.expand(6, V), torch.arange(6) + 40
+    wanted = {
+        step: (logits + gumbel_noise(5, draws, torch.tensor(step), V)).argmax(-1)
+        for step in range(10)
+    }
+    for block in (1, 6 * V * 3, 1 << 21):
+        monkeypatch.setattr(Sampler, "BLOCK", block)
+        for order in (range(10), reversed(range(10)), (0, 4, 8, 1, 9, 9, 0, 7)):
+            sampler = Sampler(Sampling(), 5, draws, V, 10)
+            for step in order:
+                assert torch.equal(sampler(logits, step), wanted[step])
+
+
+@pytest.mark.parametrize("wrong", [
+    {"temperature": -1.0}, {"temperature": float("nan")}, {"cfg": -0.5}, {"cfg": float("inf")},
+    {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": float("nan")},
+    {"unconditional": "none"},
+])  # fmt: skip
+def test_settings_that_make_no_distribution_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        Sampling(**wrong)

@@ -1,0 +1,128 @@
+"""Finding many expressions at once gives what each gives alone, by one full forward a token."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from echogen.engine.config import ModelConfig
+from echogen.engine.ground import ground_images
+from echogen.engine.layout import Box
+from echogen.engine.model import UnifiedTransformer, additive_mask
+from echogen.engine.prompt import LocationCodec, Prompts, TextualCodec
+
+EXPRESSIONS = [
+    ["a red circle", "the left of the two green stars", "a blue square in front"],
+    ["a star"],
+    ["two green stars", "a circle"],
+]
+
+
+@pytest.fixture(scope="module")
+def small(janus_config, small_tokenizer) -> UnifiedTransformer:
+    """A random model with weights large enough that every token it sees matters."""
+    text = {"vocab_size": len(small_tokenizer), "max_position_embeddings": 256}
+    model = UnifiedTransformer(ModelConfig.from_janus(janus_config(**text)))
+    model.initialise(0, std=0.3)
+    return model.eval()
+
+
+@pytest.fixture(scope="module", params=["location", "textual"])
+def prompts(request, small_tokenizer) -> Prompts:
+    codec = {"location": lambda: LocationCodec(small_tokenizer, 33),
+             "textual": lambda: TextualCodec(small_tokenizer)}[request.param]()  # fmt: skip
+    return Prompts(small_tokenizer, codec)
+
+
+@pytest.fixture(scope="module")
+def images(small) -> Tensor:
+    """Three embedded images [3, T, D]."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (len(EXPRESSIONS), small.config.image_tokens)
+    with torch.no_grad():
+        return small.embed_codes(
+            torch.randint(small.config.codebook_size, shape, generator=generator)
+        )
+
+
+@torch.inference_mode()
+def alone(model: UnifiedTransformer, prompts: Prompts, image: Tensor, expr: str) -> Box:
+    """One expression as one plain causal sequence, recomputed for every token."""
+    before, after = (model.embed_text(torch.tensor(ids)) for ids in prompts.i2l())
+    trunk = torch.cat((before, image, after))
+    answer: list[int] = []
+    while allowed := prompts.codec.allowed(tuple(answer)):
+        tail = model.embed_text(torch.tensor(prompts.branch(expr) + answer))
+        embedded = torch.cat((trunk, tail)).unsqueeze(0)
+        length = embedded.shape[1]
+        causal = torch.ones(1, length, length, dtype=torch.bool).tril()
+        hidden = model(embedded, torch.arange(length), additive_mask(causal, torch.float32))
+        logits = model.text_head(hidden[0, -1])
+        answer.append(max(allowed, key=lambda i: logits[i].item()))
+    box = prompts.codec.parse(answer)
+    assert box is not None
+    return box
+
+
+def test_boxes_are_those_of_each_expression_alone(small, prompts, images):
+    found = ground_images(small, prompts, images, EXPRESSIONS)
+    assert [len(row) for row in found] == [3, 1, 2]
+    wanted = [
+        [alone(small, prompts, image, e) for e in row]
+        for image, row in zip(images, EXPRESSIONS, strict=True)
+    ]
+    assert found == wanted
+    assert len({box for row in found for box in row}) > 2  # one box for all would prove little
+
+
+def test_answers_depend_on_neither_order_nor_number(small, prompts, images):
+    wanted = ground_images(small, prompts, images[:1], EXPRESSIONS[:1])[0]
+    for order in ([2, 0, 1], [1], [2, 1], [0, 0, 2, 0]):
+        asked = [EXPRESSIONS[0][i] for i in order]
+        assert ground_images(small, prompts, images[:1], [asked]) == [[wanted[i] for i in order]]
+
+
+def test_answers_do_not_depend_on_the_batch(small, prompts, images):
+    together = ground_images(small, prompts, images, EXPRESSIONS)
+    order = [2, 0, 1]
+    shuffled = ground_images(small, prompts, images[order], [EXPRESSIONS[i] for i in order])
+    assert shuffled == [together[i] for i in order]
+    for i, row in enumerate(EXPRESSIONS):
+        assert ground_images(small, prompts, images[i : i + 1], [row]) == together[i : i + 1]
+
+
+def test_the_image_and_the_expression_matter(small, prompts, images):
+    """Else the tests above would pass on a model that reads neither."""
+    same = [["a red circle", "a star", "two green stars", "a blue square"]] * 3
+    rows = ground_images(small, prompts, images, same)
+    assert len({tuple(row) for row in rows}) > 1
+    assert any(len(set(row)) > 1 for row in rows)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_boxes_are_always_valid(janus_config, small_tokenizer, prompts, seed):
+    """Whatever the weights: here scaled until the logits are extreme."""
+    text = {"vocab_size": len(small_tokenizer), "max_position_embeddings": 256}
+    model = UnifiedTransformer(ModelConfig.from_janus(janus_config(**text)))
+    model.initialise(seed, std=3.0**seed * 0.02)
+    image = torch.randn(2, 16, 48, generator=torch.Generator().manual_seed(seed))
+    for row in ground_images(model, prompts, image, [["a star", "a circle"], ["x"]]):
+        for x1, y1, x2, y2 in row:
+            assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
+
+
+def test_the_location_codec_takes_four_runs_of_the_model(
+    small, small_tokenizer, images, monkeypatch
+):
+    """The first is the prefill; ``</box>`` is never decoded."""
+    runs, forward = [], UnifiedTransformer.forward
+
+    def counted(self, embeddings, *rest):
+        runs.append(embeddings.shape[1])
+        return forward(self, embeddings, *rest)
+
+    monkeypatch.setattr(UnifiedTransformer, "forward", counted)
+    prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
+    ground_images(small, prompts, images, EXPRESSIONS)
+    assert len(runs) == 4 and runs[1:] == [3, 3, 3]

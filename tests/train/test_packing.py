@@ -1,0 +1,246 @@
+"""The packed sequence of stage 1: trees keep to themselves, and the loss is where it belongs."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from echogen.engine.config import ModelConfig
+from echogen.engine.layout import Layout, LayoutObject
+from echogen.engine.model import UnifiedTransformer, additive_mask, tree_visibility
+from echogen.engine.prompt import LocationCodec, Prompts, TextualCodec
+from echogen.train.data.packing import NO_TARGET, Batch, Tree, i2l_tree, l2i_prompt, l2i_tree, pack
+from echogen.train.tokenizer import train_tokenizer
+
+T, V = 9, 20
+LAYOUT = Layout(
+    "a red circle and a star",
+    (LayoutObject("a red circle", (0.1, 0.1, 0.5, 0.5)), LayoutObject("a star", (0.4, 0, 1, 1))),
+)
+QUESTIONS = [(o.expr, o.box) for o in LAYOUT.objects]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(["a red circle and a star", "a blue circle"] * 3, bins=17, merges=20)
+
+
+@pytest.fixture(scope="module", params=["location", "textual"])
+def prompts(request, tokenizer) -> Prompts:
+    codec = LocationCodec(tokenizer, 17) if request.param == "location" else TextualCodec(tokenizer)
+    return Prompts(tokenizer, codec)
+
+
+@pytest.fixture(scope="module")
+def model(tokenizer) -> UnifiedTransformer:
+    """Random, no weight zero."""
+    config = ModelConfig(
+        vocab_size=len(tokenizer), codebook_size=V, code_dim=4, width=32, layers=3, heads=2,
+        kv_heads=1, head_dim=16, mlp_width=40, head_width=32, aligner_depth=2, pixel_dim=8,
+        pixel_aligner_depth=1, rope_theta=1e4, norm_eps=1e-6, image_tokens=T, image_size=24,
+        max_positions=256, tied=False,
+    )  # fmt: skip
+    model = UnifiedTransformer(config)
+    model.initialise(0, std=0.2)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.05 * torch.randn(p.shape, generator=generator)
+    assert all((p != 0).all() for p in model.parameters())
+    return model
+
+
+def codes(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(V, size=T)
+
+
+@torch.no_grad()
+def logits(model: UnifiedTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Image and text logits at every position, as training computes them."""
+    length = batch.ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    seen = tree_visibility(batch.tree, batch.branch, batch.tree, batch.branch, causal)
+    mask = additive_mask(seen, torch.float32)
+    hidden = model(model.embed_mixed(batch.ids), batch.positions, mask)
+    return model.image_head(hidden), model.text_head(hidden)
+
+
+def some_trees(prompts: Prompts) -> list[Tree]:
+    v = len(prompts.tokenizer)
+    return [
+        l2i_tree(prompts.l2i(LAYOUT), codes(0), v),
+        i2l_tree(prompts, codes(0), QUESTIONS, v),
+        l2i_tree(prompts.unconditional(prompts.l2i(LAYOUT), "empty"), codes(1), v),
+        i2l_tree(prompts, codes(2), QUESTIONS[:1], v),
+        i2l_tree(prompts, codes(1), QUESTIONS[::-1] * 2, v),
+    ]
+
+
+# --- where the loss is ----------------------------------------------------------------------------
+
+
+def test_l2i_targets_are_the_image_codes_and_nothing_else(prompts):
+    prompt, z = prompts.l2i(LAYOUT), codes(0)
+    tree = l2i_tree(prompt, z, 1000)
+    assert tree.ids == prompt + [1000 + c for c in z[:-1]]
+    assert tree.positions == list(range(len(prompt) + T - 1))
+    assert set(tree.branch) == {0}
+    assert set(tree.texts) == {NO_TARGET}
+    # Begin-of-image predicts the first code, every code the next.
+    assert tree.codes[: len(prompt) - 1] == [NO_TARGET] * (len(prompt) - 1)
+    assert tree.codes[len(prompt) - 1 :] == z.tolist()
+    assert prompt[-1] == prompts.begin_image
+
+
+def test_i2l_targets_are_coordinates_and_the_end_of_the_box(prompts):
+    z = codes(0)
+    tree = i2l_tree(prompts, z, QUESTIONS, 1000)
+    before, after = prompts.i2l()
+    trunk = before + [1000 + c for c in z] + after
+    assert tree.ids[: len(trunk)] == trunk
+    assert tree.positions[: len(trunk)] == list(range(len(trunk)))
+    assert tree.branch[: len(trunk)] == [0] * len(trunk)
+    assert set(tree.texts[: len(trunk)]) == set(tree.codes) == {NO_TARGET}
+    at = len(trunk)
+    for k, (expr, box) in enumerate(QUESTIONS, 1):
+        question, answer = prompts.branch(expr), prompts.answer(box)
+        here = slice(at, at + len(question) + len(answer) - 1)
+        assert tree.ids[here] == question + answer[:-1]
+        assert tree.texts[here] == [NO_TARGET] * (len(question) - 1) + answer
+        assert answer[-1] == prompts.box_end
+        assert tree.branch[here] == [k] * (here.stop - here.start)
+        assert tree.positions[here] == [len(trunk) + i for i in range(here.stop - here.start)]
+        at = here.stop
+    assert at == len(tree)
+
+
+@pytest.mark.parametrize("row_tokens", [0, 200, 10_000])
+def test_packing_loses_and_invents_nothing(prompts, row_tokens):
+    trees = some_trees(prompts)
+    batch = pack(trees, row_tokens, prompts.pad)
+    assert batch.ids.shape[1] == max(row_tokens, *map(len, trees))
+    for i, tree in enumerate(trees):
+        here = batch.tree == i
+        for name in ("ids", "positions", "branch", "codes", "texts"):
+            assert getattr(batch, name)[here].tolist() == getattr(tree, name)
+        assert here.any(1).sum() == 1  # in one row, in one piece
+        assert here.sum() == len(tree)
+    padding = batch.tree == -1
+    assert (batch.ids[padding] == prompts.pad).all()
+    assert (batch.codes[padding] == NO_TARGET).all() and (batch.texts[padding] == NO_TARGET).all()
+    if row_tokens == 10_000:
+        assert len(batch.ids) == 1
+
+
+def test_prompt_dropout_takes_the_unconditional_prompt_as_often_as_asked(prompts):
+    rng, whole = np.random.default_rng(0), prompts.l2i(LAYOUT)
+    drawn = [l2i_prompt(prompts, LAYOUT, 0.1, rng) for _ in range(2000)]
+    dropped = [ids for ids in drawn if ids != whole]
+    assert all(ids == prompts.unconditional(whole) for ids in dropped)
+    assert 150 < len(dropped) < 250
+    assert all(l2i_prompt(prompts, LAYOUT, 0.0, rng) == whole for _ in range(20))
+
+
+# --- who sees whom --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row_tokens", [0, 10_000])
+def test_packed_trees_give_what_each_gives_alone(model, prompts, row_tokens, relative_error):
+    trees = some_trees(prompts)
+    row_tokens = min(row_tokens, sum(map(len, trees)) + 5)
+    batch = pack(trees, row_tokens, prompts.pad)
+    together = logits(model, batch)
+    assert all(torch.isfinite(t).all() for t in together)
+    for i, tree in enumerate(trees):
+        single = logits(model, pack([tree], 0, prompts.pad))
+        for found, wanted in zip(together, single, strict=True):
+            assert relative_error(found[batch.tree == i], wanted[0]) < 1e-5
+
+
+def test_a_branch_gives_what_it_gives_as_a_plain_sequence(model, prompts, relative_error):
+    """No trees, no branches: image prefix and one question, causal, positions 0, 1, 2 …"""
+    v = len(prompts.tokenizer)
+    whole = i2l_tree(prompts, codes(0), QUESTIONS, v)
+    found = logits(model, pack([whole], 0, prompts.pad))[1][0]
+    for k, question in enumerate(QUESTIONS, 1):
+        tree = i2l_tree(prompts, codes(0), [question], v)
+        ids = torch.tensor([tree.ids])
+        causal = torch.ones(1, len(tree), len(tree), dtype=torch.bool).tril()
+        with torch.no_grad():
+            hidden = model(
+                model.embed_mixed(ids),
+                torch.arange(len(tree)),
+                additive_mask(causal, torch.float32),
+            )
+            wanted = model.text_head(hidden[0])
+        assert relative_error(found[torch.tensor(whole.branch) == k],
+                              wanted[torch.tensor(tree.branch) == 1]) < 1e-5  # fmt: skip
+
+
+def test_the_layout_prompt_leaves_grounding_bit_identical(model, prompts):
+    """No path leads from the prompt, which holds the answer, to the questions, in any layer."""
+    v, prompt = len(prompts.tokenizer), prompts.l2i(LAYOUT)
+    other = [prompt[0], *prompt[1:-2][::-1], *prompt[-2:]]
+    assert len(other) == len(prompt) and other != prompt
+    grounding = i2l_tree(prompts, codes(0), QUESTIONS, v)
+    results = []
+    for ids in (prompt, other):
+        drawing = l2i_tree(ids, codes(0), v)
+        # One row, the prompt in front of the questions: causality alone would let them see it.
+        batch = in_one_row([drawing, grounding])
+        image, text = logits(model, batch)
+        results.append((image[batch.tree == 0], text[batch.tree == 1]))
+    assert not torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("changed", [1, 2])
+def test_a_question_leaves_the_others_bit_identical(model, prompts, changed):
+    v = len(prompts.tokenizer)
+    tree = i2l_tree(prompts, codes(0), [*QUESTIONS, ("a circle", (0.2, 0.2, 0.4, 0.8))], v)
+    branch = torch.tensor(tree.branch)
+    batch = in_one_row([tree])
+    before = logits(model, batch)[1][0]
+    batch.ids[0, branch == changed] = batch.ids[0, branch == changed].flip(0)
+    after = logits(model, batch)[1][0]
+    assert torch.equal(before[branch != changed], after[branch != changed])
+    assert not torch.equal(before[branch == changed], after[branch == changed])
+
+
+def test_a_planted_leak_is_seen(model, prompts):
+    """The tests above would notice: without the tree numbers the prompt reaches the questions."""
+    v, prompt = len(prompts.tokenizer), prompts.l2i(LAYOUT)
+    other = [prompt[0], *prompt[1:-2][::-1], *prompt[-2:]]
+    grounding = i2l_tree(prompts, codes(0), QUESTIONS, v)
+    texts = []
+    for ids in (prompt, other):
+        batch = in_one_row([l2i_tree(ids, codes(0), v), grounding])
+        here = batch.tree == 1
+        batch.tree.zero_()
+        texts.append(logits(model, batch)[1][here])
+    assert not torch.allclose(*texts, atol=1e-4)
+
+
+def in_one_row(trees: list[Tree]) -> Batch:
+    """Trees one behind the other in the order given, which `pack` decides by length."""
+
+    def row(name: str) -> Tensor:
+        return torch.tensor([[v for tree in trees for v in getattr(tree, name)]])
+
+    number = torch.tensor([[i for i, tree in enumerate(trees) for _ in tree.ids]])
+    return Batch(
+        tree=number, **{n: row(n) for n in ("ids", "positions", "branch", "codes", "texts")}
+    )
+
+
+@pytest.fixture(scope="module")
+def relative_error():
+    """Largest difference over largest magnitude."""
+
+    def measure(found: Tensor, wanted: Tensor) -> float:
+        assert found.shape == wanted.shape
+        return ((found - wanted).abs().max() / wanted.abs().max()).item()
+
+    return measure
