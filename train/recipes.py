@@ -13,7 +13,9 @@ def tiny() -> Recipe:
         name="tiny",
         vq=VQConfig(loop=LoopConfig(steps=1800, lr=1e-3), warmup_steps=300),
         pmtp=PMTPConfig(
-            loop=LoopConfig(steps=4600, lr=2e-3, muon_lr=6e-3, eval_every=1000, threads=2)
+            loop=LoopConfig(
+                steps=4450, lr=2e-3, muon_lr=6e-3, decay=0.55, eval_every=1000, threads=2
+            )
         ),
     )
 

@@ -219,8 +219,11 @@ def test_every_box_of_a_few_bins_is_reached_and_no_other():
     texts = {f"[{a}, {c}, {b}, {d}]" for a, b in pairs[::3] for c, d in pairs[::4]}
     beginnings = {t[:i] for t in texts for i in range(len(t) + 1)}
     assert all(feasible(t, scale) for t in beginnings)
-    for text in ("[11", "[00", "[01", "[5, 5, 5", "[5, 5, 6, 5", "[5,5", "[ 5", "x", "[5, 5, 12",
-                 "[10, 10, 10", "[10, 10, 11, 11]]", "[5, 5, 6, 7] ", "[1]", "[,", "[1,  2"):  # fmt: skip
+    wrong = (
+        "[11", "[00", "[01", "[5, 5, 5", "[5, 5, 6, 5", "[5,5", "[ 5", "x", "[5, 5, 12", "[1,  2",
+        "[10, 10, 10", "[10, 10, 11, 11]]", "[5, 5, 6, 7] ", "[1]", "[,",
+    )  # fmt: skip
+    for text in wrong:
         assert not feasible(text, scale), text
     assert feasible("[10, 10, 1", scale) and not feasible("[10, 10, 2", scale)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -97,7 +98,7 @@ def test_a_better_match_has_a_higher_reward():
     target = [0.2, 0.2, 0.6, 0.6]
     shifted = [one([0.2 + d, 0.2, 0.6 + d, 0.6], target) for d in (0, 0.05, 0.1, 0.2, 0.4)]
     assert shifted[0] == 1
-    assert all(a > b for a, b in zip(shifted, shifted[1:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(shifted))
     assert shifted[-1] > one([NAN] * 4, target) == 0
     # Beyond any overlap, the nearer box is still the better one.
     assert one([0.6, 0.2, 1.0, 0.6], target) > one([0.6, 0.6, 1.0, 1.0], target)
