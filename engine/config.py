@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import JanusConfig
 
@@ -67,7 +68,9 @@ class ModelConfig:
             ConfigError: the checkpoint asks for something the engine does not compute (a biased
                 attention, another activation, scaled RoPE, a VQ grid unlike the image tokens).
         """
-        text, vision, vq = config.text_config, config.vision_config, config.vq_config
+        text: Any = config.text_config
+        vision: Any = config.vision_config
+        vq: Any = config.vq_config
         rope = dict(getattr(text, "rope_parameters", None) or {})
         wanted = {
             "text_config.model_type": (text.model_type, "llama"),

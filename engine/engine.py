@@ -129,7 +129,8 @@ class Engine:
             "pad_token_id": prompts.pad,
             "generation_kwargs": {"boi_token_id": prompts.begin_image},
         }
-        self.config.text_config.vocab_size = self.transformer.config.vocab_size
+        text: Any = self.config.text_config
+        text.vocab_size = self.transformer.config.vocab_size
         save_checkpoint(
             folder,
             self.config,

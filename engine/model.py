@@ -35,6 +35,8 @@ class Rotary(nn.Module):
     def __init__(self, head_dim: int, positions: int, theta: float) -> None:
         super().__init__()
         self.head_dim, self.theta = head_dim, theta
+        self.cos: Tensor
+        self.sin: Tensor
         self.register_buffer("cos", torch.empty(0), persistent=False)
         self.register_buffer("sin", torch.empty(0), persistent=False)
         self.build(positions)
@@ -165,8 +167,8 @@ class UnifiedTransformer(nn.Module):
                 nn.init.normal_(p, 0, residual if into_residual else std, generator)
         # Codes are 8 numbers wide: at std 0.02 they would all look alike to the aligner.
         nn.init.normal_(self.code_embedding.weight, 0, 1.0, generator)
-        first = self.code_aligner.layers[0].weight
-        nn.init.normal_(first, 0, first.shape[1] ** -0.5, generator)  # type: ignore[arg-type]
+        first = self.code_aligner.get_parameter("layers.0.weight")
+        nn.init.normal_(first, 0, first.shape[1] ** -0.5, generator)
 
     def embed_text(self, ids: Tensor) -> Tensor:
         """Text ids [...] → [..., D]."""

@@ -120,7 +120,7 @@ class TextualCodec:
     steps = 26  # "[1000, 1000, 1000, 1000]" one character a token, and two to spare
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        texts = {i: tokenizer.decode([i]) for i in sorted(set(tokenizer.get_vocab().values()))}
+        texts = {i: _decode(tokenizer, [i]) for i in sorted(set(tokenizer.get_vocab().values()))}
         special = set(tokenizer.all_special_ids)
         self._pieces = {
             i: t
@@ -152,7 +152,8 @@ def feasible(text: str, scale: int) -> bool:
     y1 < y2 ≤ scale, integers without leading zeros."""
     if not text.startswith("["):
         return not text
-    rest, done = text[1:], []
+    rest = text[1:]
+    done: list[int] = []
     for i in range(4):
         low, high = (0, scale - 1) if i < 2 else (done[i - 2] + 1, scale)
         digits = rest[: len(rest) - len(rest.lstrip("0123456789"))]
@@ -267,7 +268,7 @@ class Prompts:
             raise PromptError(
                 "the ids are no L2I prompt: BOS, <ref>, EOS or begin-of-image is missing"
             )
-        head = self.tokenizer.decode(ids[1:first])
+        head = _decode(self.tokenizer, ids[1:first])
         start, end = f"{USER}: ", f"\n\n{ASSISTANT}: <grounding>"
         if not head.startswith(start) or not head.endswith(end):
             raise PromptError(f"the ids are no L2I prompt: they begin with {head[:40]!r}")
@@ -290,7 +291,7 @@ class Prompts:
                 i += 1
                 continue
             close = _find(ids, self.ref_end, i)
-            expr = self.tokenizer.decode(ids[i + 1 : close])
+            expr = _decode(self.tokenizer, ids[i + 1 : close])
             i = close + 1
             if i < len(ids) and ids[i] == self.box:
                 close = _find(ids, self.box_end, i)
@@ -323,3 +324,9 @@ class Prompts:
 
 def _find(ids: list[int], token: int, start: int) -> int:
     return ids.index(token, start) if token in ids[start:] else len(ids)
+
+
+def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    text = tokenizer.decode(ids)
+    assert isinstance(text, str), "one sequence decodes to one text"
+    return text

@@ -99,7 +99,10 @@ class Sampler:
                 first, min(first + self._chunk, self._steps), device=self._draws.device
             )
             grid = torch.broadcast_tensors(self._draws, positions[:, None])
-            self._first, self._noise = first, gumbel_noise(self._seed, *grid, self._codebook)
+            self._first, self._noise = (
+                first,
+                gumbel_noise(self._seed, grid[0], grid[1], self._codebook),
+            )
         return self._noise[step % self._chunk]
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:

@@ -33,8 +33,9 @@ def add_box_tokens(
     }
     if not pieces:
         return []
-    tokenizer.add_special_tokens({"additional_special_tokens": list(pieces)}, False)  # type: ignore[call-arg]
-    ids = tokenizer.convert_tokens_to_ids(list(pieces))
+    tokenizer.add_special_tokens({"additional_special_tokens": list(pieces)}, False)
+    vocab = tokenizer.get_vocab()
+    ids = [vocab[token] for token in pieces]
     grow(model, max(ids) + 1)
     tables = {model.text_embedding.weight, model.text_head.weight}
     for table in tables:

@@ -70,7 +70,8 @@ def encode_image(vq: JanusVQVAE, pixels: Tensor) -> Tensor:
 @torch.no_grad()
 def decode_codes(vq: JanusVQVAE, codes: Tensor) -> Tensor:
     """Image codes int64 [B, T] → pixels [B, 3, H, W], about [-1, 1]."""
-    return vq.decode(codes)
+    pixels: Tensor = vq.decode(codes.long())  # type: ignore[arg-type]  # its hint names the alias
+    return pixels
 
 
 @torch.no_grad()

@@ -27,9 +27,20 @@ from echogen.train.optim import build_optimizers, schedule
 class Stage(Protocol):
     """What a training stage adds to the loop: its batch → loss, its evaluation, its export."""
 
-    name: str
-    module: nn.Module
-    config: Any
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """Everything that checkpoints hold; its parameters are trained."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """The stage's configuration, a dataclass."""
+        ...
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of step ``step`` and the numbers worth logging; a pure function of the step."""

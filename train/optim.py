@@ -19,6 +19,10 @@ def build_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     use_muon = config.muon_lr is not None
     hidden = [p for n, p in named if use_muon and n.startswith("blocks.") and p.dim() == 2]
+    if use_muon and not hidden:
+        raise ValueError(
+            f"muon_lr = {config.muon_lr}, but the module has no decoder blocks; set it to None"
+        )
     chosen = {id(p) for p in hidden}
     rest = [p for _, p in named if id(p) not in chosen]
     groups = [

@@ -8,6 +8,7 @@ images that are only grounded: a branch costs a dozen tokens on top of the prefi
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,7 +74,7 @@ def janus_config(
         text_config=text,
         vision_config=vision,
         vq_config=vq_config,
-        image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER),
+        image_token_id=tokenizer.get_vocab()[IMAGE_PLACEHOLDER],
         tie_word_embeddings=False,
     )
 
@@ -172,7 +173,8 @@ class PMTPStage:
         from echogen.engine.engine import Engine
 
         torch.manual_seed(self.config.loop.seed)
-        siglip = JanusVisionModel(self.janus.vision_config)
+        vision: Any = self.janus.vision_config
+        siglip = JanusVisionModel(vision)
         sampling = Sampling(temperature=self.config.temperature, cfg=self.config.cfg)
         engine = Engine(
             self.janus,

@@ -12,6 +12,7 @@ from echogen.commands.output import InputError
 from echogen.commands.training import load_vq
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
+from echogen.train.recipes import tiny
 
 
 @pytest.fixture
@@ -40,7 +41,7 @@ def test_train_vq_runs_the_recipe(run, tmp_path, monkeypatch):
     out = tmp_path / "runs" / "vq"
     done = run("train", "vq", "--out", out, "--steps", "7", "--json")
     assert done.code == 0, done.err
-    assert calls == [(7, 1024, 256), (7, out, False)]
+    assert calls == [(7, 1024, tiny().pmtp.width), (7, out, False)]
     assert done.data["step"] == 7 and done.data["loss"] == 0.5 and done.data["val"] == 1
     assert run("train", "vq", "--out", out, "--steps", "7").refused("--resume")
     assert run("train", "vq", "--out", out, "--steps", "7", "--resume").code == 0

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from echogen.train.checkpoint import StateError, load_state, save_state
 from echogen.train.config import LoopConfig
 from echogen.train.loop import TrainingError, run
 from echogen.train.optim import schedule
-from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Toy:
         pass
 
     def evaluate(self) -> dict[str, float]:
-        return {"weight": float(self.module.blocks[0].weight.sum())}
+        return {"weight": float(self.module.blocks[0].weight.detach().sum())}
 
     def export(self, folder: Path) -> None:
         self.exported.append(folder)

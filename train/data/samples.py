@@ -77,7 +77,7 @@ def load_samples(vq: JanusVQVAE, split: str, count: int) -> list[Sample]:
         Sample(
             row,
             scene.caption(),
-            tuple(tuple(b) for b in scene.boxes().astype(float).tolist()),  # type: ignore[misc]
+            tuple(tuple(b) for b in scene.boxes().astype(float).tolist()),
             tuple(tuple(scene.expressions(k)) for k in range(len(scene.objects))),
         )
         for row, scene in zip(codes, scenes, strict=True)

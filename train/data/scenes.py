@@ -67,7 +67,7 @@ def load_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
         beside.write_text("".join(json.dumps(scene) + "\n" for part in drawn for scene in part))
         os.replace(beside, path)
     return [
-        Scene(tuple(Object(s, c, t, tuple(b)) for s, c, t, b in json.loads(line)))  # type: ignore[arg-type]
+        Scene(tuple(Object(s, c, t, tuple(b)) for s, c, t, b in json.loads(line)))
         for line in path.read_text().splitlines()
     ]
 

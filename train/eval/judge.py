@@ -235,7 +235,7 @@ def _fit(region: np.ndarray, hiding: np.ndarray) -> _Fit | None:
         x2 < IMAGE_SIZE and near[:, -1].any(),
         y2 < IMAGE_SIZE and near[-1].any(),
     )
-    step = (2, 2, 2, 4, 8)[sum(open_sides)]  # keeps the number of candidates in bounds
+    step = (2, 2, 2, 4, 8)[sum(map(bool, open_sides))]  # keeps the number of candidates in bounds
     reach = [range(0, max(room[i % 2], 0) + 1, step) if open_sides[i] else (0,) for i in range(4)]
     offsets = _grid(*reach) * np.array([-1, -1, 1, 1])
     fits = fits + fitter.best(_ALL_SHAPES, offsets + np.array([x1, y1, x2, y2]), keep=6)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from echogen.engine.engine import Engine
 
 BATCH = 32
-MACC_THRESHOLDS = np.arange(0.5, 0.951, 0.05)  # Ref-L4: ten thresholds
+MACC_THRESHOLDS = np.round(np.arange(0.5, 0.951, 0.05), 2)  # Ref-L4: ten thresholds
 
 
 def layouts_of(scenes: list[Scene], seed: int) -> list[Layout]:
@@ -92,7 +92,7 @@ def l2i_table(
     return average_precision(scenes, found) | _with_intervals(estimates)
 
 
-def i2l_table(targets: list[np.ndarray], boxes: list[list[tuple[float, ...]]]) -> dict[str, Any]:
+def i2l_table(targets: list[np.ndarray], boxes: list[list[Box]]) -> dict[str, Any]:
     """Ref-L4's accuracies of recovered boxes against true ones."""
     ious = [
         np.array([box_iou(a, b) for a, b in zip(t.tolist(), row, strict=True)])
@@ -181,6 +181,7 @@ def quick_scores(
     """What a trainer watches: grounding of true images (all scenes) and the judge's reading of the
     first ``drawn`` scenes' layouts drawn at temperature 0.7 without guidance. ``codes`` [N, T]."""
     table = model.code_table().detach()
+    drawn = min(drawn, len(scenes))
     layouts = layouts_of(scenes, 0)
     recovered: list[list[Box]] = []
     for i in range(0, len(scenes), BATCH):
