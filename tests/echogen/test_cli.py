@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -38,15 +37,14 @@ def test_help_imports_nothing_heavy(tmp_path):
     probe = (
         "import sys\nfrom echogen.cli import main\nassert main(['--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'numpy', 'PIL'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
+        "assert not heavy, heavy\n"
+        # CPU time: a busy machine stretches the wall clock, not the work.
+        "import time\nassert time.process_time() < 1, time.process_time()"
     )
-    began = time.perf_counter()
     done = shell("-c", probe, cwd=tmp_path)
-    seconds = time.perf_counter() - began
     assert done.returncode == 0, done.stderr
     for command in ("doctor", "generate", "ground", "cycle", "eval", "train", "bench"):
         assert command in done.stdout
-    assert seconds < 1
 
 
 @pytest.mark.parametrize(
