@@ -19,7 +19,7 @@ from transformers import JanusVQVAE, JanusVQVAEConfig
 from echogen.engine.vision import decode_codes, encode_image, to_pixels
 from echogen.train.config import VQConfig
 from echogen.train.data.scenes import load_scenes, render
-from echogen.train.data.shapes import sample_scene
+from echogen.train.data.shapes import GROUND, sample_scene
 
 VAL_SCENES = 256
 DEAD_AFTER = 0.05  # a code whose moving count (in vectors a step) falls below this is drawn anew
@@ -56,6 +56,17 @@ def distinct_patches(pixels: Tensor, grid: int) -> Tensor:
     patches = pixels.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
     _, first = np.unique(patches.reshape(-1, 3 * side * side).numpy(), axis=0, return_index=True)
     return torch.from_numpy(np.sort(first))
+
+
+def background_nats(pixels: Tensor, codes: Tensor) -> float:
+    """Entropy, in nats, of the codes [B, T] of patches that are plain ground in pixels
+    [B, 3, H, W]: noise that the transformer would have to guess (0: one code for all)."""
+    grid = round(codes.shape[1] ** 0.5)
+    ground = to_pixels(np.array([[[GROUND]]], dtype=np.uint8))
+    plain = (pixels == ground).all(1, keepdim=True).float()
+    plain = F.avg_pool2d(plain, pixels.shape[-1] // grid).flatten(1) == 1
+    count = torch.bincount(codes[plain]).double()
+    return float(torch.special.entr(count / count.sum().clamp(min=1)).sum())
 
 
 class Codebook(nn.Module):
@@ -186,6 +197,7 @@ class VQStage:
         scores = judge_boxes(output, load_scenes("val", len(output)))
         return {
             "l1": float(F.l1_loss(output, self._val)),
+            "background_nats": background_nats(self._val, codes),
             "codes_used": len(codes.unique()) / self.config.codes,
             **scores,
         }

@@ -20,7 +20,7 @@ from echogen.train.data.scenes import load_scenes, world_version
 from echogen.train.data.shapes import sample_scene
 from echogen.train.loop import run
 from echogen.train.pmtp import PMTPStage
-from echogen.train.vq import VQStage, build_vq
+from echogen.train.vq import VQStage, background_nats, build_vq
 
 LOOP = LoopConfig(
     steps=6, lr=2e-3, muon_lr=4e-3, warmup=2, log_every=1, eval_every=6, save_every=2, threads=1
@@ -127,3 +127,12 @@ def test_cached_scenes_are_the_drawn_ones(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(scenes, "sample_scene", None)
     assert load_scenes("val", 5) == drawn
     assert len(world_version()) == 12
+
+
+def test_background_nats_counts_plain_patches_only() -> None:
+    pixels = samples.to_pixels(samples.render([sample_scene("val", 0)]))
+    plain = samples.to_pixels(np.full((1, 64, 64, 3), scenes.shapes.GROUND, dtype=np.uint8))
+    codes = torch.arange(64).view(1, 64)
+    assert background_nats(plain, codes) == pytest.approx(np.log(64))
+    assert background_nats(plain, torch.zeros_like(codes)) == 0
+    assert 0 < background_nats(pixels, codes) < np.log(64)
