@@ -60,6 +60,7 @@ class VQConfig:
         batch: images a step.
         warmup_steps: steps as a plain autoencoder before the codebook is seeded by k-means.
         commitment: weight of the pull of features towards their codes.
+        agreement: weight of the pull of equal patches towards one feature, whatever surrounds them.
         ema: decay of the codebook's moving averages.
     """
 
@@ -74,6 +75,7 @@ class VQConfig:
     batch: int = 16
     warmup_steps: int = 500
     commitment: float = 0.25
+    agreement: float = 1.0
     ema: float = 0.98
 
 

@@ -11,11 +11,9 @@ def tiny() -> Recipe:
     """The bundled model: 64×64 pictures of ShapesWorld, 64 image tokens, two CPU cores."""
     return Recipe(
         name="tiny",
-        vq=VQConfig(loop=LoopConfig(steps=1800, lr=1e-3), warmup_steps=300),
+        vq=VQConfig(loop=LoopConfig(steps=1800, lr=1e-3, threads=2), warmup_steps=300),
         pmtp=PMTPConfig(
-            loop=LoopConfig(
-                steps=4450, lr=2e-3, muon_lr=6e-3, decay=0.55, eval_every=1000, threads=2
-            )
+            loop=LoopConfig(steps=5600, lr=2e-3, muon_lr=4e-3, decay=0.5, eval_every=800, threads=2)
         ),
     )
 

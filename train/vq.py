@@ -49,13 +49,29 @@ def build_vq(config: VQConfig, width: int) -> JanusVQVAE:
     return vq
 
 
-def distinct_patches(pixels: Tensor, grid: int) -> Tensor:
-    """Pixels [B, 3, H, W] → the first place of each distinct patch, int64, among B·grid² patches
-    in raster order."""
+def patch_groups(pixels: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+    """Which of the B·grid² patches of pixels [B, 3, H, W], in raster order, are the same pixel by
+    pixel: (first place of each group [G], group of each patch [B·grid²]), int64."""
     side = pixels.shape[-1] // grid
     patches = pixels.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
-    _, first = np.unique(patches.reshape(-1, 3 * side * side).numpy(), axis=0, return_index=True)
-    return torch.from_numpy(np.sort(first))
+    flat = np.ascontiguousarray(patches.reshape(-1, 3 * side * side).numpy())
+    rows = flat.view(np.dtype((np.void, flat.itemsize * flat.shape[1]))).ravel()
+    _, first, group = np.unique(rows, return_index=True, return_inverse=True)
+    return torch.from_numpy(first), torch.from_numpy(group)
+
+
+def group_means(features: Tensor, group: Tensor) -> Tensor:
+    """Mean of features [N, D] over each group of ``group`` [N] → [G, D]."""
+    count = torch.bincount(group)[:, None]
+    return features.new_zeros(len(count), features.shape[1]).index_add(0, group, features) / count
+
+
+def disagreement(features: Tensor, mean: Tensor) -> Tensor:
+    """Share of the variance of features [N, D] that is spread around the ``mean`` [N, D] of each
+    one's group of equal patches. 0: a feature depends on its patch alone. As it is a share,
+    shrinking all features gains nothing."""
+    total = (features - features.mean(0)).square().sum()
+    return (features - mean).square().sum() / total.clamp(min=1e-12)
 
 
 def background_nats(pixels: Tensor, codes: Tensor) -> float:
@@ -101,8 +117,7 @@ class VQStage:
         torch.manual_seed(config.loop.seed)
         self.module = VQModule(build_vq(config, width)).train()
         self._val = to_pixels(render(load_scenes("val", VAL_SCENES)))
-        self._features = torch.empty(0)
-        self._codes: Tensor | None = None
+        self._votes: tuple[Tensor, Tensor] | None = None  # distinct patches' features and codes
 
     def _batch(self, step: int) -> Tensor:
         """Fresh pictures of the training split. Whether the judge reads them does not matter
@@ -115,23 +130,28 @@ class VQStage:
         vq, pixels = self.module.vq, self._batch(step)
         raw = vq.quant_conv(vq.encoder(pixels)).float()
         features = F.normalize(raw, dim=1)
-        self._features = features.detach().permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+        points = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])
+        group = patch_groups(pixels, features.shape[-1])[1]
+        mean = group_means(points, group)
+        differ = disagreement(points, mean[group])
         commit = torch.zeros(())
-        self._codes, latents = None, features
+        self._votes, latents = None, features
         if step >= self.config.warmup_steps:
             if step == self.config.warmup_steps:
                 self._seed_codebook()
             table = vq.quantize.embedding.weight
-            self._codes = (self._features @ table.T).argmax(-1)
+            means = F.normalize(mean.detach(), dim=-1)
+            codes = (means @ table.T).argmax(-1)
+            self._votes = means, codes
             b, _, h, w = features.shape
-            quantised = table[self._codes].view(b, h, w, -1).permute(0, 3, 1, 2)
+            quantised = table[codes[group]].view(b, h, w, -1).permute(0, 3, 1, 2)
             commit = F.mse_loss(features, quantised)
             latents = features + (quantised - features).detach()
         output = vq.decoder(vq.post_quant_conv(latents)).float()
         pixel = F.l1_loss(output, pixels) + F.mse_loss(output, pixels)
-        loss = pixel + self.config.commitment * commit
-        numbers = {"loss": float(loss.detach()), "pixel": float(pixel.detach())}
-        return loss, numbers | {"commit": float(commit.detach())}
+        loss = pixel + self.config.commitment * commit + self.config.agreement * differ
+        numbers = {"loss": loss, "pixel": pixel, "commit": commit, "differ": differ}
+        return loss, {name: float(value.detach()) for name, value in numbers.items()}
 
     @torch.no_grad()
     def _seed_codebook(self) -> None:
@@ -146,7 +166,7 @@ class VQStage:
         batches = [self._batch(self.config.loop.steps + i) for i in range(64)]
         raw = torch.cat([vq.quant_conv(vq.encoder(pixels)).float() for pixels in batches])
         points = F.normalize(raw, dim=1).permute(0, 2, 3, 1).reshape(-1, raw.shape[1])
-        points = points[distinct_patches(torch.cat(batches), raw.shape[-1])]
+        points = points[patch_groups(torch.cat(batches), raw.shape[-1])[0]]
         if len(points) < self.config.codes:
             raise ValueError(
                 f"codes = {self.config.codes}, but only {len(points)} distinct patches"
@@ -169,19 +189,20 @@ class VQStage:
 
     @torch.no_grad()
     def after_step(self, step: int) -> None:
-        if self._codes is None:
+        if self._votes is None:
             return
+        features, codes = self._votes
         averages, decay = self.module.averages, self.config.ema
         table = self.module.vq.quantize.embedding.weight
-        count = torch.bincount(self._codes, minlength=len(table)).float()
-        total = torch.zeros_like(table).index_add_(0, self._codes, self._features)
+        count = torch.bincount(codes, minlength=len(table)).float()
+        total = torch.zeros_like(table).index_add_(0, codes, features)
         averages.count.lerp_(count, 1 - decay)
         averages.total.lerp_(total, 1 - decay)
         dead = averages.count < DEAD_AFTER
         if step < 0.8 * self.config.loop.steps and dead.any():
             # Drawn from the features that their codes serve worst.
-            served = (self._features * table[self._codes]).sum(-1)
-            worst = self._features[served.argsort()[: int(dead.sum())]]
+            served = (features * table[codes]).sum(-1)
+            worst = features[served.argsort()[: int(dead.sum())]]
             averages.total[dead] = F.pad(worst, (0, 0, 0, int(dead.sum()) - len(worst)), value=1.0)
             averages.count[dead] = 1.0
         table.copy_(F.normalize(averages.total, dim=-1))

@@ -8,7 +8,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from echogen.commands.options import Json, ModelOptions, check_range, check_seed
+from echogen.commands.options import (
+    Json,
+    ModelOptions,
+    SamplingOptions,
+    check_range,
+    check_seed,
+)
 from echogen.commands.output import (
     InputError,
     check_file,
@@ -43,6 +49,7 @@ class Eval:
     json: Json = False
     """End with one JSON object on stdout."""
     engine: ModelOptions = field(default_factory=ModelOptions)
+    sampling: SamplingOptions = field(default_factory=SamplingOptions)
 
     def run(self) -> None:
         from echogen.train.data.shapes import SPLITS
@@ -51,9 +58,11 @@ class Eval:
             raise InputError(f"--split {self.split}: choose {', '.join(SPLITS)}")
         check_range("count", self.count, COUNT_MIN, COUNT_MAX)
         check_seed(self.seed)
+        self.sampling.check()
         if self.out is not None:
             check_file(self.out, (".json",))
         engine = self.engine.load()
+        engine.sampling = self.sampling.over(engine.sampling)
         from echogen.train.eval.tables import evaluate
 
         began = time.perf_counter()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from scipy import stats
@@ -9,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from echogen.engine.cache import KVCache
-from echogen.engine.decode import decode_image
+from echogen.engine.decode import PlainDecoding, decode_image, left_padded
 from echogen.engine.model import additive_mask
 from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.sampler import Sampler, Sampling
@@ -145,12 +147,8 @@ def test_decoding_logits_are_those_of_the_uncached_forward(model, relative_error
         assert relative_error(steps[i], wanted) < 1e-5
 
 
-@pytest.mark.parametrize("packed", [False, True])
 @torch.inference_mode()
-def test_a_cached_forward_in_pieces_is_the_whole(model, relative_error, packed):
-    if packed and not packable(model):
-        pytest.skip("oneDNN cannot pack this model here")
-    run = PackedTransformer(model, 2) if packed else model
+def test_a_cached_forward_in_pieces_is_the_whole(model, relative_error):
     generator = torch.Generator().manual_seed(3)
     embedded = torch.randn(2, 15, model.config.width, generator=generator)
     whole = additive_mask(torch.ones(1, 15, 15, dtype=torch.bool).tril(), torch.float32)
@@ -158,7 +156,7 @@ def test_a_cached_forward_in_pieces_is_the_whole(model, relative_error, packed):
     cache, pieces = KVCache(model.config, 2, 15), []
     for first, last in ((0, 6), (6, 10), (10, 11), (11, 12), (12, 15)):
         pieces.append(
-            run(
+            model(
                 embedded[:, first:last],
                 torch.arange(first, last),
                 whole[:, :, first:last, :last] if last - first > 1 else None,
@@ -168,6 +166,31 @@ def test_a_cached_forward_in_pieces_is_the_whole(model, relative_error, packed):
     assert relative_error(torch.cat(pieces, 1), wanted) < 1e-5
     with pytest.raises(ValueError, match="larger capacity"):
         cache.advance(1)
+
+
+@pytest.mark.parametrize("blocked_from", [0, 1 << 30])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+@pytest.mark.parametrize("lengths", [(9, 9), (9, 2), (4, 11)])
+@torch.inference_mode()
+def test_packed_weights_decode_as_the_plain_ones(
+    pair, relative_error, monkeypatch, blocked_from, dtype, bound, lengths
+):
+    """In either layout of the weights, with and without pads, one row a code or two."""
+    monkeypatch.setattr("echogen.engine.packed.BLOCKED_FROM", blocked_from)
+    model = copy.deepcopy(pair[1]).to(dtype)
+    if not packable(model):
+        pytest.skip(f"oneDNN cannot pack {dtype} here")
+    table = model.code_table()
+    ids, pads = left_padded([prompt(n, seed) for seed, n in enumerate(lengths)], PAD)
+    decodings = [
+        PlainDecoding(model, table, ids, pads, 16),
+        PackedTransformer(model).decoding(table, ids, pads, 16),
+    ]
+    wanted, packed = (d.prefill() for d in decodings)
+    assert relative_error(packed, wanted) < bound
+    for code in (torch.tensor([3]), torch.tensor([1]), torch.tensor([5, 2]), torch.tensor([0, 7])):
+        wanted, packed = (d.step(code) for d in decodings)
+        assert relative_error(packed, wanted) < bound
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(cfg=4.0), Sampling(top_k=5)])
