@@ -11,6 +11,7 @@ from torch import Tensor
 from echogen.engine.cache import KVCache
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.packed import PackedTransformer, packable
+from echogen.engine.packed_decode import PackedDecoding
 from echogen.engine.sampler import Sampler
 
 Progress = Callable[[int, int], None]
@@ -104,15 +105,15 @@ def decode_image(
         Image codes int64 [N, T].
     """
     ids, pads = (t.to(code_table.device) for t in left_padded(prompts, pad))
-    rows, steps = len(ids), model.config.image_tokens
+    rows, steps, guided = len(ids), model.config.image_tokens, sampler.sampling.cfg != 1
     if isinstance(model, UnifiedTransformer) and packable(model):
         model = PackedTransformer(model, rows)
     decoding: Decoding = (
         PlainDecoding(model, code_table, ids, pads, steps)
         if isinstance(model, UnifiedTransformer)
-        else model.decoding(code_table, ids, pads, steps)
+        else PackedDecoding(model, code_table, ids, pads, steps, guided)
     )
-    images = rows if sampler.sampling.cfg == 1 else rows // 2
+    images = rows // 2 if guided else rows
     codes = torch.empty(images, steps, dtype=torch.int64, device=code_table.device)
     logits = decoding.prefill()
     for step in range(steps):

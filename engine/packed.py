@@ -1,10 +1,10 @@
 """Drawing on a CPU: the transformer's weights laid out for it, and a step made of few operations.
 
-Two things cost time there. A step of a small model is a hundred operations of a microsecond each,
-as long as their views are not cut anew every time: here buffers and views are made once for a
-drawing, results are written in place, and the norms' gains lie in the weights. A step of a large
-model is its weights' bytes: see `PackedLinear`. The packed weights are a copy: whoever holds one
-makes a new one after the weights changed. `benchmark: echogen bench engine --peer transformers`.
+Two things cost time there. A large model's step is its weights' bytes: `PackedLinear`. A small
+model's is a hundred operations of a microsecond each, and cutting a view costs as much as using it:
+buffers and their views are made once for a drawing, results are written in place, norms' gains and
+scales lie in the weights. The packed weights are a copy: whoever holds one makes a new one after
+the weights changed. Measured by `echogen bench engine --peer transformers`.
 """
 
 from __future__ import annotations
@@ -15,80 +15,92 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echogen.engine.model import Block, RMSNorm, UnifiedTransformer, additive_mask
+from echogen.engine.cache import PrefixCache
+from echogen.engine.config import ModelConfig
+from echogen.engine.model import Block, RMSNorm, UnifiedTransformer
 
-BLOCKED_FROM = 1 << 20
-"""Numbers in a weight from which oneDNN's blocked layout is the faster one (see PackedLinear)."""
+SMALL_WEIGHT = 1 << 20
+"""Numbers in a weight below which it is kept in both layouts (see PackedLinear)."""
+FEW_ROWS = 4
+"""Input rows up to which a small weight's plain product is the faster one."""
 
 
 class PackedLinear:
-    """A linear layer on a copy of its weight in the layout that a few rows read fastest.
+    """A linear layer on a copy of its weight in the layouts that are read fastest.
 
-    Decoding multiplies every weight by two rows, conditional and unconditional. A small weight is
-    kept transposed for a plain product: oneDNN's own dispatch, 10 µs a call, costs more than the
-    product. A large one is kept in oneDNN's blocked layout, which streams from memory faster than
-    MKL reads any plain one. Those operators are what torch.compile's freezing emits.
+    oneDNN's blocked layout streams from memory faster than MKL reads a plain one (36 GB/s against
+    9 on a 4096×768 float32 weight) and is twice as fast at a prompt's 90 rows. But every call of
+    it costs 10 µs; with two rows, conditional and unconditional, that is more than a small
+    weight's whole product (192×192: 11.2 µs against 3.5 for a plain product on the transposed
+    weight, 1024×192: 18.5 against 16.0). So a small weight is kept in both layouts.
+    (AMD EPYC, Zen 5, one thread, torch 2.13. The oneDNN operators are those that torch.compile's
+    freezing emits.)
 
     Args:
         weight: [outputs, inputs], on the CPU, in float32 or bfloat16.
         bias: [outputs] or None.
-        rows: input rows a blocked layout is chosen for; others work too (one made for 2 rows is
+        rows: input rows the blocked layout is chosen for; others work too (one made for 2 rows is
             as fast at 120 as one made for 120).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        weight = weight.detach()
         self._bias = None if bias is None else bias.detach()
-        self._blocked = weight.numel() >= BLOCKED_FROM or weight.dtype != torch.float32
-        if self._blocked:
-            self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
-        else:
-            self._weight = weight.detach().t().contiguous()
+        small = weight.numel() < SMALL_WEIGHT and weight.dtype == torch.float32
+        self._plain = weight.t().contiguous() if small else None
+        self._blocked = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
         # The overload itself: looking it up by name costs 2 µs a call.
         self._product = torch.ops.mkldnn._linear_pointwise.default
 
-    def __call__(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        """x [N, inputs] → [N, outputs], written into ``out`` where it is given."""
-        if self._blocked:
-            y: Tensor = self._product(x, self._weight, self._bias, "none", [], "none")
-            return y if out is None else out.copy_(y)
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """x [N, inputs] → out [N, outputs], in place."""
+        if self._plain is None or len(x) > FEW_ROWS:
+            return out.copy_(self._product(x, self._blocked, self._bias, "none", [], "none"))
         if self._bias is None:
-            return torch.mm(x, self._weight, out=out)
-        return torch.addmm(self._bias, x, self._weight, out=out)
+            return torch.mm(x, self._plain, out=out)
+        return torch.addmm(self._bias, x, self._plain, out=out)
 
     def add_to(self, total: Tensor, x: Tensor) -> None:
-        """``total`` [N, outputs] += the layer's value at x, in place (no bias)."""
-        if self._blocked:
-            total.add_(self(x))
+        """``total`` [N, outputs] += the layer at x [N, inputs], in place; it has no bias."""
+        if self._plain is None or len(x) > FEW_ROWS:
+            total.add_(self._product(x, self._blocked, None, "none", [], "none"))
         else:
-            total.addmm_(x, self._weight)
+            total.addmm_(x, self._plain)
 
 
-def _into(norm: RMSNorm, layer: nn.Linear) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+def _into(norm: RMSNorm, layer: nn.Linear) -> tuple[Callable[[Stream], Tensor], Tensor]:
     """A norm without its gain, and the weight of the layer behind it with the gain multiplied in.
 
-    ‖x‖ and √(D·eps) are the legs of the root mean square. F.rms_norm is seven operations on a CPU,
-    7 µs on two rows; this is 3 µs. In bfloat16 ‖x‖ would be rounded: the norm stays what it is.
+    F.rms_norm is seven operations on a CPU, 7 µs on two rows; one norm over the stream with its
+    floor beside it and one division are 2 µs. In bfloat16 ‖x‖ would be rounded: the norm stays
+    what it is.
     """
     if norm.weight.dtype != torch.float32:
-        return norm.forward, layer.weight
-    width = norm.weight.numel()
-    floor = torch.tensor((width * norm.eps) ** 0.5)
+        return lambda stream: norm(stream.x), layer.weight
 
-    def run(x: Tensor) -> Tensor:
-        return x.div(torch.hypot(torch.linalg.vector_norm(x, dim=-1, keepdim=True), floor))
+    def run(stream: Stream) -> Tensor:
+        return stream.x.div(torch.linalg.vector_norm(stream.with_floor, dim=-1, keepdim=True))
 
-    return run, layer.weight * (norm.weight * width**0.5)
+    return run, layer.weight * (norm.weight * norm.weight.numel() ** 0.5)
 
 
-class _Frame:
+class Stream:
+    """The residual stream ``x`` [N, D], with √(D·eps) as a further column of the same buffer: the
+    length of the whole is √D times the root mean square with eps."""
+
+    def __init__(self, count: int, width: int, eps: float, dtype: torch.dtype) -> None:
+        self.with_floor = torch.full((count, width + 1), (width * eps) ** 0.5, dtype=dtype)
+        self.x = self.with_floor[:, :width]
+
+
+class Frame:
     """Buffers and views for L tokens of R rows on their way through a layer.
 
     RoPE is a product of complex numbers: the packed weights put the two numbers of a rotated pair
     beside each other, which leaves every dot product of a query with a key as it was.
     """
 
-    def __init__(self, model: PackedTransformer, rows: int, tokens: int, dtype: torch.dtype):
-        c = model.config
+    def __init__(self, c: ModelConfig, rows: int, tokens: int, dtype: torch.dtype) -> None:
         self.tokens = tokens
         heads = c.heads + 2 * c.kv_heads
         self.qkv = torch.empty(rows * tokens, heads * c.head_dim, dtype=dtype)
@@ -104,13 +116,17 @@ class _Frame:
         self.queries = split[:, :, : c.heads].unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4)
         self.query = torch.empty(rows, c.kv_heads, groups, tokens, c.head_dim, dtype=dtype)
         self.query_rows = self.query.view(rows * c.kv_heads, groups * tokens, c.head_dim)
-        self.attended = torch.empty(rows, tokens, c.heads, c.head_dim, dtype=dtype)
+        self.mixed = torch.empty_like(self.query)
+        self.mixed_rows = self.mixed.view(self.query_rows.shape)
+        self.attended = torch.empty(rows, tokens, c.kv_heads, groups, c.head_dim, dtype=dtype)
         self.attended_rows = self.attended.view(rows * tokens, c.heads * c.head_dim)
+        if tokens == 1:  # then both orders are one
+            self.attended_rows = self.mixed.view(self.attended_rows.shape)
         self.gate_up = torch.empty(rows * tokens, 2 * c.mlp_width, dtype=dtype)
         self.gate, self.up = self.gate_up.chunk(2, -1)
 
 
-class _PackedBlock:
+class PackedBlock:
     """`model.Block` in evaluation, on packed weights: ``project``, attention, ``finish``."""
 
     def __init__(self, block: Block, rows: int) -> None:
@@ -126,18 +142,30 @@ class _PackedBlock:
         self._gate_up = PackedLinear(gate_up, None, rows)
         self._down = PackedLinear(block.down.weight, None, rows)
 
-    def project(self, x: Tensor, frame: _Frame, turn: Tensor) -> None:
-        """Fill the frame with rotated queries and keys, and values, of x [R·L, D]."""
-        self._qkv(self._attn_norm(x), frame.qkv)
+    def project(self, stream: Stream, frame: Frame, turn: Tensor) -> None:
+        """Fill the frame with rotated queries and keys, and values, of the stream."""
+        self._qkv(self._attn_norm(stream), frame.qkv)
         if frame.wide is not None:
             frame.wide.copy_(frame.qkv)
         frame.pairs.mul_(turn)
 
-    def finish(self, x: Tensor, frame: _Frame) -> None:
-        """Add attention's output and the MLP to x [R·L, D], in place."""
-        self._out.add_to(x, frame.attended_rows)
-        self._gate_up(self._mlp_norm(x), frame.gate_up)
-        self._down.add_to(x, F.silu(frame.gate, inplace=True).mul_(frame.up))
+    def finish(self, stream: Stream, frame: Frame) -> None:
+        """Add attention's output and the MLP to the stream, in place."""
+        self._out.add_to(stream.x, frame.attended_rows)
+        self._gate_up(self._mlp_norm(stream), frame.gate_up)
+        self._down.add_to(stream.x, F.silu(frame.gate, inplace=True).mul_(frame.up))
+
+
+def attend(frame: Frame, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
+    """softmax(q·kᵀ + mask)·v for the frame's queries, keys [R·kv_heads, K, S], values
+    [R·kv_heads, S, K], mask [R·kv_heads or 1, 1, L, S] or None. Plain products: for two rows of 45
+    tokens SDPA takes 250 µs on a CPU, these 40."""
+    scores = torch.bmm(frame.query_rows, key)
+    if mask is not None:
+        scores.view(len(scores), -1, frame.tokens, scores.shape[-1]).add_(mask)
+    torch.bmm(scores.softmax(-1), value, out=frame.mixed_rows)
+    if frame.tokens > 1:
+        frame.attended.copy_(frame.mixed.permute(0, 3, 1, 2, 4))
 
 
 class PackedTransformer:
@@ -150,7 +178,7 @@ class PackedTransformer:
 
     def __init__(self, model: UnifiedTransformer, rows: int = 2) -> None:
         self.config, self.embed_text = model.config, model.embed_text
-        self.blocks = [_PackedBlock(b, rows) for b in model.blocks if isinstance(b, Block)]
+        self.blocks = [PackedBlock(b, rows) for b in model.blocks if isinstance(b, Block)]
         into, _, out = model.image_head
         assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
         self._norm, weight = _into(model.norm, into)
@@ -166,106 +194,14 @@ class PackedTransformer:
         cos, sin = model.rotary.cos[:, :half], model.rotary.sin[:, half:]
         scale = torch.tensor([c.head_dim**-0.5] * c.heads + [1.0] * c.kv_heads)
         self.turns = torch.complex(cos.float(), sin.float())[:, None] * scale[:, None]
+        self.prefixes = PrefixCache()
 
-    def image_logits(self, x: Tensor) -> Tensor:
+    def image_logits(self, stream: Stream) -> Tensor:
         """Residual stream [R, D] → image logits [R, V]."""
-        y = self._into(self._norm(x))
-        return self._out(F.gelu(y) if self._plain_gelu else torch.addcmul(y, y, y.erf()))
-
-    def decoding(self, code_table: Tensor, ids: Tensor, pads: Tensor, steps: int) -> PackedDecoding:
-        """Start a drawing; see `decode.Decoding`."""
-        return PackedDecoding(self, code_table, ids, pads, steps)
-
-
-class PackedDecoding:
-    """One drawing on packed weights: the cache, and everything a step needs cut beforehand.
-
-    The cache is one block [2, layers, R·kv_heads, S, K], keys first: a step writes one place of it
-    and reads all layers' views of what is filled, cut in two operations.
-    """
-
-    def __init__(
-        self, model: PackedTransformer, code_table: Tensor, ids: Tensor, pads: Tensor, steps: int
-    ) -> None:
-        c = model.config
-        self._model, self._table, self._ids = model, code_table, ids
-        rows, length = ids.shape
-        capacity = length + steps - 1
-        dtype = code_table.dtype
-        self._rows, self._end = rows, 0
-        self._frame = _Frame(model, rows, 1, dtype)
-        block = torch.empty(2, c.layers, rows * c.kv_heads, capacity, c.head_dim, dtype=dtype)
-        self._keys, self._values = block[0].transpose(-1, -2), block[1]
-        self._slots = block.view(2, c.layers, rows, c.kv_heads, capacity, c.head_dim)
-        self._x = torch.empty(rows, c.width, dtype=dtype)
-
-        slot = torch.arange(capacity)
-        ragged = bool(pads.any())
-        positions = (slot - pads[:, None]).clamp(min=0) if ragged else slot[None]
-        self._turns = model.turns[positions]  # [R or 1, S, heads + kv_heads, K/2]
-        self._kept = slot >= pads[:, None]  # [R, S]
-        self._mask: Tensor | None = None
-        if ragged:
-            rows_of_mask = additive_mask(self._kept.unsqueeze(1), dtype).squeeze(1)
-            self._mask = rows_of_mask.repeat_interleave(c.kv_heads, 0)  # [R·kv_heads, 1, S]
-
-    def prefill(self) -> Tensor:
-        """Run the prompts; image logits [R, V] of their last tokens."""
-        model, rows, length = self._model, self._rows, self._ids.shape[1]
-        frame = _Frame(model, rows, length, self._table.dtype)
-        visible = torch.ones(length, length, dtype=torch.bool).tril()
-        # A pad sees itself: a row of nothing but -inf would turn into NaN.
-        visible = (visible & self._kept[:, None, :length]) | torch.eye(length, dtype=torch.bool)
-        shared = self._mask is None
-        mask = additive_mask(visible[:1] if shared else visible, self._table.dtype)
-        x = model.embed_text(self._ids).flatten(0, 1)
-        turns = self._turns[:, :length]
-        self._end = length
-        for i, block in enumerate(model.blocks):
-            block.project(x, frame, turns)
-            self._slots[:, i, :, :, :length].copy_(frame.keys_values)
-            if i + 1 == len(model.blocks):
-                break
-            frame.query.copy_(frame.queries)
-            key, value = self._slots[:, i, :, :, :length].unbind(0)
-            query, grouped = frame.query.flatten(1, 2), frame.query.shape[2] > 1
-            attended = F.scaled_dot_product_attention(
-                query, key, value, mask, scale=1.0, enable_gqa=grouped
-            )
-            frame.attended.copy_(attended.transpose(1, 2))
-            block.finish(x, frame)
-        # Of the last layer only the last token is read.
-        self._x.copy_(x.view(rows, length, -1)[:, -1])
-        self._frame.query.copy_(frame.queries[..., -1:, :])
-        self._attend(self._keys[-1, :, :, :length], self._values[-1, :, :length])
-        model.blocks[-1].finish(self._x, self._frame)
-        return model.image_logits(self._x)
-
-    def step(self, code: Tensor) -> Tensor:
-        """Append image codes int64 [N] (to R = N or, with guidance, 2N rows); logits [R, V]."""
-        model, frame, x, end = self._model, self._frame, self._x, self._end
-        x.view(-1, len(code), x.shape[-1]).copy_(self._table.index_select(0, code))
-        turn = self._turns[:, end : end + 1]
-        slots = self._slots[..., end : end + 1, :].unbind(1)
-        self._end = end = end + 1
-        keys, values = self._keys[..., :end].unbind(0), self._values[:, :, :end].unbind(0)
-        for block, slot, key, value in zip(model.blocks, slots, keys, values, strict=True):
-            block.project(x, frame, turn)
-            slot.copy_(frame.keys_values)
-            frame.query.copy_(frame.queries)
-            self._attend(key, value)
-            block.finish(x, frame)
-        return model.image_logits(x)
-
-    def _attend(self, key: Tensor, value: Tensor) -> None:
-        """One token's attention, keys [R·kv_heads, K, S], values [R·kv_heads, S, K]: three plain
-        products take 7 µs where SDPA takes 8, and its views as much again."""
-        frame = self._frame
-        scores = torch.bmm(frame.query_rows, key)
-        if self._mask is not None:
-            scores.add_(self._mask[..., : scores.shape[-1]])
-        out = frame.attended.view(frame.query_rows.shape)
-        torch.bmm(scores.softmax(-1), value, out=out)
+        x, c = stream.x, self.config
+        y = self._into(self._norm(stream), x.new_empty(len(x), c.head_width))
+        y = F.gelu(y) if self._plain_gelu else torch.addcmul(y, y, y.erf())
+        return self._out(y, x.new_empty(len(x), c.codebook_size))
 
 
 def packable(model: UnifiedTransformer) -> bool:

@@ -10,10 +10,11 @@ from scipy import stats
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
-from echogen.engine.cache import KVCache
+from echogen.engine.cache import KVCache, Prefix, PrefixCache
 from echogen.engine.decode import PlainDecoding, decode_image, left_padded
 from echogen.engine.model import additive_mask
 from echogen.engine.packed import PackedTransformer, packable
+from echogen.engine.packed_decode import PackedDecoding
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.weights import load_checkpoint
 from echogen.kernels.philox import gumbel_noise
@@ -168,15 +169,15 @@ def test_a_cached_forward_in_pieces_is_the_whole(model, relative_error):
         cache.advance(1)
 
 
-@pytest.mark.parametrize("blocked_from", [0, 1 << 30])
+@pytest.mark.parametrize("small_weight", [0, 1 << 30])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
 @pytest.mark.parametrize("lengths", [(9, 9), (9, 2), (4, 11)])
 @torch.inference_mode()
 def test_packed_weights_decode_as_the_plain_ones(
-    pair, relative_error, monkeypatch, blocked_from, dtype, bound, lengths
+    pair, relative_error, monkeypatch, small_weight, dtype, bound, lengths
 ):
     """In either layout of the weights, with and without pads, one row a code or two."""
-    monkeypatch.setattr("echogen.engine.packed.BLOCKED_FROM", blocked_from)
+    monkeypatch.setattr("echogen.engine.packed.SMALL_WEIGHT", small_weight)
     model = copy.deepcopy(pair[1]).to(dtype)
     if not packable(model):
         pytest.skip(f"oneDNN cannot pack {dtype} here")
@@ -184,13 +185,33 @@ def test_packed_weights_decode_as_the_plain_ones(
     ids, pads = left_padded([prompt(n, seed) for seed, n in enumerate(lengths)], PAD)
     decodings = [
         PlainDecoding(model, table, ids, pads, 16),
-        PackedTransformer(model).decoding(table, ids, pads, 16),
+        PackedDecoding(PackedTransformer(model), table, ids, pads, 16, guided=False),
     ]
     wanted, packed = (d.prefill() for d in decodings)
     assert relative_error(packed, wanted) < bound
     for code in (torch.tensor([3]), torch.tensor([1]), torch.tensor([5, 2]), torch.tensor([0, 7])):
         wanted, packed = (d.step(code) for d in decodings)
         assert relative_error(packed, wanted) < bound
+
+
+def test_kept_prefixes_change_nothing(model):
+    """Drawings through one packed model, which keeps unconditional prefixes, are those through
+    fresh ones; a prefix beyond the budget is dropped."""
+    c, sampling = model.config, Sampling(temperature=0, cfg=4.0)
+    if not packable(model):
+        pytest.skip("oneDNN cannot pack this model here")
+    packed = PackedTransformer(model)
+    for seed, lengths in enumerate([(7,), (9,), (7,), (9, 4), (4, 9)]):
+        prompts = [prompt(n, 10 * seed + i) for i, n in enumerate(lengths)]
+        rows = prompts + [unconditional(p) for p in prompts]
+        sampler = Sampler(sampling, 0, torch.arange(len(prompts)), c.codebook_size, c.image_tokens)
+        codes = decode_image(packed, model.code_table().detach(), rows, sampler, PAD)
+        assert torch.equal(codes, draw(model, prompts, sampling))
+
+    held = PrefixCache(budget=3 * 64)
+    for i in range(5):
+        held.put((i,), Prefix(torch.zeros(16), torch.zeros(2)))
+    assert [held.get((i,)) is not None for i in range(5)] == [False, False, True, True, True]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(cfg=4.0), Sampling(top_k=5)])

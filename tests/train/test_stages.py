@@ -20,7 +20,14 @@ from echogen.train.data.scenes import load_scenes, world_version
 from echogen.train.data.shapes import sample_scene
 from echogen.train.loop import run
 from echogen.train.pmtp import PMTPStage
-from echogen.train.vq import VQStage, background_nats, build_vq
+from echogen.train.vq import (
+    VQStage,
+    background_nats,
+    build_vq,
+    disagreement,
+    group_means,
+    patch_groups,
+)
 
 LOOP = LoopConfig(
     steps=6, lr=2e-3, muon_lr=4e-3, warmup=2, log_every=1, eval_every=6, save_every=2, threads=1
@@ -136,3 +143,30 @@ def test_background_nats_counts_plain_patches_only() -> None:
     assert background_nats(plain, codes) == pytest.approx(np.log(64))
     assert background_nats(plain, torch.zeros_like(codes)) == 0
     assert 0 < background_nats(pixels, codes) < np.log(64)
+
+
+def test_patches_are_grouped_by_their_pixels() -> None:
+    pixels = samples.to_pixels(samples.render([sample_scene("val", i) for i in range(3)]))
+    first, group = patch_groups(pixels, 8)
+    patches = [p[:, y : y + 8, x : x + 8] for p in pixels for y in range(0, 64, 8)
+               for x in range(0, 64, 8)]  # fmt: skip
+    assert len(first) < len(patches)
+    for i, patch in enumerate(patches):
+        same = [j for j, other in enumerate(patches) if torch.equal(patch, other)]
+        assert same == (group == group[i]).nonzero().flatten().tolist()
+        assert first[group[i]] == same[0]
+
+
+def test_disagreement_is_the_share_of_variance_within_groups() -> None:
+    group = torch.tensor([0, 1, 0, 2, 1, 0])
+    own = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    agreeing = own[group]
+    noisy = agreeing + torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    shares = [float(disagreement(x, group_means(x, group)[group])) for x in (agreeing, noisy)]
+    assert shares[0] == pytest.approx(0, abs=1e-12)
+    within = sum((noisy[group == g].var(0, correction=0) * (group == g).sum()) for g in range(3))
+    assert shares[1] == pytest.approx(float(within.sum() / (noisy.var(0, correction=0).sum() * 6)))
+    scaled = 1e-3 * noisy
+    assert float(disagreement(scaled, group_means(scaled, group)[group])) == pytest.approx(
+        shares[1]
+    )
