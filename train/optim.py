@@ -12,9 +12,7 @@ def build_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.
     """AdamW for everything, or Muon for the matrices of decoder blocks and AdamW for the rest.
 
     AdamW (Loshchilov & Hutter 2019) decays matrices and kernels only. Muon (Jordan et al. 2024,
-    `torch.optim.Muon`) orthogonalises the update of a matrix. On the tiny recipe, after 100 steps
-    of the same batches, losses (image, box) were 6.12, 3.16 with AdamW at 2e-3 and 5.93, 2.99 with
-    Muon at 4e-3, at the same time a step.
+    `torch.optim.Muon`) orthogonalises the update of a matrix.
     """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     use_muon = config.muon_lr is not None

@@ -167,6 +167,7 @@ def test_layouts_that_no_prompt_can_hold(run, model, tmp_path, expr, word):
         (["eval", "--split", "exam"], ["--split exam", "train, val, test"]),
         (["eval", "--count", "0"], ["--count 0"]),
         (["eval", "--seed", "-1"], ["--seed -1"]),
+        (["eval", "--cfg", "-2"], ["cfg", "-2"]),
         (["eval", "--out", "table.txt"], ["--out", ".json"]),
         (["train", "vq", "--out", "x", "--recipe", "huge"], ["--recipe huge", "tiny"]),
         (["train", "vq", "--out", "x", "--steps", "0"], ["--steps 0"]),
@@ -312,13 +313,13 @@ def test_cycle(run, model, layout, tmp_path):
 def test_eval(run, model, tmp_path, monkeypatch):
     monkeypatch.setenv("ECHOGEN_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "tables.json"
-    done = run("eval", "--model", model, "--count", "3", "--json", "--out", out)
+    done = run("eval", "--model", model, "--count", "3", "--cfg", "3", "--json", "--out", out)
     assert done.code == 0, done.err
     assert {"ap", "ap50", "ap75", "acc50", "spatial", "color", "texture", "shape"} <= set(
         done.data["l2i"]
     )
     assert {"i2l", "cycle", "judge_ceiling", "sampling", "model"} <= set(done.data)
-    assert done.data["count"] == 3
+    assert done.data["count"] == 3 and done.data["sampling"]["cfg"] == 3
     assert json.loads(out.read_text()) == done.data
 
 
