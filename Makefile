@@ -10,7 +10,7 @@ FOLDERS = kernels engine train bench
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --upgrade pip
-	$(RUN)/pip install --quiet torch==2.13.0
+	$(RUN)/pip install --quiet torch==2.13.0 "triton>=3.7,<3.10"
 	$(RUN)/pip install --quiet -e ".[dev,train,nvtx]"
 	touch $@
 
@@ -18,8 +18,10 @@ demo: $(VENV)/.installed
 	$(RUN)/echogen cycle --layout examples/overlap.json --out out/demo --seed 0
 	@echo "look at out/demo/image.png and out/demo/overlay.png"
 
+# Twice over the operators: on their references, and on their Triton code through its interpreter.
 test: $(VENV)/.installed
 	$(RUN)/python -m pytest
+	TRITON_INTERPRET=1 $(RUN)/python -m pytest tests/kernels
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .

@@ -11,7 +11,9 @@ _MASK = 0xFFFFFFFF
 
 
 def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = 10
+    counter: tuple[Tensor, Tensor, Tensor, Tensor],
+    key: tuple[int | Tensor, int | Tensor],
+    rounds: int = 10,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words (held in int64) for each counter; see `echogen.kernels.philox`."""
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
@@ -25,7 +27,9 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def uniform(seed: int, draw: Tensor, position: Tensor, columns: int, stream: int = 0) -> Tensor:
+def uniform(
+    seed: int | Tensor, draw: Tensor, position: Tensor, columns: int, stream: int = 0
+) -> Tensor:
     """Uniforms in (0, 1), float32 [*draw.shape, columns]; see `echogen.kernels.philox`."""
     block = torch.arange((columns + 3) // 4, device=draw.device)
     row_draw, row_position = (t.to(torch.int64).unsqueeze(-1) & _MASK for t in (draw, position))
@@ -37,6 +41,8 @@ def uniform(seed: int, draw: Tensor, position: Tensor, columns: int, stream: int
     return ((bits >> 9).float() + 0.5) * 2.0**-23
 
 
-def gumbel(seed: int, draw: Tensor, position: Tensor, columns: int, stream: int = 0) -> Tensor:
+def gumbel(
+    seed: int | Tensor, draw: Tensor, position: Tensor, columns: int, stream: int = 0
+) -> Tensor:
     """Standard Gumbel noise, float32 [*draw.shape, columns]; see `echogen.kernels.philox`."""
     return -torch.log(-torch.log(uniform(seed, draw, position, columns, stream)))

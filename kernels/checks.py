@@ -1,0 +1,113 @@
+"""Argument checks shared by the operators: one error that names the argument and its value."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
+    """``shape`` with None for any size.
+
+    Raises:
+        ValueError: another shape.
+    """
+    fits = tensor.dim() == len(shape) and all(
+        wanted is None or size == wanted for size, wanted in zip(tensor.shape, shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("·" if s is None else str(s) for s in shape)
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must be [{wanted}]")
+
+
+def check_floats(**tensors: Tensor | None) -> None:
+    """Raises TypeError for a tensor that holds no floats."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} is {tensor.dtype}; it must be a float type")
+
+
+def check_integers(**tensors: Tensor | None) -> None:
+    """Raises TypeError for a tensor that is not int64 or int32."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"{name} is {tensor.dtype}; it must be int64 or int32")
+
+
+def check_bools(**tensors: Tensor | None) -> None:
+    """Raises TypeError for a tensor that is not bool."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != torch.bool:
+            raise TypeError(f"{name} is {tensor.dtype}; it must be bool")
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """Raises ValueError where the tensors live on several devices."""
+    devices = {name: t.device for name, t in tensors.items() if t is not None}
+    if len(set(devices.values())) > 1:
+        where = ", ".join(f"{name} on {device}" for name, device in devices.items())
+        raise ValueError(f"tensors on several devices: {where}; move them to one")
+
+
+def check_not_empty(**tensors: Tensor) -> None:
+    """Raises ValueError for a tensor without elements."""
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            raise ValueError(f"{name} has shape {tuple(tensor.shape)}; it must not be empty")
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Raises ValueError for a tensor that is not contiguous: kernels count on it, and a copy made
+    here would hide its cost."""
+    for name, tensor in tensors.items():
+        if tensor is None or tensor.numel() == 0:
+            continue
+        if not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} has strides {tensor.stride()} for shape {tuple(tensor.shape)}; "
+                f"pass {name}.contiguous()"
+            )
+
+
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises ValueError for a value that is not among the choices."""
+    if value not in choices:
+        raise ValueError(f"{name} = {value!r}; choose {', '.join(map(repr, choices))}")
+
+
+def device_scalar(name: str, value: float | Tensor, device: torch.device, low: float) -> Tensor:
+    """A number as float32 [1] on ``device``, where a CUDA graph reads it afresh at every replay.
+
+    A Python number is checked against ``low`` (exclusive); a tensor's value is not looked at, as
+    that would stop the host until the device is done.
+
+    Raises:
+        ValueError: not finite, not above ``low``, or a tensor of several elements.
+    """
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must hold one number")
+        return value.reshape(1).to(device, torch.float32)
+    if not math.isfinite(value) or value <= low:
+        raise ValueError(f"{name} = {value}; it must be finite and above {low:g}")
+    return torch.full((1,), value, dtype=torch.float32, device=device)
+
+
+def device_seed(seed: int | Tensor, device: torch.device) -> Tensor:
+    """A 64-bit key as int64 [1] on ``device``.
+
+    Raises:
+        ValueError: outside 0 … 2⁶³ − 1, or a tensor that is not one int64.
+    """
+    if isinstance(seed, Tensor):
+        if seed.numel() != 1 or seed.dtype != torch.int64:
+            raise ValueError(f"seed is {seed.dtype} {tuple(seed.shape)}; it must be one int64")
+        return seed.reshape(1).to(device)
+    if not 0 <= seed < 1 << 63:
+        raise ValueError(f"seed = {seed}; it must be in 0 … 2^63 - 1")
+    return torch.full((1,), seed, dtype=torch.int64, device=device)

@@ -1,0 +1,129 @@
+"""How an operator reaches its implementations: through PyTorch's dispatcher, and nothing else.
+
+An operator is `torch.ops.echogen.<name>`, with a CPU kernel (the plain-torch reference), a CUDA
+kernel (the launcher of Triton or CUDA C++ code), a fake rule, and an autograd rule where it trains.
+Two environment variables, read once, change what is registered:
+
+- ``TRITON_INTERPRET=1`` (Triton's own): the launcher is the CPU kernel too, so that the same tests
+  run the Triton code, interpreted, through the public name;
+- ``ECHOGEN_FORCE_REFERENCE=1``: the reference is the CUDA kernel too, for debugging.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.library import CustomOpDef
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+FORCE_REFERENCE = os.environ.get("ECHOGEN_FORCE_REFERENCE") == "1"
+
+LAUNCHED: Counter[str] = Counter()
+"""How often each kernel was launched; tests ask it whether they entered the code they are about."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch that was recorded instead of made: the kernel, its grid, arguments and constants
+    (``num_warps`` and ``num_stages`` among them)."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a Triton kernel on the current stream; every launch of the project goes through here.
+
+    An empty grid launches nothing, as CUDA refuses it.
+    """
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments, constants))
+        return
+    if 0 not in grid:
+        LAUNCHED[kernel.__name__] += 1
+        kernel[grid](*arguments, **constants)
+
+
+@contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Record launches instead of making them, also those of operators called on CPU tensors: for
+    ahead-of-time compilation, and for counting what a launcher allocates without a GPU. The
+    operators' results are then uninitialised memory."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One registered operator, as `doctor` and the tests see it."""
+
+    name: str
+    kind: str
+    module: str
+
+
+OPERATORS: dict[str, Operator] = {}
+"""Every operator registered so far, by name; importing its module registers it."""
+
+
+def operator(
+    name: str,
+    launcher: Callable[..., Any],
+    kind: str = "Triton",
+    mutates: tuple[str, ...] = (),
+) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Decorator: register a plain-torch function as ``echogen::<name>`` with its launcher.
+
+    The decorated function's annotations are the operator's schema; it must not return an argument
+    or a view of one. The fake rule and autograd are added to what the decorator returns
+    (``register_fake``, ``register_autograd``).
+
+    Args:
+        name: of the operator, the reference, the test file and the benchmark.
+        launcher: same signature; allocates the outputs and launches the kernel.
+        kind: what the launcher launches, for people.
+        mutates: arguments that are written to.
+    """
+
+    def register(reference: Callable[..., Any]) -> CustomOpDef:
+        interpreted = INTERPRETED and kind == "Triton"
+
+        def on_cpu(*arguments: Any) -> Any:
+            launching = interpreted or _recorded is not None
+            return launcher(*arguments) if launching else reference(*arguments)
+
+        made = torch.library.custom_op(
+            f"echogen::{name}",
+            on_cpu,
+            mutates_args=mutates,
+            device_types="cpu",
+            schema=torch.library.infer_schema(reference, mutates_args=mutates),
+        )
+        made.register_kernel("cuda")(reference if FORCE_REFERENCE else launcher)
+        OPERATORS[name] = Operator(name, kind, reference.__module__)
+        return made
+
+    return register
+
+
+def implementation(name: str, device: str) -> str:
+    """What runs operator ``name`` on ``device`` ("cpu" or "cuda"), in words."""
+    kind = OPERATORS[name].kind
+    if device == "cpu":
+        return f"{kind}, interpreted" if INTERPRETED and kind == "Triton" else "reference"
+    return "reference (forced)" if FORCE_REFERENCE else kind

@@ -1,0 +1,419 @@
+"""Straight-through Gumbel-Softmax over a codebook, as flash attention with the codes as values.
+
+``y = onehot(argmax(ℓ + g))`` forward, ``softmax((ℓ + g)/τ)`` backward (Jang et al. 2017; Maddison
+et al. 2017), times the codebook E. What an autograd graph would hold, noise, soft and hard samples
+of [N, V] each, is never stored: the noise is a function of its key, and p = softmax(a) enters the
+gradient of the logits only as ``dℓ = p ⊙ (dO·Eᵀ − dO·(p·E))/τ``, whose p·E is [N, C] and is summed
+online, as flash attention sums its output (Dao et al. 2022).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from echogen.kernels import checks
+from echogen.kernels.dispatch import launch, operator
+from echogen.kernels.philox import gumbel_tile
+from echogen.kernels.reference import gumbel as reference
+
+ROWS, COLUMNS = 16, 128  # tile of [N, V]; 16 rows let a tile of codes be reused by one tl.dot
+SEGMENT = 128
+HEAD_ROWS = 4096
+
+
+@triton.jit
+def _noisy_tile(
+    logits_ptr, seed, draw, position, row, first, rows, columns,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Logits and logits + noise of one tile, −inf outside."""
+    column = first + tl.arange(0, COLUMNS)
+    keep = (row < rows)[:, None] & (column < columns)[None, :]
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    x = tl.load(logits_ptr + place, mask=keep, other=float("-inf")).to(tl.float32)
+    word = tl.full([1, 1], 0, tl.int32)
+    noise = gumbel_tile(seed, draw, position, word, first, COLUMNS)
+    return x, x + noise, keep, place
+
+
+@triton.jit
+def _codes_tile(codebook_ptr, first, columns, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                COLUMNS: tl.constexpr):  # fmt: skip
+    """Codes first … of the codebook, float32 [COLUMNS, PADDED], zero outside."""
+    column, c = first + tl.arange(0, COLUMNS), tl.arange(0, PADDED)
+    keep = (column < columns)[:, None] & (c < WIDTH)[None, :]
+    place = column[:, None] * WIDTH + c[None, :]
+    return tl.load(codebook_ptr + place, mask=keep, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _gumbel_st_forward_kernel(
+    logits_ptr, codebook_ptr, tau_ptr, seed_ptr, draw_ptr, position_ptr, given_ptr, targets_ptr,
+    embed_ptr, index_ptr, ce_ptr, lse_a_ptr, lse_l_ptr, e_soft_ptr, rows, columns,
+    GIVEN: tl.constexpr, TARGETS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < rows
+    seed, scale = tl.load(seed_ptr), 1.0 / tl.load(tau_ptr)
+    draw = tl.load(draw_ptr + row, mask=inside, other=0)
+    position = tl.load(position_ptr + row, mask=inside, other=0)
+    target = tl.full([ROWS], -1, tl.int64)
+    if TARGETS:
+        target = tl.load(targets_ptr + row, mask=inside, other=-1)
+    best = tl.full([ROWS], float("-inf"), tl.float32)
+    index = tl.zeros([ROWS], tl.int32)
+    top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    top_l, total_l = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    at_target = tl.zeros([ROWS], tl.float32)
+    soft = tl.zeros([ROWS, PADDED], tl.float32)
+    for first in range(0, columns, COLUMNS):
+        x, noisy, _, _ = _noisy_tile(
+            logits_ptr, seed, draw, position, row, first, rows, columns, COLUMNS
+        )
+        here = tl.max(noisy, 1)
+        index = tl.where(here > best, first + tl.argmax(noisy, 1), index)
+        best = tl.maximum(best, here)
+
+        now = tl.maximum(top, here * scale)
+        # A tile of nothing but −inf must not make −inf − −inf.
+        safe = tl.where(now == float("-inf"), 0.0, now)
+        p = tl.exp(noisy * scale - safe[:, None])
+        shrink = tl.exp(top - safe)
+        total = total * shrink + tl.sum(p, 1)
+        codes = _codes_tile(codebook_ptr, first, columns, WIDTH, PADDED, COLUMNS)
+        soft = soft * shrink[:, None] + tl.dot(p, codes, input_precision="ieee")
+        top = now
+        if TARGETS:
+            now_l = tl.maximum(top_l, tl.max(x, 1))
+            safe_l = tl.where(now_l == float("-inf"), 0.0, now_l)
+            total_l = total_l * tl.exp(top_l - safe_l) + tl.sum(tl.exp(x - safe_l[:, None]), 1)
+            top_l = now_l
+            column = first + tl.arange(0, COLUMNS)
+            at_target += tl.sum(tl.where(column[None, :] == target[:, None], x, 0.0), 1)
+    total = tl.where(inside, total, 1.0)
+    index = index.to(tl.int64)
+    if GIVEN:
+        index = tl.load(given_ptr + row, mask=inside, other=0)
+    c = tl.arange(0, PADDED)
+    keep = inside[:, None] & (c < WIDTH)[None, :]
+    place = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
+    chosen = tl.load(codebook_ptr + index[:, None] * WIDTH + c[None, :], mask=keep, other=0.0)
+    tl.store(embed_ptr + place, chosen, mask=keep)
+    tl.store(e_soft_ptr + place, soft / total[:, None], mask=keep)
+    tl.store(index_ptr + row, index, mask=inside)
+    tl.store(lse_a_ptr + row, top + tl.log(total), mask=inside)
+    lse_l, ce = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    if TARGETS:
+        lse_l = top_l + tl.log(tl.where(inside, total_l, 1.0))
+        ce = tl.where(target >= 0, lse_l - at_target, 0.0)
+    tl.store(lse_l_ptr + row, lse_l, mask=inside)
+    tl.store(ce_ptr + row, ce, mask=inside)
+
+
+@triton.jit
+def _gumbel_st_backward_kernel(
+    logits_ptr, codebook_ptr, tau_ptr, seed_ptr, draw_ptr, position_ptr, targets_ptr,
+    lse_a_ptr, lse_l_ptr, e_soft_ptr, d_embed_ptr, d_ce_ptr, out_ptr, rows, columns,
+    TARGETS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS
+    inside = row < rows
+    seed, scale = tl.load(seed_ptr), 1.0 / tl.load(tau_ptr)
+    draw = tl.load(draw_ptr + row, mask=inside, other=0)
+    position = tl.load(position_ptr + row, mask=inside, other=0)
+    x, noisy, keep, place = _noisy_tile(
+        logits_ptr, seed, draw, position, row, first, rows, columns, COLUMNS
+    )
+    lse_a = tl.load(lse_a_ptr + row, mask=inside, other=0.0)
+    p = tl.exp(noisy * scale - lse_a[:, None])
+    c = tl.arange(0, PADDED)
+    keep_c = inside[:, None] & (c < WIDTH)[None, :]
+    place_c = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
+    d = tl.load(d_embed_ptr + place_c, mask=keep_c, other=0.0).to(tl.float32)
+    e_soft = tl.load(e_soft_ptr + place_c, mask=keep_c, other=0.0)
+    codes = _codes_tile(codebook_ptr, first, columns, WIDTH, PADDED, COLUMNS)
+    along = tl.dot(d, tl.trans(codes), input_precision="ieee") - tl.sum(d * e_soft, 1)[:, None]
+    grad = p * along * scale
+    if TARGETS:
+        target = tl.load(targets_ptr + row, mask=inside, other=-1)
+        d_ce = tl.load(d_ce_ptr + row, mask=inside, other=0.0).to(tl.float32)
+        d_ce = tl.where(target >= 0, d_ce, 0.0)
+        lse_l = tl.load(lse_l_ptr + row, mask=inside, other=0.0)
+        column = first + tl.arange(0, COLUMNS)
+        hit = tl.where(column[None, :] == target[:, None], 1.0, 0.0)
+        grad += d_ce[:, None] * (tl.exp(x - lse_l[:, None]) - hit)
+    tl.store(out_ptr + place, grad, mask=keep)
+
+
+@triton.jit
+def _codebook_grad_kernel(
+    d_embed_ptr, order_ptr, starts_ptr, out_ptr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, SEGMENT: tl.constexpr,
+):  # fmt: skip
+    """One code: the sum over its rows, always in the same order, so that a rerun is identical."""
+    code, c = tl.program_id(0), tl.arange(0, PADDED)
+    start, end = tl.load(starts_ptr + code), tl.load(starts_ptr + code + 1)
+    total = tl.zeros([PADDED], tl.float32)
+    for first in range(start, end, SEGMENT):
+        i = first + tl.arange(0, SEGMENT)
+        row = tl.load(order_ptr + i, mask=i < end, other=0)
+        keep = (i < end)[:, None] & (c < WIDTH)[None, :]
+        place = row[:, None] * WIDTH + c[None, :]
+        total += tl.sum(tl.load(d_embed_ptr + place, mask=keep, other=0.0).to(tl.float32), 0)
+    tl.store(out_ptr + code * WIDTH + c, total, mask=c < WIDTH)
+
+
+def _padded(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+def _launch_forward(
+    logits: Tensor,
+    codebook: Tensor,
+    tau: Tensor,
+    seed: Tensor,
+    draw: Tensor,
+    position: Tensor,
+    index: Tensor | None,
+    targets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = logits.shape
+    width = codebook.shape[1]
+    embed = codebook.new_empty(rows, width)
+    chosen = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    ce, lse_a, lse_l = (torch.empty_like(chosen, dtype=torch.float32) for _ in range(3))
+    e_soft = torch.empty(rows, width, dtype=torch.float32, device=logits.device)
+    launch(
+        _gumbel_st_forward_kernel, (triton.cdiv(rows, ROWS),), logits, codebook, tau, seed, draw,
+        position, index, targets, embed, chosen, ce, lse_a, lse_l, e_soft, rows, columns,
+        GIVEN=index is not None, TARGETS=targets is not None, WIDTH=width, PADDED=_padded(width),
+        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
+    return embed, chosen, ce, lse_a, lse_l, e_soft
+
+
+def _launch_backward(
+    logits: Tensor,
+    codebook: Tensor,
+    tau: Tensor,
+    seed: Tensor,
+    draw: Tensor,
+    position: Tensor,
+    targets: Tensor | None,
+    lse_a: Tensor,
+    lse_l: Tensor,
+    e_soft: Tensor,
+    d_embed: Tensor,
+    d_ce: Tensor | None,
+) -> Tensor:
+    out = torch.empty_like(logits)
+    _launch_backward_into(
+        out, logits, codebook, tau, seed, draw, position, targets, lse_a, lse_l, e_soft, d_embed,
+        d_ce,
+    )  # fmt: skip
+    return out
+
+
+def _launch_backward_into(
+    out: Tensor, logits: Tensor, codebook: Tensor, tau: Tensor, seed: Tensor, draw: Tensor,
+    position: Tensor, targets: Tensor | None, lse_a: Tensor, lse_l: Tensor, e_soft: Tensor,
+    d_embed: Tensor, d_ce: Tensor | None,
+) -> None:  # fmt: skip
+    """``out`` may be ``logits``: every element is read by the program that writes it, before."""
+    rows, columns = logits.shape
+    width = codebook.shape[1]
+    grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))
+    with_targets = targets is not None and d_ce is not None
+    launch(
+        _gumbel_st_backward_kernel, grid, logits, codebook, tau, seed, draw, position,
+        targets if with_targets else None, lse_a, lse_l, e_soft, d_embed,
+        d_ce if with_targets else None, out, rows, columns, TARGETS=with_targets, WIDTH=width,
+        PADDED=_padded(width), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
+
+
+def _launch_codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
+    width = d_embed.shape[1]
+    ordered, order = index.sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(codes + 1, device=index.device))
+    out = torch.empty(codes, width, dtype=torch.float32, device=d_embed.device)
+    launch(
+        _codebook_grad_kernel, (codes,), d_embed, order, starts, out,
+        WIDTH=width, PADDED=_padded(width), SEGMENT=SEGMENT, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@operator("gumbel_st_embed", _launch_forward)
+def _gumbel_st_embed(
+    logits: Tensor,
+    codebook: Tensor,
+    tau: Tensor,
+    seed: Tensor,
+    draw: Tensor,
+    position: Tensor,
+    index: Tensor | None,
+    targets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return reference.forward(logits, codebook, tau, seed, draw, position, index, targets)
+
+
+@operator("gumbel_st_embed_backward", _launch_backward)
+def _gumbel_st_embed_backward(
+    logits: Tensor,
+    codebook: Tensor,
+    tau: Tensor,
+    seed: Tensor,
+    draw: Tensor,
+    position: Tensor,
+    targets: Tensor | None,
+    lse_a: Tensor,
+    lse_l: Tensor,
+    e_soft: Tensor,
+    d_embed: Tensor,
+    d_ce: Tensor | None,
+) -> Tensor:
+    return reference.backward(
+        logits, codebook, tau, seed, draw, position, targets, lse_a, lse_l, e_soft, d_embed, d_ce
+    )
+
+
+@operator("codebook_grad", _launch_codebook_grad)
+def _codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
+    return reference.codebook_grad(d_embed, index, codes)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@_gumbel_st_embed.register_fake
+def _fake_forward(
+    logits: Tensor, codebook: Tensor, tau: Tensor, seed: Tensor, draw: Tensor, position: Tensor,
+    index: Tensor | None, targets: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    rows, wide = len(logits), _wide(logits)
+    ce, lse_a, lse_l = (logits.new_empty(rows, dtype=wide) for _ in range(3))
+    embed = codebook.new_empty(rows, codebook.shape[1])
+    e_soft = logits.new_empty(rows, codebook.shape[1], dtype=wide)
+    return embed, logits.new_empty(rows, dtype=torch.int64), ce, lse_a, lse_l, e_soft
+
+
+@_gumbel_st_embed_backward.register_fake
+def _fake_backward(
+    logits: Tensor, codebook: Tensor, tau: Tensor, seed: Tensor, draw: Tensor, position: Tensor,
+    targets: Tensor | None, lse_a: Tensor, lse_l: Tensor, e_soft: Tensor, d_embed: Tensor,
+    d_ce: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(logits)
+
+
+@_codebook_grad.register_fake
+def _fake_codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
+    return d_embed.new_empty(codes, d_embed.shape[1], dtype=_wide(d_embed))
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, codebook, tau, seed, draw, position, _, targets = inputs
+    _, index, _, lse_a, lse_l, e_soft = output
+    ctx.mark_non_differentiable(index, lse_a, lse_l, e_soft)
+    ctx.save_for_backward(
+        logits, codebook, tau, seed, draw, position, targets, lse_a, lse_l, e_soft, index
+    )
+
+
+def _backward(
+    ctx: Any, d_embed: Tensor, _index: None, d_ce: Tensor, *_: None
+) -> tuple[Tensor | None, ...]:
+    *key, lse_a, lse_l, e_soft, index = ctx.saved_tensors
+    codebook, targets = key[1], key[-1]
+    d_embed = d_embed.contiguous()
+    d_logits = d_codebook = None
+    if ctx.needs_input_grad[0]:
+        of_ce = d_ce.contiguous() if targets is not None else None
+        d_logits = _gumbel_st_embed_backward(*key, lse_a, lse_l, e_soft, d_embed, of_ce)
+    if ctx.needs_input_grad[1]:
+        d_codebook = _codebook_grad(d_embed, index, len(codebook)).to(codebook.dtype)
+    return d_logits, d_codebook, *[None] * 6
+
+
+_gumbel_st_embed.register_autograd(_backward, setup_context=_setup)
+
+
+class GumbelSample(NamedTuple):
+    """What a straight-through sample gives.
+
+    Attributes:
+        embed: [N, C], rows of the codebook, in its type.
+        code: int64 [N], the codes chosen (or given).
+        ce: float32 [N], cross entropy of the plain logits with the targets; 0 without targets and
+            where a target is negative.
+    """
+
+    embed: Tensor
+    code: Tensor
+    ce: Tensor
+
+
+def gumbel_st_embed(
+    logits: Tensor,
+    codebook: Tensor,
+    tau: float | Tensor,
+    seed: int | Tensor,
+    draw: Tensor,
+    position: Tensor,
+    index: Tensor | None = None,
+    targets: Tensor | None = None,
+) -> GumbelSample:
+    """Sample a code a row and return its embedding, with a gradient through the soft sample.
+
+    Forward ``embed = E[argmax(ℓ + g)]``; backward, with ``p = softmax((ℓ + g)/τ)``,
+    ``dℓ = p ⊙ (dO·Eᵀ − dO·(p·E))/τ``, plus the cross entropy's share, and ``dE`` sums dO over the
+    rows that chose each code, in the order of rows (straight-through Gumbel-Softmax, Jang et al.
+    2017; EchoGen, arXiv 2603.18001, stage 2). Noise is `philox.gumbel_noise` of (seed, draw,
+    position), regenerated in backward.
+
+    Args:
+        logits: float [N, V], contiguous.
+        codebook: float [V, C], contiguous; C up to 256.
+        tau: temperature of the soft sample, above 0; a tensor of one element is not checked.
+        seed: key of the noise, an int or an int64 tensor of one element.
+        draw, position: int64 [N], the noise's words of each row.
+        index: int64 [N], codes already sampled (with the same noise); the noise then only shapes
+            the soft sample.
+        targets: int64 [N], codes for the cross entropy; negative: none.
+
+    Raises:
+        ValueError: shapes, devices, strides or numbers that do not fit.
+        TypeError: types that do not fit.
+    """
+    checks.check_floats(logits=logits, codebook=codebook)
+    checks.check_integers(draw=draw, position=position, index=index, targets=targets)
+    checks.check_shape("logits", logits, (None, None))
+    rows, columns = logits.shape
+    checks.check_shape("codebook", codebook, (columns, None))
+    per_row = {"draw": draw, "position": position, "index": index, "targets": targets}
+    for name, tensor in per_row.items():
+        if tensor is not None:
+            checks.check_shape(name, tensor, (rows,))
+    checks.check_not_empty(logits=logits, codebook=codebook)
+    checks.check_contiguous(logits=logits, codebook=codebook, **per_row)
+    checks.check_same_device(logits=logits, codebook=codebook, **per_row)
+    if codebook.shape[1] > 256:
+        raise ValueError(f"codebook is {codebook.shape[1]} wide; the kernel holds up to 256")
+    long = [None if t is None else t.long() for t in per_row.values()]
+    embed, chosen, ce, *_ = _gumbel_st_embed(
+        logits,
+        codebook,
+        checks.device_scalar("tau", tau, logits.device, 0),
+        checks.device_seed(seed, logits.device),
+        *long,
+    )
+    return GumbelSample(embed, chosen, ce)

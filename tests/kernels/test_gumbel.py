@@ -1,0 +1,169 @@
+"""The straight-through Gumbel-Softmax, against autograd in float64 that uses no project code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from echogen.kernels import dispatch, gumbel
+from echogen.kernels.gumbel import gumbel_st_embed
+from echogen.kernels.philox import gumbel_noise
+
+SHAPES = [(1, 1, 1), (3, 7, 2), (19, 300, 8), (50, 389, 8), (17, 131, 16)]
+"""Rows, codes, width: ones, primes, and several tiles with a ragged tail on every axis."""
+
+
+def inputs(shape, generator, device, dtype=torch.float32):
+    rows, codes, width = shape
+    logits = 3 * torch.randn(rows, codes, generator=generator)
+    codebook = F.normalize(torch.randn(codes, width, generator=generator), dim=-1)
+    draw = torch.randint(0, 2**32, (rows,), generator=generator)
+    position = torch.randint(0, 576, (rows,), generator=generator)
+    targets = torch.randint(-1, codes, (rows,), generator=generator)
+    kept = [t.to(device) for t in (draw, position, targets)]
+    return logits.to(device, dtype), codebook.to(device, dtype), *kept
+
+
+def oracle(logits, codebook, tau, noise, targets, index=None):
+    """y = onehot + soft − soft.detach(), in float64."""
+    noisy = logits + noise
+    index = noisy.argmax(-1) if index is None else index
+    soft = (noisy / tau).softmax(-1)
+    hard = F.one_hot(index, logits.shape[1]).to(soft.dtype)
+    # The codebook's gradient is that of the rows chosen; the soft sample's is the logits' alone.
+    embed = hard @ codebook + (soft - soft.detach()) @ codebook.detach()
+    ce = F.cross_entropy(logits, targets.clamp(min=0), reduction="none")
+    return embed, index, torch.where(targets >= 0, ce, 0.0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tau", [1.0, 0.3])
+@pytest.mark.parametrize("given", [False, True])
+def test_forward_and_gradients(shape, tau, given, generator, device, relative_error):
+    logits, codebook, draw, position, targets = inputs(shape, generator, device)
+    noise = gumbel_noise(5, draw, position, shape[1]).double()
+    index = torch.randint(0, shape[1], (shape[0],), generator=generator).to(device)
+    index = index if given else None
+    ours = [t.clone().requires_grad_() for t in (logits, codebook)]
+    truth = [t.double().requires_grad_() for t in (logits, codebook)]
+    found = gumbel_st_embed(*ours, tau, 5, draw, position, index, targets)
+    embed, wanted_index, ce = oracle(*truth, tau, noise, targets, index)
+    assert torch.equal(found.code, wanted_index)
+    assert relative_error(found.embed, embed) < 1e-6
+    assert relative_error(found.ce, ce) < 1e-5
+
+    weight = torch.randn(embed.shape, generator=generator).to(device)
+    (found.embed * weight).sum().add(2 * found.ce.sum()).backward()
+    (embed * weight).sum().add(2 * ce.sum()).backward()
+    for a, b in zip(ours, truth, strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-5
+
+
+def test_without_targets_or_a_codebook_gradient(generator, device, relative_error):
+    logits, codebook, draw, position, _ = inputs((5, 40, 8), generator, device)
+    ours, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    found = gumbel_st_embed(ours, codebook, 0.7, 1, draw, position)
+    none = torch.full_like(draw, -1)
+    noise = gumbel_noise(1, draw, position, 40).double()
+    embed, _, _ = oracle(truth, codebook.double(), 0.7, noise, none)
+    assert torch.equal(found.ce, torch.zeros_like(found.ce))
+    found.embed.square().sum().backward()
+    embed.square().sum().backward()
+    assert relative_error(ours.grad, truth.grad) < 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_types(dtype, generator, device, relative_error):
+    logits, codebook, draw, position, targets = inputs((20, 150, 8), generator, device, dtype)
+    ours = [t.clone().requires_grad_() for t in (logits, codebook)]
+    truth = [t.double().requires_grad_() for t in (logits, codebook)]
+    found = gumbel_st_embed(*ours, 1.0, 5, draw, position, None, targets)
+    noise = gumbel_noise(5, draw, position, 150).double()
+    embed, index, ce = oracle(*truth, 1.0, noise, targets)
+    assert found.embed.dtype == dtype and torch.equal(found.code, index)
+    (found.embed.float().sum() + found.ce.sum()).backward()
+    (embed.sum() + ce.sum()).backward()
+    for a, b in zip(ours, truth, strict=True):
+        assert relative_error(a.grad, b.grad) < 2e-2
+
+
+def test_rows_do_not_depend_on_the_batch(generator, device):
+    logits, codebook, draw, position, _ = inputs((37, 260, 8), generator, device)
+    whole = gumbel_st_embed(logits, codebook, 1.0, 9, draw, position)
+    order = torch.randperm(37, generator=generator).to(device)
+    shuffled = gumbel_st_embed(logits[order], codebook, 1.0, 9, draw[order], position[order])
+    assert torch.equal(shuffled.code, whole.code[order])
+    one = slice(4, 5)
+    alone = gumbel_st_embed(logits[one], codebook, 1.0, 9, draw[one], position[one])
+    assert torch.equal(alone.code, whole.code[one])
+
+
+def test_codes_of_no_probability_are_never_drawn(generator, device):
+    logits, codebook, draw, position, _ = inputs((40, 300, 8), generator, device)
+    allowed = torch.rand(300, generator=generator).to(device) < 0.1
+    allowed[-1] = True
+    logits[:, ~allowed] = float("-inf")
+    logits.requires_grad_()
+    found = gumbel_st_embed(logits, codebook, 0.5, 2, draw, position)
+    assert allowed[found.code].all()
+    found.embed.sum().backward()
+    assert logits.grad is not None and torch.isfinite(logits.grad).all()
+    assert (logits.grad[:, ~allowed] == 0).all()
+
+
+def test_the_codebook_gradient_is_summed_in_order(generator, device):
+    """Bit-equal when repeated: a resumed run must be identical."""
+    d_embed = torch.randn(1000, 8, generator=generator).to(device)
+    index = torch.randint(0, 3, (1000,), generator=generator).to(device)
+    first = torch.ops.echogen.codebook_grad(d_embed, index, 5)
+    assert torch.equal(torch.ops.echogen.codebook_grad(d_embed, index, 5), first)
+    wanted = F.one_hot(index, 5).double().T @ d_embed.double()
+    torch.testing.assert_close(first.double(), wanted, rtol=1e-5, atol=1e-4)
+    assert (first[3:] == 0).all()
+
+
+def test_opcheck(generator, device):
+    logits, codebook, draw, position, targets = inputs((18, 140, 8), generator, device)
+    tau, seed = torch.ones(1, device=device), torch.ones(1, dtype=torch.int64, device=device)
+    logits.requires_grad_()
+    codebook.requires_grad_()
+    key = (logits, codebook, tau, seed, draw, position)
+    # One index a row decides the whole: finite differences and reruns are exact there.
+    torch.library.opcheck(torch.ops.echogen.gumbel_st_embed.default, (*key, None, targets))
+    torch.library.opcheck(torch.ops.echogen.gumbel_st_embed.default, (*key, targets.clamp(0), None))
+
+
+@pytest.mark.skipif(not dispatch.INTERPRETED, reason="counts launches of interpreted kernels")
+def test_the_kernels_are_entered(generator, device, launched):
+    logits, codebook, draw, position, targets = inputs((4, 9, 2), generator, device)
+    logits.requires_grad_()
+    codebook.requires_grad_()
+    gumbel_st_embed(logits, codebook, 1.0, 0, draw, position, None, targets).ce.sum().backward()
+    names = ("gumbel_st_forward", "gumbel_st_backward", "codebook_grad")
+    assert all(launched[f"_{name}_kernel"] == 1 for name in names)
+
+
+def test_bad_arguments(device):
+    logits, codebook = torch.zeros(4, 6, device=device), torch.zeros(6, 2, device=device)
+    rows = torch.arange(4, device=device)
+    good = {"logits": logits, "codebook": codebook, "tau": 1.0, "seed": 0, "draw": rows,
+            "position": rows}  # fmt: skip
+    gumbel_st_embed(**good)
+    for change, match in [
+        ({"tau": 0.0}, "tau = 0.0"),
+        ({"tau": float("nan")}, "tau = nan"),
+        ({"seed": -1}, "seed = -1"),
+        ({"codebook": codebook[:5]}, "codebook has shape"),
+        ({"logits": logits[None]}, "logits has shape"),
+        ({"logits": torch.zeros(6, 4, device=device).T}, "strides"),
+        ({"logits": logits.long()}, "logits is torch.int64"),
+        ({"draw": rows[:3]}, "draw has shape"),
+        ({"draw": rows.float()}, "draw is torch.float32"),
+        ({"index": rows[:2]}, "index has shape"),
+        ({"logits": logits[:, :0], "codebook": codebook[:0]}, "must not be empty"),
+        ({"codebook": torch.zeros(6, 300, device=device)}, "300 wide"),
+    ]:
+        with pytest.raises((ValueError, TypeError), match=match):
+            gumbel_st_embed(**good | change)
+    assert gumbel.ROWS >= 16
