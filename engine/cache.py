@@ -86,8 +86,8 @@ class Prefix:
 
 
 class PrefixCache:
-    """Prefixes by prompt. Unconditional prompts are the same in every drawing of a prompt of their
-    length; on the tiny model running one takes as long as four steps.
+    """Prefixes by prompt. Drawings share their unconditional prompts (Janus's with every prompt of
+    the same length); on the tiny model running one takes as long as four steps.
 
     Args:
         budget: bytes of keys and values held; the oldest prefixes go when there are more.
@@ -101,8 +101,10 @@ class PrefixCache:
         return self._held.get(key)
 
     def put(self, key: tuple[int, ...], prefix: Prefix) -> None:
-        """Hold a copy of a prefix."""
+        """Hold a copy of a prefix, unless it alone is over the budget."""
+        if prefix.keys_values.nbytes > self._budget:
+            return
         self._held[key] = Prefix(prefix.keys_values.clone(), prefix.logits.clone())
         held = sum(p.keys_values.nbytes for p in self._held.values())
-        while self._held and held > self._budget:
+        while held > self._budget:
             held -= self._held.pop(next(iter(self._held))).keys_values.nbytes

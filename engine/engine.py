@@ -161,7 +161,7 @@ class Engine:
     @property
     def decoder(self) -> UnifiedTransformer | PackedTransformer:
         """The transformer as drawing runs it: on a CPU a packed copy, made at first use and held
-        until ``refresh`` (made for every image it would cost the tiny model 13 ms of 110)."""
+        until ``refresh`` (`echogen bench engine` reports what making it takes as ``pack_ms``)."""
         if self._decoder is None:
             with torch.inference_mode():
                 packed = packable(self.transformer)

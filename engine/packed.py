@@ -45,7 +45,7 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
         weight = weight.detach()
-        self._bias = None if bias is None else bias.detach()
+        self._bias = None if bias is None else bias.detach().clone()
         small = weight.numel() < SMALL_WEIGHT and weight.dtype == torch.float32
         self._plain = weight.t().contiguous() if small else None
         self._blocked = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
@@ -68,7 +68,7 @@ class PackedLinear:
             total.addmm_(x, self._plain)
 
 
-def _into(norm: RMSNorm, layer: nn.Linear) -> tuple[Callable[[Stream], Tensor], Tensor]:
+def _gain_folded(norm: RMSNorm, layer: nn.Linear) -> tuple[Callable[[Stream], Tensor], Tensor]:
     """A norm without its gain, and the weight of the layer behind it with the gain multiplied in.
 
     F.rms_norm is seven operations on a CPU, 7 µs on two rows; one norm over the stream with its
@@ -131,14 +131,14 @@ class PackedBlock:
 
     def __init__(self, block: Block, rows: int) -> None:
         dim = block.head_dim
-        self._attn_norm, qkv = _into(block.attn_norm, block.qkv)
+        self._attn_norm, qkv = _gain_folded(block.attn_norm, block.qkv)
         heads = qkv.view(-1, dim, qkv.shape[1]).clone()
         rotated = block.heads + block.kv_heads
         beside = torch.arange(dim).view(2, dim // 2).t().flatten()
         heads[:rotated] = heads[:rotated, beside]
         self._qkv = PackedLinear(heads.flatten(0, 1), None, rows)
         self._out = PackedLinear(block.out.weight, None, rows)
-        self._mlp_norm, gate_up = _into(block.mlp_norm, block.gate_up)
+        self._mlp_norm, gate_up = _gain_folded(block.mlp_norm, block.gate_up)
         self._gate_up = PackedLinear(gate_up, None, rows)
         self._down = PackedLinear(block.down.weight, None, rows)
 
@@ -157,9 +157,10 @@ class PackedBlock:
 
 
 def attend(frame: Frame, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
-    """softmax(q·kᵀ + mask)·v for the frame's queries, keys [R·kv_heads, K, S], values
-    [R·kv_heads, S, K], mask [R·kv_heads or 1, 1, L, S] or None. Plain products: for two rows of 45
-    tokens SDPA takes 250 µs on a CPU, these 40."""
+    """softmax(q·kᵀ + mask)·v into ``frame.attended_rows``, for the frame's queries (scaled already,
+    see ``turns``), keys [R·kv_heads, K, S], values [R·kv_heads, S, K] and mask
+    [R·kv_heads or 1, 1, L, S] or None. Plain products: for two rows of 45 tokens SDPA takes 250 µs
+    on a CPU, these 40."""
     scores = torch.bmm(frame.query_rows, key)
     if mask is not None:
         scores.view(len(scores), -1, frame.tokens, scores.shape[-1]).add_(mask)
@@ -169,7 +170,8 @@ def attend(frame: Frame, key: Tensor, value: Tensor, mask: Tensor | None) -> Non
 
 
 class PackedTransformer:
-    """A copy of `UnifiedTransformer`'s weights for drawing on a CPU.
+    """A copy of `UnifiedTransformer`'s weights for drawing on a CPU (the text embedding and, in
+    bfloat16, the norms are the model's own).
 
     Args:
         model: on the CPU; ``packable`` says whether it can be packed.
@@ -181,7 +183,7 @@ class PackedTransformer:
         self.blocks = [PackedBlock(b, rows) for b in model.blocks if isinstance(b, Block)]
         into, _, out = model.image_head
         assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
-        self._norm, weight = _into(model.norm, into)
+        self._norm, weight = _gain_folded(model.norm, into)
         # GELU(h) = √½·(y + y·erf y) at y = √½·h: with both factors in the weights two operations,
         # 3 µs on two rows, where F.gelu goes through oneDNN and takes 16 (float32 only: bfloat16
         # would round the sum).
@@ -189,12 +191,16 @@ class PackedTransformer:
         root = 1.0 if self._plain_gelu else 0.5**0.5
         self._into = PackedLinear(weight * root, into.bias * root, rows)
         self._out = PackedLinear(out.weight * root, out.bias, rows)
-        # RoPE as complex numbers; those of the queries carry attention's 1/√K.
         c, half = model.config, model.config.head_dim // 2
         cos, sin = model.rotary.cos[:, :half], model.rotary.sin[:, half:]
-        scale = torch.tensor([c.head_dim**-0.5] * c.heads + [1.0] * c.kv_heads)
-        self.turns = torch.complex(cos.float(), sin.float())[:, None] * scale[:, None]
+        self._rope = torch.complex(cos.float(), sin.float())[:, None]
+        self._scale = torch.tensor([c.head_dim**-0.5] * c.heads + [1.0] * c.kv_heads)[:, None]
         self.prefixes = PrefixCache()
+
+    def turns(self, positions: Tensor) -> Tensor:
+        """RoPE at positions [...] as complex numbers [..., heads + kv_heads, K/2]; those of the
+        queries carry attention's 1/√K."""
+        return self._rope[positions] * self._scale
 
     def image_logits(self, stream: Stream) -> Tensor:
         """Residual stream [R, D] → image logits [R, V]."""

@@ -14,7 +14,15 @@ class PackedDecoding:
     """One drawing on packed weights: the cache, and everything a step needs cut beforehand.
 
     The cache is one block [2, layers, R·kv_heads, S, K], keys first: a step writes one place of it
-    and reads all layers' views of what is filled, cut in two operations.
+    and reads views of what is filled, cut for all layers at once.
+
+    Args:
+        model: the packed weights.
+        code_table: [V, D], the embeddings of image codes, in the weights' type.
+        ids, pads: prompts int64 [R, L], padded on the left by ``pads`` [R].
+        steps: image tokens T.
+        guided: the second half of the rows is unconditional; what their prompts leave in the cache
+            is kept in ``model.prefixes`` for later drawings.
     """
 
     def __init__(
@@ -44,7 +52,7 @@ class PackedDecoding:
         ragged = any(self._pads)
         positions = (slot[length:] - pads[:, None]) if ragged else slot[None, length:]
         # One [R or 1, 1, heads + kv_heads, K/2] a step.
-        self._turns = model.turns[positions].unsqueeze(2).unbind(1)
+        self._turns = model.turns(positions).unsqueeze(2).unbind(1)
         self._mask = self._for_heads((slot >= pads[:, None])[:, None]) if ragged else None
 
     def _for_heads(self, visible: Tensor) -> Tensor:
@@ -54,27 +62,31 @@ class PackedDecoding:
         return mask.repeat_interleave(heads, 0)
 
     def prefill(self) -> Tensor:
-        """Run the prompts, each different one once; image logits [R, V] of their last tokens."""
-        keys = [(pad, *row) for pad, row in zip(self._pads, self._ids.tolist(), strict=True)]
-        kept, first = self._model.prefixes, dict[tuple[int, ...], int]()
-        found = {key: prefix for key in keys if (prefix := kept.get(key)) is not None}
-        for row, key in enumerate(keys):
-            if key not in found:
-                first.setdefault(key, row)
-        fresh = self._run_prompts(list(first.values())) if first else []
-        for (key, row), prefix in zip(first.items(), fresh, strict=True):
-            found[key] = prefix
-            if row >= self._conditional:
-                kept.put(key, prefix)
-        self._end = self._ids.shape[1]
-        for row, key in enumerate(keys):
-            self._block[:, :, row, :, : self._end].copy_(found[key].keys_values)
-        return torch.stack([found[key].logits for key in keys])
+        """Run the prompts, equal ones once; image logits [R, V] of their last tokens."""
+        cache, rows, first = self._model.prefixes, self._ids.tolist(), self._conditional
+        prompts = [tuple(row[pad:]) for row, pad in zip(rows, self._pads, strict=True)]
+        places = {prompt: row for row, prompt in reversed(list(enumerate(prompts[:first])))}
+        held = list(places.values())
+        pads = torch.tensor([self._pads[row] for row in held])
+        drawn = dict(zip(places, self._run_prompts(self._ids[held], pads), strict=True))
+        found = [drawn[prompt] for prompt in prompts[:first]]
+        for prompt in prompts[first:]:
+            # Alone and unpadded: what is kept must not depend on what it was drawn beside.
+            prefix = cache.get(prompt)
+            if prefix is None:
+                prefix = self._run_prompts(torch.tensor([prompt]), torch.zeros(1))[0]
+                cache.put(prompt, prefix)
+            found.append(prefix)
+        self._end = len(rows[0])
+        for row, (pad, prefix) in enumerate(zip(self._pads, found, strict=True)):
+            # Weights of 0 on uninitialised memory could still make NaN.
+            self._block[:, :, row, :, :pad].zero_()
+            self._block[:, :, row, :, pad : self._end].copy_(prefix.keys_values)
+        return torch.stack([prefix.logits for prefix in found])
 
-    def _run_prompts(self, rows: list[int]) -> list[Prefix]:
-        """The prompts of some rows, run from the start."""
+    def _run_prompts(self, ids: Tensor, pads: Tensor) -> list[Prefix]:
+        """Run prompts [U, L], padded on the left by ``pads`` [U]."""
         model, c, dtype = self._model, self._model.config, self._table.dtype
-        ids, pads = self._ids[rows], torch.tensor([self._pads[i] for i in rows])
         count, length = ids.shape
         block = torch.empty(2, c.layers, count, c.kv_heads, length, c.head_dim, dtype=dtype)
         keys, values = block.flatten(2, 3).unbind(0)
@@ -82,13 +94,15 @@ class PackedDecoding:
         stream = Stream(count * length, c.width, c.norm_eps, dtype)
         stream.x.copy_(model.embed_text(ids).flatten(0, 1))
         visible = torch.ones(1, length, length, dtype=torch.bool).tril()
-        turns, end_mask = model.turns[:length], None
+        slot, end_mask = torch.arange(length), None
+        positions = slot
         if pads.any():
-            kept = torch.arange(length) >= pads[:, None]
+            token = slot >= pads[:, None]
             # A pad sees itself: a row of nothing but -inf would turn into NaN.
-            visible = (visible & kept[:, None]) | torch.eye(length, dtype=torch.bool)
-            turns = model.turns[(torch.arange(length) - pads[:, None]).clamp(min=0)]
-            end_mask = self._for_heads(kept[:, None])
+            visible = (visible & token[:, None]) | torch.eye(length, dtype=torch.bool)
+            positions = (slot - pads[:, None]).clamp(min=0)
+            end_mask = self._for_heads(token[:, None])
+        turns = model.turns(positions)
         mask = self._for_heads(visible)
         last = len(model.blocks) - 1
         for i, packed in enumerate(model.blocks):
@@ -105,7 +119,9 @@ class PackedDecoding:
         attend(end, keys[last].mT, values[last], end_mask)
         model.blocks[last].finish(end_stream, end)
         logits = model.image_logits(end_stream)
-        return [Prefix(block[:, :, i], logits[i]) for i in range(count)]
+        return [
+            Prefix(block[:, :, i, :, pad:], logits[i]) for i, pad in enumerate(pads.int().tolist())
+        ]
 
     def step(self, code: Tensor) -> Tensor:
         """Append image codes int64 [N] (to R = N or, with guidance, 2N rows); logits [R, V]."""

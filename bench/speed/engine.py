@@ -2,7 +2,8 @@
 
 Each side runs at its own best thread count (and the port with its better cache). Greedy codes are
 compared before anything is timed; then the two draw in turn. This engine keeps the prefixes of
-unconditional prompts between drawings, and its packed weights; the port has neither.
+unconditional prompts between drawings, and its packed weights, and runs equal prompts of a batch
+once; the port does none of it.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from echogen.commands.output import InputError
 from echogen.commands.training import load_vq
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
+from echogen.engine.sampler import Sampling
 from echogen.train.recipes import tiny
 
 
@@ -64,6 +65,20 @@ def test_load_vq_refuses_what_is_damaged(vq):
 def test_load_vq_refuses_another_model(model):
     with pytest.raises(InputError, match="no whole image tokenizer"):
         load_vq(model, 32)
+
+
+def test_refresh_forgets_the_old_weights(model, layout):
+    engine, sampling = Engine.from_pretrained(model), Sampling(temperature=0, cfg=3.0)
+    asked = [Layout.load(layout)]
+    before = engine.generate_codes(asked, sampling=sampling)
+    with torch.no_grad():
+        for parameter in engine.transformer.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    engine.refresh()
+    parts = (engine.config, engine.transformer, engine.vq, engine.siglip, engine.prompts)
+    fresh = Engine(*parts).generate_codes(asked, sampling=sampling)
+    assert torch.equal(engine.generate_codes(asked, sampling=sampling), fresh)
+    assert not torch.equal(before, fresh)
 
 
 def test_engine_survives_saving(model, layout, tmp_path):

@@ -208,10 +208,18 @@ def test_kept_prefixes_change_nothing(model):
         codes = decode_image(packed, model.code_table().detach(), rows, sampler, PAD)
         assert torch.equal(codes, draw(model, prompts, sampling))
 
+    ids, pads = left_padded([prompt(7, 0), prompt(4, 1), *[unconditional(prompt(7, 0))] * 2], PAD)
+    table = model.code_table().detach()
+    with torch.inference_mode():
+        decodings = [PackedDecoding(packed, table, ids, pads, 16, guided=True) for _ in range(2)]
+        assert torch.equal(*(d.prefill() for d in decodings))
+        assert torch.equal(*(d.step(torch.tensor([1, 2])) for d in decodings))
+
     held = PrefixCache(budget=3 * 64)
     for i in range(5):
         held.put((i,), Prefix(torch.zeros(16), torch.zeros(2)))
-    assert [held.get((i,)) is not None for i in range(5)] == [False, False, True, True, True]
+    held.put((5,), Prefix(torch.zeros(49), torch.zeros(2)))
+    assert [held.get((i,)) is not None for i in range(6)] == [False, False, True, True, True, False]
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(cfg=4.0), Sampling(top_k=5)])
