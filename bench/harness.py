@@ -7,6 +7,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,19 @@ def environment(device: str = "cpu") -> dict[str, Any]:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            "triton": version("triton"),
         },
         "commit": commit,
         "dirty": None if status is None else bool(status),
     }
+
+
+def version(package: str) -> str | None:
+    """Of an installed distribution; None where it is absent."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*words: str) -> str | None:

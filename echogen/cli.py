@@ -13,7 +13,7 @@ import tyro
 from echogen import __version__
 from echogen.commands.bench import Bench
 from echogen.commands.evaluate import Eval
-from echogen.commands.output import InputError, fail
+from echogen.commands.output import Failure, InputError, fail
 from echogen.commands.pictures import Cycle, Generate, Ground
 from echogen.commands.training import Train
 from echogen.doctor import Doctor
@@ -86,4 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except refusals() as error:
         fail(str(error))
         return 2
+    except Failure as error:
+        sys.stdout.flush()
+        fail(str(error))
+        return 1
     return 0

@@ -70,7 +70,8 @@ class CycleResult:
 def score(layout: Layout, boxes: list[list[Box]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """IoU [G, K], L1 [G, K], reward [G] and advantage [G] of the boxes recovered from G images."""
     target = torch.tensor([[o.box for o in layout.objects]])
-    iou, l1, reward = box_reward(
+    found = box_reward(
         torch.tensor(boxes).unsqueeze(0), target, torch.ones(target.shape[:2], dtype=torch.bool)
     )
-    return iou[0], l1[0], reward[0], group_advantage(reward)[0]
+    advantage = group_advantage(found.reward).advantage[0]
+    return found.iou[0], found.l1[0], found.reward[0], advantage

@@ -1,16 +1,21 @@
 """Ahead-of-time compilation of every Triton operator, with no GPU present.
 
-The operators themselves are run at production shapes on CPU tensors that are never touched, with
-their launches recorded instead of made; what they would have launched is then compiled for each
-architecture and read back out of the binary. So nothing about a kernel is written down twice.
+The operators themselves are run at production shapes on tensors without memory (of the meta
+device; CPU tensors that are never touched do as well), with their launches recorded instead of
+made; what they would have launched is then compiled for each architecture and read back out of the
+binary. So nothing about a kernel is written down twice.
 """
 
 from __future__ import annotations
 
+import importlib
+import multiprocessing
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,7 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -28,7 +34,7 @@ TYPES = {
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
     torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass(frozen=True)
@@ -68,58 +74,121 @@ def target_of(arch: str) -> GPUTarget:
     raise ValueError(f"arch = {arch!r}; write sm_NN for NVIDIA, gfxNNN for AMD")
 
 
+class OnAnyDevice(TorchDispatchMode):
+    """Takes an operator's CPU kernel whatever its tensors' device, so that it is entered on meta
+    tensors too, where neither its library calls nor its memory cost anything."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func.namespace == "echogen":
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A launch as the compiler wants it, specialised as Triton's own launcher would. It can be
+    sent to another process, which imports the kernel by its name."""
+
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], list[list[Any]]]
+    options: dict[str, Any]
+
+    @staticmethod
+    def of(launch: Launch) -> Source:
+        """What would be compiled for this launch."""
+        kernel = launch.kernel
+        values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
+        signature, constants, attributes = {}, {}, {}
+        for i, parameter in enumerate(kernel.params):
+            value = values[parameter.name]
+            aligned = isinstance(value, Tensor)
+            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+                signature[parameter.name] = "constexpr"
+                constants[(i,)] = value
+                continue
+            if isinstance(value, Tensor):
+                signature[parameter.name] = "*" + TYPES[value.dtype]
+            elif isinstance(value, bool):
+                signature[parameter.name] = "i1"
+            elif isinstance(value, int):
+                signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                aligned = value % 16 == 0
+            else:
+                signature[parameter.name] = "fp32"
+            if aligned:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+        options = {k: v for k, v in launch.constants.items() if k in OPTIONS}
+        return Source(kernel.__module__, kernel.__name__, signature, constants, attributes, options)
+
+    def compile(self, arch: str, kernel: Any = None) -> Compiled:
+        """For one architecture; ``kernel`` where its name cannot be imported.
+
+        Raises:
+            ValueError: no such architecture.
+            RuntimeError: kernels are interpreted in this process.
+        """
+        if INTERPRETED:
+            raise RuntimeError(
+                "TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled"
+            )
+        target, name = target_of(arch), self.kernel.strip("_").removesuffix("_kernel")
+        kernel = kernel or getattr(importlib.import_module(self.module), self.kernel)
+        source = ASTSource(kernel, self.signature, self.constants, self.attributes)
+        try:
+            # Said aloud, as the default is about to change; a launch that says otherwise wins.
+            options = {"enable_fp_fusion": True} | self.options
+            made = triton.compile(source, target=target, options=options)
+        except Exception as error:  # the compiler raises of its own many kinds; all are reported
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            return Compiled(name, arch, error=f"{type(error).__name__}: {reason}")
+        if "cubin" not in made.asm:
+            return Compiled(name, arch, shared_bytes=made.metadata.shared)
+        return Compiled(name, arch, **_read_cubin(made.asm["cubin"]))
+
+
 def launches(call: Callable[[], Any]) -> list[Launch]:
-    """What ``call`` launches when it runs operators on CPU tensors, backward included; launches of
-    a kernel that compile to the same code are kept once."""
-    with recorded() as found:
+    """What ``call`` launches when it runs operators on meta or CPU tensors, backward included;
+    launches of a kernel that compile to the same code are kept once."""
+    entered: AbstractContextManager[Any] = OnAnyDevice()
+    with recorded() as found, entered:
         call()
     unique: dict[str, Launch] = {}
     for launch in found:
-        source, options = _source(launch)
-        unique.setdefault(f"{launch.kernel.__name__} {source.hash()} {options}", launch)
+        unique.setdefault(repr(Source.of(launch)), launch)
     return list(unique.values())
 
 
-def _source(launch: Launch) -> tuple[ASTSource, dict[str, Any]]:
-    """A launch as the compiler wants it, specialised as Triton's own launcher would."""
-    options = {k: v for k, v in launch.constants.items() if k in OPTIONS}
-    values = dict(zip(launch.kernel.arg_names, launch.arguments, strict=False)) | launch.constants
-    signature, constants, attributes = {}, {}, {}
-    for i, parameter in enumerate(launch.kernel.params):
-        value = values[parameter.name]
-        aligned = isinstance(value, Tensor)
-        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
-            signature[parameter.name] = "constexpr"
-            constants[(i,)] = value
-            continue
-        if isinstance(value, Tensor):
-            signature[parameter.name] = "*" + TYPES[value.dtype]
-        elif isinstance(value, bool):
-            signature[parameter.name] = "i1"
-        elif isinstance(value, int):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            aligned = value % 16 == 0
-        else:
-            signature[parameter.name] = "fp32"
-        if aligned:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    return ASTSource(launch.kernel, signature, constants, attributes), options
-
-
 def compile_launch(launch: Launch, arch: str) -> Compiled:
-    """Compile what was recorded for one architecture."""
-    if INTERPRETED:
-        raise RuntimeError("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled")
-    name = launch.kernel.__name__.strip("_").removesuffix("_kernel")
-    source, options = _source(launch)
-    try:
-        made = triton.compile(source, target=target_of(arch), options=options)
-    except Exception as error:  # the compiler raises of its own many kinds; all are reported
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return Compiled(name, arch, error=f"{type(error).__name__}: {reason}")
-    if "cubin" not in made.asm:
-        return Compiled(name, arch, shared_bytes=made.metadata.shared)
-    return Compiled(name, arch, **_read_cubin(made.asm["cubin"]))
+    """Compile what was recorded for one architecture, in this process."""
+    return Source.of(launch).compile(arch, launch.kernel)
+
+
+def compile_all(
+    sources: Sequence[Source],
+    arches: Sequence[str],
+    processes: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Compiled]:
+    """Every source for every architecture, source by source, in that many processes."""
+    asked = [(source, arch) for source in sources for arch in arches]
+    found: dict[int, Compiled] = {}
+    if processes < 2 or len(asked) < 2:
+        for i, (source, arch) in enumerate(asked):
+            found[i] = source.compile(arch)
+            progress(len(found), len(asked))
+        return [found[i] for i in range(len(asked))]
+    # Not forked: torch's threads would be left behind in the middle of their work.
+    fresh = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(processes, len(asked)), fresh) as pool:
+        jobs = {pool.submit(source.compile, arch): i for i, (source, arch) in enumerate(asked)}
+        for job in as_completed(jobs):
+            found[jobs[job]] = job.result()
+            progress(len(found), len(asked))
+    return [found[i] for i in range(len(asked))]
 
 
 def _read_cubin(cubin: bytes) -> dict[str, Any]:

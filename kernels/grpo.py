@@ -1,25 +1,572 @@
-"""Group-relative advantage: how much better a sample did than the others of its layout."""
+"""Group-relative policy optimisation: how much better a sample did than the others of its layout,
+and the clipped loss that follows from it.
+
+Written in plain torch, the loss holds a dozen [N, T] tensors for autograd; here it holds none: a
+forward pass leaves four sums a row, a backward pass recomputes each token and writes the gradient.
+All sums have a fixed order, so that a resumed run repeats the first one bit by bit.
+"""
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
+from echogen.kernels import checks
+from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.reference import grpo as reference
 
+SAMPLES = 128  # of a group at a time, one warp's worth of 16 bytes a thread
+TOKENS = 1024  # of a row at a time
+ROWS = 1024  # of the final reduction at a time
 
-def group_advantage(reward: Tensor, eps: float = 1e-6) -> Tensor:
-    """``(r − mean_G) / (std_G + ε)``, population standard deviation (GRPO, arXiv 2402.03300).
+MODES = ("grpo", "dr_grpo", "rloo")
+NORMALISERS = ("sequence", "token", "constant")
+Mode = Literal["grpo", "dr_grpo", "rloo"]
+Normaliser = Literal["sequence", "token", "constant"]
+
+_LIMIT = tl.constexpr(reference.LIMIT)
+_RATIO_LIMIT = tl.constexpr(reference.RATIO_LIMIT)
+_SERIES_BELOW = tl.constexpr(reference.SERIES_BELOW)
+
+
+@triton.jit
+def tree_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sums [ROWS] of the rows of x [ROWS, COLUMNS], neighbours first. `tl.sum` adds in an order
+    that depends on how the compiler lays x out over threads, and so on the kernel around it."""
+    for level in tl.static_range(12):
+        if (COLUMNS >> level) > 1:
+            left, right = tl.split(tl.reshape(x, [ROWS, COLUMNS >> (level + 1), 2]))
+            x = left + right
+    return tl.reshape(x, [ROWS])
+
+
+@triton.jit
+def _total(x, SIZE: tl.constexpr):
+    return tl.sum(tree_sum(tl.reshape(x, [1, SIZE]), 1, SIZE), 0)
+
+
+@triton.jit
+def _rewards(reward_ptr, mask_ptr, start, size, first, SAMPLES: tl.constexpr):
+    """Rewards from ``start + first`` on, 0 where not kept or not finite; kept; inside the group."""
+    at = first + tl.arange(0, SAMPLES)
+    inside = at < size
+    reward = tl.load(reward_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
+    keep = inside
+    if mask_ptr is not None:
+        keep = keep & (tl.load(mask_ptr + start + at, mask=inside, other=0) != 0)
+    sound = tl.abs(reward) <= _LIMIT
+    return tl.where(keep & sound, reward, 0.0), keep, keep & (sound == 0), inside
+
+
+@triton.jit
+def advantages(
+    reward_ptr, mask_ptr, advantage_ptr, start, size, eps,
+    MODE: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    """Write the advantages of the group [start, start + size) and return whether it is flat.
+    Device code for other kernels; launch them with ``enable_fp_fusion=False``, so that each of
+    them rounds alike."""
+    total = tl.zeros([SAMPLES], tl.float32)
+    low = tl.full([SAMPLES], float("inf"), tl.float32)
+    high = tl.full([SAMPLES], float("-inf"), tl.float32)
+    counts, breaks = tl.zeros([SAMPLES], tl.int32), tl.zeros([SAMPLES], tl.int32)
+    for first in range(0, size, SAMPLES):
+        reward, keep, broken, _ = _rewards(reward_ptr, mask_ptr, start, size, first, SAMPLES)
+        total += reward
+        low = tl.minimum(low, tl.where(keep, reward, float("inf")))
+        high = tl.maximum(high, tl.where(keep, reward, float("-inf")))
+        counts += keep.to(tl.int32)
+        breaks += broken.to(tl.int32)
+    sound = tl.sum(breaks, 0) == 0
+    flat = (tl.min(low, 0) >= tl.max(high, 0)) & sound
+    count = tl.sum(counts, 0).to(tl.float32)
+    some = tl.maximum(count, 1.0)
+    mean = tl.where(sound, tl.div_rn(_total(total, SAMPLES), some), float("nan"))
+    if MODE == "grpo":
+        squares = tl.zeros([SAMPLES], tl.float32)
+        for first in range(0, size, SAMPLES):
+            reward, keep, _, _ = _rewards(reward_ptr, mask_ptr, start, size, first, SAMPLES)
+            centred = tl.where(keep, reward - mean, 0.0)
+            squares += centred * centred
+        spread = tl.sqrt_rn(tl.div_rn(_total(squares, SAMPLES), some)) + eps
+        spread = tl.where(spread > 0, spread, 1.0)
+    others = tl.div_rn(count, tl.maximum(count - 1.0, 1.0))
+    for first in range(0, size, SAMPLES):
+        reward, keep, _, inside = _rewards(reward_ptr, mask_ptr, start, size, first, SAMPLES)
+        advantage = reward - mean
+        if MODE == "grpo":
+            advantage = tl.div_rn(advantage, spread)
+        elif MODE == "rloo":
+            advantage = advantage * others
+        advantage = tl.where(keep & (flat == 0), advantage, 0.0)
+        tl.store(advantage_ptr + start + first + tl.arange(0, SAMPLES), advantage, mask=inside)
+    return flat
+
+
+@triton.jit
+def _group_advantage_kernel(
+    reward_ptr, offsets_ptr, mask_ptr, advantage_ptr, flat_ptr, samples, eps,
+    MODE: tl.constexpr, SAMPLES: tl.constexpr,
+):  # fmt: skip
+    group = tl.program_id(0).to(tl.int64)
+    if offsets_ptr is not None:
+        start = tl.load(offsets_ptr + group)
+        size = tl.load(offsets_ptr + group + 1) - start
+    else:
+        start, size = group * samples, samples
+    flat = advantages(reward_ptr, mask_ptr, advantage_ptr, start, size, eps, MODE, SAMPLES)
+    tl.store(flat_ptr + group, flat)
+
+
+@triton.jit
+def _held(d):
+    """Within ±the limit; NaN stays, which minimum and maximum would drop."""
+    return tl.where(d > _RATIO_LIMIT, _RATIO_LIMIT, tl.where(d < -_RATIO_LIMIT, -_RATIO_LIMIT, d))
+
+
+@triton.jit
+def _k3(d):
+    """exp(d) − d − 1, by its series where the difference would cancel."""
+    series = d * (1 / 40320) + 1 / 5040
+    series = series * d + 1 / 720
+    series = series * d + 1 / 120
+    series = series * d + 1 / 24
+    series = series * d + 1 / 6
+    series = series * d + 1 / 2
+    return tl.where(tl.abs(d) < _SERIES_BELOW, d * d * series, tl.exp(d) - d - 1.0)
+
+
+@triton.jit
+def _token_terms(
+    logp_ptr, old_ptr, mask_ptr, ref_ptr, advantage, row, first, width, clip_low, clip_high, beta,
+    TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Loss, clipped, k3 and d loss/d logp of one block of a row; 0 where masked."""
+    column = first + tl.arange(0, TOKENS)
+    inside = column < width
+    place = row.to(tl.int64) * width + column
+    keep = inside & (tl.load(mask_ptr + place, mask=inside, other=0) != 0)
+    # Not loaded under `keep`: that would end 16-byte loads.
+    new = tl.where(keep, tl.load(logp_ptr + place, mask=inside, other=0.0).to(tl.float32), 0.0)
+    old = new
+    if old_ptr is not None:
+        old = tl.load(old_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        old = tl.where(keep, old, 0.0)
+    ratio = tl.exp(_held(new - old))
+    held = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * advantage
+    plain = ratio * advantage
+    clipped = keep & (held < plain)
+    loss = -tl.where(clipped, held, plain)
+    grad = -tl.where(clipped, 0.0, plain)
+    kl = tl.zeros([TOKENS], tl.float32)
+    if ref_ptr is not None:
+        ref = tl.load(ref_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        d = _held(tl.where(keep, ref, 0.0) - new)
+        kl = tl.where(keep, _k3(d), 0.0)
+        loss += beta * kl
+        grad -= beta * (kl + d)
+    return tl.where(keep, loss, 0.0), clipped, kl, tl.where(keep, grad, 0.0), keep, place
+
+
+@triton.jit
+def _grpo_rows_kernel(
+    logp_ptr, old_ptr, advantage_ptr, mask_ptr, ref_ptr, sums_ptr, rows, width,
+    clip_low, clip_high, beta, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """Sums of loss, tokens, clipped tokens and k3 over each row, to sums [4, rows]."""
+    row = tl.program_id(0)
+    advantage = tl.load(advantage_ptr + row).to(tl.float32)
+    losses, kls = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
+    tokens, clips = tl.zeros([TOKENS], tl.int32), tl.zeros([TOKENS], tl.int32)
+    for first in range(0, width, TOKENS):
+        loss, clipped, kl, _, keep, _ = _token_terms(
+            logp_ptr, old_ptr, mask_ptr, ref_ptr, advantage, row, first, width,
+            clip_low, clip_high, beta, TOKENS,
+        )  # fmt: skip
+        losses += loss
+        kls += kl
+        tokens += keep.to(tl.int32)
+        clips += clipped.to(tl.int32)
+    tl.store(sums_ptr + row, tl.sum(losses, 0))
+    tl.store(sums_ptr + rows + row, tl.sum(tokens, 0).to(tl.float32))
+    tl.store(sums_ptr + 2 * rows + row, tl.sum(clips, 0).to(tl.float32))
+    tl.store(sums_ptr + 3 * rows + row, tl.sum(kls, 0))
+
+
+@triton.jit
+def _grpo_total_kernel(
+    sums_ptr, loss_ptr, clip_fraction_ptr, mean_kl_ptr, weight_ptr, rows, constant,
+    NORMALISE: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """One program: the totals, then each row's weight in the loss, then the loss."""
+    tokens, filled = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    clips, kls = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = row < rows
+        count = tl.load(sums_ptr + rows + row, mask=inside, other=0.0)
+        tokens += count
+        filled += (count > 0).to(tl.float32)
+        clips += tl.load(sums_ptr + 2 * rows + row, mask=inside, other=0.0)
+        kls += tl.load(sums_ptr + 3 * rows + row, mask=inside, other=0.0)
+    every, some = tl.maximum(tl.sum(tokens, 0), 1.0), tl.maximum(tl.sum(filled, 0), 1.0)
+    tl.store(clip_fraction_ptr, tl.sum(clips, 0) / every)
+    tl.store(mean_kl_ptr, tl.sum(kls, 0) / every)
+    losses = tl.zeros([ROWS], tl.float32)
+    for first in range(0, rows, ROWS):
+        row = first + tl.arange(0, ROWS)
+        inside = row < rows
+        count = tl.load(sums_ptr + rows + row, mask=inside, other=0.0)
+        if NORMALISE == "sequence":
+            weight = tl.where(count > 0, 1.0 / (tl.maximum(count, 1.0) * some), 0.0)
+        elif NORMALISE == "token":
+            weight = count * 0.0 + 1.0 / every
+        else:
+            weight = count * 0.0 + constant
+        tl.store(weight_ptr + row, weight, mask=inside)
+        losses += tl.load(sums_ptr + row, mask=inside, other=0.0) * weight
+    tl.store(loss_ptr, tl.sum(losses, 0))
+
+
+@triton.jit
+def _grpo_backward_kernel(
+    logp_ptr, old_ptr, advantage_ptr, mask_ptr, ref_ptr, weight_ptr, d_loss_ptr, out_ptr, width,
+    clip_low, clip_high, beta, TOKENS: tl.constexpr,
+):  # fmt: skip
+    row, first = tl.program_id(0), tl.program_id(1) * TOKENS
+    advantage = tl.load(advantage_ptr + row).to(tl.float32)
+    scale = tl.load(weight_ptr + row) * tl.load(d_loss_ptr).to(tl.float32)
+    _, _, _, grad, keep, place = _token_terms(
+        logp_ptr, old_ptr, mask_ptr, ref_ptr, advantage, row, first, width,
+        clip_low, clip_high, beta, TOKENS,
+    )  # fmt: skip
+    inside = first + tl.arange(0, TOKENS) < width
+    tl.store(out_ptr + place, tl.where(keep, grad * scale, 0.0), mask=inside)
+
+
+def samples_block(samples: int) -> int:
+    """How many samples of a group of so many are taken at a time."""
+    return min(triton.next_power_of_2(max(samples, 1)), SAMPLES)
+
+
+def _launch_advantage(
+    reward: Tensor, offsets: Tensor | None, mask: Tensor | None, mode: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    if reward.dtype == torch.float64:  # not a type to train in: kernels calculate in float32
+        return reference.group_advantage(reward, offsets, mask, mode, eps)
+    advantage = torch.empty_like(reward, dtype=torch.float32)
+    groups = len(reward) if offsets is None else len(offsets) - 1
+    samples = reward.shape[1] if offsets is None else reward.shape[0]
+    flat = torch.empty(groups, dtype=torch.bool, device=reward.device)
+    launch(
+        _group_advantage_kernel, (groups,), reward, offsets, mask, advantage, flat, samples, eps,
+        MODE=mode, SAMPLES=samples_block(samples), num_warps=1, enable_fp_fusion=False,
+    )  # fmt: skip
+    return advantage, flat
+
+
+def _launch_loss(
+    logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
+    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, normalise: str,
+    max_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if logp.dtype == torch.float64:
+        return reference.loss(
+            logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, normalise,
+            max_tokens,
+        )  # fmt: skip
+    rows, width = logp.shape
+    sums = torch.empty(4, rows, dtype=torch.float32, device=logp.device)
+    loss, clip_fraction, mean_kl = (
+        torch.empty((), dtype=torch.float32, device=logp.device) for _ in range(3)
+    )
+    weight = torch.empty(rows, dtype=torch.float32, device=logp.device)
+    launch(
+        _grpo_rows_kernel, (rows,), logp, old_logp, advantage, mask, ref_logp, sums, rows, width,
+        clip_low, clip_high, beta, TOKENS=_tokens_block(width), num_warps=4,
+        enable_fp_fusion=True,
+    )  # fmt: skip
+    launch(
+        _grpo_total_kernel, (1,), sums, loss, clip_fraction, mean_kl, weight, rows,
+        1 / (rows * max_tokens), NORMALISE=normalise,
+        ROWS=min(triton.next_power_of_2(rows), ROWS), num_warps=8, enable_fp_fusion=True,
+    )  # fmt: skip
+    return loss, clip_fraction, mean_kl, weight
+
+
+def _launch_loss_backward(
+    logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
+    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, weight: Tensor,
+    d_loss: Tensor,
+) -> Tensor:  # fmt: skip
+    if logp.dtype == torch.float64:
+        return reference.loss_backward(
+            logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, weight, d_loss
+        )
+    out = torch.empty_like(logp)
+    rows, width = logp.shape
+    block = _tokens_block(width)
+    launch(
+        _grpo_backward_kernel, (rows, triton.cdiv(width, block)), logp, old_logp, advantage, mask,
+        ref_logp, weight, d_loss, out, width, clip_low, clip_high, beta, TOKENS=block,
+        num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return out
+
+
+def _tokens_block(width: int) -> int:
+    return min(triton.next_power_of_2(width), TOKENS)
+
+
+@operator("group_advantage", _launch_advantage)
+def _group_advantage(
+    reward: Tensor, offsets: Tensor | None, mask: Tensor | None, mode: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    return reference.group_advantage(reward, offsets, mask, mode, eps)
+
+
+@operator("grpo_loss", _launch_loss)
+def _grpo_loss(
+    logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
+    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, normalise: str,
+    max_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return reference.loss(
+        logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, normalise, max_tokens
+    )
+
+
+@operator("grpo_loss_backward", _launch_loss_backward)
+def _grpo_loss_backward(
+    logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
+    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, weight: Tensor,
+    d_loss: Tensor,
+) -> Tensor:  # fmt: skip
+    return reference.loss_backward(
+        logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, weight, d_loss
+    )
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@_group_advantage.register_fake
+def _fake_advantage(
+    reward: Tensor, offsets: Tensor | None, mask: Tensor | None, mode: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    groups = reward.shape[0] if offsets is None else offsets.shape[0] - 1
+    return (
+        torch.empty_like(reward, dtype=_wide(reward)),
+        reward.new_empty(groups, dtype=torch.bool),
+    )
+
+
+@_grpo_loss.register_fake
+def _fake_loss(
+    logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
+    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, normalise: str,
+    max_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    scalars = [logp.new_empty((), dtype=_wide(logp)) for _ in range(3)]
+    return *scalars, logp.new_empty(logp.shape[0], dtype=_wide(logp))  # type: ignore[return-value]
+
+
+@_grpo_loss_backward.register_fake
+def _fake_loss_backward(
+    logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
+    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, weight: Tensor,
+    d_loss: Tensor,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(logp)
+
+
+def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
+    logp, old_logp, advantage, mask, ref_logp, *numbers = inputs
+    _, clip_fraction, mean_kl, weight = output
+    ctx.mark_non_differentiable(clip_fraction, mean_kl, weight)
+    ctx.save_for_backward(logp, old_logp, advantage, mask, ref_logp, weight)
+    ctx.numbers = numbers[:3]  # type: ignore[attr-defined]
+
+
+def _backward(ctx, d_loss, *_):
+    *inputs, weight = ctx.saved_tensors
+    d_logp = None
+    if ctx.needs_input_grad[0]:
+        d_logp = _grpo_loss_backward(*inputs, *ctx.numbers, weight, d_loss.contiguous())
+    return (d_logp, *[None] * 9)
+
+
+_grpo_loss.register_autograd(_backward, setup_context=_setup)
+
+
+class Advantage(NamedTuple):
+    """What a group says of its samples.
+
+    Attributes:
+        advantage: float32, shaped as the rewards; 0 for masked samples and in flat groups.
+        flat: bool [B], groups whose samples all have the same reward (or that have none): nothing
+            is to be learnt from them.
+    """
+
+    advantage: Tensor
+    flat: Tensor
+
+
+def group_advantage(
+    reward: Tensor,
+    offsets: Tensor | None = None,
+    mask: Tensor | None = None,
+    mode: Mode = "grpo",
+    eps: float = 1e-6,
+) -> Advantage:
+    """How much better each sample did than its group.
+
+    With n samples in the group: ``grpo``: ``(r − mean)/(std + ε)``, population deviation (GRPO,
+    arXiv 2402.03300); ``dr_grpo``: ``r − mean`` (Dr.GRPO, arXiv 2503.20783); ``rloo``: ``r`` minus
+    the mean of the others, ``n/(n − 1)·(r − mean)`` (RLOO, arXiv 2402.14740).
 
     Args:
-        reward: float [B, G], one row for the G samples of a layout.
-        eps: ε.
+        reward: float [B, G], one row for the G samples of a layout; with offsets, [N].
+        offsets: int64 [B + 1], from 0 to N; group b is ``reward[offsets[b]:offsets[b + 1]]``. Its
+            numbers are looked at on a CPU only.
+        mask: bool, shaped as reward; False excludes a sample, which then gets 0 and does not count.
+        mode: "grpo", "dr_grpo" or "rloo".
+        eps: ε, at least 0.
 
     Returns:
-        float [B, G]; a row of equal rewards (G = 1 too) has advantage zero.
+        Advantage, float32 (float64 of float64) and bool [B]. A group with a reward that is not
+        finite (or beyond 1e15) has advantage NaN and is not flat.
 
     Raises:
-        ValueError: not two-dimensional.
+        ValueError: shapes, devices, strides, offsets or numbers that do not fit.
+        TypeError: types that do not fit.
     """
-    if reward.dim() != 2:
-        raise ValueError(f"reward of shape {tuple(reward.shape)}; it must be [layouts, samples]")
-    return reference.group_advantage(reward, eps)
+    check_mode(mode, eps)
+    checks.check_floats(reward=reward)
+    checks.check_bools(mask=mask)
+    if offsets is None:
+        if reward.dim() != 2:
+            raise ValueError(
+                f"reward has shape {tuple(reward.shape)}; it must be [layouts, samples], "
+                f"or [N] with offsets"
+            )
+    else:
+        checks.check_shape("reward", reward, (None,))
+        _check_offsets(offsets, len(reward))
+    if mask is not None:
+        checks.check_shape("mask", mask, reward.shape)
+    checks.check_contiguous(reward=reward, offsets=offsets, mask=mask)
+    checks.check_same_device(reward=reward, offsets=offsets, mask=mask)
+    return Advantage(*_group_advantage(reward, offsets, mask, mode, eps))
+
+
+def check_mode(mode: str, eps: float) -> None:
+    """Raises ValueError for no mode of `group_advantage`, and for an eps it cannot take."""
+    checks.check_choice("mode", mode, MODES)
+    if not 0 <= eps < float("inf"):
+        raise ValueError(f"eps = {eps}; it must be finite and not negative")
+
+
+def _check_offsets(offsets: Tensor, size: int) -> None:
+    checks.check_shape("offsets", offsets, (None,))
+    if offsets.dtype != torch.int64:
+        raise TypeError(f"offsets is {offsets.dtype}; it must be int64")
+    if len(offsets) == 0:
+        raise ValueError("offsets has shape (0,); B groups have B + 1 offsets")
+    if offsets.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # a look would stop the host until the device is done
+    if offsets[0] != 0 or offsets[-1] != size or (offsets.diff() < 0).any():
+        raise ValueError(f"offsets = {offsets.tolist()}; they must rise from 0 to {size}")
+
+
+class GrpoLoss(NamedTuple):
+    """The policy loss and what to watch.
+
+    Attributes:
+        loss: float32 scalar, to be minimised; the only one with a gradient.
+        clip_fraction: float32 scalar, share of tokens whose ratio is clipped.
+        mean_kl: float32 scalar, mean k3 over tokens; 0 without a reference.
+    """
+
+    loss: Tensor
+    clip_fraction: Tensor
+    mean_kl: Tensor
+
+
+def grpo_loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantage: Tensor,
+    mask: Tensor,
+    ref_logp: Tensor | None = None,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    beta: float = 0.0,
+    normalise: Normaliser = "sequence",
+    max_tokens: int | None = None,
+) -> GrpoLoss:
+    """The clipped policy loss with a KL penalty, its gradient recomputed in backward.
+
+    Per token, with ``r = exp(new − old)`` and ``d = ref − new``:
+    ``−min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) + β·k3``, ``k3 = exp(d) − d − 1`` (GRPO,
+    arXiv 2402.03300; k3: Schulman, "Approximating KL divergence", 2020). Log-ratios are held
+    within ±60. Sums over tokens become a loss by
+
+    - ``sequence``: the mean over a sequence's tokens, then over sequences with any (GRPO);
+    - ``token``: the mean over all tokens of the batch;
+    - ``constant``: the sum over N·max_tokens (Dr.GRPO, arXiv 2503.20783).
+
+    Args:
+        logp: float [N, T], log-probabilities of the tokens under the policy.
+        old_logp: [N, T], under the policy that sampled; None: the same policy (one update per
+            rollout), so that the ratio is 1 and has a gradient.
+        advantage: float [N].
+        mask: bool [N, T]; False is no token of the sequence and contributes nothing, whatever the
+            log-probabilities hold there.
+        ref_logp: [N, T], under the frozen reference.
+        clip_low, clip_high: how far the ratio may fall below and rise above 1.
+        beta: weight of the KL penalty; 0 with ref_logp only measures it.
+        normalise: "sequence", "token" or "constant".
+        max_tokens: the most tokens a sequence may have; "constant" needs it.
+
+    Returns:
+        GrpoLoss. Gradients reach logp alone. A batch without any token has loss 0.
+
+    Raises:
+        ValueError: shapes, devices, strides or numbers that do not fit.
+        TypeError: types that do not fit.
+    """
+    checks.check_choice("normalise", normalise, NORMALISERS)
+    checks.check_floats(logp=logp, old_logp=old_logp, advantage=advantage, ref_logp=ref_logp)
+    checks.check_bools(mask=mask)
+    checks.check_shape("logp", logp, (None, None))
+    same = {"old_logp": old_logp, "mask": mask, "ref_logp": ref_logp}
+    for name, tensor in same.items():
+        if tensor is not None:
+            checks.check_shape(name, tensor, logp.shape)
+    checks.check_shape("advantage", advantage, logp.shape[:1])
+    checks.check_not_empty(logp=logp)
+    checks.check_contiguous(logp=logp, advantage=advantage, **same)
+    checks.check_same_device(logp=logp, advantage=advantage, **same)
+    if not 0 <= clip_low <= 1:
+        raise ValueError(f"clip_low = {clip_low}; it must be in 0 … 1")
+    if not 0 <= clip_high < float("inf"):
+        raise ValueError(f"clip_high = {clip_high}; it must be finite and not negative")
+    if not 0 <= beta < float("inf"):
+        raise ValueError(f"beta = {beta}; it must be finite and not negative")
+    if beta and ref_logp is None:
+        raise ValueError(f"beta = {beta} without ref_logp; pass it, or beta = 0")
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens = {max_tokens}; it must be at least 1")
+    if normalise == "constant" and max_tokens is None:
+        raise ValueError("max_tokens = None; normalise = 'constant' needs it")
+    loss, clip_fraction, mean_kl, _ = _grpo_loss(
+        logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, normalise,
+        max_tokens or 1,
+    )  # fmt: skip
+    return GrpoLoss(loss, clip_fraction, mean_kl)

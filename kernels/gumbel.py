@@ -23,7 +23,6 @@ from echogen.kernels.reference import gumbel as reference
 
 ROWS, COLUMNS = 16, 128  # tile of [N, V]; 16 rows let a tile of codes be reused by one tl.dot
 SEGMENT = 128
-HEAD_ROWS = 4096
 
 
 @triton.jit
@@ -174,6 +173,9 @@ def _padded(width: int) -> int:
     return max(16, triton.next_power_of_2(width))
 
 
+Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
 def _launch_forward(
     logits: Tensor,
     codebook: Tensor,
@@ -183,20 +185,34 @@ def _launch_forward(
     position: Tensor,
     index: Tensor | None,
     targets: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> Kept:
+    out = empty_outputs(len(logits), codebook)
+    launch_forward_into(out, logits, codebook, tau, seed, draw, position, index, targets)
+    return out
+
+
+def empty_outputs(rows: int, codebook: Tensor) -> Kept:
+    """What `launch_forward_into` fills: embed, index, ce, lse_a, lse_l, e_soft."""
+    width = codebook.shape[1]
+    index = torch.empty(rows, dtype=torch.int64, device=codebook.device)
+    ce, lse_a, lse_l = (torch.empty_like(index, dtype=torch.float32) for _ in range(3))
+    e_soft = torch.empty(rows, width, dtype=torch.float32, device=codebook.device)
+    return codebook.new_empty(rows, width), index, ce, lse_a, lse_l, e_soft
+
+
+def launch_forward_into(
+    out: Kept, logits: Tensor, codebook: Tensor, tau: Tensor, seed: Tensor, draw: Tensor,
+    position: Tensor, index: Tensor | None, targets: Tensor | None,
+) -> None:  # fmt: skip
+    """The forward pass, into tensors or rows of tensors given."""
     rows, columns = logits.shape
     width = codebook.shape[1]
-    embed = codebook.new_empty(rows, width)
-    chosen = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    ce, lse_a, lse_l = (torch.empty_like(chosen, dtype=torch.float32) for _ in range(3))
-    e_soft = torch.empty(rows, width, dtype=torch.float32, device=logits.device)
     launch(
         _gumbel_st_forward_kernel, (triton.cdiv(rows, ROWS),), logits, codebook, tau, seed, draw,
-        position, index, targets, embed, chosen, ce, lse_a, lse_l, e_soft, rows, columns,
+        position, index, targets, *out, rows, columns,
         GIVEN=index is not None, TARGETS=targets is not None, WIDTH=width, PADDED=_padded(width),
         ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
     )  # fmt: skip
-    return embed, chosen, ce, lse_a, lse_l, e_soft
 
 
 def _launch_backward(
@@ -214,19 +230,20 @@ def _launch_backward(
     d_ce: Tensor | None,
 ) -> Tensor:
     out = torch.empty_like(logits)
-    _launch_backward_into(
+    launch_backward_into(
         out, logits, codebook, tau, seed, draw, position, targets, lse_a, lse_l, e_soft, d_embed,
         d_ce,
     )  # fmt: skip
     return out
 
 
-def _launch_backward_into(
+def launch_backward_into(
     out: Tensor, logits: Tensor, codebook: Tensor, tau: Tensor, seed: Tensor, draw: Tensor,
     position: Tensor, targets: Tensor | None, lse_a: Tensor, lse_l: Tensor, e_soft: Tensor,
     d_embed: Tensor, d_ce: Tensor | None,
 ) -> None:  # fmt: skip
-    """``out`` may be ``logits``: every element is read by the program that writes it, before."""
+    """The backward pass; ``out`` may be ``logits``, as every element is read by the program that
+    writes it, before."""
     rows, columns = logits.shape
     width = codebook.shape[1]
     grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))
@@ -286,7 +303,7 @@ def _gumbel_st_embed_backward(
 
 
 @operator("codebook_grad", _launch_codebook_grad)
-def _codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
+def codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
     return reference.codebook_grad(d_embed, index, codes)
 
 
@@ -315,7 +332,7 @@ def _fake_backward(
     return torch.empty_like(logits)
 
 
-@_codebook_grad.register_fake
+@codebook_grad.register_fake
 def _fake_codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
     return d_embed.new_empty(codes, d_embed.shape[1], dtype=_wide(d_embed))
 
@@ -340,7 +357,7 @@ def _backward(
         of_ce = d_ce.contiguous() if targets is not None else None
         d_logits = _gumbel_st_embed_backward(*key, lse_a, lse_l, e_soft, d_embed, of_ce)
     if ctx.needs_input_grad[1]:
-        d_codebook = _codebook_grad(d_embed, index, len(codebook)).to(codebook.dtype)
+        d_codebook = codebook_grad(d_embed, index, len(codebook)).to(codebook.dtype)
     return d_logits, d_codebook, *[None] * 6
 
 
@@ -360,6 +377,26 @@ class GumbelSample(NamedTuple):
     embed: Tensor
     code: Tensor
     ce: Tensor
+
+
+def check_sampling(
+    codebook: Tensor, rows: int, columns: int, per_row: dict[str, Tensor | None]
+) -> None:
+    """The arguments that both forms of the sampler share, for logits [rows, columns].
+
+    Raises:
+        ValueError, TypeError: as in `gumbel_st_embed`.
+    """
+    checks.check_floats(codebook=codebook)
+    checks.check_integers(**per_row)
+    checks.check_shape("codebook", codebook, (columns, None))
+    for name, tensor in per_row.items():
+        if tensor is not None:
+            checks.check_shape(name, tensor, (rows,))
+    checks.check_not_empty(codebook=codebook)
+    checks.check_contiguous(codebook=codebook, **per_row)
+    if codebook.shape[1] > 256:
+        raise ValueError(f"codebook is {codebook.shape[1]} wide; the kernel holds up to 256")
 
 
 def gumbel_st_embed(
@@ -394,20 +431,13 @@ def gumbel_st_embed(
         ValueError: shapes, devices, strides or numbers that do not fit.
         TypeError: types that do not fit.
     """
-    checks.check_floats(logits=logits, codebook=codebook)
-    checks.check_integers(draw=draw, position=position, index=index, targets=targets)
+    checks.check_floats(logits=logits)
     checks.check_shape("logits", logits, (None, None))
-    rows, columns = logits.shape
-    checks.check_shape("codebook", codebook, (columns, None))
     per_row = {"draw": draw, "position": position, "index": index, "targets": targets}
-    for name, tensor in per_row.items():
-        if tensor is not None:
-            checks.check_shape(name, tensor, (rows,))
-    checks.check_not_empty(logits=logits, codebook=codebook)
-    checks.check_contiguous(logits=logits, codebook=codebook, **per_row)
+    checks.check_not_empty(logits=logits)
+    checks.check_contiguous(logits=logits)
     checks.check_same_device(logits=logits, codebook=codebook, **per_row)
-    if codebook.shape[1] > 256:
-        raise ValueError(f"codebook is {codebook.shape[1]} wide; the kernel holds up to 256")
+    check_sampling(codebook, len(logits), logits.shape[1], per_row)
     long = [None if t is None else t.long() for t in per_row.values()]
     embed, chosen, ce, *_ = _gumbel_st_embed(
         logits,

@@ -1,22 +1,29 @@
-"""The command that measures speed against a peer."""
+"""The commands that measure speed, and those that look at kernels without running them."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from echogen.commands.options import Json, check_range, check_seed
-from echogen.commands.output import InputError, print_json, progress
+from echogen.commands.output import (
+    Failure,
+    InputError,
+    make_folder,
+    print_json,
+    progress,
+    warn,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
-class Bench:
-    """Measure speed beside the same weights in another library."""
+class BenchEngine:
+    """Drawing, from the prompt to the last image code, beside the same weights in a peer."""
 
-    what: Annotated[Literal["engine"], tyro.conf.Positional]
-    """engine: drawing, from the prompt to the last image code."""
     model: str = "tiny"
     """A bundled model, a folder, or a hub id in the Janus format."""
     peer: Literal["transformers", "none"] = "transformers"
@@ -51,3 +58,116 @@ class Bench:
         Console().print(speed.table(result))
         if self.json:
             print_json(result)
+
+
+@dataclass(frozen=True)
+class BenchKernels:
+    """Every operator beside eager torch, torch.compile and its peers; times of a GPU where there is
+    one, else of the plain-torch references."""
+
+    operator: tuple[str, ...] = ()
+    """Which operators; all of them if none is named."""
+    size: str | None = None
+    """tiny (the CPU's default), training or decoding (both of a GPU)."""
+    provider: tuple[str, ...] = ()
+    """Whom to compare with (eager, compile, liger, trl, torchvision, torch); all if left out."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    repeats: int = 20
+    """Timed runs of each on a CPU."""
+    out: Path | None = None
+    """Folder for kernels.csv and a plot an operator."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        check_range("repeats", self.repeats, 1, 10_000)
+        if self.out is not None:
+            make_folder(self.out)
+        import torch
+
+        from echogen.bench.speed import kernels, tables
+
+        there = torch.cuda.is_available()
+        if self.device == "cuda" and not there:
+            raise InputError("--device cuda: PyTorch sees no CUDA device; use cpu")
+        device = "cuda" if self.device != "cpu" and there else "cpu"
+        try:
+            kernels.choose(self.operator, self.size, device)
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+        with progress("timing") as update:
+            result = kernels.run(
+                self.operator, self.size, device, self.provider, self.repeats, warn, update
+            )
+        tables.console().print(tables.kernels(result))
+        if self.out is not None:
+            self._write(result["kernels"])
+        if self.json:
+            print_json(result)
+        wrong = [r for r in result["kernels"] if r["error"] and r["provider"] == "echogen"]
+        if wrong:
+            raise Failure(wrong[0]["error"])
+
+    def _write(self, rows: list[dict[str, object]]) -> None:
+        from echogen.bench.speed import tables
+
+        assert self.out is not None
+        tables.write_csv(rows, self.out / "kernels.csv")
+        try:
+            tables.plot(rows, self.out)
+        except ImportError:
+            warn("matplotlib is not installed; no plots were drawn")
+
+
+@dataclass(frozen=True)
+class BenchCompile:
+    """Compile every Triton operator for named architectures, without a GPU: registers, shared
+    memory, spills, wide accesses."""
+
+    arch: str = "sm_80,sm_90,sm_100"
+    """Architectures with commas between them: sm_NN of NVIDIA, gfxNNN of AMD (reported only)."""
+    operator: tuple[str, ...] = ()
+    """Which operators; all of them if none is named."""
+    processes: int | None = None
+    """That compile side by side; one a core if left out."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        check_range("processes", 1 if self.processes is None else self.processes, 1, 1024)
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            raise InputError(
+                "TRITON_INTERPRET=1: an interpreted kernel cannot be compiled; unset it"
+            )
+        from echogen.bench.speed import compile as ahead
+        from echogen.bench.speed import tables
+
+        arches = [a.strip() for a in self.arch.split(",") if a.strip()]
+        if not arches:
+            raise InputError(f"--arch {self.arch!r}: name one, such as sm_90")
+        with progress("compiling") as update:
+            try:
+                result = ahead.run(arches, self.operator, self.processes, update)
+            except ValueError as error:
+                raise InputError(f"--{error}") from None
+        tables.console().print(tables.compiled(result["kernels"]))
+        if self.json:
+            print_json(result)
+        failures = ahead.failures(result["kernels"])
+        if failures:
+            raise Failure(f"{len(failures)} of {len(result['kernels'])}: {'; '.join(failures)}")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Measure speed."""
+
+    what: (
+        Annotated[BenchEngine, tyro.conf.subcommand("engine")]
+        | Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
+        | Annotated[BenchCompile, tyro.conf.subcommand("compile")]
+    )
+
+    def run(self) -> None:
+        self.what.run()

@@ -21,6 +21,10 @@ class InputError(Exception):
     """Bad input found by a command; the message is one line that names the value and the mend."""
 
 
+class Failure(Exception):
+    """A command did its work, and what it found is a failure; the message is one line."""
+
+
 def fail(message: str) -> None:
     """One line on stderr, whatever the message holds."""
     print("echogen: " + " ".join(message.split()), file=sys.stderr)

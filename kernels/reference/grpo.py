@@ -1,14 +1,162 @@
-"""Plain-torch group advantage: the oracle of every test and the CPU path."""
+"""Plain-torch group advantage and policy loss: the oracle of every test and the CPU path. Rows of
+the loss are taken in chunks, so that memory is bounded as it is in the kernel."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+CHUNK = 1024
+LIMIT = 1e15  # a reward beyond it counts as not finite: its square would overflow
+RATIO_LIMIT = 60.0  # log-ratios are held within ±60, exp(±60) within float32
+SERIES_BELOW = 0.5  # of |d|, where exp(d) − d − 1 cancels and its series does not
 
-def group_advantage(reward: Tensor, eps: float = 1e-6) -> Tensor:
-    """Advantage within rows [B, G]; see `echogen.kernels.grpo`."""
-    centred = reward - reward.mean(-1, keepdim=True)
-    flat = (reward == reward[:, :1]).all(-1, keepdim=True)
-    spread = reward.std(-1, keepdim=True, correction=0)
-    return torch.where(flat, torch.zeros_like(reward), centred / (spread + eps))
+Loss = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def wide(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def group_advantage(
+    reward: Tensor, offsets: Tensor | None, mask: Tensor | None, mode: str, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(advantage, flat); see `echogen.kernels.grpo`."""
+    r = wide(reward).reshape(-1)
+    keep = torch.ones_like(r, dtype=torch.bool) if mask is None else mask.reshape(-1)
+    if offsets is None:
+        groups = reward.shape[0]
+        group = torch.arange(groups, device=r.device).repeat_interleave(reward.shape[1])
+    else:
+        groups = len(offsets) - 1
+        place = torch.arange(len(r), device=r.device)
+        group = torch.searchsorted(offsets, place, right=True) - 1
+
+    sound = r.abs() <= LIMIT
+    broken = r.new_zeros(groups).index_add_(0, group, (keep & ~sound).to(r.dtype)) > 0
+    r = torch.where(keep & sound, r, 0.0)
+    low = r.new_full((groups,), torch.inf)
+    low = low.scatter_reduce(0, group, torch.where(keep, r, torch.inf), "amin")
+    high = r.new_full((groups,), -torch.inf)
+    high = high.scatter_reduce(0, group, torch.where(keep, r, -torch.inf), "amax")
+    flat = (low >= high) & ~broken
+
+    count = r.new_zeros(groups).index_add_(0, group, keep.to(r.dtype))
+    mean = r.new_zeros(groups).index_add_(0, group, r) / count.clamp(min=1)
+    centred = torch.where(keep, r - torch.where(broken, torch.nan, mean)[group], 0.0)
+    if mode == "grpo":
+        squares = r.new_zeros(groups).index_add_(0, group, centred.square())
+        spread = (squares / count.clamp(min=1)).sqrt() + eps
+        advantage = centred / torch.where(spread > 0, spread, 1.0)[group]
+    elif mode == "rloo":
+        advantage = centred * (count / (count - 1).clamp(min=1))[group]
+    else:
+        advantage = centred
+    advantage = torch.where(keep & ~flat[group], advantage, 0.0)
+    return advantage.reshape(reward.shape), flat
+
+
+def _held(d: Tensor) -> Tensor:
+    return d.clamp(-RATIO_LIMIT, RATIO_LIMIT)
+
+
+def _k3(d: Tensor) -> Tensor:
+    """exp(d) − d − 1, in float32 by its series where the difference would cancel."""
+    if d.dtype == torch.float64:
+        return torch.expm1(d) - d
+    series = torch.full_like(d, 1 / 40320)
+    for divisor in (5040, 720, 120, 24, 6, 2):
+        series = series * d + 1 / divisor
+    return torch.where(d.abs() < SERIES_BELOW, d * d * series, torch.expm1(d) - d)
+
+
+def _tokens(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantage: Tensor,
+    mask: Tensor,
+    ref_logp: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+    rows: slice,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, clipped (bool), k3 and d loss/d logp of every token; 0 where masked."""
+    keep = mask[rows]
+    new = torch.where(keep, wide(logp[rows]), 0.0)
+    old = new if old_logp is None else torch.where(keep, old_logp[rows].to(new.dtype), 0.0)
+    a = advantage[rows, None].to(new.dtype)
+    ratio = _held(new - old).exp()
+    plain, held = ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a
+    clipped = keep & (held < plain)
+    loss = -torch.where(clipped, held, plain)
+    grad = -torch.where(clipped, 0.0, plain)
+    kl = torch.zeros_like(loss)
+    if ref_logp is not None:
+        d = _held(torch.where(keep, ref_logp[rows].to(new.dtype), 0.0) - new)
+        kl = torch.where(keep, _k3(d), 0.0)
+        if beta:
+            loss, grad = loss + beta * kl, grad - beta * (kl + d)
+    return torch.where(keep, loss, 0.0), clipped, kl, torch.where(keep, grad, 0.0)
+
+
+def _chunks(rows: int) -> list[slice]:
+    return [slice(i, i + CHUNK) for i in range(0, rows, CHUNK)]
+
+
+def loss(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantage: Tensor,
+    mask: Tensor,
+    ref_logp: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+    normalise: str,
+    max_tokens: int,
+) -> Loss:
+    """(loss, clip_fraction, mean_kl, weight of each row's sum [N]); see `echogen.kernels.grpo`."""
+    sums = []
+    for rows in _chunks(len(logp)):
+        loss, clipped, kl, _ = _tokens(
+            logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, rows
+        )
+        counts = mask[rows].sum(-1).to(loss.dtype)
+        sums.append(torch.stack((loss.sum(-1), counts, clipped.sum(-1).to(loss.dtype), kl.sum(-1))))
+    row_loss, count, clipped_count, row_kl = torch.cat(sums, 1)
+    tokens = count.sum().clamp(min=1)
+    if normalise == "sequence":
+        filled = (count > 0).sum().clamp(min=1)
+        weight = torch.where(count > 0, 1 / (count.clamp(min=1) * filled), 0.0)
+    elif normalise == "token":
+        weight = (1 / tokens).repeat(len(logp))
+    else:
+        weight = torch.full_like(count, 1 / (len(logp) * max_tokens))
+    total = (row_loss * weight).sum()
+    return total, clipped_count.sum() / tokens, row_kl.sum() / tokens, weight
+
+
+def loss_backward(
+    logp: Tensor,
+    old_logp: Tensor | None,
+    advantage: Tensor,
+    mask: Tensor,
+    ref_logp: Tensor | None,
+    clip_low: float,
+    clip_high: float,
+    beta: float,
+    weight: Tensor,
+    d_loss: Tensor,
+) -> Tensor:
+    """Gradient of logp [N, T], in its type."""
+    out = torch.empty_like(logp)
+    for rows in _chunks(len(logp)):
+        *_, grad = _tokens(
+            logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, rows
+        )
+        out[rows] = torch.where(mask[rows], grad * (weight[rows] * d_loss)[:, None], 0.0).to(
+            out.dtype
+        )
+    return out

@@ -1,23 +1,27 @@
-"""The group-relative advantage, against numbers worked out by hand."""
+"""The group-relative advantage, against numbers worked out by hand and float64; the policy loss,
+against autograd in float64 that uses no project code."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
 
-from echogen.kernels.grpo import group_advantage
+from echogen.kernels import dispatch, grpo
+from echogen.kernels.grpo import group_advantage, grpo_loss
 
 
 def test_by_hand():
     # Means 2, 0.5; population deviations sqrt(2), 0.5.
     reward = torch.tensor([[0.0, 2, 2, 4], [0, 1, 0, 1]], dtype=torch.float64)
-    found = group_advantage(reward, eps=0.0)
+    found = group_advantage(reward, eps=0.0).advantage
     wanted = [[-(2**0.5), 0, 0, 2**0.5], [-1, 1, -1, 1]]
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
 
 
 def test_epsilon_is_added_to_the_deviation():
-    found = group_advantage(torch.tensor([[0.0, 1.0]]), eps=0.5)
+    found = group_advantage(torch.tensor([[0.0, 1.0]]), eps=0.5).advantage
     torch.testing.assert_close(found, torch.tensor([[-0.5, 0.5]]))
 
 
@@ -26,14 +30,14 @@ def test_epsilon_is_added_to_the_deviation():
 def test_equal_rewards_have_no_advantage(value, samples):
     """Exactly none: the mean of equal floats need not be that float."""
     found = group_advantage(torch.full((2, samples), value))
-    assert torch.equal(found, torch.zeros(2, samples))
+    assert torch.equal(found.advantage, torch.zeros(2, samples)) and found.flat.all()
 
 
 def test_groups_do_not_mix():
     reward = torch.rand(5, 8, generator=torch.Generator().manual_seed(0))
-    found = group_advantage(reward)
+    found = group_advantage(reward).advantage
     for i in range(5):
-        assert torch.equal(found[i : i + 1], group_advantage(reward[i : i + 1]))
+        assert torch.equal(found[i : i + 1], group_advantage(reward[i : i + 1]).advantage)
     torch.testing.assert_close(found.mean(-1), torch.zeros(5), atol=1e-6, rtol=0)
     torch.testing.assert_close(found.std(-1, correction=0), torch.ones(5), atol=1e-4, rtol=0)
 
@@ -41,8 +45,9 @@ def test_groups_do_not_mix():
 def test_order_within_the_group_does_not_matter_and_better_is_higher():
     reward = torch.tensor([[0.1, 0.9, 0.4, 0.5]])
     order = torch.tensor([2, 0, 3, 1])
-    found = group_advantage(reward)
-    torch.testing.assert_close(group_advantage(reward[:, order]), found[:, order])
+    found = group_advantage(reward).advantage
+    shuffled = group_advantage(reward[:, order]).advantage
+    torch.testing.assert_close(shuffled, found[:, order])
     assert torch.equal(found.argsort(), reward.argsort())
 
 
@@ -50,3 +55,381 @@ def test_order_within_the_group_does_not_matter_and_better_is_higher():
 def test_other_shapes_are_refused(shape):
     with pytest.raises(ValueError, match=r"\[layouts, samples\]"):
         group_advantage(torch.zeros(shape))
+
+
+GROUPS = [(1, 1), (3, 2), (4, 7), (3, 11)]
+"""Groups and samples; in blocks of 4, the last takes three."""
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Blocks of 4 samples, 16 tokens and 4 rows."""
+    for name, size in (("SAMPLES", 4), ("TOKENS", 16), ("ROWS", 4)):
+        monkeypatch.setattr(grpo, name, size)
+
+
+def plain_advantage(rewards: list[float], mode: str, eps: float) -> list[float]:
+    n = len(rewards)
+    if n == 0 or len(set(rewards)) == 1:
+        return [0.0] * n
+    mean = sum(rewards) / n
+    if mode == "rloo":
+        return [r - (sum(rewards) - r) / (n - 1) for r in rewards]
+    deviation = (sum((r - mean) ** 2 for r in rewards) / n) ** 0.5
+    return [(r - mean) / (deviation + eps if mode == "grpo" else 1) for r in rewards]
+
+
+def check_advantage(found, reward, mask, bounds, mode, eps, close):
+    values, kept = reward.double().flatten().tolist(), mask.flatten().tolist()
+    wanted, flat = [0.0] * len(values), []
+    for start, end in itertools.pairwise(bounds):
+        members = [i for i in range(start, end) if kept[i]]
+        group = [values[i] for i in members]
+        flat.append(len(set(group)) <= 1)
+        for i, a in zip(members, plain_advantage(group, mode, eps), strict=True):
+            wanted[i] = a
+    assert found.flat.tolist() == flat and found.advantage.shape == reward.shape
+    assert close(found.advantage.flatten(), torch.tensor(wanted).to(reward.device)) < 1e-5
+    assert (found.advantage[~mask] == 0).all()
+
+
+@pytest.mark.parametrize("mode", grpo.MODES)
+@pytest.mark.parametrize("shape", GROUPS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_equal_groups(mode, shape, masked, small, generator, device, relative_error):
+    reward = torch.rand(shape, generator=generator).to(device)
+    reward[0] = reward[0, 0]
+    mask = torch.rand(shape, generator=generator).to(device) < (0.7 if masked else 2)
+    found = group_advantage(reward, None, mask if masked else None, mode, 0.01)
+    bounds = range(0, reward.numel() + 1, shape[1])
+    check_advantage(found, reward, mask, bounds, mode, 0.01, relative_error)
+
+
+@pytest.mark.parametrize("mode", grpo.MODES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_ragged_groups(mode, masked, small, generator, device, relative_error):
+    bounds = [0, 0, 1, 6, 17, 17, 19, 23]
+    reward = torch.rand(23, generator=generator).to(device)
+    mask = torch.rand(23, generator=generator).to(device) < (0.7 if masked else 2)
+    offsets = torch.tensor(bounds, device=device)
+    found = group_advantage(reward, offsets, mask if masked else None, mode, 0.01)
+    check_advantage(found, reward, mask, bounds, mode, 0.01, relative_error)
+
+
+@pytest.mark.parametrize("samples", [1, 8, 300])
+def test_ragged_and_equal_groups_agree_to_the_last_bit(samples, generator, device):
+    reward = torch.rand(3, samples, generator=generator).to(device)
+    offsets = torch.arange(0, 3 * samples + 1, samples, device=device)
+    found, wanted = group_advantage(reward.flatten(), offsets), group_advantage(reward)
+    assert torch.equal(found.advantage.view(3, samples), wanted.advantage)
+    assert torch.equal(found.flat, wanted.flat)
+
+
+@pytest.mark.parametrize("mode", grpo.MODES)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e30])
+def test_a_reward_that_is_not_finite_shows(mode, value, device):
+    reward = torch.tensor([[0.1, value, 0.3], [0.1, 0.2, 0.3]], device=device)
+    found = group_advantage(reward, mode=mode)
+    assert found.advantage[0].isnan().all() and found.advantage[1].isfinite().all()
+    assert found.flat.tolist() == [False, False]
+    alone = group_advantage(torch.full((2, 1), value, device=device), mode=mode)
+    assert alone.advantage.isnan().all() and not alone.flat.any()
+    # A masked one is not there.
+    mask = torch.tensor([[True, False, True], [True, False, True]], device=device)
+    found = group_advantage(reward, None, mask, mode)
+    assert torch.equal(found.advantage[0], found.advantage[1])
+    assert found.advantage[0, 1] == 0 and found.advantage[0, 0] < 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_rewards_are_calculated_in_float32(dtype, generator, device):
+    reward = torch.rand(3, 5, generator=generator).to(device, dtype)
+    found = group_advantage(reward)
+    assert found.advantage.dtype == torch.float32
+    assert torch.equal(found.advantage, group_advantage(reward.float()).advantage)
+
+
+def test_empty_batches(device):
+    found = group_advantage(torch.zeros(0, 8, device=device))
+    assert found.advantage.shape == (0, 8) and found.flat.shape == (0,)
+    found = group_advantage(torch.zeros(0, device=device), torch.zeros(3).long().to(device))
+    assert found.flat.tolist() == [True, True]
+
+
+# --- the policy loss --------------------------------------------------------------------------
+
+SHAPES = [(1, 1), (3, 7), (2, 37), (11, 40)]
+"""Rows and tokens; in blocks of 4 by 16, the last takes three each way."""
+CLIP = {"clip_low": 0.2, "clip_high": 0.3}
+
+
+def inputs(shape, generator, device, dtype=torch.float32):
+    def noise(scale):
+        return scale * torch.randn(shape, generator=generator)
+
+    logp = -2 * torch.rand(shape, generator=generator)
+    old, ref = logp + noise(0.3), logp + noise(0.5)
+    advantage = torch.randn(shape[0], generator=generator).to(device)
+    mask = torch.rand(shape, generator=generator) < 0.7
+    mask[0, 0] = True
+    return *(t.to(device, dtype) for t in (logp, old, ref)), advantage, mask.to(device)
+
+
+def oracle(logp, old, advantage, mask, ref, beta, normalise, max_tokens, low=0.2, high=0.3):
+    """The formulas as they are written, in float64 autograd."""
+    keep = mask.double()
+    old = logp.detach() if old is None else old.double()
+    ratio, a = torch.exp(logp - old), advantage.double()[:, None]
+    plain, clipped = ratio * a, ratio.clamp(1 - low, 1 + high) * a
+    token = -torch.minimum(plain, clipped)
+    kl = torch.zeros_like(logp)
+    if ref is not None:
+        d = ref.double() - logp
+        kl = torch.exp(d) - d - 1
+    token = token + beta * kl
+    count = keep.sum()
+    if normalise == "sequence":
+        rows = (token * keep).sum(1) / keep.sum(1).clamp(min=1)
+        loss = rows.sum() / (keep.sum(1) > 0).sum().clamp(min=1)
+    elif normalise == "token":
+        loss = (token * keep).sum() / count
+    else:
+        loss = (token * keep).sum() / (len(logp) * max_tokens)
+    return loss, ((clipped < plain) * keep).sum() / count, (kl * keep).sum() / count
+
+
+@pytest.mark.parametrize("normalise", grpo.NORMALISERS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("form", ["all", "no old", "no reference", "neither"])
+def test_loss_and_gradient(normalise, shape, form, small, generator, device, relative_error):
+    logp, old, ref, advantage, mask = inputs(shape, generator, device)
+    if len(mask) > 3:
+        mask[2] = False  # a sequence of no tokens
+    old = None if form in ("no old", "neither") else old
+    ref = None if form in ("no reference", "neither") else ref
+    beta = 0.0 if ref is None else 0.1
+    ours, truth = logp.clone().requires_grad_(), logp.double().requires_grad_()
+    found = grpo_loss(
+        ours, old, advantage, mask, ref, **CLIP, beta=beta, normalise=normalise, max_tokens=50
+    )
+    wanted = oracle(truth, old, advantage, mask, ref, beta, normalise, 50)
+    for a, b in zip(found, wanted, strict=True):
+        assert a.dtype == torch.float32 and a.shape == ()
+        assert a.item() == pytest.approx(b.item(), rel=1e-5, abs=1e-6)
+    (3 * found.loss).backward()
+    (3 * wanted[0]).backward()
+    assert relative_error(ours.grad, truth.grad) < 1e-5
+    assert (ours.grad[~mask] == 0).all()
+
+
+def test_blocks_of_the_usual_size(generator, device, relative_error):
+    logp, old, ref, advantage, mask = inputs((3, 2500), generator, device)
+    ours, truth = logp.clone().requires_grad_(), logp.double().requires_grad_()
+    found = grpo_loss(ours, old, advantage, mask, ref, **CLIP, beta=0.1)
+    wanted = oracle(truth, old, advantage, mask, ref, 0.1, "sequence", None)
+    found.loss.backward()
+    wanted[0].backward()
+    assert found.loss.item() == pytest.approx(wanted[0].item(), rel=1e-5, abs=1e-6)
+    assert relative_error(ours.grad, truth.grad) < 1e-5
+
+
+def test_the_gradient_raises_what_did_well():
+    logp = torch.full((2, 3), -1.0, requires_grad=True)
+    mask = torch.ones(2, 3, dtype=torch.bool)
+    grpo_loss(logp, None, torch.tensor([1.0, -1.0]), mask).loss.backward()
+    assert (logp.grad[0] < 0).all() and (logp.grad[1] > 0).all()
+
+
+def test_one_update_is_the_same_as_its_own_old_policy(small, generator, device):
+    logp, _, ref, advantage, mask = inputs((5, 40), generator, device)
+    grads = []
+    for old in (None, logp.clone()):
+        ours = logp.clone().requires_grad_()
+        found = grpo_loss(ours, old, advantage, mask, ref, beta=0.1)
+        found.loss.backward()
+        grads.append(ours.grad)
+        assert found.clip_fraction == 0
+    assert torch.equal(*grads)
+
+
+def test_a_small_kl_does_not_cancel(small, generator, device):
+    """exp(d) − d − 1 in float32 is noise for d near 1e-4."""
+    logp, old, _, advantage, mask = inputs((5, 40), generator, device)
+    ref = logp + 1e-4 * torch.randn(logp.shape, generator=generator).to(device)
+    d = torch.where(mask, ref - logp, 0.0).double()
+    wanted = (torch.expm1(d) - d).sum() / mask.sum()
+    found = grpo_loss(logp, old, advantage, mask, ref).mean_kl
+    assert float(found) == pytest.approx(float(wanted), rel=1e-5) and wanted < 1e-7
+
+
+@pytest.mark.parametrize("normalise", grpo.NORMALISERS)
+def test_masked_tokens_contribute_nothing_whatever_they_hold(normalise, small, generator, device):
+    logp, old, ref, advantage, mask = inputs((5, 40), generator, device)
+    rest = {"normalise": normalise, "max_tokens": 40, "beta": 0.1}
+    grads, losses = [], []
+    for rubbish in (0.0, float("nan"), float("-inf")):
+        new, was, frozen = (t.masked_fill(~mask, rubbish) for t in (logp, old, ref))
+        new.requires_grad_()
+        found = grpo_loss(new, was, advantage, mask, frozen, **rest)
+        found.loss.backward()
+        grads.append(new.grad)
+        losses.append(torch.stack([x.detach() for x in found]))
+    assert torch.equal(grads[0], grads[1]) and torch.equal(grads[0], grads[2])
+    assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
+
+
+def test_a_nan_is_not_hidden(generator, device):
+    logp, old, _, advantage, mask = inputs((3, 7), generator, device)
+    broken = logp.clone()
+    broken[0, 0] = float("nan")
+    for a, b, c in ((broken, old, None), (broken, None, None), (logp, broken, None),
+                    (logp, old, broken)):  # fmt: skip
+        a = a.clone().requires_grad_()
+        found = grpo_loss(a, b, advantage, mask, c, beta=0.0 if c is None else 0.1)
+        found.loss.backward()
+        assert found.loss.isnan() and a.grad[0, 0].isnan() and a.grad[1:].isfinite().all()
+    assert grpo_loss(logp, old, advantage.fill_(float("nan")), mask).loss.isnan()
+
+
+def test_distant_policies_do_not_overflow(device):
+    logp = torch.tensor([[-1.0, -300.0, -1.0, -300.0]], device=device).requires_grad_()
+    old = torch.tensor([[-300.0, -1.0, -300.0, -1.0]], device=device)
+    mask = torch.ones(1, 4, dtype=torch.bool, device=device)
+    for a in (1.0, -1.0, 0.0):
+        found = grpo_loss(logp, old, torch.full((1,), a, device=device), mask, old, beta=0.1)
+        (grad,) = torch.autograd.grad(found.loss, logp)
+        assert all(torch.isfinite(x).all() for x in (*found, grad))
+
+
+@pytest.mark.parametrize("normalise", grpo.NORMALISERS)
+def test_no_tokens_no_loss(normalise, device):
+    logp = torch.zeros(3, 5, device=device, requires_grad=True)
+    mask = torch.zeros(3, 5, dtype=torch.bool, device=device)
+    found = grpo_loss(logp, None, torch.ones(3, device=device), mask, normalise=normalise,
+                      max_tokens=5)  # fmt: skip
+    found.loss.backward()
+    assert [x.item() for x in found] == [0, 0, 0] and (logp.grad == 0).all()
+
+
+def test_the_reference_is_measured_without_a_penalty(small, generator, device):
+    logp, old, ref, advantage, mask = inputs((5, 40), generator, device)
+    grads = []
+    for frozen in (None, ref):
+        ours = logp.clone().requires_grad_()
+        found = grpo_loss(ours, old, advantage, mask, frozen)
+        found.loss.backward()
+        grads.append(ours.grad)
+    assert torch.equal(*grads) and found.mean_kl > 0
+
+
+def test_nothing_is_kept_for_backward_but_the_inputs(generator, device):
+    logp, old, ref, advantage, mask = inputs((5, 40), generator, device)
+    logp.requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        grpo_loss(logp, old, advantage, mask, ref, beta=0.1)
+    own = {t.data_ptr() for t in (logp, old, advantage, mask, ref)}
+    assert all(t.numel() == 5 or t.data_ptr() in own for t in kept) and len(kept) == 6
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_float_types(dtype, small, generator, device, relative_error):
+    logp, old, ref, advantage, mask = inputs((5, 40), generator, device, dtype)
+    ours, truth = logp.clone().requires_grad_(), logp.double().requires_grad_()
+    found = grpo_loss(ours, old, advantage, mask, ref, **CLIP, beta=0.1)
+    wanted = oracle(truth, old, advantage, mask, ref, 0.1, "sequence", None)
+    found.loss.backward()
+    wanted[0].backward()
+    exact = dtype == torch.float64
+    assert ours.grad.dtype == dtype
+    assert found.loss.item() == pytest.approx(
+        wanted[0].item(), rel=1e-12 if exact else 1e-5, abs=1e-6
+    )
+    assert relative_error(ours.grad, truth.grad) < (1e-12 if exact else 1e-2)
+
+
+def test_repeats_are_bit_equal(small, generator, device):
+    logp, old, ref, advantage, mask = inputs((11, 40), generator, device)
+    runs = []
+    for _ in range(2):
+        ours = logp.clone().requires_grad_()
+        found = grpo_loss(ours, old, advantage, mask, ref, beta=0.1)
+        found.loss.backward()
+        runs.append((*found, ours.grad, *group_advantage(logp)))
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_opcheck(generator, device):
+    logp, old, ref, advantage, mask = inputs((3, 7), generator, device)
+    ops = torch.ops.echogen
+    offsets = torch.tensor([0, 2, 3], device=device)
+    torch.library.opcheck(ops.group_advantage.default, (logp, None, mask, "rloo", 0.1))
+    torch.library.opcheck(ops.group_advantage.default, (advantage, offsets, None, "grpo", 0.1))
+    numbers = (0.2, 0.2, 0.1)
+    logp.requires_grad_()
+    for given in ((logp, old, advantage, mask, ref), (logp, None, advantage, mask, None)):
+        torch.library.opcheck(ops.grpo_loss.default, (*given, *numbers, "sequence", 1))
+    given = (logp.detach(), old, advantage, mask, ref, *numbers, advantage, advantage.sum())
+    torch.library.opcheck(ops.grpo_loss_backward.default, given)
+
+
+@pytest.mark.skipif(not dispatch.INTERPRETED, reason="counts launches of interpreted kernels")
+def test_the_kernels_are_entered(generator, device, launched):
+    logp, old, ref, advantage, mask = inputs((3, 7), generator, device)
+    group_advantage(logp)
+    grpo_loss(logp.requires_grad_(), old, advantage, mask, ref).loss.backward()
+    names = ("group_advantage", "grpo_rows", "grpo_total", "grpo_backward")
+    assert launched == {f"_{name}_kernel": 1 for name in names}
+
+
+def test_bad_arguments_of_the_advantage(device):
+    reward = torch.rand(6, device=device)
+    good = {"reward": reward, "offsets": torch.tensor([0, 2, 6], device=device)}
+    group_advantage(**good)
+    changes = [
+        ({"reward": reward.long()}, "reward is torch.int64"),
+        ({"reward": reward[None]}, "reward has shape"),
+        ({"reward": torch.rand(12, device=device)[::2]}, "reward has strides"),
+        ({"offsets": good["offsets"].int()}, "offsets is torch.int32"),
+        ({"offsets": good["offsets"][:0]}, r"offsets has shape \(0,\)"),
+        ({"mask": torch.ones(5, device=device) > 0}, "mask has shape"),
+        ({"mask": torch.ones(6, device=device)}, "mask is torch.float32"),
+        ({"mode": "ppo"}, "mode = 'ppo'"),
+        ({"eps": -1.0}, "eps = -1"),
+        ({"eps": float("nan")}, "eps = nan"),
+    ]
+    if device == "cpu":
+        changes += [
+            ({"offsets": torch.tensor(o)}, r"must rise from 0 to 6")
+            for o in ([0, 2, 5], [1, 6], [0, 4, 2, 6], [0, 7, 6])
+        ]
+    for change, match in changes:
+        with pytest.raises((ValueError, TypeError), match=match):
+            group_advantage(**good | change)
+
+
+def test_bad_arguments_of_the_loss(device):
+    logp = torch.zeros(3, 4, device=device)
+    good = {"logp": logp, "old_logp": logp, "advantage": logp[:, 0].contiguous(),
+            "mask": logp == 0, "ref_logp": logp}  # fmt: skip
+    grpo_loss(**good)
+    for change, match in [
+        ({"logp": logp[0]}, "logp has shape"),
+        ({"logp": logp.int()}, "logp is torch.int32"),
+        ({"logp": torch.zeros(4, 3, device=device).T}, "logp has strides"),
+        ({"logp": logp[:, :0], "old_logp": logp[:, :0], "ref_logp": None,
+          "mask": good["mask"][:, :0]}, "must not be empty"),
+        ({"old_logp": logp[:2]}, "old_logp has shape"),
+        ({"ref_logp": logp[:, :2]}, "ref_logp has shape"),
+        ({"advantage": logp}, "advantage has shape"),
+        ({"mask": logp}, "mask is torch.float32"),
+        ({"clip_low": 1.5}, "clip_low = 1.5"),
+        ({"clip_high": -0.1}, "clip_high = -0.1"),
+        ({"beta": -1.0}, "beta = -1"),
+        ({"beta": 0.1, "ref_logp": None}, "beta = 0.1 without ref_logp"),
+        ({"normalise": "batch"}, "normalise = 'batch'"),
+        ({"normalise": "constant"}, "max_tokens = None"),
+        ({"max_tokens": 0}, "max_tokens = 0"),
+    ]:  # fmt: skip
+        with pytest.raises((ValueError, TypeError), match=match):
+            grpo_loss(**good | change)

@@ -1,0 +1,71 @@
+"""What a device can do at best, measured where it can be, to hold operators against."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from echogen.bench.registry import Floor
+
+LANES, SPECIAL_LANES = 128, 16
+"""Instructions, and special functions, a clock and multiprocessor (NVIDIA, sm_80 to sm_100)."""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """Rates of one device for one float type.
+
+    Attributes:
+        bytes_per_s: of a copy of 1 GiB, read and written, measured.
+        flops_per_s: of a matrix product of 8192 × 8192, measured.
+        issues_per_s, specials_per_s: multiprocessors × lanes × nominal clock.
+    """
+
+    bytes_per_s: float
+    flops_per_s: float
+    issues_per_s: float
+    specials_per_s: float
+
+    def seconds(self, floor: Floor) -> float:
+        """Least time: the slowest of what is needed, all else hidden behind it."""
+        return max(
+            floor.bytes / self.bytes_per_s,
+            floor.flops / self.flops_per_s,
+            floor.issues / self.issues_per_s,
+            floor.specials / self.specials_per_s,
+        )
+
+    def bound(self, floor: Floor) -> str:
+        """Which of them it is."""
+        times = {
+            "memory": floor.bytes / self.bytes_per_s,
+            "matrix": floor.flops / self.flops_per_s,
+            "issue": floor.issues / self.issues_per_s,
+            "special": floor.specials / self.specials_per_s,
+        }
+        return max(times, key=times.__getitem__)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Roofline:
+    """Rates of a CUDA device; takes a second."""
+    from triton.testing import do_bench
+
+    source = torch.zeros(1 << 28, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+    copy = do_bench(lambda: target.copy_(source), quantiles=[0.5])
+    moved = 2 * source.numel() * source.element_size()
+    side = 8192
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+    product = do_bench(lambda: torch.mm(a, b), quantiles=[0.5])
+    about = torch.cuda.get_device_properties(device)
+    clocks = about.multi_processor_count * about.clock_rate * 1e3  # nominal, in kHz
+    return Roofline(
+        moved / (copy * 1e-3), 2 * side**3 / (product * 1e-3), clocks * LANES,
+        clocks * SPECIAL_LANES,
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""Every Triton operator compiled for named architectures, at the shapes training and decoding use.
+
+Needs no GPU. A kernel that spills registers, or does not compile, is found here and not by a user.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from echogen.bench.harness import environment
+from echogen.bench.registry import Case, Mode, ShapesOnly, cases
+from echogen.bench.speed import contest
+from echogen.kernels import aot
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def run(
+    arches: Sequence[str],
+    operators: Sequence[str] = (),
+    processes: int | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Compile; JSON-ready.
+
+    Args:
+        arches: as ``sm_90`` or ``gfx942``.
+        operators: names of operators or cases; none: all.
+        processes: that compile side by side; None: one a core.
+        progress: called with (compiled, to compile).
+
+    Returns:
+        ``kernels``, an object a kernel and architecture: `echogen.kernels.aot.Compiled`, with the
+        operator and float type it was found at, and the environment. Equal code is compiled once.
+
+    Raises:
+        ValueError: no such architecture or operator.
+        RuntimeError: kernels are interpreted in this process.
+    """
+    for arch in arches:
+        aot.target_of(arch)
+    if aot.INTERPRETED:
+        raise RuntimeError("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled")
+    known = cases()
+    strange = set(operators) - known.keys() - {c.operator for c in known.values()}
+    if strange:
+        named = ", ".join(dict.fromkeys(c.operator for c in known.values()))
+        raise ValueError(f"operator {min(strange)}: unknown; choose {named}")
+    asked = [c for c in known.values() if not operators or {c.operator, c.name} & set(operators)]
+    found: dict[str, tuple[aot.Source, dict[str, str]]] = {}
+    for case in asked:
+        for dtype in DTYPES:
+            about = {"operator": case.name, "dtype": str(dtype).removeprefix("torch.")}
+            for source in sources(case, dtype):
+                found.setdefault(repr(source), (source, about))
+    unique = [source for source, _ in found.values()]
+    processes = os.cpu_count() or 1 if processes is None else processes
+    compiled = aot.compile_all(unique, arches, processes, progress)
+    labels = [about for _, about in found.values() for _ in arches]
+    rows = [one.to_dict() | about for one, about in zip(compiled, labels, strict=True)]
+    return {"arches": list(arches), "kernels": rows} | environment()
+
+
+def sources(case: Case, dtype: torch.dtype) -> list[aot.Source]:
+    """What a case launches, forward and backward, at every size but the tiny one."""
+
+    def call() -> None:
+        for size, dims in case.sizes.items():
+            if size == "tiny":
+                continue
+            mine = contest.own(case, case.inputs(ShapesOnly(), dims, dtype), forget=True)
+            mode: Mode = "both" if "backward" in case.modes(size) else "forward"
+            contest.once(case, case.run, case.outputs, mode, mine)()
+
+    return [aot.Source.of(launch) for launch in aot.launches(call)]
+
+
+def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A line for each kernel that spills or does not compile; AMD's are reported, not held against
+    the run, as no test has ever run there."""
+    return [
+        f"{r['name']} ({r['dtype']}) on {r['arch']}: "
+        + (r["error"] or f"{r['spill_bytes']} bytes of registers spilled")
+        for r in rows
+        if r["arch"].startswith("sm_") and (r["error"] or r["spill_bytes"])
+    ]

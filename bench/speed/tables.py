@@ -1,0 +1,127 @@
+"""What the operators' benchmark and compilation found: tables, CSV, a plot an operator."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Row = dict[str, Any]
+WIDE = 168
+"""Columns of a table that goes to a file, where no terminal says how many there are."""
+
+
+def console() -> Console:
+    """For tables: as wide as the terminal, or as wide as they need."""
+    made = Console()
+    return made if made.is_terminal else Console(width=WIDE)
+
+
+def kernels(result: dict[str, Any]) -> Table:
+    """What `echogen.bench.speed.kernels.run` found."""
+    title = f"Operators on {result['device']}"
+    if result["on"] != "cuda":
+        title += f" ({result['on']}: these are not the kernels' times)"
+    caption = "MiB: at the worst moment, beyond the inputs"
+    if result["device"] == "cpu":
+        caption += "; counted for the launchers, whatever ran"
+    shown = Table(title=title, caption=caption)
+    for heading in ("operator", "provider", "shape", "dtype", "mode"):
+        shown.add_column(heading, overflow="fold")
+    for heading in ("ms", "q20 … q80", "GB/s or TFLOP/s", "% of floor", "MiB"):
+        shown.add_column(heading, justify="right")
+    before = None
+    for r in result["kernels"]:
+        if before not in (None, r["operator"]):
+            shown.add_section()
+        before = r["operator"]
+        shown.add_row(r["operator"], r["provider"], r["shape"], r["dtype"], r["mode"], *_cells(r))
+    return shown
+
+
+def _cells(r: Row) -> tuple[str, str, str, str, str]:
+    if r["error"]:
+        return "refused", "", "", "", ""
+    matrix = r["bound"] == "matrix"
+    rate = f"{r['tflop_per_s']:.1f} T" if matrix else f"{r['gb_per_s']:.2f} G"
+    share = "" if r["percent_of_floor"] is None else f"{r['percent_of_floor']:.0f} ({r['bound']})"
+    spread = f"{r['ms_q20']:.3f} … {r['ms_q80']:.3f}"
+    return f"{r['ms']:.3f}", spread, rate, share, f"{r['mib']:.3f}"
+
+
+def compiled(rows: Sequence[Row]) -> Table:
+    """What `echogen.bench.speed.compile.run` found."""
+    shown = Table(title="Operators compiled ahead of time")
+    for heading in ("kernel", "of", "dtype", "arch"):
+        shown.add_column(heading, overflow="fold")
+    for heading in ("registers", "shared", "spilled", "16-byte accesses"):
+        shown.add_column(heading, justify="right")
+    shown.add_column("error", overflow="fold")
+    for r in rows:
+        wide = r["wide_access_share"]
+        numbers = [r["registers"], r["shared_bytes"], r["spill_bytes"]]
+        shown.add_row(
+            r["name"], r["operator"], r["dtype"], r["arch"],
+            *("" if n is None else str(n) for n in numbers),
+            "" if wide is None else f"{wide:.0%}",
+            r["error"] or "",
+            style="red" if r["error"] or r["spill_bytes"] else None,
+        )  # fmt: skip
+    return shown
+
+
+def write_csv(rows: Sequence[Row], path: Path) -> None:
+    """All rows, one file."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Times of every operator, a picture each: bars by shape and mode, side by side by provider.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    written = []
+    for operator in dict.fromkeys(r["operator"] for r in rows):
+        mine = [r for r in rows if r["operator"] == operator and not r["error"]]
+        if not mine:
+            continue
+        groups = list(dict.fromkeys(_group(r) for r in mine))
+        providers = list(dict.fromkeys(r["provider"] for r in mine))
+        figure = Figure(figsize=(2 + 1.2 * len(groups), 4), layout="constrained")
+        axes = figure.subplots()
+        width = 0.8 / len(providers)
+        for i, provider in enumerate(providers):
+            bars = [r for r in mine if r["provider"] == provider]
+            places = [groups.index(_group(r)) + i * width for r in bars]
+            heights = [r["ms"] for r in bars]
+            around = [
+                [r["ms"] - r["ms_q20"] for r in bars],
+                [r["ms_q80"] - r["ms"] for r in bars],
+            ]
+            axes.bar(places, heights, width, yerr=around, label=provider)
+        axes.set_xticks([i + 0.4 - width / 2 for i in range(len(groups))], groups)
+        axes.set_ylabel("ms (median, quantiles 0.2 and 0.8)")
+        axes.set_title(f"{operator}: {mine[0]['shape']}")
+        axes.legend()
+        path = folder / f"{_file(operator)}.png"
+        figure.savefig(path, dpi=120)
+        written.append(path)
+    return written
+
+
+def _group(r: Row) -> str:
+    return f"{r['size']}\n{r['dtype']}\n{r['mode']}"
+
+
+def _file(name: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in name)

@@ -1,0 +1,131 @@
+"""Loads and launches the kernels in CUDA C++: from the fatbins that CMake builds beside the sources,
+else compiled by NVRTC at first use; both through CuPy, which brings NVRTC and the driver's calls.
+
+Nothing is looked for before the first launch on CUDA, so that a machine without a GPU, CuPy or nvcc
+imports every operator and runs its reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FOLDER = Path(__file__).parent
+NVRTC_OPTIONS = ("--std=c++17", f"-I{FOLDER}")
+INSTALL = "install it (pip install 'echogen[cuda]'), or set ECHOGEN_FORCE_REFERENCE=1"
+
+
+class CudaError(RuntimeError):
+    """A CUDA C++ operator cannot run here; the message says what is missing."""
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What launchers ask of a device.
+
+    Attributes:
+        sms: streaming multiprocessors.
+        shared_bytes: the most shared memory that one block may have.
+    """
+
+    sms: int
+    shared_bytes: int
+
+
+H200 = Gpu(132, 232448)
+
+
+@cache
+def gpu(device: torch.device) -> Gpu:
+    """The device a launch is for; an H200 where it is none, as in launches that are recorded."""
+    if device.type != "cuda":
+        return H200
+    found = torch.cuda.get_device_properties(device)
+    return Gpu(found.multi_processor_count, found.shared_memory_per_block_optin)
+
+
+def fatbin(source: str) -> Path | None:
+    """What CMake built of a source; None where it is missing or older than the source."""
+    built = FOLDER / f"{source}.fatbin"
+    if not built.exists():
+        return None
+    sources = (FOLDER / f"{source}.cu", *FOLDER.glob("*.cuh"))
+    newest = max((s.stat().st_mtime for s in sources if s.exists()), default=0.0)
+    return built if built.stat().st_mtime >= newest else None
+
+
+def status(source: str) -> str:
+    """What runs the operators of a source on CUDA here, in words, and why."""
+    if not torch.cuda.is_available():
+        return "reference: no CUDA device"
+    if find_spec("cupy") is None:
+        return f"nothing: cupy is not installed; {INSTALL}"
+    return "fatbin" if fatbin(source) else "NVRTC at first use"
+
+
+class CudaKernel:
+    """One kernel, launched as Triton's are: ``kernel[grid](*arguments, block=…, shared=…)``.
+
+    A launch neither allocates nor waits, and can be captured in a CUDA graph once the kernel has
+    been launched before on its device, which loads it. Arguments are passed as the kernels declare
+    them: tensors as pointers (None as null), ints as ``long long``, floats as ``float``.
+
+    Args:
+        source: the file's name without ``.cu``.
+        name: the kernel's, ``extern "C"``.
+    """
+
+    def __init__(self, source: str, name: str) -> None:
+        self.source, self.__name__ = source, name
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return partial(self._launch, grid)
+
+    def _launch(self, grid: tuple[int, ...], *arguments: Any, block: int, shared: int = 0) -> None:
+        device = next(a.device for a in arguments if isinstance(a, Tensor))
+        with torch.cuda.device(device):
+            cupy = _cupy(self.__name__)
+            function = _function(self.source, self.__name__, device)
+            with cupy.cuda.Stream.from_external(torch.cuda.current_stream(device)):
+                function(grid, (block,), tuple(map(_argument, arguments)), shared_mem=shared)
+
+
+def _argument(value: Any) -> np.generic:
+    if value is None:
+        return np.uint64(0)
+    if isinstance(value, Tensor):
+        return np.uint64(value.data_ptr())
+    return np.float32(value) if isinstance(value, float) else np.int64(value)
+
+
+def _cupy(name: str) -> Any:
+    try:
+        import cupy
+    except ImportError as error:
+        raise CudaError(f"{name} needs cupy on CUDA ({error}); {INSTALL}") from error
+    return cupy
+
+
+@cache
+def _module(source: str) -> Any:
+    cupy, built = _cupy(source), fatbin(source)
+    if built is not None:
+        return cupy.RawModule(path=str(built))
+    return cupy.RawModule(code=(FOLDER / f"{source}.cu").read_text(), options=NVRTC_OPTIONS)
+
+
+@cache
+def _function(source: str, name: str, device: torch.device) -> Any:
+    """A kernel that may use all of the device's shared memory. A function each device, as CuPy
+    sets the limit on the current one."""
+    function = _module(source).get_function(name)
+    function.max_dynamic_shared_size_bytes = gpu(device).shared_bytes - function.shared_size_bytes
+    return function

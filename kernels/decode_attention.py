@@ -1,0 +1,471 @@
+"""Attention of one query a sequence over its cache: decoding, where reading keys and values is the
+whole cost.
+
+Two things are done about that cost. The keys of a sequence are cut among several programs, so that
+a small batch still fills the device, and their partial softmaxes merged (flash-decoding, Dao et
+al. 2023). And a prefix that several sequences share is stored once and read once for all of them,
+with their queries stacked into one tile (cascade inference, Ye et al. 2024; Hydragen, Juravsky et
+al. 2024); what it gives is one more partial softmax of each of its sequences.
+
+A partial is the maximum m of the scores (base 2), the sum l of 2^(s − m), and the sum a of
+2^(s − m)·v, in float32; partials merge as ``Σ 2^(mᵢ − m)·aᵢ / Σ 2^(mᵢ − m)·lᵢ`` with m = max mᵢ.
+
+Kernels see a flat list of query rows (sequence · H + head), and read a cache in one place
+(`_attend`), which is where rows of a window or scaled 8-bit caches would come in.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from echogen.kernels import checks
+from echogen.kernels.dispatch import INTERPRETED, launch, operator
+from echogen.kernels.reference import decode_attention as reference
+
+
+@dataclass(frozen=True)
+class Splits:
+    """How finely keys are cut.
+
+    Attributes:
+        programs: wanted at least. Three for each of an H200's 132 multiprocessors, as many as fit
+            one by the registers and shared memory of tiles in bfloat16, 128 wide.
+        least: keys a program has at least, one tile in bfloat16: below, the partial written and
+            the start of a program cost more than what is read.
+    """
+
+    programs: int = 396
+    least: int = 64
+
+    def of(self, programs: int, keys: int) -> int:
+        """Splits of up to ``keys`` keys where there are ``programs`` without splitting."""
+        return max(1, min(triton.cdiv(self.programs, programs), triton.cdiv(keys, self.least)))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Launch constants of one type of cache.
+
+    Attributes:
+        keys: of a tile.
+        rows: query rows of a prefix's tile. The same for every batch: another shape of tile would
+            sum in another order.
+        warps, stages: of a program; loads run ``stages − 1`` tiles ahead.
+    """
+
+    keys: int
+    rows: int
+    warps: int
+    stages: int
+
+
+SPLITS = Splits()
+HALF = Tiles(keys=64, rows=32, warps=4, stages=3)
+# float32 has no tensor cores: larger tiles than these spill registers.
+SINGLE, SINGLE_NARROW = Tiles(16, 16, 4, 3), Tiles(32, 16, 4, 3)
+OWN_ROWS = 16  # query rows of a sequence's own tile: the least that tl.dot takes
+MERGED = 8  # partials in flight a row while merging
+SCANNED = 1024  # sequences looked at in one go when members are gathered
+MOST_WIDE, MOST_SHARED = 128, OWN_ROWS
+
+
+@triton.jit
+def _dot(a, b, WIDE: tl.constexpr):
+    if WIDE:  # float64; and the interpreter, whose bfloat16 are integers, and multiplied as such
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _attend(
+    query_ptr, keys_ptr, values_ptr, row, inside, start, end, scale,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """Partial softmax of query rows over keys start … end of the cache at the pointers."""
+    c, j = tl.arange(0, PADDED), tl.arange(0, KEYS)
+    within = (c < WIDTH)[None, :]
+    query = tl.load(
+        query_ptr + row[:, None] * WIDTH + c[None, :], mask=inside[:, None] & within, other=0.0
+    )
+    tile = j[:, None] * WIDTH + c[None, :]
+    top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    sums = tl.zeros([ROWS, PADDED], tl.float32)
+    for first in range(start, end, KEYS):
+        there = first + j < end
+        keep = there[:, None] & within
+        keys = tl.load(keys_ptr + first * WIDTH + tile, mask=keep, other=0.0)
+        scores = _dot(query, tl.trans(keys), WIDE) * scale
+        scores = tl.where(there[None, :], scores, float("-inf"))
+        # A tile has one key at least, so that the maximum is a number.
+        now = tl.maximum(top, tl.max(scores, 1))
+        p, shrink = tl.exp2(scores - now[:, None]), tl.exp2(top - now)
+        total = total * shrink + tl.sum(p, 1)
+        values = tl.load(values_ptr + first * WIDTH + tile, mask=keep, other=0.0)
+        sums = sums * shrink[:, None] + _dot(p.to(query.dtype), values, WIDE)
+        top = now
+    return top, total, sums
+
+
+@triton.jit
+def _held(length_ptr, capacity):
+    return tl.minimum(tl.maximum(tl.load(length_ptr), 0), capacity).to(tl.int32)
+
+
+@triton.jit
+def _part_of(length, split, splits, KEYS: tl.constexpr):
+    """Keys of one split: whole tiles, as many for each. Places are int64: a cache may be large."""
+    share = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
+    start = split.to(tl.int64) * share
+    return start, tl.minimum(start + share, length)
+
+
+@triton.jit
+def _keep_partial(
+    sums_ptr, tops_ptr, totals_ptr, row, inside, part, parts, top, total, sums,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """An empty part leaves its sums unwritten: a maximum of −inf says so."""
+    c, place = tl.arange(0, PADDED), row * parts + part
+    tl.store(tops_ptr + place, top, mask=inside)
+    tl.store(totals_ptr + place, total, mask=inside)
+    keep = (inside & (total > 0))[:, None] & (c < WIDTH)[None, :]
+    tl.store(sums_ptr + place[:, None] * WIDTH + c[None, :], sums, mask=keep)
+
+
+@triton.jit
+def _decode_members_kernel(
+    groups_ptr, order_ptr, tiles_ptr, sequences, prefixes, slots,
+    MEMBERS: tl.constexpr, SCANNED: tl.constexpr,
+):  # fmt: skip
+    """One prefix: its sequences in their order, and its tiles (prefix, first, end of ``order``).
+
+    Prefix p with ``start`` sequences before it has slots from ``start // MEMBERS + p`` on: never
+    fewer than its tiles, known without the other prefixes, and B // MEMBERS + P in all.
+    """
+    prefix, i = tl.program_id(0), tl.arange(0, SCANNED)
+    start, end = 0, 0
+    for first in range(0, sequences, SCANNED):
+        group = tl.load(groups_ptr + first + i, mask=first + i < sequences, other=-1)
+        start += tl.sum(((group >= 0) & (group < prefix)).to(tl.int32), 0)
+        end += tl.sum(((group >= 0) & (group <= prefix)).to(tl.int32), 0)
+    seen = start
+    for first in range(0, sequences, SCANNED):
+        group = tl.load(groups_ptr + first + i, mask=first + i < sequences, other=-1)
+        mine = (group == prefix).to(tl.int32)
+        tl.store(order_ptr + seen + tl.cumsum(mine, 0) - 1, first + i, mask=mine > 0)
+        seen += tl.sum(mine, 0)
+    slot = start // MEMBERS + prefix
+    stop = tl.where(prefix == prefixes - 1, slots, end // MEMBERS + prefix + 1)
+    for first in range(slot, stop, SCANNED):
+        at = start + (first - slot + i) * MEMBERS
+        place, keep = tiles_ptr + 3 * (first + i), first + i < stop
+        tl.store(place, tl.zeros_like(i) + prefix, mask=keep)
+        tl.store(place + 1, tl.minimum(at, end), mask=keep)
+        tl.store(place + 2, tl.minimum(at + MEMBERS, end), mask=keep)
+
+
+@triton.jit
+def _decode_prefix_kernel(
+    query_ptr, keys_ptr, values_ptr, lengths_ptr, order_ptr, tiles_ptr,
+    sums_ptr, tops_ptr, totals_ptr, capacity, parts, scale,
+    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One tile of a prefix's sequences, one head of its keys, one split of them."""
+    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    prefix = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
+    first, last = tl.load(tiles_ptr + 3 * tile + 1), tl.load(tiles_ptr + 3 * tile + 2)
+    r = tl.arange(0, ROWS)
+    member = first + r // SHARED
+    inside = (r < MEMBERS * SHARED) & (member < last)
+    sequence = tl.load(order_ptr + member, mask=inside, other=0).to(tl.int64)
+    row = (sequence * KV_HEADS + head) * SHARED + r % SHARED
+    length = capacity
+    if lengths_ptr is not None:
+        length = _held(lengths_ptr + prefix, capacity)
+    length = tl.where(first < last, length, 0)
+    start, end = _part_of(length, split, tl.num_programs(2), KEYS)
+    base = (prefix * KV_HEADS + head) * capacity * WIDTH
+    top, total, sums = _attend(
+        query_ptr, keys_ptr + base, values_ptr + base, row, inside, start, end, scale,
+        WIDTH, PADDED, ROWS, KEYS, WIDE,
+    )  # fmt: skip
+    _keep_partial(
+        sums_ptr, tops_ptr, totals_ptr, row, inside, split, parts, top, total, sums, WIDTH, PADDED
+    )
+
+
+@triton.jit
+def _decode_own_kernel(
+    query_ptr, keys_ptr, values_ptr, lengths_ptr, out_ptr,
+    sums_ptr, tops_ptr, totals_ptr, capacity, before, parts, scale,
+    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One sequence, one head of its keys, one split of them; the result where that is the whole."""
+    place, split, r = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, ROWS)
+    inside, row = r < SHARED, place * SHARED + r
+    length = _held(lengths_ptr + place // KV_HEADS, capacity)
+    start, end = _part_of(length, split, tl.num_programs(1), KEYS)
+    base = place * capacity * WIDTH
+    top, total, sums = _attend(
+        query_ptr, keys_ptr + base, values_ptr + base, row, inside, start, end, scale,
+        WIDTH, PADDED, ROWS, KEYS, WIDE,
+    )  # fmt: skip
+    if WHOLE:
+        c = tl.arange(0, PADDED)
+        out = sums / tl.where(total > 0, total, 1.0)[:, None]
+        keep = inside[:, None] & (c < WIDTH)[None, :]
+        tl.store(out_ptr + row[:, None] * WIDTH + c[None, :], out, mask=keep)
+    else:
+        _keep_partial(
+            sums_ptr, tops_ptr, totals_ptr, row, inside, before + split, parts, top, total, sums,
+            WIDTH, PADDED,
+        )  # fmt: skip
+
+
+@triton.jit
+def _decode_merge_kernel(
+    sums_ptr, tops_ptr, totals_ptr, groups_ptr, out_ptr, prefixes, before, parts,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, MERGED: tl.constexpr,
+):  # fmt: skip
+    """One query row: its partials in their order, those of the prefix first."""
+    row, i, c = tl.program_id(0).to(tl.int64), tl.arange(0, MERGED), tl.arange(0, PADDED)
+    begin = 0
+    if groups_ptr is not None:  # a sequence without a prefix has nothing written there
+        group = tl.load(groups_ptr + row // HEADS)
+        begin = tl.where((group >= 0) & (group < prefixes), 0, before)
+    tops, totals = tops_ptr + row * parts, totals_ptr + row * parts
+    top = tl.full([MERGED], float("-inf"), tl.float32)
+    for first in range(begin, parts, MERGED):
+        here = tl.load(tops + first + i, mask=first + i < parts, other=float("-inf"))
+        top = tl.maximum(top, here)
+    best = tl.max(top, 0)
+    best = tl.where(best == float("-inf"), 0.0, best)
+    total, out = tl.zeros([MERGED], tl.float32), tl.zeros([PADDED], tl.float32)
+    for first in range(begin, parts, MERGED):
+        there = first + i < parts
+        here = tl.load(tops + first + i, mask=there, other=float("-inf"))
+        weight = tl.exp2(here - best)
+        total += weight * tl.load(totals + first + i, mask=there, other=0.0)
+        keep = (here > float("-inf"))[:, None] & (c < WIDTH)[None, :]
+        place = (row * parts + first + i)[:, None] * WIDTH + c[None, :]
+        out += tl.sum(weight[:, None] * tl.load(sums_ptr + place, mask=keep, other=0.0), 0)
+    whole = tl.sum(total, 0)
+    out = out / tl.where(whole > 0, whole, 1.0)
+    tl.store(out_ptr + row * WIDTH + c, out, mask=c < WIDTH)
+
+
+def _tiles(query: Tensor) -> Tiles:
+    if query.element_size() == 2:
+        return HALF
+    return SINGLE_NARROW if query.shape[-1] <= 64 else SINGLE
+
+
+def _launch(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    prefix_keys: Tensor | None,
+    prefix_values: Tensor | None,
+    prefix_lengths: Tensor | None,
+    groups: Tensor | None,
+) -> Tensor:
+    sequences, heads, width = query.shape
+    _, kv_heads, capacity, _ = keys.shape
+    shared, tiles = heads // kv_heads, _tiles(query)
+    constants = {
+        "KV_HEADS": kv_heads, "SHARED": shared, "WIDTH": width,
+        "PADDED": max(16, triton.next_power_of_2(width)), "KEYS": tiles.keys,
+        "WIDE": INTERPRETED or query.dtype == torch.float64,
+        "num_warps": tiles.warps, "num_stages": tiles.stages,
+    }  # fmt: skip
+    # The scores are powers of two: one multiplication less than e^x for each.
+    scale = scale / math.log(2)
+    out = torch.empty_like(query)
+    splits, before = SPLITS.of(sequences * kv_heads, capacity), 0
+    if prefix_keys is not None:
+        prefixes, _, length, _ = prefix_keys.shape
+        members = tiles.rows // shared
+        slots = sequences // members + prefixes
+        used = max(prefixes, triton.cdiv(sequences, members))
+        before = SPLITS.of(used * kv_heads, length)
+    parts = before + splits
+    sums = tops = totals = None
+    if parts > 1:
+        sums = torch.empty(sequences * heads, parts, width, dtype=torch.float32, device=out.device)
+        tops, totals = sums.new_empty(2, sequences * heads, parts)
+    if prefix_keys is not None:
+        order = torch.empty(sequences, dtype=torch.int32, device=out.device)
+        table = torch.empty(slots, 3, dtype=torch.int32, device=out.device)
+        launch(
+            _decode_members_kernel, (prefixes,), groups, order, table, sequences, prefixes, slots,
+            MEMBERS=members, SCANNED=min(SCANNED, triton.next_power_of_2(sequences)), num_warps=4,
+        )  # fmt: skip
+        launch(
+            _decode_prefix_kernel, (slots, kv_heads, before), query, prefix_keys, prefix_values,
+            prefix_lengths, order, table, sums, tops, totals, length, parts, scale,
+            MEMBERS=members, ROWS=tiles.rows, **constants,
+        )  # fmt: skip
+    launch(
+        _decode_own_kernel, (sequences * kv_heads, splits), query, keys, values, lengths, out,
+        sums, tops, totals, capacity, before, parts, scale, ROWS=OWN_ROWS, WHOLE=parts == 1,
+        **constants,
+    )  # fmt: skip
+    if parts > 1:
+        launch(
+            _decode_merge_kernel, (sequences * heads,), sums, tops, totals, groups, out,
+            0 if prefix_keys is None else len(prefix_keys), before, parts,
+            HEADS=heads, WIDTH=width, PADDED=constants["PADDED"], MERGED=MERGED, num_warps=1,
+        )  # fmt: skip
+    return out
+
+
+@operator("decode_attention", _launch)
+def _decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float,
+    prefix_keys: Tensor | None,
+    prefix_values: Tensor | None,
+    prefix_lengths: Tensor | None,
+    groups: Tensor | None,
+) -> Tensor:
+    return reference.decode_attention(
+        query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups
+    )
+
+
+@_decode_attention.register_fake
+def _fake(
+    query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float,
+    prefix_keys: Tensor | None, prefix_values: Tensor | None, prefix_lengths: Tensor | None,
+    groups: Tensor | None,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(query)
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    scale: float | None = None,
+    prefix_keys: Tensor | None = None,
+    prefix_values: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query a sequence over the prefix of its group and then its own cache.
+
+    ``softmax(scale · q·[prefix keys, keys]ᵀ)·[prefix values, values]`` (Vaswani et al. 2017), each
+    cache up to its length; what lies behind is not read. Query head h attends to head
+    ``h // (H / Hk)`` of the caches (grouped heads, Ainslie et al. 2023). Lengths and groups are
+    read on the device, where their values cannot be checked: lengths are taken as at most the
+    capacity and at least 0, and a sequence with no key at all gets zeros. Repeated calls are
+    bit-equal; so is a sequence in another batch that is cut into as many splits. Float64 is
+    computed in float32 on CUDA. Not differentiable.
+
+    Args:
+        query: float [B, H, K], contiguous, as are all; K up to 128.
+        keys, values: [B, Hk, S, K] of the query's type; H is Hk times 1 … 16.
+        lengths: int64 or int32 [B], tokens held of each sequence, the query's own among them.
+        scale: of the scores; 1/√K if None.
+        prefix_keys, prefix_values: [P, Hk, Sp, K], each stored once for all that share it.
+        prefix_lengths: int64 or int32 [P]; Sp each if None.
+        groups: int64 or int32 [B], in any order: which prefix each sequence continues; outside
+            0 … P − 1: none. Needed with prefixes.
+
+    Returns:
+        [B, H, K] in the query's type.
+
+    Raises:
+        ValueError: shapes, devices, strides or numbers that do not fit, or only part of a prefix.
+        TypeError: types that do not fit.
+    """
+    floats = {"query": query, "keys": keys, "values": values, "prefix_keys": prefix_keys,
+              "prefix_values": prefix_values}  # fmt: skip
+    integers = {"lengths": lengths, "prefix_lengths": prefix_lengths, "groups": groups}
+    checks.check_floats(**floats)
+    checks.check_integers(**integers)
+    for name, tensor in floats.items():
+        if tensor is not None and tensor.dtype != query.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and query {query.dtype}; make them the same")
+    checks.check_shape("query", query, (None, None, None))
+    sequences, heads, width = query.shape
+    checks.check_shape("keys", keys, (sequences, None, None, width))
+    checks.check_shape("values", values, keys.shape)
+    checks.check_shape("lengths", lengths, (sequences,))
+    checks.check_not_empty(query=query, keys=keys)
+    kv_heads = keys.shape[1]
+    if heads % kv_heads or heads // kv_heads > MOST_SHARED:
+        raise ValueError(
+            f"query has {heads} heads and keys {kv_heads}; the query's must be the keys' times "
+            f"1 … {MOST_SHARED}"
+        )
+    if width > MOST_WIDE:
+        raise ValueError(f"query is {width} wide; the kernel holds up to {MOST_WIDE}")
+    _check_prefix(prefix_keys, prefix_values, prefix_lengths, groups, query, kv_heads)
+    checks.check_contiguous(**floats, **integers)
+    checks.check_same_device(**floats, **integers)
+    scale = 1 / math.sqrt(width) if scale is None else scale
+    if not math.isfinite(scale):
+        raise ValueError(f"scale = {scale}; it must be finite")
+    return _decode_attention(
+        query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups
+    )
+
+
+def _check_prefix(
+    keys: Tensor | None, values: Tensor | None, lengths: Tensor | None, groups: Tensor | None,
+    query: Tensor, kv_heads: int,
+) -> None:  # fmt: skip
+    if keys is None or values is None or groups is None:
+        parts = {"prefix_keys": keys, "prefix_values": values, "prefix_lengths": lengths,
+                 "groups": groups}  # fmt: skip
+        given = [name for name, tensor in parts.items() if tensor is not None]
+        if given:
+            raise ValueError(
+                f"only {' and '.join(given)} given; a prefix needs prefix_keys, prefix_values and "
+                "groups"
+            )
+        return
+    checks.check_shape("prefix_keys", keys, (None, kv_heads, None, query.shape[2]))
+    checks.check_shape("prefix_values", values, keys.shape)
+    checks.check_shape("groups", groups, (len(query),))
+    if lengths is not None:
+        checks.check_shape("prefix_lengths", lengths, (len(keys),))
+    checks.check_not_empty(prefix_keys=keys)
+
+
+def bytes_read(
+    query: Tensor,
+    keys: Tensor,
+    lengths: Tensor,
+    prefix_keys: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
+    groups: Tensor | None = None,
+) -> int:
+    """Least memory traffic of a `decode_attention` call, in bytes: keys and values held, those of
+    every prefix in use once, the query, and the result written.
+
+    For benchmarks: it waits for the device.
+    """
+    tokens = int(lengths.clamp(0, keys.shape[2]).sum())
+    if prefix_keys is not None and groups is not None:
+        count, _, capacity, _ = prefix_keys.shape
+        held = torch.full((count,), capacity) if prefix_lengths is None else prefix_lengths.cpu()
+        used = torch.isin(torch.arange(count), groups.cpu())
+        tokens += int(held.clamp(0, capacity)[used].sum())
+    return 2 * (tokens * keys.shape[1] * keys.shape[3] + query.numel()) * query.element_size()

@@ -1,0 +1,307 @@
+"""Log-probability and entropy of each token under a linear head, without the logits of all tokens.
+
+What RL trainers ask of a head of V outputs is two numbers a token; eager autograd holds three to
+five [N, V] tensors for them (2.4 GB each for 64 images of 576 tokens over 16,384 codes). Here rows
+go through the head in chunks, into one buffer: forward reduces a chunk's logits in one pass, with a
+running maximum (Milakov and Gimelshein 2018); backward computes them once more, overwrites them
+with their gradient and multiplies that on, as Liger's fused linear cross entropy does for a loss
+(Hsu et al. 2024).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from echogen.kernels import checks
+from echogen.kernels.dispatch import launch, operator
+from echogen.kernels.head import (
+    HeadGradients,
+    check_head,
+    fake_gradients,
+    logits_in_chunks,
+    resolve_chunk,
+    wide,
+)
+from echogen.kernels.reference import logprob as reference
+
+COLUMNS = 2048  # of a row at once; 16 a thread, loaded 16 bytes at a time
+
+
+@triton.jit
+def _logprob_forward_kernel(
+    logits_ptr, targets_ptr, temperature_ptr, logprob_ptr, entropy_ptr, lse_ptr, columns,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """One row: Σ exp(z − m) and Σ exp(z − m)·(z − m) below a running maximum m, lane by lane."""
+    row = tl.program_id(0).to(tl.int64)
+    start = logits_ptr + row * columns
+    scale = 1.0 / tl.load(temperature_ptr)
+    top = tl.full([], float("-inf"), tl.float32)
+    total, moment = tl.zeros([COLUMNS], tl.float32), tl.zeros([COLUMNS], tl.float32)
+    column = tl.arange(0, COLUMNS)
+    x = tl.load(start + column, mask=column < columns, other=float("-inf"))
+    for _ in range(0, columns, COLUMNS):
+        z = x.to(tl.float32) * scale
+        # The next tile is under way while this one is summed.
+        column += COLUMNS
+        x = tl.load(start + column, mask=column < columns, other=float("-inf"))
+        now = tl.maximum(top, tl.max(z, 0))
+        # A tile of nothing but −inf must not make −inf − −inf, nor the first one 0·−inf.
+        safe = tl.where(now == float("-inf"), 0.0, now)
+        shift = tl.where(top == float("-inf"), 0.0, top - safe)
+        shrink, below = tl.exp(shift), z - safe
+        e = tl.exp(below)
+        moment = (moment + total * shift) * shrink + e * tl.maximum(below, -1e4)
+        total = total * shrink + e
+        top = now
+    total, moment = tl.sum(total, 0), tl.sum(moment, 0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    total = tl.where(total == 0.0, float("nan"), total)  # a row of −inf has no distribution
+    log_total = tl.log(total)
+    target = tl.load(targets_ptr + row)
+    known = (target >= 0) & (target < columns)
+    at = tl.load(start + target, mask=known, other=float("nan")).to(tl.float32) * scale
+    logprob = tl.where(target < 0, 0.0, (at - top) - log_total)
+    tl.store(logprob_ptr + row, logprob)
+    tl.store(entropy_ptr + row, log_total - moment / total)
+    tl.store(lse_ptr + row, top + log_total)
+
+
+@triton.jit
+def _logprob_backward_kernel(
+    logits_ptr, targets_ptr, temperature_ptr, lse_ptr, entropy_ptr, d_logprob_ptr, d_entropy_ptr,
+    columns, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of one row's logits becomes its gradient."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    scale = 1.0 / tl.load(temperature_ptr)
+    target = tl.load(targets_ptr + row)
+    lse, entropy = tl.load(lse_ptr + row).to(tl.float32), tl.load(entropy_ptr + row).to(tl.float32)
+    d_logprob = tl.load(d_logprob_ptr + row).to(tl.float32)
+    d_logprob = tl.where(target < 0, 0.0, d_logprob)
+    d_entropy = tl.load(d_entropy_ptr + row).to(tl.float32)
+    place, keep = logits_ptr + row * columns + column, column < columns
+    logp = tl.load(place, mask=keep, other=float("-inf")).to(tl.float32) * scale - lse
+    spread = d_entropy * (tl.maximum(logp, -1e4) + entropy)  # 0·log 0 is 0
+    grad = tl.where(column == target, d_logprob, 0.0) - tl.exp(logp) * (d_logprob + spread)
+    tl.store(place, grad * scale, mask=keep)
+
+
+def _launch_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    logprob = torch.empty(len(hidden), dtype=wide(hidden.dtype), device=hidden.device)
+    entropy, lse = torch.empty_like(logprob), torch.empty_like(logprob)
+    for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
+        launch(
+            _logprob_forward_kernel, (len(logits),), logits, targets[rows], temperature,
+            logprob[rows], entropy[rows], lse[rows], len(weight), COLUMNS=COLUMNS, num_warps=4,
+        )  # fmt: skip
+    return logprob, entropy, lse
+
+
+def _launch_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    d_logprob: Tensor,
+    d_entropy: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs, columns = (need_hidden, need_weight, need_bias), len(weight)
+    grads = HeadGradients(hidden, weight, needs, triton.cdiv(len(hidden), chunk))
+    for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
+        launch(
+            _logprob_backward_kernel, (len(logits), triton.cdiv(columns, COLUMNS)), logits,
+            targets[rows], temperature, lse[rows], entropy[rows], d_logprob[rows],
+            d_entropy[rows], columns, COLUMNS=COLUMNS, num_warps=4,
+        )  # fmt: skip
+        grads.add(rows, logits)
+    return grads.result()
+
+
+@operator("linear_logprob", _launch_forward)
+def _linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.forward(hidden, weight, targets, temperature, bias, chunk)
+
+
+@operator("linear_logprob_backward", _launch_backward)
+def _linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    temperature: Tensor,
+    bias: Tensor | None,
+    lse: Tensor,
+    entropy: Tensor,
+    d_logprob: Tensor,
+    d_entropy: Tensor,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    needs = (need_hidden, need_weight, need_bias)
+    return reference.backward(
+        hidden, weight, targets, temperature, bias, lse, entropy, d_logprob, d_entropy, needs, chunk
+    )
+
+
+@_linear_logprob.register_fake
+def _fake_forward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, bias: Tensor | None,
+    chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    a, b, c = (hidden.new_empty(len(hidden), dtype=wide(hidden.dtype)) for _ in range(3))
+    return a, b, c
+
+
+@_linear_logprob_backward.register_fake
+def _fake_backward(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, bias: Tensor | None,
+    lse: Tensor, entropy: Tensor, d_logprob: Tensor, d_entropy: Tensor, need_hidden: bool,
+    need_weight: bool, need_bias: bool, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return fake_gradients(hidden, weight, need_hidden, need_weight, need_bias)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *kept, chunk = inputs
+    _, entropy, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(*kept, lse, entropy)
+    ctx.chunk = chunk
+
+
+def _backward(
+    ctx: Any, d_logprob: Tensor, d_entropy: Tensor, _lse: None
+) -> tuple[Tensor | None, ...]:
+    hidden, weight, _, _, bias = ctx.needs_input_grad[:5]
+    # The same chunks as forward, so the same products: the log-sum-exp fits the logits exactly.
+    d_hidden, d_weight, d_bias = _linear_logprob_backward(
+        *ctx.saved_tensors, d_logprob.contiguous(), d_entropy.contiguous(), hidden, weight, bias,
+        ctx.chunk,
+    )  # fmt: skip
+    of_head = d_hidden if hidden else None, d_weight if weight else None
+    return *of_head, None, None, d_bias if bias else None, None
+
+
+_linear_logprob.register_autograd(_backward, setup_context=_setup)
+
+
+class LogProb(NamedTuple):
+    """What a policy update asks of a head.
+
+    Attributes:
+        logprob: float32 [N] (float64 for float64 input), natural logarithm; 0 where the target is
+            negative, NaN where it is V or more.
+        entropy: likewise, in nats.
+    """
+
+    logprob: Tensor
+    entropy: Tensor
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    bias: Tensor | None = None,
+    chunk: int | None = None,
+    temperature: float | Tensor = 1.0,
+) -> LogProb:
+    """log p(target) and H(p) a row, with p = softmax((hidden·Wᵀ + b)/T).
+
+    Backward, with z = logits/T: ``dz = dlogp ⊙ (onehot − p) − dH ⊙ p ⊙ (log p + H)``, times 1/T,
+    and from there through the layer; sums over chunks are float32 and in order, so that a rerun
+    is identical. Gradients that nobody needs are not computed. The logits are rounded to hidden's
+    type, as a sampler's are that runs the same layer.
+
+    Args:
+        hidden: float [N, D], contiguous.
+        weight: [V, D], of hidden's type, contiguous.
+        targets: int64 [N]; negative: no log-probability (the entropy is still given).
+        bias: [V], of hidden's type.
+        chunk: rows whose logits exist at once, N·V never. None chooses by size: up to 4096, see
+            `echogen.kernels.head.chunk_rows`.
+        temperature: what the sampler divided by, above 0; a tensor of one element is not checked.
+
+    Raises:
+        ValueError: shapes, devices, strides or numbers that do not fit.
+        TypeError: types that do not fit.
+    """
+    check_head(hidden, weight, bias)
+    checks.check_integers(targets=targets)
+    checks.check_shape("targets", targets, (len(hidden),))
+    checks.check_contiguous(targets=targets)
+    checks.check_same_device(hidden=hidden, weight=weight, targets=targets, bias=bias)
+    logprob, entropy, _ = _linear_logprob(
+        hidden,
+        weight,
+        targets.long(),
+        checks.device_scalar("temperature", temperature, hidden.device, 0),
+        bias,
+        resolve_chunk(chunk, hidden, weight),
+    )
+    return LogProb(logprob, entropy)
+
+
+def guided_linear_logprob(
+    hidden: Tensor,
+    hidden_uncond: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    scale: float | Tensor,
+    bias: Tensor | None = None,
+    detach_unconditional: bool = False,
+    chunk: int | None = None,
+    temperature: float | Tensor = 1.0,
+) -> LogProb:
+    """`linear_logprob` of classifier-free-guided logits ``u + s·(c − u)`` (Ho and Salimans 2022).
+
+    The head is linear, so the guided logits are the head at the guided hidden state
+    ``h = h_u + s·(h_c − h_u)``, bias included (its weights 1 − s and s sum to one): one matrix
+    product instead of two. h is mixed in float32 and rounded to hidden's type once.
+
+    Args:
+        hidden, hidden_uncond: [N, D] of the conditional and the unconditional rows.
+        scale: the guidance s; 1 is no guidance. A tensor of one element is not checked.
+        detach_unconditional: no gradient through the unconditional rows.
+
+    The other arguments, the result and the errors are those of `linear_logprob`.
+    """
+    checks.check_floats(hidden=hidden, hidden_uncond=hidden_uncond)
+    checks.check_shape("hidden", hidden, (None, None))
+    checks.check_shape("hidden_uncond", hidden_uncond, hidden.shape)
+    checks.check_same_device(hidden=hidden, hidden_uncond=hidden_uncond)
+    s = checks.device_scalar("scale", scale, hidden.device, -math.inf)
+    uncond = hidden_uncond.detach() if detach_unconditional else hidden_uncond
+    c, u = hidden.to(wide(hidden.dtype)), uncond.to(wide(hidden.dtype))
+    mixed = (u + s * (c - u)).to(hidden.dtype)
+    return linear_logprob(mixed, weight, targets, bias, chunk, temperature)

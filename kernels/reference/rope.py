@@ -1,0 +1,44 @@
+"""Plain-torch rotary position embedding: the oracle of every test and the CPU path."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    """x [B, L, H, K] by tables [B or 1, L, K], in float32 at least, contiguous, in x's type."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
+    half = x.shape[-1] // 2
+    (x1, x2), (c1, c2), (s1, s2) = (t.split(half, -1) for t in (wide, cos, sin))
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if inverse:
+        out[..., :half], out[..., half:] = x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
+    else:
+        out[..., :half], out[..., half:] = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+    return out
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    """q and k rotated, or turned back; see `echogen.kernels.rope`."""
+    return _rotate(q, cos, sin, inverse), _rotate(k, cos, sin, inverse)
+
+
+def rope_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """q rotated; k, rotated, and v written into the caches at ``slots``."""
+    rotated = _rotate(k, cos, sin, False)
+    row, token = torch.nonzero((slots >= 0) & (slots < keys.shape[2]), as_tuple=True)
+    slot = slots[row, token]
+    keys[row, :, slot] = rotated[row, token].to(keys.dtype)
+    values[row, :, slot] = v[row, token].to(values.dtype)
+    return _rotate(q, cos, sin, False)

@@ -1,0 +1,78 @@
+"""Plain-torch guided sampling: the oracle of every test and the CPU path. Rows are taken in chunks,
+so that memory is bounded as it is in the kernel."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from echogen.kernels.reference import philox
+
+CHUNK = 256
+COLDEST, SMALLEST = 1e-6, 1e-10
+"""A temperature, or top_p, in a tensor is not below these: 0 would make 0/0, or keep nothing."""
+
+
+def branches(logits: Tensor, guided: str) -> tuple[Tensor, Tensor]:
+    """Conditional and unconditional rows of the logits, as views; the same rows where there is no
+    guidance."""
+    if guided == "interleaved":
+        return logits[0::2], logits[1::2]
+    if guided == "blocked":
+        return logits[: len(logits) // 2], logits[len(logits) // 2 :]
+    return logits, logits
+
+
+def mixed(cond: Tensor, uncond: Tensor, cfg: Tensor | None) -> Tensor:
+    """u + s·(c − u) in float32 at least; −inf where either branch is (c where s is None)."""
+    cond = cond if cond.dtype == torch.float64 else cond.float()
+    if cfg is None:
+        return cond
+    uncond = uncond.to(cond.dtype)
+    dead = (cond == float("-inf")) | (uncond == float("-inf"))
+    return (uncond + cfg * (cond - uncond)).masked_fill(dead, float("-inf"))
+
+
+def truncated(scores: Tensor, top_k: int, top_p: Tensor | None) -> Tensor:
+    """Scores [N, V] with everything outside top-k, then top-p, at −inf. Ties with the last code
+    kept are kept."""
+    if 0 < top_k < scores.shape[-1]:
+        floor = scores.topk(top_k, -1).values[:, -1:]
+        scores = scores.masked_fill(scores < floor, float("-inf"))
+    if top_p is not None:
+        ordered = scores.sort(-1, descending=True).values
+        mass = (ordered - ordered[:, :1]).exp().cumsum(-1, dtype=torch.float64)
+        short = mass < top_p.clamp(min=SMALLEST) * mass[:, -1:]
+        last = short.sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+        floor = ordered.gather(1, last)
+        scores = scores.masked_fill(scores < floor, float("-inf"))
+    return scores
+
+
+def cfg_sample(
+    logits: Tensor,
+    seed: Tensor,
+    draw: Tensor,
+    position: Tensor,
+    table: Tensor | None,
+    cfg: Tensor | None,
+    temperature: Tensor | None,
+    top_k: int,
+    top_p: Tensor | None,
+    guided: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(token, logprob, embed); see `echogen.kernels.sampling`. No temperature is greedy."""
+    cond, uncond = branches(logits, guided)
+    token = torch.empty(len(draw), dtype=torch.int64, device=logits.device)
+    logprob = torch.zeros(len(draw), dtype=torch.float32, device=logits.device)
+    for i in range(0, len(draw), CHUNK):
+        rows = slice(i, i + CHUNK)
+        x = mixed(cond[rows], uncond[rows], cfg)
+        if temperature is None:
+            token[rows] = x.argmax(-1)
+            continue
+        scores = truncated(x * (1 / temperature.clamp(min=COLDEST)), top_k, top_p)
+        noise = philox.gumbel(seed, draw[rows], position[rows], logits.shape[1])
+        token[rows] = (scores + noise).argmax(-1)
+        logprob[rows] = scores.log_softmax(-1).gather(1, token[rows, None])[:, 0].float()
+    return token, logprob, logits.new_empty(len(draw), 0) if table is None else table[token]
