@@ -1,8 +1,13 @@
-"""Maps the top-level folders onto the import package (the rest of the metadata: pyproject.toml)."""
+"""Maps the top-level folders onto the import package (the rest of the metadata: pyproject.toml) and,
+where ECHOGEN_BUILD_CUDA=1 asks for it, builds the CUDA C++ operators along with it."""
 
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 FOLDERS = ("kernels", "engine", "train", "bench")
@@ -19,8 +24,33 @@ def packages() -> dict[str, str]:
     return found
 
 
+class BuildPy(build_py):
+    """Python files and, on request, the fatbins beside the CUDA sources."""
+
+    def run(self) -> None:
+        wanted = os.environ.get("ECHOGEN_BUILD_CUDA", "0")
+        if wanted not in ("0", "1"):
+            raise SystemExit(f"ECHOGEN_BUILD_CUDA={wanted}: write 1 to build the CUDA operators")
+        if wanted == "1":
+            build_cuda()
+        super().run()
+
+
+def build_cuda() -> None:
+    """CMake writes kernels/cuda/*.fatbin; what was asked for and cannot be done is an error."""
+    if shutil.which("cmake") is None:
+        raise SystemExit("ECHOGEN_BUILD_CUDA=1 needs cmake on PATH (pip install cmake)")
+    folder = ROOT / "build" / "cuda"
+    subprocess.run(["cmake", "-S", ROOT, "-B", folder, "-DECHOGEN_REQUIRE_CUDA=ON"], check=True)
+    subprocess.run(["cmake", "--build", folder], check=True)
+
+
 setup(
     packages=list(packages()),
     package_dir=packages(),
-    package_data={"echogen.engine": ["models/*/*"], "echogen.kernels": ["cuda/*.cu", "cuda/*.cuh"]},
+    package_data={
+        "echogen.engine": ["models/*/*"],
+        "echogen.kernels": ["cuda/*.cu", "cuda/*.cuh", "cuda/*.fatbin"],
+    },
+    cmdclass={"build_py": BuildPy},
 )

@@ -42,11 +42,17 @@ def _attention(
     hidden_states: Tensor,
     position_embeddings: tuple[Tensor, Tensor],
     attention_mask: Tensor | None = None,
+    cache: Cache | None = None,
     past_key_values: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """LlamaAttention.forward with the rotation in one launch, before heads and tokens change
-    places; mask, cache and the chosen attention are reached as there."""
+    places; mask, cache and the chosen attention are reached as there. The cache is called ``cache``
+    in newer releases of transformers and ``past_key_values`` in older ones."""
+    cache = past_key_values if cache is None else cache
+    if lost := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
+        # It would be swallowed with the other keywords, and decoding would forget what it read.
+        raise TypeError(f"this version of transformers hands the cache over as {lost[0]!r}")
     B, L, _ = hidden_states.shape
     query, key, value = (
         project(hidden_states).view(B, L, -1, self.head_dim)
@@ -54,8 +60,8 @@ def _attention(
     )
     query, key = rope(query, key, *position_embeddings)
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    if past_key_values is not None:
-        key, value = past_key_values.update(key, value, self.layer_idx)
+    if cache is not None:
+        key, value = cache.update(key, value, self.layer_idx, kwargs=kwargs)
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(
         self.config._attn_implementation, eager_attention_forward
     )

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from echogen.kernels.cuda.loader import CudaKernel
 from echogen.kernels.dispatch import INTERPRETED, Launch, recorded
 
 TYPES = {
@@ -151,14 +152,15 @@ class Source:
 
 
 def launches(call: Callable[[], Any]) -> list[Launch]:
-    """What ``call`` launches when it runs operators on meta or CPU tensors, backward included;
-    launches of a kernel that compile to the same code are kept once."""
+    """What ``call`` launches in Triton when it runs operators on meta or CPU tensors, backward
+    included; launches of a kernel that compile to the same code are kept once."""
     entered: AbstractContextManager[Any] = OnAnyDevice()
     with recorded() as found, entered:
         call()
     unique: dict[str, Launch] = {}
     for launch in found:
-        unique.setdefault(repr(Source.of(launch)), launch)
+        if not isinstance(launch.kernel, CudaKernel):
+            unique.setdefault(repr(Source.of(launch)), launch)
     return list(unique.values())
 
 
@@ -192,22 +194,32 @@ def compile_all(
 
 
 def _read_cubin(cubin: bytes) -> dict[str, Any]:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = _run(tools / "cuobjdump", "--dump-resource-usage", path)
-        assembly = _run(tools / "nvdisasm", "-c", path)
+        usage = _run("cuobjdump", "--dump-resource-usage", path)
+        assembly = disassembly(path)
     sizes = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
-    accesses = re.findall(r"\b(?:LDG|STG|LDGSTS|UBLKCP)[.\w]*", assembly)
-    wide = [a for a in accesses if ".128" in a or a.startswith("UBLKCP")]
     return {
         "registers": sizes["REG"],
         "shared_bytes": sizes["SHARED"],
         "spill_bytes": sizes["STACK"] + sizes["LOCAL"],
-        "wide_access_share": len(wide) / len(accesses) if accesses else 0.0,
+        "wide_access_share": wide_access_share(assembly),
     }
 
 
-def _run(tool: Path, *arguments: str | Path) -> str:
-    return subprocess.run([tool, *arguments], check=True, capture_output=True, text=True).stdout
+def disassembly(cubin: Path) -> str:
+    """A cubin's instructions, as the disassembler in Triton's wheel writes them."""
+    return _run("nvdisasm", "-c", cubin)
+
+
+def wide_access_share(assembly: str) -> float:
+    """Global loads and stores of 16 bytes a thread (or of a whole block) over all of them."""
+    accesses = re.findall(r"\b(?:LDG|STG|LDGSTS|UBLKCP)[.\w]*", assembly)
+    wide = [a for a in accesses if ".128" in a or a.startswith("UBLKCP")]
+    return len(wide) / len(accesses) if accesses else 0.0
+
+
+def _run(tool: str, *arguments: str | Path) -> str:
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / tool
+    return subprocess.run([path, *arguments], check=True, capture_output=True, text=True).stdout

@@ -1,6 +1,7 @@
-"""Every Triton operator compiled for named architectures, at the shapes training and decoding use.
+"""Every operator compiled for named architectures, at the shapes training and decoding use.
 
-Needs no GPU. A kernel that spills registers, or does not compile, is found here and not by a user.
+Needs no GPU: Triton brings its compiler, and the kernels in CUDA C++ are compiled where nvcc is
+installed. A kernel that spills registers, or does not compile, is found here and not by a user.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from echogen.bench.harness import environment
 from echogen.bench.registry import Case, Mode, ShapesOnly, cases
 from echogen.bench.speed import contest
 from echogen.kernels import aot
+from echogen.kernels.cuda import nvcc
+from echogen.kernels.dispatch import OPERATORS
 
 DTYPES = (torch.float32, torch.bfloat16)
+NO_NVCC = "nvcc is not installed; the kernels in CUDA C++ were not compiled"
 
 
 def run(
@@ -24,14 +28,16 @@ def run(
     operators: Sequence[str] = (),
     processes: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    note: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Compile; JSON-ready.
 
     Args:
-        arches: as ``sm_90`` or ``gfx942``.
+        arches: as ``sm_90`` or ``gfx942`` (of AMD, which runs the kernels in Triton alone).
         operators: names of operators or cases; none: all.
         processes: that compile side by side; None: one a core.
-        progress: called with (compiled, to compile).
+        progress: called with (Triton kernels compiled, to compile).
+        note: told what is left out.
 
     Returns:
         ``kernels``, an object a kernel and architecture: `echogen.kernels.aot.Compiled`, with the
@@ -62,7 +68,31 @@ def run(
     compiled = aot.compile_all(unique, arches, processes, progress)
     labels = [about for _, about in found.values() for _ in arches]
     rows = [one.to_dict() | about for one, about in zip(compiled, labels, strict=True)]
+    rows += _in_cuda({case.operator for case in asked}, arches, note)
     return {"arches": list(arches), "kernels": rows} | environment()
+
+
+def _in_cuda(
+    operators: set[str], arches: Sequence[str], note: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Rows of the kernels in CUDA C++; their types are fixed, in the kernels' names."""
+    asked = {
+        operator.module.rpartition(".")[2]
+        for operator in OPERATORS.values()
+        if operator.name in operators and operator.kind == "CUDA C++"
+    }
+    compiler = nvcc.find()
+    if asked and compiler is None:
+        note(NO_NVCC)
+    if compiler is None:
+        return []
+    return [
+        one.to_dict() | {"operator": source, "dtype": ""}
+        for source in nvcc.sources()
+        for arch in arches
+        if source in asked and arch.startswith("sm_")
+        for one in nvcc.compile_source(source, arch, compiler)
+    ]
 
 
 def sources(case: Case, dtype: torch.dtype) -> list[aot.Source]:
@@ -83,7 +113,7 @@ def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A line for each kernel that spills or does not compile; AMD's are reported, not held against
     the run, as no test has ever run there."""
     return [
-        f"{r['name']} ({r['dtype']}) on {r['arch']}: "
+        f"{r['name']} of {r['operator']}, {r['arch']}: "
         + (r["error"] or f"{r['spill_bytes']} bytes of registers spilled")
         for r in rows
         if r["arch"].startswith("sm_") and (r["error"] or r["spill_bytes"])

@@ -1,5 +1,5 @@
-"""Loads and launches the kernels in CUDA C++: from the fatbins that CMake builds beside the sources,
-else compiled by NVRTC at first use; both through CuPy, which brings NVRTC and the driver's calls.
+"""Loads and launches the kernels in CUDA C++: from the fatbins that CMake builds beside the
+sources, else compiled by NVRTC at first use; both through CuPy, which brings NVRTC and the driver.
 
 Nothing is looked for before the first launch on CUDA, so that a machine without a GPU, CuPy or nvcc
 imports every operator and runs its reference.

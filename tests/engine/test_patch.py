@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import JanusForConditionalGeneration
+from transformers import DynamicCache, JanusForConditionalGeneration
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP, LlamaRMSNorm
 
 from echogen.engine.patch import apply_to_janus, image_head_loss
@@ -34,7 +34,8 @@ def plain(janus_config, random_janus) -> JanusForConditionalGeneration:
 def batch(model, rows=2, length=7):
     """Token ids and a mask with padding on the left."""
     generator = torch.Generator().manual_seed(5)
-    ids = torch.randint(model.config.text_config.vocab_size - 1, (rows, length), generator=generator)
+    words = model.config.text_config.vocab_size - 1
+    ids = torch.randint(words, (rows, length), generator=generator)
     mask = torch.ones_like(ids)
     mask[0, :2] = 0
     return {"input_ids": ids, "attention_mask": mask}
@@ -95,6 +96,20 @@ def test_cached_decoding_and_generation(model):
     wanted = model.generate(**inputs, **options)
     with apply_to_janus(model):
         assert torch.equal(model.generate(**inputs, **options), wanted)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_is_taken_under_the_name_of_either_release(plain, name):
+    """One that came under a third name is refused: the step would forget what it had read."""
+    attention = plain.model.language_model.layers[0].self_attn
+    hidden = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(0))
+    turns = torch.ones(1, 3, 16), torch.zeros(1, 3, 16)
+    with apply_to_janus(plain), torch.no_grad():
+        held = DynamicCache()
+        attention(hidden, position_embeddings=turns, **{name: held})
+        assert held.get_seq_length() == 3
+        with pytest.raises(TypeError, match="hands the cache over as 'store'"):
+            attention(hidden, position_embeddings=turns, store=held)
 
 
 @pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning")
@@ -161,9 +176,9 @@ def test_a_copy_computes_with_its_own_weights(plain):
 
 
 def test_twice_is_refused(plain):
-    with apply_to_janus(plain):
-        with pytest.raises(RuntimeError, match=r"model\.language_model\.\S+ is replaced already"):
-            apply_to_janus(plain)
+    refused = pytest.raises(RuntimeError, match=r"model\.language_model\.\S+ is replaced already")
+    with apply_to_janus(plain), refused:
+        apply_to_janus(plain)
     apply_to_janus(plain).undo()
 
 
