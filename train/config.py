@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,8 @@ class PMTPConfig:
         extra_grounding: further samples a step that carry grounding only.
         branches: grounding branches (expressions) of one image.
         prompt_dropout: share of L2I prompts replaced by the unconditional prompt.
+        mask: "isolated": each task reads an image of its own, and no path leads from the layout
+            to the grounding; "shared": both read one, through which the layout can leak.
         temperature, cfg: default sampling written into the exported model; chosen on validation.
         loop: the step loop.
     """
@@ -108,18 +110,71 @@ class PMTPConfig:
     extra_grounding: int = 0
     branches: int = 6
     prompt_dropout: float = 0.1
+    mask: Literal["isolated", "shared"] = "isolated"
     temperature: float = 1.0
     cfg: float = 1.0
+
+    def __post_init__(self) -> None:
+        _one_of("mask", self.mask, ("isolated", "shared"))
+
+
+@dataclass(frozen=True)
+class DJOConfig:
+    """Stage 2, dual joint optimisation: `J = L_L2I + μ·L_I2L + λ·L_loop`.
+
+    Attributes:
+        scenes, batch, branches, prompt_dropout: as in stage 1.
+        loop_weight: λ; 0 leaves the loop out.
+        grounding_weight: μ, of grounding in the real images; 0 (the paper) leaves it out.
+        tau_start, tau_end: temperature of the soft sample at the first and at the last step,
+            exponential in between.
+        prefix: what the codes of the loop are predicted from: the real image's codes ("teacher")
+            or an image that the model itself has drawn ("sampled").
+        freeze_grounder: the loop's gradient reaches the generator only, not the weights as they
+            read the image.
+        loop: the step loop.
+        start: fingerprint of the model that the run began with; filled in by the stage.
+    """
+
+    loop: LoopConfig
+    scenes: int = 40_000
+    batch: int = 32
+    branches: int = 6
+    prompt_dropout: float = 0.1
+    loop_weight: float = 1.0
+    grounding_weight: float = 1.0
+    tau_start: float = 1.0
+    tau_end: float = 0.3
+    prefix: Literal["teacher", "sampled"] = "teacher"
+    freeze_grounder: bool = False
+    start: str = ""
+
+    def __post_init__(self) -> None:
+        _one_of("prefix", self.prefix, ("teacher", "sampled"))
+        for name in ("loop_weight", "grounding_weight"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} = {getattr(self, name)}; it must be finite and 0 or more")
+        for name in ("tau_start", "tau_end"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(f"{name} = {getattr(self, name)}; it must be finite and above 0")
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"prompt_dropout = {self.prompt_dropout}; it must be in [0, 1)")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole model: its image tokenizer and its stage 1."""
+    """A whole model: its image tokenizer and its stages."""
 
     name: str
     vq: VQConfig
     pmtp: PMTPConfig
+    djo: DJOConfig
     notes: str = field(default="")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name} = {value!r}; choose {' or '.join(map(repr, known))}")
 
 
 def to_json(config: Any) -> dict[str, Any]:

@@ -42,6 +42,10 @@ class Stage(Protocol):
         """The stage's configuration, a dataclass."""
         ...
 
+    def begin(self) -> dict[str, float]:
+        """Called once, before the first step of a run: what is found out then, or a refusal."""
+        ...
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Loss of step ``step`` and the numbers worth logging; a pure function of the step."""
         ...
@@ -102,7 +106,8 @@ def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) ->
     exported model under ``model/``.
 
     Raises:
-        TrainingError: the loss became NaN or infinite (the last state stays as it was).
+        TrainingError: the loss became NaN or infinite (the last state stays as it was), or the
+            stage refuses to begin.
         StateError: ``resume`` with a torn state or one of another configuration.
     """
     if config.threads is not None:
@@ -115,6 +120,9 @@ def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) ->
     (folder / "config.json").write_text(json.dumps(to_json(stage.config), indent=2) + "\n")
     metrics = MetricsFile(folder / "metrics.jsonl", start)
     console = Console(stderr=True)
+    if not start and (found := _rounded(stage.begin())):
+        metrics.write(step=0, **found)
+        console.print(f"{stage.name} before the first step {found}", soft_wrap=True)
     with _progress(console, stage.name, config.steps, start) as bar:
         _steps(stage, config, optimizers, start, metrics, bar, state_path, console)
     stage.export(folder / "model")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from echogen.train.config import LoopConfig, PMTPConfig, Recipe, VQConfig
+from echogen.train.config import DJOConfig, LoopConfig, PMTPConfig, Recipe, VQConfig
 
 
 def tiny() -> Recipe:
@@ -20,6 +20,11 @@ def tiny() -> Recipe:
             # 0.7, 1 and CFG 1, 1.5, 2, 3 (engine/models/tiny/training/sampling_on_validation.json).
             temperature=0.3,
             cfg=1.0,
+        ),
+        djo=DJOConfig(
+            loop=LoopConfig(
+                steps=2400, lr=5e-4, muon_lr=1e-3, decay=0.5, eval_every=400, threads=2
+            ),
         ),
     )
 

@@ -126,6 +126,10 @@ class VQStage:
         indices = range(first, first + self.config.batch)
         return to_pixels(render([sample_scene("train", i, judged=False) for i in indices]))
 
+    def begin(self) -> dict[str, float]:
+        """Nothing to find out before the first step."""
+        return {}
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         vq, pixels = self.module.vq, self._batch(step)
         raw = vq.quant_conv(vq.encoder(pixels)).float()

@@ -1,4 +1,4 @@
-"""The commands that train: the image tokenizer (vq), then stage 1 (pmtp)."""
+"""The commands that train: the image tokenizer (vq), then stage after stage (pmtp, djo)."""
 
 from __future__ import annotations
 
@@ -78,6 +78,41 @@ class TrainPMTP:
         train(stage, loop, self.out, self.resume, self.json)
 
 
+Begin = Annotated[str, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
+
+
+@dataclass(frozen=True)
+class TrainDJO:
+    """Train stage 2: ground what is drawn, and let the gradient through."""
+
+    out: Path
+    """Folder of the run; the model ends in its model/."""
+    begin: Begin
+    """Where to begin: the run of `train pmtp`, a model that came from one, or a bundled name."""
+    recipe: str = "tiny"
+    """Which configuration."""
+    steps: int | None = None
+    """Optimizer steps, in place of the recipe's."""
+    any_stage: bool = False
+    """Begin with a model of whatever stage."""
+    resume: bool = False
+    """Go on with the run in --out, from its last checkpoint."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        check_run_folder(self.out, self.resume)
+        recipe = find_recipe(self.recipe)
+        loop = with_steps(recipe.djo.loop, self.steps)
+        from echogen.train.djo import DJOStage
+        from echogen.train.start import load_start
+
+        start = load_start(self.begin, "pmtp", self.any_stage)
+        make_folder(self.out)
+        stage = DJOStage(replace(recipe.djo, loop=loop), start)
+        train(stage, loop, self.out, self.resume, self.json)
+
+
 @dataclass(frozen=True)
 class Train:
     """Train a model, stage by stage."""
@@ -85,6 +120,7 @@ class Train:
     stage: (
         Annotated[TrainVQ, tyro.conf.subcommand("vq")]
         | Annotated[TrainPMTP, tyro.conf.subcommand("pmtp")]
+        | Annotated[TrainDJO, tyro.conf.subcommand("djo")]
     )
 
     def run(self) -> None:

@@ -33,6 +33,11 @@ class Toy:
         self.module.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 1)])
         self.break_at, self.nan_at = break_at, nan_at
         self.exported: list[Path] = []
+        self.begun = 0
+
+    def begin(self) -> dict[str, float]:
+        self.begun += 1
+        return {"found": 0.25}
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         if step == self.break_at:
@@ -73,6 +78,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, break_at: i
     run(resumed, CONFIG, tmp_path / "broken", resume=True)
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
     assert resumed.exported == [tmp_path / "broken" / "model"]
+    assert resumed.begun == (break_at < CONFIG.save_every)  # before the first step, and only there
+    assert rows(tmp_path / "broken")[0] == {"step": 0, "found": 0.25}
 
 
 def test_a_nan_loss_stops_and_leaves_the_last_state(tmp_path: Path) -> None:

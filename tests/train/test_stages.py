@@ -12,8 +12,8 @@ import torch
 
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutObject
-from echogen.train import pmtp as pmtp_module
 from echogen.train import vq as vq_module
+from echogen.train import world
 from echogen.train.config import LoopConfig, PMTPConfig, VQConfig
 from echogen.train.data import samples, scenes
 from echogen.train.data.scenes import load_scenes, world_version
@@ -43,7 +43,7 @@ PMTP = PMTPConfig(
 def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of this test's own, and few validation scenes."""
     monkeypatch.setenv("ECHOGEN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(pmtp_module, "VAL_SAMPLES", 4)
+    monkeypatch.setattr(world, "VAL_SAMPLES", 4)
     monkeypatch.setattr(vq_module, "VAL_SCENES", 4)
 
 

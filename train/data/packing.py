@@ -1,9 +1,9 @@
-"""The packed training sequence of stage 1: trees of segments laid into rows, with their targets.
+"""The packed training sequence: trees of segments laid into rows, with their targets.
 
 A tree is a trunk and branches. L2I is a trunk alone (prompt and image codes); I2L is a trunk
-(image prefix) with one branch for each expression. `engine.model.tree_visibility` turns the tree
-and branch numbers of a row into its mask: nothing passes from one tree to another, which is the
-`isolated` mask of METHOD.
+(image prefix) with one branch for each expression. `visibility` turns the tree and branch numbers
+of a row into its mask: nothing passes from one tree to another, which is the `isolated` mask of
+METHOD. Its `shared` mask is a third kind of tree, in which both tasks read one image.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ import torch
 from torch import Tensor
 
 from echogen.engine.layout import Box, Layout
+from echogen.engine.model import tree_visibility
 from echogen.engine.prompt import Prompts
 
 NO_TARGET = -100
+SHARED_PROMPT, SHARED_IMAGE = -1, -2
+"""Branch numbers of a `shared_tree`'s prompt and image, see `visibility`."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Tree:
     Attributes (lists of equal length):
         ids: text ids, or ``vocab_size + code`` for image codes.
         positions: RoPE positions.
-        branch: 0 on the trunk, k on branch k.
+        branch: 0 on the trunk, k on branch k; SHARED_PROMPT and SHARED_IMAGE in a `shared_tree`.
         codes: the image code to predict here, or NO_TARGET.
         texts: the text id to predict here, or NO_TARGET.
     """
@@ -58,8 +61,31 @@ def i2l_tree(
     ``</box>`` only."""
     before, after = prompts.i2l()
     ids = before + (codes + vocab_size).tolist() + after
-    trunk = len(ids)
-    positions, branch, texts = list(range(trunk)), [0] * trunk, [NO_TARGET] * trunk
+    length = len(ids)
+    trunk = Tree(ids, list(range(length)), [0] * length, *[[NO_TARGET] * length] * 2)
+    return _with_branches(trunk, prompts, questions)
+
+
+def shared_tree(
+    prompts: Prompts,
+    prompt: list[int],
+    codes: np.ndarray,
+    questions: list[tuple[str, Box]],
+    vocab_size: int,
+) -> Tree:
+    """Both tasks over one image (METHOD, mask `shared`): prompt, image codes, the rest of the I2L
+    trunk, branches. The questions do not see the prompt, but the image they see has seen it."""
+    n, t, after = len(prompt), len(codes), prompts.i2l()[1]
+    ids = prompt + (codes + vocab_size).tolist() + after
+    branch = [SHARED_PROMPT] * n + [SHARED_IMAGE] * t + [0] * len(after)
+    targets = [NO_TARGET] * (n - 1) + codes.tolist() + [NO_TARGET] * (1 + len(after))
+    trunk = Tree(ids, list(range(len(ids))), branch, targets, [NO_TARGET] * len(ids))
+    return _with_branches(trunk, prompts, questions)
+
+
+def _with_branches(tree: Tree, prompts: Prompts, questions: list[tuple[str, Box]]) -> Tree:
+    trunk, ids, positions, branch = len(tree), [*tree.ids], [*tree.positions], [*tree.branch]
+    texts = [*tree.texts]
     for k, (expr, box) in enumerate(questions, 1):
         question, answer = prompts.branch(expr), prompts.answer(box)
         ids += question + answer[:-1]
@@ -67,7 +93,8 @@ def i2l_tree(
         positions += range(trunk, trunk + length)
         branch += [k] * length
         texts += [NO_TARGET] * (len(question) - 1) + answer
-    return Tree(ids, positions, branch, [NO_TARGET] * len(ids), texts)
+    codes = tree.codes + [NO_TARGET] * (len(ids) - trunk)
+    return Tree(ids, positions, branch, codes, texts)
 
 
 @dataclass(frozen=True)
@@ -116,6 +143,24 @@ def pack(trees: list[Tree], row_tokens: int, pad: int) -> Batch:
         ]
     )
     return Batch(tree=tree, **fields)
+
+
+def visibility(batch: Batch) -> Tensor:
+    """Which key a query sees, bool [R, L, L].
+
+    `tree_visibility`, and in a `shared_tree` everything sees the image before it, while the prompt
+    is seen by itself and by the image only.
+    """
+    length = batch.ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=batch.ids.device).tril()
+    seen = tree_visibility(batch.tree, batch.branch, batch.tree, batch.branch, causal)
+    query, key = batch.branch.unsqueeze(-1), batch.branch.unsqueeze(-2)
+    image = key == SHARED_IMAGE
+    if not image.any():
+        return seen
+    same = batch.tree.unsqueeze(-1) == batch.tree.unsqueeze(-2)
+    shared = image | ((key == SHARED_PROMPT) & (query == SHARED_IMAGE))
+    return seen | (causal & same & shared)
 
 
 def l2i_prompt(

@@ -1,0 +1,221 @@
+"""Stage 2, dual joint optimisation: what the model draws is at once the image it has to ground.
+
+`J = L_L2I + μ·L_I2L + λ·L_loop` (EchoGen, stage 2). One parallel pass predicts every code of the
+image; a straight-through Gumbel-Softmax sample of each is embedded; a second pass reads these
+embeddings as the image of the grounding task and predicts the layout's boxes. The gradient of
+their cross entropy reaches the generator through the soft samples, and the grounder directly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from echogen.engine.layout import Layout
+from echogen.engine.model import UnifiedTransformer
+from echogen.engine.sampler import Sampling
+from echogen.kernels.head_gumbel import head_gumbel_st_embed
+from echogen.train import keys
+from echogen.train.config import DJOConfig
+from echogen.train.data.packing import Batch
+from echogen.train.data.samples import Sample, load_samples
+from echogen.train.passes import box_loss, by_tree, hidden_states, image_features, image_loss
+from echogen.train.start import Start
+from echogen.train.world import WorldStage, ask
+
+
+class Noise(NamedTuple):
+    """The keyed noise of a step: seed of `philox`, and a draw id for each image, int64 [N]."""
+
+    key: int
+    draws: Tensor
+
+
+class Drawn(NamedTuple):
+    """Straight-through samples of N images, in the order of their trees.
+
+    Attributes:
+        embed: [N, T, C], rows of the code embedding.
+        codes: int64 [N, T].
+        ce: [N, T], cross entropy of the batch's codes.
+    """
+
+    embed: Tensor
+    codes: Tensor
+    ce: Tensor
+
+
+def draw_codes(
+    model: UnifiedTransformer,
+    hidden: Tensor,
+    batch: Batch,
+    tau: float,
+    noise: Noise,
+    given: bool = False,
+    freeze_codes: bool = False,
+) -> Drawn:
+    """A straight-through sample at every place of a batch that predicts an image code.
+
+    Args:
+        hidden: final hidden states [R, L, D] of the batch, whose drawing trees are 0 … N−1.
+        tau: temperature of the soft sample.
+        noise: of the N images.
+        given: the batch's codes are the samples (drawn with the same noise).
+        freeze_codes: no gradient for the code embedding's rows.
+    """
+    here, count = batch.codes >= 0, len(noise.draws)
+    tree, targets = batch.tree[here], batch.codes[here]
+    position = torch.arange(model.config.image_tokens, device=hidden.device).repeat(count)
+    features, weight, bias = image_features(model, hidden[here])
+    codebook = model.code_embedding.weight
+    sample = head_gumbel_st_embed(
+        features,
+        weight,
+        codebook.detach() if freeze_codes else codebook,
+        tau,
+        noise.key,
+        noise.draws.to(hidden.device)[tree],
+        position,
+        bias,
+        index=targets if given else None,
+        targets=targets,
+    )
+    return Drawn(*(by_tree(x, tree, count) for x in sample))
+
+
+class LoopPass(nn.Module):
+    """The second pass: drawn embeddings in place of the image, cross entropy of the boxes."""
+
+    def __init__(self, model: UnifiedTransformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch, images: Tensor) -> Tensor:
+        """Args: batch of I2L trees 0 … N−1, images [N, T, C]. Returns the mean over box tokens."""
+        model, vocab = self.model, self.model.config.vocab_size
+        here = batch.ids >= vocab
+        order = batch.tree[here][:: images.shape[1]]  # an image's tokens lie together
+        lifted = model.code_aligner(images[order].flatten(0, 1))
+        text = model.embed_text(batch.ids.masked_fill(here, 0))
+        embedded = text.index_put((here,), lifted.to(text.dtype))
+        return box_loss(model, hidden_states(model, batch, embedded), batch)
+
+
+def loop_loss(
+    model: UnifiedTransformer, batch: Batch, images: Tensor, frozen: bool = False
+) -> Tensor:
+    """Cross entropy of the boxes of I2L trees 0 … N−1 whose images are drawn ones [N, T, C].
+
+    ``frozen``: the same weights, detached: gradients pass through them to the images, yet leave
+    them alone. A frozen grounder thus costs no second model, and keeps up with the trained one.
+    """
+    grounder = LoopPass(model)
+    if not frozen:
+        return grounder(batch, images)
+    fixed = {name: p.detach() for name, p in grounder.named_parameters()}
+    loss: Tensor = functional_call(grounder, fixed, (batch, images))
+    return loss
+
+
+def temperature(step: int, config: DJOConfig) -> float:
+    """τ of a step: from ``tau_start`` at the first to ``tau_end`` at the last, exponentially."""
+    done = step / max(1, config.loop.steps - 1)
+    return config.tau_start * (config.tau_end / config.tau_start) ** done
+
+
+class DJOStage(WorldStage):
+    """One batch → loss of stage 2, on ShapesWorld."""
+
+    name = "djo"
+
+    def __init__(self, config: DJOConfig, start: Start) -> None:
+        super().__init__(start.engine, config.loop.seed, start.stages)
+        self.config = replace(config, start=start.fingerprint)
+        self._train = load_samples(self.vq, "train", config.scenes)
+        self._key = keys.noise_key(config.loop.seed, keys.DJO_NOISE)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        c, model = self.config, self.module
+        rng = keys.generator(c.loop.seed, keys.DJO_BATCH, step)
+        samples = [self._train[i] for i in rng.integers(len(self._train), size=c.batch)]
+        layouts = [s.layout(rng) for s in samples]
+        # Without its layout an image cannot be asked for the layout's boxes: no loop for these.
+        kept = rng.random(c.batch) >= c.prompt_dropout
+        batch = self._real(samples, layouts, kept, rng)
+        hidden = hidden_states(model, batch)
+        tau, draws = temperature(step, c), keys.draw_ids(step, c.batch)
+        numbers = {"tau": torch.tensor(tau)}
+        looped = np.flatnonzero(kept) if c.loop_weight else np.empty(0, dtype=int)
+        image, images = None, None
+        if len(looped) and c.prefix == "teacher":
+            drawn = draw_codes(
+                model, hidden, batch, tau, Noise(self._key, draws), freeze_codes=c.freeze_grounder
+            )
+            image, images = drawn.ce.mean(), drawn.embed[torch.from_numpy(looped)]
+        elif len(looped):
+            noise = Noise(self._key, draws[torch.from_numpy(looped)])
+            images, flips = self._sampled([layouts[i] for i in looped], tau, noise, step)
+            numbers |= flips
+        image = image_loss(model, hidden, batch) if image is None else image
+        loss = image + 0.0
+        numbers["l2i"] = image
+        if c.grounding_weight:
+            numbers["i2l"] = box_loss(model, hidden, batch)
+            loss = loss + c.grounding_weight * numbers["i2l"]
+        if images is not None:
+            numbers["loop"] = self._loop([layouts[i] for i in looped], images)
+            loss = loss + c.loop_weight * numbers["loop"]
+        numbers = {"loss": loss, **numbers}
+        return loss, {k: float(v.detach()) for k, v in numbers.items()}
+
+    def _real(
+        self,
+        samples: list[Sample],
+        layouts: list[Layout],
+        kept: np.ndarray,
+        rng: np.random.Generator,
+    ) -> Batch:
+        """Stage 1's batch: the real images drawn (trees 0 … batch−1) and, with μ, grounded."""
+        trees = [
+            self.drawing(self.prompt(layout, dropped=not keep), s.codes)
+            for s, layout, keep in zip(samples, layouts, kept, strict=True)
+        ]
+        if self.config.grounding_weight:
+            trees += [self.grounding(s.codes, ask(s, self.config.branches, rng)) for s in samples]
+        return self.pack(trees)
+
+    def _sampled(
+        self, layouts: list[Layout], tau: float, noise: Noise, step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Images [N, T, C] that the engine draws first, and, where the step is logged, the share
+        of their codes that the parallel pass would have drawn otherwise."""
+        c, model = self.config, self.module
+        with torch.autocast(self.engine.device.type, enabled=False):
+            self.engine.refresh()
+            codes = self.engine.generate_codes(
+                layouts, noise.key, noise.draws.tolist(), Sampling(temperature=1.0)
+            ).clone()  # a tensor of inference mode cannot be kept for backward
+        trees = [
+            self.drawing(self.prompt(layout), row.numpy())
+            for layout, row in zip(layouts, codes.cpu(), strict=True)
+        ]
+        batch = self.pack(trees)
+        hidden = hidden_states(model, batch)
+        drawn = draw_codes(model, hidden, batch, tau, noise, True, c.freeze_grounder)
+        flips = {}
+        if (step + 1) % c.loop.log_every == 0 or step + 1 == c.loop.steps:
+            with torch.no_grad():
+                again = draw_codes(model, hidden, batch, tau, noise)
+            flips["flips"] = (again.codes != drawn.codes).float().mean()
+        return drawn.embed, flips
+
+    def _loop(self, layouts: list[Layout], images: Tensor) -> Tensor:
+        """`L_loop`: the layouts' own expressions asked of the drawn images."""
+        unseen = np.zeros(images.shape[1], dtype=np.int64)  # the images take their codes' place
+        trees = [self.grounding(unseen, [(o.expr, o.box) for o in y.objects]) for y in layouts]
+        return loop_loss(self.module, self.pack(trees), images, self.config.freeze_grounder)

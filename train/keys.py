@@ -1,0 +1,42 @@
+"""The randomness of a run: every number drawn is a function of (seed, step, place in the batch).
+
+That is what lets a resumed run repeat an uninterrupted one without a stored random state. Each use
+has a number of its own, so that no two of them share noise.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PMTP_BATCH, VALIDATION, DJO_BATCH, DJO_NOISE, RL_BATCH, RL_NOISE, RL_JUDGED = range(3, 10)
+
+
+def generator(seed: int, use: int, step: int = -1) -> np.random.Generator:
+    """The generator of one use at one step, or of a use that has no steps."""
+    return np.random.default_rng((seed, use) if step < 0 else (seed, use, step))
+
+
+def noise_key(seed: int, use: int) -> int:
+    """Key of `philox` noise: the run's seed in the low word, the use in the high one.
+
+    Raises:
+        ValueError: a seed outside 0 … 2³² − 1.
+    """
+    if not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed = {seed}; it must be in 0 … 2^32 - 1")
+    return use << 32 | seed
+
+
+def draw_ids(step: int, per_step: int) -> Tensor:
+    """Draw ids int64 [per_step] of a step's samples, by their place in the global batch: unique
+    over the run, and the same however the batch is shared out.
+
+    Raises:
+        ValueError: more samples in a run than there are ids.
+    """
+    first = step * per_step
+    if first + per_step > 1 << 32:
+        raise ValueError(f"step {step} of {per_step} samples is beyond the 2^32 draws of a run")
+    return torch.arange(first, first + per_step)

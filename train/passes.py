@@ -1,0 +1,56 @@
+"""Packed batches through the transformer: what every stage's loss begins with."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from echogen.engine.model import UnifiedTransformer, additive_mask
+from echogen.train.data.packing import Batch, visibility
+
+
+def hidden_states(
+    model: UnifiedTransformer, batch: Batch, embedded: Tensor | None = None
+) -> Tensor:
+    """Final hidden states [R, L, D] of a packed batch; ``embedded`` [R, L, D] stands in for the
+    embeddings of its ids."""
+    x = model.embed_mixed(batch.ids) if embedded is None else embedded
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return model(x, batch.positions, additive_mask(visibility(batch), dtype))
+
+
+def image_loss(model: UnifiedTransformer, hidden: Tensor, batch: Batch) -> Tensor:
+    """Mean cross entropy of a batch's image codes; 0 where it has none."""
+    return _cross_entropy(model.image_head, hidden, batch.codes)
+
+
+def box_loss(model: UnifiedTransformer, hidden: Tensor, batch: Batch) -> Tensor:
+    """Mean cross entropy of a batch's box tokens; 0 where it has none."""
+    return _cross_entropy(model.text_head, hidden, batch.texts)
+
+
+def _cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    here = targets >= 0
+    if not here.any():
+        return hidden.new_zeros((), dtype=torch.float32)
+    logits = head(hidden[here])
+    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(),
+                           targets[here])  # fmt: skip
+
+
+def image_features(model: UnifiedTransformer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the fused operators take for the image head: (features [N, H], weight [V, H], bias [V])
+    of one type, whose product is the logits of ``hidden`` [N, D]."""
+    into, activation, out = model.image_head
+    assert isinstance(out, nn.Linear)
+    features = activation(into(hidden))
+    return features, out.weight.to(features.dtype), out.bias.to(features.dtype)
+
+
+def by_tree(rows: Tensor, tree: Tensor, count: int) -> Tensor:
+    """Rows [N·n, …], n for each tree, in the packed order in which ``tree`` [N·n] names their
+    tree → [N, n, …] in the order of the trees 0 … N−1 = ``count``−1."""
+    each = len(rows) // count
+    return rows.unflatten(0, (count, each))[tree[::each].argsort()]

@@ -1,0 +1,100 @@
+"""What a stage begins with: the model that the stage before it left, and the record of how it came.
+
+A model folder written by a stage holds `stage.json`, which names the stages it went through, so
+that a stage can refuse a model it was not meant for.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from echogen.engine.engine import Engine, resolve
+from echogen.engine.keymap import CheckpointError
+from echogen.train.checkpoint import StateError
+from echogen.train.data.samples import module_hash
+
+RECORD = "stage.json"
+
+
+@dataclass(frozen=True)
+class Start:
+    """The beginning of a stage.
+
+    Attributes:
+        engine: the model, in float32.
+        stages: the stages it went through, in order; () where that is not known.
+        fingerprint: hash of the transformer's weights.
+    """
+
+    engine: Engine
+    stages: tuple[str, ...]
+    fingerprint: str
+
+
+def model_folder(path: str | Path) -> Path:
+    """The model of a run's folder, of a model's folder, or of a bundled name.
+
+    Raises:
+        StateError: a run that has not come to its end.
+        CheckpointError: nothing there.
+    """
+    path = Path(path)
+    if (path / "metrics.jsonl").is_file() or (path / "state.pt").is_file():
+        if not (path / "model" / "config.json").is_file():
+            raise StateError(f"{path}: this run has no model yet; finish it with --resume")
+        return path / "model"
+    return resolve(path)
+
+
+def load_start(path: str | Path, after: str, any_stage: bool = False) -> Start:
+    """Load the model that a stage begins with.
+
+    Args:
+        path: folder of a run or of a model, or the name of a bundled model.
+        after: the stage that must have been the model's last.
+        any_stage: take a model of any stage, or of an unknown one (for ablations).
+
+    Raises:
+        StateError: a model of another stage, or one that does not say which; a damaged record.
+        CheckpointError: a model that does not load.
+    """
+    folder = model_folder(path)
+    stages = read_record(folder)
+    if not any_stage and stages[-1:] != (after,):
+        found = f"comes from stage {stages[-1]}" if stages else f"names no stage (no {RECORD})"
+        raise StateError(
+            f"{path}: this model {found}; this stage begins with one from {after} "
+            f"(--any-stage takes it all the same)"
+        )
+    engine = Engine.from_pretrained(folder)
+    return Start(engine, stages, module_hash(engine.transformer))
+
+
+def read_record(folder: Path) -> tuple[str, ...]:
+    """The stages that a model went through; () where it has no record."""
+    path = folder / RECORD
+    if not path.is_file():
+        return ()
+    try:
+        stages = json.loads(path.read_text())["stages"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise StateError(f"{path}: no record of stages ({error!r}); remove or mend it") from None
+    if not isinstance(stages, list) or not all(isinstance(s, str) for s in stages):
+        raise StateError(f"{path}: stages is {stages!r}; write a list of names")
+    return tuple(stages)
+
+
+def write_record(folder: Path, stages: tuple[str, ...]) -> None:
+    """Say in a model's folder which stages it went through."""
+    (folder / RECORD).write_text(json.dumps({"stages": list(stages)}) + "\n")
+
+
+def check_world(engine: Engine, path: str | Path, image_size: int) -> None:
+    """Refuse a model whose images are not the world's. Raises CheckpointError."""
+    if engine.image_size != image_size:
+        raise CheckpointError(
+            f"{path}: this model's images have {engine.image_size} pixels a side, those of "
+            f"ShapesWorld {image_size}; begin with a model trained on them"
+        )

@@ -1,0 +1,110 @@
+"""What every stage on ShapesWorld has besides its loss: a model, its trees, evaluation, export."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echogen.engine.engine import Engine
+from echogen.engine.layout import Layout
+from echogen.train import keys
+from echogen.train.data.packing import Batch, Tree, i2l_tree, l2i_tree, pack
+from echogen.train.data.samples import Sample, load_samples
+from echogen.train.data.scenes import load_scenes
+from echogen.train.data.shapes import IMAGE_SIZE
+from echogen.train.passes import box_loss, hidden_states, image_loss
+from echogen.train.start import check_world, write_record
+
+VAL_SAMPLES = 256
+BRANCHES = 6
+"""Questions about one image when losses are validated, the same in every stage."""
+
+
+def ask(sample: Sample, branches: int, rng: np.random.Generator) -> list[tuple[str, tuple]]:
+    """(expression, box) of every object of a sample, then further expressions of random objects up
+    to ``branches`` in all, each once."""
+    objects = list(range(len(sample.boxes)))
+    objects += rng.integers(len(objects), size=max(0, branches - len(objects))).tolist()
+    asked = {}
+    for k in objects:
+        forms = sample.expressions[k]
+        asked[forms[rng.integers(len(forms))]] = sample.boxes[k]
+    return list(asked.items())
+
+
+class WorldStage:
+    """A stage on ShapesWorld but for its batches and its loss.
+
+    Args:
+        engine: the model to train; its transformer's weights are the trained ones, so that it
+            draws and grounds with them as they are.
+        seed: of the run.
+        stages: the stages that the model went through before this one.
+    """
+
+    name = "world"
+
+    def __init__(self, engine: Engine, seed: int, stages: tuple[str, ...] = ()) -> None:
+        check_world(engine, "the model", IMAGE_SIZE)
+        self.engine, self.prompts, self.vq = engine, engine.prompts, engine.vq
+        self.module = engine.transformer
+        self.module.train().pixel_aligner.requires_grad_(False)  # no stage here reads pixels
+        self._seed, self._stages = seed, stages
+        self._val = load_samples(self.vq, "val", VAL_SAMPLES)
+
+    # --- trees ----------------------------------------------------------------------------------
+
+    def drawing(self, prompt: list[int], codes: np.ndarray) -> Tree:
+        """The L2I tree of a prompt and an image."""
+        return l2i_tree(prompt, codes, self.module.config.vocab_size)
+
+    def grounding(self, codes: np.ndarray, questions: list[tuple[str, tuple]]) -> Tree:
+        """The I2L tree of an image and questions."""
+        return i2l_tree(self.prompts, codes, questions, self.module.config.vocab_size)
+
+    def pack(self, trees: list[Tree]) -> Batch:
+        """Trees in rows as long as the longest: on a CPU, attention over a dense mask makes long
+        rows dear."""
+        return pack(trees, 0, self.prompts.pad)
+
+    def prompt(self, layout: Layout, dropped: bool = False) -> list[int]:
+        """The L2I prompt of a layout, or its unconditional form."""
+        ids = self.prompts.l2i(layout)
+        return self.prompts.unconditional(ids) if dropped else ids
+
+    # --- the rest of a stage --------------------------------------------------------------------
+
+    def begin(self) -> dict[str, float]:
+        """Nothing to find out before the first step."""
+        return {}
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows the optimizer step."""
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Validation losses, free-running grounding on true images, the judge on drawn ones."""
+        from echogen.train.eval.tables import quick_scores
+
+        rng = keys.generator(self._seed, keys.VALIDATION)
+        trees = [self.drawing(self.prompt(s.layout(rng)), s.codes) for s in self._val]
+        trees += [self.grounding(s.codes, ask(s, BRANCHES, rng)) for s in self._val]
+        image, text = self._validation(self.pack(trees))
+        scenes = load_scenes("val", len(self._val))
+        codes = np.stack([s.codes for s in self._val])
+        scores = quick_scores(self.module.eval(), self.vq, self.prompts, codes, scenes)
+        self.module.train()
+        return {"l2i": float(image), "i2l": float(text), **scores}
+
+    def _validation(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        hidden = hidden_states(self.module, batch)
+        return image_loss(self.module, hidden, batch), box_loss(self.module, hidden, batch)
+
+    def export(self, folder: Path) -> None:
+        """Write a Janus checkpoint in bfloat16, which `Engine.from_pretrained` loads, with the
+        record of its stages."""
+        self.engine.save_pretrained(folder, dtype=torch.bfloat16)
+        write_record(folder, (*self._stages, self.name))
