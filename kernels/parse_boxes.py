@@ -22,8 +22,9 @@ from echogen.kernels.reference import parse_boxes as reference
 
 KIND = "CUDA C++"
 THREADS, MASK_BYTES, STATE_BYTES = 256, 16, 32  # as in parse_boxes.cu
-LONGEST_PIECE = 24  # "[1000, 1000, 1000, 1000]"
 MAX_SCALE = 1_000_000  # ten times it fits 32 bits
+LONGEST_PIECE = len("[999999, 999999, 1000000, 1000000]")
+MAX_FIRST = 1 << 62  # so that no token overflows 64 bits
 
 _LOCATION_BOXES = CudaKernel("parse_boxes", "parse_location_boxes")
 _LOCATION_MASK = CudaKernel("parse_boxes", "allowed_location_mask")
@@ -191,7 +192,7 @@ def parse_text_boxes(tokens: Tensor, pieces: Tensor, close: int, scale: int = 10
     Args:
         tokens, close: as in `parse_location_boxes`.
         pieces: uint8 [width, vocab], contiguous: `text_pieces` of the tokenizer.
-        scale: the largest coordinate, which means 1.
+        scale: the largest coordinate, which means 1; up to 10⁶.
 
     Returns:
         float32 [N, 4], normalised ``xyxy``; NaN where a row is no box.
@@ -254,8 +255,8 @@ def _check_tokens(tokens: Tensor, lengths: Tensor | None = None) -> None:
 def _check_location(first: int, bins: int, close: int, vocab: int | None) -> None:
     if not 2 <= bins <= MAX_SCALE:
         raise ValueError(f"bins = {bins}; it must be in 2 … {MAX_SCALE}")
-    if first < 0:
-        raise ValueError(f"first_location = {first}; it must not be negative")
+    if not 0 <= first <= MAX_FIRST:
+        raise ValueError(f"first_location = {first}; it must be in 0 … {MAX_FIRST}")
     if first <= close < first + bins:
         raise ValueError(f"close = {close} is the location token of {close - first}")
     if vocab is not None and first + bins > vocab:

@@ -11,21 +11,21 @@ constexpr int BYTES = 16;  // of the mask, a thread
 
 enum Phase { OPEN, NUMBER, SPACE, COMPLETE, CLOSED, DEAD };
 
+// Four names and no array for the corners: registers cannot be indexed by a variable, and nvcc for
+// sm_100 makes that of comparisons with a loop's counter, in 32 bytes of local memory.
 struct State {
-    int phase, field, value, digits, corner[4];
+    int phase, field, value, digits, x1, y1, x2, y2;
 };
 
-// The coordinate due: x1 and y1 leave room for x2 > x1 and y2 > y1. (Registers cannot be indexed by
-// a variable: corners are picked by comparison.)
-DEVICE int lowest(const State& s) {
-    return s.field < 2 ? 0 : (s.field == 2 ? s.corner[0] : s.corner[1]) + 1;
-}
+// The coordinate due: x1 and y1 leave room for x2 > x1 and y2 > y1.
+DEVICE int lowest(const State& s) { return s.field < 2 ? 0 : (s.field == 2 ? s.x1 : s.y1) + 1; }
 DEVICE int highest(const State& s, int scale) { return s.field < 2 ? scale - 1 : scale; }
 
 DEVICE void finish_number(State& s, int value, int next) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-        if (i == s.field) s.corner[i] = value;
+    s.x1 = s.field == 0 ? value : s.x1;
+    s.y1 = s.field == 1 ? value : s.y1;
+    s.x2 = s.field == 2 ? value : s.x2;
+    s.y2 = s.field == 3 ? value : s.y2;
     s.phase = s.field == 3 ? COMPLETE : next;
     s.field += 1;
 }
@@ -35,13 +35,15 @@ struct LocationCodec {
     long long first;
     int scale;
 
-    DEVICE State start() const { return {NUMBER, 0, 0, 0, {0, 0, 0, 0}}; }
+    DEVICE State start() const { return {NUMBER, 0, 0, 0, 0, 0, 0, 0}; }
+    DEVICE bool fits(const State& s, long long token) const {  // no difference: it may overflow
+        return s.phase == NUMBER && token >= first + lowest(s) && token <= first + highest(s, scale);
+    }
     DEVICE void feed(State& s, long long token) const {
-        const long long value = token - first;
-        if (s.phase != NUMBER || value < lowest(s) || value > highest(s, scale))
-            s.phase = DEAD;
+        if (fits(s, token))
+            finish_number(s, static_cast<int>(token - first), NUMBER);
         else
-            finish_number(s, static_cast<int>(value), NUMBER);
+            s.phase = DEAD;
     }
 };
 
@@ -60,7 +62,7 @@ struct TextCodec {
     long long width, vocab;
     int scale;
 
-    DEVICE State start() const { return {OPEN, 0, 0, 0, {0, 0, 0, 0}}; }
+    DEVICE State start() const { return {OPEN, 0, 0, 0, 0, 0, 0, 0}; }
     DEVICE void character(State& s, int c) const {
         const int digit = c - '0';
         if (s.phase == NUMBER && digit >= 0 && digit <= 9) {
@@ -111,16 +113,16 @@ DEVICE void parse(const Codec& codec, const long long* tokens, float* boxes, lon
     if (row >= rows) return;
     const State s = run(codec, tokens + row * length, length, close);
     const bool whole = s.phase == COMPLETE || s.phase == CLOSED;
+    const int corners[4] = {s.x1, s.y1, s.x2, s.y2};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const float value = static_cast<float>(s.corner[i]) / static_cast<float>(codec.scale);
+        const float value = static_cast<float>(corners[i]) / static_cast<float>(codec.scale);
         boxes[4 * row + i] = whole ? value : float_of_bits(0x7fc00000u);
     }
 }
 
 DEVICE bool may_follow(const LocationCodec& codec, const State& s, long long token) {
-    const long long value = token - codec.first;
-    return s.phase == NUMBER && value >= lowest(s) && value <= highest(s, codec.scale);
+    return codec.fits(s, token);
 }
 
 DEVICE bool may_follow(const TextCodec& codec, State s, long long token) {

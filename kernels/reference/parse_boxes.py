@@ -93,8 +93,10 @@ class _State:
     def read(self, piece: Tensor, scale: int) -> None:
         """Read a token each: its characters uint8 [width, ...]. None at all: no part of a box."""
         self.phase = torch.where(piece[0] != 0, self.phase, DEAD)
-        for c in piece:  # int64 only a character at a time
-            self.feed(c.long(), scale)
+        for c in piece:
+            if not c.any():  # a table is as wide as its longest text, few of which come up
+                break
+            self.feed(c.long(), scale)  # int64 only a character at a time
 
 
 def _completable(value: Tensor, low: Tensor, high: Tensor, scale: int) -> Tensor:
@@ -140,8 +142,7 @@ def text_mask(tokens: Tensor, lengths: Tensor, pieces: Tensor, close: int, scale
         state = _run(tokens[here], count, pieces, close, scale)
         whole, shape = _whole(state), (len(count), len(words))
         open_, field, value, digits = (
-            t[:, None].expand(shape)
-            for t in (state.phase, state.field, state.value, state.digits)
+            t[:, None].expand(shape) for t in (state.phase, state.field, state.value, state.digits)
         )
         following = _State(open_, field, value, digits, state.corner[:, None])
         following.read(pieces[:, None, words].expand(-1, *shape), scale)

@@ -30,6 +30,7 @@ extern "C" int run_{name}(long long blocks, int threads, long long shared, int e
     return emulator::launch(blocks, threads, shared, [=] {{ emulator::call({name}, values); }});
 }}
 """
+MARGIN = 1024  # bytes
 BUILD = ("-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-Wall", "-Wextra",
          "-Wno-unknown-pragmas", "-Werror")  # fmt: skip
 
@@ -48,7 +49,8 @@ def _library(source: str, folder: Path) -> ctypes.CDLL:
 
 
 class Emulated:
-    """What `loader.CudaKernel` is, on the CPU. ``early``: copies land as they are made."""
+    """What `loader.CudaKernel` is, on the CPU. ``early``: copies land as they are made, and threads
+    run from the last to the first."""
 
     def __init__(self, kernel: loader.CudaKernel, folder: Path, early: bool = False) -> None:
         self._run = getattr(_library(kernel.source, folder), f"run_{kernel.__name__}")
@@ -58,18 +60,39 @@ class Emulated:
         return partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, block: int, shared: int = 0) -> None:
-        values, arrays = [], []
+        values, arrays, guarded = [], [], []
         for a in arguments:
             if isinstance(a, torch.Tensor):
-                arrays += [a.data_ptr(), a.numel() * a.element_size()]
-                a = a.data_ptr()
+                guarded.append(Guarded(a))
+                a = guarded[-1].address
+                arrays += [a, guarded[-1].size]
             values.append(struct.pack("=fi", a, 0) if isinstance(a, float) else _word(a))
         faults = self._run(
             ctypes.c_longlong(grid[0]), block, ctypes.c_longlong(shared), self._early,
             b"".join(values), struct.pack(f"={len(arrays)}Q", *arrays), len(arrays) // 2,
         )  # fmt: skip
         assert faults >= 0, "threads of the kernel wait for one another for ever"
-        assert faults == 0, f"{faults} accesses outside the arrays, or off their alignment"
+        assert faults == 0, f"{faults} faults (what those are: emulator.h)"
+        for array in guarded:
+            array.give_back()
+
+
+class Guarded:
+    """A tensor's memory amid bytes that nothing may write, and that read as NaN."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor = tensor.view(-1).view(torch.uint8)
+        self.size = len(self._tensor)
+        whole = torch.full((self.size + 3 * MARGIN,), 0xFF, dtype=torch.uint8)
+        begin = MARGIN + (tensor.data_ptr() - whole.data_ptr()) % MARGIN  # aligned as the tensor is
+        self._around = whole[:begin], whole[begin + self.size :]
+        self._inside = whole[begin : begin + self.size].copy_(self._tensor)
+        self.address = whole.data_ptr() + begin
+
+    def give_back(self) -> None:
+        """What the kernel made of it."""
+        assert all((part == 0xFF).all() for part in self._around), "written outside an array"
+        self._tensor.copy_(self._inside)
 
 
 def _word(value: int | None) -> bytes:
@@ -83,7 +106,8 @@ def emulate(
     """Replace the kernels of an operator's module; skips the test where there is no g++."""
     if shutil.which("g++") is None:
         pytest.skip("g++ is not installed")
-    folder = _folder(tmp_path_factory)
+    folder = tmp_path_factory.getbasetemp() / "emulated"
+    folder.mkdir(exist_ok=True)
     for name, kernel in list(vars(module).items()):
         if isinstance(kernel, loader.CudaKernel):
             monkeypatch.setattr(module, name, Emulated(kernel, folder, early))
@@ -93,8 +117,3 @@ def emulate(
                 for k, v in kernel.items()
             }
             monkeypatch.setattr(module, name, values)
-
-
-@cache
-def _folder(factory: pytest.TempPathFactory) -> Path:
-    return factory.mktemp("emulated")

@@ -3,11 +3,15 @@
 // kernels/cuda/device.cuh; fragments are laid out as the PTX manual says.
 //
 // Threads are fibers that switch where they wait for one another. Shared memory starts as NaN. A
-// copy lands as late as its wait allows, or as it is made: a kernel must be right either way.
-// A read or copy outside the arrays handed over, or off its alignment, is counted as a fault.
+// copy lands as late as its wait allows and threads run from the first to the last, or it lands as it
+// is made and they run from the last to the first: a kernel must be right either way.
+// Counted as faults are: a read of 16 bytes or a copy outside the arrays handed over, or off its
+// alignment; a block whose shared memory was written beyond its end; a copy its thread did not wait
+// for.
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -46,6 +50,7 @@ struct Range {
     const unsigned char *begin, *end;
 };
 
+constexpr size_t GUARD = 4096;  // bytes behind shared memory, which nothing may touch
 inline std::vector<unsigned char> shared;
 inline std::vector<Range> arrays;
 inline std::vector<Fiber> fibers;
@@ -73,7 +78,7 @@ inline void meet_warp() { meet(warps[current / 32], 32); }
 
 inline bool within(const void* at, size_t size) {
     const auto* p = static_cast<const unsigned char*>(at);
-    bool found = p >= shared.data() && p + size <= shared.data() + shared.size();
+    bool found = p >= shared.data() && p + size <= shared.data() + shared.size() - GUARD;
     for (const Range& r : arrays) found = found || (p >= r.begin && p + size <= r.end);
     found = found && reinterpret_cast<uintptr_t>(at) % size == 0;
     if (!found) ++faults;
@@ -87,6 +92,8 @@ inline void land(const Copy& copy) {
 
 inline void enter() {
     kernel();
+    for (const auto& group : fibers[current].groups) faults += !group.empty();
+    faults += !fibers[current].open.empty();
     fibers[current].done = true;
     swapcontext(&fibers[current].context, &scheduler);
 }
@@ -97,7 +104,7 @@ inline int launch(long long blocks, int threads, size_t shared_bytes, std::funct
     grid = blocks;
     faults = stuck = 0;
     for (block_index = 0; block_index < blocks; ++block_index) {
-        shared.assign(shared_bytes, 0xff);
+        shared.assign(shared_bytes + GUARD, 0xff);
         fibers.resize(threads);
         warps.assign(threads / 32, {});
         all = {};
@@ -113,12 +120,15 @@ inline int launch(long long blocks, int threads, size_t shared_bytes, std::funct
         }
         for (int left = threads; left > 0;) {
             if (stuck++ > 2) return -1;
-            for (current = 0; current < threads; ++current) {
+            for (int turn = 0; turn < threads; ++turn) {
+                current = early ? threads - 1 - turn : turn;
                 if (fibers[current].done) continue;
                 swapcontext(&scheduler, &fibers[current].context);
                 if (fibers[current].done) --left, stuck = 0;
             }
         }
+        const auto untouched = [](unsigned char byte) { return byte == 0xff; };
+        faults += !std::all_of(shared.end() - GUARD, shared.end(), untouched);
     }
     return faults;
 }
