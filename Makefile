@@ -1,11 +1,12 @@
 # make demo: the main job on the bundled model.  make test: everything that is tested without a GPU.
+# make cuda: the operators in CUDA C++ (needs nvcc).  make compile: every operator for three GPUs.
 VENV ?= .venv
 PYTHON ?= python3
 RUN = $(VENV)/bin
 # The type checker sees the folders where they are imported from: inside the package echogen.
 FOLDERS = kernels engine train bench
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint compile cuda bench gpu clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -30,11 +31,22 @@ lint: $(VENV)/.installed
 	ln -s $(addprefix ../../../,$(wildcard echogen/*.py) echogen/commands $(FOLDERS)) build/types/echogen/
 	cd build/types && $(abspath $(RUN))/mypy --config-file ../../pyproject.toml -p echogen
 
+# Registers, shared memory and spills of every kernel, no GPU needed; fails on a spill.
+compile: $(VENV)/.installed
+	$(RUN)/echogen bench compile --arch sm_80,sm_90,sm_100
+
+# The fatbins beside kernels/cuda/*.cu; ECHOGEN_BUILD_CUDA=1 pip install -e . builds them too.
+cuda:
+	cmake -S . -B build/cuda -DECHOGEN_REQUIRE_CUDA=ON
+	cmake --build build/cuda
+
 bench: $(VENV)/.installed
 	$(RUN)/echogen bench engine --peer transformers --model tiny
+	$(RUN)/echogen bench kernels
+	$(RUN)/echogen bench memory
 
 gpu:
 	bash bench/gpu.sh
 
 clean:
-	rm -rf build out *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build out kernels/cuda/*.fatbin *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,5 @@
-"""Maps the top-level folders onto the import package (the rest of the metadata: pyproject.toml) and,
-where ECHOGEN_BUILD_CUDA=1 asks for it, builds the CUDA C++ operators along with it."""
+"""Maps the top-level folders onto the import package (the rest of the metadata: pyproject.toml),
+and builds the CUDA C++ operators along with it where ECHOGEN_BUILD_CUDA=1 asks for that."""
 
 import os
 import shutil

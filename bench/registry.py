@@ -24,7 +24,7 @@ Run = Callable[[Inputs], Outputs]
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """What rounding explains: a few units in the last place of sums as long as a row."""
 OURS, EAGER, COMPILED = "echogen", "eager", "compile"
-MODULES = ("noise", "heads", "rewards", "transformer", "decoding")
+MODULES = ("noise", "heads", "rewards", "transformer", "decoding", "grammar")
 """Modules of `echogen.bench.speed.cases`, in the order of the table."""
 
 NO_CASE = {
@@ -141,7 +141,8 @@ class Case:
         variant: tells apart several cases of one operator.
         trains: inputs with a gradient; none: forward only.
         graded: outputs whose gradient is taken.
-        dtypes: float types measured on a GPU.
+        dtypes: float types measured on a GPU; on a CPU it is float32.
+        only: the one float type there is to measure, on a CPU too; None: any.
         bounds: ‖found − yardstick‖ / ‖yardstick‖ that is let through, by float type.
         mismatches: share of an integer output that may differ (ties within rounding).
         forgotten: inputs taken away (None) once results are checked, such as noise that only makes
@@ -161,6 +162,7 @@ class Case:
     trains: tuple[str, ...] = ()
     graded: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)
+    only: torch.dtype | None = None
     bounds: Mapping[torch.dtype, float] = field(default_factory=lambda: dict(BOUNDS))
     mismatches: float = 1e-3
     forgotten: tuple[str, ...] = ()
@@ -171,6 +173,12 @@ class Case:
     def name(self) -> str:
         """Operator and variant."""
         return f"{self.operator}:{self.variant}" if self.variant else self.operator
+
+    def types(self, device: str) -> tuple[torch.dtype, ...]:
+        """Float types measured on "cpu" or "cuda"."""
+        if self.only is not None:
+            return (self.only,)
+        return self.dtypes if device == "cuda" else (torch.float32,)
 
     def modes(self, size: str) -> tuple[Mode, ...]:
         """What is measured at a size."""

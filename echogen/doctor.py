@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import pkgutil
 import sys
@@ -19,10 +20,10 @@ from echogen.commands.output import print_json, show
 LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
     "torch": (("torch",), "nothing runs"),
     "transformers": (("transformers",), "nothing runs"),
-    "triton": (("triton",), "Triton kernels cannot run; plain torch does"),
+    "triton": (("triton",), "nothing runs: the operators are written in it"),
     "cupy": (
         ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy"),
-        "CUDA C++ kernels are not loaded",
+        "operators in CUDA C++ run on plain torch (pip install 'echogen[cuda]')",
     ),
     "nvtx": (("nvtx",), "profiling ranges are left out"),
     "flash-attn": (("flash-attn",), "attention uses PyTorch's own"),
@@ -108,15 +109,21 @@ def bundled() -> dict[str, int]:
     }
 
 
-def operators() -> dict[str, str]:
-    """Each module of operators and the implementation that runs here.
+def operators() -> dict[str, dict[str, str]]:
+    """Every operator: the module it is in, and what runs it on a CPU and on CUDA (for one in CUDA
+    C++ also how it is loaded, or why its reference runs instead)."""
+    from echogen.kernels import dispatch
 
-    Every one of them is its plain-torch reference so far, on the CPU and on CUDA alike.
-    """
     spec = find_spec("echogen.kernels")  # a namespace: no __init__.py, by design
     folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    modules = (m.name for m in pkgutil.iter_modules(folders) if not m.ispkg)
-    return dict.fromkeys(sorted(modules), "plain-torch reference")
+    for module in pkgutil.iter_modules(folders):
+        if not module.ispkg:
+            importlib.import_module(f"echogen.kernels.{module.name}")
+    found = {}
+    for name, operator in sorted(dispatch.OPERATORS.items()):
+        where = {device: dispatch.implementation(name, device) for device in ("cpu", "cuda")}
+        found[name] = {"module": operator.module.rpartition(".")[2]} | where
+    return found
 
 
 def cache() -> dict[str, Any]:
@@ -161,7 +168,13 @@ def _show(data: dict[str, Any]) -> None:
     models = [f"{name} ({size / 1e6:.1f} MB)" for name, size in data["models"].items()]
     here.append(("bundled models", ", ".join(models) or "none"))
     show("This machine", ("part", "found"), here)
-    show("Operators", ("module", "implementation"), list(data["operators"].items()))
+    # A backward runs as its forward does.
+    run_on = [
+        (name, about["cpu"], about["cuda"])
+        for name, about in data["operators"].items()
+        if not name.endswith("_backward")
+    ]
+    show("Operators", ("operator", "on a CPU", "on CUDA"), run_on)
     if "model" in data:
         m = dict(data["model"])
         show(f"Model {m.pop('name')}", ("part", "value"), [(k, _plain(v)) for k, v in m.items()])

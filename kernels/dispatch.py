@@ -12,6 +12,7 @@ Two environment variables, read once, change what is registered:
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from typing import Any
 
 import torch
 from torch.library import CustomOpDef
+
+from echogen.kernels.cuda import loader
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FORCE_REFERENCE = os.environ.get("ECHOGEN_FORCE_REFERENCE") == "1"
@@ -114,16 +117,41 @@ def operator(
             device_types="cpu",
             schema=torch.library.infer_schema(reference, mutates_args=mutates),
         )
-        made.register_kernel("cuda")(reference if FORCE_REFERENCE else launcher)
+        made.register_kernel("cuda")(_on_cuda(name, reference, launcher, kind))
         OPERATORS[name] = Operator(name, kind, reference.__module__)
         return made
 
     return register
 
 
+def _on_cuda(
+    name: str, reference: Callable[..., Any], launcher: Callable[..., Any], kind: str
+) -> Callable[..., Any]:
+    """The CUDA kernel of an operator. One in CUDA C++ falls back to its reference where it cannot
+    be loaded, and says so once: a service then runs slower, but it runs."""
+    if FORCE_REFERENCE:
+        return reference
+    if kind == "Triton":
+        return launcher
+
+    def on_cuda(*arguments: Any) -> Any:
+        if loader.loadable():
+            return launcher(*arguments)
+        # Python shows a warning once for each place in the code and text.
+        warnings.warn(
+            f"{name} runs on plain torch: cupy is not installed ({loader.INSTALL})", stacklevel=2
+        )
+        return reference(*arguments)
+
+    return on_cuda
+
+
 def implementation(name: str, device: str) -> str:
     """What runs operator ``name`` on ``device`` ("cpu" or "cuda"), in words."""
-    kind = OPERATORS[name].kind
+    operator = OPERATORS[name]
+    kind = operator.kind
     if device == "cpu":
         return f"{kind}, interpreted" if INTERPRETED and kind == "Triton" else "reference"
-    return "reference (forced)" if FORCE_REFERENCE else kind
+    if FORCE_REFERENCE:
+        return "reference (forced)"
+    return kind if kind == "Triton" else loader.status(operator.module.rpartition(".")[2])

@@ -272,6 +272,37 @@ def linear_logprob(
     return LogProb(logprob, entropy)
 
 
+class _Guided(torch.autograd.Function):
+    """``u + s·(c − u)`` in float32 at least, rounded once, some rows at a time: over all rows at
+    once a backward would hold three float32 tensors of the hidden states' size (for 64 images of
+    Janus-Pro 860 MiB, twice what the head itself needs)."""
+
+    ROWS = 4096
+
+    @staticmethod
+    def forward(ctx: Any, c: Tensor, u: Tensor, s: Tensor) -> Tensor:
+        ctx.save_for_backward(s)
+        out, kept = torch.empty_like(c), wide(c.dtype)
+        for first in range(0, len(c), _Guided.ROWS):
+            rows = slice(first, first + _Guided.ROWS)
+            plain = u[rows].to(kept)
+            out[rows] = plain + s * (c[rows].to(kept) - plain)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (d,), (s,) = grads, ctx.saved_tensors
+        parts = zip(ctx.needs_input_grad[:2], (s, 1 - s), strict=True)
+        return *(_Guided._scaled(d, by) if needed else None for needed, by in parts), None
+
+    @staticmethod
+    def _scaled(d: Tensor, by: Tensor) -> Tensor:
+        out, kept = torch.empty_like(d), wide(d.dtype)
+        for rows, made in zip(d.split(_Guided.ROWS), out.split(_Guided.ROWS), strict=True):
+            made.copy_(rows.to(kept) * by)
+        return out
+
+
 def guided_linear_logprob(
     hidden: Tensor,
     hidden_uncond: Tensor,
@@ -300,8 +331,9 @@ def guided_linear_logprob(
     checks.check_shape("hidden", hidden, (None, None))
     checks.check_shape("hidden_uncond", hidden_uncond, hidden.shape)
     checks.check_same_device(hidden=hidden, hidden_uncond=hidden_uncond)
+    if hidden_uncond.dtype != hidden.dtype:
+        raise TypeError(f"hidden_uncond is {hidden_uncond.dtype} and hidden {hidden.dtype}")
     s = checks.device_scalar("scale", scale, hidden.device, -math.inf)
     uncond = hidden_uncond.detach() if detach_unconditional else hidden_uncond
-    c, u = hidden.to(wide(hidden.dtype)), uncond.to(wide(hidden.dtype))
-    mixed = (u + s * (c - u)).to(hidden.dtype)
+    mixed: Tensor = _Guided.apply(hidden, uncond, s)
     return linear_logprob(mixed, weight, targets, bias, chunk, temperature)

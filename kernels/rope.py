@@ -124,9 +124,7 @@ def _tiles(q_heads: int, k_heads: int, width: int) -> dict[str, int]:
             "num_warps": 4}  # fmt: skip
 
 
-def _launch(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool
-) -> tuple[Tensor, Tensor]:
+def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
     rows, length, q_heads, width = q.shape
     k_heads = k.shape[2]
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)

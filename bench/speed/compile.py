@@ -59,7 +59,7 @@ def run(
     asked = [c for c in known.values() if not operators or {c.operator, c.name} & set(operators)]
     found: dict[str, tuple[aot.Source, dict[str, str]]] = {}
     for case in asked:
-        for dtype in DTYPES:
+        for dtype in DTYPES if case.only is None else (case.only,):
             about = {"operator": case.name, "dtype": str(dtype).removeprefix("torch.")}
             for source in sources(case, dtype):
                 found.setdefault(repr(source), (source, about))

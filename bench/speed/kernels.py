@@ -35,7 +35,7 @@ from echogen.kernels import dispatch
 
 Note = Callable[[str], None]
 Row = dict[str, Any]
-Measured = tuple[dict[str, float], int]
+Measured = tuple[dict[str, float], int | None]
 NUMBERS = ("ms", "ms_q20", "ms_q80", "gb_per_s", "tflop_per_s", "percent_of_floor", "bound", "mib")
 ROTATED_BYTES, MOST_COPIES = 256 << 20, 4
 
@@ -69,6 +69,15 @@ def choose(operators: Sequence[str], size: str | None, device: str) -> list[tupl
     return found
 
 
+def check_providers(providers: Sequence[str]) -> None:
+    """Raises ValueError for a provider that no case has."""
+    peers = (peer.name for case in cases().values() for peer in case.peers)
+    known = dict.fromkeys((OURS, EAGER, COMPILED, *peers))
+    for name in providers:
+        if name not in known:
+            raise ValueError(f"provider {name}: unknown; choose {', '.join(known)}")
+
+
 def run(
     operators: Sequence[str] = (),
     size: str | None = None,
@@ -95,16 +104,17 @@ def run(
         environment.
 
     Raises:
-        ValueError: no such operator or size.
+        ValueError: no such operator, size or provider.
     """
     chosen = choose(operators, size, device)
+    check_providers(providers)
     on = torch.device(device)
     rows: list[Row] = []
     peers = _versions([case for case, _ in chosen], providers, device, note)
     rates: dict[torch.dtype, Roofline] = {}
     total = len(chosen)
     for done, (case, name) in enumerate(chosen):
-        for dtype in case.dtypes if on.type == "cuda" else (torch.float32,):
+        for dtype in case.types(on.type):
             if on.type == "cuda" and dtype not in rates:
                 rates[dtype] = measure(on, dtype)
             rows += _case(case, name, dtype, on, providers, repeats, rates.get(dtype), note)
@@ -189,7 +199,8 @@ def _case(
                 numbers: Row = dict.fromkeys(NUMBERS) | {"error": found}
             else:
                 ms, memory = found
-                numbers = _numbers(ms, cost, rate) | {"mib": memory / 2**20, "error": None}
+                mib = None if memory is None else memory / 2**20
+                numbers = _numbers(ms, cost, rate) | {"mib": mib, "error": None}
             rows.append(_about(case, size, dtype, one.name, mode) | numbers)
     return rows
 
@@ -238,7 +249,7 @@ def _measure(
         for one in agreed:
             shapes = case.inputs(ShapesOnly(), case.sizes[size], dtype)
             ms = quantiles([1e3 * t for t in times[one.name]])
-            found[one.name] = ms, peak_bytes(_once(case, mode, one, shapes))
+            found[one.name] = ms, _counted_peak(_once(case, mode, one, shapes))
         return found
     for one in agreed:
         try:
@@ -253,6 +264,13 @@ def _measure(
 def _once(case: Case, mode: Mode, one: Contestant, inputs: Inputs) -> Callable[[], object]:
     mine = contest.own(case, inputs, forget=True)
     return contest.once(case, one.run, one.outputs, mode, mine)
+
+
+def _counted_peak(call: Callable[[], object]) -> int | None:
+    try:
+        return peak_bytes(call)
+    except NotImplementedError:  # a size that depends on data, which shapes alone do not give
+        return None
 
 
 def _cuda_peak(call: Callable[[], object]) -> int:

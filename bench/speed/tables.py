@@ -50,7 +50,25 @@ def _cells(r: Row) -> tuple[str, str, str, str, str]:
     rate = f"{r['tflop_per_s']:.1f} T" if matrix else f"{r['gb_per_s']:.2f} G"
     share = "" if r["percent_of_floor"] is None else f"{r['percent_of_floor']:.0f} ({r['bound']})"
     spread = f"{r['ms_q20']:.3f} … {r['ms_q80']:.3f}"
-    return f"{r['ms']:.3f}", spread, rate, share, f"{r['mib']:.3f}"
+    mib = "" if r["mib"] is None else f"{r['mib']:.3f}"
+    return f"{r['ms']:.3f}", spread, rate, share, mib
+
+
+def memory(rows: Sequence[Row]) -> Table:
+    """What `echogen.bench.speed.memory.run` found."""
+    shown = Table(
+        title="Peak memory of forward and backward beyond the inputs, MiB",
+        caption="counted of every tensor that is made and held, on tensors without memory",
+    )
+    for heading in ("operator", "shape", "dtype"):
+        shown.add_column(heading, overflow="fold")
+    for heading in ("gradients alone", "eager", "echogen", "echogen / eager"):
+        shown.add_column(heading, justify="right")
+    for r in rows:
+        numbers = [f"{r[f'{name}_mib']:.1f}" for name in ("gradients", "eager", "echogen")]
+        numbers.append(f"{r['ratio']:.3f}")
+        shown.add_row(r["operator"], r["shape"], r["dtype"], *numbers)
+    return shown
 
 
 def compiled(rows: Sequence[Row]) -> Table:

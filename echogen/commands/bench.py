@@ -65,12 +65,13 @@ class BenchKernels:
     """Every operator beside eager torch, torch.compile and its peers; times of a GPU where there is
     one, else of the plain-torch references."""
 
-    operator: tuple[str, ...] = ()
-    """Which operators; all of them if none is named."""
+    operator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Which operator (may be repeated); all of them if none is named."""
     size: str | None = None
     """tiny (the CPU's default), training or decoding (both of a GPU)."""
-    provider: tuple[str, ...] = ()
-    """Whom to compare with (eager, compile, liger, trl, torchvision, torch); all if left out."""
+    provider: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Whom to compare with (may be repeated): eager, compile, liger, trl, torchvision, torch; all
+    if left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     repeats: int = 20
@@ -94,6 +95,7 @@ class BenchKernels:
         device = "cuda" if self.device != "cpu" and there else "cpu"
         try:
             kernels.choose(self.operator, self.size, device)
+            kernels.check_providers(self.provider)
         except ValueError as error:
             raise InputError(f"--{error}") from None
         with progress("timing") as update:
@@ -121,14 +123,36 @@ class BenchKernels:
 
 
 @dataclass(frozen=True)
+class BenchMemory:
+    """Peak memory of every operator that trains, and of the same in eager torch, at the shapes of
+    training; counted, not measured, so it needs neither a GPU nor the memory."""
+
+    operator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Which operator (may be repeated); all of them if none is named."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        from echogen.bench.speed import memory, tables
+
+        try:
+            result = memory.run(self.operator)
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+        tables.console().print(tables.memory(result["memory"]))
+        if self.json:
+            print_json(result)
+
+
+@dataclass(frozen=True)
 class BenchCompile:
-    """Compile every Triton operator for named architectures, without a GPU: registers, shared
-    memory, spills, wide accesses."""
+    """Compile every operator for named architectures, without a GPU: registers, shared memory,
+    spills, wide accesses. Exit code 1 where a kernel spills or does not compile."""
 
     arch: str = "sm_80,sm_90,sm_100"
     """Architectures with commas between them: sm_NN of NVIDIA, gfxNNN of AMD (reported only)."""
-    operator: tuple[str, ...] = ()
-    """Which operators; all of them if none is named."""
+    operator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Which operator (may be repeated); all of them if none is named."""
     processes: int | None = None
     """That compile side by side; one a core if left out."""
     json: Json = False
@@ -148,7 +172,7 @@ class BenchCompile:
             raise InputError(f"--arch {self.arch!r}: name one, such as sm_90")
         with progress("compiling") as update:
             try:
-                result = ahead.run(arches, self.operator, self.processes, update)
+                result = ahead.run(arches, self.operator, self.processes, update, warn)
             except ValueError as error:
                 raise InputError(f"--{error}") from None
         tables.console().print(tables.compiled(result["kernels"]))
@@ -166,6 +190,7 @@ class Bench:
     what: (
         Annotated[BenchEngine, tyro.conf.subcommand("engine")]
         | Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
+        | Annotated[BenchMemory, tyro.conf.subcommand("memory")]
         | Annotated[BenchCompile, tyro.conf.subcommand("compile")]
     )
 

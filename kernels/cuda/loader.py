@@ -1,8 +1,8 @@
 """Loads and launches the kernels in CUDA C++: from the fatbins that CMake builds beside the
 sources, else compiled by NVRTC at first use; both through CuPy, which brings NVRTC and the driver.
 
-Nothing is looked for before the first launch on CUDA, so that a machine without a GPU, CuPy or nvcc
-imports every operator and runs its reference.
+Nothing is looked for before the first call on CUDA: a machine without a GPU, CuPy or nvcc imports
+every operator and runs its reference.
 """
 
 from __future__ import annotations
@@ -20,11 +20,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 NVRTC_OPTIONS = ("--std=c++17", f"-I{FOLDER}")
-INSTALL = "install it (pip install 'echogen[cuda]'), or set ECHOGEN_FORCE_REFERENCE=1"
-
-
-class CudaError(RuntimeError):
-    """A CUDA C++ operator cannot run here; the message says what is missing."""
+INSTALL = "pip install 'echogen[cuda]'"
 
 
 @dataclass(frozen=True)
@@ -62,13 +58,21 @@ def fatbin(source: str) -> Path | None:
     return built if built.stat().st_mtime >= newest else None
 
 
+@cache
+def loadable() -> bool:
+    """Whether CuPy is installed, without which no kernel in CUDA C++ can be launched."""
+    return find_spec("cupy") is not None
+
+
 def status(source: str) -> str:
-    """What runs the operators of a source on CUDA here, in words, and why."""
-    if not torch.cuda.is_available():
-        return "reference: no CUDA device"
-    if find_spec("cupy") is None:
-        return f"nothing: cupy is not installed; {INSTALL}"
-    return "fatbin" if fatbin(source) else "NVRTC at first use"
+    """What runs the operators of a source on a GPU here, in words, and why."""
+    if not loadable():
+        return "reference: cupy is absent"
+    if fatbin(source) is not None:
+        return "CUDA C++, from its fatbin"
+    stale = (FOLDER / f"{source}.fatbin").exists()
+    why = "the fatbin is older than the source" if stale else "no fatbin"
+    return f"CUDA C++, by NVRTC at first use: {why} (make cuda)"
 
 
 class CudaKernel:
@@ -92,7 +96,8 @@ class CudaKernel:
     def _launch(self, grid: tuple[int, ...], *arguments: Any, block: int, shared: int = 0) -> None:
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         with torch.cuda.device(device):
-            cupy = _cupy(self.__name__)
+            import cupy
+
             function = _function(self.source, self.__name__, device)
             with cupy.cuda.Stream.from_external(torch.cuda.current_stream(device)):
                 function(grid, (block,), tuple(map(_argument, arguments)), shared_mem=shared)
@@ -106,17 +111,11 @@ def _argument(value: Any) -> np.generic:
     return np.float32(value) if isinstance(value, float) else np.int64(value)
 
 
-def _cupy(name: str) -> Any:
-    try:
-        import cupy
-    except ImportError as error:
-        raise CudaError(f"{name} needs cupy on CUDA ({error}); {INSTALL}") from error
-    return cupy
-
-
 @cache
 def _module(source: str) -> Any:
-    cupy, built = _cupy(source), fatbin(source)
+    import cupy
+
+    built = fatbin(source)
     if built is not None:
         return cupy.RawModule(path=str(built))
     return cupy.RawModule(code=(FOLDER / f"{source}.cu").read_text(), options=NVRTC_OPTIONS)

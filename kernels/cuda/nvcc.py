@@ -54,8 +54,8 @@ def compile_source(source: str, arch: str, nvcc: Path) -> list[Compiled]:
         )  # fmt: skip
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines()
-            reason = next((line for line in lines if "error" in line), f"exit code {done.returncode}")
-            return [Compiled(source, arch, error=reason)]
+            reason = [line for line in lines if "error" in line] or ["nvcc failed without a word"]
+            return [Compiled(source, arch, error=reason[0])]
         return _read(done.stderr, disassembly(cubin), arch)
 
 

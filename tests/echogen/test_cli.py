@@ -326,7 +326,7 @@ def test_eval(run, model, tmp_path, monkeypatch):
 def test_doctor(run, model):
     done = run("doctor", "--model", model, "--json")
     assert (done.code, done.err) == (0, "")
-    assert set(done.data["operators"]) >= {"boxes", "grpo", "philox"}
+    assert set(done.data["operators"]) >= {"box_reward", "grpo_loss", "skinny_linear"}
     assert done.data["model"]["image_size"] == 64
     assert done.data["libraries"]["torch"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from echogen.bench.registry import Case, Dims, Floor, Inputs, Make, Outputs, Pass
+from echogen.bench.registry import Case, Dims, Floor, Inputs, Make, Outputs, Pass, wide
 from echogen.kernels.decode_attention import decode_attention
+from echogen.kernels.skinny_linear import FP8, fp8_weight, skinny_linear
 
 # Janus-Pro: 16 heads of 128 without grouping; prompts of 128 tokens, images of 576. Halfway
 # through an image a sequence holds 128 + 288.
@@ -64,6 +65,89 @@ def _attention_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     return Floor(2 * (tokens + rows) * token, 4 * pairs * dims["width"], 4 * pairs, pairs)
 
 
+# --- linear layers ------------------------------------------------------------------------------
+
+EPS = 1e-6
+# Janus-Pro's layers at batch 1 with guidance: the fused projection of queries, keys and values
+# behind its norm, the fused gate and up behind theirs, and the way back with the residual.
+_QKV = {
+    "tiny": {"rows": 2, "depth": 64, "channels": 48},
+    "decoding": {"rows": 2, "depth": 2048, "channels": 3 * 2048},
+}
+_GATE_UP = {
+    "tiny": {"rows": 2, "depth": 64, "channels": 96},
+    "decoding": {"rows": 2, "depth": 2048, "channels": 2 * 5632},
+}
+_DOWN = {
+    "tiny": {"rows": 16, "depth": 96, "channels": 64},
+    "decoding": {"rows": 16, "depth": 5632, "channels": 2048},
+}
+
+
+def _linear_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
+    rows, depth, channels = dims["rows"], dims["depth"], dims["channels"]
+    return {
+        "x": make.floats(rows, depth, dtype=dtype),
+        "weight": make.floats(channels, depth, dtype=dtype) * depth**-0.5,
+    }
+
+
+def _normed_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
+    made = _linear_inputs(make, dims, dtype)
+    return made | {"gain": 1 + 0.1 * make.floats(dims["depth"], dtype=dtype)}
+
+
+def _fp8_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
+    made = _normed_inputs(make, dims, dtype)
+    weight = made["weight"]
+    if weight.is_meta:  # no values that a scale could be found of
+        return made | {"weight": weight.to(FP8), "scale": make.uniform(len(weight))}
+    return made | dict(zip(("weight", "scale"), fp8_weight(weight), strict=True))
+
+
+def _residual_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
+    made = _linear_inputs(make, dims, dtype)
+    return made | {"residual": make.floats(dims["rows"], dims["channels"], dtype=dtype)}
+
+
+def _linear(i: Inputs) -> Outputs:
+    return (skinny_linear(**i, eps=EPS),)
+
+
+def _gated(i: Inputs) -> Outputs:
+    return (skinny_linear(**i, eps=EPS, swiglu=True),)
+
+
+def _eager_linear(i: Inputs) -> Outputs:
+    x, weight = i["x"], i["weight"].to(i["x"].dtype)
+    if "gain" in i:
+        above = wide(x)
+        x = (above * torch.rsqrt(above.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
+        x = x * i["gain"]
+    y = F.linear(x, weight)
+    if "scale" in i:
+        y = (y * i["scale"]).to(x.dtype)
+    return (y + i["residual"] if "residual" in i else y,)
+
+
+def _eager_gated(i: Inputs) -> Outputs:
+    gate, up = _eager_linear(i)[0].chunk(2, -1)
+    return (F.silu(gate) * up,)
+
+
+def _linear_floor(dims: Dims, size: int, mode: Pass) -> Floor:
+    rows, depth, channels = dims["rows"], dims["depth"], dims["channels"]
+    # The weight is read once; x in, y out, and a gain or a residual, are next to nothing.
+    moved = channels * depth + rows * (depth + channels)
+    return Floor(moved * size, 2 * rows * depth * channels)
+
+
+def _fp8_floor(dims: Dims, size: int, mode: Pass) -> Floor:
+    rows, depth, channels = dims["rows"], dims["depth"], dims["channels"]
+    moved = channels * depth + 4 * channels + rows * (depth + channels) * size
+    return Floor(moved, 2 * rows * depth * channels)
+
+
 CASES: tuple[Case, ...] = (
     Case(
         operator="decode_attention",
@@ -83,5 +167,48 @@ CASES: tuple[Case, ...] = (
         eager=_eager_attention,
         outputs=("out",),
         floor=_attention_floor,
+    ),
+    Case(
+        operator="skinny_linear",
+        sizes=_QKV,
+        inputs=_normed_inputs,
+        run=_linear,
+        eager=_eager_linear,
+        outputs=("y",),
+        floor=_linear_floor,
+        only=torch.bfloat16,
+    ),
+    Case(
+        operator="skinny_linear",
+        variant="fp8",
+        sizes=_QKV,
+        inputs=_fp8_inputs,
+        run=_linear,
+        eager=_eager_linear,
+        outputs=("y",),
+        floor=_fp8_floor,
+        only=torch.bfloat16,
+    ),
+    Case(
+        operator="skinny_linear",
+        variant="SwiGLU",
+        sizes=_GATE_UP,
+        inputs=_normed_inputs,
+        run=_gated,
+        eager=_eager_gated,
+        outputs=("y",),
+        floor=_linear_floor,
+        only=torch.bfloat16,
+    ),
+    Case(
+        operator="skinny_linear",
+        variant="residual, 16 rows",
+        sizes=_DOWN,
+        inputs=_residual_inputs,
+        run=_linear,
+        eager=_eager_linear,
+        outputs=("y",),
+        floor=_linear_floor,
+        only=torch.bfloat16,
     ),
 )

@@ -1,0 +1,95 @@
+"""Ahead-of-time compilation: what it finds, says and refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from rich.console import Console
+
+from echogen.bench.registry import cases
+from echogen.bench.speed import compile as ahead
+from echogen.bench.speed import tables
+from echogen.kernels import aot, dispatch
+from echogen.kernels.cuda import nvcc
+
+KEYS = {"name", "arch", "registers", "shared_bytes", "spill_bytes", "wide_access_share"}
+
+
+@triton.jit
+def _greedy_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
+    """Holds more of a row than there are registers."""
+    i = tl.arange(0, SIZE)
+    x = tl.load(x_ptr + i)
+    total = tl.zeros([SIZE], tl.float32)
+    for k in range(8):
+        total += tl.load(x_ptr + k * SIZE + i) * x
+    tl.store(out_ptr + i, total + tl.flip(x))
+
+
+@pytest.fixture(autouse=True)
+def compiled_not_interpreted():
+    if dispatch.INTERPRETED:
+        pytest.skip("an interpreted kernel cannot be compiled")
+
+
+def test_an_operator_for_two_makers():
+    seen, notes = [], []
+    result = ahead.run(
+        ["sm_90", "gfx942"], ["group_advantage"], 1, lambda *done: seen.append(done), notes.append
+    )
+    assert json.loads(json.dumps(result)) == result and not notes
+    nvidia, amd = result["kernels"]
+    assert nvidia.keys() >= KEYS and seen[-1] == (2, 2)
+    assert (nvidia["name"], nvidia["arch"], amd["arch"]) == ("group_advantage", "sm_90", "gfx942")
+    assert nvidia["registers"] > 8 and nvidia["spill_bytes"] == 0 and nvidia["error"] is None
+    assert 0 <= nvidia["wide_access_share"] <= 1
+    assert amd["error"] is None and amd["registers"] is None
+    assert ahead.failures(result["kernels"]) == []
+    Console(quiet=True).print(tables.compiled(result["kernels"]))
+
+
+def test_kernels_in_cuda_or_why_not(monkeypatch):
+    notes: list[str] = []
+    if shutil.which("nvcc"):
+        rows = ahead.run(["sm_80", "gfx942"], ["parse_text_boxes"], 1, note=notes.append)["kernels"]
+        assert {r["arch"] for r in rows} == {"sm_80"} and {r["operator"] for r in rows} == {
+            "parse_boxes"
+        }
+        assert all(r.keys() >= KEYS and r["spill_bytes"] == 0 for r in rows) and not notes
+    monkeypatch.setattr(nvcc, "find", lambda: None)
+    assert ahead.run(["sm_80"], ["parse_text_boxes"], 1, note=notes.append)["kernels"] == []
+    assert notes == [ahead.NO_NVCC]
+
+
+@pytest.mark.parametrize("name", cases())
+def test_every_case_launches_kernels_that_can_be_compiled(name):
+    """Recorded at production shapes, without the memory they take."""
+    case = cases()[name]
+    cuda = dispatch.OPERATORS[case.operator].kind == "CUDA C++"
+    for dtype in ahead.DTYPES if case.only is None else (case.only,):
+        assert bool(ahead.sources(case, dtype)) != cuda
+
+
+def test_a_spill_is_a_failure():
+    with dispatch.recorded() as found:
+        x = torch.zeros(1 << 15)
+        dispatch.launch(_greedy_kernel, (1,), x, x, SIZE=1 << 12, num_warps=1)
+    row = aot.compile_launch(found[0], "sm_90").to_dict() | {"operator": "greedy"}
+    assert row["spill_bytes"] > 0
+    assert "greedy of greedy, sm_90: " in ahead.failures([row])[0]
+    # AMD's are reported, and held against nothing.
+    assert ahead.failures([row | {"arch": "gfx942"}]) == []
+    assert ahead.failures([row | {"spill_bytes": 0}]) == []
+    assert "no such thing" in ahead.failures([row | {"error": "no such thing"}])[0]
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="arch = 'h100'"):
+        ahead.run(["h100"], ["swiglu"])
+    with pytest.raises(ValueError, match="operator softmax: unknown; choose gumbel_noise"):
+        ahead.run(["sm_90"], ["softmax"])

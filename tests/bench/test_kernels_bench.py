@@ -1,0 +1,111 @@
+"""The operators' benchmark: complete rows, memory as promised, no time for a wrong result."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from echogen.bench.registry import Floor, cases
+from echogen.bench.roofline import Roofline
+from echogen.bench.speed import kernels, memory, tables
+
+
+def test_rows_are_complete():
+    notes: list[str] = []
+    seen: list[tuple[int, int]] = []
+    result = kernels.run(
+        ["grpo_loss", "swiglu"], repeats=2, note=notes.append, progress=lambda *d: seen.append(d)
+    )
+    assert json.loads(json.dumps(result)) == result
+    assert "reference" in result["on"] or "interpreted" in result["on"]
+    assert seen[-1] == (3, 3) and any("torch.compile is left out" in n for n in notes)
+    rows = {(r["operator"], r["provider"], r["mode"]): r for r in result["kernels"]}
+    for operator in ("grpo_loss", "swiglu"):
+        for provider in ("echogen", "eager"):
+            for mode in ("forward", "backward", "both"):
+                r = rows[operator, provider, mode]
+                assert r["error"] is None and r["ms_q20"] <= r["ms"] <= r["ms_q80"]
+                assert r["gb_per_s"] > 0 and r["mib"] > 0
+    Console(quiet=True).print(tables.kernels(result))
+
+
+def test_a_wrong_result_is_not_timed(monkeypatch):
+    case = cases()["swiglu"]
+    wrong = dataclasses.replace(case, run=lambda i: (case.run(i)[0] * 1.001,))
+    monkeypatch.setattr(kernels, "cases", lambda: {"swiglu": wrong})
+    notes: list[str] = []
+    rows = kernels.run(["swiglu"], repeats=1, note=notes.append)["kernels"]
+    ours = [r for r in rows if r["provider"] == "echogen"]
+    assert len(ours) == 1 and ours[0]["ms"] is None
+    assert "off by" in ours[0]["error"] and ours[0]["error"] in notes
+    assert {r["mode"] for r in rows if r["provider"] == "eager"} == {"forward", "backward", "both"}
+
+
+def test_csv_and_plots(tmp_path):
+    pytest.importorskip("matplotlib")
+    rows = kernels.run(["group_advantage", "rms_norm"], repeats=1)["kernels"]
+    tables.write_csv(rows, tmp_path / "kernels.csv")
+    with (tmp_path / "kernels.csv").open() as file:
+        assert [r["operator"] for r in csv.DictReader(file)] == [r["operator"] for r in rows]
+    pictures = tables.plot(rows, tmp_path)
+    assert {p.name for p in pictures} == {"rms-norm.png", "group-advantage.png"}
+    assert all(p.stat().st_size > 1000 for p in pictures)
+
+
+def test_peak_memory_of_training_shapes():
+    """What the fused operators are for: no more than the gradients and one chunk."""
+    rows = {(r["operator"], r["shape"].split()[0], r["dtype"]): r for r in memory.run()["memory"]}
+    for dtype in ("bfloat16", "float32"):
+        given = rows["gumbel_st_embed", "rows=4608", dtype]
+        assert given["ratio"] <= 1 / 4
+        assert given["echogen_mib"] <= 1.01 * given["gradients_mib"]
+    for name in ("head_gumbel_st_embed", "linear_logprob", "linear_logprob:guided",
+                 "grpo_loss:with its head"):  # fmt: skip
+        assert rows[name, "images=64", "bfloat16"]["ratio"] <= 1 / 10
+        assert rows[name, "images=8", "bfloat16"]["ratio"] <= 1 / 3
+    Console(quiet=True).print(tables.memory(list(rows.values())))
+
+
+def test_what_does_not_train_has_no_memory_row():
+    with pytest.raises(ValueError, match="operator cfg_sample: has no gradient"):
+        memory.run(["cfg_sample"])
+
+
+def test_the_floor_is_set_by_the_slowest_part():
+    rate = Roofline(bytes_per_s=10, flops_per_s=100, issues_per_s=50, specials_per_s=5)
+    floor = Floor(bytes=20, flops=100, issues=50, specials=5)
+    assert (rate.seconds(floor), rate.bound(floor)) == (2, "memory")
+    assert rate.bound(floor + Floor(0, specials=10)) == "special"
+
+
+@pytest.mark.parametrize("name", cases())
+def test_floors_are_positive_and_grow_with_the_pass(name):
+    case = cases()[name]
+    for size, dims in case.sizes.items():
+        forward = case.cost(dims, 2, "forward")
+        assert forward.bytes > 0
+        if "both" in case.modes(size):
+            both = case.cost(dims, 2, "both")
+            assert both.bytes > forward.bytes and both.flops >= forward.flops
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match="operator softmax: unknown; choose gumbel_noise"):
+        kernels.run(["softmax"])
+    with pytest.raises(ValueError, match="size huge: unknown here; choose tiny"):
+        kernels.run(["swiglu"], "huge")
+    with pytest.raises(ValueError, match="provider vllm: unknown; choose echogen, eager"):
+        kernels.run(["swiglu"], providers=["vllm"])
+
+
+def test_only_cpu_here_is_said():
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    result = kernels.run(["swiglu"], providers=["eager"], repeats=1)
+    assert {r["provider"] for r in result["kernels"]} == {"echogen", "eager"}
+    assert result["rates"] == {} and all(r["bound"] is None for r in result["kernels"])

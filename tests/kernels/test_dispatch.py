@@ -1,0 +1,119 @@
+"""How operators reach their implementations, seen from outside: every one is registered whole, and
+an interpreted run enters every kernel there is."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from triton.runtime.interpreter import InterpretedFunction
+
+from echogen import kernels
+from echogen.bench.registry import NO_CASE, Drawn, cases
+from echogen.bench.speed import contest
+from echogen.kernels import dispatch
+from echogen.kernels.cuda import loader
+
+MODULES = [
+    importlib.import_module(f"echogen.kernels.{m.name}")
+    for m in pkgutil.iter_modules(kernels.__path__)
+    if not m.ispkg
+]
+CASES = cases()
+
+
+def launchable() -> set[str]:
+    """Names of all Triton kernels that launchers launch; device code has no such name."""
+    return {
+        name
+        for module in MODULES
+        for name, value in vars(module).items()
+        if isinstance(value, (triton.JITFunction, InterpretedFunction)) and name.endswith("_kernel")
+    }
+
+
+@pytest.mark.parametrize("name", sorted(dispatch.OPERATORS))
+def test_every_operator_is_registered_whole(name):
+    """Implementations for both devices and a fake rule; an autograd rule where it trains."""
+    operator = getattr(torch.ops.echogen, name).default
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert all(has(operator.name(), key) for key in ("CPU", "CUDA", "Meta"))
+    if f"{name}_backward" in dispatch.OPERATORS:
+        assert has(operator.name(), "Autograd")
+
+
+def test_every_operator_is_measured_or_excused():
+    measured = {case.operator for case in CASES.values()}
+    forward = {name for name in dispatch.OPERATORS if not name.endswith("_backward")}
+    assert forward == measured | NO_CASE.keys() and not measured & NO_CASE.keys()
+
+
+def test_one_name_runs_through_module_reference_and_test():
+    here, top = Path(__file__).parent, Path(kernels.__path__[0])
+    for module in {operator.module for operator in dispatch.OPERATORS.values()}:
+        name = module.rpartition(".")[2]
+        assert (top / "reference" / f"{name}.py").exists() and (here / f"test_{name}.py").exists()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_results_are_those_of_eager_torch(name, device):
+    """Outputs and gradients of every case the benchmark times, at its smallest size."""
+    case = CASES[name]
+    for dtype in case.types(device):
+        inputs = case.inputs(Drawn(torch.Generator(device)), case.sizes["tiny"], dtype)
+        wanted = contest.results(case, case.eager, contest.raised(inputs), case.outputs)
+        found = contest.results(case, case.run, inputs, case.outputs)
+        assert found.keys() == wanted.keys()
+        contest.check(case, case.bounds[dtype], "echogen", found, wanted)
+
+
+@pytest.mark.skipif(not dispatch.INTERPRETED, reason="is about an interpreted run")
+def test_an_interpreted_run_enters_every_triton_kernel(device, launched):
+    for case in CASES.values():
+        (dtype,), make = case.types("cpu"), Drawn(torch.Generator(device))
+        inputs = case.inputs(make, case.sizes["tiny"], dtype)
+        contest.results(case, case.run, inputs, case.outputs)
+    assert len(launchable()) >= 20 and set(launched) == launchable()
+
+
+def test_an_empty_grid_launches_nothing(launched):
+    class Kernel:
+        __name__ = "_kernel"
+
+        def __getitem__(self, grid):
+            raise AssertionError("launched")
+
+    dispatch.launch(Kernel(), (3, 0))
+    assert not launched
+
+
+def test_what_runs_where(monkeypatch):
+    kind = "Triton, interpreted" if dispatch.INTERPRETED else "reference"
+    assert dispatch.implementation("box_reward", "cpu") == kind
+    assert dispatch.implementation("box_reward", "cuda") == "Triton"
+    assert dispatch.implementation("skinny_linear", "cpu") == "reference"
+    monkeypatch.setattr(loader, "loadable", lambda: False)
+    assert dispatch.implementation("skinny_linear", "cuda") == "reference: cupy is absent"
+    monkeypatch.setattr(dispatch, "FORCE_REFERENCE", True)
+    for name in ("skinny_linear", "box_reward"):
+        assert dispatch.implementation(name, "cuda") == "reference (forced)"
+
+
+def test_without_cupy_cuda_falls_back_and_says_so_once(monkeypatch):
+    def fails(x):
+        raise AssertionError("launched")
+
+    on_cuda = dispatch._on_cuda("skinny_linear", lambda x: x + 1, fails, "CUDA C++")
+    monkeypatch.setattr(loader, "loadable", lambda: False)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        assert [on_cuda(i) for i in range(3)] == [1, 2, 3]
+    assert len(seen) == 1 and "skinny_linear runs on plain torch: cupy" in str(seen[0].message)
+    monkeypatch.setattr(loader, "loadable", lambda: True)
+    with pytest.raises(AssertionError, match="launched"):
+        on_cuda(0)
