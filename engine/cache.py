@@ -76,6 +76,41 @@ class KVCache:
         self.length += tokens
 
 
+class WindowCache(KVCache):
+    """A cache whose rows are written at slots of their own, again and again: a window of drafted
+    codes overwrites what the last one left.
+
+    It starts at zero: a slot nobody wrote yet is masked, and a weight of 0 on what memory held
+    before could still make NaN.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        rows: int,
+        capacity: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        super().__init__(config, rows, capacity, dtype, device)
+        self._block.zero_()
+        self._rows = torch.arange(rows, device=device)[:, None]
+
+    def open(self, slots: Tensor, end: int) -> None:
+        """The next forward writes its n tokens at ``slots`` int64 [B, n] and sees all slots below
+        ``end``."""
+        self._slots, self.length = slots, end
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """See `KVCache.append`; the slots are those of ``open``."""
+        for held, new in ((self.keys[layer], key), (self.values[layer], value)):
+            held[self._rows, :, self._slots] = new.transpose(1, 2)
+        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+
+    def advance(self, tokens: int) -> None:
+        """Nothing to count: ``open`` says where the next forward writes."""
+
+
 @dataclass(frozen=True)
 class Prefix:
     """What a prompt leaves behind: ``keys_values`` [2, layers, kv_heads, L, K], keys first, and the

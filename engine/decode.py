@@ -1,4 +1,5 @@
-"""Drawing: prefill the prompts once, then one image code a step for every row."""
+"""Drawing: prefill the prompts once, then one image code a step for every row. What a step runs on
+is here too, for one code and for several (`echogen.engine.jacobi`)."""
 
 from __future__ import annotations
 
@@ -8,14 +9,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from echogen.engine.cache import KVCache
+from echogen.engine.cache import KVCache, WindowCache
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.packed import PackedTransformer, packable
-from echogen.engine.packed_decode import PackedDecoding
+from echogen.engine.packed_decode import PackedDecoding, PackedWindows
 from echogen.engine.sampler import Sampler
 
 Progress = Callable[[int, int], None]
-"""Called with (steps done, steps in all)."""
+"""Called with (codes drawn of an image, codes in all)."""
 
 
 class Decoding(Protocol):
@@ -28,6 +29,20 @@ class Decoding(Protocol):
     def step(self, code: Tensor) -> Tensor:
         """Append image codes int64 [N], to both halves of R = 2N rows with guidance; the next
         image logits [R, V]."""
+        ...
+
+
+class Windows(Protocol):
+    """One drawing of R rows whose steps take several codes of each image."""
+
+    def prefill(self) -> Tensor:
+        """Run the prompts; image logits [R, V] of their last tokens."""
+        ...
+
+    def window(self, codes: Tensor, first: list[int]) -> Tensor:
+        """Run image codes int64 [N, W], of image n at positions ``first[n]`` and on; the image
+        logits [R, W, V] behind each, which depend on no later code. Everything before ``first[n]``
+        has been run; what an earlier call left from there on is overwritten."""
         ...
 
 
@@ -74,11 +89,78 @@ class PlainDecoding:
         return self._model.image_head(self._model(embedded, positions, mask, self._cache)[:, 0])
 
 
+class PlainWindows:
+    """`Windows` on the transformer as it is, for any device and type; see PlainDecoding."""
+
+    def __init__(
+        self, model: UnifiedTransformer, code_table: Tensor, ids: Tensor, pads: Tensor, steps: int
+    ) -> None:
+        self._model, self._table, self._ids = model, code_table, ids
+        (rows, length), device = ids.shape, code_table.device
+        capacity = length + steps - 1
+        self._cache = WindowCache(model.config, rows, capacity, code_table.dtype, device)
+        self._slot, self._starts = torch.arange(capacity, device=device), pads[:, None]
+
+    def prefill(self) -> Tensor:
+        """See `Windows`."""
+        rows, length = self._ids.shape
+        slots = self._slot[:length].expand(rows, length)
+        return self._model.image_head(
+            self._run(self._model.embed_text(self._ids), slots, length)[:, -1]
+        )
+
+    def window(self, codes: Tensor, first: list[int]) -> Tensor:
+        """See `Windows`."""
+        (images, width), (rows, length) = codes.shape, self._ids.shape
+        begins = torch.tensor(first * (rows // images), device=codes.device) + length
+        slots = begins[:, None] + self._slot[:width]
+        embedded = self._table[codes].repeat(rows // images, 1, 1)
+        return self._model.image_head(self._run(embedded, slots, length + max(first) + width))
+
+    def _run(self, embedded: Tensor, slots: Tensor, end: int) -> Tensor:
+        """Tokens [R, n, D] at ``slots`` [R, n], all below ``end`` → hidden states [R, n, D]."""
+        slot, at = self._slot[:end], slots[..., None]
+        # A pad sees itself: a row of nothing but -inf would turn into NaN.
+        seen = (slot <= at) & ((slot >= self._starts[..., None]) | (slot == at))
+        self._cache.open(slots, end)
+        positions = (slots - self._starts).clamp(min=0)
+        mask = additive_mask(seen, embedded.dtype)
+        return self._model(embedded, positions, mask, self._cache)
+
+
 def left_padded(prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     """Ids int64 [B, L], padded on the left, and how many pads each row has, int64 [B]."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
     return ids, torch.tensor([longest - len(p) for p in prompts])
+
+
+def prepared(
+    model: UnifiedTransformer | PackedTransformer,
+    code_table: Tensor,
+    prompts: list[list[int]],
+    pad: int,
+) -> tuple[UnifiedTransformer | PackedTransformer, Tensor, Tensor]:
+    """The model, packed where it can be, and ``left_padded`` prompts where its weights are."""
+    ids, pads = (t.to(code_table.device) for t in left_padded(prompts, pad))
+    if isinstance(model, UnifiedTransformer) and packable(model):
+        model = PackedTransformer(model, len(ids))
+    return model, ids, pads
+
+
+def open_windows(
+    model: UnifiedTransformer | PackedTransformer,
+    code_table: Tensor,
+    prompts: list[list[int]],
+    pad: int,
+    guided: bool,
+) -> Windows:
+    """A drawing of ``prompts`` whose steps take several codes; arguments as for `decode_image`."""
+    model, ids, pads = prepared(model, code_table, prompts, pad)
+    steps = model.config.image_tokens
+    if isinstance(model, UnifiedTransformer):
+        return PlainWindows(model, code_table, ids, pads, steps)
+    return PackedWindows(model, code_table, ids, pads, steps, guided)
 
 
 @torch.inference_mode()
@@ -104,10 +186,8 @@ def decode_image(
     Returns:
         Image codes int64 [N, T].
     """
-    ids, pads = (t.to(code_table.device) for t in left_padded(prompts, pad))
+    model, ids, pads = prepared(model, code_table, prompts, pad)
     rows, steps, guided = len(ids), model.config.image_tokens, sampler.sampling.cfg != 1
-    if isinstance(model, UnifiedTransformer) and packable(model):
-        model = PackedTransformer(model, rows)
     decoding: Decoding = (
         PlainDecoding(model, code_table, ids, pads, steps)
         if isinstance(model, UnifiedTransformer)

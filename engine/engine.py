@@ -6,7 +6,7 @@ import dataclasses
 import json
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -22,6 +22,7 @@ from transformers import (
 from echogen.engine.cycle import CycleResult, score
 from echogen.engine.decode import Progress, decode_image
 from echogen.engine.ground import ground_images
+from echogen.engine.jacobi import Method, decode_windows, wins
 from echogen.engine.layout import Box, Layout, LayoutError
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.packed import PackedTransformer, packable
@@ -186,9 +187,10 @@ class Engine:
         seed: int = 0,
         sampling: Sampling | None = None,
         progress: Progress | None = None,
+        decoding: Method = "auto",
     ) -> Image.Image:
         """Draw one picture of a layout; the same seed draws the same picture."""
-        codes = self.generate_codes([layout], seed, sampling=sampling, progress=progress)
+        codes = self.generate_codes([layout], seed, None, sampling, progress, decoding)
         return self.decode(codes)[0]
 
     def generate_codes(
@@ -198,6 +200,7 @@ class Engine:
         draws: list[int] | None = None,
         sampling: Sampling | None = None,
         progress: Progress | None = None,
+        decoding: Method = "auto",
     ) -> Tensor:
         """Image codes int64 [N, T], one image a layout.
 
@@ -208,7 +211,12 @@ class Engine:
                 gives the same noise whatever else is in the batch.
             sampling: None: the checkpoint's default.
             progress: called after every step.
+            decoding: "sequential" draws one code a step, "jacobi" several
+                (`echogen.engine.jacobi`), "auto" what is faster. The codes are the same, up to
+                ones within rounding of each other.
         """
+        if decoding not in get_args(Method):
+            raise ValueError(f"decoding = {decoding!r}; choose one of {get_args(Method)}")
         sampling = sampling or self.sampling
         prompts = [self.prompts.l2i(layout) for layout in layouts]
         if sampling.cfg != 1:
@@ -222,9 +230,11 @@ class Engine:
                 f"{c.max_positions - c.image_tokens}, so shorten its texts or name fewer objects"
             )
         sampler = Sampler(sampling, seed, ids, c.codebook_size, c.image_tokens)
-        return decode_image(
-            self.decoder, self._code_table, prompts, sampler, self.prompts.pad, progress
-        )
+        model, table, pad = self.decoder, self._code_table, self.prompts.pad
+        faster = wins(model, table.dtype, len(layouts))
+        if decoding == "jacobi" or (decoding == "auto" and faster):
+            return decode_windows(model, table, prompts, sampler, pad, progress=progress).codes
+        return decode_image(model, table, prompts, sampler, pad, progress)
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Image codes [N, T] → pictures."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from echogen.engine.cache import Prefix
@@ -25,6 +26,9 @@ class PackedDecoding:
             is kept in ``model.prefixes`` for later drawings.
     """
 
+    SPARE = 0
+    """Slots behind the last image code's."""
+
     def __init__(
         self,
         model: PackedTransformer,
@@ -38,7 +42,7 @@ class PackedDecoding:
         self._model, self._table, self._ids, self._pads = model, code_table, ids, pads.tolist()
         self._conditional = len(ids) // 2 if guided else len(ids)
         (rows, length), dtype = ids.shape, code_table.dtype
-        capacity = length + steps - 1
+        capacity = length + steps - 1 + self.SPARE
         self._end = 0
         self._frame = Frame(c, rows, 1, dtype)
         self._stream = Stream(rows, c.width, c.norm_eps, dtype)
@@ -139,3 +143,89 @@ class PackedDecoding:
             attend(frame, key, value, mask)
             block.finish(stream, frame)
         return model.image_logits(stream)
+
+
+LEAST = 5
+"""Codes a window is at least; see PackedWindows."""
+
+
+class PackedWindows(PackedDecoding):
+    """A drawing on packed weights whose steps take several codes, anywhere behind the prompt.
+
+    A code's logits do not depend on what stands beside it, to the last bit: oneDNN's blocked
+    products give a row the same numbers among 1 as among 64, and MKL's batched ones of attention
+    among 4 or more, whatever the number of keys (a masked key weighs an exact 0). So windows
+    shorter than ``LEAST`` are padded to it: 4 for attention, and 5 because `PackedLinear` runs up
+    to ``FEW_ROWS`` rows through plain products, which round otherwise. Windows of one code are
+    therefore sequential decoding in the same arithmetic; `PackedDecoding` is faster at that and
+    rounds differently. (float32; AMD EPYC, Zen 5, torch 2.13. `tests/engine/test_jacobi.py` holds
+    any other machine to it.)
+    """
+
+    SPARE = LEAST
+
+    def __init__(
+        self,
+        model: PackedTransformer,
+        code_table: Tensor,
+        ids: Tensor,
+        pads: Tensor,
+        steps: int,
+        guided: bool,
+    ) -> None:
+        super().__init__(model, code_table, ids, pads, steps, guided)
+        # Slots not written yet are masked; a weight of 0 on NaN would still be NaN.
+        self._block.zero_()
+        (rows, self._length), c = ids.shape, model.config
+        capacity = self._block.shape[-2]
+        slot, starts = torch.arange(capacity), pads[:, None] if any(self._pads) else pads[:1, None]
+        # Of every slot: its rotation, and what it sees. Rows without pads share one.
+        self._turn = model.turns((slot - starts).clamp(0, c.max_positions - 1))
+        seen = (slot <= slot[:, None]) & (slot >= starts[..., None])
+        self._seen = additive_mask(seen, code_table.dtype).squeeze(1)
+        self._slot, self._row = slot, torch.arange(len(starts))[:, None]
+        self._head_slot = torch.arange(rows * c.kv_heads).view(rows, c.kv_heads, 1) * capacity
+        self._flat = self._block.view(2, c.layers, -1, c.head_dim).unbind(1)
+        self._buffers = dict[int, tuple[Frame, Stream]]()
+
+    def window(self, codes: Tensor, first: list[int]) -> Tensor:
+        """See `Windows`. Rows at one place (a single image's always are) write a view of the
+        cache and read views of the tables; others gather."""
+        model, rows, asked = self._model, len(self._ids), codes.shape[1]
+        width = max(asked, LEAST)
+        if width > asked:
+            codes = F.pad(codes, (0, width - asked))
+        frame, stream = self._buffers_for(width)
+        embedded = self._table.index_select(0, codes.flatten())
+        stream.x.view(-1, *embedded.shape).copy_(embedded)
+        begin, end = self._length + min(first), self._length + max(first) + width
+        together = end - begin == width
+        if together:
+            turn, seen = self._turn[:, begin:end], self._seen[:, begin:end, :end]
+            places = self._block[..., begin:end, :].unbind(1)
+        else:
+            begins = torch.tensor(first * (rows // len(first)))[:, None] + self._length
+            slots = begins + self._slot[:width]
+            turn, seen = self._turn[self._row, slots], self._seen[self._row, slots, :end]
+            places, index = self._flat, (self._head_slot + slots[:, None]).flatten()
+        heads = 1 if len(seen) == 1 else model.config.kv_heads
+        mask = seen.unsqueeze(1).repeat_interleave(heads, 0) if heads > 1 else seen.unsqueeze(1)
+        keys, values = self._keys[..., :end].unbind(0), self._values[:, :, :end].unbind(0)
+        for block, place, key, value in zip(model.blocks, places, keys, values, strict=True):
+            block.project(stream, frame, turn)
+            if together:
+                place.copy_(frame.keys_values)
+            else:
+                place.index_copy_(1, index, frame.keys_values.flatten(1, 3))
+            frame.query.copy_(frame.queries)
+            attend(frame, key, value, mask)
+            block.finish(stream, frame)
+        return model.image_logits(stream).view(rows, width, -1)[:, :asked]
+
+    def _buffers_for(self, width: int) -> tuple[Frame, Stream]:
+        """Made once a width: the window's own, and the narrower ones at the image's end."""
+        if width not in self._buffers:
+            c, rows, dtype = self._model.config, len(self._ids), self._table.dtype
+            frame = Frame(c, rows, width, dtype)
+            self._buffers[width] = frame, Stream(rows * width, c.width, c.norm_eps, dtype)
+        return self._buffers[width]

@@ -47,16 +47,16 @@ class Sampling:
 
 
 def guided(logits: Tensor, cfg: float) -> Tensor:
-    """Logits [2N, V], conditional rows first, → guided logits [N, V]."""
+    """Logits [2N, ..., V], conditional rows first, → guided logits [N, ..., V]."""
     cond, uncond = logits.chunk(2)
     return uncond + cfg * (cond - uncond)
 
 
 def truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [N, V] with everything outside top-k and top-p at -inf. Ties with the last kept
+    """Logits [..., V] with everything outside top-k and top-p at -inf. Ties with the last kept
     code are kept too."""
     if 0 < top_k < logits.shape[-1]:
-        floor = logits.topk(top_k, -1).values[:, -1:]
+        floor = logits.topk(top_k, -1).values[..., -1:]
         logits = logits.masked_fill(logits < floor, float("-inf"))
     if top_p < 1:
         ordered, order = logits.sort(-1, descending=True)
@@ -67,10 +67,10 @@ def truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 class Sampler:
-    """Draws the codes of a batch, step by step.
+    """Draws the codes of a batch, step by step or several positions at once.
 
     A code is ``argmax(ℓ/temperature + g)`` with ``g`` keyed by (seed, draw, position): the result
-    depends neither on the batch nor on its order.
+    depends neither on the batch nor on its order, nor on how often a position is drawn.
 
     Args:
         sampling: the distribution.
@@ -90,28 +90,49 @@ class Sampler:
         self.sampling, self._seed, self._draws = sampling, seed, draws
         self._codebook, self._steps = codebook, steps
         self._chunk = max(1, min(steps, self.BLOCK // max(1, codebook * len(draws))))
-        self._first, self._noise = -1, torch.empty(0)
+        self._blocks = dict[int, Tensor]()
+        self._samples = torch.arange(len(draws), device=draws.device)[:, None]
 
-    def _gumbel(self, step: int) -> Tensor:
-        first = step - step % self._chunk
-        if first != self._first:
-            positions = torch.arange(
-                first, min(first + self._chunk, self._steps), device=self._draws.device
-            )
-            grid = torch.broadcast_tensors(self._draws, positions[:, None])
-            self._first, self._noise = (
-                first,
-                gumbel_noise(self._seed, grid[0], grid[1], self._codebook),
-            )
-        return self._noise[step % self._chunk]
+    def _block(self, index: int) -> Tensor:
+        """Noise [chunk, N, V] of positions ``index·chunk`` and on."""
+        first = index * self._chunk
+        last = min(first + self._chunk, self._steps)
+        positions = torch.arange(first, last, device=self._draws.device)
+        grid = torch.broadcast_tensors(self._draws, positions[:, None])
+        return gumbel_noise(self._seed, grid[0], grid[1], self._codebook)
 
-    def __call__(self, logits: Tensor, step: int) -> Tensor:
-        """Logits [N, V], or [2N, V] with guidance, of position ``step`` → codes int64 [N]."""
+    def _noise(self, first: int, last: int) -> tuple[Tensor, int]:
+        """Noise [n, N, V] that covers positions ``first`` … ``last``, and which is its first.
+        What it is made of is kept for the next call, and nothing else."""
+        indices = range(first // self._chunk, last // self._chunk + 1)
+        held = self._blocks
+        self._blocks = {i: held[i] if i in held else self._block(i) for i in indices}
+        blocks = list(self._blocks.values())
+        return blocks[0] if len(blocks) == 1 else torch.cat(blocks), indices[0] * self._chunk
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Logits [N, ..., V], or [2N, ..., V] with guidance → float32 [N, ..., V], guided, over the
+        temperature and truncated: all that comes before the noise."""
         s = self.sampling
         logits = logits.float()
         if s.cfg != 1:
             logits = guided(logits, s.cfg)
         if s.temperature == 0:
-            return logits.argmax(-1)
-        logits = truncated(logits / s.temperature, s.top_k, s.top_p)
-        return (logits + self._gumbel(step)).argmax(-1)
+            return logits
+        return truncated(logits / s.temperature, s.top_k, s.top_p)
+
+    def pick(self, scores: Tensor, positions: Tensor) -> Tensor:
+        """The codes int64 [N, W] that ``scores`` [N, W, V] give at ``positions`` int64 [N, W],
+        each below T."""
+        if self.sampling.temperature == 0 or not positions.numel():
+            return scores.argmax(-1)
+        noise, first = self._noise(int(positions.min()), int(positions.max()))
+        return (scores + noise[positions - first, self._samples]).argmax(-1)
+
+    def __call__(self, logits: Tensor, step: int) -> Tensor:
+        """Logits [N, V], or [2N, V] with guidance, of position ``step`` → codes int64 [N]."""
+        scores = self.scores(logits)
+        if self.sampling.temperature == 0:
+            return scores.argmax(-1)
+        noise, first = self._noise(step, step)
+        return (scores + noise[step - first]).argmax(-1)
