@@ -7,6 +7,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from echogen.engine.sampler import Sampling
+
 
 @dataclass(frozen=True)
 class LoopConfig:
@@ -162,6 +164,96 @@ class DJOConfig:
 
 
 @dataclass(frozen=True)
+class CycleRLConfig:
+    """Stage 3, Cycle RL: draw a layout several times, find it in each image, reinforce the best.
+
+    Attributes:
+        layouts: "real" (ShapesWorld's training layouts), "random", or the path of a file with one
+            layout a line.
+        scenes: how many training layouts "real" chooses from.
+        batch, group: layouts a rollout, images a layout.
+        sampling: the distribution that images are drawn from; the same one is scored, so there is
+            no second place to set it. Off by default: no guidance, no truncation, temperature 1.
+        policy: the tokens that are reinforced: "image", "boxes" (then sampled, not the most
+            likely) or "both".
+        w_iou, w_l1: weights of the reward's terms.
+        advantage: "grpo", "dr_grpo" or "rloo", see `group_advantage`.
+        normalise: "sequence", "token" or "constant", see `grpo_loss`.
+        clip_low, clip_high, beta: of `grpo_loss`; beta = 0 keeps no reference model.
+        updates: optimizer steps on one rollout.
+        gate_scenes, gate_group: validation layouts, and images of each, on which the self-reward is
+            held against the judge before the first step.
+        gate_bound: the least within-group rank correlation to begin with.
+        force: begin below it all the same.
+        loop: the step loop; ``save_every`` is a multiple of ``updates``.
+        start: fingerprint of the model that the run began with; filled in by the stage.
+    """
+
+    loop: LoopConfig
+    layouts: str = "real"
+    scenes: int = 40_000
+    batch: int = 8
+    group: int = 8
+    sampling: Sampling = field(default_factory=Sampling)
+    policy: Literal["image", "boxes", "both"] = "image"
+    w_iou: float = 0.5
+    w_l1: float = 0.5
+    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    normalise: Literal["sequence", "token", "constant"] = "sequence"
+    clip_low: float = 0.2
+    clip_high: float = 0.2
+    beta: float = 0.01
+    updates: int = 1
+    gate_scenes: int = 64
+    gate_group: int = 8
+    gate_bound: float = 0.3
+    force: bool = False
+    start: str = ""
+
+    @property
+    def truncated(self) -> bool:
+        """Whether sampling cuts codes off."""
+        return self.sampling.top_k > 0 or self.sampling.top_p < 1
+
+    def __post_init__(self) -> None:
+        _one_of("policy", self.policy, ("image", "boxes", "both"))
+        _one_of("advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
+        _one_of("normalise", self.normalise, ("sequence", "token", "constant"))
+        for name, least in (("batch", 1), ("group", 2), ("updates", 1), ("gate_scenes", 1),
+                            ("gate_group", 2)):  # fmt: skip
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} = {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.beta < float("inf"):
+            raise ValueError(f"beta = {self.beta}; it must be finite and 0 or more")
+        if self.loop.save_every % self.updates:
+            raise ValueError(
+                f"save_every = {self.loop.save_every}; with updates = {self.updates} it must be a "
+                f"multiple of it, since a rollout cannot be repeated from weights that moved on"
+            )
+        self._check_scorable()
+
+    def _check_scorable(self) -> None:
+        """What could not be scored exactly as it was drawn is refused, or the gradient would be
+        biased in silence."""
+        s = self.sampling
+        if self.policy == "boxes":
+            return  # images are not scored
+        if s.temperature < 0.01:
+            raise ValueError(
+                f"temperature = {s.temperature}; image tokens that are reinforced must be sampled: "
+                f"set it to 0.01 or more, or policy = 'boxes'"
+            )
+        if s.cfg == 0:
+            raise ValueError("cfg = 0 draws without looking at the layout; set it above 0 (1: off)")
+        if self.truncated and self.updates > 1:
+            raise ValueError(
+                f"updates = {self.updates} with top_k = {s.top_k}, top_p = {s.top_p}: after the "
+                f"first update a code may lie outside what the new policy keeps, and then it has "
+                f"no probability to score; set updates to 1, or top_k to 0 and top_p to 1"
+            )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A whole model: its image tokenizer and its stages."""
 
@@ -169,6 +261,7 @@ class Recipe:
     vq: VQConfig
     pmtp: PMTPConfig
     djo: DJOConfig
+    cycle_rl: CycleRLConfig
     notes: str = field(default="")
 
 

@@ -67,6 +67,10 @@ class TrainingError(RuntimeError):
     """A run that cannot go on; the message says at which step and why."""
 
 
+class BeginRefused(TrainingError):
+    """A stage that found, before its first step, that it would do harm; the message says how."""
+
+
 def keep_pages() -> None:
     """Let glibc keep freed memory instead of returning it to the kernel.
 
@@ -117,10 +121,12 @@ def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) ->
     optimizers = build_optimizers(stage.module, config)
     state_path = folder / "state.pt"
     start = _restore(stage, optimizers, state_path) if resume and state_path.exists() else 0
+    # Before anything is written: a run that is refused leaves its folder free.
+    found = {} if start else _rounded(stage.begin())
     (folder / "config.json").write_text(json.dumps(to_json(stage.config), indent=2) + "\n")
     metrics = MetricsFile(folder / "metrics.jsonl", start)
     console = Console(stderr=True)
-    if not start and (found := _rounded(stage.begin())):
+    if found:
         metrics.write(step=0, **found)
         console.print(f"{stage.name} before the first step {found}", soft_wrap=True)
     with _progress(console, stage.name, config.steps, start) as bar:
@@ -206,7 +212,8 @@ def _restore(stage: Stage, optimizers: list[torch.optim.Optimizer], path: Path) 
 
 
 def _rounded(numbers: dict[str, float]) -> dict[str, float]:
-    return {k: round(float(v), 5) for k, v in numbers.items()}
+    # To six digits, not places: a gap of 1e-6 between sampler and trainer is worth reading.
+    return {k: float(f"{v:.6g}") for k, v in numbers.items()}
 
 
 def _progress(console: Console, name: str, steps: int, start: int) -> Progress:

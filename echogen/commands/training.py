@@ -1,4 +1,4 @@
-"""The commands that train: the image tokenizer (vq), then stage after stage (pmtp, djo)."""
+"""The commands that train: the image tokenizer, then stage after stage of the model."""
 
 from __future__ import annotations
 
@@ -114,6 +114,45 @@ class TrainDJO:
 
 
 @dataclass(frozen=True)
+class TrainCycleRL:
+    """Train stage 3: reinforce the images in which their layout is found again."""
+
+    out: Path
+    """Folder of the run; the model ends in its model/."""
+    begin: Begin
+    """Where to begin: the run of `train djo`, a model that came from one, or a bundled name."""
+    recipe: str = "tiny"
+    """Which configuration."""
+    layouts: str = "real"
+    """What to draw: real (ShapesWorld), random, or a file with one JSON layout a line."""
+    steps: int | None = None
+    """Optimizer steps, in place of the recipe's."""
+    any_stage: bool = False
+    """Begin with a model of whatever stage."""
+    force: bool = False
+    """Begin even if the self-reward hardly agrees with the judge."""
+    resume: bool = False
+    """Go on with the run in --out, from its last checkpoint."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        check_run_folder(self.out, self.resume)
+        if self.layouts not in ("real", "random") and not Path(self.layouts).is_file():
+            raise InputError(f"--layouts {self.layouts}: no such file; name one, real or random")
+        recipe = find_recipe(self.recipe)
+        loop = with_steps(recipe.cycle_rl.loop, self.steps)
+        from echogen.train.cycle_rl import CycleRLStage
+        from echogen.train.start import load_start
+
+        start = load_start(self.begin, "djo", self.any_stage)
+        config = replace(recipe.cycle_rl, loop=loop, layouts=self.layouts, force=self.force)
+        stage = CycleRLStage(config, start)
+        make_folder(self.out)
+        train(stage, loop, self.out, self.resume, self.json)
+
+
+@dataclass(frozen=True)
 class Train:
     """Train a model, stage by stage."""
 
@@ -121,6 +160,7 @@ class Train:
         Annotated[TrainVQ, tyro.conf.subcommand("vq")]
         | Annotated[TrainPMTP, tyro.conf.subcommand("pmtp")]
         | Annotated[TrainDJO, tyro.conf.subcommand("djo")]
+        | Annotated[TrainCycleRL, tyro.conf.subcommand("cycle-rl")]
     )
 
     def run(self) -> None:
@@ -185,10 +225,13 @@ def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool
     """Run a stage to its end and report its last numbers."""
     from transformers.utils import logging
 
-    from echogen.train.loop import run
+    from echogen.train.loop import BeginRefused, run
 
     logging.disable_progress_bar()  # of writing shards; the loop has its own
-    run(stage, loop, out, resume)
+    try:
+        run(stage, loop, out, resume)
+    except BeginRefused as refusal:
+        raise InputError(str(refusal)) from None
     last: dict[str, float] = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         last |= json.loads(line)

@@ -13,7 +13,9 @@ from echogen.commands.training import load_vq
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
 from echogen.engine.sampler import Sampling
+from echogen.train.loop import BeginRefused
 from echogen.train.recipes import tiny
+from echogen.train.start import RECORD, write_record
 
 
 @pytest.fixture
@@ -47,6 +49,67 @@ def test_train_vq_runs_the_recipe(run, tmp_path, monkeypatch):
     assert run("train", "vq", "--out", out, "--steps", "7").refused("--resume")
     assert run("train", "vq", "--out", out, "--steps", "7", "--resume").code == 0
     assert calls[-1] == (7, out, True)
+
+
+@pytest.fixture
+def handed_on(monkeypatch):
+    """The stages and the loop replaced by what records their arguments."""
+    calls = {}
+
+    def stage(name):
+        def made(config, start):
+            calls.update(config=config, stages=start.stages)
+            return type("Stage", (), {"name": name, "config": config})()
+
+        return made
+
+    def loop(stage, config, folder, resume):
+        calls.update(name=stage.name, steps=config.steps, resume=resume)
+        if "refuse" in calls:
+            raise BeginRefused("it would do harm; or --force")
+        (folder / "state.pt").write_text("")
+        (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n')
+
+    monkeypatch.setattr("echogen.train.djo.DJOStage", stage("djo"))
+    monkeypatch.setattr("echogen.train.cycle_rl.CycleRLStage", stage("cycle-rl"))
+    monkeypatch.setattr("echogen.train.loop.run", loop)
+    return calls
+
+
+def test_train_djo_begins_with_stage_one(run, model, tmp_path, handed_on):
+    out = tmp_path / "djo"
+    assert run("train", "djo", "--from", model, "--out", out).refused("names no stage", "pmtp")
+    assert not out.exists()
+    write_record(model, ("pmtp",))
+    try:
+        done = run("train", "djo", "--from", model, "--out", out, "--steps", "3", "--json")
+        assert done.code == 0, done.err
+        assert done.data["stage"] == "djo" and done.data["loss"] == 0.5
+        assert handed_on["stages"] == ("pmtp",) and handed_on["steps"] == 3
+        assert handed_on["config"].tau_end == tiny().djo.tau_end
+        assert run("train", "djo", "--from", model, "--out", out).refused("--resume")
+        assert run("train", "djo", "--from", model, "--out", out, "--resume").code == 0
+        assert handed_on["resume"]
+        away = run("train", "cycle-rl", "--from", model, "--out", tmp_path / "rl")
+        assert away.refused("comes from stage pmtp", "one from djo", "--any-stage")
+    finally:
+        (model / RECORD).unlink()
+
+
+def test_train_cycle_rl_takes_layouts_and_says_why_it_will_not_begin(
+    run, model, layout, tmp_path, handed_on
+):
+    begin = ("train", "cycle-rl", "--from", model, "--any-stage", "--out")
+    file = tmp_path / "layouts.jsonl"
+    file.write_text(Layout.load(layout).dumps() + "\n")
+    for i, source in enumerate(("real", "random", file)):
+        done = run(*begin, tmp_path / str(i), "--layouts", source)
+        assert done.code == 0, done.err
+        assert handed_on["config"].layouts == str(source) and not handed_on["config"].force
+    assert run(*begin, tmp_path / "3", "--layouts", "nowhere.jsonl").refused("no such file")
+    assert run(*begin, tmp_path / "3", "--force").code == 0 and handed_on["config"].force
+    handed_on["refuse"] = True
+    assert run(*begin, tmp_path / "4").refused("it would do harm", "--force")
 
 
 def test_load_vq(vq):

@@ -1,0 +1,283 @@
+"""Stage 3, Cycle RL: layout → image → layout, and what came back right is reinforced.
+
+Each layout is drawn G times with the present weights, found again in every image, and rewarded for
+how well the boxes match: a higher reward is a better match (METHOD says why that must be said).
+GRPO (arXiv 2402.03300) turns rewards into advantages within the layout's group. No image labels are
+needed, only texts and boxes.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echogen.engine.layout import Layout, LayoutError
+from echogen.engine.model import UnifiedTransformer
+from echogen.engine.rollout import locations
+from echogen.engine.vision import decode_codes, to_images
+from echogen.kernels.grpo import grpo_loss
+from echogen.train import keys
+from echogen.train.config import CycleRLConfig
+from echogen.train.data.layouts import MOST_OBJECTS, random_layout, read_layouts
+from echogen.train.data.packing import Batch
+from echogen.train.data.scenes import load_scenes
+from echogen.train.eval.agreement import self_agreement
+from echogen.train.eval.judge import detect
+from echogen.train.eval.tables import cycle_table, layouts_of
+from echogen.train.loop import BeginRefused
+from echogen.train.rollouts import Rollout, roll_out
+from echogen.train.scoring import box_logprob, image_logprob
+from echogen.train.start import Start
+from echogen.train.world import WorldStage
+
+VAL_LAYOUTS = 64
+
+
+@dataclass
+class Held:
+    """A rollout in use, packed for scoring.
+
+    Attributes:
+        index: which of the run it is.
+        drawn, unconditional, asked: L2I sequences, the same behind unconditional prompts (with
+            guidance), and I2L ones; None where the policy does not need them.
+        sampled: log-probabilities of the policy's tokens by the sampler, [N, S].
+        mask: bool [N, S].
+        old: those of the trainer before the first update; None until then.
+        gap: mean absolute difference of the two.
+    """
+
+    index: int
+    rollout: Rollout
+    drawn: Batch | None
+    unconditional: Batch | None
+    asked: Batch | None
+    sampled: Tensor
+    mask: Tensor
+    old: Tensor | None = None
+    gap: Tensor | None = None
+
+
+class CycleRLStage(WorldStage):
+    """One batch → loss of stage 3; judged on ShapesWorld, trained on any layouts.
+
+    Raises:
+        PromptError: a model whose boxes are not location tokens.
+        LayoutError: a file of layouts that cannot be used.
+    """
+
+    name = "cycle-rl"
+
+    def __init__(self, config: CycleRLConfig, start: Start) -> None:
+        locations(start.engine.prompts)
+        super().__init__(start.engine, config.loop.seed, start.stages)
+        self.config = replace(config, start=start.fingerprint)
+        self._key = keys.noise_key(config.loop.seed, keys.RL_NOISE)
+        self._reference = copy.deepcopy(self.module).requires_grad_(False) if config.beta else None
+        self._held: Held | None = None
+        self._scenes = load_scenes("train", config.scenes) if config.layouts == "real" else []
+        named = config.layouts in ("real", "random")
+        self._read = [] if named else read_layouts(config.layouts)
+        for number, layout in enumerate(self._read, 1):
+            self._check_room(layout, f"{config.layouts}: layout {number}")
+
+    # --- layouts and rollouts -------------------------------------------------------------------
+
+    def _check_room(self, layout: Layout, what: str) -> None:
+        c = self.module.config
+        if (length := len(self.prompts.l2i(layout)) + c.image_tokens) > c.max_positions:
+            raise LayoutError(
+                f"{what} takes {length} tokens with its image; this model has room for "
+                f"{c.max_positions}, so shorten its texts or name fewer objects"
+            )
+
+    def layouts(self, index: int) -> list[Layout]:
+        """The layouts of a rollout, a pure function of (seed, index)."""
+        c = self.config
+        rng = keys.generator(c.loop.seed, keys.RL_BATCH, index)
+        if c.layouts == "random":
+            return [random_layout(rng) for _ in range(c.batch)]
+        chosen = rng.integers(len(self._scenes or self._read), size=c.batch)
+        if self._read:
+            return [self._read[i] for i in chosen]
+        return [self._scenes[i].layout(rng) for i in chosen]
+
+    def _hold(self, step: int) -> Held:
+        """The rollout of a step: a new one every ``updates`` steps."""
+        c, index = self.config, step // self.config.updates
+        if self._held is not None and self._held.index == index:
+            return self._held
+        assert step % c.updates == 0, "a run resumes where a rollout begins (see CycleRLConfig)"
+        rollout = roll_out(
+            self.engine,
+            self.layouts(index),
+            c.group,
+            c.sampling,
+            self._key,
+            keys.draw_ids(index, c.batch * c.group),
+            c.policy != "image",
+            c.w_iou,
+            c.w_l1,
+            c.advantage,
+        )
+        self._held = self._packed(index, rollout)
+        return self._held
+
+    def _packed(self, index: int, rollout: Rollout) -> Held:
+        policy, group = self.config.policy, rollout.group
+        repeated = [y for y in rollout.layouts for _ in range(group)]
+        codes = rollout.drawing.codes.cpu().numpy()
+        drawn = unconditional = asked = None
+        sampled, mask = [], []
+        if policy != "boxes":
+            prompts = [self.prompts.l2i(y) for y in repeated]
+            drawn = self._sequences(prompts, codes)
+            if self.config.sampling.cfg != 1:
+                kind = self.config.sampling.unconditional
+                unconditional = self._sequences(
+                    [self.prompts.unconditional(p, kind) for p in prompts], codes
+                )
+            sampled.append(rollout.drawing.logprob)
+            mask.append(torch.ones_like(rollout.drawing.logprob, dtype=torch.bool))
+        if policy != "image":
+            asked = self._questions(repeated, codes, rollout.answers.tokens)
+            sampled.append(rollout.answers.logprob.flatten(1))
+            each = rollout.mask.repeat_interleave(group, 0)
+            mask.append(each.repeat_interleave(4, 1))
+        return Held(
+            index, rollout, drawn, unconditional, asked, torch.cat(sampled, 1), torch.cat(mask, 1)
+        )
+
+    def _sequences(self, prompts: list[list[int]], codes: np.ndarray) -> Batch:
+        return self.pack([self.drawing(p, z) for p, z in zip(prompts, codes, strict=True)])
+
+    def _questions(self, layouts: list[Layout], codes: np.ndarray, tokens: Tensor) -> Batch:
+        """I2L sequences whose answers are the tokens found."""
+        trees = []
+        for layout, z, row in zip(layouts, codes, tokens.tolist(), strict=True):
+            boxes = [self.prompts.codec.parse(answer) for answer in row]
+            asked = [(o.expr, b) for o, b in zip(layout.objects, boxes, strict=False) if b]
+            assert len(asked) == len(layout.objects), "a constrained decode always parses"
+            trees.append(self.grounding(z, asked))
+        return self.pack(trees)
+
+    # --- loss -----------------------------------------------------------------------------------
+
+    def logprob(self, model: UnifiedTransformer, held: Held) -> Tensor:
+        """A model's log-probabilities of the policy's tokens, [N, S]."""
+        drawing, answers, parts = held.rollout.drawing, held.rollout.answers, []
+        count, most = answers.tokens.shape[:2]
+        if held.drawn is not None:
+            parts.append(
+                image_logprob(
+                    model,
+                    held.drawn,
+                    held.unconditional,
+                    count,
+                    self.config.sampling,
+                    drawing.kept,
+                )
+            )
+        if held.asked is not None:
+            parts.append(box_logprob(model, self.prompts, held.asked, count, most).flatten(1))
+        return torch.cat(parts, 1)
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        c, held = self.config, self._hold(step)
+        logp = self.logprob(self.module, held)
+        reference = None
+        if self._reference is not None:
+            with torch.no_grad():
+                reference = self.logprob(self._reference, held)
+        score = held.rollout.score
+        tokens = self.module.config.image_tokens * (held.drawn is not None)
+        tokens += 4 * MOST_OBJECTS * (held.asked is not None)
+        # With one update the ratio is 1 by definition. Against the sampler's log-probabilities it
+        # would be 1 but for rounding, and in bfloat16 the rounding would pass for a change.
+        out = grpo_loss(
+            logp,
+            held.old,
+            score.advantage.flatten(),
+            held.mask,
+            reference,
+            c.clip_low,
+            c.clip_high,
+            c.beta,
+            c.normalise,
+            tokens,
+        )
+        if held.gap is None:
+            held.gap = (logp.detach() - held.sampled).abs()[held.mask].mean()
+            held.old = logp.detach() if c.updates > 1 else None
+        numbers = {
+            "loss": out.loss,
+            **_of(held.rollout),
+            "kl": out.mean_kl,
+            "clipped": out.clip_fraction,
+            "sampler_gap": held.gap,
+        }
+        return out.loss, {k: float(v.detach()) for k, v in numbers.items()}
+
+    # --- before and beside training -------------------------------------------------------------
+
+    def begin(self) -> dict[str, float]:
+        """Hold the self-reward against the judge.
+
+        Raises:
+            BeginRefused: they agree too little within a group, so that training would teach what
+                the grounder gets wrong.
+        """
+        c = self.config
+        key = keys.noise_key(c.loop.seed, keys.RL_JUDGED)
+        found = self_agreement(
+            self.engine, c.gate_scenes, c.gate_group, c.sampling, key, c.w_iou, c.w_l1
+        )
+        if not found.correlation >= c.gate_bound and not c.force:  # NaN is refused too
+            raise BeginRefused(
+                f"within groups the self-reward's rank correlation with the judge is "
+                f"{found.correlation:.3f} ± {found.stderr:.3f} ({found.groups} of {found.of} "
+                f"groups of {c.gate_group} validation images tell), below {c.gate_bound}: it would "
+                f"reinforce the grounder's mistakes. Train grounding further, or begin all the "
+                f"same with --force"
+            )
+        names = ("rank_correlation", "rank_correlation_stderr", "groups")
+        told = dict(zip(names, found[:3], strict=True))
+        return {name: value for name, value in told.items() if np.isfinite(value)}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """What every stage watches, and on validation layouts, drawn as in training, the reward
+        beside the judge: ``gap`` is self-judged minus independently judged IoU. A gap that grows
+        is a private language between the two halves."""
+        values = super().evaluate()
+        scenes = load_scenes("val", VAL_LAYOUTS)
+        layouts = layouts_of(scenes, 0)
+        key = keys.noise_key(self.config.loop.seed, keys.RL_JUDGED)
+        rollout = roll_out(
+            self.engine, layouts, 1, self.config.sampling, key, torch.arange(len(layouts))
+        )
+        boxes = [
+            [tuple(box) for box in row[0][: len(y.objects)]]
+            for y, row in zip(layouts, rollout.score.boxes.tolist(), strict=True)
+        ]
+        images = to_images(decode_codes(self.vq, rollout.drawing.codes))
+        table = cycle_table(scenes, layouts, boxes, [detect(i) for i in images])
+        names = ("reward", "self_iou", "gap")
+        return values | {name: table[name] for name in names} | {"cycle_iou": table["judge_iou"]}
+
+
+def _of(rollout: Rollout) -> dict[str, Tensor]:
+    """What a log line says of a rollout."""
+    score, there = rollout.score, rollout.mask.unsqueeze(1)
+    boxes = there.sum() * rollout.group
+    return {
+        "reward": score.reward.mean(),
+        "spread": score.reward.std(1, correction=0).mean(),
+        "iou": score.iou.sum() / boxes,
+        "l1": score.l1.sum() / boxes,
+        "flat": score.flat.float().mean(),
+    }

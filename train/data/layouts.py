@@ -1,0 +1,115 @@
+"""Layouts without images, for Cycle RL: drawn at random, or read from a file of one a line.
+
+Both keep to the same rules, so that whoever else writes layouts can be held to them too.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+
+from echogen.engine.layout import Layout, LayoutError
+from echogen.train.data.grammar import COLORS, SHAPES, TEXTURES
+from echogen.train.data.shapes import IMAGE_SIZE, SIDE_MAX, SIDE_MIN, Object, Scene
+from echogen.train.eval.judge import box_iou
+
+MOST_OBJECTS = 10  # PlanGen's limit
+SMALLEST_SIDE = 0.03  # below it a box is less than an image code wide, in Janus-Pro's 24×24 codes
+LARGEST_IOU = 0.8  # above it two boxes are as good as one, and the object behind cannot be seen
+MOST_DRAWS = 1000
+
+
+def check_layout(layout: Layout) -> None:
+    """What a layout must be, beyond valid, so that recovering it from an image can be a reward.
+
+    Raises:
+        LayoutError: too many objects, two of them under one expression, a box too small to be
+            drawn, two boxes that all but coincide.
+    """
+    if len(layout.objects) > MOST_OBJECTS:
+        raise LayoutError(f"layout has {len(layout.objects)} objects; leave at most {MOST_OBJECTS}")
+    for i, o in enumerate(layout.objects, 1):
+        side = min(o.box[2] - o.box[0], o.box[3] - o.box[1])
+        if side < SMALLEST_SIDE:
+            raise LayoutError(
+                f"object {i} ({o.expr!r}): its box is {side:.3g} of the canvas wide or high; "
+                f"make it at least {SMALLEST_SIDE}"
+            )
+    for (i, a), (j, b) in combinations(enumerate(layout.objects, 1), 2):
+        if a.expr == b.expr:
+            raise LayoutError(f"objects {i} and {j} are both {a.expr!r}; tell them apart")
+        if box_iou(a.box, b.box) > LARGEST_IOU:
+            raise LayoutError(
+                f"objects {i} and {j}: their boxes overlap by IoU {box_iou(a.box, b.box):.2f}; "
+                f"keep it to {LARGEST_IOU}"
+            )
+
+
+def read_layouts(path: str | Path) -> list[Layout]:
+    """Layouts of a file with one JSON layout a line; empty lines are passed over.
+
+    Raises:
+        LayoutError: a file that cannot be read or holds none, or the first line that is no layout
+            or does not keep to `check_layout`; names file and line.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise LayoutError(f"{path}: cannot be read ({reason})") from None
+    layouts = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            layouts.append(Layout.loads(line))
+            check_layout(layouts[-1])
+        except LayoutError as error:
+            raise LayoutError(f"{path}: line {number}: {error}") from None
+    if not layouts:
+        raise LayoutError(f"{path}: holds no layout; write one JSON object a line")
+    return layouts
+
+
+def random_layout(rng: np.random.Generator) -> Layout:
+    """A layout that no image was seen of: one to four objects, class, texture and box each drawn
+    evenly and for itself, in ShapesWorld's language.
+
+    Drawn again until it keeps to `check_layout`, every object can be told from the others in
+    words, none is more than half beneath others, and it is no validation or test layout. Unlike
+    ShapesWorld's own it knows nothing of how scenes are composed there: crowding, sizes that fall
+    with the count, how often things overlap.
+    """
+    for _ in range(MOST_DRAWS):
+        scene = Scene(tuple(_object(rng) for _ in range(rng.integers(1, 5))))
+        if scene.split() != "train" or not _seen(scene):
+            continue
+        if not all(scene.expressions(k) for k in range(len(scene.objects))):
+            continue
+        layout = scene.layout(rng)
+        try:
+            check_layout(layout)
+        except LayoutError:
+            continue
+        return layout
+    raise RuntimeError(f"no valid layout in {MOST_DRAWS} draws")
+
+
+def _object(rng: np.random.Generator) -> Object:
+    shape, color, texture = (str(rng.choice(names)) for names in (SHAPES, COLORS, TEXTURES))
+    width, height = rng.integers(SIDE_MIN, SIDE_MAX + 1, size=2).tolist()
+    x = int(rng.integers(IMAGE_SIZE - width + 1))
+    y = int(rng.integers(IMAGE_SIZE - height + 1))
+    return Object(shape, color, texture, (x, y, x + width, y + height))
+
+
+def _seen(scene: Scene) -> bool:
+    """Is at least half of every object in sight?"""
+    above = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
+    for mask in scene.masks[::-1]:
+        if (mask & ~above).sum() < 0.5 * mask.sum():
+            return False
+        above = above | mask
+    return True

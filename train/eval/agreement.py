@@ -1,0 +1,76 @@
+"""Does the self-reward rank a layout's images as the judge does? Cycle RL is no better than that.
+
+A policy only learns from differences within a group, so correlation is measured within groups: a
+reward that merely knows which layouts are hard would look good across them.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from scipy.stats import rankdata
+
+from echogen.engine.engine import Engine
+from echogen.engine.sampler import Sampling
+from echogen.engine.vision import decode_codes, to_images
+from echogen.train.data.scenes import load_scenes
+from echogen.train.eval.judge import detect
+from echogen.train.eval.matching import class_ious
+from echogen.train.eval.tables import layouts_of
+from echogen.train.rollouts import roll_out
+
+BATCH = 8  # layouts a rollout
+
+
+class Agreement(NamedTuple):
+    """Spearman's correlation of reward and judge within groups.
+
+    Attributes:
+        correlation, stderr: mean over groups and its standard error; NaN where no group tells.
+        groups: how many had different rewards and different judgements.
+        of: how many there were.
+    """
+
+    correlation: float
+    stderr: float
+    groups: int
+    of: int
+
+
+def within_groups(reward: np.ndarray, judged: np.ndarray) -> Agreement:
+    """Agreement of two scores [B, G], a group a row; ties share their mean rank."""
+    found = []
+    for a, b in zip(reward, judged, strict=True):
+        if np.ptp(a) > 0 and np.ptp(b) > 0:
+            found.append(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+    if not found:
+        return Agreement(float("nan"), float("nan"), 0, len(reward))
+    spread = np.std(found, ddof=1) / len(found) ** 0.5 if len(found) > 1 else float("nan")
+    return Agreement(float(np.mean(found)), float(spread), len(found), len(reward))
+
+
+@torch.no_grad()
+def self_agreement(
+    engine: Engine,
+    count: int,
+    group: int,
+    sampling: Sampling,
+    key: int,
+    w_iou: float = 0.5,
+    w_l1: float = 0.5,
+) -> Agreement:
+    """Agreement of the self-reward with the judge's mean IoU on ``count`` validation layouts, each
+    drawn ``group`` times."""
+    scenes = load_scenes("val", count)
+    layouts, reward, judged = layouts_of(scenes, 0), [], []
+    for i in range(0, count, BATCH):
+        some = layouts[i : i + BATCH]
+        draws = torch.arange(i * group, (i + len(some)) * group)
+        rollout = roll_out(engine, some, group, sampling, key, draws, w_iou=w_iou, w_l1=w_l1)
+        reward.append(rollout.score.reward.cpu().numpy())
+        images = to_images(decode_codes(engine.vq, rollout.drawing.codes))
+        ious = [class_ious(scenes[i + n // group], detect(x)).mean() for n, x in enumerate(images)]
+        judged.append(np.array(ious).reshape(-1, group))
+    return within_groups(np.concatenate(reward), np.concatenate(judged))
