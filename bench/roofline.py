@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from echogen.bench.harness import seconds
 from echogen.bench.registry import Floor
 
 LANES, SPECIAL_LANES = 128, 16
@@ -18,9 +21,11 @@ class Roofline:
     """Rates of one device for one float type.
 
     Attributes:
-        bytes_per_s: of a copy of 1 GiB, read and written, measured.
-        flops_per_s: of a matrix product of 8192 × 8192, measured.
-        issues_per_s, specials_per_s: multiprocessors × lanes × nominal clock.
+        bytes_per_s: of a large copy, read and written, measured.
+        flops_per_s: of a large matrix product, measured.
+        issues_per_s, specials_per_s: on CUDA multiprocessors × lanes × nominal clock; on a CPU
+            additions, and exponentials or reciprocals (whichever is quicker, as a floor may be low
+            but never high), of float32 in the cache, measured.
     """
 
     bytes_per_s: float
@@ -53,7 +58,11 @@ class Roofline:
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Roofline:
-    """Rates of a CUDA device; takes a second."""
+    """Rates of a device; takes a second or two."""
+    return _of_cuda(device, dtype) if device.type == "cuda" else _of_cpu(dtype)
+
+
+def _of_cuda(device: torch.device, dtype: torch.dtype) -> Roofline:
     from triton.testing import do_bench
 
     source = torch.zeros(1 << 28, dtype=torch.float32, device=device)
@@ -69,3 +78,26 @@ def measure(device: torch.device, dtype: torch.dtype) -> Roofline:
         moved / (copy * 1e-3), 2 * side**3 / (product * 1e-3), clocks * LANES,
         clocks * SPECIAL_LANES,
     )  # fmt: skip
+
+
+def _of_cpu(dtype: torch.dtype) -> Roofline:
+    """With as many threads as PyTorch uses now; the best of several runs, as ceilings are."""
+    source, side = torch.ones(1 << 26), 1024
+    target = torch.empty_like(source)
+    a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
+    product = torch.empty(side, side, dtype=dtype)
+    small, out = torch.rand(1 << 15), torch.empty(1 << 15)  # 128 KiB, in any second-level cache
+    again = range(200)
+
+    def best(call: Callable[[], object], runs: int = 7) -> float:
+        return min(seconds(call) for _ in range(runs))
+
+    def rate(function: Callable[..., Tensor], *arguments: Any) -> float:
+        return 200 * len(small) / best(lambda: [function(*arguments, out=out) for _ in again])
+
+    return Roofline(
+        bytes_per_s=2 * source.nbytes / best(lambda: target.copy_(source)),
+        flops_per_s=2 * side**3 / best(lambda: torch.mm(a, b, out=product)),
+        issues_per_s=rate(torch.add, small, 1),
+        specials_per_s=max(rate(torch.exp, small), rate(torch.reciprocal, small)),
+    )

@@ -15,6 +15,7 @@ from echogen.commands.bench import Bench
 from echogen.commands.evaluate import Eval
 from echogen.commands.output import Failure, InputError, fail
 from echogen.commands.pictures import Cycle, Generate, Ground
+from echogen.commands.profile import Profile
 from echogen.commands.training import Train
 from echogen.doctor import Doctor
 
@@ -27,6 +28,7 @@ Command = (
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Bench, subcommand("bench")]
+    | Annotated[Profile, subcommand("profile")]
 )
 DESCRIPTION = "One transformer that draws an image from a layout and finds the layout in an image."
 
@@ -39,6 +41,7 @@ _REFUSALS = {
     "echogen.engine.prompt": "PromptError",
     "echogen.engine.config": "ConfigError",
     "echogen.train.checkpoint": "StateError",
+    "echogen.bench.compare": "CompareError",
 }
 
 

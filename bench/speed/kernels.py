@@ -7,7 +7,7 @@ says nothing about the kernels and is labelled so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -36,7 +36,8 @@ from echogen.kernels import dispatch
 Note = Callable[[str], None]
 Row = dict[str, Any]
 Measured = tuple[dict[str, float], int | None]
-NUMBERS = ("ms", "ms_q20", "ms_q80", "gb_per_s", "tflop_per_s", "percent_of_floor", "bound", "mib")
+NUMBERS = ("ms", "ms_q20", "ms_q80", "bytes", "flops", "gb_per_s", "tflop_per_s",
+           "percent_of_floor", "bound", "mib")  # fmt: skip
 ROTATED_BYTES, MOST_COPIES = 256 << 20, 4
 
 
@@ -86,6 +87,7 @@ def run(
     repeats: int = 20,
     note: Note = lambda line: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    ceilings: Mapping[torch.dtype, Roofline] | None = None,
 ) -> dict[str, Any]:
     """Measure; JSON-ready.
 
@@ -97,6 +99,7 @@ def run(
         repeats: timed runs of each on a CPU.
         note: told what is skipped or refused, a line each.
         progress: called with (cases done, cases in all).
+        ceilings: of the device; measured where missing on CUDA, and else left out.
 
     Returns:
         ``kernels``, a row for each provider and mode (``error`` says why one was not timed), ``on``
@@ -111,7 +114,7 @@ def run(
     on = torch.device(device)
     rows: list[Row] = []
     peers = _versions([case for case, _ in chosen], providers, device, note)
-    rates: dict[torch.dtype, Roofline] = {}
+    rates = dict(ceilings or {})
     total = len(chosen)
     for done, (case, name) in enumerate(chosen):
         for dtype in case.types(on.type):
@@ -337,6 +340,8 @@ def _numbers(ms: dict[str, float], cost: Floor, rate: Roofline | None) -> Row:
         "ms": ms["median"],
         "ms_q20": ms["q20"],
         "ms_q80": ms["q80"],
+        "bytes": cost.bytes,
+        "flops": cost.flops,
         "gb_per_s": cost.bytes / seconds / 1e9,
         "tflop_per_s": cost.flops / seconds / 1e12,
         "percent_of_floor": None if rate is None else 100 * rate.seconds(cost) / seconds,

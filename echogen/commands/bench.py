@@ -1,14 +1,14 @@
-"""The commands that measure speed, and those that look at kernels without running them."""
+"""The commands that time the engine and the operators."""
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
+from echogen.commands.limits import BenchCompare, BenchCompile, BenchMemory, BenchRoofline
 from echogen.commands.options import Json, check_range, check_seed
 from echogen.commands.output import (
     Failure,
@@ -123,67 +123,6 @@ class BenchKernels:
 
 
 @dataclass(frozen=True)
-class BenchMemory:
-    """Peak memory of every operator that trains, and of the same in eager torch, at the shapes of
-    training; counted, not measured, so it needs neither a GPU nor the memory."""
-
-    operator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Which operator (may be repeated); all of them if none is named."""
-    json: Json = False
-    """End with one JSON object on stdout."""
-
-    def run(self) -> None:
-        from echogen.bench.speed import memory, tables
-
-        try:
-            result = memory.run(self.operator)
-        except ValueError as error:
-            raise InputError(f"--{error}") from None
-        tables.console().print(tables.memory(result["memory"]))
-        if self.json:
-            print_json(result)
-
-
-@dataclass(frozen=True)
-class BenchCompile:
-    """Compile every operator for named architectures, without a GPU: registers, shared memory,
-    spills, wide accesses. Exit code 1 where a kernel spills or does not compile."""
-
-    arch: str = "sm_80,sm_90,sm_100"
-    """Architectures with commas between them: sm_NN of NVIDIA, gfxNNN of AMD (reported only)."""
-    operator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Which operator (may be repeated); all of them if none is named."""
-    processes: int | None = None
-    """That compile side by side; one a core if left out."""
-    json: Json = False
-    """End with one JSON object on stdout."""
-
-    def run(self) -> None:
-        check_range("processes", 1 if self.processes is None else self.processes, 1, 1024)
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            raise InputError(
-                "TRITON_INTERPRET=1: an interpreted kernel cannot be compiled; unset it"
-            )
-        from echogen.bench.speed import compile as ahead
-        from echogen.bench.speed import tables
-
-        arches = [a.strip() for a in self.arch.split(",") if a.strip()]
-        if not arches:
-            raise InputError(f"--arch {self.arch!r}: name one, such as sm_90")
-        with progress("compiling") as update:
-            try:
-                result = ahead.run(arches, self.operator, self.processes, update, warn)
-            except ValueError as error:
-                raise InputError(f"--{error}") from None
-        tables.console().print(tables.compiled(result["kernels"]))
-        if self.json:
-            print_json(result)
-        failures = ahead.failures(result["kernels"])
-        if failures:
-            raise Failure(f"{len(failures)} of {len(result['kernels'])}: {'; '.join(failures)}")
-
-
-@dataclass(frozen=True)
 class Bench:
     """Measure speed."""
 
@@ -191,6 +130,8 @@ class Bench:
         Annotated[BenchEngine, tyro.conf.subcommand("engine")]
         | Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
         | Annotated[BenchMemory, tyro.conf.subcommand("memory")]
+        | Annotated[BenchRoofline, tyro.conf.subcommand("roofline")]
+        | Annotated[BenchCompare, tyro.conf.subcommand("compare")]
         | Annotated[BenchCompile, tyro.conf.subcommand("compile")]
     )
 

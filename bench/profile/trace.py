@@ -1,0 +1,96 @@
+"""Runs a piece of work under PyTorch's profiler: a Chrome trace, kernels by time, time by range."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from echogen.bench.harness import environment
+from echogen.bench.profile.stopwatch import Stopwatch
+from echogen.engine.ranges import DOMAIN, TorchRanges, listening
+
+MOST_KERNELS = 20
+
+
+def run(work: Callable[[], object], folder: Path, name: str, device: str = "cpu") -> dict[str, Any]:
+    """Profile one run of ``work``, which has run before.
+
+    Writes ``NAME.trace.json`` into ``folder``, for chrome://tracing or ui.perfetto.dev.
+
+    Args:
+        work: what is profiled, once.
+        folder: exists.
+        name: of the files.
+        device: "cpu" or "cuda".
+
+    Returns:
+        JSON-ready: ``wall_ms`` and ``ranges`` of a run without the profiler, whose own work would
+        else be part of it (each moment in the innermost range, so that shares sum to one; on CUDA
+        ranges end when the device is done, which costs what overlap there was); ``kernels`` by
+        time of a run with it, on the device or, on a CPU, operators; ``trace``, its path.
+    """
+    ranges, wall = _by_range(work, device)
+    trace = folder / f"{name}.trace.json"
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    with listening(TorchRanges()), profile(activities=activities) as profiled:
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+    profiled.export_chrome_trace(str(trace))
+    return {
+        "what": name,
+        "wall_ms": 1e3 * wall,
+        "ranges": ranges,
+        "kernels": _kernels(profiled, device),
+        "trace": str(trace),
+    } | environment(device)
+
+
+def clock(device: str) -> Callable[[], float]:
+    """Seconds; on CUDA once the device is done, which gives its work to the range it belongs to."""
+
+    def waited() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    return waited if device == "cuda" else time.perf_counter
+
+
+def _by_range(work: Callable[[], object], device: str) -> tuple[list[dict[str, Any]], float]:
+    watch = Stopwatch(clock(device))
+    with listening(watch):
+        watch.start()
+        work()
+        wall = watch.stop()
+    rows = sorted(watch.rows.values(), key=lambda row: -row.seconds)
+    return [
+        {
+            "category": row.category,
+            "count": row.count,
+            "ms": 1e3 * row.seconds,
+            "share": row.seconds / wall,
+            "payload": row.payload,
+        }
+        for row in rows
+    ], wall
+
+
+def _kernels(profiled: profile, device: str) -> list[dict[str, Any]]:
+    """The longest, by their own time."""
+    found = []
+    for event in profiled.key_averages():
+        if event.key.startswith((f"{DOMAIN}:", "ProfilerStep")):
+            continue
+        own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        if own > 0:
+            found.append({"name": event.key, "count": event.count, "ms": own / 1e3})
+    found.sort(key=lambda row: -float(row["ms"]))
+    total = sum(float(row["ms"]) for row in found)
+    return [row | {"share": float(row["ms"]) / total} for row in found[:MOST_KERNELS]]

@@ -1,0 +1,325 @@
+"""Drawing several codes a step beside one code a step: the same codes, how many steps, what time.
+
+Acceptance is a matter of the weights, so random ones are refused. Plain background is easy to
+foresee and would flatter it: object codes are counted apart, and so are layouts that leave little
+ground free, of which ShapesWorld itself has none.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, get_args
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from echogen.bench.harness import environment, seconds
+from echogen.engine.decode import Progress, decode_image
+from echogen.engine.engine import Engine
+from echogen.engine.jacobi import Draft, Drawing, decode_windows, default_window
+from echogen.engine.layout import Layout
+from echogen.engine.sampler import Sampler, Sampling
+from echogen.train.data.scenes import load_scenes
+from echogen.train.data.shapes import COLORS, GROUND, IMAGE_SIZE, SHAPES, TEXTURES, Object, Scene
+from echogen.train.eval.tables import layouts_of
+
+TEMPERATURES, SCALES = (0.3, 0.7, 1.0), (1.0, 5.0)
+CROWDED_COVER = 0.6
+"""Share of the canvas that the boxes of a crowded layout cover at least."""
+FAR = 40
+"""Levels of 255 between a pixel and the ground's colour that no tokenizer's blur explains."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def run(
+    model: str = "tiny",
+    layouts: int = 200,
+    windows: Sequence[int] = (),
+    drafts: Sequence[Draft] = ("above",),
+    temperatures: Sequence[float] = TEMPERATURES,
+    scales: Sequence[float] = SCALES,
+    batch: int = 1,
+    dtype: str = "float32",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Draw layouts of ShapesWorld's test split, and a quarter as many crowded ones, each way.
+
+    Args:
+        model: what ``Engine.from_pretrained`` takes.
+        layouts: of the test split.
+        windows, drafts: what `decode_windows` takes; no windows: its default.
+        temperatures, scales: a setting is one of each.
+        batch: layouts drawn at once.
+        dtype: of the weights, float32 or bfloat16.
+        seed: of the noise.
+        progress: called with (groups of layouts drawn, groups in all).
+
+    Returns:
+        JSON-ready; ``settings`` holds one object for each temperature, scale, window and draft (see
+        ``_Tally.report``), and ``identical`` is true where all of them drew the sequential codes.
+
+    Raises:
+        ValueError: random weights, an unknown dtype or draft, a count or window below 1.
+        CheckpointError: no such checkpoint.
+    """
+    if model.startswith("random:"):
+        raise ValueError(f"model = {model!r}; acceptance on random weights means nothing")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}; choose one of {', '.join(DTYPES)}")
+    for name, value in [("layouts", layouts), ("batch", batch), *(("window", w) for w in windows)]:
+        if value < 1:
+            raise ValueError(f"{name} = {value}; it must be at least 1")
+    for draft in drafts:
+        if draft not in get_args(Draft):
+            raise ValueError(f"draft = {draft!r}; choose one of {get_args(Draft)}")
+    engine = Engine.from_pretrained(model, dtype=DTYPES[dtype])
+    sets = [
+        _Pictures.of(load_scenes("test", layouts), engine),
+        _Pictures.of(crowded_scenes(max(1, layouts // 4)), engine),
+    ]
+    grid = list(itertools.product(temperatures, scales))
+    total = len(grid) * sum(-(-len(s.layouts) // batch) for s in sets)
+    done = itertools.count(1)
+    threads, found = torch.get_num_threads(), []
+    torch.set_num_threads(1)
+    try:
+        for temperature, cfg in grid:
+            sampling = Sampling(temperature=temperature, cfg=cfg)
+            ways = list(itertools.product(windows or (default_window(cfg != 1),), drafts))
+            tallies = [_Tally(sampling, *way) for way in ways]
+            for pictures in sets:
+                for group in pictures.groups(batch):
+                    _draw(engine, pictures, group, sampling, seed, tallies)
+                    if progress is not None:
+                        progress(next(done), total)
+            found += [tally.report(sets) for tally in tallies]
+    finally:
+        torch.set_num_threads(threads)
+    asked = {"mode": "jacobi", "model": model, "dtype": dtype, "batch": batch, "threads": 1}
+    asked |= {"layouts": layouts, "crowded_layouts": len(sets[1].layouts), "seed": seed}
+    return (
+        asked
+        | environment()
+        | {"identical": all(row["identical"] for row in found), "settings": found}
+    )
+
+
+def crowded_scenes(count: int, seed: int = 0) -> list[Scene]:
+    """Scenes of the test split that are nearly full: one object in each quarter of the canvas."""
+    half = IMAGE_SIZE // 2
+    least = int(np.ceil((CROWDED_COVER / 4) ** 0.5 * IMAGE_SIZE))
+    scenes, rng = list[Scene](), np.random.default_rng(seed)
+    while len(scenes) < count:
+        kinds = rng.permutation(len(SHAPES) * len(COLORS))[:4].tolist()
+        objects = []
+        for kind, (left, top) in zip(kinds, itertools.product((0, half), repeat=2), strict=True):
+            w, h = rng.integers(least, half - 1, 2).tolist()
+            x, y = left + int(rng.integers(half - w + 1)), top + int(rng.integers(half - h + 1))
+            texture = TEXTURES[int(rng.integers(len(TEXTURES)))]
+            shape, color = SHAPES[kind % len(SHAPES)], COLORS[kind // len(SHAPES)]
+            objects.append(Object(shape, color, texture, (x, y, x + w, y + h)))
+        scene = Scene(tuple(objects[i] for i in rng.permutation(4)))
+        if scene.split() == "test":
+            scenes.append(scene)
+    return scenes
+
+
+@dataclass(frozen=True)
+class _Pictures:
+    """Layouts, the codes an object's box touches bool [N, T], and the share of the canvas that
+    boxes cover [N]."""
+
+    layouts: list[Layout]
+    on_object: Tensor
+    cover: np.ndarray
+    codes: list[Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, scenes: list[Scene], engine: Engine) -> _Pictures:
+        side = round(engine.transformer.config.image_tokens**0.5)
+        boxed = np.zeros((len(scenes), IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
+        for canvas, scene in zip(boxed, scenes, strict=True):
+            for x1, y1, x2, y2 in (o.box for o in scene.objects):
+                canvas[y1:y2, x1:x2] = True
+        patch = IMAGE_SIZE // side
+        cells = boxed.reshape(len(scenes), side, patch, side, patch).any((2, 4))
+        on_object = torch.from_numpy(cells.reshape(len(scenes), -1))
+        return cls(layouts_of(scenes, 0), on_object, boxed.mean((1, 2)))
+
+    def groups(self, batch: int) -> Iterator[range]:
+        """Places of layouts that are drawn at once."""
+        for first in range(0, len(self.layouts), batch):
+            yield range(first, min(first + batch, len(self.layouts)))
+
+
+@dataclass(frozen=True)
+class _Reference:
+    """One group of layouts drawn code by code: as `decode_image` does it, in ``seconds``, and in
+    the arithmetic of windows; ``covers``: the share of each picture that is not ground."""
+
+    codes: Tensor
+    same_arithmetic: Tensor
+    seconds: float
+    covers: list[float]
+
+
+@dataclass
+class _Seen:
+    """What one way of drawing did to one set of layouts."""
+
+    drafted: list[Tensor] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    forwards: list[int] = field(default_factory=list)
+    covers: list[float] = field(default_factory=list)
+
+
+class _Tally:
+    """One setting, drawn with one window and draft."""
+
+    def __init__(self, sampling: Sampling, window: int, draft: Draft) -> None:
+        self.sampling, self.window, self.draft = sampling, window, draft
+        self.different, self.different_bits, self.images = 0, 0, 0
+        self.times = list[tuple[float, float]]()
+        self.seen = dict[int, _Seen]()
+
+    def add(
+        self, pictures: _Pictures, reference: _Reference, drawing: Drawing, spent: float
+    ) -> None:
+        """Count one group, drawn in ``spent`` seconds."""
+        self.different += int((drawing.codes != reference.codes).any(1).sum())
+        self.different_bits += int((drawing.codes != reference.same_arithmetic).any(1).sum())
+        self.images += len(drawing.codes)
+        self.times.append((reference.seconds, spent))
+        seen = self.seen.setdefault(id(pictures), _Seen())
+        seen.drafted.append(drawing.drafted)
+        seen.steps += drawing.steps
+        seen.forwards.append(max(drawing.steps))
+        seen.covers += reference.covers
+
+    def report(self, sets: list[_Pictures]) -> dict[str, Any]:
+        """Of this setting: ``steps_sequential`` and ``steps_jacobi`` an image (forwards of the
+        transformer, the prompt's among them), ``identical`` to `decode_image`, the images that are
+        ``different``, also beside one code a step in the same arithmetic; ``acceptance``, the share
+        of codes taken over from a draft; the same for crowded layouts; milliseconds an image.
+        ``forwards`` are those of a batch, which is done when its last image is."""
+        tests, crowded = (self._of(self.seen[id(s)], s) for s in sets)
+        ours, theirs = ([t[i] for t in self.times] for i in (1, 0))
+        each = self.images / len(self.times)
+        return {
+            "temperature": self.sampling.temperature,
+            "cfg": self.sampling.cfg,
+            "window": self.window,
+            "draft": self.draft,
+            "images": self.images,
+            "identical": self.different == 0,
+            "different": self.different,
+            "different_in_same_arithmetic": self.different_bits,
+            **tests,
+            "crowded": crowded,
+            "ms_sequential": statistics.median(theirs) / each * 1e3,
+            "ms_jacobi": statistics.median(ours) / each * 1e3,
+            "ratio": statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
+        }
+
+    @staticmethod
+    def _of(seen: _Seen, pictures: _Pictures) -> dict[str, Any]:
+        drafted, on_object = torch.cat(seen.drafted), pictures.on_object
+        steps = torch.tensor(seen.steps, dtype=torch.float64)
+        return {
+            "steps_sequential": drafted.shape[1],
+            "steps_jacobi": float(steps.mean()),
+            "steps_jacobi_max": int(steps.max()),
+            "forwards": statistics.mean(seen.forwards),
+            "acceptance": {
+                "all": float(drafted.double().mean()),
+                "object": float(drafted[on_object].double().mean()),
+                "background": _mean(drafted[~on_object]),
+            },
+            "box_cover": float(pictures.cover.mean()),
+            "drawn_cover": statistics.mean(seen.covers),
+        }
+
+
+def _mean(flags: Tensor) -> float | None:
+    return float(flags.double().mean()) if len(flags) else None
+
+
+def _draw(
+    engine: Engine,
+    pictures: _Pictures,
+    group: range,
+    sampling: Sampling,
+    seed: int,
+    tallies: list[_Tally],
+) -> None:
+    """Draw one group of layouts code by code, and then in every way that is tallied."""
+    c, p = engine.transformer.config, engine.prompts
+    prompts = [p.l2i(pictures.layouts[i]) for i in group]
+    if sampling.cfg != 1:
+        prompts += [p.unconditional(ids, sampling.unconditional) for ids in prompts]
+    draws = torch.tensor(group)
+    with torch.inference_mode():
+        embeddings = engine.transformer.code_table()
+    drawn: list[Any] = [None]
+
+    def sampler() -> Sampler:
+        return Sampler(sampling, seed, draws, c.codebook_size, c.image_tokens)
+
+    def one_by_one() -> None:
+        drawn[0] = decode_image(engine.decoder, embeddings, prompts, sampler(), p.pad)
+
+    def several(window: int, draft: Draft) -> None:
+        made = sampler()
+        drawn[0] = decode_windows(engine.decoder, embeddings, prompts, made, p.pad, window, draft)
+
+    spent = seconds(one_by_one)
+    codes: Tensor = drawn[0]
+    several(1, "above")
+    reference = _Reference(codes, drawn[0].codes, spent, _covers(engine, codes))
+    for tally in tallies:
+        spent = seconds(partial(several, tally.window, tally.draft))
+        tally.add(pictures, reference, drawn[0], spent)
+
+
+def _covers(engine: Engine, codes: Tensor) -> list[float]:
+    """Share of each picture's pixels that are far from the ground's colour."""
+    pixels = np.stack([np.asarray(image, dtype=np.int16) for image in engine.decode(codes)])
+    far = np.abs(pixels - np.array(GROUND, dtype=np.int16)).max(-1) > FAR
+    return [float(share) for share in far.mean((1, 2))]
+
+
+def table(result: dict[str, Any]) -> Table:
+    """What ``run`` found, for people."""
+    same = "identical codes" if result["identical"] else "DIFFERENT codes"
+    shown = Table(
+        title=f"{result['model']} ({result['dtype']}, batch {result['batch']}, "
+        f"{result['layouts']} layouts, {result['crowded_layouts']} crowded): {same}"
+    )
+    for heading in ("temp.", "cfg", "window", "draft", "different", "steps", "accepted", "object"):
+        shown.add_column(heading, justify="right")
+    for heading in ("crowded: steps", "accepted", "ms/image", "one by one", "ratio"):
+        shown.add_column(heading, justify="right")
+    for r in result["settings"]:
+        shown.add_row(
+            f"{r['temperature']:g}",
+            f"{r['cfg']:g}",
+            str(r["window"]),
+            r["draft"],
+            f"{r['different']} of {r['images']}",
+            f"{r['steps_jacobi']:.1f} of {r['steps_sequential']}",
+            f"{r['acceptance']['all']:.2f}",
+            f"{r['acceptance']['object']:.2f}",
+            f"{r['crowded']['steps_jacobi']:.1f}",
+            f"{r['crowded']['acceptance']['all']:.2f}",
+            f"{r['ms_jacobi']:.1f}",
+            f"{r['ms_sequential']:.1f}",
+            f"{r['ratio']:.2f}",
+        )
+    return shown

@@ -1,0 +1,181 @@
+"""The machine's ceilings, and how close this project comes to them: operators one by one, and the
+phases of drawing and grounding."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from echogen.bench.harness import environment
+from echogen.bench.profile.stopwatch import Stopwatch
+from echogen.bench.profile.subjects import Asked, warmed
+from echogen.bench.profile.trace import clock
+from echogen.bench.registry import OURS, Floor, cases
+from echogen.bench.roofline import Roofline, measure
+from echogen.bench.speed import kernels, phases
+from echogen.engine.ranges import listening
+
+Note = Callable[[str], None]
+Progress = Callable[[int, int], None]
+DTYPES = (torch.float32, torch.bfloat16)
+PHASES = ("generate", "ground")
+REPEATS = 5
+
+
+def run(
+    device: str = "cpu",
+    model: str = "tiny",
+    batch: int = 1,
+    note: Note = lambda line: None,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Any]:
+    """Measure ceilings, then operators and phases; JSON-ready.
+
+    Args:
+        device: "cpu" or "cuda". On a CPU the operators are their references, at the shapes of
+            decoding where they have some (those of training would take minutes), else tiny.
+        model: whose phases are timed, in float32 on a CPU.
+        batch: pictures at once.
+        note: told what is left out.
+        progress: called with (steps done, steps in all).
+
+    Returns:
+        ``ceilings`` by float type, ``operators`` and ``phases`` with time, floor, share of it and
+        what bounds it, and the environment.
+    """
+    on = torch.device(device)
+    ceilings = {dtype: measure(on, dtype) for dtype in DTYPES}
+    progress(1, 4)
+    operators = []
+    for size, names in _sizes(device).items():
+        found = kernels.run(names, size, device, [OURS], 10, note, ceilings=ceilings)
+        operators += [r for r in found["kernels"] if r["provider"] == OURS and not r["error"]]
+    progress(2, 4)
+    found = []
+    for done, what in enumerate(PHASES):
+        found += _phases(what, Asked(model, device, batch), ceilings[torch.float32])
+        progress(3 + done, 4)
+    return {
+        "ceilings": {str(k).removeprefix("torch."): v.to_dict() for k, v in ceilings.items()},
+        "operators": operators,
+        "phases": found,
+        "model": model,
+        "batch": batch,
+        "threads": torch.get_num_threads(),
+    } | environment(device)
+
+
+def _sizes(device: str) -> dict[str | None, list[str]]:
+    """Cases by the size they are timed at; on CUDA every case at its usual ones (None)."""
+    if device == "cuda":
+        return {None: []}
+    found: dict[str | None, list[str]] = {}
+    for name, case in cases().items():
+        found.setdefault("decoding" if "decoding" in case.sizes else "tiny", []).append(name)
+    return found
+
+
+def _phases(what: str, asked: Asked, ceiling: Roofline) -> list[dict[str, Any]]:
+    """The ranges of one piece of work: the median of several runs, range by range."""
+    work, config = warmed(what, asked)
+    runs = []
+    for _ in range(REPEATS):
+        watch = Stopwatch(clock(asked.device))
+        with listening(watch):
+            watch.start()
+            work()
+            watch.stop()
+        runs.append(watch.rows)
+    rows = []
+    for category, row in runs[0].items():
+        seconds = float(torch.tensor([r[category].seconds for r in runs]).median())
+        cost = phases.floor(config, row, 4)
+        rows.append(
+            {"work": what, "phase": category, "count": row.count, "ms": 1e3 * seconds}
+            | _against(cost, seconds, ceiling)
+        )
+    return rows
+
+
+def _against(cost: Floor | None, seconds: float, ceiling: Roofline) -> dict[str, Any]:
+    if cost is None:
+        return dict.fromkeys(("floor_ms", "percent_of_floor", "bound", "bytes", "flops"))
+    least = ceiling.seconds(cost)
+    return {
+        "floor_ms": 1e3 * least,
+        "percent_of_floor": 100 * least / seconds,
+        "bound": ceiling.bound(cost),
+        "bytes": cost.bytes,
+        "flops": cost.flops,
+    }
+
+
+Shown = tuple[str, Sequence[str], Sequence[Sequence[object]]]
+
+
+def tables(result: dict[str, Any]) -> list[Shown]:
+    """Title, headings and rows, for people."""
+    ceilings = [
+        (dtype, c["bytes_per_s"] / 1e9, c["flops_per_s"] / 1e9, c["issues_per_s"] / 1e9,
+         c["specials_per_s"] / 1e9)
+        for dtype, c in result["ceilings"].items()
+    ]  # fmt: skip
+    operators = [
+        (r["operator"], r["size"], r["mode"], r["dtype"], r["ms"], _share(r), r["bound"])
+        for r in result["operators"]
+    ]
+    drawn = [
+        (r["work"], r["phase"], r["count"], r["ms"], _share(r), r["bound"] or "")
+        for r in result["phases"]
+    ]
+    where = f"{result['device']}, {result['threads']} threads"
+    return [
+        (f"Ceilings of {where}",
+         ("type", "copy, GB/s", "product, GFLOP/s", "additions, G/s", "exponentials, G/s"),
+         ceilings),
+        ("Operators: share of the floor", ("operator", "size", "mode", "type", "ms", "%", "bound"),
+         operators),
+        (f"Phases of {result['model']}, batch {result['batch']}: share of the floor",
+         ("work", "phase", "entered", "ms", "%", "bound"), drawn),
+    ]  # fmt: skip
+
+
+def _share(row: dict[str, Any]) -> str:
+    share = row["percent_of_floor"]
+    return "" if share is None else f"{share:.1f}"
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Achieved against possible: a roofline of memory and matrix products, a dot an operator and
+    phase.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 6), layout="constrained")
+    axes = figure.subplots()
+    x = torch.logspace(-3, 4, 100)
+    for dtype, c in result["ceilings"].items():
+        roof = (x * c["bytes_per_s"]).clamp(max=c["flops_per_s"])
+        axes.loglog(x, roof / 1e9, label=f"{dtype}: copy, then product")
+    for row, name in _dots(result):
+        intensity, rate = row["flops"] / row["bytes"], row["flops"] / row["ms"] * 1e3
+        axes.loglog(intensity, rate / 1e9, "o", markersize=4)
+        axes.annotate(name, (intensity, rate / 1e9), fontsize=6)
+    axes.set_xlabel("operations a byte of the floor")
+    axes.set_ylabel("GFLOP/s of matrix products")
+    axes.set_title(f"{result['device']}, {result['threads']} threads")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def _dots(result: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
+    """What multiplies matrices: the others have no place over an axis of operations a byte."""
+    found = [(r, f"{r['operator']} {r['mode']}") for r in result["operators"]]
+    found += [(r, f"{r['work']}: {r['phase']}") for r in result["phases"]]
+    return [(row, name) for row, name in found if row["flops"]]

@@ -1,0 +1,180 @@
+"""The commands that say what could be, at best, and whether it became worse: ceilings of the
+machine, memory, compiled code, two runs side by side."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from json import dumps
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from echogen.commands.options import Json, check_range
+from echogen.commands.output import (
+    Failure,
+    InputError,
+    make_folder,
+    print_json,
+    progress,
+    show,
+    warn,
+    write,
+)  # fmt: skip
+
+if TYPE_CHECKING:
+    from echogen.bench.compare import Change
+
+
+@dataclass(frozen=True)
+class BenchRoofline:
+    """The machine's ceilings, measured, and how close operators and the engine's phases come."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""
+    model: str = "tiny"
+    """Whose phases are timed: a bundled model, a folder, or a hub id."""
+    batch: int = 1
+    """Pictures drawn at once."""
+    out: Path | None = None
+    """Folder for roofline.json and roofline.png."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        check_range("batch", self.batch, 1, 4096)
+        if self.out is not None:
+            make_folder(self.out)
+        import torch
+
+        from echogen.bench.speed import limits
+
+        there = torch.cuda.is_available()
+        if self.device == "cuda" and not there:
+            raise InputError("--device cuda: PyTorch sees no CUDA device; use cpu")
+        device = "cuda" if self.device != "cpu" and there else "cpu"
+        with progress("timing") as update:
+            result = limits.run(device, self.model, self.batch, warn, update)
+        for table in limits.tables(result):
+            show(*table)
+        if self.out is not None:
+            write(self.out / "roofline.json", dumps(result, indent=2).encode())
+            try:
+                limits.plot(result, self.out / "roofline.png")
+            except ImportError:
+                warn("matplotlib is not installed; no plot was drawn")
+        if self.json:
+            print_json(result)
+
+
+@dataclass(frozen=True)
+class BenchMemory:
+    """Peak memory of every operator that trains, and of the same in eager torch, at the shapes of
+    training; counted, not measured, so it needs neither a GPU nor the memory."""
+
+    operator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Which operator (may be repeated); all of them if none is named."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        from echogen.bench.speed import memory, tables
+
+        try:
+            result = memory.run(self.operator)
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+        tables.console().print(tables.memory(result["memory"]))
+        if self.json:
+            print_json(result)
+
+
+@dataclass(frozen=True)
+class BenchCompile:
+    """Compile every operator for named architectures, without a GPU: registers, shared memory,
+    spills, wide accesses. Exit code 1 where a kernel spills or does not compile."""
+
+    arch: str = "sm_80,sm_90,sm_100"
+    """Architectures with commas between them: sm_NN of NVIDIA, gfxNNN of AMD (reported only)."""
+    operator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Which operator (may be repeated); all of them if none is named."""
+    processes: int | None = None
+    """That compile side by side; one a core if left out."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        check_range("processes", 1 if self.processes is None else self.processes, 1, 1024)
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            raise InputError(
+                "TRITON_INTERPRET=1: an interpreted kernel cannot be compiled; unset it"
+            )
+        from echogen.bench.speed import compile as ahead
+        from echogen.bench.speed import tables
+
+        arches = [a.strip() for a in self.arch.split(",") if a.strip()]
+        if not arches:
+            raise InputError(f"--arch {self.arch!r}: name one, such as sm_90")
+        with progress("compiling") as update:
+            try:
+                result = ahead.run(arches, self.operator, self.processes, update, warn)
+            except ValueError as error:
+                raise InputError(f"--{error}") from None
+        tables.console().print(tables.compiled(result["kernels"]))
+        if self.json:
+            print_json(result)
+        failures = ahead.failures(result["kernels"])
+        if failures:
+            raise Failure(f"{len(failures)} of {len(result['kernels'])}: {'; '.join(failures)}")
+
+
+@dataclass(frozen=True)
+class BenchCompare:
+    """Two runs of a benchmark, as ratios to a peer of the same run. Exit code 1 where a case became
+    slower than the threshold, beyond what either run wandered."""
+
+    before: Annotated[Path, tyro.conf.Positional]
+    """What `--json` printed before: a file whose last line is that object."""
+    after: Annotated[Path, tyro.conf.Positional]
+    """And after."""
+    to: str | None = None
+    """The peer; none compares times. Left out: eager of operators, transformers of the engine."""
+    threshold: float = 1.15
+    """How many times slower is too slow."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        if not 1 <= self.threshold < float("inf"):
+            raise InputError(f"--threshold {self.threshold}: it must be 1 or more")
+        from echogen.bench import compare
+
+        before, after = compare.load(self.before), compare.load(self.after)
+        peer = None if self.to == "none" else self.to or compare.usual_peer(before)
+        changes = compare.compare(before, after, peer)
+        slower = [c for c in changes if c.slower(self.threshold)]
+        show(
+            f"{self.after.name} over {self.before.name}, "
+            + (f"as ratios to {peer}" if peer else "in ms"),
+            ("case", "before", "after", "after/before", ""),
+            [
+                (c.case, c.before.value, c.after.value, c.ratio, _verdict(c, self.threshold))
+                for c in changes
+            ],
+        )
+        if self.json:
+            rows = [c.to_dict() for c in changes]
+            print_json({"peer": peer, "threshold": self.threshold, "changes": rows})
+        if slower:
+            worst = slower[0]
+            raise Failure(
+                f"{len(slower)} of {len(changes)} slower than {self.threshold:g} times before; "
+                f"most: {worst.case}, {worst.ratio:.2f} times"
+            )
+
+
+def _verdict(change: Change, threshold: float) -> str:
+    if not change.certain:
+        return "within the noise"
+    return "slower" if change.slower(threshold) else ""

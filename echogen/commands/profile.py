@@ -1,0 +1,109 @@
+"""The command that shows where time goes, with PyTorch's profiler or Nsight."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from echogen.commands.options import Json, ModelOptions, check_range
+from echogen.commands.output import Failure, InputError, make_folder, print_json, show, write
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Where the time of one piece of work goes: a trace, kernels by time, time by range."""
+
+    what: Annotated[
+        Literal["generate", "ground", "cycle", "pmtp", "djo", "cycle-rl"], tyro.conf.Positional
+    ]
+    """The work: drawing, grounding, the cycle, or a training step of a stage."""
+    tool: Literal["torch", "nsys", "ncu", "none"] = "torch"
+    """PyTorch's profiler (anywhere), Nsight Systems (a timeline), Nsight Compute (counters of
+    single kernels), or none: run the work between the marks that another profiler waits for."""
+    out: Path | None = None
+    """Folder of the trace and summary; not needed with --tool none."""
+    model: str = "tiny"
+    """A bundled model, a folder, or a hub id in the Janus format."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N."""
+    batch: int = 8
+    """Pictures at once."""
+    within: str | None = None
+    """Nsight Compute: the innermost range whose kernels are read, such as step."""
+    dry_run: bool = False
+    """Nsight: print the command line and run nothing."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        ModelOptions(self.model, self.device).check()
+        check_range("batch", self.batch, 1, 4096)
+        if self.within is not None and self.tool != "ncu":
+            raise InputError(f"--within {self.within}: is for --tool ncu")
+        if self.dry_run and self.tool not in ("nsys", "ncu"):
+            raise InputError(f"--dry-run: --tool {self.tool} has no command line; choose nsys, ncu")
+        if self.out is None and self.tool != "none":
+            raise InputError("--out is missing; name a folder for the trace")
+        if self.tool in ("nsys", "ncu"):
+            self._nsight()
+            return
+        from echogen.bench.profile import subjects
+
+        asked = subjects.Asked(self.model, self.device, self.batch)
+        work, _ = subjects.warmed(self.what, asked)
+        if self.tool == "none":
+            subjects.between_marks(work)
+            return
+        self._torch(work)
+
+    def _torch(self, work: Any) -> None:
+        assert self.out is not None
+        make_folder(self.out)
+        from json import dumps
+
+        from echogen.bench.profile import trace
+
+        result = trace.run(work, self.out, self.what, self.device.partition(":")[0])
+        write(self.out / f"{self.what}.json", dumps(result, indent=2).encode())
+        show(
+            f"{self.what}: {result['wall_ms']:.2f} ms on {result['device']}",
+            ("range", "entered", "ms", "share"),
+            [(r["category"], r["count"], r["ms"], f"{r['share']:.1%}") for r in result["ranges"]],
+        )
+        kind = "kernels" if result["device"] != "cpu" else "operators"
+        show(
+            f"The longest {kind}, under the profiler",
+            ("name", "count", "ms", "share"),
+            [
+                (r["name"][:60], r["count"], r["ms"], f"{r['share']:.1%}")
+                for r in result["kernels"][:12]
+            ],
+        )
+        print(f"trace: {result['trace']} (open it in chrome://tracing or ui.perfetto.dev)")
+        if self.json:
+            print_json(result)
+
+    def _nsight(self) -> None:
+        from echogen.bench.profile import nsight
+
+        assert self.out is not None and self.tool in ("nsys", "ncu")
+        work = [sys.executable, "-m", "echogen", "profile", self.what, "--tool", "none"]
+        work += ["--model", self.model, "--device", self.device, "--batch", str(self.batch)]
+        out = self.out / self.what
+        line = nsight.command(self.tool, work, out, self.within)
+        print(f"ECHOGEN_NVTX=1 {shlex.join(line)}", flush=True)
+        if self.dry_run:
+            return
+        make_folder(self.out)
+        try:
+            report = nsight.run(self.tool, line, out)
+        except nsight.NsightError as error:
+            raise Failure(str(error)) from None
+        print(f"report: {report}")
+        if self.json:
+            print_json({"what": self.what, "tool": self.tool, "report": str(report)})

@@ -1,0 +1,149 @@
+"""Named ranges of work for profilers: NVTX ones for Nsight, PyTorch's own for its traces.
+
+``with span("engine/decode", batch=8): …`` says what the program is doing, in one domain
+(``echogen``) and in categories whose parts are separated by slashes. Nothing listens unless
+`enable_nvtx` or `listening` says so, or ECHOGEN_NVTX=1 is set: then a range costs a dictionary, a
+comparison and two empty calls, 0.3 µs on one core of an AMD EPYC
+(``python -m timeit -s "from echogen.engine.ranges import span" "with span('a/b', step=1): pass"``).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+DOMAIN = "echogen"
+COLOURS = {"engine": "green", "train": "blue", "bench": "gray"}
+"""Of a range in Nsight's timeline, by the first part of its category."""
+
+
+class Listener(Protocol):
+    """Told where ranges begin and end; they nest, thread by thread."""
+
+    def begin(self, category: str, payload: dict[str, int]) -> None:
+        """A range opens."""
+        ...
+
+    def end(self) -> None:
+        """The range opened last closes."""
+        ...
+
+
+_listeners: tuple[Listener, ...] = ()
+_SILENT = nullcontext()
+
+
+class _Span:
+    """An open range; listeners that come while it is open do not see its end."""
+
+    __slots__ = ("_category", "_listeners", "_payload")
+
+    def __init__(self, category: str, payload: dict[str, int]) -> None:
+        self._category, self._payload, self._listeners = category, payload, _listeners
+
+    def __enter__(self) -> None:
+        for listener in self._listeners:
+            listener.begin(self._category, self._payload)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for listener in reversed(self._listeners):
+            listener.end()
+
+
+def span(category: str, **payload: int) -> AbstractContextManager[None]:
+    """A range of work.
+
+    Args:
+        category: parts separated by slashes, from the folder on: ``engine/decode/step``. The last
+            part is the range's name in Nsight.
+        payload: numbers that belong to it, such as ``batch``, ``step`` or ``tokens``.
+    """
+    return _Span(category, payload) if _listeners else _SILENT
+
+
+@contextmanager
+def listening(*listeners: Listener) -> Iterator[None]:
+    """Listen within a block; for profilers and tests."""
+    global _listeners
+    before, _listeners = _listeners, (*_listeners, *listeners)
+    try:
+        yield
+    finally:
+        _listeners = before
+
+
+class TorchRanges:
+    """Ranges as `torch.profiler` records them, ``echogen:`` before the category."""
+
+    def __init__(self) -> None:
+        self._open: list[torch.autograd.profiler.record_function] = []
+
+    def begin(self, category: str, payload: dict[str, int]) -> None:
+        """See `Listener`."""
+        told = ", ".join(f"{k}={v}" for k, v in payload.items())
+        record = torch.autograd.profiler.record_function(f"{DOMAIN}:{category}", told)
+        record.__enter__()
+        self._open.append(record)
+
+    def end(self) -> None:
+        """See `Listener`."""
+        self._open.pop().__exit__(None, None, None)
+
+
+class NvtxRanges:
+    """Ranges as Nsight Systems and Nsight Compute show and filter them: one domain, names without
+    slashes (Nsight Compute's filters nest by them), categories with, payloads by name.
+
+    Raises:
+        ImportError: the package nvtx is not installed.
+    """
+
+    def __init__(self) -> None:
+        import nvtx
+
+        self._domain: Any = nvtx.get_domain(DOMAIN)
+
+    def begin(self, category: str, payload: dict[str, int]) -> None:
+        """See `Listener`."""
+        first, name = category.partition("/")[0], category.rpartition("/")[2]
+        self._domain.push_range(
+            message=name, category=category, color=COLOURS.get(first, "white"),
+            payload=np.array([tuple(payload.values())], _layout(tuple(payload)))
+            if payload else None,
+        )  # fmt: skip
+
+    def end(self) -> None:
+        """See `Listener`."""
+        self._domain.pop_range()
+
+
+@cache
+def _layout(names: tuple[str, ...]) -> np.dtype:
+    return np.dtype([(name, np.int64) for name in names])
+
+
+def enable_nvtx() -> bool:
+    """Emit NVTX ranges from now on; False, and nothing else, where nvtx is not installed."""
+    global _listeners
+    if find_spec("nvtx") is None:
+        return False
+    if not any(isinstance(listener, NvtxRanges) for listener in _listeners):
+        _listeners = (*_listeners, NvtxRanges())
+    return True
+
+
+if os.environ.get("ECHOGEN_NVTX") == "1":
+    enable_nvtx()
