@@ -22,18 +22,32 @@ from echogen.commands.output import (
 
 @dataclass(frozen=True)
 class BenchEngine:
-    """Drawing, from the prompt to the last image code, beside the same weights in a peer."""
+    """Drawing, from the prompt to the last image code: beside the same weights in a peer, or
+    (--mode jacobi) several codes a step beside one, with steps, acceptance and identity."""
 
     model: str = "tiny"
     """A bundled model, a folder, or a hub id in the Janus format."""
+    mode: Literal["peer", "jacobi"] = "peer"
+    """What to compare with: a peer's loop, or drawing one code a step."""
     peer: Literal["transformers", "none"] = "transformers"
-    """What to compare with."""
+    """The peer of mode peer."""
     repeats: int = 5
-    """Timed runs of each."""
+    """Timed runs of each, in mode peer."""
     batch: int = 1
     """Pictures drawn at once."""
-    cfg: float = 5.0
-    """Scale of classifier-free guidance; the port draws only with guidance, above 1."""
+    cfg: float | None = None
+    """Scale of classifier-free guidance: 5 if left out, and 1 too in mode jacobi. The port draws
+    only with guidance, above 1."""
+    temperature: float | None = None
+    """Of the draws, in mode jacobi (mode peer is greedy): 0.3, 0.7 and 1 if left out."""
+    layouts: int = 200
+    """Test layouts that mode jacobi draws, and a quarter as many crowded ones."""
+    window: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
+    """Codes a step in mode jacobi (may be repeated); the engine's choice if left out."""
+    draft: Annotated[tuple[Literal["above", "left"], ...], tyro.conf.UseAppendAction] = ()
+    """Where mode jacobi takes a first guess from (may be repeated); above if left out."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the weights, in mode jacobi (mode peer is float32)."""
     seed: int = 0
     """Of the noise."""
     json: Json = False
@@ -42,20 +56,53 @@ class BenchEngine:
     def run(self) -> None:
         check_range("repeats", self.repeats, 1, 10_000)
         check_range("batch", self.batch, 1, 4096)
+        check_range("layouts", self.layouts, 1, 100_000)
+        for window in self.window:
+            check_range("window", window, 1, 4096)
         check_seed(self.seed)
-        if not 0 <= self.cfg < float("inf"):
+        if self.cfg is not None and not 0 <= self.cfg < float("inf"):
             raise InputError(f"--cfg {self.cfg}: it must be 0 or more (1 is off)")
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise InputError(f"--temperature {self.temperature}: it must be 0 or more")
+        if self.mode == "jacobi":
+            self._jacobi()
+        else:
+            self._peer()
+
+    def _peer(self) -> None:
+        asked = {"--window": self.window, "--draft": self.draft}
+        asked |= {"--temperature": self.temperature is not None}
+        asked |= {"--dtype": self.dtype != "float32"}
+        for name in (name for name, value in asked.items() if value):
+            raise InputError(f"{name}: it belongs to --mode jacobi")
         from rich.console import Console
 
         from echogen.bench.speed import engine as speed
 
-        if self.peer == "transformers" and not self.cfg > 1:
-            raise InputError(f"--cfg {self.cfg}: the port draws only with guidance, above 1")
+        cfg = 5.0 if self.cfg is None else self.cfg
+        if self.peer == "transformers" and not cfg > 1:
+            raise InputError(f"--cfg {cfg}: the port draws only with guidance, above 1")
         with progress("timing") as update:
             result = speed.run(
-                self.model, self.peer, self.repeats, self.batch, self.cfg, self.seed, update
+                self.model, self.peer, self.repeats, self.batch, cfg, self.seed, update
             )
         Console().print(speed.table(result))
+        if self.json:
+            print_json(result)
+
+    def _jacobi(self) -> None:
+        if self.model.startswith("random:"):
+            raise InputError(f"--model {self.model}: random weights accept nothing that means much")
+        from echogen.bench.speed import jacobi, tables
+
+        temperatures = jacobi.TEMPERATURES if self.temperature is None else (self.temperature,)
+        scales = jacobi.SCALES if self.cfg is None else (self.cfg,)
+        with progress("drawing") as update:
+            result = jacobi.run(
+                self.model, self.layouts, self.window, self.draft or ("above",), temperatures,
+                scales, self.batch, self.dtype, self.seed, update,
+            )  # fmt: skip
+        tables.console().print(jacobi.table(result))
         if self.json:
             print_json(result)
 
