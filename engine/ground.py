@@ -14,6 +14,7 @@ from echogen.engine.cache import KVCache
 from echogen.engine.layout import Box
 from echogen.engine.model import UnifiedTransformer, additive_mask, tree_visibility
 from echogen.engine.prompt import Prompts
+from echogen.engine.ranges import span
 
 
 @torch.inference_mode()
@@ -34,6 +35,13 @@ def ground_images(
     Returns:
         For each image one normalised box an expression; a constrained decode always parses.
     """
+    with span("engine/ground", batch=len(expressions), branches=sum(map(len, expressions))):
+        return _ground(model, prompts, image, expressions)
+
+
+def _ground(
+    model: UnifiedTransformer, prompts: Prompts, image: Tensor, expressions: list[list[str]]
+) -> list[list[Box]]:
     branches = [[prompts.branch(e) for e in row] for row in expressions]
     state = _Branches(model, prompts, image, branches)
     answers: list[list[list[int]]] = [[[] for _ in row] for row in branches]
@@ -103,6 +111,11 @@ class _Branches:
 
     def prefill(self) -> Tensor:
         """Run trunk and questions; text logits at the end of every branch [B, K, vocab]."""
+        count, tokens = self._rows * self._width, self._position.numel()
+        with span("engine/ground/prefill", rows=count, tokens=tokens):
+            return self._prefill()
+
+    def _prefill(self) -> Tensor:
         before, after = (
             self._model.embed_text(torch.tensor(ids, device=self._image.device)).expand(
                 self._rows, -1, -1
@@ -120,6 +133,11 @@ class _Branches:
 
     def step(self, tokens: Tensor, step: int) -> Tensor:
         """Feed one token [B, K] to every branch; text logits [B, K, vocab]."""
+        fed, held = tokens.numel(), self._branch.numel() + tokens.numel()
+        with span("engine/ground/step", rows=fed, tokens=fed, held=held, step=step):
+            return self._step(tokens, step)
+
+    def _step(self, tokens: Tensor, step: int) -> Tensor:
         branch = torch.arange(1, self._width + 1, device=tokens.device).expand(self._rows, -1)
         self._branch = torch.cat((self._branch, branch), 1)
         cached = self._branch.shape[1] - self._width

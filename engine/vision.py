@@ -13,6 +13,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import JanusVisionModel, JanusVQVAE
 
+from echogen.engine.ranges import span
+
 
 class ImageError(ValueError):
     """A picture that cannot be used; the message names the value and the mend."""
@@ -64,13 +66,15 @@ def nearest_codes(vq: JanusVQVAE, features: Tensor) -> Tensor:
 def encode_image(vq: JanusVQVAE, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] → image codes int64 [B, T], raster order."""
     weight = vq.quant_conv.weight
-    return nearest_codes(vq, vq.quant_conv(vq.encoder(pixels.to(weight.device, weight.dtype))))
+    with span("engine/vq/encode", batch=len(pixels)):
+        return nearest_codes(vq, vq.quant_conv(vq.encoder(pixels.to(weight.device, weight.dtype))))
 
 
 @torch.no_grad()
 def decode_codes(vq: JanusVQVAE, codes: Tensor) -> Tensor:
     """Image codes int64 [B, T] → pixels [B, 3, H, W], about [-1, 1]."""
-    pixels: Tensor = vq.decode(codes.long())  # type: ignore[arg-type]  # its hint names the alias
+    with span("engine/vq/decode", batch=len(codes)):
+        pixels: Tensor = vq.decode(codes.long())  # type: ignore[arg-type]  # its hint names the alias
     return pixels
 
 
@@ -78,4 +82,5 @@ def decode_codes(vq: JanusVQVAE, codes: Tensor) -> Tensor:
 def pixel_features(siglip: JanusVisionModel, pixels: Tensor) -> Tensor:
     """Pixels [B, 3, H, W] in [-1, 1] → SigLIP features [B, T, pixel_dim]."""
     weight = siglip.embeddings.patch_embedding.weight
-    return siglip(pixels.to(weight.device, weight.dtype)).last_hidden_state
+    with span("engine/siglip", batch=len(pixels)):
+        return siglip(pixels.to(weight.device, weight.dtype)).last_hidden_state
