@@ -127,14 +127,15 @@ class PMTPStage(WorldStage):
         return self.pack(trees)
 
     def _both(self, sample: Sample, rng: np.random.Generator) -> Tree:
-        """The shared tree of a sample. At inference nothing but BOS, the role and begin-of-image
-        stands before an image that is grounded, so as many prompts become that as are dropped to
-        the unconditional one: without them this mask would be tested on what it never saw."""
+        """The shared tree of a sample. At inference an image that is grounded stands behind no
+        layout, and its questions see what it stands behind; so as many samples as have their prompt
+        dropped are grounded in that form. Otherwise this mask would be judged on what it never saw.
+        """
         c, layout, chance = self.config, sample.layout(rng), rng.random()
-        prompt = self.prompt(layout, dropped=chance < c.prompt_dropout)
-        if c.prompt_dropout <= chance < 2 * c.prompt_dropout:
-            prompt = self.prompts.i2l()[0]
         questions = ask(sample, c.branches, rng)
+        if c.prompt_dropout <= chance < 2 * c.prompt_dropout:
+            return self.grounding(sample.codes, questions)
+        prompt = self.prompt(layout, dropped=chance < c.prompt_dropout)
         vocab = self.module.config.vocab_size
         return shared_tree(self.prompts, prompt, sample.codes, questions, vocab)
 

@@ -9,9 +9,20 @@ from torch import Tensor
 
 from echogen.engine.config import ModelConfig
 from echogen.engine.layout import Layout, LayoutObject
-from echogen.engine.model import UnifiedTransformer, additive_mask, tree_visibility
+from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.prompt import LocationCodec, Prompts, TextualCodec
-from echogen.train.data.packing import NO_TARGET, Batch, Tree, i2l_tree, l2i_prompt, l2i_tree, pack
+from echogen.train.data.packing import (
+    NO_TARGET,
+    Batch,
+    Tree,
+    i2l_tree,
+    l2i_prompt,
+    l2i_tree,
+    pack,
+    shared_tree,
+    visibility,
+)
+from echogen.train.passes import hidden_states
 from echogen.train.tokenizer import train_tokenizer
 
 T, V = 9, 20
@@ -59,11 +70,7 @@ def codes(seed: int) -> np.ndarray:
 @torch.no_grad()
 def logits(model: UnifiedTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Image and text logits at every position, as training computes them."""
-    length = batch.ids.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool).tril()
-    seen = tree_visibility(batch.tree, batch.branch, batch.tree, batch.branch, causal)
-    mask = additive_mask(seen, torch.float32)
-    hidden = model(model.embed_mixed(batch.ids), batch.positions, mask)
+    hidden = hidden_states(model, batch)
     return model.image_head(hidden), model.text_head(hidden)
 
 
@@ -221,6 +228,65 @@ def test_a_planted_leak_is_seen(model, prompts):
         batch.tree.zero_()
         texts.append(logits(model, batch)[1][here])
     assert not torch.allclose(*texts, atol=1e-4)
+
+
+# --- the shared mask ------------------------------------------------------------------------------
+
+
+def test_a_shared_tree_has_both_tasks_targets_and_one_image(prompts):
+    v, prompt, z = len(prompts.tokenizer), prompts.l2i(LAYOUT), codes(0)
+    tree = shared_tree(prompts, prompt, z, QUESTIONS, v)
+    drawing, grounding = l2i_tree(prompt, z, v), i2l_tree(prompts, z, QUESTIONS, v)
+    assert [c for c in tree.codes if c >= 0] == z.tolist()
+    assert tree.codes[: len(drawing)] == drawing.codes
+    assert [t for t in tree.texts if t >= 0] == [t for t in grounding.texts if t >= 0]
+    assert tree.ids[: len(prompt)] == prompt
+    assert tree.ids[len(prompt) :] == grounding.ids[len(prompts.i2l()[0]) :]
+    # Positions go on behind the prompt; every branch starts behind the trunk.
+    moved = len(prompt) - len(prompts.i2l()[0])
+    assert tree.positions[len(prompt) :] == [
+        p + moved for p in grounding.positions[len(prompts.i2l()[0]) :]
+    ]
+
+
+def test_who_sees_whom_in_a_shared_tree(prompts):
+    v, prompt = len(prompts.tokenizer), prompts.l2i(LAYOUT)
+    trees = [shared_tree(prompts, prompt, codes(i), QUESTIONS, v) for i in range(2)]
+    batch = in_one_row([*trees, i2l_tree(prompts, codes(2), QUESTIONS, v)])
+    seen, n = visibility(batch)[0], len(prompt)
+    after = len(prompts.i2l()[1])
+    parts = {"A": n, "B": T, "C": after}
+    parts |= {f"D{k}": trees[0].branch.count(k) for k in (1, 2)}
+    names = [name for name, length in parts.items() for _ in range(length)]
+    sees = {"A": "A", "B": "AB", "C": "BC", "D1": ("B", "C", "D1"), "D2": ("B", "C", "D2")}
+    size = len(names)
+    wanted = torch.tensor(
+        [[j <= i and names[j] in sees[names[i]] for j in range(size)] for i in range(size)]
+    )
+    for first in (0, size):  # both trees, and nothing from one to another
+        here = slice(first, first + size)
+        assert torch.equal(seen[here, here], wanted)
+        outside = seen[here].clone()
+        outside[:, here] = False
+        assert not outside.any()
+
+
+def test_the_image_carries_the_layout_prompt_to_the_questions(model, prompts):
+    """The leak of the `shared` mask: the questions do not see the prompt, and yet it reaches them
+    through the image; with the mask of one layer alone it would not."""
+    v, prompt = len(prompts.tokenizer), prompts.l2i(LAYOUT)
+    other = [prompt[0], *prompt[1:-2][::-1], *prompt[-2:]]
+    assert len(other) == len(prompt) and other != prompt
+    texts, firsts = [], []
+    for ids in (prompt, other):
+        batch = in_one_row([shared_tree(prompts, ids, codes(0), QUESTIONS, v)])
+        asked = batch.branch >= 1
+        texts.append(logits(model, batch)[1][asked])
+        blocks, model.blocks = model.blocks, model.blocks[:1]
+        firsts.append(logits(model, batch)[1][asked])
+        model.blocks = blocks
+    assert not torch.allclose(*texts, atol=1e-4)
+    assert torch.equal(*firsts)
 
 
 def in_one_row(trees: list[Tree]) -> Batch:

@@ -95,8 +95,10 @@ def test_stage_one_trains_resumes_and_exports_a_model_that_loads(tmp_path: Path)
         engine.ground(result.images[0], ["a red circle"], features="pixels")
 
 
-def test_stage_one_learns_its_targets(tmp_path: Path) -> None:
-    config = dataclasses.replace(PMTP, scenes=4, loop=dataclasses.replace(LOOP, lr=5e-3))
+@pytest.mark.parametrize("mask", ["isolated", "shared"])
+def test_stage_one_learns_its_targets(tmp_path: Path, mask) -> None:
+    loop = dataclasses.replace(LOOP, lr=5e-3)
+    config = dataclasses.replace(PMTP, scenes=4, loop=loop, mask=mask)
     stage = PMTPStage(config, build_vq(VQ, 32))
     optimizer = torch.optim.AdamW(stage.module.parameters(), lr=5e-3)
     values = []
@@ -108,6 +110,20 @@ def test_stage_one_learns_its_targets(tmp_path: Path) -> None:
         values.append((numbers["l2i"], numbers["i2l"]))
     first, last = np.mean(values[:3], 0), np.mean(values[-3:], 0)
     assert (last < 0.7 * first).all(), (first, last)
+
+
+def test_a_shared_batch_reads_one_image_for_both_tasks(tmp_path: Path) -> None:
+    config = dataclasses.replace(PMTP, batch=40, extra_grounding=0, mask="shared")
+    stage = PMTPStage(config, build_vq(VQ, 32))
+    batch, images = stage.batch(0), stage.module.config.image_tokens
+    assert (batch.ids >= stage.module.config.vocab_size).sum() == 40 * images
+    drawn = (batch.codes >= 0).sum() // images
+    assert 28 <= drawn < 40  # the others as inference grounds them, behind no layout
+    assert (batch.tree[batch.texts >= 0].unique()).numel() == 40
+    pairs = PMTPStage(dataclasses.replace(config, mask="isolated"), build_vq(VQ, 32)).batch(0)
+    assert (pairs.ids >= stage.module.config.vocab_size).sum() > 78 * images
+    with pytest.raises(ValueError, match="mask = 'both'; choose 'isolated' or 'shared'"):
+        dataclasses.replace(config, mask="both")
 
 
 def test_codes_are_cached_under_the_hash_of_their_tokenizer(
