@@ -8,7 +8,13 @@ from typing import Annotated, Literal
 
 import tyro
 
-from echogen.commands.limits import BenchCompare, BenchCompile, BenchMemory, BenchRoofline
+from echogen.commands.limits import (
+    BenchCompare,
+    BenchCompile,
+    BenchMemory,
+    BenchReport,
+    BenchRoofline,
+)
 from echogen.commands.options import Json, check_range, check_seed
 from echogen.commands.output import (
     Failure,
@@ -70,11 +76,14 @@ class BenchEngine:
             self._peer()
 
     def _peer(self) -> None:
-        asked = {"--window": self.window, "--draft": self.draft}
-        asked |= {"--temperature": self.temperature is not None}
-        asked |= {"--dtype": self.dtype != "float32"}
-        for name in (name for name, value in asked.items() if value):
-            raise InputError(f"{name}: it belongs to --mode jacobi")
+        for name, given in {
+            "--window": bool(self.window),
+            "--draft": bool(self.draft),
+            "--temperature": self.temperature is not None,
+            "--dtype": self.dtype != "float32",
+        }.items():
+            if given:
+                raise InputError(f"{name}: it belongs to --mode jacobi")
         from rich.console import Console
 
         from echogen.bench.speed import engine as speed
@@ -179,6 +188,7 @@ class Bench:
         | Annotated[BenchMemory, tyro.conf.subcommand("memory")]
         | Annotated[BenchRoofline, tyro.conf.subcommand("roofline")]
         | Annotated[BenchCompare, tyro.conf.subcommand("compare")]
+        | Annotated[BenchReport, tyro.conf.subcommand("report")]
         | Annotated[BenchCompile, tyro.conf.subcommand("compile")]
     )
 

@@ -1,0 +1,76 @@
+"""The benchmark of drawing several codes a step: what it counts, and what it refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from echogen.bench.speed import jacobi
+from echogen.engine.jacobi import decode_windows
+
+
+def test_run_reports_every_setting():
+    threads, seen = torch.get_num_threads(), []
+    result = jacobi.run(
+        layouts=4, windows=(4, 16), temperatures=(0.3,), batch=2,
+        progress=lambda done, total: seen.append((done, total)),
+    )  # fmt: skip
+    assert torch.get_num_threads() == threads
+    assert seen == [(i, 6) for i in range(1, 7)]  # 4 test layouts by two, 1 crowded; 2 settings
+    assert json.loads(json.dumps(result)) == result
+    assert result["identical"] is True
+    rows = result["settings"]
+    assert [(r["cfg"], r["window"]) for r in rows] == [(1, 4), (1, 16), (5, 4), (5, 16)]
+    for r in rows:
+        assert r["images"] == 5 and r["different"] == r["different_in_same_arithmetic"] == 0
+        for part in (r, r["crowded"]):
+            # Every code that no draft gave cost a step.
+            assert part["steps_sequential"] == 64
+            assert part["steps_jacobi"] == pytest.approx(64 * (1 - part["acceptance"]["all"]))
+            assert part["steps_jacobi"] <= part["steps_jacobi_max"] < 64
+            assert part["forwards"] >= part["steps_jacobi"]
+            assert 0 < part["acceptance"]["object"] < 1
+        assert r["crowded"]["box_cover"] >= jacobi.CROWDED_COVER > r["box_cover"]
+        assert r["ms_jacobi"] > 0 and r["ms_sequential"] > 0 and r["ratio"] > 0
+    assert rows[1]["steps_jacobi"] < rows[0]["steps_jacobi"]
+    Console(quiet=True).print(jacobi.table(result))
+
+
+def test_a_different_code_is_counted(monkeypatch):
+    def wrong(*arguments):
+        drawing = decode_windows(*arguments)
+        if arguments[5] == 1:
+            return drawing
+        codes = drawing.codes.clone()
+        codes[0, 7] = (codes[0, 7] + 1) % 64
+        return dataclasses.replace(drawing, codes=codes)
+
+    monkeypatch.setattr(jacobi, "decode_windows", wrong)
+    result = jacobi.run(layouts=2, temperatures=(0.3,), scales=(1.0,))
+    (row,) = result["settings"]
+    assert result["identical"] is row["identical"] is False
+    assert row["different"] == row["different_in_same_arithmetic"] == row["images"] == 3
+
+
+def test_crowded_scenes_leave_little_ground():
+    scenes = jacobi.crowded_scenes(4)
+    assert scenes == jacobi.crowded_scenes(4) != jacobi.crowded_scenes(4, seed=1)
+    for scene in scenes:
+        assert scene.split() == "test"
+        assert sum(o.area for o in scene.objects) / 64**2 >= jacobi.CROWDED_COVER
+        assert not any(map(any, scene.overlaps))
+        assert len(scene.layout().objects) == 4
+
+
+@pytest.mark.parametrize("asked", [
+    {"layouts": 0}, {"batch": 0}, {"windows": (8, 0)}, {"drafts": ("below",)},
+    {"dtype": "float16"}, {"model": "random:tiny"},
+])  # fmt: skip
+def test_bad_requests_are_refused(asked):
+    value = next(iter(asked.values()))
+    with pytest.raises(ValueError, match=str(value[-1] if isinstance(value, tuple) else value)):
+        jacobi.run(**asked)
