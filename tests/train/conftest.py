@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-from echogen.train import world
-from echogen.train.config import LoopConfig, PMTPConfig, VQConfig
+from echogen.engine.layout import Layout
+from echogen.engine.model import additive_mask
+from echogen.engine.sampler import Sampling
+from echogen.train import cycle_rl, world
+from echogen.train.config import CycleRLConfig, LoopConfig, PMTPConfig, VQConfig
+from echogen.train.cycle_rl import CycleRLStage
 from echogen.train.loop import run
 from echogen.train.pmtp import PMTPStage
+from echogen.train.start import load_start
 from echogen.train.vq import build_vq
 
 LOOP = LoopConfig(
@@ -44,4 +52,60 @@ def small_world(pmtp_run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """The cache of `pmtp_run`, and few validation scenes."""
     monkeypatch.setenv("ECHOGEN_CACHE", str(pmtp_run.parent / "cache"))
     monkeypatch.setattr(world, "VAL_SAMPLES", 4)
+    monkeypatch.setattr(cycle_rl, "VAL_LAYOUTS", 4)
     yield
+
+
+@pytest.fixture
+def rl_stage(pmtp_run: Path, loop: LoopConfig, small_world: None) -> Callable[..., CycleRLStage]:
+    """``rl_stage(wild, **settings)``: stage 3 in float32 on two layouts of four images; ``wild``:
+    with large random weights, whose distributions have peaks."""
+
+    def build(wild: bool = True, **settings) -> CycleRLStage:
+        chosen = {"scenes": 24, "batch": 2, "group": 4, "gate_scenes": 2, "gate_group": 2}
+        config = CycleRLConfig(
+            loop=dataclasses.replace(loop, bf16=False, muon_lr=None, lr=1e-4), **chosen | settings
+        )
+        start = load_start(pmtp_run, "djo", any_stage=True)
+        if wild:
+            start.engine.transformer.initialise(0, std=0.2)
+        return CycleRLStage(config, start)
+
+    return build
+
+
+@pytest.fixture(scope="session")
+def plain_hidden() -> Callable[[CycleRLStage, list[int]], Tensor]:
+    """Hidden states [L, D] of one sequence of text ids and, above the vocabulary, image codes."""
+
+    def run_alone(stage: CycleRLStage, ids: list[int]) -> Tensor:
+        model, n = stage.module, len(ids)
+        mask = additive_mask(torch.ones(1, n, n, dtype=torch.bool).tril(), torch.float32)
+        return model(model.embed_mixed(torch.tensor([ids])), torch.arange(n), mask)[0]
+
+    return run_alone
+
+
+@pytest.fixture(scope="session")
+def plain_image_logprob(plain_hidden) -> Callable[..., Tensor]:
+    """Log-probabilities [T] of an image's codes, written out from the definition of sampling."""
+
+    def score(stage: CycleRLStage, layout: Layout, codes: Tensor, s: Sampling) -> Tensor:
+        model, prompts = stage.module, stage.prompts
+        image = (codes[:-1] + model.config.vocab_size).tolist()
+        prompt = prompts.l2i(layout)
+        x = model.image_head(plain_hidden(stage, prompt + image)[len(prompt) - 1 :])
+        if s.cfg != 1:
+            other = prompts.unconditional(prompt, s.unconditional)
+            u = model.image_head(plain_hidden(stage, other + image)[len(other) - 1 :])
+            x = u + s.cfg * (x - u)
+        rows = []
+        for scores, code in zip(x / s.temperature, codes.tolist(), strict=True):
+            order = scores.argsort(descending=True)[: s.top_k or None]
+            p = scores[order].softmax(-1)
+            order = order[: int((p.cumsum(-1) < s.top_p).sum()) + 1]
+            assert code in order.tolist()
+            rows.append(scores[code] - scores[order].logsumexp(-1))
+        return torch.stack(rows)
+
+    return score

@@ -1,8 +1,7 @@
-"""Stage 3: what samples is what is scored, a better match is reinforced, and runs repeat."""
+"""Stage 3: a better match is reinforced, as GRPO's definition says, and runs repeat."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -11,12 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from echogen.engine.layout import Layout, LayoutError
-from echogen.engine.model import additive_mask
+from echogen.engine.layout import LayoutError
 from echogen.engine.prompt import PromptError, TextualCodec
 from echogen.engine.sampler import Sampling
 from echogen.train import cycle_rl
-from echogen.train.config import CycleRLConfig, LoopConfig
+from echogen.train.config import CycleRLConfig
 from echogen.train.cycle_rl import CycleRLStage, Held
 from echogen.train.eval.agreement import Agreement, within_groups
 from echogen.train.loop import BeginRefused, run
@@ -25,128 +23,7 @@ from echogen.train.start import load_start
 pytestmark = pytest.mark.usefixtures("small_world")
 
 
-@pytest.fixture(autouse=True)
-def few_layouts(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cycle_rl, "VAL_LAYOUTS", 4)
-
-
-def stage(pmtp_run: Path, loop: LoopConfig, wild: bool = True, **settings) -> CycleRLStage:
-    """A stage in float32 on two layouts of four images; ``wild``: with large random weights, whose
-    distributions have peaks."""
-    chosen = {"scenes": 24, "batch": 2, "group": 4, "gate_scenes": 2, "gate_group": 2}
-    config = CycleRLConfig(
-        loop=dataclasses.replace(loop, bf16=False, muon_lr=None, lr=1e-4), **chosen | settings
-    )
-    start = load_start(pmtp_run, "djo", any_stage=True)
-    if wild:
-        start.engine.transformer.initialise(0, std=0.2)
-    return CycleRLStage(config, start)
-
-
-def plain_logits(stage: CycleRLStage, ids: list[int]) -> Tensor:
-    """Hidden states [L, D] of one sequence of text ids and, above the vocabulary, image codes."""
-    model, n = stage.module, len(ids)
-    mask = additive_mask(torch.ones(1, n, n, dtype=torch.bool).tril(), torch.float32)
-    return model(model.embed_mixed(torch.tensor([ids])), torch.arange(n), mask)[0]
-
-
-def plain_image_logprob(stage: CycleRLStage, layout: Layout, codes: Tensor, s: Sampling) -> Tensor:
-    """Log-probabilities [T] of an image's codes, written out from the definition of sampling."""
-    model, prompts = stage.module, stage.prompts
-    image = (codes[:-1] + model.config.vocab_size).tolist()
-    prompt = prompts.l2i(layout)
-    x = model.image_head(plain_logits(stage, prompt + image)[len(prompt) - 1 :])
-    if s.cfg != 1:
-        other = prompts.unconditional(prompt, s.unconditional)
-        u = model.image_head(plain_logits(stage, other + image)[len(other) - 1 :])
-        x = u + s.cfg * (x - u)
-    x = x / s.temperature
-    rows = []
-    for scores, code in zip(x, codes.tolist(), strict=True):
-        order = scores.argsort(descending=True)[: s.top_k or None]
-        p = scores[order].softmax(-1)
-        order = order[: int((p.cumsum(-1) < s.top_p).sum()) + 1]
-        assert code in order.tolist()
-        rows.append(scores[code] - scores[order].logsumexp(-1))
-    return torch.stack(rows)
-
-
-def plain_box_logprob(stage: CycleRLStage, expr: str, codes: Tensor, tokens: list[int]) -> Tensor:
-    """Log-probabilities [4] of a box's tokens among those that the grammar allows."""
-    before, after = stage.prompts.i2l()
-    image = (codes + stage.module.config.vocab_size).tolist()
-    ids = before + image + after + stage.prompts.branch(expr) + tokens[:-1]
-    logits = stage.module.text_head(plain_logits(stage, ids)[-4:])
-    allowed = [stage.prompts.codec.allowed(tuple(tokens[:i])) for i in range(4)]
-    steps = zip(logits, tokens, allowed, strict=True)
-    return torch.stack([x[t] - x[a].logsumexp(-1) for x, t, a in steps])
-
-
-SAMPLINGS = {
-    "plain": Sampling(),
-    "cool": Sampling(temperature=0.6),
-    "guided": Sampling(cfg=3.0),
-    "guided, empty layout": Sampling(cfg=3.0, unconditional="empty", temperature=1.3),
-    "top-k": Sampling(top_k=5),
-    "top-p": Sampling(top_p=0.7),
-    "all": Sampling(cfg=3.0, top_k=9, top_p=0.8, temperature=0.8),
-}
-
-
-@pytest.mark.parametrize("name", SAMPLINGS)
-def test_what_samples_is_what_is_scored(pmtp_run, loop, name) -> None:
-    sampling = SAMPLINGS[name]
-    rl = stage(pmtp_run, loop, sampling=sampling)
-    held = rl._hold(0)
-    drawing = held.rollout.drawing
-    scored = rl.logprob(rl.module, held)
-    assert torch.allclose(scored, held.sampled, atol=2e-5, rtol=0), name
-    assert rl.loss(0)[1]["sampler_gap"] < 5e-6
-    with torch.no_grad():
-        for row in (0, 5):
-            layout = held.rollout.layouts[row // 4]
-            wanted = plain_image_logprob(rl, layout, drawing.codes[row], sampling)
-            assert torch.allclose(scored[row].detach(), wanted, atol=2e-5, rtol=0)
-    # It matters which distribution: the untruncated, unguided one says something else.
-    if name != "plain":
-        naive = dataclasses.replace(rl.config, sampling=Sampling(), policy="image")
-        other = CycleRLStage(naive, load_start(pmtp_run, "djo", any_stage=True))
-        other.module.load_state_dict(rl.module.state_dict())
-        bare = dataclasses.replace(
-            held, unconditional=None,
-            rollout=dataclasses.replace(held.rollout, drawing=drawing._replace(kept=None)),
-        )  # fmt: skip
-        assert (other.logprob(rl.module, bare) - held.sampled).abs().mean() > 0.01
-
-
-def test_rollouts_draw_what_the_engine_draws(pmtp_run, loop) -> None:
-    rl = stage(pmtp_run, loop, sampling=SAMPLINGS["all"])
-    held = rl._hold(0)
-    repeated = [y for y in held.rollout.layouts for _ in range(4)]
-    codes = rl.engine.generate_codes(repeated, rl._key, list(range(8)), SAMPLINGS["all"])
-    assert torch.equal(codes, held.rollout.drawing.codes)
-    boxes = rl.engine.ground_codes(codes, [[o.expr for o in y.objects] for y in repeated])
-    for row, tokens in zip(boxes, held.rollout.answers.tokens.tolist(), strict=True):
-        assert [rl.prompts.codec.parse(t) for t in tokens[: len(row)]] == row
-
-
-def test_sampled_boxes_are_scored_under_the_grammar(pmtp_run, loop) -> None:
-    rl = stage(pmtp_run, loop, policy="both", batch=3)
-    held = rl._hold(1)
-    rollout, scored = held.rollout, rl.logprob(rl.module, held)
-    assert len({len(y.objects) for y in rollout.layouts}) > 1  # some are padded
-    images = rl.module.config.image_tokens
-    there = rollout.mask.repeat_interleave(4, 0).repeat_interleave(4, 1)
-    assert torch.equal(held.mask[:, images:], there)
-    assert torch.allclose(scored[held.mask], held.sampled[held.mask], atol=2e-5, rtol=0)
-    assert len({tuple(t) for t in rollout.answers.tokens[:4, 0].tolist()}) > 1  # drawn, not chosen
-    with torch.no_grad():
-        for row in range(12):
-            for k, o in enumerate(rollout.layouts[row // 4].objects):
-                tokens = rollout.answers.tokens[row, k].tolist()
-                wanted = plain_box_logprob(rl, o.expr, rollout.drawing.codes[row], tokens)
-                found = scored[row, images + 4 * k : images + 4 * k + 4]
-                assert torch.allclose(found, wanted, atol=2e-5, rtol=0)
+GUIDED = Sampling(cfg=3.0, top_k=9, top_p=0.8, temperature=0.8)
 
 
 # --- the loss -------------------------------------------------------------------------------------
@@ -173,8 +50,8 @@ def by_hand(stage: CycleRLStage, held: Held, logp: Tensor, old: Tensor, ref: Ten
     return total / len(logp)
 
 
-def test_a_step_computed_by_hand(pmtp_run, loop) -> None:
-    rl = stage(pmtp_run, loop, beta=0.5, updates=2)
+def test_a_step_computed_by_hand(rl_stage, plain_image_logprob) -> None:
+    rl = rl_stage(beta=0.5, updates=2)
     with torch.no_grad():  # a reference that differs
         for p in rl._reference.parameters():
             p.mul_(1.02)
@@ -207,9 +84,9 @@ def test_a_step_computed_by_hand(pmtp_run, loop) -> None:
     assert float((logp.detach() - first).abs().max()) > 0.05  # the second ratio was not 1
 
 
-def test_a_better_match_is_made_more_likely(pmtp_run, loop) -> None:
+def test_a_better_match_is_made_more_likely(rl_stage) -> None:
     """The sign: reward falls with the discrepancy, and a step raises what was rewarded."""
-    rl = stage(pmtp_run, loop, beta=0.0, group=8)
+    rl = rl_stage(beta=0.0, group=8)
     held = rl._hold(0)
     score = held.rollout.score
     assert not score.flat.any()
@@ -226,8 +103,8 @@ def test_a_better_match_is_made_more_likely(pmtp_run, loop) -> None:
     assert float((change * score.advantage.flatten()).sum()) > 0
 
 
-def test_groups_without_variance_teach_nothing(pmtp_run, loop) -> None:
-    rl = stage(pmtp_run, loop, beta=0.0, sampling=Sampling(top_k=1))
+def test_groups_without_variance_teach_nothing(rl_stage) -> None:
+    rl = rl_stage(beta=0.0, sampling=Sampling(top_k=1))
     loss, numbers = rl.loss(0)
     assert numbers["flat"] == 1.0 and numbers["spread"] == 0.0
     loss.backward()
@@ -245,11 +122,11 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"layouts": "random"}, {"policy": "both", "updates": 2}, {"sampling": SAMPLINGS["all"]}],
+    [{"layouts": "random"}, {"policy": "both", "updates": 2}, {"sampling": GUIDED}],
 )
-def test_a_run_resumes_exactly(tmp_path, pmtp_run, loop, settings) -> None:
+def test_a_run_resumes_exactly(tmp_path, rl_stage, settings) -> None:
     def fresh() -> CycleRLStage:
-        return stage(pmtp_run, loop, wild=False, force=True, **settings)
+        return rl_stage(wild=False, force=True, **settings)
 
     run(fresh(), fresh().config.loop, tmp_path / "whole")
     stopped = fresh()
@@ -272,19 +149,19 @@ def test_a_run_resumes_exactly(tmp_path, pmtp_run, loop, settings) -> None:
 
 
 def test_a_reward_that_ranks_no_better_than_chance_is_refused(
-    tmp_path, pmtp_run, loop, monkeypatch
+    tmp_path, rl_stage, loop, monkeypatch
 ) -> None:
     found = Agreement(0.16, 0.07, 41, 64)
     monkeypatch.setattr(cycle_rl, "self_agreement", lambda *_: found)
     with pytest.raises(BeginRefused, match=r"0\.160 ± 0\.070 \(41 of 64 .* below 0\.3: .*--force"):
-        run(stage(pmtp_run, loop), loop, tmp_path)
+        run(rl_stage(), loop, tmp_path)
     assert not list(tmp_path.iterdir())
-    assert stage(pmtp_run, loop, force=True).begin()["rank_correlation"] == 0.16
-    assert stage(pmtp_run, loop, gate_bound=0.1).begin()["groups"] == 41
+    assert rl_stage(force=True).begin()["rank_correlation"] == 0.16
+    assert rl_stage(gate_bound=0.1).begin()["groups"] == 41
     # Where no group tells anything apart, nothing speaks for the reward either.
     monkeypatch.setattr(cycle_rl, "self_agreement", lambda *_: within_groups(*np.ones((2, 3, 4))))
     with pytest.raises(BeginRefused, match="nan"):
-        stage(pmtp_run, loop).begin()
+        rl_stage().begin()
 
 
 def test_agreement_is_measured_within_groups() -> None:
@@ -296,30 +173,30 @@ def test_agreement_is_measured_within_groups() -> None:
     assert found.stderr == pytest.approx(np.std([1.0, -0.8], ddof=1) / 2**0.5)
 
 
-def test_begin_measures_the_model_it_is_given(pmtp_run, loop) -> None:
+def test_begin_measures_the_model_it_is_given(rl_stage) -> None:
     """A model of a few steps draws nothing that the judge can read."""
     with pytest.raises(BeginRefused, match="0 of 2 groups of 2 validation images tell"):
-        stage(pmtp_run, loop).begin()
+        rl_stage().begin()
 
 
 @pytest.mark.parametrize("source", ["real", "random", "file"])
-def test_layouts_follow_from_the_step(tmp_path, pmtp_run, loop, source) -> None:
+def test_layouts_follow_from_the_step(tmp_path, rl_stage, source) -> None:
     if source == "file":
         source = str(tmp_path / "layouts.jsonl")
-        lines = [y.dumps() for y in stage(pmtp_run, loop, layouts="random").layouts(9)]
+        lines = [y.dumps() for y in rl_stage(layouts="random").layouts(9)]
         Path(source).write_text("\n".join(lines) + "\n")
-    a, b = (stage(pmtp_run, loop, layouts=source, batch=6) for _ in range(2))
+    a, b = (rl_stage(layouts=source, batch=6) for _ in range(2))
     assert a.layouts(4) == b.layouts(4) != a.layouts(5)
     if "jsonl" in source:
         assert {y.dumps() for y in a.layouts(4)} <= set(lines)
 
 
-def test_a_layout_too_long_for_the_model_is_refused(tmp_path, pmtp_run, loop) -> None:
+def test_a_layout_too_long_for_the_model_is_refused(tmp_path, rl_stage) -> None:
     long = {"caption": "star " * 1200, "objects": [{"expr": "a star", "box": [0, 0, 0.5, 0.5]}]}
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps(long) + "\n")
     with pytest.raises(LayoutError, match=r"long\.jsonl: layout 1 takes .* room for 1024"):
-        stage(pmtp_run, loop, layouts=str(path))
+        rl_stage(layouts=str(path))
 
 
 def test_a_model_with_boxes_as_text_is_refused(pmtp_run, loop) -> None:

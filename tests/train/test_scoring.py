@@ -1,0 +1,93 @@
+"""What samples is what is scored: the trainer's log-probabilities are the sampler's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from echogen.engine.sampler import Sampling
+from echogen.train.cycle_rl import CycleRLStage
+
+pytestmark = pytest.mark.usefixtures("small_world")
+
+
+def plain_box_logprob(
+    stage: CycleRLStage, hidden, expr: str, codes: Tensor, tokens: list[int]
+) -> Tensor:
+    """Log-probabilities [4] of a box's tokens among those that the grammar allows."""
+    before, after = stage.prompts.i2l()
+    image = (codes + stage.module.config.vocab_size).tolist()
+    ids = before + image + after + stage.prompts.branch(expr) + tokens[:-1]
+    logits = stage.module.text_head(hidden(stage, ids)[-4:])
+    allowed = [stage.prompts.codec.allowed(tuple(tokens[:i])) for i in range(4)]
+    steps = zip(logits, tokens, allowed, strict=True)
+    return torch.stack([x[t] - x[a].logsumexp(-1) for x, t, a in steps])
+
+
+SAMPLINGS = {
+    "plain": Sampling(),
+    "cool": Sampling(temperature=0.6),
+    "guided": Sampling(cfg=3.0),
+    "guided, empty layout": Sampling(cfg=3.0, unconditional="empty", temperature=1.3),
+    "top-k": Sampling(top_k=5),
+    "top-p": Sampling(top_p=0.7),
+    "all": Sampling(cfg=3.0, top_k=9, top_p=0.8, temperature=0.8),
+}
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_what_samples_is_what_is_scored(rl_stage, plain_image_logprob, name) -> None:
+    sampling = SAMPLINGS[name]
+    rl = rl_stage(sampling=sampling)
+    held = rl._hold(0)
+    drawing = held.rollout.drawing
+    scored = rl.logprob(rl.module, held)
+    assert torch.allclose(scored, held.sampled, atol=2e-5, rtol=0), name
+    assert rl.loss(0)[1]["sampler_gap"] < 5e-6
+    with torch.no_grad():
+        for row in (0, 5):
+            layout = held.rollout.layouts[row // 4]
+            wanted = plain_image_logprob(rl, layout, drawing.codes[row], sampling)
+            assert torch.allclose(scored[row].detach(), wanted, atol=2e-5, rtol=0)
+    # It matters which distribution: the untruncated, unguided one says something else.
+    if name != "plain":
+        other = rl_stage()
+        bare = dataclasses.replace(
+            held, unconditional=None,
+            rollout=dataclasses.replace(held.rollout, drawing=drawing._replace(kept=None)),
+        )  # fmt: skip
+        assert (other.logprob(rl.module, bare) - held.sampled).abs().mean() > 0.01
+
+
+def test_rollouts_draw_what_the_engine_draws(rl_stage) -> None:
+    rl = rl_stage(sampling=SAMPLINGS["all"])
+    held = rl._hold(0)
+    repeated = [y for y in held.rollout.layouts for _ in range(4)]
+    codes = rl.engine.generate_codes(repeated, rl._key, list(range(8)), SAMPLINGS["all"])
+    assert torch.equal(codes, held.rollout.drawing.codes)
+    boxes = rl.engine.ground_codes(codes, [[o.expr for o in y.objects] for y in repeated])
+    for row, tokens in zip(boxes, held.rollout.answers.tokens.tolist(), strict=True):
+        assert [rl.prompts.codec.parse(t) for t in tokens[: len(row)]] == row
+
+
+def test_sampled_boxes_are_scored_under_the_grammar(rl_stage, plain_hidden) -> None:
+    rl = rl_stage(policy="both", batch=3)
+    held = rl._hold(1)
+    rollout, scored = held.rollout, rl.logprob(rl.module, held)
+    assert len({len(y.objects) for y in rollout.layouts}) > 1  # some are padded
+    images = rl.module.config.image_tokens
+    there = rollout.mask.repeat_interleave(4, 0).repeat_interleave(4, 1)
+    assert torch.equal(held.mask[:, images:], there)
+    assert torch.allclose(scored[held.mask], held.sampled[held.mask], atol=2e-5, rtol=0)
+    assert len({tuple(t) for t in rollout.answers.tokens[:4, 0].tolist()}) > 1  # drawn, not chosen
+    with torch.no_grad():
+        for row in range(12):
+            for k, o in enumerate(rollout.layouts[row // 4].objects):
+                tokens = rollout.answers.tokens[row, k].tolist()
+                codes = rollout.drawing.codes[row]
+                wanted = plain_box_logprob(rl, plain_hidden, o.expr, codes, tokens)
+                found = scored[row, images + 4 * k : images + 4 * k + 4]
+                assert torch.allclose(found, wanted, atol=2e-5, rtol=0)
