@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in order of value; a part that fails does not stop the next.
+# Everything that needs a GPU, in order of value, in less than ten minutes; a part that fails does
+# not stop the next. Without a GPU each part says why it is skipped and only starts up.
 # Usage: [PYTHON=python3] [OUT=bench/results/gpu] [SECONDS_IN_ALL=570] bash bench/gpu.sh
-# Leaves PART.txt (output), PART.err and, of parts that end with a line of JSON, PART.json;
-# summary.json holds every line of JSON by part.
+# Leaves PART.txt (output), PART.err and, of parts that end with a line of JSON, PART.json, beside
+# CSV and PNG; summary.json holds every line of JSON by part.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
-OUT=${OUT:-bench/results/gpu}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-570}
 if ! "$PYTHON" -c 'import torch' 2> /dev/null; then
   echo "$PYTHON has no torch: nothing was run"
-  exit 0
+  exit 1
 fi
-if ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
-  echo "no GPU that torch sees: nothing was run"
-  exit 0
-fi
+GPU=yes
+"$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || GPU=no
+[ "$GPU" = yes ] || echo "no GPU that torch sees: every part is started up and skipped"
+if [ "$GPU" = yes ]; then OUT=${OUT:-bench/results/gpu}; else OUT=${OUT:-build/gpu-dry-run}; fi
 mkdir -p "$OUT"
 rm -f "$OUT"/*.json "$OUT"/*.txt "$OUT"/*.err "$OUT"/failed
 unset TRITON_INTERPRET ECHOGEN_FORCE_REFERENCE
-part() { # part NAME MOST_SECONDS COMMAND…: a part that hangs is ended, and so is one out of time
+
+# part NAME MOST_SECONDS COMMAND…: a part that hangs is ended, and so is one out of time.
+part() {
   local name=$1 most=$2 left=$((SECONDS_IN_ALL - SECONDS)) code
   shift 2
   if [ "$left" -lt 5 ]; then
@@ -37,23 +39,63 @@ part() { # part NAME MOST_SECONDS COMMAND…: a part that hangs is ended, and so
     echo "$name" >> "$OUT/failed"
   fi
 }
+
+# gpu NAME MOST_SECONDS COMMAND…: a part that needs the GPU; without one its program starts up all
+# the same: a command prints its help, pytest collects.
+gpu() {
+  local name=$1 words=0 word
+  if [ "$GPU" = yes ]; then
+    part "$@"
+    return
+  fi
+  shift 2
+  for word in "$@"; do
+    case $word in --*) break ;; esac
+    words=$((words + 1))
+  done
+  case " $* " in
+    *" pytest "*) set -- "$@" --collect-only ;;
+    *) set -- "${@:1:$words}" --help ;;
+  esac
+  echo "== $name: skipped, no GPU; starts up"
+  if ! timeout 120 "$@" > "$OUT/$name.txt" 2> "$OUT/$name.err"; then
+    echo "$name does not start: see $OUT/$name.err and $OUT/$name.txt"
+    echo "$name" >> "$OUT/failed"
+  fi
+}
+
 part doctor 60 "$PYTHON" -m echogen doctor --json
+if command -v nvcc > /dev/null && command -v cmake > /dev/null; then
+  part cuda 120 bash -c 'cmake -S . -B build/cuda && cmake --build build/cuda'
+else
+  echo "== cuda: skipped, nvcc or cmake is missing; CuPy compiles at first use"
+fi
 # Each file in a process of its own, four at a time: an illegal access ends every later test of
 # its process.
-for file in tests/kernels/test_*.py; do
-  part "$(basename "$file" .py)" 240 "$PYTHON" -m pytest "$file" &
+if [ "$GPU" = yes ]; then files=(tests/kernels/test_*.py); else files=(tests/kernels); fi
+for file in "${files[@]}"; do
+  gpu "$(basename "$file" .py)" 240 "$PYTHON" -m pytest "$file" &
   while [ "$(jobs -rp | wc -l)" -ge 4 ]; do wait -n; done
 done
 wait
 for operator in $("$PYTHON" -c '
 from echogen.bench.registry import cases
 print(*dict.fromkeys(c.operator for c in cases().values()))'); do
-  part "kernels_$operator" 120 "$PYTHON" -m echogen bench kernels --device cuda \
+  gpu "kernels_$operator" 120 "$PYTHON" -m echogen bench kernels --device cuda \
     --operator "$operator" --out "$OUT/kernels_$operator" --json
+  [ "$GPU" = yes ] || break # one start-up speaks for all
 done
-part cycle 120 "$PYTHON" -m echogen cycle --layout examples/overlap.json --out "$OUT/cycle" \
+gpu roofline 120 "$PYTHON" -m echogen bench roofline --device cuda --out "$OUT/roofline" --json
+gpu cycle 120 "$PYTHON" -m echogen cycle --layout examples/overlap.json --out "$OUT/cycle" \
   --device cuda --json
-part test_engine 240 "$PYTHON" -m pytest tests/engine
+for what in generate cycle; do
+  gpu "profile_$what" 60 "$PYTHON" -m echogen profile "$what" --tool torch --device cuda \
+    --out "$OUT/profile" --json
+done
+gpu test_engine 240 "$PYTHON" -m pytest tests/engine
+# The kernels that this GPU's own compiler makes, beside those compiled ahead of time elsewhere.
+arch=$([ "$GPU" = yes ] && "$PYTHON" -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())' || echo sm_90)
+gpu compile 120 "$PYTHON" -m echogen bench compile --arch "$arch" --json
 "$PYTHON" - "$OUT" << 'END'
 import json, sys
 from pathlib import Path
@@ -68,3 +110,4 @@ if [ -e "$OUT/failed" ]; then
   echo "failed: $(tr '\n' ' ' < "$OUT/failed")"
   exit 1
 fi
+echo "everything is in $OUT"

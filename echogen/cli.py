@@ -42,6 +42,7 @@ _REFUSALS = {
     "echogen.engine.config": "ConfigError",
     "echogen.train.checkpoint": "StateError",
     "echogen.bench.compare": "CompareError",
+    "echogen.bench.report": "ReportError",
 }
 
 

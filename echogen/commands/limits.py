@@ -178,3 +178,23 @@ def _verdict(change: Change, threshold: float) -> str:
     if not change.certain:
         return "within the noise"
     return "slower" if change.slower(threshold) else ""
+
+
+@dataclass(frozen=True)
+class BenchReport:
+    """README's section on speed and memory, from the results that are committed."""
+
+    write: bool = False
+    """Put it into README.md; else it is printed."""
+
+    def run(self) -> None:
+        from echogen.bench import report
+
+        text = report.section()
+        if not self.write:
+            print(text)
+            return
+        readme = report.RESULTS.parents[1] / "README.md"
+        if not readme.exists():
+            raise InputError(f"--write: there is no {readme}; run it in a checkout")
+        write(readme, report.placed(readme.read_text(), text).encode())

@@ -1,0 +1,164 @@
+"""README's section on speed and memory, written from the committed results and from nothing else.
+
+Each part says on which machine and at which commit its figures were taken; `echogen bench report
+--write` puts the section between its marks, and a test fails where README says something else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+BEGIN, END = "<!-- bench report -->", "<!-- end of bench report -->"
+NO_GPU = (
+    "No figure of a GPU is recorded yet: `make gpu` takes them on a machine that has one and leaves "
+    "them under `bench/results/gpu/`, from where this section reads them."
+)
+
+Result = dict[str, Any]
+
+
+class ReportError(ValueError):
+    """A README without the marks, or a result that cannot be read; the message names the file."""
+
+
+def section(results: Path = RESULTS) -> str:
+    """The section as Markdown, without its marks."""
+    parts = [
+        _engine(_read(results, "engine-*.json")),
+        _jacobi(_read(results, "jacobi-*.json")),
+        _memory(_read(results, "memory.json")),
+        _kernels(_read(results / "gpu", "kernels_*.json")) or NO_GPU,
+    ]
+    return "\n\n".join(part for part in parts if part)
+
+
+def placed(readme: str, text: str) -> str:
+    """README with the section between its marks.
+
+    Raises:
+        ReportError: the marks are not there, once each and in order.
+    """
+    head, found, rest = readme.partition(BEGIN)
+    _, ended, tail = rest.partition(END)
+    if not found or not ended:
+        raise ReportError(f"README.md: lacks the marks {BEGIN} and {END}")
+    return f"{head}{BEGIN}\n{text}\n{END}{tail}"
+
+
+def _read(folder: Path, pattern: str) -> list[Result]:
+    found = []
+    for path in sorted(folder.glob(pattern)):
+        try:
+            found.append(json.loads(path.read_text()))
+        except ValueError as error:
+            raise ReportError(f"{path}: not valid JSON ({error})") from None
+    return found
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _taken(results: Sequence[Result]) -> str:
+    """On which machine, with which versions and at which commit."""
+
+    def all_of(read: Callable[[Result], object]) -> str:
+        return ", ".join(dict.fromkeys(str(read(r)) for r in results))
+
+    where = all_of(
+        lambda r: r["device"] if r["device"] != "cpu" else f"{r['cpus']} cores of an {r['cpu']}"
+    )
+    torch = all_of(lambda r: r["versions"]["torch"])
+    commits = all_of(lambda r: (r["commit"] or "no commit")[:9] + ("+" if r["dirty"] else ""))
+    return f"({where}; PyTorch {torch}; commit {commits})"
+
+
+def _engine(results: list[Result]) -> str:
+    if not results:
+        return ""
+    rows = []
+    for r in results:
+        by = {one["provider"]: one for one in r["results"]}
+        ours, port = by["echogen"], by["transformers"]
+        rows.append(
+            (
+                f"{r['model']}, {r['parameters'] / 1e6:.1f} M",
+                *(
+                    f"{o['tokens_per_s']:.0f} tokens/s, {o['ms_per_step']:.2f} ms"
+                    for o in (ours, port)
+                ),
+                f"{r['ratio']:.2f}",
+            )
+        )
+    first = results[0]
+    return (
+        f"**Drawing against the port's generate loop**: greedy codes equal, {first['dtype']}, batch "
+        f"{first['batch']}, CFG {first['cfg']:g}, each side at its own best thread count, medians "
+        f"of alternating runs {_taken(results)}. This engine keeps the unconditional prompt's "
+        "prefix and its packed weights between images; the port has neither.\n\n"
+        + _table(("model", "this engine, a step", "port, a step", "ratio"), rows)
+    )
+
+
+def _jacobi(results: list[Result]) -> str:
+    return ""
+
+
+def _memory(results: list[Result]) -> str:
+    if not results:
+        return ""
+    rows = [
+        (
+            f"`{r['operator']}`",
+            r["shape"],
+            r["dtype"],
+            *(f"{r[f'{name}_mib']:.0f}" for name in ("gradients", "eager", "echogen")),
+            f"{r['ratio']:.3f}",
+        )
+        for r in results[0]["memory"]
+        if r["eager_mib"] >= 100
+    ]
+    headings = ("operator", "shape", "type", "gradients alone", "eager", "this", "this / eager")
+    return (
+        "**Peak memory** of forward and backward beyond the inputs, MiB: every tensor that is made "
+        f"and held, counted by `echogen bench memory` (commit {results[0]['commit'][:9]}). The "
+        "gradients are in both columns; with few images they, and the float32 sum of the weight's "
+        "gradient, are most of what is left.\n\n" + _table(headings, rows)
+    )
+
+
+def _kernels(results: list[Result]) -> str:
+    """Of a GPU: this project's time, share of the floor and ratio to every other provider."""
+    rows = []
+    for r in (row for result in results for row in result["kernels"]):
+        if r["provider"] != "echogen" or r["error"]:
+            continue
+        same = ("operator", "shape", "dtype", "mode")
+        others = [
+            f"{o['provider']} {o['ms'] / r['ms']:.2f}×"
+            for result in results
+            for o in result["kernels"]
+            if o["provider"] != "echogen" and o["ms"] and all(o[k] == r[k] for k in same)
+        ]
+        share = f"{r['percent_of_floor']:.0f} ({r['bound']})" if r["percent_of_floor"] else ""
+        rows.append(
+            (f"`{r['operator']}`", r["shape"], r["dtype"], r["mode"], f"{r['ms']:.3f}", share,
+             ", ".join(others))
+        )  # fmt: skip
+    if not rows:
+        return ""
+    headings = (
+        "operator",
+        "shape",
+        "type",
+        "mode",
+        "ms",
+        "% of the floor",
+        "times as long: others",
+    )
+    return f"**Operators** {_taken(results)}.\n\n" + _table(headings, rows)
