@@ -18,6 +18,7 @@ from echogen.engine.ground import _Branches
 from echogen.engine.layout import Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, PromptError, Prompts
+from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.kernels.parse_boxes import allowed_location_mask
 from echogen.kernels.philox import gumbel_noise
@@ -211,5 +212,6 @@ def ground(
     """
     with torch.no_grad():
         image = engine.transformer.code_table()[codes.to(engine.device)]
-    tokens, logprob = _ground(engine.transformer, engine.prompts, image, expressions, noise)
+    with span("engine/ground", batch=len(codes), branches=sum(map(len, expressions))):
+        tokens, logprob = _ground(engine.transformer, engine.prompts, image, expressions, noise)
     return Answers(tokens.clone(), logprob.clone())

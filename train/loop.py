@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
+from echogen.engine.ranges import span
 from echogen.train.checkpoint import StateError, load_state, save_state
 from echogen.train.config import LoopConfig, to_json
 from echogen.train.optim import build_optimizers, schedule
@@ -148,22 +149,7 @@ def _steps(
     began, parameters = time.perf_counter(), list(stage.module.parameters())
     for step in range(start, config.steps):
         rate = schedule(step, config)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * group["peak"]
-            optimizer.zero_grad(set_to_none=True)
-        device = next(iter(parameters)).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
-            loss, numbers = stage.loss(step)
-        loss.backward()
-        norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
-        if not math.isfinite(float(loss.detach())) or not math.isfinite(norm):
-            raise TrainingError(
-                f"{stage.name}: loss {float(loss.detach())}, gradient norm {norm} at step {step}; "
-                f"the state of the last checkpoint is kept in {state_path} (try a lower lr)"
-            )
-        for optimizer in optimizers:
-            optimizer.step()
+        numbers, norm = _update(stage, config, optimizers, parameters, rate, step, state_path)
         stage.after_step(step)
         done, last = step + 1, step + 1 == config.steps
         bar.update(bar.task_ids[0], completed=done, note=f"loss {numbers['loss']:.4f}")
@@ -180,11 +166,47 @@ def _steps(
                 console.print(f"{stage.name} {row} {seconds:.3f} s/step", soft_wrap=True)
         # Saved first: a failing evaluation costs no training.
         if done % config.save_every == 0 or last:
-            save_state(state_path, _state(stage, optimizers, done))
+            with span(f"train/{stage.name}/checkpoint", step=step):
+                save_state(state_path, _state(stage, optimizers, done))
         if done % config.eval_every == 0 or last:
-            values = _rounded(stage.evaluate())
+            with span(f"train/{stage.name}/evaluate", step=step):
+                values = _rounded(stage.evaluate())
             metrics.write(step=done, **{f"val_{k}": v for k, v in values.items()})
             console.print(f"{stage.name} step {done} validation {values}", soft_wrap=True)
+
+
+def _update(
+    stage: Stage,
+    config: LoopConfig,
+    optimizers: list[torch.optim.Optimizer],
+    parameters: list[nn.Parameter],
+    rate: float,
+    step: int,
+    state_path: Path,
+) -> tuple[dict[str, float], float]:
+    """One optimizer step at ``rate`` of the peak; the stage's numbers and the gradient norm."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * group["peak"]
+        optimizer.zero_grad(set_to_none=True)
+    device, part = parameters[0].device.type, f"train/{stage.name}"
+    with (
+        span(f"{part}/forward", step=step),
+        torch.autocast(device, torch.bfloat16, enabled=config.bf16),
+    ):
+        loss, numbers = stage.loss(step)
+    with span(f"{part}/backward", step=step):
+        loss.backward()
+    norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
+    if not math.isfinite(float(loss.detach())) or not math.isfinite(norm):
+        raise TrainingError(
+            f"{stage.name}: loss {float(loss.detach())}, gradient norm {norm} at step {step}; "
+            f"the state of the last checkpoint is kept in {state_path} (try a lower lr)"
+        )
+    with span(f"{part}/optimizer", step=step):
+        for optimizer in optimizers:
+            optimizer.step()
+    return numbers, norm
 
 
 def _state(stage: Stage, optimizers: list[torch.optim.Optimizer], step: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
+from echogen.engine.ranges import span
 from echogen.engine.rollout import Answers, Drawing, draw, ground, locations
 from echogen.engine.sampler import Sampling
 from echogen.kernels.cycle_reward import CycleReward, cycle_reward
@@ -76,7 +77,11 @@ def roll_out(
         w_iou, w_l1, mode: see `cycle_reward`.
     """
     # What the trainer's autocast would do to the engine's products is not what users run.
-    with torch.autocast(engine.device.type, enabled=False):
+    images = len(layouts) * group
+    with (
+        span("train/cycle-rl/rollout", batch=images),
+        torch.autocast(engine.device.type, enabled=False),
+    ):
         engine.refresh()
         repeated = [layout for layout in layouts for _ in range(group)]
         drawing = draw(engine, repeated, sampling, key, draws)
@@ -85,5 +90,6 @@ def roll_out(
         box, mask = (t.to(engine.device) for t in targets(layouts))
         first, bins = locations(engine.prompts)
         tokens = answers.tokens.unflatten(0, (len(layouts), group))
-        score = cycle_reward(tokens, box, mask, first, bins, w_iou, w_l1, mode)
+        with span("train/cycle-rl/reward", batch=images):
+            score = cycle_reward(tokens, box, mask, first, bins, w_iou, w_l1, mode)
     return Rollout(layouts, drawing, answers, mask, score)
