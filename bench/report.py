@@ -14,8 +14,8 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 BEGIN, END = "<!-- bench report -->", "<!-- end of bench report -->"
 NO_GPU = (
-    "No figure of a GPU is recorded yet: `make gpu` takes them on a machine that has one and leaves "
-    "them under `bench/results/gpu/`, from where this section reads them."
+    "No figure of a GPU is recorded yet: `make gpu` takes them on a machine that has one and "
+    "leaves them under `bench/results/gpu/`, from where this section reads them."
 )
 
 Result = dict[str, Any]
@@ -71,7 +71,7 @@ def _taken(results: Sequence[Result]) -> str:
         return ", ".join(dict.fromkeys(str(read(r)) for r in results))
 
     where = all_of(
-        lambda r: r["device"] if r["device"] != "cpu" else f"{r['cpus']} cores of an {r['cpu']}"
+        lambda r: r["device"] if r["device"] != "cpu" else f"{r['cpus']} cores of {r['cpu']}"
     )
     torch = all_of(lambda r: r["versions"]["torch"])
     commits = all_of(lambda r: (r["commit"] or "no commit")[:9] + ("+" if r["dirty"] else ""))
@@ -97,10 +97,10 @@ def _engine(results: list[Result]) -> str:
         )
     first = results[0]
     return (
-        f"**Drawing against the port's generate loop**: greedy codes equal, {first['dtype']}, batch "
-        f"{first['batch']}, CFG {first['cfg']:g}, each side at its own best thread count, medians "
-        f"of alternating runs {_taken(results)}. This engine keeps the unconditional prompt's "
-        "prefix and its packed weights between images; the port has neither.\n\n"
+        f"**Drawing against the port's generate loop**: greedy codes equal, {first['dtype']}, "
+        f"batch {first['batch']}, CFG {first['cfg']:g}, each side at its own best thread count, "
+        f"medians of alternating runs {_taken(results)}. This engine keeps the unconditional "
+        "prompt's prefix and its packed weights between images; the port has neither.\n\n"
         + _table(("model", "this engine, a step", "port, a step", "ratio"), rows)
     )
 

@@ -1,0 +1,58 @@
+"""README's figures are those of the committed results, and say where they come from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from echogen.bench import report
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+def test_readme_says_what_the_results_say():
+    text = README.read_text()
+    assert text == report.placed(text, report.section()), (
+        "README.md differs from bench/results: run `echogen bench report --write`"
+    )
+
+
+def test_every_part_names_machine_and_commit(tmp_path):
+    engine = {
+        "model": "tiny", "parameters": 3_200_000, "dtype": "float32", "batch": 1, "cfg": 5.0,
+        "device": "cpu", "cpu": "Some CPU", "cpus": 2, "versions": {"torch": "2.13.0"},
+        "commit": "0123456789abcdef", "dirty": False, "ratio": 3.125,
+        "results": [{"provider": "echogen", "tokens_per_s": 2000.0, "ms_per_step": 0.5},
+                    {"provider": "transformers", "tokens_per_s": 640.0, "ms_per_step": 1.5625}],
+    }  # fmt: skip
+    (tmp_path / "engine-tiny.json").write_text(json.dumps(engine))
+    text = report.section(tmp_path)
+    assert "2 cores of an Some CPU" not in text and "2 cores of Some CPU" in text
+    assert "PyTorch 2.13.0; commit 012345678)" in text
+    assert "| tiny, 3.2 M | 2000 tokens/s, 0.50 ms | 640 tokens/s, 1.56 ms | 3.12 |" in text
+    assert report.NO_GPU in text
+
+
+def test_a_gpu_changes_what_is_said(tmp_path):
+    (tmp_path / "gpu").mkdir()
+    row = {"operator": "swiglu", "shape": "rows=16", "dtype": "bfloat16", "mode": "forward",
+           "error": None, "bound": "memory"}  # fmt: skip
+    kernels = {
+        "device": "NVIDIA H200", "versions": {"torch": "2.11.0"}, "commit": None, "dirty": True,
+        "kernels": [row | {"provider": "echogen", "ms": 0.1, "percent_of_floor": 92.4},
+                    row | {"provider": "eager", "ms": 0.25, "percent_of_floor": 37.0}],
+    }  # fmt: skip
+    (tmp_path / "gpu" / "kernels_swiglu.json").write_text(json.dumps(kernels))
+    text = report.section(tmp_path)
+    assert report.NO_GPU not in text and "(NVIDIA H200; PyTorch 2.11.0; commit no commit+)" in text
+    assert "| `swiglu` | rows=16 | bfloat16 | forward | 0.100 | 92 (memory) | eager 2.50× |" in text
+
+
+def test_what_cannot_be_placed_or_read_is_refused(tmp_path):
+    with pytest.raises(report.ReportError, match="lacks the marks"):
+        report.placed("no marks here", "text")
+    (tmp_path / "engine-x.json").write_text("{")
+    with pytest.raises(report.ReportError, match=r"engine-x\.json: not valid JSON"):
+        report.section(tmp_path)
