@@ -158,8 +158,8 @@ class PackedWindows(PackedDecoding):
     shorter than ``LEAST`` are padded to it: 4 for attention, and 5 because `PackedLinear` runs up
     to ``FEW_ROWS`` rows through plain products, which round otherwise. Windows of one code are
     therefore sequential decoding in the same arithmetic; `PackedDecoding` is faster at that and
-    rounds differently. (float32; AMD EPYC, Zen 5, torch 2.13. `tests/engine/test_jacobi.py` holds
-    any other machine to it.)
+    rounds differently. This was found, not promised (float32; AMD EPYC, Zen 5, torch 2.13): where
+    a library rounds a row by its neighbours, codes are the same but for those within rounding.
     """
 
     SPARE = LEAST
@@ -208,8 +208,9 @@ class PackedWindows(PackedDecoding):
             slots = begins + self._slot[:width]
             turn, seen = self._turn[self._row, slots], self._seen[self._row, slots, :end]
             places, index = self._flat, (self._head_slot + slots[:, None]).flatten()
-        heads = 1 if len(seen) == 1 else model.config.kv_heads
-        mask = seen.unsqueeze(1).repeat_interleave(heads, 0) if heads > 1 else seen.unsqueeze(1)
+        mask = seen.unsqueeze(1)
+        if len(mask) > 1:
+            mask = mask.repeat_interleave(model.config.kv_heads, 0)
         keys, values = self._keys[..., :end].unbind(0), self._values[:, :, :end].unbind(0)
         for block, place, key, value in zip(model.blocks, places, keys, values, strict=True):
             block.project(stream, frame, turn)

@@ -340,6 +340,24 @@ def test_noise_is_keyed_by_position_however_the_steps_are_visited(monkeypatch):
                 assert torch.equal(sampler(logits, step), wanted[step])
 
 
+@pytest.mark.parametrize("block", [1, 6 * V * 3, 1 << 21])
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(cfg=2.0, top_k=4, top_p=0.8)])
+def test_several_positions_at_once_draw_what_each_draws_alone(monkeypatch, sampling, block):
+    """Every sample at positions of its own, in blocks of one, three and all of them."""
+    monkeypatch.setattr(Sampler, "BLOCK", block)
+    generator = torch.Generator().manual_seed(1)
+    rows = 6 if sampling.cfg == 1 else 12
+    logits = torch.randn(rows, 10, V, generator=generator)
+    sampler = Sampler(sampling, 5, torch.arange(6) + 40, V, 10)
+    wanted = torch.stack([sampler(logits[:, step], step) for step in range(10)], 1)
+    for width in (1, 4, 10):
+        first = torch.randint(0, 11 - width, (6, 1), generator=generator)
+        positions = first + torch.arange(width)
+        at = positions.repeat(rows // 6, 1)
+        scores = sampler.scores(logits[torch.arange(rows)[:, None], at])
+        assert torch.equal(sampler.pick(scores, positions), wanted.gather(1, positions))
+
+
 @pytest.mark.parametrize("wrong", [
     {"temperature": -1.0}, {"temperature": float("nan")}, {"cfg": -0.5}, {"cfg": float("inf")},
     {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": float("nan")},

@@ -245,6 +245,25 @@ def test_a_position_sees_nothing_behind_it(kind, model, packed):
         assert not torch.equal(found[0][:, change:], found[1][:, change:])
 
 
+def rounds_by_neighbours() -> bool:
+    """Whether this machine's products, called plainly, give a row other bits among other rows."""
+    generator = torch.Generator().manual_seed(5)
+    x, weight = (torch.randn(n, 192, generator=generator) for n in (60, 512))
+    blocked = torch.ops.mkldnn._reorder_linear_weight(weight, 2)
+    key = torch.randn(3, 192, 90, generator=generator)
+
+    def linear(rows: int) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x[:rows], blocked, None, "none", [], "none")
+
+    def batched(rows: int) -> Tensor:
+        return torch.bmm(x[:rows].expand(3, rows, 192).contiguous(), key)
+
+    return not all(
+        torch.equal(linear(n), linear(60)[:n]) and torch.equal(batched(n), batched(60)[:, :n])
+        for n in range(5, 21)
+    )
+
+
 @pytest.mark.parametrize("images", [1, 3])
 @torch.inference_mode()
 def test_packed_logits_are_the_same_bits_at_any_width(tiny, images):
@@ -252,6 +271,8 @@ def test_packed_logits_are_the_same_bits_at_any_width(tiny, images):
     weights, table = tiny.decoder, tiny._code_table
     if not isinstance(weights, PackedTransformer):
         pytest.skip("oneDNN cannot pack this model here")
+    if rounds_by_neighbours():
+        pytest.skip("this machine's libraries round a row by its neighbours")
     ids = [[1, *range(20, 20 + 9 * n), 30] for n in range(1, images + 1)]
     codes = torch.randint(1024, (images, 20), generator=torch.Generator().manual_seed(4))
     found = []
