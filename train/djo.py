@@ -162,8 +162,7 @@ class DJOStage(WorldStage):
             images, flips = self._sampled([layouts[i] for i in looped], tau, noise, step)
             numbers |= flips
         image = image_loss(model, hidden, batch) if image is None else image
-        loss = image + 0.0
-        numbers["l2i"] = image
+        loss = numbers["l2i"] = image
         if c.grounding_weight:
             numbers["i2l"] = box_loss(model, hidden, batch)
             loss = loss + c.grounding_weight * numbers["i2l"]
