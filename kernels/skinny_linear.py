@@ -76,6 +76,7 @@ def _launch(
             f"x is {x.dtype} and weight {weight.dtype}; the kernel multiplies bfloat16 by "
             f"bfloat16 or float8_e4m3fn"
         )
+    _check_aligned(x=x, weight=weight, gain=gain)
     device = gpu(x.device)
     chosen = plan(rows, depth, fp8, device)
     outputs = channels // 2 if swiglu else channels
@@ -90,6 +91,16 @@ def _launch(
             channels, eps, swiglu, chosen.stages, block=32 * WARPS, shared=chosen.shared_bytes,
         )  # fmt: skip
     return out
+
+
+def _check_aligned(**tensors: Tensor | None) -> None:
+    """For what is read 16 bytes at a time; here, as tensors that are traced lie nowhere."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.data_ptr() % 16:
+            raise ValueError(
+                f"{name} begins {tensor.data_ptr() % 16} bytes behind a multiple of 16, at offset "
+                f"{tensor.storage_offset()} of its storage; pass {name}.clone()"
+            )
 
 
 @operator("skinny_linear", _launch, "CUDA C++")
@@ -121,16 +132,17 @@ def skinny_linear(
 
     ``y = s ⊙ (n(x)·Wᵀ)`` with, where there is a gain, ``n(x) = round(x/rms(x))·gain`` (Zhang &
     Sennrich 2019, rounded as Llama does), then ``y + residual``, or ``silu(y₁)·y₂`` of the gate
-    rows and the up rows (Shazeer 2020). A row's result depends neither on the other rows nor on
-    their number, and is the same every time.
+    rows and the up rows (Shazeer 2020). On CUDA a row's result depends neither on the other rows
+    nor on their number, and is the same every time.
 
     Args:
         x: [R, K], contiguous, R in 1 … 16; bfloat16 on CUDA, any float type on the CPU.
         weight: [N, K], contiguous, of x's type, or float8_e4m3fn (see `fp8_weight`), without NaN.
-            K is a multiple of 8, with fp8 of 16.
+            K is a multiple of 8, with fp8 of 16. On CUDA x, weight and gain begin at a multiple of
+            16 bytes, as whole tensors do.
         scale: float32 [N], what an fp8 weight's rows are multiplied by.
         gain: [K] of x's type, the RMS norm's gain; None for no norm.
-        eps: of the norm, added to the mean square.
+        eps: of the norm, added to the mean square, above 0.
         residual: [R, N] of x's type; not together with ``swiglu``.
         swiglu: W is a fused [2·M, K], the gate's rows first.
 
@@ -141,23 +153,34 @@ def skinny_linear(
         ValueError: shapes, devices, strides or numbers that do not fit.
         TypeError: types that do not fit.
     """
-    _check(x, weight, scale, gain, residual, swiglu)
+    _check(x, weight, scale, gain, eps, residual, swiglu)
     made: Tensor = _skinny_linear(x, weight, scale, gain, eps, residual, swiglu)
     return made
 
 
 def fp8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight [N, K] as float8_e4m3fn, and the float32 [N] by which its rows are to be multiplied:
-    each row's largest magnitude becomes 448, the type's largest number."""
+    each row's largest magnitude becomes 448, the type's largest number.
+
+    Raises:
+        ValueError: not two axes, no elements, or infinities or NaN among them.
+        TypeError: no floats.
+    """
     checks.check_shape("weight", weight, (None, None))
     checks.check_floats(weight=weight)
+    checks.check_not_empty(weight=weight)
     largest = weight.abs().amax(1).float()
-    scale = torch.where(largest > 0, largest / torch.finfo(FP8).max, 1.0)
+    bad = (~largest.isfinite()).nonzero().flatten()
+    if len(bad):
+        raise ValueError(f"weight holds {largest[bad[0]]} in row {int(bad[0])}; it must be finite")
+    # Rows of the least numbers would have a scale of 0.
+    scale = (largest / torch.finfo(FP8).max).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = torch.where(largest > 0, scale, 1.0)
     return (weight.float() / scale[:, None]).to(FP8), scale
 
 
 def _check(
-    x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor | None,
+    x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor | None, eps: float,
     residual: Tensor | None, swiglu: bool,
 ) -> None:  # fmt: skip
     checks.check_shape("x", x, (None, None))
@@ -186,6 +209,8 @@ def _check(
         checks.check_shape("scale", scale, (channels,))
         if scale.dtype != torch.float32:
             raise TypeError(f"scale is {scale.dtype}; it must be float32")
+    if not 0 < eps < float("inf"):
+        raise ValueError(f"eps = {eps}; it must be finite and above 0")
     if swiglu and (residual is not None or channels % 2):
         raise ValueError(
             f"swiglu wants an even number of weight rows and no residual; there are {channels} rows"

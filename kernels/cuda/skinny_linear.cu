@@ -157,8 +157,10 @@ DEVICE void multiply(float (&sum)[2][Tiling<FP8>::GROUPS][4], const unsigned cha
     }
 }
 
+// fmaf here and below leaves the compiler no choice of which products to fuse with a sum: were it to
+// choose otherwise for another ROWS, a row's result would depend on the number of rows.
 DEVICE float square_sum(unsigned pair) {
-    return low_half(pair) * low_half(pair) + high_half(pair) * high_half(pair);
+    return fmaf(low_half(pair), low_half(pair), high_half(pair) * high_half(pair));
 }
 
 // Rounded before the gain as well as behind it, like Llama's norm.
@@ -221,14 +223,14 @@ DEVICE void stage_rows(const unsigned char* from, const unsigned char* gain, flo
     barrier();
 }
 
-// Sum of the warps' parts of one output, in the order of warps, times the channel's scale.
+// Sum of the warps' parts of one output, in the order of warps.
 template <int ROWS, int CHANNELS>
-DEVICE float total(const float* parts, int row, int channel, float scale) {
+DEVICE float total(const float* parts, int row, int channel) {
     float sum = 0.0f;
 #pragma unroll
     for (int warp = 0; warp < WARPS; ++warp)
         sum += parts[(warp * ROWS + row) * CHANNELS + channel];
-    return sum * scale;
+    return sum;
 }
 
 template <int ROWS, bool FP8>
@@ -295,16 +297,19 @@ DEVICE void linear(const void* x_from, const void* weight, const float* scale, c
         }
         barrier();
         if (stores) {
-            float y = total<ROWS, T::CHANNELS>(part, out_row, out_channel, scales[0]);
+            float y = total<ROWS, T::CHANNELS>(part, out_row, out_channel);
             if (p.swiglu) {
-                const float up =
-                    total<ROWS, T::CHANNELS>(part, out_row, p.a_tile + out_channel, scales[1]);
-                y = y / (1.0f + expf(-y)) * up;
+                const float gate = y * scales[0];
+                const float up = total<ROWS, T::CHANNELS>(part, out_row, p.a_tile + out_channel);
+                y = gate / (1.0f + expf(-gate)) * (up * scales[1]);
+            } else {
+                y = fmaf(y, scales[0], added);
             }
             static_cast<unsigned short*>(out)[place_out] =
-                static_cast<unsigned short>(pack_bf16x2(y + added, 0.0f));
+                static_cast<unsigned short>(pack_bf16x2(y, 0.0f));
         }
     }
+    copies_wait<0>();  // the zeros beyond the last tile: nothing may land when this block is gone
 }
 
 #define SKINNY_LINEAR(NAME, ROWS, IS_FP8)                                                         \

@@ -49,8 +49,8 @@ def _library(source: str, folder: Path) -> ctypes.CDLL:
 
 
 class Emulated:
-    """What `loader.CudaKernel` is, on the CPU. ``early``: copies land as they are made, and threads
-    run from the last to the first."""
+    """What `loader.CudaKernel` is, on the CPU. ``early``: copies land as they are made, and each
+    warp, the last one first, runs ahead of the others."""
 
     def __init__(self, kernel: loader.CudaKernel, folder: Path, early: bool = False) -> None:
         self._run = getattr(_library(kernel.source, folder), f"run_{kernel.__name__}")

@@ -3,8 +3,9 @@
 // kernels/cuda/device.cuh; fragments are laid out as the PTX manual says.
 //
 // Threads are fibers that switch where they wait for one another. Shared memory starts as NaN. A
-// copy lands as late as its wait allows and threads run from the first to the last, or it lands as it
-// is made and they run from the last to the first: a kernel must be right either way.
+// copy lands as late as its wait allows, and threads keep pace from the first to the last; or it lands
+// as it is made, and from the last warp to the first each runs ahead until it waits for the others: a
+// kernel must be right either way.
 // Counted as faults are: a read of 16 bytes or a copy outside the arrays handed over, or off its
 // alignment; a block whose shared memory was written beyond its end; a copy its thread did not wait
 // for.
@@ -34,16 +35,18 @@ struct Copy {
     bool inside;
 };
 
+struct Meeting {  // a barrier of some threads
+    int arrived = 0, generation = 0;
+};
+
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack = std::vector<char>(64 << 10);
     bool done;
+    const Meeting* waits;
+    int generation;  // of what it waits for
     std::vector<Copy> open;
     std::deque<std::vector<Copy>> groups;
-};
-
-struct Meeting {  // a barrier of some threads
-    int arrived = 0, generation = 0;
 };
 
 struct Range {
@@ -58,21 +61,22 @@ inline std::vector<Meeting> warps;
 inline Meeting all;
 inline ucontext_t scheduler;
 inline std::function<void()> kernel;
-inline int current, faults, stuck;
+inline int current, faults;
 inline long long block_index, grid;
 inline bool early;
 inline float floats[32][32];  // of the lanes of each warp
 inline unsigned operands[32][32][6];
 
 inline void meet(Meeting& meeting, int size) {
-    const int generation = meeting.generation;
     if (++meeting.arrived == size) {
         meeting.arrived = 0;
         ++meeting.generation;
+        return;
     }
-    stuck = 0;
-    while (meeting.generation == generation)
-        swapcontext(&fibers[current].context, &scheduler);
+    Fiber& fiber = fibers[current];
+    fiber.waits = &meeting;
+    fiber.generation = meeting.generation;
+    swapcontext(&fiber.context, &scheduler);
 }
 inline void meet_warp() { meet(warps[current / 32], 32); }
 
@@ -98,35 +102,54 @@ inline void enter() {
     swapcontext(&fibers[current].context, &scheduler);
 }
 
+// Run a thread until it waits or is done; whether it could.
+inline bool run(int thread) {
+    Fiber& fiber = fibers[thread];
+    if (fiber.done || (fiber.waits && fiber.waits->generation == fiber.generation)) return false;
+    fiber.waits = nullptr;
+    current = thread;
+    swapcontext(&scheduler, &fiber.context);
+    return true;
+}
+
+inline bool run_all(int begin, int end) {
+    bool any = false;
+    for (int thread = begin; thread < end; ++thread) any |= run(thread);
+    return any;
+}
+
+inline void start(int threads, size_t shared_bytes) {
+    shared.assign(shared_bytes + GUARD, 0xff);
+    fibers.resize(threads);
+    warps.assign(threads / 32, {});
+    all = {};
+    for (Fiber& fiber : fibers) {
+        fiber.done = false;
+        fiber.waits = nullptr;
+        fiber.open.clear();
+        fiber.groups.clear();
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = &scheduler;
+        makecontext(&fiber.context, enter, 0);
+    }
+}
+
 // How many faults there were; −1 where threads wait for one another for ever.
 inline int launch(long long blocks, int threads, size_t shared_bytes, std::function<void()> body) {
     kernel = std::move(body);
     grid = blocks;
-    faults = stuck = 0;
+    faults = 0;
     for (block_index = 0; block_index < blocks; ++block_index) {
-        shared.assign(shared_bytes + GUARD, 0xff);
-        fibers.resize(threads);
-        warps.assign(threads / 32, {});
-        all = {};
-        for (Fiber& fiber : fibers) {
-            fiber.done = false;
-            fiber.open.clear();
-            fiber.groups.clear();
-            getcontext(&fiber.context);
-            fiber.context.uc_stack.ss_sp = fiber.stack.data();
-            fiber.context.uc_stack.ss_size = fiber.stack.size();
-            fiber.context.uc_link = &scheduler;
-            makecontext(&fiber.context, enter, 0);
+        start(threads, shared_bytes);
+        for (bool any = true; any;) {
+            any = !early && run_all(0, threads);
+            for (int warp = early ? threads / 32 - 1 : -1; warp >= 0; --warp)
+                while (run_all(32 * warp, 32 * warp + 32)) any = true;
         }
-        for (int left = threads; left > 0;) {
-            if (stuck++ > 2) return -1;
-            for (int turn = 0; turn < threads; ++turn) {
-                current = early ? threads - 1 - turn : turn;
-                if (fibers[current].done) continue;
-                swapcontext(&scheduler, &fibers[current].context);
-                if (fibers[current].done) --left, stuck = 0;
-            }
-        }
+        for (const Fiber& fiber : fibers)
+            if (!fiber.done) return -1;
         const auto untouched = [](unsigned char byte) { return byte == 0xff; };
         faults += !std::all_of(shared.end() - GUARD, shared.end(), untouched);
     }

@@ -124,14 +124,14 @@ def draw(generator):
     return random.Random(generator.initial_seed())
 
 
-@pytest.fixture(params=["as registered", "emulated", "emulated backwards"])
+@pytest.fixture(params=["as registered", "emulated", "emulated, warps apart"])
 def where(request, device, tmp_path_factory, monkeypatch):
     """Where the public functions are to be called: on the device, or emulated on the CPU."""
     new_mask = module._mask
     monkeypatch.setattr(module, "_mask", lambda *shape: _fill(new_mask(*shape)))
     if request.param == "as registered":
         return device
-    emulate(module, tmp_path_factory, monkeypatch, early=request.param == "emulated backwards")
+    emulate(module, tmp_path_factory, monkeypatch, early=request.param == "emulated, warps apart")
     for kind in KINDS:
         for name, launcher in ((f"_parse_{kind}_boxes", f"_launch_{kind}_boxes"),
                                (f"_allowed_{kind}_mask", f"_launch_{kind}_mask")):  # fmt: skip
@@ -174,9 +174,9 @@ def same(found, wanted):
     assert torch.equal(found.nan_to_num(), wanted.nan_to_num())
 
 
-@pytest.mark.parametrize("width", [0, 1, 3, 4, 5, 8, 27])
+@pytest.mark.parametrize("width", [0, 1, 4, 5, 27])
 def test_boxes_are_those_of_the_codec(width, grammar, where, draw):
-    rows = rows_of(grammar, draw, 90, width)
+    rows = rows_of(grammar, draw, 60, width)
     wanted = torch.tensor([grammar.read(row) for row in rows], dtype=torch.float64).float()
     assert width < 27 or wanted.isfinite().any()
     same(grammar.boxes(tensor(rows, width, where)).cpu(), wanted)
@@ -195,7 +195,7 @@ def test_masks_are_what_the_codec_allows(width, grammar, where, draw):
 
 def test_constrained_decodes_end_in_boxes(grammar, where, draw):
     """Every mask on the way is the codec's, something may always follow, and every row parses."""
-    count, steps = 24, grammar.codec.steps
+    count, steps = 12, grammar.codec.steps
     rows = [[] for _ in range(count)]
     tokens = torch.full((count, steps + 2), 2**62, device=where)
     for step in range(steps + 2):
@@ -213,7 +213,7 @@ def test_constrained_decodes_end_in_boxes(grammar, where, draw):
 
 
 @pytest.mark.parametrize("count", [0, 1, 256, 257, 600])
-@pytest.mark.parametrize("kind", GRAMMARS)
+@pytest.mark.parametrize("kind", ["33 locations", "text"])
 def test_any_number_of_rows(count, kind, where, draw):
     grammar = GRAMMARS[kind]()
     rows = rows_of(grammar, draw, 60, 7)
