@@ -178,6 +178,7 @@ class _Seen:
     steps: list[int] = field(default_factory=list)
     forwards: list[int] = field(default_factory=list)
     covers: list[float] = field(default_factory=list)
+    times: list[tuple[float, float]] = field(default_factory=list)
 
 
 class _Tally:
@@ -186,7 +187,6 @@ class _Tally:
     def __init__(self, sampling: Sampling, window: int, draft: Draft) -> None:
         self.sampling, self.window, self.draft = sampling, window, draft
         self.different, self.different_bits, self.images = 0, 0, 0
-        self.times = list[tuple[float, float]]()
         self.seen = dict[int, _Seen]()
 
     def add(
@@ -196,22 +196,21 @@ class _Tally:
         self.different += int((drawing.codes != reference.codes).any(1).sum())
         self.different_bits += int((drawing.codes != reference.same_arithmetic).any(1).sum())
         self.images += len(drawing.codes)
-        self.times.append((reference.seconds, spent))
         seen = self.seen.setdefault(id(pictures), _Seen())
         seen.drafted.append(drawing.drafted)
         seen.steps += drawing.steps
         seen.forwards.append(max(drawing.steps))
         seen.covers += reference.covers
+        seen.times.append((reference.seconds, spent))
 
     def report(self, sets: list[_Pictures]) -> dict[str, Any]:
         """Of this setting: ``steps_sequential`` and ``steps_jacobi`` an image (forwards of the
         transformer, the prompt's among them), ``identical`` to `decode_image`, the images that are
         ``different``, also beside one code a step in the same arithmetic; ``acceptance``, the share
-        of codes taken over from a draft; the same for crowded layouts; milliseconds an image.
-        ``forwards`` are those of a batch, which is done when its last image is."""
+        of codes taken over from a draft; median milliseconds an image, and the median ratio of one
+        drawing's times; ``crowded``: the same for crowded layouts. ``forwards`` are those of a
+        batch, which is done when its last image is."""
         tests, crowded = (self._of(self.seen[id(s)], s) for s in sets)
-        ours, theirs = ([t[i] for t in self.times] for i in (1, 0))
-        each = self.images / len(self.times)
         return {
             "temperature": self.sampling.temperature,
             "cfg": self.sampling.cfg,
@@ -223,15 +222,13 @@ class _Tally:
             "different_in_same_arithmetic": self.different_bits,
             **tests,
             "crowded": crowded,
-            "ms_sequential": statistics.median(theirs) / each * 1e3,
-            "ms_jacobi": statistics.median(ours) / each * 1e3,
-            "ratio": statistics.median(b / a for a, b in zip(ours, theirs, strict=True)),
         }
 
     @staticmethod
     def _of(seen: _Seen, pictures: _Pictures) -> dict[str, Any]:
         drafted, on_object = torch.cat(seen.drafted), pictures.on_object
         steps = torch.tensor(seen.steps, dtype=torch.float64)
+        each = 1e3 * len(seen.times) / len(seen.steps)
         return {
             "steps_sequential": drafted.shape[1],
             "steps_jacobi": float(steps.mean()),
@@ -244,6 +241,9 @@ class _Tally:
             },
             "box_cover": float(pictures.cover.mean()),
             "drawn_cover": statistics.mean(seen.covers),
+            "ms_sequential": statistics.median(one for one, _ in seen.times) * each,
+            "ms_jacobi": statistics.median(several for _, several in seen.times) * each,
+            "ratio": statistics.median(one / several for one, several in seen.times),
         }
 
 
@@ -304,7 +304,7 @@ def table(result: dict[str, Any]) -> Table:
     )
     for heading in ("temp.", "cfg", "window", "draft", "different", "steps", "accepted", "object"):
         shown.add_column(heading, justify="right")
-    for heading in ("crowded: steps", "accepted", "ms/image", "one by one", "ratio"):
+    for heading in ("ms/image", "one by one", "ratio", "crowded: steps", "accepted", "ratio"):
         shown.add_column(heading, justify="right")
     for r in result["settings"]:
         shown.add_row(
@@ -316,10 +316,11 @@ def table(result: dict[str, Any]) -> Table:
             f"{r['steps_jacobi']:.1f} of {r['steps_sequential']}",
             f"{r['acceptance']['all']:.2f}",
             f"{r['acceptance']['object']:.2f}",
-            f"{r['crowded']['steps_jacobi']:.1f}",
-            f"{r['crowded']['acceptance']['all']:.2f}",
             f"{r['ms_jacobi']:.1f}",
             f"{r['ms_sequential']:.1f}",
             f"{r['ratio']:.2f}",
+            f"{r['crowded']['steps_jacobi']:.1f}",
+            f"{r['crowded']['acceptance']['all']:.2f}",
+            f"{r['crowded']['ratio']:.2f}",
         )
     return shown
