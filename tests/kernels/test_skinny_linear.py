@@ -315,6 +315,15 @@ def test_too_deep_for_the_device(kernels, has):
         skinny_linear(x, x)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="4 GiB of W")
+def test_weights_beyond_32_bits():
+    weight = torch.zeros(1_050_000, 2048, dtype=BF16, device="cuda")
+    weight[-1] = 1
+    assert weight.numel() > 2**31
+    found = skinny_linear(torch.ones(1, 2048, dtype=BF16, device="cuda"), weight)
+    assert found[0, -1] == 2048 and (found[0, :-1] == 0).all()
+
+
 @pytest.mark.parametrize("end, fp8", [("plain", False), ("residual", True), ("swiglu", True)])
 def test_opcheck(end, fp8, generator, device):
     given = inputs(3, 32, 6, generator, device, fp8, end=end, norm=end != "plain")
