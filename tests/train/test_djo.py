@@ -17,7 +17,9 @@ from echogen.engine.config import ModelConfig
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.prompt import LocationCodec, Prompts
+from echogen.engine.weights import CheckpointError
 from echogen.kernels.philox import gumbel_noise
+from echogen.train import world
 from echogen.train.checkpoint import StateError
 from echogen.train.config import DJOConfig, LoopConfig
 from echogen.train.data.packing import i2l_tree, l2i_tree, pack
@@ -215,6 +217,13 @@ def test_a_run_is_not_resumed_from_another_beginning(tmp_path, pmtp_run, loop) -
     other = DJOStage(stage(pmtp_run, loop).config, dataclasses.replace(start, fingerprint="else"))
     with pytest.raises(StateError, match="another run"):
         run(other, loop, tmp_path, resume=True)
+
+
+@pytest.mark.usefixtures("small_world")
+def test_a_model_of_another_world_is_refused(pmtp_run, loop, monkeypatch) -> None:
+    monkeypatch.setattr(world, "IMAGE_SIZE", 128)
+    with pytest.raises(CheckpointError, match="64 pixels a side, those of ShapesWorld 128"):
+        stage(pmtp_run, loop)
 
 
 @pytest.mark.usefixtures("small_world")
