@@ -26,9 +26,6 @@ class PackedDecoding:
             is kept in ``model.prefixes`` for later drawings.
     """
 
-    SPARE = 0
-    """Slots behind the last image code's."""
-
     def __init__(
         self,
         model: PackedTransformer,
@@ -42,7 +39,7 @@ class PackedDecoding:
         self._model, self._table, self._ids, self._pads = model, code_table, ids, pads.tolist()
         self._conditional = len(ids) // 2 if guided else len(ids)
         (rows, length), dtype = ids.shape, code_table.dtype
-        capacity = length + steps - 1 + self.SPARE
+        capacity = self._capacity(length + steps - 1)
         self._end = 0
         self._frame = Frame(c, rows, 1, dtype)
         self._stream = Stream(rows, c.width, c.norm_eps, dtype)
@@ -58,6 +55,11 @@ class PackedDecoding:
         # One [R or 1, 1, heads + kv_heads, K/2] a step.
         self._turns = model.turns(positions).unsqueeze(2).unbind(1)
         self._mask = self._for_heads((slot >= pads[:, None])[:, None]) if ragged else None
+
+    @staticmethod
+    def _capacity(tokens: int) -> int:
+        """Slots of the cache for a prompt and its codes."""
+        return tokens
 
     def _for_heads(self, visible: Tensor) -> Tensor:
         """Visibility [R or 1, L, S] → additive mask [R·kv_heads or 1, 1, L, S]."""
@@ -147,22 +149,23 @@ class PackedDecoding:
 
 LEAST = 5
 """Codes a window is at least; see PackedWindows."""
+LANES = 32
+"""The keys of a window are a multiple of it: as many bfloat16 numbers as a register holds."""
 
 
 class PackedWindows(PackedDecoding):
     """A drawing on packed weights whose steps take several codes, anywhere behind the prompt.
 
-    A code's logits do not depend on what stands beside it, to the last bit: oneDNN's blocked
+    A code's logits do not depend on what stands beside it, to the last bit. oneDNN's blocked
     products give a row the same numbers among 1 as among 64, and MKL's batched ones of attention
-    among 4 or more, whatever the number of keys (a masked key weighs an exact 0). So windows
-    shorter than ``LEAST`` are padded to it: 4 for attention, and 5 because `PackedLinear` runs up
-    to ``FEW_ROWS`` rows through plain products, which round otherwise. Windows of one code are
-    therefore sequential decoding in the same arithmetic; `PackedDecoding` is faster at that and
-    rounds differently. This was found, not promised (float32; AMD EPYC, Zen 5, torch 2.13): where
-    a library rounds a row by its neighbours, codes are the same but for those within rounding.
+    among 4 or more, so windows shorter than ``LEAST`` are padded to it: 4 for attention, and 5
+    because `PackedLinear` runs up to ``FEW_ROWS`` rows through plain products, which round
+    otherwise. A masked key weighs an exact 0; softmax sums in bfloat16 in another order where the
+    keys end within a register, so they end at one's edge. Windows of one code are therefore
+    sequential decoding in the same arithmetic; `PackedDecoding` is faster at that and rounds
+    differently. All this was found, not promised (AMD EPYC, Zen 5, torch 2.13): where a library
+    rounds a row by its neighbours, codes are the same but for those within rounding.
     """
-
-    SPARE = LEAST
 
     def __init__(
         self,
@@ -199,19 +202,20 @@ class PackedWindows(PackedDecoding):
         embedded = self._table.index_select(0, codes.flatten())
         stream.x.view(-1, *embedded.shape).copy_(embedded)
         begin, end = self._length + min(first), self._length + max(first) + width
+        read = _up_to_edge(end)
         together = end - begin == width
         if together:
-            turn, seen = self._turn[:, begin:end], self._seen[:, begin:end, :end]
+            turn, seen = self._turn[:, begin:end], self._seen[:, begin:end, :read]
             places = self._block[..., begin:end, :].unbind(1)
         else:
             begins = torch.tensor(first * (rows // len(first)))[:, None] + self._length
             slots = begins + self._slot[:width]
-            turn, seen = self._turn[self._row, slots], self._seen[self._row, slots, :end]
+            turn, seen = self._turn[self._row, slots], self._seen[self._row, slots, :read]
             places, index = self._flat, (self._head_slot + slots[:, None]).flatten()
         mask = seen.unsqueeze(1)
         if len(mask) > 1:
             mask = mask.repeat_interleave(model.config.kv_heads, 0)
-        keys, values = self._keys[..., :end].unbind(0), self._values[:, :, :end].unbind(0)
+        keys, values = self._keys[..., :read].unbind(0), self._values[:, :, :read].unbind(0)
         for block, place, key, value in zip(model.blocks, places, keys, values, strict=True):
             block.project(stream, frame, turn)
             if together:
@@ -223,6 +227,11 @@ class PackedWindows(PackedDecoding):
             block.finish(stream, frame)
         return model.image_logits(stream).view(rows, width, -1)[:, :asked]
 
+    @staticmethod
+    def _capacity(tokens: int) -> int:
+        """The same with a padded window at the end."""
+        return _up_to_edge(tokens + LEAST)
+
     def _buffers_for(self, width: int) -> tuple[Frame, Stream]:
         """Made once a width: the window's own, and the narrower ones at the image's end."""
         if width not in self._buffers:
@@ -230,3 +239,8 @@ class PackedWindows(PackedDecoding):
             frame = Frame(c, rows, width, dtype)
             self._buffers[width] = frame, Stream(rows * width, c.width, c.norm_eps, dtype)
         return self._buffers[width]
+
+
+def _up_to_edge(keys: int) -> int:
+    """The next multiple of ``LANES``."""
+    return -(-keys // LANES) * LANES

@@ -245,12 +245,12 @@ def test_a_position_sees_nothing_behind_it(kind, model, packed):
         assert not torch.equal(found[0][:, change:], found[1][:, change:])
 
 
-def rounds_by_neighbours() -> bool:
+def rounds_by_neighbours(dtype: torch.dtype) -> bool:
     """Whether this machine's products, called plainly, give a row other bits among other rows."""
     generator = torch.Generator().manual_seed(5)
-    x, weight = (torch.randn(n, 192, generator=generator) for n in (60, 512))
+    x, weight = (torch.randn(n, 192, generator=generator).to(dtype) for n in (60, 512))
     blocked = torch.ops.mkldnn._reorder_linear_weight(weight, 2)
-    key = torch.randn(3, 192, 90, generator=generator)
+    key = torch.randn(3, 192, 96, generator=generator).to(dtype)
 
     def linear(rows: int) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x[:rows], blocked, None, "none", [], "none")
@@ -264,19 +264,21 @@ def rounds_by_neighbours() -> bool:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("images", [1, 3])
 @torch.inference_mode()
-def test_packed_logits_are_the_same_bits_at_any_width(tiny, images):
+def test_packed_logits_are_the_same_bits_at_any_width(tiny, images, dtype):
     """The bundled model's products, windows padded and not: 1 code a step and 20 at once."""
-    weights, table = tiny.decoder, tiny._code_table
-    if not isinstance(weights, PackedTransformer):
-        pytest.skip("oneDNN cannot pack this model here")
-    if rounds_by_neighbours():
+    model = copy.deepcopy(tiny.transformer).to(dtype)
+    if not packable(model):
+        pytest.skip(f"oneDNN cannot pack {dtype} here")
+    if rounds_by_neighbours(dtype):
         pytest.skip("this machine's libraries round a row by its neighbours")
-    ids = [[1, *range(20, 20 + 9 * n), 30] for n in range(1, images + 1)]
-    codes = torch.randint(1024, (images, 20), generator=torch.Generator().manual_seed(4))
+    weights, table = PackedTransformer(model), table_of(model)
+    ids = [[1, *range(20, 20 + 17 * n), 30] for n in range(1, images + 1)]
+    codes = torch.randint(1024, (images, 60), generator=torch.Generator().manual_seed(4))
     found = []
-    for widths in ([20], [1] * 20, [3, 5, 12], [7, 13], [2, 18]):
+    for widths in ([60], [1] * 60, [3, 5, 12, 40], [7, 13, 20, 20], [2, 18, 1, 39]):
         decoding = open_windows(weights, table, ids, 0, False)
         decoding.prefill()
         parts, at = [], 0
@@ -334,8 +336,19 @@ def test_images_of_a_batch_advance_by_themselves(tiny):
         assert together.steps[i] == alone.steps[0]
 
 
-def test_one_image_is_drawn_by_windows_and_several_code_by_code(tiny, monkeypatch):
+def test_covered_counts_overlaps_once():
+    def of(*boxes: tuple[float, float, float, float]) -> float:
+        return jacobi.covered(Layout("x", tuple(LayoutObject("y", box) for box in boxes)))
+
+    assert of((0, 0, 1, 1)) == 1
+    assert of((0, 0, 0.5, 0.5), (0.25, 0, 0.75, 0.5)) == pytest.approx(0.375)
+    assert of((0.1, 0.2, 0.6, 0.9)) == pytest.approx(0.35, abs=0.02)
+
+
+def test_one_image_with_free_ground_is_drawn_by_windows(tiny, monkeypatch):
+    """Several, or one that is nearly full, code by code, unless asked otherwise."""
     called = []
+    full = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.1, 0.9, 0.9)),))
 
     def spy(name: str, right):
         def call(*arguments, **named):
@@ -349,7 +362,10 @@ def test_one_image_is_drawn_by_windows_and_several_code_by_code(tiny, monkeypatc
     tiny.generate_codes(LAYOUTS[:1])
     tiny.generate_codes(LAYOUTS)
     tiny.generate(LAYOUTS[0], decoding="sequential")
+    tiny.generate_codes([full])
+    assert called == ["decode_windows"] + ["decode_image"] * 3
+    tiny.generate(full, decoding="jacobi")
     tiny.generate_codes(LAYOUTS, decoding="jacobi")
-    assert called == ["decode_windows", "decode_image", "decode_image", "decode_windows"]
+    assert called[4:] == ["decode_windows"] * 2
     with pytest.raises(ValueError, match="decoding = 'fast'"):
         tiny.generate(LAYOUTS[0], decoding="fast")
