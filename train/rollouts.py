@@ -65,10 +65,10 @@ def roll_out(
 ) -> Rollout:
     """Draw, ground and score with the engine's present weights.
 
-    What is derived from the weights is made anew first: the table of code embeddings and, on a CPU,
-    the packed copy that drawing reads. For the tiny model that is 8 ms, under 1% of a rollout of 64
-    images (one thread of an AMD EPYC; `echogen bench engine` prints the copy's share as
-    ``pack_ms``), so rollouts run on the trained weights of this very step.
+    What is derived from the weights is made anew first, so that rollouts run on the trained weights
+    of this very step: the table of code embeddings and, on a CPU, the packed copy that drawing
+    reads. The copy takes 12 ms for the tiny model (``pack_ms`` of `echogen bench engine`, in
+    bench/results/engine-tiny-cpu.json); a step of stage 3 takes over two seconds.
 
     Args:
         group: G.
