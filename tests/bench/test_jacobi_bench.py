@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 
 from echogen.bench.speed import jacobi
-from echogen.engine.jacobi import decode_windows
+from echogen.engine.jacobi import MOST_COVER, covered, decode_windows
+from echogen.train.data.scenes import load_scenes
 
 
 def test_run_reports_every_setting():
@@ -64,6 +65,14 @@ def test_crowded_scenes_leave_little_ground():
         assert sum(o.area for o in scene.objects) / 64**2 >= jacobi.CROWDED_COVER
         assert not any(map(any, scene.overlaps))
         assert len(scene.layout().objects) == 4
+
+
+def test_the_default_follows_the_measured_sets():
+    """Windows won on the test layouts and lost on crowded ones: one by one they are told apart."""
+    for scene in load_scenes("test", 200):
+        assert covered(scene.layout()) <= MOST_COVER
+    for scene in jacobi.crowded_scenes(50):
+        assert covered(scene.layout()) > MOST_COVER
 
 
 @pytest.mark.parametrize("asked", [
