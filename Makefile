@@ -6,7 +6,7 @@ RUN = $(VENV)/bin
 # The type checker sees the folders where they are imported from: inside the package echogen.
 FOLDERS = kernels engine train bench
 
-.PHONY: demo test lint compile cuda bench gpu clean
+.PHONY: demo test lint compile cuda bench watch gpu clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -45,7 +45,14 @@ bench: $(VENV)/.installed
 	$(RUN)/echogen bench kernels
 	$(RUN)/echogen bench memory
 
-gpu:
+# The operators' references beside those of the committed run, as ratios to eager torch.
+watch: $(VENV)/.installed
+	mkdir -p build
+	$(RUN)/echogen bench kernels --json > build/kernels-cpu.txt
+	$(RUN)/echogen bench compare bench/results/kernels-cpu.json build/kernels-cpu.txt
+
+# Without a GPU every part is started up and skipped.
+gpu: $(VENV)/.installed
 	bash bench/gpu.sh
 
 clean:

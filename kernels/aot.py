@@ -148,7 +148,8 @@ class Source:
             return Compiled(name, arch, error=f"{type(error).__name__}: {reason}")
         if "cubin" not in made.asm:
             return Compiled(name, arch, shared_bytes=made.metadata.shared)
-        return Compiled(name, arch, **_read_cubin(made.asm["cubin"]))
+        read = _read_cubin(made.asm["cubin"])
+        return Compiled(name, arch, shared_bytes=made.metadata.shared, **read)
 
 
 def launches(call: Callable[[], Any]) -> list[Launch]:
@@ -199,10 +200,9 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         path.write_bytes(cubin)
         usage = _run("cuobjdump", "--dump-resource-usage", path)
         assembly = disassembly(path)
-    sizes = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", usage)}
+    sizes = {k: int(v) for k, v in re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage)}
     return {
         "registers": sizes["REG"],
-        "shared_bytes": sizes["SHARED"],
         "spill_bytes": sizes["STACK"] + sizes["LOCAL"],
         "wide_access_share": wide_access_share(assembly),
     }

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,31 +83,41 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def device_scalar(name: str, value: float | Tensor, device: torch.device, low: float) -> Tensor:
     """A number as float32 [1] on ``device``, where a CUDA graph reads it afresh at every replay.
 
-    A Python number is checked against ``low`` (exclusive); a tensor's value is not looked at, as
-    that would stop the host until the device is done.
+    A Python number is checked against ``low`` (exclusive), as the float32 that it becomes; where
+    ``low`` is 0, 1/value is finite too. A tensor's value is not looked at, as that would stop the
+    host until the device is done.
 
     Raises:
-        ValueError: not finite, not above ``low``, or a tensor of several elements.
+        ValueError: not finite, not above ``low``, or a tensor of several elements or on another
+            device (a copy of it would be a stop too, and a graph would not read it afresh).
     """
     if isinstance(value, Tensor):
         if value.numel() != 1:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it must hold one number")
-        return value.reshape(1).to(device, torch.float32)
-    if not math.isfinite(value) or value <= low:
-        raise ValueError(f"{name} = {value}; it must be finite and above {low:g}")
+        _check_on(name, value, device)
+        return value.reshape(1).to(torch.float32)
+    least = max(low, float(np.finfo(np.float32).tiny)) if low == 0 else low
+    if not low < value <= float(np.finfo(np.float32).max) or value < least:
+        raise ValueError(f"{name} = {value}; it must be finite and above {low:g} in float32")
     return torch.full((1,), value, dtype=torch.float32, device=device)
+
+
+def _check_on(name: str, tensor: Tensor, device: torch.device) -> None:
+    if tensor.device != device:
+        raise ValueError(f"{name} is on {tensor.device}; it must be on {device}, as the rest")
 
 
 def device_seed(seed: int | Tensor, device: torch.device) -> Tensor:
     """A 64-bit key as int64 [1] on ``device``.
 
     Raises:
-        ValueError: outside 0 … 2⁶³ − 1, or a tensor that is not one int64.
+        ValueError: outside 0 … 2⁶³ − 1, or a tensor that is not one int64 on that device.
     """
     if isinstance(seed, Tensor):
         if seed.numel() != 1 or seed.dtype != torch.int64:
             raise ValueError(f"seed is {seed.dtype} {tuple(seed.shape)}; it must be one int64")
-        return seed.reshape(1).to(device)
+        _check_on("seed", seed, device)
+        return seed.reshape(1)
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed = {seed}; it must be in 0 … 2^63 - 1")
     return torch.full((1,), seed, dtype=torch.int64, device=device)

@@ -77,7 +77,7 @@ MOST_WIDE, MOST_SHARED = 128, OWN_ROWS
 
 @triton.jit
 def _dot(a, b, WIDE: tl.constexpr):
-    if WIDE:  # float64; and the interpreter, whose bfloat16 are integers, and multiplied as such
+    if WIDE:  # the interpreter, whose bfloat16 are integers, and multiplied as such
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
@@ -131,11 +131,12 @@ def _keep_partial(
     sums_ptr, tops_ptr, totals_ptr, row, inside, part, parts, top, total, sums,
     WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """An empty part leaves its sums unwritten: a maximum of −inf says so."""
+    """An empty part leaves its sums unwritten: a maximum of −inf says so. Maxima drop NaN, so one
+    of NaN alone could pass for empty; its total does not."""
     c, place = tl.arange(0, PADDED), row * parts + part
-    tl.store(tops_ptr + place, top, mask=inside)
+    tl.store(tops_ptr + place, tl.where(total == total, top, 0.0), mask=inside)
     tl.store(totals_ptr + place, total, mask=inside)
-    keep = (inside & (total > 0))[:, None] & (c < WIDTH)[None, :]
+    keep = (inside & (total != 0))[:, None] & (c < WIDTH)[None, :]
     tl.store(sums_ptr + place[:, None] * WIDTH + c[None, :], sums, mask=keep)
 
 
@@ -221,7 +222,7 @@ def _decode_own_kernel(
     )  # fmt: skip
     if WHOLE:
         c = tl.arange(0, PADDED)
-        out = sums / tl.where(total > 0, total, 1.0)[:, None]
+        out = sums / tl.where(total == 0, 1.0, total)[:, None]
         keep = inside[:, None] & (c < WIDTH)[None, :]
         tl.store(out_ptr + row[:, None] * WIDTH + c[None, :], out, mask=keep)
     else:
@@ -259,7 +260,7 @@ def _decode_merge_kernel(
         place = (row * parts + first + i)[:, None] * WIDTH + c[None, :]
         out += tl.sum(weight[:, None] * tl.load(sums_ptr + place, mask=keep, other=0.0), 0)
     whole = tl.sum(total, 0)
-    out = out / tl.where(whole > 0, whole, 1.0)
+    out = out / tl.where(whole == 0, 1.0, whole)
     tl.store(out_ptr + row * WIDTH + c, out, mask=c < WIDTH)
 
 
@@ -280,13 +281,17 @@ def _launch(
     prefix_lengths: Tensor | None,
     groups: Tensor | None,
 ) -> Tensor:
+    if query.dtype == torch.float64:  # not a type to decode in: kernels calculate in float32
+        return reference.decode_attention(
+            query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups
+        )
     sequences, heads, width = query.shape
     _, kv_heads, capacity, _ = keys.shape
     shared, tiles = heads // kv_heads, _tiles(query)
     constants = {
         "KV_HEADS": kv_heads, "SHARED": shared, "WIDTH": width,
         "PADDED": max(16, triton.next_power_of_2(width)), "KEYS": tiles.keys,
-        "WIDE": INTERPRETED or query.dtype == torch.float64,
+        "WIDE": INTERPRETED,
         "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
     # The scores are powers of two: one multiplication less than e^x for each.
@@ -375,7 +380,7 @@ def decode_attention(
     read on the device, where their values cannot be checked: lengths are taken as at most the
     capacity and at least 0, and a sequence with no key at all gets zeros. Repeated calls are
     bit-equal; so is a sequence in another batch that is cut into as many splits. Float64 is
-    computed in float32 on CUDA. Not differentiable.
+    the reference's, on CUDA too. Not differentiable.
 
     Args:
         query: float [B, H, K], contiguous, as are all; K up to 128.

@@ -53,8 +53,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants))
         return
-    if 0 not in grid:
-        LAUNCHED[kernel.__name__] += 1
+    if 0 in grid:
+        return
+    LAUNCHED[kernel.__name__] += 1
+    device = next((a.device for a in arguments if isinstance(a, torch.Tensor)), None)
+    if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[grid](*arguments, **constants)
+        return
+    with torch.cuda.device(device):  # Triton launches on the current one, wherever the tensors are
         kernel[grid](*arguments, **constants)
 
 
@@ -108,7 +114,7 @@ def operator(
 
         def on_cpu(*arguments: Any) -> Any:
             launching = interpreted or _recorded is not None
-            return launcher(*arguments) if launching else reference(*arguments)
+            return launcher(*arguments) if launching else _exactly(reference, "cpu", arguments)
 
         made = torch.library.custom_op(
             f"echogen::{name}",
@@ -124,13 +130,26 @@ def operator(
     return register
 
 
+def _exactly(reference: Callable[..., Any], device: str, arguments: tuple[Any, ...]) -> Any:
+    """A reference in its arguments' types, whatever autocast would make of its products: launchers
+    know no autocast, and either must give the same."""
+    if not torch.is_autocast_enabled(device):
+        return reference(*arguments)
+    with torch.autocast(device, enabled=False):
+        return reference(*arguments)
+
+
 def _on_cuda(
     name: str, reference: Callable[..., Any], launcher: Callable[..., Any], kind: str
 ) -> Callable[..., Any]:
     """The CUDA kernel of an operator. One in CUDA C++ falls back to its reference where it cannot
     be loaded, and says so once: a service then runs slower, but it runs."""
+
+    def in_torch(*arguments: Any) -> Any:
+        return _exactly(reference, "cuda", arguments)
+
     if FORCE_REFERENCE:
-        return reference
+        return in_torch
     if kind == "Triton":
         return launcher
 
@@ -141,7 +160,7 @@ def _on_cuda(
         warnings.warn(
             f"{name} runs on plain torch: cupy is not installed ({loader.INSTALL})", stacklevel=2
         )
-        return reference(*arguments)
+        return in_torch(*arguments)
 
     return on_cuda
 

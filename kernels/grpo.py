@@ -143,7 +143,7 @@ def _k3(d):
 @triton.jit
 def _token_terms(
     logp_ptr, old_ptr, mask_ptr, ref_ptr, advantage, row, first, width, clip_low, clip_high, beta,
-    TOKENS: tl.constexpr,
+    PENALISED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Loss, clipped, k3 and d loss/d logp of one block of a row; 0 where masked."""
     column = first + tl.arange(0, TOKENS)
@@ -167,15 +167,16 @@ def _token_terms(
         ref = tl.load(ref_ptr + place, mask=inside, other=0.0).to(tl.float32)
         d = _held(tl.where(keep, ref, 0.0) - new)
         kl = tl.where(keep, _k3(d), 0.0)
-        loss += beta * kl
-        grad -= beta * (kl + d)
+        if PENALISED:  # else a reference that is NaN is only measured, as it is asked to be
+            loss += beta * kl
+            grad -= beta * (kl + d)
     return tl.where(keep, loss, 0.0), clipped, kl, tl.where(keep, grad, 0.0), keep, place
 
 
 @triton.jit
 def _grpo_rows_kernel(
     logp_ptr, old_ptr, advantage_ptr, mask_ptr, ref_ptr, sums_ptr, rows, width,
-    clip_low, clip_high, beta, TOKENS: tl.constexpr,
+    clip_low, clip_high, beta, PENALISED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     """Sums of loss, tokens, clipped tokens and k3 over each row, to sums [4, rows]."""
     row = tl.program_id(0)
@@ -185,7 +186,7 @@ def _grpo_rows_kernel(
     for first in range(0, width, TOKENS):
         loss, clipped, kl, _, keep, _ = _token_terms(
             logp_ptr, old_ptr, mask_ptr, ref_ptr, advantage, row, first, width,
-            clip_low, clip_high, beta, TOKENS,
+            clip_low, clip_high, beta, PENALISED, TOKENS,
         )  # fmt: skip
         losses += loss
         kls += kl
@@ -235,14 +236,14 @@ def _grpo_total_kernel(
 @triton.jit
 def _grpo_backward_kernel(
     logp_ptr, old_ptr, advantage_ptr, mask_ptr, ref_ptr, weight_ptr, d_loss_ptr, out_ptr, width,
-    clip_low, clip_high, beta, TOKENS: tl.constexpr,
+    clip_low, clip_high, beta, PENALISED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     row, first = tl.program_id(0), tl.program_id(1) * TOKENS
     advantage = tl.load(advantage_ptr + row).to(tl.float32)
     scale = tl.load(weight_ptr + row) * tl.load(d_loss_ptr).to(tl.float32)
     _, _, _, grad, keep, place = _token_terms(
         logp_ptr, old_ptr, mask_ptr, ref_ptr, advantage, row, first, width,
-        clip_low, clip_high, beta, TOKENS,
+        clip_low, clip_high, beta, PENALISED, TOKENS,
     )  # fmt: skip
     inside = first + tl.arange(0, TOKENS) < width
     tl.store(out_ptr + place, tl.where(keep, grad * scale, 0.0), mask=inside)
@@ -287,7 +288,7 @@ def _launch_loss(
     weight = torch.empty(rows, dtype=torch.float32, device=logp.device)
     launch(
         _grpo_rows_kernel, (rows,), logp, old_logp, advantage, mask, ref_logp, sums, rows, width,
-        clip_low, clip_high, beta, TOKENS=_tokens_block(width), num_warps=4,
+        clip_low, clip_high, beta, PENALISED=beta != 0, TOKENS=_tokens_block(width), num_warps=4,
         enable_fp_fusion=True,
     )  # fmt: skip
     launch(
@@ -312,8 +313,8 @@ def _launch_loss_backward(
     block = _tokens_block(width)
     launch(
         _grpo_backward_kernel, (rows, triton.cdiv(width, block)), logp, old_logp, advantage, mask,
-        ref_logp, weight, d_loss, out, width, clip_low, clip_high, beta, TOKENS=block,
-        num_warps=4, enable_fp_fusion=True,
+        ref_logp, weight, d_loss, out, width, clip_low, clip_high, beta, PENALISED=beta != 0,
+        TOKENS=block, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 

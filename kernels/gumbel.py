@@ -21,8 +21,23 @@ from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.philox import gumbel_tile
 from echogen.kernels.reference import gumbel as reference
 
-ROWS, COLUMNS = 16, 128  # tile of [N, V]; 16 rows let a tile of codes be reused by one tl.dot
-SEGMENT = 128
+ROWS = 16  # of a tile of [N, V]: they let a tile of codes be reused by one tl.dot
+SEGMENT = 32  # rows of one code that are summed at once
+PROGRAMS, LEAST, MOST_SPLITS = 396, 1024, 8
+"""A forward pass cuts the codes of its rows among several programs where there are few rows: up to
+three programs for each of an H200's 132 multiprocessors, as many as fit by registers, each with
+1,024 codes at least, beside which writing and merging its partial is little."""
+MOST_WIDE = 256
+
+
+def _tile(width: int, forward: bool) -> dict[str, int]:
+    """Codes of a tile and warps that share it: what keeps it in registers, on sm_80 to sm_100
+    (`echogen bench compile`). Up to 16 numbers a code the forward pass has 70 to 83 registers a
+    thread with eight warps (128, and a spill, with four), and backward 70 to 72 with 64 codes (196
+    with 128), so that 24 and 28 warps fit a multiprocessor instead of 16 and 8."""
+    if width <= 16:
+        return {"COLUMNS": 128, "num_warps": 8} if forward else {"COLUMNS": 64, "num_warps": 4}
+    return {"COLUMNS": 64 if width <= 32 else 32 if width <= 64 else 16, "num_warps": 4}
 
 
 @triton.jit
@@ -51,13 +66,56 @@ def _codes_tile(codebook_ptr, first, columns, WIDTH: tl.constexpr, PADDED: tl.co
 
 
 @triton.jit
+def _larger(top, here):
+    """Their maximum, and the same with 0 for −inf: a row of nothing but −inf so far must not make
+    −inf − −inf."""
+    now = tl.maximum(top, here)
+    return now, tl.where(now == float("-inf"), 0.0, now)
+
+
+@triton.jit
+def _finish(
+    row, rows, columns, index, top, total, soft, top_l, total_l, at_target, target,
+    given_ptr, codebook_ptr, embed_ptr, index_ptr, ce_ptr, lse_a_ptr, lse_l_ptr, e_soft_ptr,
+    TARGETS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    """Store what whole rows give."""
+    inside = row < rows
+    # NaN compares with nothing, and the padding may win an argmax: keep the place in the codebook.
+    index = tl.minimum(index, columns - 1).to(tl.int64)
+    if given_ptr is not None:
+        index = tl.load(given_ptr + row, mask=inside, other=0)
+    known = inside & (index >= 0) & (index < columns)
+    total = tl.where(inside, total, 1.0)
+    c = tl.arange(0, PADDED)
+    keep = inside[:, None] & (c < WIDTH)[None, :]
+    place = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
+    chosen = tl.load(
+        codebook_ptr + index[:, None] * WIDTH + c[None, :],
+        mask=known[:, None] & (c < WIDTH)[None, :], other=float("nan"),
+    )  # fmt: skip
+    tl.store(embed_ptr + place, chosen, mask=keep)
+    tl.store(e_soft_ptr + place, soft / total[:, None], mask=keep)
+    tl.store(index_ptr + row, index, mask=inside)
+    tl.store(lse_a_ptr + row, top + tl.log(total), mask=inside)
+    lse_l, ce = tl.zeros_like(top), tl.zeros_like(top)
+    if TARGETS:
+        lse_l = top_l + tl.log(tl.where(inside, total_l, 1.0))
+        ce = tl.where(target < columns, lse_l - at_target, float("nan"))
+        ce = tl.where(target < 0, 0.0, ce)
+    tl.store(lse_l_ptr + row, lse_l, mask=inside)
+    tl.store(ce_ptr + row, ce, mask=inside)
+
+
+@triton.jit
 def _gumbel_st_forward_kernel(
     logits_ptr, codebook_ptr, tau_ptr, seed_ptr, draw_ptr, position_ptr, given_ptr, targets_ptr,
-    embed_ptr, index_ptr, ce_ptr, lse_a_ptr, lse_l_ptr, e_soft_ptr, rows, columns,
-    GIVEN: tl.constexpr, TARGETS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    embed_ptr, index_ptr, ce_ptr, lse_a_ptr, lse_l_ptr, e_soft_ptr, parts_ptr, soft_ptr,
+    rows, columns, share, TARGETS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """A tile of rows over all codes or, where there are ``parts``, over ``share`` of them."""
+    row, split = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1)
     inside = row < rows
     seed, scale = tl.load(seed_ptr), 1.0 / tl.load(tau_ptr)
     draw = tl.load(draw_ptr + row, mask=inside, other=0)
@@ -71,17 +129,14 @@ def _gumbel_st_forward_kernel(
     top_l, total_l = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     at_target = tl.zeros([ROWS], tl.float32)
     soft = tl.zeros([ROWS, PADDED], tl.float32)
-    for first in range(0, columns, COLUMNS):
+    for first in range(split * share, tl.minimum(split * share + share, columns), COLUMNS):
         x, noisy, _, _ = _noisy_tile(
             logits_ptr, seed, draw, position, row, first, rows, columns, COLUMNS
         )
         here = tl.max(noisy, 1)
         index = tl.where(here > best, first + tl.argmax(noisy, 1), index)
         best = tl.maximum(best, here)
-
-        now = tl.maximum(top, here * scale)
-        # A tile of nothing but −inf must not make −inf − −inf.
-        safe = tl.where(now == float("-inf"), 0.0, now)
+        now, safe = _larger(top, here * scale)
         p = tl.exp(noisy * scale - safe[:, None])
         shrink = tl.exp(top - safe)
         total = total * shrink + tl.sum(p, 1)
@@ -89,65 +144,119 @@ def _gumbel_st_forward_kernel(
         soft = soft * shrink[:, None] + tl.dot(p, codes, input_precision="ieee")
         top = now
         if TARGETS:
-            now_l = tl.maximum(top_l, tl.max(x, 1))
-            safe_l = tl.where(now_l == float("-inf"), 0.0, now_l)
+            now_l, safe_l = _larger(top_l, tl.max(x, 1))
             total_l = total_l * tl.exp(top_l - safe_l) + tl.sum(tl.exp(x - safe_l[:, None]), 1)
             top_l = now_l
             column = first + tl.arange(0, COLUMNS)
             at_target += tl.sum(tl.where(column[None, :] == target[:, None], x, 0.0), 1)
-    total = tl.where(inside, total, 1.0)
-    index = index.to(tl.int64)
-    if GIVEN:
-        index = tl.load(given_ptr + row, mask=inside, other=0)
-    c = tl.arange(0, PADDED)
-    keep = inside[:, None] & (c < WIDTH)[None, :]
-    place = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
-    chosen = tl.load(codebook_ptr + index[:, None] * WIDTH + c[None, :], mask=keep, other=0.0)
-    tl.store(embed_ptr + place, chosen, mask=keep)
-    tl.store(e_soft_ptr + place, soft / total[:, None], mask=keep)
-    tl.store(index_ptr + row, index, mask=inside)
-    tl.store(lse_a_ptr + row, top + tl.log(total), mask=inside)
-    lse_l, ce = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    if parts_ptr is None:
+        _finish(
+            row, rows, columns, index, top, total, soft, top_l, total_l, at_target, target,
+            given_ptr, codebook_ptr, embed_ptr, index_ptr, ce_ptr, lse_a_ptr, lse_l_ptr,
+            e_soft_ptr, TARGETS, WIDTH, PADDED,
+        )  # fmt: skip
+    else:
+        place = split * rows + row.to(tl.int64)
+        each = tl.num_programs(1).to(tl.int64) * rows
+        tl.store(parts_ptr + place, top, mask=inside)
+        tl.store(parts_ptr + each + place, total, mask=inside)
+        tl.store(parts_ptr + 2 * each + place, best, mask=inside)
+        tl.store(parts_ptr + 3 * each + place, index.to(tl.float32, bitcast=True), mask=inside)
+        if TARGETS:
+            tl.store(parts_ptr + 4 * each + place, top_l, mask=inside)
+            tl.store(parts_ptr + 5 * each + place, total_l, mask=inside)
+            tl.store(parts_ptr + 6 * each + place, at_target, mask=inside)
+        c = tl.arange(0, PADDED)
+        keep = inside[:, None] & (c < WIDTH)[None, :]
+        tl.store(soft_ptr + place[:, None] * WIDTH + c[None, :], soft, mask=keep)
+
+
+@triton.jit
+def _gumbel_st_merge_kernel(
+    parts_ptr, soft_ptr, codebook_ptr, given_ptr, targets_ptr, embed_ptr, index_ptr, ce_ptr,
+    lse_a_ptr, lse_l_ptr, e_soft_ptr, rows, columns, splits,
+    TARGETS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """The parts of a tile of rows, in the order of codes, so that the first of equals is chosen."""
+    row, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
+    inside = row < rows
+    target = tl.full([ROWS], -1, tl.int64)
     if TARGETS:
-        lse_l = top_l + tl.log(tl.where(inside, total_l, 1.0))
-        ce = tl.where(target >= 0, lse_l - at_target, 0.0)
-    tl.store(lse_l_ptr + row, lse_l, mask=inside)
-    tl.store(ce_ptr + row, ce, mask=inside)
+        target = tl.load(targets_ptr + row, mask=inside, other=-1)
+    best, index = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.int32)
+    top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    top_l, total_l = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
+    at_target = tl.zeros([ROWS], tl.float32)
+    soft = tl.zeros([ROWS, PADDED], tl.float32)
+    each = splits.to(tl.int64) * rows
+    for split in range(splits):
+        place = split * rows + row.to(tl.int64)
+        part = tl.load(parts_ptr + place, mask=inside, other=float("-inf"))
+        now, safe = _larger(top, part)
+        shrink, weight = tl.exp(top - safe), tl.exp(part - safe)
+        total = total * shrink + weight * tl.load(parts_ptr + each + place, mask=inside, other=0.0)
+        keep = inside[:, None] & (c < WIDTH)[None, :]
+        some = tl.load(soft_ptr + place[:, None] * WIDTH + c[None, :], mask=keep, other=0.0)
+        soft = soft * shrink[:, None] + weight[:, None] * some
+        top = now
+        here = tl.load(parts_ptr + 2 * each + place, mask=inside, other=float("-inf"))
+        chosen = tl.load(parts_ptr + 3 * each + place, mask=inside, other=0.0)
+        index = tl.where(here > best, chosen.to(tl.int32, bitcast=True), index)
+        best = tl.maximum(best, here)
+        if TARGETS:
+            part = tl.load(parts_ptr + 4 * each + place, mask=inside, other=float("-inf"))
+            now_l, safe_l = _larger(top_l, part)
+            total_l = total_l * tl.exp(top_l - safe_l) + tl.exp(part - safe_l) * tl.load(
+                parts_ptr + 5 * each + place, mask=inside, other=0.0
+            )
+            top_l = now_l
+            at_target += tl.load(parts_ptr + 6 * each + place, mask=inside, other=0.0)
+    _finish(
+        row, rows, columns, index, top, total, soft, top_l, total_l, at_target, target,
+        given_ptr, codebook_ptr, embed_ptr, index_ptr, ce_ptr, lse_a_ptr, lse_l_ptr, e_soft_ptr,
+        TARGETS, WIDTH, PADDED,
+    )  # fmt: skip
 
 
 @triton.jit
 def _gumbel_st_backward_kernel(
     logits_ptr, codebook_ptr, tau_ptr, seed_ptr, draw_ptr, position_ptr, targets_ptr,
     lse_a_ptr, lse_l_ptr, e_soft_ptr, d_embed_ptr, d_ce_ptr, out_ptr, rows, columns,
-    TARGETS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, first = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.program_id(1) * COLUMNS
     inside = row < rows
-    seed, scale = tl.load(seed_ptr), 1.0 / tl.load(tau_ptr)
-    draw = tl.load(draw_ptr + row, mask=inside, other=0)
-    position = tl.load(position_ptr + row, mask=inside, other=0)
-    x, noisy, keep, place = _noisy_tile(
-        logits_ptr, seed, draw, position, row, first, rows, columns, COLUMNS
-    )
-    lse_a = tl.load(lse_a_ptr + row, mask=inside, other=0.0)
-    p = tl.exp(noisy * scale - lse_a[:, None])
-    c = tl.arange(0, PADDED)
-    keep_c = inside[:, None] & (c < WIDTH)[None, :]
-    place_c = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
-    d = tl.load(d_embed_ptr + place_c, mask=keep_c, other=0.0).to(tl.float32)
-    e_soft = tl.load(e_soft_ptr + place_c, mask=keep_c, other=0.0)
-    codes = _codes_tile(codebook_ptr, first, columns, WIDTH, PADDED, COLUMNS)
-    along = tl.dot(d, tl.trans(codes), input_precision="ieee") - tl.sum(d * e_soft, 1)[:, None]
-    grad = p * along * scale
-    if TARGETS:
+    column = first + tl.arange(0, COLUMNS)
+    keep = inside[:, None] & (column < columns)[None, :]
+    place = row.to(tl.int64)[:, None] * columns + column[None, :]
+    x = tl.load(logits_ptr + place, mask=keep, other=float("-inf")).to(tl.float32)
+    grad = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if d_embed_ptr is not None:
+        seed, scale = tl.load(seed_ptr), 1.0 / tl.load(tau_ptr)
+        draw = tl.load(draw_ptr + row, mask=inside, other=0)
+        position = tl.load(position_ptr + row, mask=inside, other=0)
+        word = tl.full([1, 1], 0, tl.int32)
+        noisy = x + gumbel_tile(seed, draw, position, word, first, COLUMNS)
+        lse_a = tl.load(lse_a_ptr + row, mask=inside, other=0.0)
+        p = tl.exp(noisy * scale - lse_a[:, None])
+        c = tl.arange(0, PADDED)
+        keep_c = inside[:, None] & (c < WIDTH)[None, :]
+        place_c = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
+        d = tl.load(d_embed_ptr + place_c, mask=keep_c, other=0.0).to(tl.float32)
+        e_soft = tl.load(e_soft_ptr + place_c, mask=keep_c, other=0.0)
+        codes = _codes_tile(codebook_ptr, first, columns, WIDTH, PADDED, COLUMNS)
+        along = tl.dot(d, tl.trans(codes), input_precision="ieee") - tl.sum(d * e_soft, 1)[:, None]
+        grad = p * along * scale
+    if d_ce_ptr is not None:
         target = tl.load(targets_ptr + row, mask=inside, other=-1)
         d_ce = tl.load(d_ce_ptr + row, mask=inside, other=0.0).to(tl.float32)
-        d_ce = tl.where(target >= 0, d_ce, 0.0)
+        d_ce = tl.where((target < columns) | (d_ce == 0), d_ce, float("nan"))
+        d_ce = tl.where(target < 0, 0.0, d_ce)
         lse_l = tl.load(lse_l_ptr + row, mask=inside, other=0.0)
-        column = first + tl.arange(0, COLUMNS)
         hit = tl.where(column[None, :] == target[:, None], 1.0, 0.0)
-        grad += d_ce[:, None] * (tl.exp(x - lse_l[:, None]) - hit)
+        # A row without a target has no share, whatever its logits are.
+        share = d_ce[:, None] * (tl.exp(x - lse_l[:, None]) - hit)
+        grad += tl.where((target < 0)[:, None], 0.0, share)
     tl.store(out_ptr + place, grad, mask=keep)
 
 
@@ -169,8 +278,13 @@ def _codebook_grad_kernel(
     tl.store(out_ptr + code * WIDTH + c, total, mask=c < WIDTH)
 
 
-def _padded(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+def _padded(width: int, least: int = 8) -> int:
+    return max(least, triton.next_power_of_2(width))
+
+
+def _splits(rows: int, columns: int) -> int:
+    tiles = triton.cdiv(rows, ROWS)
+    return max(1, min(triton.cdiv(PROGRAMS, tiles), columns // LEAST, MOST_SPLITS))
 
 
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -186,6 +300,8 @@ def _launch_forward(
     index: Tensor | None,
     targets: Tensor | None,
 ) -> Kept:
+    if logits.dtype == torch.float64:  # not a type to train in: kernels calculate in float32
+        return reference.forward(logits, codebook, tau, seed, draw, position, index, targets)
     out = empty_outputs(len(logits), codebook)
     launch_forward_into(out, logits, codebook, tau, seed, draw, position, index, targets)
     return out
@@ -205,14 +321,26 @@ def launch_forward_into(
     position: Tensor, index: Tensor | None, targets: Tensor | None,
 ) -> None:  # fmt: skip
     """The forward pass, into tensors or rows of tensors given."""
-    rows, columns = logits.shape
-    width = codebook.shape[1]
+    (rows, columns), width = logits.shape, codebook.shape[1]
+    splits, tiles = _splits(rows, columns), triton.cdiv(rows, ROWS)
+    tile = _tile(width, forward=True)
+    at_once = tile["COLUMNS"]
+    share = triton.cdiv(triton.cdiv(columns, splits), at_once) * at_once
+    parts = soft = None
+    if splits > 1:
+        # top, total, best, its index, and of the plain logits top, total, the target's
+        parts = torch.empty(7, splits, rows, dtype=torch.float32, device=logits.device)
+        soft = torch.empty(splits, rows, width, dtype=torch.float32, device=logits.device)
+    constants = {"TARGETS": targets is not None, "WIDTH": width, "PADDED": _padded(width)}
     launch(
-        _gumbel_st_forward_kernel, (triton.cdiv(rows, ROWS),), logits, codebook, tau, seed, draw,
-        position, index, targets, *out, rows, columns,
-        GIVEN=index is not None, TARGETS=targets is not None, WIDTH=width, PADDED=_padded(width),
-        ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        _gumbel_st_forward_kernel, (tiles, splits), logits, codebook, tau, seed, draw, position,
+        index, targets, *out, parts, soft, rows, columns, share, ROWS=ROWS, **tile, **constants,
     )  # fmt: skip
+    if splits > 1:
+        launch(
+            _gumbel_st_merge_kernel, (tiles,), parts, soft, codebook, index, targets, *out, rows,
+            columns, splits, ROWS=ROWS, num_warps=4, **constants,
+        )  # fmt: skip
 
 
 def _launch_backward(
@@ -226,9 +354,14 @@ def _launch_backward(
     lse_a: Tensor,
     lse_l: Tensor,
     e_soft: Tensor,
-    d_embed: Tensor,
+    d_embed: Tensor | None,
     d_ce: Tensor | None,
 ) -> Tensor:
+    if logits.dtype == torch.float64:
+        return reference.backward(
+            logits, codebook, tau, seed, draw, position, targets, lse_a, lse_l, e_soft, d_embed,
+            d_ce,
+        )  # fmt: skip
     out = torch.empty_like(logits)
     launch_backward_into(
         out, logits, codebook, tau, seed, draw, position, targets, lse_a, lse_l, e_soft, d_embed,
@@ -240,30 +373,30 @@ def _launch_backward(
 def launch_backward_into(
     out: Tensor, logits: Tensor, codebook: Tensor, tau: Tensor, seed: Tensor, draw: Tensor,
     position: Tensor, targets: Tensor | None, lse_a: Tensor, lse_l: Tensor, e_soft: Tensor,
-    d_embed: Tensor, d_ce: Tensor | None,
+    d_embed: Tensor | None, d_ce: Tensor | None,
 ) -> None:  # fmt: skip
     """The backward pass; ``out`` may be ``logits``, as every element is read by the program that
     writes it, before."""
-    rows, columns = logits.shape
-    width = codebook.shape[1]
-    grid = (triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))
-    with_targets = targets is not None and d_ce is not None
+    (rows, columns), width = logits.shape, codebook.shape[1]
+    tile = _tile(width, forward=False)
+    grid = triton.cdiv(rows, ROWS), triton.cdiv(columns, tile["COLUMNS"])
     launch(
-        _gumbel_st_backward_kernel, grid, logits, codebook, tau, seed, draw, position,
-        targets if with_targets else None, lse_a, lse_l, e_soft, d_embed,
-        d_ce if with_targets else None, out, rows, columns, TARGETS=with_targets, WIDTH=width,
-        PADDED=_padded(width), ROWS=ROWS, COLUMNS=COLUMNS, num_warps=4,
+        _gumbel_st_backward_kernel, grid, logits, codebook, tau, seed, draw, position, targets,
+        lse_a, lse_l, e_soft, d_embed, None if targets is None else d_ce, out, rows, columns,
+        WIDTH=width, PADDED=_padded(width, 16), ROWS=ROWS, **tile,
     )  # fmt: skip
 
 
 def _launch_codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
+    if d_embed.dtype == torch.float64:
+        return reference.codebook_grad(d_embed, index, codes)
     width = d_embed.shape[1]
     ordered, order = index.sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(codes + 1, device=index.device))
     out = torch.empty(codes, width, dtype=torch.float32, device=d_embed.device)
     launch(
         _codebook_grad_kernel, (codes,), d_embed, order, starts, out,
-        WIDTH=width, PADDED=_padded(width), SEGMENT=SEGMENT, num_warps=4,
+        WIDTH=width, PADDED=_padded(width), SEGMENT=SEGMENT if width <= 128 else 8, num_warps=1,
     )  # fmt: skip
     return out
 
@@ -294,7 +427,7 @@ def _gumbel_st_embed_backward(
     lse_a: Tensor,
     lse_l: Tensor,
     e_soft: Tensor,
-    d_embed: Tensor,
+    d_embed: Tensor | None,
     d_ce: Tensor | None,
 ) -> Tensor:
     return reference.backward(
@@ -326,8 +459,8 @@ def _fake_forward(
 @_gumbel_st_embed_backward.register_fake
 def _fake_backward(
     logits: Tensor, codebook: Tensor, tau: Tensor, seed: Tensor, draw: Tensor, position: Tensor,
-    targets: Tensor | None, lse_a: Tensor, lse_l: Tensor, e_soft: Tensor, d_embed: Tensor,
-    d_ce: Tensor | None,
+    targets: Tensor | None, lse_a: Tensor, lse_l: Tensor, e_soft: Tensor,
+    d_embed: Tensor | None, d_ce: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(logits)
 
@@ -341,24 +474,35 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     logits, codebook, tau, seed, draw, position, _, targets = inputs
     _, index, _, lse_a, lse_l, e_soft = output
     ctx.mark_non_differentiable(index, lse_a, lse_l, e_soft)
+    ctx.set_materialize_grads(False)  # the gradient of one output alone costs half of both
     ctx.save_for_backward(
         logits, codebook, tau, seed, draw, position, targets, lse_a, lse_l, e_soft, index
     )
 
 
 def _backward(
-    ctx: Any, d_embed: Tensor, _index: None, d_ce: Tensor, *_: None
+    ctx: Any, d_embed: Tensor | None, _index: None, d_ce: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     *key, lse_a, lse_l, e_soft, index = ctx.saved_tensors
     codebook, targets = key[1], key[-1]
-    d_embed = d_embed.contiguous()
+    d_embed, d_ce = above(d_embed, d_ce, targets)
     d_logits = d_codebook = None
-    if ctx.needs_input_grad[0]:
-        of_ce = d_ce.contiguous() if targets is not None else None
-        d_logits = _gumbel_st_embed_backward(*key, lse_a, lse_l, e_soft, d_embed, of_ce)
-    if ctx.needs_input_grad[1]:
+    if ctx.needs_input_grad[0] and not (d_embed is None and d_ce is None):
+        d_logits = _gumbel_st_embed_backward(*key, lse_a, lse_l, e_soft, d_embed, d_ce)
+    if ctx.needs_input_grad[1] and d_embed is not None:
         d_codebook = codebook_grad(d_embed, index, len(codebook)).to(codebook.dtype)
     return d_logits, d_codebook, *[None] * 6
+
+
+def above(
+    d_embed: Tensor | None, d_ce: Tensor | None, targets: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the outputs as the backward operators want them; None where there is none, also
+    of a cross entropy without targets."""
+    return (
+        None if d_embed is None else d_embed.contiguous(),
+        None if d_ce is None or targets is None else d_ce.contiguous(),
+    )
 
 
 _gumbel_st_embed.register_autograd(_backward, setup_context=_setup)
@@ -370,8 +514,8 @@ class GumbelSample(NamedTuple):
     Attributes:
         embed: [N, C], rows of the codebook, in its type.
         code: int64 [N], the codes chosen (or given).
-        ce: float32 [N], cross entropy of the plain logits with the targets; 0 without targets and
-            where a target is negative.
+        ce: float32 [N] (float64 of float64 logits), cross entropy of the plain logits with the
+            targets; 0 without targets and where a target is negative.
     """
 
     embed: Tensor
@@ -395,8 +539,8 @@ def check_sampling(
             checks.check_shape(name, tensor, (rows,))
     checks.check_not_empty(codebook=codebook)
     checks.check_contiguous(codebook=codebook, **per_row)
-    if codebook.shape[1] > 256:
-        raise ValueError(f"codebook is {codebook.shape[1]} wide; the kernel holds up to 256")
+    if codebook.shape[1] > MOST_WIDE:
+        raise ValueError(f"codebook is {codebook.shape[1]} wide; the kernel holds {MOST_WIDE}")
 
 
 def gumbel_st_embed(
@@ -424,8 +568,8 @@ def gumbel_st_embed(
         seed: key of the noise, an int or an int64 tensor of one element.
         draw, position: int64 [N], the noise's words of each row.
         index: int64 [N], codes already sampled (with the same noise); the noise then only shapes
-            the soft sample.
-        targets: int64 [N], codes for the cross entropy; negative: none.
+            the soft sample. One outside the codebook has NaN for its embedding.
+        targets: int64 [N], codes for the cross entropy; negative: none; beyond the codebook: NaN.
 
     Raises:
         ValueError: shapes, devices, strides or numbers that do not fit.

@@ -45,6 +45,10 @@ def _launch_forward(
     targets: Tensor | None,
     chunk: int,
 ) -> Kept:
+    if hidden.dtype == torch.float64:  # not a type to train in: kernels calculate in float32
+        return reference.forward(
+            hidden, weight, codebook, tau, seed, draw, position, bias, index, targets, chunk
+        )
     out = gumbel.empty_outputs(len(hidden), codebook)
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         a, b, c, d, e, f = (tensor[rows] for tensor in out)
@@ -68,7 +72,7 @@ def _launch_backward(
     lse_a: Tensor,
     lse_l: Tensor,
     e_soft: Tensor,
-    d_embed: Tensor,
+    d_embed: Tensor | None,
     d_ce: Tensor | None,
     need_hidden: bool,
     need_weight: bool,
@@ -76,11 +80,16 @@ def _launch_backward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs = (need_hidden, need_weight, need_bias)
+    if hidden.dtype == torch.float64:
+        return reference.backward(
+            hidden, weight, codebook, tau, seed, draw, position, bias, targets, lse_a, lse_l,
+            e_soft, d_embed, d_ce, needs, chunk,
+        )  # fmt: skip
     grads = HeadGradients(hidden, weight, needs, triton.cdiv(len(hidden), chunk))
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         gumbel.launch_backward_into(
             logits, logits, codebook, tau, seed, draw[rows], position[rows], _some(targets, rows),
-            lse_a[rows], lse_l[rows], e_soft[rows], d_embed[rows], _some(d_ce, rows),
+            lse_a[rows], lse_l[rows], e_soft[rows], _some(d_embed, rows), _some(d_ce, rows),
         )  # fmt: skip
         grads.add(rows, logits)
     return grads.result()
@@ -119,7 +128,7 @@ def _head_gumbel_backward(
     lse_a: Tensor,
     lse_l: Tensor,
     e_soft: Tensor,
-    d_embed: Tensor,
+    d_embed: Tensor | None,
     d_ce: Tensor | None,
     need_hidden: bool,
     need_weight: bool,
@@ -149,8 +158,8 @@ def _fake_forward(
 def _fake_backward(
     hidden: Tensor, weight: Tensor, codebook: Tensor, tau: Tensor, seed: Tensor, draw: Tensor,
     position: Tensor, bias: Tensor | None, targets: Tensor | None, lse_a: Tensor, lse_l: Tensor,
-    e_soft: Tensor, d_embed: Tensor, d_ce: Tensor | None, need_hidden: bool, need_weight: bool,
-    need_bias: bool, chunk: int,
+    e_soft: Tensor, d_embed: Tensor | None, d_ce: Tensor | None, need_hidden: bool,
+    need_weight: bool, need_bias: bool, chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return fake_gradients(hidden, weight, need_hidden, need_weight, need_bias)
 
@@ -159,24 +168,24 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     *key, _, targets, chunk = inputs
     _, index, _, lse_a, lse_l, e_soft = output
     ctx.mark_non_differentiable(index, lse_a, lse_l, e_soft)
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*key, targets, lse_a, lse_l, e_soft, index)
     ctx.chunk = chunk
 
 
 def _backward(
-    ctx: Any, d_embed: Tensor, _index: None, d_ce: Tensor, *_: None
+    ctx: Any, d_embed: Tensor | None, _index: None, d_ce: Tensor | None, *_: None
 ) -> tuple[Tensor | None, ...]:
     *saved, index = ctx.saved_tensors
     codebook, targets = saved[2], saved[8]
     hidden, weight, with_codebook, *_, bias, _, _, _ = ctx.needs_input_grad
-    d_embed = d_embed.contiguous()
+    d_embed, d_ce = gumbel.above(d_embed, d_ce, targets)
     d_hidden = d_weight = d_bias = d_codebook = None
-    if hidden or weight or bias:
-        of_ce = d_ce.contiguous() if targets is not None else None
-        grads = _head_gumbel_backward(*saved, d_embed, of_ce, hidden, weight, bias, ctx.chunk)
+    if (hidden or weight or bias) and not (d_embed is None and d_ce is None):
+        grads = _head_gumbel_backward(*saved, d_embed, d_ce, hidden, weight, bias, ctx.chunk)
         needed = zip((hidden, weight, bias), grads, strict=True)
         d_hidden, d_weight, d_bias = (grad if needs else None for needs, grad in needed)
-    if with_codebook:
+    if with_codebook and d_embed is not None:
         d_codebook = gumbel.codebook_grad(d_embed, index, len(codebook)).to(codebook.dtype)
     return d_hidden, d_weight, d_codebook, *[None] * 4, d_bias, None, None, None
 

@@ -92,7 +92,8 @@ def _wide(x: Tensor) -> torch.dtype:
 def _tile(width: int) -> dict[str, int]:
     """Launch constants for rows of this width."""
     columns = triton.next_power_of_2(width)
-    warps = 4 if columns <= 2048 else columns // 512
+    # 16 elements a thread; 32 of a row of 8192 would spill where the width is no multiple of 16.
+    warps = min(32, max(4, columns // (512 if columns <= 4096 else 256)))
     return {"ROWS": max(1, TILE // columns), "COLUMNS": columns, "num_warps": warps}
 
 

@@ -15,6 +15,7 @@ from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.reference import rope as reference
 
+MOST_ROWS = 65_535  # of the batch, CUDA's limit of a grid's second axis
 TILE = 1024  # pairs of elements that a program rotates at once: heads times half a head
 
 
@@ -72,7 +73,7 @@ def _rope_kernel(
     INVERSE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr,
     Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
 ):  # fmt: skip
-    token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     place, width = row * length + token, 2 * HALF
     c1, c2, s1, s2 = _table(cos_ptr, sin_ptr, row * table_row + token * width, HALF, PAIRS)
     _rotate_heads(
@@ -92,7 +93,7 @@ def _rope_cache_kernel(
     k_heads, capacity,
     HALF: tl.constexpr, PAIRS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
 ):  # fmt: skip
-    token, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     place, width = row * length + token, 2 * HALF
     slot = tl.load(slots_ptr + place)
     c1, c2, s1, s2 = _table(cos_ptr, sin_ptr, row * table_row + token * width, HALF, PAIRS)
@@ -191,9 +192,12 @@ def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, v: Tensor | None = No
     checks.check_floats(q=q, k=k, v=v, cos=cos, sin=sin)
     checks.check_shape("q", q, (None, None, None, None))
     rows, length, _, width = q.shape
+    if rows > MOST_ROWS:
+        raise ValueError(f"q has {rows} rows; one launch rotates up to {MOST_ROWS}")
     if width < 2 or width % 2:
         raise ValueError(f"q has heads of {width}; rotation pairs their halves: it must be even")
     checks.check_shape("k", k, (rows, length, None, width))
+    checks.check_shape("cos", cos, (None, length, width))
     checks.check_shape("cos", cos, (rows if len(cos) > 1 else 1, length, width))
     checks.check_shape("sin", sin, cos.shape)
     if v is not None:

@@ -12,9 +12,9 @@ by bit, by counting the codes above it (top-k) or adding up their probability (t
 from __future__ import annotations
 
 import math
-import sys
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -109,7 +109,9 @@ def _cfg_sample_kernel(
     if MIXED:
         cfg = tl.load(cfg_ptr)
     if not GREEDY:
-        scale = 1.0 / tl.maximum(tl.load(temperature_ptr), COLDEST)
+        temperature = tl.load(temperature_ptr)
+        # A maximum would drop NaN.
+        scale = 1.0 / tl.where(temperature < COLDEST, COLDEST, temperature)
         seed = tl.load(seed_ptr)
         draw = tl.load(draw_ptr + row, mask=real, other=0)
         position = tl.load(position_ptr + row, mask=real, other=0)
@@ -119,7 +121,7 @@ def _cfg_sample_kernel(
             scale, MIXED, TOP_K, TOP_P, BLOCK,
         )  # fmt: skip
     best = tl.full([ROWS], float("-inf"), tl.float32)
-    token = tl.zeros([ROWS], tl.int32)
+    token, broken = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     for first in range(0, columns, COLUMNS):
         column = first + tl.arange(0, COLUMNS)[None, :]
@@ -130,7 +132,9 @@ def _cfg_sample_kernel(
         if TOP_K or TOP_P:
             x = tl.where(_ordered(x) >= lowest[:, None], x, float("-inf"))
         noisy = x
-        if not GREEDY:
+        if GREEDY:
+            broken += tl.sum((x != x).to(tl.int32), 1)
+        else:
             word = tl.full([1, 1], 0, tl.int32)
             noisy = x + gumbel_tile(seed, draw, position, word, first, COLUMNS)
             now = tl.maximum(top, tl.max(x, 1))
@@ -143,7 +147,9 @@ def _cfg_sample_kernel(
         best = tl.maximum(best, here)
 
     token = tl.minimum(token, columns - 1)  # NaN compares with nothing, padding included
-    logprob = tl.zeros([ROWS], tl.float32)
+    # Without a temperature the best code is certain, unless there is none.
+    sound = (broken == 0) & (best > float("-inf"))
+    logprob = tl.where(sound, tl.zeros([ROWS], tl.float32), float("nan"))
     if not GREEDY:
         x = _scores(logits_ptr, row, token, columns, real, stride, apart, cfg, scale, MIXED)
         drawn = total > 0  # else the row holds NaN, or nothing but −inf
@@ -243,7 +249,7 @@ def _number(
     """On the device; None for the number ``off``, whose step is then left out of the kernel."""
     if isinstance(value, Tensor):
         return checks.device_scalar(name, value, device, 0)
-    high = 1.0 if name == "top_p" else sys.float_info.max
+    high = 1.0 if name == "top_p" else float(np.finfo(np.float32).max)
     if not low <= value <= high:
         raise ValueError(f"{name} = {value}; it must be {words}")
     return None if value == off else checks.device_scalar(name, value, device, -1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,12 @@ from echogen.engine.keymap import to_port
 from echogen.engine.model import UnifiedTransformer
 
 CacheKind = Literal["dynamic", "static"]
+CACHE = (
+    "cache"
+    if "cache" in signature(JanusForConditionalGeneration.forward).parameters
+    else "past_key_values"
+)
+"""What this release of transformers calls the cache that is handed to ``generate``."""
 
 
 def share_weights(model: UnifiedTransformer, port: JanusForConditionalGeneration) -> None:
@@ -73,6 +80,6 @@ class JanusPort:
             generation_config=self._generation,
             guidance_scale=cfg,
             max_length=length,
-            past_key_values=past,
+            **{CACHE: past},
         )
         return codes

@@ -58,10 +58,13 @@ def _forward(
     e_soft = (noisy / tau - lse_a[:, None]).exp() @ codebook.to(noisy.dtype)
     lse_l, ce = torch.zeros_like(lse_a), torch.zeros_like(lse_a)
     if targets is not None:
-        lse_l = logits.logsumexp(-1)
-        at_target = logits.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-        ce = torch.where(targets >= 0, lse_l - at_target, ce)
-    return codebook[index], index, ce, lse_a, lse_l, e_soft
+        lse_l, codes = logits.logsumexp(-1), logits.shape[1]
+        at_target = logits.gather(1, targets.clamp(0, codes - 1)[:, None])[:, 0]
+        known = torch.where(targets < codes, lse_l - at_target, torch.nan)
+        ce = torch.where(targets >= 0, known, ce)
+    inside = (index >= 0) & (index < len(codebook))
+    embed = codebook[torch.where(inside, index, 0)].masked_fill(~inside[:, None], torch.nan)
+    return embed, index, ce, lse_a, lse_l, e_soft
 
 
 def backward(
@@ -75,29 +78,36 @@ def backward(
     lse_a: Tensor,
     lse_l: Tensor,
     e_soft: Tensor,
-    d_embed: Tensor,
+    d_embed: Tensor | None,
     d_ce: Tensor | None,
 ) -> Tensor:
     """Gradient of the logits [N, V], in their type."""
-    out = torch.empty_like(logits)
+    out, codes = torch.empty_like(logits), logits.shape[1]
     for i in range(0, len(logits), CHUNK):
         rows = slice(i, i + CHUNK)
         x = _wide(logits[rows])
-        noisy = x + philox.gumbel(seed, draw[rows], position[rows], logits.shape[1])
-        soft = (noisy / tau - lse_a[rows, None]).exp()
-        d = d_embed[rows].to(x.dtype)
-        along = d @ codebook.to(x.dtype).T - (d * e_soft[rows]).sum(-1, keepdim=True)
-        grad = soft * along / tau
+        grad = torch.zeros_like(x)
+        if d_embed is not None:
+            noisy = x + philox.gumbel(seed, draw[rows], position[rows], codes)
+            soft = (noisy / tau - lse_a[rows, None]).exp()
+            d = d_embed[rows].to(x.dtype)
+            along = d @ codebook.to(x.dtype).T - (d * e_soft[rows]).sum(-1, keepdim=True)
+            grad = soft * along / tau
         if targets is not None and d_ce is not None:
-            t = targets[rows]
-            d_rows = torch.where(t >= 0, d_ce[rows].to(x.dtype), 0.0)[:, None]
+            t = targets[rows, None]
+            d_rows = d_ce[rows, None].to(x.dtype)
+            d_rows = torch.where((t < codes) | (d_rows == 0), d_rows, torch.nan)
             plain = (x - lse_l[rows, None]).exp() * d_rows
-            grad += plain.scatter_add(1, t.clamp(min=0)[:, None], -d_rows)
+            plain.scatter_add_(1, t.clamp(0, codes - 1), -d_rows)
+            grad += torch.where(t < 0, 0.0, plain)
         out[rows] = grad.to(out.dtype)
     return out
 
 
 def codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
-    """Sum of d_embed [N, C] over the rows that chose each code, in order of rows; [V, C]."""
-    wide = _wide(d_embed)
-    return wide.new_zeros(codes, wide.shape[1]).index_add_(0, index, wide)
+    """Sum of d_embed [N, C] over the rows that chose each code, in order of rows; [V, C]. Rows
+    whose code is none count for nothing."""
+    wide, inside = _wide(d_embed), (index >= 0) & (index < codes)
+    counted = wide.masked_fill(~inside[:, None], 0)
+    chosen = torch.where(inside, index, 0)
+    return wide.new_zeros(codes, wide.shape[1]).index_add_(0, chosen, counted)

@@ -52,7 +52,7 @@ def backward(
     lse_a: Tensor,
     lse_l: Tensor,
     e_soft: Tensor,
-    d_embed: Tensor,
+    d_embed: Tensor | None,
     d_ce: Tensor | None,
     needs: tuple[bool, bool, bool],
     chunk: int,
@@ -62,7 +62,7 @@ def backward(
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         d_logits = gumbel.backward(
             logits, codebook, tau, seed, draw[rows], position[rows], _some(targets, rows),
-            lse_a[rows], lse_l[rows], e_soft[rows], d_embed[rows], _some(d_ce, rows),
+            lse_a[rows], lse_l[rows], e_soft[rows], _some(d_embed, rows), _some(d_ce, rows),
         )  # fmt: skip
         grads.add(rows, d_logits)
     return grads.result()

@@ -54,7 +54,9 @@ def backward(
     grads = HeadGradients(hidden, weight, needs, -(-len(hidden) // chunk))
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         logp = logits.to(lse.dtype) / temperature - lse[rows, None]
-        d_target = torch.where(targets[rows] < 0, 0.0, d_logprob[rows])[:, None]
+        t, d = targets[rows], d_logprob[rows]
+        known = torch.where((t < len(weight)) | (d == 0), d, torch.nan)
+        d_target = torch.where(t < 0, 0.0, known)[:, None]
         finite = logp.clamp(min=-1e4)  # 0·log 0 is 0
         grad = logp.exp().mul_(-d_target - d_entropy[rows, None] * (finite + entropy[rows, None]))
         place = targets[rows, None].clamp(0, logits.shape[1] - 1)

@@ -70,6 +70,8 @@ def cfg_sample(
         x = mixed(cond[rows], uncond[rows], cfg)
         if temperature is None:
             token[rows] = x.argmax(-1)
+            none = x.isnan().any(-1) | (x == float("-inf")).all(-1)
+            logprob[rows] = torch.where(none, torch.nan, 0.0)
             continue
         scores = truncated(x * (1 / temperature.clamp(min=COLDEST)), top_k, top_p)
         noise = philox.gumbel(seed, draw[rows], position[rows], logits.shape[1])

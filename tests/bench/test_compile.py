@@ -75,6 +75,13 @@ def test_every_case_launches_kernels_that_can_be_compiled(name):
         assert bool(ahead.sources(case, dtype)) != cuda
 
 
+def test_shared_memory_is_what_a_launch_asks_for():
+    """Of Triton's kernels nearly all of it is dynamic, which the binary does not hold."""
+    rows = ahead.run(["sm_90"], ["decode_attention:shared prefix"], 1)["kernels"]
+    shared = {(r["name"], r["dtype"]): r["shared_bytes"] for r in rows}
+    assert shared["decode_own", "bfloat16"] > 48 << 10
+
+
 def test_a_spill_is_a_failure():
     with dispatch.recorded() as found:
         x = torch.zeros(1 << 15)

@@ -29,7 +29,8 @@ def generator() -> torch.Generator:
 
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
-    """New memory holds NaN (or the most negative integer) until something writes it."""
+    """New memory holds NaN (or the most negative integer, or a byte that is no bool) until
+    something writes it."""
 
     def poison(make):
         def run(*args, **kwargs):
@@ -38,6 +39,8 @@ def poisoned(monkeypatch):
                 tensor.fill_(float("nan"))
             elif tensor.dtype in (torch.int32, torch.int64):
                 tensor.fill_(torch.iinfo(tensor.dtype).min)
+            elif tensor.dtype == torch.bool and not tensor.is_meta:
+                tensor.view(torch.uint8).fill_(0xAA)
             return tensor
 
         return run

@@ -98,6 +98,24 @@ def test_shared_prefixes(heads, groups, splits, cut, generator, device, relative
     assert torch.equal(found == 0, wanted == 0)
 
 
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("where", ["query", "key", "prefix"])
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy says what it sees
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_hidden(where, splits, value, cut, generator, device):
+    """Neither zeros, nor what was in memory before, where a model has diverged."""
+    cut(splits)
+    query, keys, values, lengths = own([150, 0, 40], (1, 1), 150, 16, generator, device)
+    before = prefix([109], [0, 0, -1], (1, 1), 109, 16, generator, device)
+    broken = {"query": query[0], "key": keys[0, :, 3], "prefix": before[0][0, :, 100]}[where]
+    broken[0, 0] = value
+    if math.isinf(value):
+        broken[0, 0] *= 1.0 if query[0, 0, 0] > 0 else -1.0  # a score of +inf, not −inf
+    found = decode_attention(query, keys, values, lengths, None, *before)
+    assert found[0].isnan().any()
+    assert found[2].isfinite().all()
+
+
 def test_more_sequences_than_a_tile(cut, generator, device, relative_error):
     cut(2)
     groups = torch.randint(-1, 3, (75,), generator=generator).tolist()

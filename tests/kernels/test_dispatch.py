@@ -16,7 +16,7 @@ from triton.runtime.interpreter import InterpretedFunction
 from echogen import kernels
 from echogen.bench.registry import NO_CASE, Drawn, cases
 from echogen.bench.speed import contest
-from echogen.kernels import dispatch
+from echogen.kernels import dispatch, gumbel, logprob
 from echogen.kernels.cuda import loader
 
 MODULES = [
@@ -73,7 +73,8 @@ def test_results_are_those_of_eager_torch(name, device):
 
 
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="is about an interpreted run")
-def test_an_interpreted_run_enters_every_triton_kernel(device, launched):
+def test_an_interpreted_run_enters_every_triton_kernel(device, launched, monkeypatch):
+    monkeypatch.setattr(gumbel, "LEAST", 64)  # so that the smallest size is cut into parts too
     for case in CASES.values():
         (dtype,), make = case.types("cpu"), Drawn(torch.Generator(device))
         inputs = case.inputs(make, case.sizes["tiny"], dtype)
@@ -90,6 +91,48 @@ def test_an_empty_grid_launches_nothing(launched):
 
     dispatch.launch(Kernel(), (3, 0))
     assert not launched
+
+
+def test_a_launch_goes_where_its_tensors_are(monkeypatch):
+    """Triton launches on the current device: on another one it must be made current."""
+    made, current = [], ["cuda:0"]
+
+    class Device:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            self.before, current[0] = current[0], str(self.device)
+
+        def __exit__(self, *_):
+            current[0] = self.before
+
+    class Kernel:
+        __name__ = "_kernel"
+
+        def __getitem__(self, grid):
+            return lambda *_, **__: made.append(current[0])
+
+    class OnCuda(torch.Tensor):
+        device = property(lambda self: torch.device("cuda:1"))
+
+    monkeypatch.setattr(torch.cuda, "device", Device)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    there = torch.zeros(1).as_subclass(OnCuda)
+    dispatch.launch(Kernel(), (1,), 3, there)
+    dispatch.launch(Kernel(), (1,), torch.zeros(1))
+    assert made == ["cuda:1", "cuda:0"]
+
+
+def test_autocast_changes_no_operator(device, generator):
+    """Launchers know none of it; nor may the references, whose products it would round."""
+    x = torch.randn(4, 33, generator=generator).to(device)
+    weight = torch.randn(7, 33, generator=generator).to(device)
+    targets = torch.arange(4, device=device)
+    wanted = logprob.linear_logprob(x, weight, targets)
+    with torch.autocast(device, torch.bfloat16):
+        found = logprob.linear_logprob(x, weight, targets)
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
 def test_what_runs_where(monkeypatch):

@@ -278,6 +278,19 @@ def test_masked_tokens_contribute_nothing_whatever_they_hold(normalise, small, g
     assert torch.equal(losses[0], losses[1]) and torch.equal(losses[0], losses[2])
 
 
+def test_a_reference_that_is_only_measured_spoils_nothing(generator, device):
+    """With β = 0 its NaN is in the mean KL alone."""
+    logp = -torch.rand(2, 9, generator=generator).to(device)
+    reference = logp.clone()
+    reference[0, 3] = float("nan")
+    advantage, mask = torch.ones(2, device=device), torch.ones_like(logp, dtype=torch.bool)
+    ours = logp.clone().requires_grad_()
+    found = grpo_loss(ours, None, advantage, mask, reference, beta=0.0)
+    found.loss.backward()
+    assert found.loss.isfinite() and found.mean_kl.isnan()
+    assert ours.grad is not None and ours.grad.isfinite().all() and (ours.grad != 0).all()
+
+
 def test_a_nan_is_not_hidden(generator, device):
     logp, old, _, advantage, mask = inputs((3, 7), generator, device)
     broken = logp.clone()

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from echogen.kernels import dispatch, gumbel
 from echogen.kernels.gumbel import gumbel_st_embed
 from echogen.kernels.philox import gumbel_noise
+from echogen.kernels.reference import philox
 
 SHAPES = [(1, 1, 1), (3, 7, 2), (19, 300, 8), (50, 389, 8), (17, 131, 16)]
 """Rows, codes, width: ones, primes, and several tiles with a ragged tail on every axis."""
@@ -37,10 +38,17 @@ def oracle(logits, codebook, tau, noise, targets, index=None):
     return embed, index, torch.where(targets >= 0, ce, 0.0)
 
 
+@pytest.fixture(params=[False, True], ids=["whole rows", "rows in parts"])
+def parts(request, monkeypatch):
+    """Whether a row's codes are cut among programs: for the shapes above into up to three."""
+    if request.param:
+        monkeypatch.setattr(gumbel, "LEAST", 128)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("tau", [1.0, 0.3])
 @pytest.mark.parametrize("given", [False, True])
-def test_forward_and_gradients(shape, tau, given, generator, device, relative_error):
+def test_forward_and_gradients(shape, tau, given, generator, device, relative_error, parts):
     logits, codebook, draw, position, targets = inputs(shape, generator, device)
     noise = gumbel_noise(5, draw, position, shape[1]).double()
     index = torch.randint(0, shape[1], (shape[0],), generator=generator).to(device)
@@ -73,6 +81,83 @@ def test_without_targets_or_a_codebook_gradient(generator, device, relative_erro
     assert relative_error(ours.grad, truth.grad) < 1e-5
 
 
+@pytest.mark.parametrize("width", [1, 3, 17, 33, 64, 200, 256])
+def test_widths_of_the_codebook(width, generator, device, relative_error):
+    logits, codebook, draw, position, targets = inputs((5, 150, width), generator, device)
+    ours = [t.clone().requires_grad_() for t in (logits, codebook)]
+    truth = [t.double().requires_grad_() for t in (logits, codebook)]
+    noise = gumbel_noise(5, draw, position, 150).double()
+    found = gumbel_st_embed(*ours, 0.7, 5, draw, position, None, targets)
+    wanted, index, _ = oracle(*truth, 0.7, noise, targets)
+    assert torch.equal(found.code, index)
+    found.embed.square().sum().backward()
+    wanted.square().sum().backward()
+    for a, b in zip(ours, truth, strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-5
+
+
+@pytest.mark.parametrize("graded", ["embed", "ce"])
+def test_the_gradient_of_one_output_alone(graded, generator, device, relative_error):
+    logits, codebook, draw, position, targets = inputs((19, 300, 8), generator, device)
+    ours, truth = logits.clone().requires_grad_(), logits.double().requires_grad_()
+    found = gumbel_st_embed(ours, codebook, 0.7, 5, draw, position, None, targets)
+    noise = gumbel_noise(5, draw, position, 300).double()
+    embed, _, ce = oracle(truth, codebook.double(), 0.7, noise, targets)
+    getattr(found, graded).square().sum().backward()
+    {"embed": embed, "ce": ce}[graded].square().sum().backward()
+    assert relative_error(ours.grad, truth.grad) < 1e-5
+
+
+def test_a_nan_is_not_hidden_and_reads_nothing_else(generator, device, parts):
+    """A diverged model gives a code of the codebook and a loss that says so."""
+    logits, codebook, draw, position, targets = inputs((3, 389, 8), generator, device)
+    targets = targets.clamp(min=0)
+    logits[1, -1] = logits[2, 3] = float("nan")
+    logits.requires_grad_()
+    found = gumbel_st_embed(logits, codebook, 0.7, 5, draw, position, None, targets)
+    assert ((found.code >= 0) & (found.code < 389)).all()
+    assert found.ce.isnan().tolist() == [False, True, True]
+    (found.ce.sum() + found.embed.sum()).backward()
+    assert logits.grad is not None
+    assert logits.grad[0].isfinite().all() and logits.grad[1:].isnan().any(1).all()
+
+
+def test_codes_that_are_none(generator, device, parts):
+    """Neither wraps around nor reads what lies beside the codebook."""
+    logits, codebook, draw, position, _ = inputs((4, 300, 8), generator, device)
+    index = torch.tensor([2, 300, -1, 299], device=device)
+    targets = torch.tensor([300, 5, -1, 1000], device=device)
+    logits.requires_grad_()
+    codebook.requires_grad_()
+    found = gumbel_st_embed(logits, codebook, 0.7, 5, draw, position, index, targets)
+    assert torch.equal(found.embed[[0, 3]], codebook[[2, 299]])
+    assert found.embed[[1, 2]].isnan().all() and torch.equal(found.code, index)
+    assert found.ce.isnan().tolist() == [True, False, False, True] and found.ce[2] == 0
+    found.ce.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isnan().all(1).tolist() == [True, False, False, True]
+    assert (logits.grad[2] == 0).all()
+    grad = torch.ops.echogen.codebook_grad(torch.ones(4, 8, device=device), index, 300)
+    assert torch.equal(grad.sum(1).nonzero()[:, 0], torch.tensor([2, 299], device=device))
+
+
+def test_float64(generator, device, relative_error):
+    """For oracles: in float64 throughout, wherever it runs."""
+    shape = (5, 40, 3)
+    logits, codebook, draw, position, targets = inputs(shape, generator, device, torch.float64)
+    ours = [t.clone().requires_grad_() for t in (logits, codebook)]
+    truth = [t.clone().requires_grad_() for t in (logits, codebook)]
+    found = gumbel_st_embed(*ours, 0.75, 5, draw, position, None, targets)
+    seed = torch.tensor([5], device=device)
+    noise = philox.gumbel(seed, draw, position, 40).double()  # to the bit, as float64 would tell
+    embed, _, ce = oracle(*truth, 0.75, noise, targets)
+    assert found.ce.dtype == torch.float64 and relative_error(found.ce, ce) < 1e-14
+    (found.embed.sum() + found.ce.sum()).backward()
+    (embed.sum() + ce.sum()).backward()
+    for a, b in zip(ours, truth, strict=True):
+        assert relative_error(a.grad, b.grad) < 1e-13
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_types(dtype, generator, device, relative_error):
     logits, codebook, draw, position, targets = inputs((20, 150, 8), generator, device, dtype)
@@ -88,7 +173,7 @@ def test_half_types(dtype, generator, device, relative_error):
         assert relative_error(a.grad, b.grad) < 2e-2
 
 
-def test_rows_do_not_depend_on_the_batch(generator, device):
+def test_rows_do_not_depend_on_the_batch(generator, device, parts):
     logits, codebook, draw, position, _ = inputs((37, 260, 8), generator, device)
     whole = gumbel_st_embed(logits, codebook, 1.0, 9, draw, position)
     order = torch.randperm(37, generator=generator).to(device)
@@ -99,7 +184,7 @@ def test_rows_do_not_depend_on_the_batch(generator, device):
     assert torch.equal(alone.code, whole.code[one])
 
 
-def test_codes_of_no_probability_are_never_drawn(generator, device):
+def test_codes_of_no_probability_are_never_drawn(generator, device, parts):
     logits, codebook, draw, position, _ = inputs((40, 300, 8), generator, device)
     allowed = torch.rand(300, generator=generator).to(device) < 0.1
     allowed[-1] = True
@@ -123,8 +208,10 @@ def test_the_codebook_gradient_is_summed_in_order(generator, device):
     assert (first[3:] == 0).all()
 
 
-def test_opcheck(generator, device):
-    logits, codebook, draw, position, targets = inputs((18, 140, 8), generator, device)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_opcheck(dtype, generator, device):
+    shape = (18, 140, 8)
+    logits, codebook, draw, position, targets = inputs(shape, generator, device, dtype)
     tau, seed = torch.ones(1, device=device), torch.ones(1, dtype=torch.int64, device=device)
     logits.requires_grad_()
     codebook.requires_grad_()
@@ -132,6 +219,12 @@ def test_opcheck(generator, device):
     # One index a row decides the whole: finite differences and reruns are exact there.
     torch.library.opcheck(torch.ops.echogen.gumbel_st_embed.default, (*key, None, targets))
     torch.library.opcheck(torch.ops.echogen.gumbel_st_embed.default, (*key, targets.clamp(0), None))
+    key = tuple(t.detach() for t in key)
+    embed, index, ce, *kept = torch.ops.echogen.gumbel_st_embed(*key, None, targets)
+    backward = torch.ops.echogen.gumbel_st_embed_backward.default
+    for above in ((embed, ce), (None, ce), (embed, None)):
+        torch.library.opcheck(backward, (*key, targets, *kept, *above))
+    torch.library.opcheck(torch.ops.echogen.codebook_grad.default, (embed, index, 140))
 
 
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="counts launches of interpreted kernels")
@@ -139,7 +232,8 @@ def test_the_kernels_are_entered(generator, device, launched):
     logits, codebook, draw, position, targets = inputs((4, 9, 2), generator, device)
     logits.requires_grad_()
     codebook.requires_grad_()
-    gumbel_st_embed(logits, codebook, 1.0, 0, draw, position, None, targets).ce.sum().backward()
+    found = gumbel_st_embed(logits, codebook, 1.0, 0, draw, position, None, targets)
+    (found.ce.sum() + found.embed.sum()).backward()
     names = ("gumbel_st_forward", "gumbel_st_backward", "codebook_grad")
     assert all(launched[f"_{name}_kernel"] == 1 for name in names)
 
@@ -166,4 +260,3 @@ def test_bad_arguments(device):
     ]:
         with pytest.raises((ValueError, TypeError), match=match):
             gumbel_st_embed(**good | change)
-    assert gumbel.ROWS >= 16

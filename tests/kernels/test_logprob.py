@@ -159,6 +159,16 @@ def test_targets_that_are_none_or_do_not_exist(generator, device):
     assert (hidden.grad == 0).all()
 
 
+def test_a_target_that_is_no_output_has_no_gradient_that_looks_like_one(generator, device):
+    hidden, weight, _, _ = inputs((3, 30, 5), generator, device)
+    ours = hidden.requires_grad_()
+    targets = torch.tensor([3, 30, -1], device=device)
+    linear_logprob(ours, weight, targets).logprob.sum().backward()
+    assert ours.grad is not None
+    assert ours.grad.isnan().all(1).tolist() == [False, True, False]
+    assert (ours.grad[2] == 0).all()
+
+
 def test_a_nan_is_passed_on(generator, device):
     hidden, weight, bias, targets = inputs((5, 300, 3), generator, device)
     bias[280] = float("nan")

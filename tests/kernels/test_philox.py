@@ -61,6 +61,16 @@ def test_uniforms_are_strictly_inside(monkeypatch, word):
     assert u[0, 0].item() == ((word >> 9) + 0.5) * 2.0**-23
 
 
+def test_every_implementation_gives_the_same_noise(device, generator):
+    """Up to the rounding of two logarithms, over words of all sizes."""
+    draw, position = (torch.randint(0, 2**32, (70,), generator=generator) for _ in range(2))
+    draw[0], position[0] = 2**32 - 1, 2**32 - 1
+    seed = 2**63 - 1 - int(torch.randint(0, 2**40, (), generator=generator))
+    found = gumbel_noise(seed, draw.to(device), position.to(device), 1029, stream=3)
+    wanted = reference.gumbel(torch.tensor([seed]), draw, position, 1029, 3)
+    torch.testing.assert_close(found.cpu(), wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_rows_do_not_depend_on_the_batch():
     draw = torch.tensor([5, 0, 2**32 - 1, 17])
     position = torch.tensor([0, 3, 575, 2**31])

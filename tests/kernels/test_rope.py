@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -53,6 +54,19 @@ def test_forward_and_gradients(shape, shared, blocks, generator, device, relativ
     sum((a * w).sum() for a, w in zip(wanted, weights, strict=True)).backward()
     for a, b in zip(ours, truth, strict=True):
         assert relative_error(a.grad, b.grad) < 1e-6
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory is mapped at first touch on a CPU")
+def test_strides_of_a_fused_projection_may_be_large():
+    """Tokens 2³⁰ numbers apart: their places do not fit 32 bits. Only their own pages exist."""
+    apart, width = 1 << 30, 8
+    memory = torch.from_numpy(np.zeros(2 * apart + width, np.float16))
+    q = memory.as_strided((1, 3, 1, width), (0, apart, width, 1))
+    q.copy_(torch.randn(q.shape))
+    angle = torch.rand(1, 3, width // 2)
+    found, _ = rope.rope(q, q, *tables(angle))
+    wanted, _ = rope.rope(q.contiguous(), q.contiguous(), *tables(angle))
+    assert torch.equal(found, wanted)
 
 
 def test_halves_of_a_table_may_differ(blocks, generator, device):
@@ -182,6 +196,7 @@ def test_bad_arguments(device):
         ({"k": k[:1]}, "k has shape"),
         ({"k": k[..., :4]}, "k has shape"),
         ({"cos": table[:, :2]}, "cos has shape"),
+        ({"cos": table[0, 0, 0]}, "cos has shape"),
         ({"cos": table[:1]}, "sin has shape"),
         ({"q": q.transpose(2, 3).contiguous().transpose(2, 3)}, "last axis"),
         ({"sin": table.transpose(0, 1).contiguous().transpose(0, 1)}, "sin has strides"),

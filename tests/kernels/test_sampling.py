@@ -282,6 +282,25 @@ def test_rows_without_a_distribution(value, settings, generator, device):
         assert torch.equal(a[::2], b[::2])
 
 
+@pytest.mark.parametrize("settings", [*SETTINGS.values(), {"temperature": 0.0}])
+def test_one_nan_spoils_its_row(settings, generator, device, small_blocks):
+    """Also in the last, ragged tile, whose padding may win a maximum that drops NaN."""
+    logits, table, draw, position = inputs((3, 389, 2), generator, device)
+    good = sample(logits, draw, position, table=table, **settings)
+    logits[0, 1, -1] = float("nan")
+    found = sample(logits, draw, position, table=table, **settings)
+    assert 0 <= int(found.token[1]) < 389 and found.logprob[1].isnan()
+    for a, b in zip(good, found, strict=True):
+        assert torch.equal(a[::2], b[::2])
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="numpy finds no maximum among nothing but NaN")
+def test_a_temperature_that_is_nan_is_not_hidden(generator, device):
+    logits, _, draw, position = inputs((3, 37, 2), generator, device)
+    heat = torch.tensor([float("nan")], device=device)
+    assert sample(logits, draw, position, temperature=heat).logprob.isnan().all()
+
+
 def test_numbers_may_be_tensors(generator, device):
     logits, _, draw, position = inputs((5, 67, 1), generator, device)
     numbers = {"cfg": 2.5, "temperature": 0.7, "top_p": 0.6}
