@@ -144,14 +144,16 @@ class _Pictures:
     @classmethod
     def of(cls, scenes: list[Scene], engine: Engine) -> _Pictures:
         side = round(engine.transformer.config.image_tokens**0.5)
-        boxed = np.zeros((len(scenes), IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
-        for canvas, scene in zip(boxed, scenes, strict=True):
+        pixels = np.zeros((len(scenes), IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
+        cells = np.zeros((len(scenes), side, side), dtype=bool)
+        for canvas, grid, scene in zip(pixels, cells, scenes, strict=True):
             for x1, y1, x2, y2 in (o.box for o in scene.objects):
                 canvas[y1:y2, x1:x2] = True
-        patch = IMAGE_SIZE // side
-        cells = boxed.reshape(len(scenes), side, patch, side, patch).any((2, 4))
+                left, top = x1 * side // IMAGE_SIZE, y1 * side // IMAGE_SIZE
+                right, bottom = -(-x2 * side // IMAGE_SIZE), -(-y2 * side // IMAGE_SIZE)
+                grid[top:bottom, left:right] = True
         on_object = torch.from_numpy(cells.reshape(len(scenes), -1))
-        return cls(layouts_of(scenes, 0), on_object, boxed.mean((1, 2)))
+        return cls(layouts_of(scenes, 0), on_object, pixels.mean((1, 2)))
 
     def groups(self, batch: int) -> Iterator[range]:
         """Places of layouts that are drawn at once."""

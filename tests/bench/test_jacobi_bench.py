@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from echogen.bench.speed import jacobi
+from echogen.cli import main
 from echogen.engine.jacobi import MOST_COVER, covered, decode_windows
 from echogen.train.data.scenes import load_scenes
 
@@ -17,17 +18,17 @@ from echogen.train.data.scenes import load_scenes
 def test_run_reports_every_setting():
     threads, seen = torch.get_num_threads(), []
     result = jacobi.run(
-        layouts=4, windows=(4, 16), temperatures=(0.3,), batch=2,
+        layouts=2, windows=(4, 16), temperatures=(0.3,), batch=2,
         progress=lambda done, total: seen.append((done, total)),
     )  # fmt: skip
     assert torch.get_num_threads() == threads
-    assert seen == [(i, 6) for i in range(1, 7)]  # 4 test layouts by two, 1 crowded; 2 settings
+    assert seen == [(i, 4) for i in range(1, 5)]  # 2 test layouts at once, 1 crowded; 2 settings
     assert json.loads(json.dumps(result)) == result
     assert result["identical"] is True
     rows = result["settings"]
     assert [(r["cfg"], r["window"]) for r in rows] == [(1, 4), (1, 16), (5, 4), (5, 16)]
     for r in rows:
-        assert r["images"] == 5 and r["different"] == r["different_in_same_arithmetic"] == 0
+        assert r["images"] == 3 and r["different"] == r["different_in_same_arithmetic"] == 0
         for part in (r, r["crowded"]):
             # Every code that no draft gave cost a step.
             assert part["steps_sequential"] == 64
@@ -83,3 +84,23 @@ def test_bad_requests_are_refused(asked):
     value = next(iter(asked.values()))
     with pytest.raises(ValueError, match=str(value[-1] if isinstance(value, tuple) else value)):
         jacobi.run(**asked)
+
+
+def test_the_command_prints_one_object(capsys):
+    words = ["--layouts", "1", "--temperature", "1", "--cfg", "1", "--window", "8", "--json"]
+    assert main(["bench", "engine", "--mode", "jacobi", *words]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    (row,) = result["settings"]
+    assert (row["temperature"], row["cfg"], row["window"], row["draft"]) == (1, 1, 8, "above")
+    assert row["identical"] and row["steps_jacobi"] <= row["steps_sequential"] / 2
+
+
+@pytest.mark.parametrize("words", [
+    ["--mode", "jacobi", "--window", "0"], ["--mode", "jacobi", "--temperature", "nan"],
+    ["--mode", "jacobi", "--layouts", "0"], ["--mode", "jacobi", "--model", "random:tiny"],
+    ["--window", "8"], ["--dtype", "bfloat16"],
+])  # fmt: skip
+def test_the_command_refuses(words, capsys):
+    assert main(["bench", "engine", *words]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and words[-2] in line
