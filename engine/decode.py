@@ -13,6 +13,7 @@ from echogen.engine.cache import KVCache, WindowCache
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.packed_decode import PackedDecoding, PackedWindows
+from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampler
 
 Progress = Callable[[int, int], None]
@@ -195,11 +196,16 @@ def decode_image(
     )
     images = rows // 2 if guided else rows
     codes = torch.empty(images, steps, dtype=torch.int64, device=code_table.device)
-    logits = decoding.prefill()
+    with span("engine/prefill", rows=rows, tokens=ids.numel()):
+        logits = decoding.prefill()
+    held = ids.numel()  # tokens in the cache, over all rows
     for step in range(steps):
-        code = codes[:, step] = sampler(logits, step)
+        with span("engine/sample", rows=rows, step=step):
+            code = codes[:, step] = sampler(logits, step)
         if progress is not None:
             progress(step + 1, steps)
         if step + 1 < steps:
-            logits = decoding.step(code)
+            held += rows
+            with span("engine/decode/step", rows=rows, tokens=rows, held=held, step=step):
+                logits = decoding.step(code)
     return codes

@@ -26,6 +26,7 @@ from echogen.engine.decode import Progress, open_windows
 from echogen.engine.layout import Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.packed import PackedTransformer
+from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampler
 
 Method = Literal["auto", "sequential", "jacobi"]
@@ -164,7 +165,9 @@ def decode_windows(
         raise ValueError(f"draft = {draft!r}; choose 'above' or 'left'")
     columns = round(tokens**0.5) if draft == "above" else 1
     decoding = open_windows(model, code_table, prompts, pad, guided)
-    scores = sampler.scores(decoding.prefill().unsqueeze(1))
+    with span("engine/prefill", rows=len(prompts), tokens=sum(map(len, prompts))):
+        logits = decoding.prefill()
+    scores = sampler.scores(logits.unsqueeze(1))
     device, places = scores.device, torch.arange(tokens, device=scores.device)
     first = sampler.pick(scores, places[:1].expand(len(scores), 1))
     images = [_Image(code, tokens, columns) for code in first[:, 0].tolist()]
@@ -177,7 +180,9 @@ def decode_windows(
             image.extend(start + width)
         # The code at p gives the logits of p + 1.
         ran = [i.codes[s - 1 : s - 1 + width] for i, s in zip(images, starts, strict=True)]
-        logits = decoding.window(torch.tensor(ran, device=device), [s - 1 for s in starts])
+        fed = len(prompts) * width
+        with span("engine/decode/window", rows=fed, tokens=fed, step=fewest):
+            logits = decoding.window(torch.tensor(ran, device=device), [s - 1 for s in starts])
         positions = torch.tensor(starts, device=device)[:, None] + places[:width]
         samples = sampler.pick(sampler.scores(logits), positions).tolist()
         for image, start, row in zip(images, starts, samples, strict=True):
