@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from echogen.engine.layout import Box, Layout
+from echogen.engine.ranges import span
 from echogen.kernels.boxes import box_reward
 from echogen.kernels.grpo import group_advantage
 
@@ -69,9 +70,10 @@ class CycleResult:
 
 def score(layout: Layout, boxes: list[list[Box]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """IoU [G, K], L1 [G, K], reward [G] and advantage [G] of the boxes recovered from G images."""
-    target = torch.tensor([[o.box for o in layout.objects]])
-    found = box_reward(
-        torch.tensor(boxes).unsqueeze(0), target, torch.ones(target.shape[:2], dtype=torch.bool)
-    )
-    advantage = group_advantage(found.reward).advantage[0]
+    with span("engine/reward", batch=len(boxes)):
+        target = torch.tensor([[o.box for o in layout.objects]])
+        found = box_reward(
+            torch.tensor(boxes).unsqueeze(0), target, torch.ones(target.shape[:2], dtype=torch.bool)
+        )
+        advantage = group_advantage(found.reward).advantage[0]
     return found.iou[0], found.l1[0], found.reward[0], advantage

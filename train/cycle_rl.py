@@ -17,6 +17,7 @@ from torch import Tensor
 
 from echogen.engine.layout import Layout, LayoutError
 from echogen.engine.model import UnifiedTransformer
+from echogen.engine.ranges import span
 from echogen.engine.rollout import locations
 from echogen.engine.vision import decode_codes, to_images
 from echogen.kernels.grpo import grpo_loss
@@ -124,7 +125,8 @@ class CycleRLStage(WorldStage):
             c.w_l1,
             c.advantage,
         )
-        self._held = self._packed(index, rollout)
+        with span("train/cycle-rl/data", step=step):
+            self._held = self._packed(index, rollout)
         return self._held
 
     def _packed(self, index: int, rollout: Rollout) -> Held:

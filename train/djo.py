@@ -18,6 +18,7 @@ from torch.func import functional_call
 
 from echogen.engine.layout import Layout
 from echogen.engine.model import UnifiedTransformer
+from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampling
 from echogen.kernels.head_gumbel import head_gumbel_st_embed
 from echogen.train import keys
@@ -146,7 +147,8 @@ class DJOStage(WorldStage):
         layouts = [s.layout(rng) for s in samples]
         # Without its layout an image cannot be asked for the layout's boxes: no loop for these.
         kept = rng.random(c.batch) >= c.prompt_dropout
-        batch = self._real(samples, layouts, kept, rng)
+        with span("train/djo/data", step=step):
+            batch = self._real(samples, layouts, kept, rng)
         hidden = hidden_states(model, batch)
         tau, draws = temperature(step, c), keys.draw_ids(step, c.batch)
         numbers = {"tau": torch.tensor(tau)}

@@ -149,7 +149,11 @@ def _steps(
     began, parameters = time.perf_counter(), list(stage.module.parameters())
     for step in range(start, config.steps):
         rate = schedule(step, config)
-        numbers, norm = _update(stage, config, optimizers, parameters, rate, step, state_path)
+        try:
+            numbers, norm = update(stage, config, optimizers, parameters, rate, step)
+        except TrainingError as error:
+            kept = f"the state of the last checkpoint is kept in {state_path} (try a lower lr)"
+            raise TrainingError(f"{error}; {kept}") from None
         stage.after_step(step)
         done, last = step + 1, step + 1 == config.steps
         bar.update(bar.task_ids[0], completed=done, note=f"loss {numbers['loss']:.4f}")
@@ -175,16 +179,19 @@ def _steps(
             console.print(f"{stage.name} step {done} validation {values}", soft_wrap=True)
 
 
-def _update(
+def update(
     stage: Stage,
     config: LoopConfig,
     optimizers: list[torch.optim.Optimizer],
     parameters: list[nn.Parameter],
     rate: float,
     step: int,
-    state_path: Path,
 ) -> tuple[dict[str, float], float]:
-    """One optimizer step at ``rate`` of the peak; the stage's numbers and the gradient norm."""
+    """One optimizer step at ``rate`` of the peak; the stage's numbers and the gradient norm.
+
+    Raises:
+        TrainingError: a loss or a gradient that is NaN or infinite; the weights are as before.
+    """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["peak"]
@@ -200,8 +207,7 @@ def _update(
     norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
     if not math.isfinite(float(loss.detach())) or not math.isfinite(norm):
         raise TrainingError(
-            f"{stage.name}: loss {float(loss.detach())}, gradient norm {norm} at step {step}; "
-            f"the state of the last checkpoint is kept in {state_path} (try a lower lr)"
+            f"{stage.name}: loss {float(loss.detach())}, gradient norm {norm} at step {step}"
         )
     with span(f"{part}/optimizer", step=step):
         for optimizer in optimizers:

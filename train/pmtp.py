@@ -26,6 +26,7 @@ from echogen.engine.config import ModelConfig
 from echogen.engine.engine import Engine
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, Prompts
+from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampling
 from echogen.train import keys
 from echogen.train.config import PMTPConfig
@@ -141,7 +142,8 @@ class PMTPStage(WorldStage):
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         """Cross entropies of image codes and of box tokens, each a mean over its targets."""
-        batch = self.batch(step)
+        with span("train/pmtp/data", step=step):
+            batch = self.batch(step)
         hidden = hidden_states(self.module, batch)
         image, text = image_loss(self.module, hidden, batch), box_loss(self.module, hidden, batch)
         loss = image + text

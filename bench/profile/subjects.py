@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from echogen.engine.layout import Box, Layout, LayoutObject
 
 if TYPE_CHECKING:
     from echogen.engine.engine import Engine
+    from echogen.train.loop import Stage
+    from echogen.train.start import Start
 
 Work = Callable[[], object]
 
@@ -79,11 +82,68 @@ def cycle(asked: Asked) -> Subject:
     return Subject(partial(engine.cycle, LAYOUT, asked.batch), engine.transformer.config)
 
 
+def _training(stage: Stage, config: ModelConfig) -> Subject:
+    """One optimizer step of a stage after another."""
+    from echogen.train.loop import update
+    from echogen.train.optim import build_optimizers
+
+    optimizers = build_optimizers(stage.module, stage.config.loop)
+    parameters, steps = list(stage.module.parameters()), count()
+
+    def step() -> object:
+        return update(stage, stage.config.loop, optimizers, parameters, 1.0, next(steps))
+
+    return Subject(step, config)
+
+
+def pmtp(asked: Asked) -> Subject:
+    """A training step of stage 1, from weights drawn at random."""
+    from echogen.train.pmtp import PMTPStage
+    from echogen.train.recipes import tiny
+
+    config = replace(tiny().pmtp, scenes=FEW_SCENES, batch=asked.batch)
+    stage = PMTPStage(config, _engine(asked).vq)
+    return _training(stage, stage.module.config)
+
+
+def djo(asked: Asked) -> Subject:
+    """A training step of stage 2, from the model asked for."""
+    from echogen.train.djo import DJOStage
+    from echogen.train.recipes import tiny
+
+    config = replace(tiny().djo, scenes=FEW_SCENES, batch=asked.batch)
+    stage = DJOStage(config, _start(asked))
+    return _training(stage, stage.module.config)
+
+
+def cycle_rl(asked: Asked) -> Subject:
+    """A training step of stage 3: ``batch`` layouts rolled out in groups of eight, an update."""
+    from echogen.train.cycle_rl import CycleRLStage
+    from echogen.train.recipes import tiny
+
+    config = replace(tiny().cycle_rl, scenes=FEW_SCENES, batch=asked.batch)
+    stage = CycleRLStage(config, _start(asked))
+    return _training(stage, stage.module.config)
+
+
+def _start(asked: Asked) -> Start:
+    from echogen.train.start import load_start
+
+    return load_start(asked.model, "", any_stage=True)
+
+
 SUBJECTS: dict[str, Callable[[Asked], Subject]] = {
     "generate": generate,
     "ground": ground,
     "cycle": cycle,
+    "pmtp": pmtp,
+    "djo": djo,
+    "cycle-rl": cycle_rl,
 }
+ON_A_CPU = ("pmtp", "djo", "cycle-rl")
+"""Subjects that run there alone so far: training has not been brought to a GPU yet."""
+FEW_SCENES = 64
+"""Of the training set: drawing and encoding more would take longer than what is profiled."""
 
 
 def warmed(name: str, asked: Asked) -> Subject:

@@ -54,6 +54,8 @@ class Profile:
             return
         from echogen.bench.profile import subjects
 
+        if self.what in subjects.ON_A_CPU and self.device != "cpu":
+            raise InputError(f"--device {self.device}: {self.what} trains on cpu so far")
         asked = subjects.Asked(self.model, self.device, self.batch)
         work, _ = subjects.warmed(self.what, asked)
         if self.tool == "none":
