@@ -10,6 +10,9 @@ from echogen.engine.cache import Prefix
 from echogen.engine.model import additive_mask
 from echogen.engine.packed import Frame, PackedTransformer, Stream, attend
 
+LANES = 32
+"""bfloat16 numbers in a register; see PackedDecoding's ``_up_to_edge``."""
+
 
 class PackedDecoding:
     """One drawing on packed weights: the cache, and everything a step needs cut beforehand.
@@ -39,6 +42,7 @@ class PackedDecoding:
         self._model, self._table, self._ids, self._pads = model, code_table, ids, pads.tolist()
         self._conditional = len(ids) // 2 if guided else len(ids)
         (rows, length), dtype = ids.shape, code_table.dtype
+        self._lanes = 1 if dtype == torch.float32 else LANES
         capacity = self._capacity(length + steps - 1)
         self._end = 0
         self._frame = Frame(c, rows, 1, dtype)
@@ -49,17 +53,29 @@ class PackedDecoding:
         self._places = self._block.unbind(-2)
         self._new = self._frame.keys_values.squeeze(-2)
 
+        self._tail: Tensor | None = None
+        if self._lanes > 1:
+            block.zero_()  # a weight of 0 on NaN would still be NaN
+            self._tail = torch.zeros(capacity + LANES, dtype=dtype)
+            self._tail[capacity:] = float("-inf")
+
         slot = torch.arange(capacity)
         ragged = any(self._pads)
         positions = (slot[length:] - pads[:, None]) if ragged else slot[None, length:]
+        # Slots behind the last code hold nothing that is read; they need a position all the same.
+        positions = positions.clamp(max=c.max_positions - 1)
         # One [R or 1, 1, heads + kv_heads, K/2] a step.
         self._turns = model.turns(positions).unsqueeze(2).unbind(1)
         self._mask = self._for_heads((slot >= pads[:, None])[:, None]) if ragged else None
 
-    @staticmethod
-    def _capacity(tokens: int) -> int:
+    def _capacity(self, tokens: int) -> int:
         """Slots of the cache for a prompt and its codes."""
-        return tokens
+        return self._up_to_edge(tokens)
+
+    def _up_to_edge(self, keys: int) -> int:
+        """How many keys are read: in bfloat16 softmax sums in another order where they end within a
+        register, so they end at its edge there, the last ones masked."""
+        return -(-keys // self._lanes) * self._lanes
 
     def _for_heads(self, visible: Tensor) -> Tensor:
         """Visibility [R or 1, L, S] → additive mask [R·kv_heads or 1, 1, L, S]."""
@@ -135,9 +151,15 @@ class PackedDecoding:
         embedded = self._table.index_select(0, code)
         stream.x.view(-1, *embedded.shape).copy_(embedded)
         turn, places = self._turns[end - self._ids.shape[1]], self._places[end].unbind(1)
-        self._end = end = end + 1
-        keys, values = self._keys[..., :end].unbind(0), self._values[:, :, :end].unbind(0)
-        mask = None if self._mask is None else self._mask[..., :end]
+        self._end = read = end = end + 1
+        if self._tail is not None:
+            read = self._up_to_edge(end)
+        keys, values = self._keys[..., :read].unbind(0), self._values[:, :, :read].unbind(0)
+        mask = None if self._mask is None else self._mask[..., :read]
+        if self._tail is not None:
+            first = len(self._tail) - LANES - end
+            tail = self._tail[first : first + read]
+            mask = tail if mask is None else mask + tail
         for block, place, key, value in zip(model.blocks, places, keys, values, strict=True):
             block.project(stream, frame, turn)
             place.copy_(self._new)
@@ -149,8 +171,6 @@ class PackedDecoding:
 
 LEAST = 5
 """Codes a window is at least; see PackedWindows."""
-LANES = 32
-"""The keys of a window are a multiple of it: as many bfloat16 numbers as a register holds."""
 
 
 class PackedWindows(PackedDecoding):
@@ -160,11 +180,10 @@ class PackedWindows(PackedDecoding):
     products give a row the same numbers among 1 as among 64, and MKL's batched ones of attention
     among 4 or more, so windows shorter than ``LEAST`` are padded to it: 4 for attention, and 5
     because `PackedLinear` runs up to ``FEW_ROWS`` rows through plain products, which round
-    otherwise. A masked key weighs an exact 0; softmax sums in bfloat16 in another order where the
-    keys end within a register, so they end at one's edge. Windows of one code are therefore
-    sequential decoding in the same arithmetic; `PackedDecoding` is faster at that and rounds
-    differently. All this was found, not promised (AMD EPYC, Zen 5, torch 2.13): where a library
-    rounds a row by its neighbours, codes are the same but for those within rounding.
+    otherwise. A masked key weighs an exact 0. Windows of one code are therefore sequential decoding
+    in the same arithmetic: in bfloat16 that of `PackedDecoding`, which in float32 is faster at it
+    and rounds differently. All this was found, not promised (AMD EPYC, Zen 5, torch 2.13): where a
+    library rounds a row by its neighbours, codes are the same but for those within rounding.
     """
 
     def __init__(
@@ -202,7 +221,7 @@ class PackedWindows(PackedDecoding):
         embedded = self._table.index_select(0, codes.flatten())
         stream.x.view(-1, *embedded.shape).copy_(embedded)
         begin, end = self._length + min(first), self._length + max(first) + width
-        read = _up_to_edge(end)
+        read = self._up_to_edge(end)
         together = end - begin == width
         if together:
             turn, seen = self._turn[:, begin:end], self._seen[:, begin:end, :read]
@@ -221,16 +240,15 @@ class PackedWindows(PackedDecoding):
             if together:
                 place.copy_(frame.keys_values)
             else:
-                place.index_copy_(1, index, frame.keys_values.flatten(1, 3))
+                place.index_copy_(1, index, frame.keys_values.flatten(1, 3).to(place.dtype))
             frame.query.copy_(frame.queries)
             attend(frame, key, value, mask)
             block.finish(stream, frame)
         return model.image_logits(stream).view(rows, width, -1)[:, :asked]
 
-    @staticmethod
-    def _capacity(tokens: int) -> int:
+    def _capacity(self, tokens: int) -> int:
         """The same with a padded window at the end."""
-        return _up_to_edge(tokens + LEAST)
+        return self._up_to_edge(tokens + LEAST)
 
     def _buffers_for(self, width: int) -> tuple[Frame, Stream]:
         """Made once a width: the window's own, and the narrower ones at the image's end."""
@@ -239,8 +257,3 @@ class PackedWindows(PackedDecoding):
             frame = Frame(c, rows, width, dtype)
             self._buffers[width] = frame, Stream(rows * width, c.width, c.norm_eps, dtype)
         return self._buffers[width]
-
-
-def _up_to_edge(keys: int) -> int:
-    """The next multiple of ``LANES``."""
-    return -(-keys // LANES) * LANES
