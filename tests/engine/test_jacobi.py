@@ -385,5 +385,8 @@ def test_one_image_with_free_ground_is_drawn_by_windows(tiny, monkeypatch):
     tiny.generate(full, decoding="jacobi")
     tiny.generate_codes(LAYOUTS, decoding="jacobi")
     assert called[4:] == ["decode_windows"] * 2
+    assert jacobi.wins(tiny.decoder, torch.bfloat16, [full])
+    assert not jacobi.wins(tiny.decoder, torch.bfloat16, LAYOUTS)
+    assert not jacobi.wins(tiny.transformer, torch.float32, LAYOUTS[:1])
     with pytest.raises(ValueError, match="decoding = 'fast'"):
         tiny.generate(LAYOUTS[0], decoding="fast")
