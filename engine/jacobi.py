@@ -171,7 +171,8 @@ def decode_windows(
         raise ValueError(f"draft = {draft!r}; choose 'above' or 'left'")
     columns = round(tokens**0.5) if draft == "above" else 1
     decoding = open_windows(model, code_table, prompts, pad, guided)
-    with span("engine/prefill", rows=len(prompts), tokens=sum(map(len, prompts))):
+    asked = sum(map(len, prompts))
+    with span("engine/prefill", rows=len(prompts), tokens=asked):
         logits = decoding.prefill()
     scores = sampler.scores(logits.unsqueeze(1))
     device, places = scores.device, torch.arange(tokens, device=scores.device)
@@ -187,7 +188,8 @@ def decode_windows(
         # The code at p gives the logits of p + 1.
         ran = [i.codes[s - 1 : s - 1 + width] for i, s in zip(images, starts, strict=True)]
         fed = len(prompts) * width
-        with span("engine/decode/window", rows=fed, tokens=fed, step=fewest):
+        held = asked + len(prompts) * fewest  # in the cache at least, over all rows
+        with span("engine/decode/window", rows=fed, tokens=fed, held=held, step=fewest):
             logits = decoding.window(torch.tensor(ran, device=device), [s - 1 for s in starts])
         positions = torch.tensor(starts, device=device)[:, None] + places[:width]
         samples = sampler.pick(sampler.scores(logits), positions).tolist()

@@ -41,6 +41,7 @@ class Weights:
 HEADS = {
     "engine/prefill": "image_head",
     "engine/decode/step": "image_head",
+    "engine/decode/window": "image_head",
     "engine/ground/prefill": "text_head",
     "engine/ground/step": "text_head",
 }

@@ -331,6 +331,72 @@ def test_doctor(run, model):
     assert done.data["libraries"]["torch"]
 
 
+def test_profile(run, model, tmp_path):
+    out = tmp_path / "profile"
+    done = run("profile", "cycle", "--model", model, "--batch", 2, "--out", out, "--json")
+    assert done.code == 0
+    shares = [r["share"] for r in done.data["ranges"]]
+    assert sum(shares) == pytest.approx(1, abs=0.05)
+    found = {r["category"] for r in done.data["ranges"]}
+    assert {"engine/decode/step", "engine/vq/decode", "engine/ground/step"} <= found
+    trace = json.loads((out / "cycle.trace.json").read_text())
+    names = {e.get("name") for e in trace["traceEvents"]}
+    assert {f"echogen:{c}" for c in found if c.startswith("engine/")} <= names
+    assert json.loads((out / "cycle.json").read_text())["wall_ms"] > 0
+
+
+def test_profile_for_other_profilers(run, model, tmp_path):
+    done = run("profile", "generate", "--model", model, "--batch", 1, "--tool", "none")
+    assert (done.code, done.out, done.err) == (0, "", "")
+    done = run("profile", "generate", "--tool", "nsys", "--out", tmp_path, "--dry-run")
+    assert done.code == 0 and done.out.startswith("ECHOGEN_NVTX=1 nsys profile ")
+    assert "--tool none" in done.out and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tool", "torch"], ["--out is missing"]),
+        (["--out", "x", "--within", "step"], ["--within step", "ncu"]),
+        (["--out", "x", "--dry-run"], ["--dry-run", "--tool torch"]),
+        (["--out", "x", "--batch", "0"], ["--batch 0"]),
+        (["--out", "x", "--device", "tpu"], ["--device tpu"]),
+    ],
+)
+def test_profile_refuses(run, words, said):
+    assert run("profile", "cycle", *words).refused(*said)
+
+
+def test_bench_compare(run, tmp_path):
+    def row(provider, ms):
+        return {"operator": "swiglu", "provider": provider, "ms": ms, "ms_q20": ms, "ms_q80": ms}
+
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for path, ours in zip(files, (1.0, 2.0), strict=True):
+        path.write_text(json.dumps({"kernels": [row("echogen", ours), row("eager", 1.0)]}))
+    done = run("bench", "compare", *files, "--json")
+    assert done.code == 1 and "1 of 1 slower than 1.15 times before" in done.err
+    assert done.data["changes"][0]["ratio"] == 2
+    assert run("bench", "compare", *reversed(files)).code == 0
+    assert run("bench", "compare", files[0], tmp_path / "c.json").refused("c.json: cannot be read")
+    assert run("bench", "compare", *files, "--to", "liger").refused("echogen and liger")
+    assert run("bench", "compare", *files, "--threshold", "0.5").refused("--threshold 0.5")
+
+
+def test_bench_kernels_memory_and_report(run, tmp_path):
+    done = run("bench", "kernels", "--operator", "swiglu", "--operator", "rope", "--repeats", 1,
+               "--device", "cpu", "--out", tmp_path, "--json")  # fmt: skip
+    assert done.code == 0
+    assert {r["operator"] for r in done.data["kernels"]} == {"swiglu", "rope"}
+    assert (tmp_path / "kernels.csv").read_text().startswith("operator,provider,")
+    assert run("bench", "kernels", "--operator", "softmax").refused("operator softmax")
+    assert run("bench", "kernels", "--provider", "vllm").refused("provider vllm")
+    done = run("bench", "memory", "--operator", "gumbel_st_embed", "--json")
+    assert done.code == 0 and all(r["ratio"] <= 0.25 for r in done.data["memory"])
+    assert run("bench", "memory", "--operator", "cfg_sample").refused("cfg_sample")
+    assert "Peak memory" in run("bench", "report").out
+
+
 def test_numbers_that_json_lacks_become_null():
     from echogen.commands.output import finite
 
