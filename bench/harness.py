@@ -20,7 +20,8 @@ class WrongResult(RuntimeError):
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Device, processor, versions and commit, JSON-ready; commit and dirty are None outside git."""
+    """Device and its state, processor, versions and commit, JSON-ready; commit and dirty are None
+    outside git, gpu is None on a CPU."""
     commit = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain") if commit else None
     return {
@@ -33,9 +34,29 @@ def environment(device: str = "cpu") -> dict[str, Any]:
             "transformers": transformers.__version__,
             "triton": version("triton"),
         },
+        "gpu": gpu_state() if device.startswith("cuda") else None,
         "commit": commit,
         "dirty": None if status is None else bool(status),
     }
+
+
+GPU_STATE = ("driver_version", "power.draw", "power.limit", "clocks.sm", "clocks.mem",
+             "temperature.gpu", "utilization.gpu")  # fmt: skip
+
+
+def gpu_state() -> dict[str, str] | None:
+    """Driver, power, clocks and temperature as the card is found, in nvidia-smi's words; None where
+    it does not run."""
+    query = f"--query-gpu={','.join(GPU_STATE)}"
+    command = ["nvidia-smi", query, "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return None
+    found = [part.strip() for part in done.stdout.strip().split(",")]
+    if done.returncode or len(found) != len(GPU_STATE):
+        return None
+    return dict(zip(GPU_STATE, found, strict=True))
 
 
 def version(package: str) -> str | None:

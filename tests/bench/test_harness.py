@@ -1,0 +1,51 @@
+"""What every result carries, and how times are compared."""
+
+from __future__ import annotations
+
+import stat
+
+import pytest
+
+from echogen.bench import harness
+
+
+def test_a_result_says_where_it_comes_from():
+    found = harness.environment()
+    assert found["device"] == "cpu" and found["gpu"] is None and found["cpus"] >= 1
+    assert {"python", "torch", "transformers", "triton"} <= found["versions"].keys()
+    assert found["commit"] is None or len(found["commit"]) == 40
+
+
+@pytest.mark.parametrize(
+    ("script", "wanted"),
+    [
+        ("echo '580.1, 70.1 W, 700.0 W, 1980 MHz, 3201 MHz, 30, 0 %'", "1980 MHz"),
+        ("echo no devices were found; exit 6", None),
+        ("echo 1, 2", None),
+    ],
+)
+def test_the_state_of_a_gpu(script, wanted, tmp_path, monkeypatch):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(tool.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    found = harness.gpu_state()
+    assert (found is None) if wanted is None else (found["clocks.sm"] == wanted)
+
+
+def test_contestants_run_in_turn():
+    said = []
+    calls = {"a": lambda: said.append("a"), "b": lambda: said.append("b")}
+    times = harness.alternate(calls, 3, after=lambda: said.append("."))
+    assert said == ["a", ".", "b", "."] * 3
+    assert {name: len(found) for name, found in times.items()} == {"a": 3, "b": 3}
+
+
+def test_quantiles():
+    found = harness.quantiles([5.0, 1.0, 3.0, 2.0, 4.0])
+    assert found["median"] == 3
+    assert found["q20"] == pytest.approx(1.8) and found["q80"] == pytest.approx(4.2)
+
+
+def test_a_package_that_is_absent_has_no_version():
+    assert harness.version("no-such-package-anywhere") is None
