@@ -22,7 +22,7 @@ class _Storages(OnAnyDevice):
         self.live = self.peak = 0
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._launches.clear()  # they hold their arguments
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):

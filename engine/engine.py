@@ -69,7 +69,7 @@ class Engine:
         self.transformer, self.siglip = transformer, siglip.eval()
         # Channels last: the tiny model's tokenizer decodes 1.35 times as fast on a CPU
         # (bench/NSIGHT.md tells how that was found).
-        self.vq = vq.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.vq = vq.eval().to(memory_format=torch.channels_last)
         self.sampling = sampling or Sampling()
         self.pixels_trained = pixels_trained
         self._code_table = torch.empty(0)

@@ -157,7 +157,8 @@ def apply_to_janus(model: JanusForConditionalGeneration) -> Patch:
     }
     if not found:
         raise TypeError(f"the language model is a {type(language_model).__name__}, not Llama's")
-    activation = model.config.text_config.hidden_act
+    text: Any = model.config.text_config
+    activation = text.hidden_act
     if activation not in ("silu", "swish"):
         raise ValueError(f"hidden_act = {activation!r}; the operator is SwiGLU's, for 'silu'")
     for name, module in found.items():

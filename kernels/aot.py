@@ -79,7 +79,7 @@ class OnAnyDevice(TorchDispatchMode):
     """Takes an operator's CPU kernel whatever its tensors' device, so that it is entered on meta
     tensors too, where neither its library calls nor its memory cost anything."""
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "echogen":
             with self:
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
@@ -103,7 +103,9 @@ class Source:
         """What would be compiled for this launch."""
         kernel = launch.kernel
         values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
-        signature, constants, attributes = {}, {}, {}
+        signature: dict[str, str] = {}
+        constants: dict[tuple[int, ...], Any] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
         for i, parameter in enumerate(kernel.params):
             value = values[parameter.name]
             aligned = isinstance(value, Tensor)

@@ -198,25 +198,25 @@ def _fake_backward(
     return torch.empty_like(x), weight.new_empty(x.shape[-1] if weight_grad else 0)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output) -> None:
     x, weight, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(x, weight, output[1])
 
 
-def _backward(ctx, d_out, _rstd):  # type: ignore[no-untyped-def]
+def _backward(ctx, d_out, _rstd):
     wanted = ctx.needs_input_grad[1]
     dx, d_weight = _rms_norm_backward(d_out.contiguous(), None, *ctx.saved_tensors, wanted)
     return dx, d_weight if wanted else None, None
 
 
-def _setup_add(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_add(ctx, inputs, output) -> None:
     _, summed, rstd = output
     ctx.mark_non_differentiable(rstd)
     ctx.save_for_backward(summed, inputs[2], rstd)
 
 
-def _backward_add(ctx, d_out, d_summed, _rstd):  # type: ignore[no-untyped-def]
+def _backward_add(ctx, d_out, d_summed, _rstd):
     wanted = ctx.needs_input_grad[2]
     dx, d_weight = _rms_norm_backward(
         d_out.contiguous(), d_summed.contiguous(), *ctx.saved_tensors, wanted

@@ -175,12 +175,12 @@ def _fake_cache(q: Tensor, *_: Tensor) -> Tensor:
     return q.new_empty(q.shape)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output) -> None:
     _, _, cos, sin, ctx.inverse = inputs
     ctx.save_for_backward(cos, sin)
 
 
-def _backward(ctx, d_q, d_k):  # type: ignore[no-untyped-def]
+def _backward(ctx, d_q, d_k):
     d_q, d_k = (d if d.stride(-1) == 1 else d.contiguous() for d in (d_q, d_k))
     return *_rope(d_q, d_k, *ctx.saved_tensors, not ctx.inverse), None, None, None
 

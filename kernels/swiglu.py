@@ -163,15 +163,15 @@ def _fake_pair_backward(d_out: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor
     return torch.empty_like(gate), torch.empty_like(up)
 
 
-def _setup(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup(ctx, inputs, output) -> None:
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, d_out):  # type: ignore[no-untyped-def]
+def _backward(ctx, d_out):
     return _swiglu_backward(d_out.contiguous(), *ctx.saved_tensors)
 
 
-def _backward_pair(ctx, d_out):  # type: ignore[no-untyped-def]
+def _backward_pair(ctx, d_out):
     return _swiglu_pair_backward(d_out.contiguous(), *ctx.saved_tensors)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from echogen.engine.config import ModelConfig
-from echogen.engine.layout import Box, Layout, LayoutObject
+from echogen.engine.layout import Layout, LayoutObject
 
 if TYPE_CHECKING:
     from echogen.engine.engine import Engine
@@ -23,8 +23,8 @@ Work = Callable[[], object]
 LAYOUT = Layout(
     "a red circle in front of a blue square",
     (
-        LayoutObject("a blue square", Box((0.30, 0.35, 0.80, 0.90))),
-        LayoutObject("a red circle", Box((0.10, 0.20, 0.45, 0.60))),
+        LayoutObject("a blue square", (0.30, 0.35, 0.80, 0.90)),
+        LayoutObject("a red circle", (0.10, 0.20, 0.45, 0.60)),
     ),
 )
 

@@ -49,19 +49,19 @@ def run(
     on = torch.device(device)
     ceilings = {dtype: measure(on, dtype) for dtype in DTYPES}
     progress(1, 4)
-    operators = []
+    operators: list[dict[str, Any]] = []
     for size, names in _sizes(device).items():
-        found = kernels.run(names, size, device, [OURS], 10, note, ceilings=ceilings)
-        operators += [r for r in found["kernels"] if r["provider"] == OURS and not r["error"]]
+        timed = kernels.run(names, size, device, [OURS], 10, note, ceilings=ceilings)["kernels"]
+        operators += [r for r in timed if r["provider"] == OURS and not r["error"]]
     progress(2, 4)
-    found = []
+    drawn: list[dict[str, Any]] = []
     for done, what in enumerate(PHASES):
-        found += _phases(what, Asked(model, device, batch), ceilings[torch.float32])
+        drawn += _phases(what, Asked(model, device, batch), ceilings[torch.float32])
         progress(3 + done, 4)
     return {
         "ceilings": {str(k).removeprefix("torch."): v.to_dict() for k, v in ceilings.items()},
         "operators": operators,
-        "phases": found,
+        "phases": drawn,
         "model": model,
         "batch": batch,
         "threads": torch.get_num_threads(),

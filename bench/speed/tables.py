@@ -117,7 +117,7 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
         providers = list(dict.fromkeys(r["provider"] for r in mine))
         figure = Figure(figsize=(2 + 1.2 * len(groups), 4), layout="constrained")
         axes = figure.subplots()
-        width, named = 0.8 / len(providers), set[str]()
+        width = 0.8 / len(providers)
         for i, provider in enumerate(providers):
             bars = [r for r in mine if r["provider"] == provider]
             places = [groups.index(_group(r)) + i * width for r in bars]
@@ -128,12 +128,9 @@ def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
             ]
             axes.bar(places, heights, width, yerr=around, label=provider)
         floors = {_group(r): r["floor_ms"] for r in mine if r["floor_ms"] is not None}
-        for group, least in floors.items():
-            left = groups.index(group) - width / 2
-            axes.hlines(
-                least, left, left + 0.8, "black", label=None if "floor" in named else "floor"
-            )
-            named.add("floor")
+        if floors:
+            left = [groups.index(group) - width / 2 for group in floors]
+            axes.hlines(list(floors.values()), left, [x + 0.8 for x in left], "k", label="floor")
         axes.set_xticks([i + 0.4 - width / 2 for i in range(len(groups))], groups)
         axes.set_ylabel("ms (median, quantiles 0.2 and 0.8)")
         axes.set_title(f"{operator}: {mine[0]['shape']}")

@@ -45,7 +45,8 @@ def gpu(device: torch.device) -> Gpu:
     if device.type != "cuda":
         return H200
     found = torch.cuda.get_device_properties(device)
-    return Gpu(found.multi_processor_count, found.shared_memory_per_block_optin)
+    shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in the stubs
+    return Gpu(found.multi_processor_count, shared)
 
 
 def fatbin(source: str) -> Path | None:
