@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echogen.engine.model import UnifiedTransformer, additive_mask
+from echogen.engine.ranges import span
 from echogen.train.data.packing import Batch, visibility
 
 
@@ -18,7 +19,8 @@ def hidden_states(
     x = model.embed_mixed(batch.ids) if embedded is None else embedded
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return model(x, batch.positions, additive_mask(visibility(batch), dtype))
+    with span("train/pass", rows=len(batch.ids), tokens=batch.ids.numel()):  # padding included
+        return model(x, batch.positions, additive_mask(visibility(batch), dtype))
 
 
 def image_loss(model: UnifiedTransformer, hidden: Tensor, batch: Batch) -> Tensor:

@@ -30,10 +30,12 @@ LAYOUT = Layout(
 
 
 class Subject(NamedTuple):
-    """A piece of work, and the shapes of the model that does it."""
+    """A piece of work, the shapes of the model that does it, and the images that it draws, reads or
+    trains on."""
 
     work: Work
     config: ModelConfig
+    images: int
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def generate(asked: Asked) -> Subject:
     """Drawing a batch of pictures, to pixels."""
     engine = _engine(asked)
     work = partial(_draw, engine, asked.batch)
-    return Subject(work, engine.transformer.config)
+    return Subject(work, engine.transformer.config, asked.batch)
 
 
 def _draw(engine: Engine, batch: int) -> object:
@@ -73,16 +75,18 @@ def ground(asked: Asked) -> Subject:
     engine = _engine(asked)
     codes = engine.generate_codes([LAYOUT] * asked.batch)
     expressions = [[o.expr for o in LAYOUT.objects]] * asked.batch
-    return Subject(partial(engine.ground_codes, codes, expressions), engine.transformer.config)
+    work = partial(engine.ground_codes, codes, expressions)
+    return Subject(work, engine.transformer.config, asked.batch)
 
 
 def cycle(asked: Asked) -> Subject:
     """Drawing samples of a layout, grounding and scoring them."""
     engine = _engine(asked)
-    return Subject(partial(engine.cycle, LAYOUT, asked.batch), engine.transformer.config)
+    work = partial(engine.cycle, LAYOUT, asked.batch)
+    return Subject(work, engine.transformer.config, asked.batch)
 
 
-def _training(stage: Stage, config: ModelConfig) -> Subject:
+def _training(stage: Stage, config: ModelConfig, images: int) -> Subject:
     """One optimizer step of a stage after another."""
     from echogen.train.loop import update
     from echogen.train.optim import build_optimizers
@@ -93,7 +97,7 @@ def _training(stage: Stage, config: ModelConfig) -> Subject:
     def step() -> object:
         return update(stage, stage.config.loop, optimizers, parameters, 1.0, next(steps))
 
-    return Subject(step, config)
+    return Subject(step, config, images)
 
 
 def pmtp(asked: Asked) -> Subject:
@@ -103,7 +107,7 @@ def pmtp(asked: Asked) -> Subject:
 
     config = replace(tiny().pmtp, scenes=FEW_SCENES, batch=asked.batch)
     stage = PMTPStage(config, _engine(asked).vq)
-    return _training(stage, stage.module.config)
+    return _training(stage, stage.module.config, asked.batch)
 
 
 def djo(asked: Asked) -> Subject:
@@ -113,7 +117,7 @@ def djo(asked: Asked) -> Subject:
 
     config = replace(tiny().djo, scenes=FEW_SCENES, batch=asked.batch)
     stage = DJOStage(config, _start(asked))
-    return _training(stage, stage.module.config)
+    return _training(stage, stage.module.config, asked.batch)
 
 
 def cycle_rl(asked: Asked) -> Subject:
@@ -123,7 +127,7 @@ def cycle_rl(asked: Asked) -> Subject:
 
     config = replace(tiny().cycle_rl, scenes=FEW_SCENES, batch=asked.batch)
     stage = CycleRLStage(config, _start(asked))
-    return _training(stage, stage.module.config)
+    return _training(stage, stage.module.config, asked.batch * config.group)
 
 
 def _start(asked: Asked) -> Start:

@@ -80,7 +80,7 @@ def _sizes(device: str) -> dict[str | None, list[str]]:
 
 def _phases(what: str, asked: Asked, ceiling: Roofline) -> list[dict[str, Any]]:
     """The ranges of one piece of work: the median of several runs, range by range."""
-    work, config = warmed(what, asked)
+    work, config, _ = warmed(what, asked)
     runs = []
     for _ in range(REPEATS):
         watch = Stopwatch(clock(asked.device))

@@ -22,6 +22,7 @@ from echogen.commands.output import (
     make_folder,
     print_json,
     progress,
+    show,
     warn,
 )  # fmt: skip
 
@@ -117,6 +118,47 @@ class BenchEngine:
 
 
 @dataclass(frozen=True)
+class BenchTrain:
+    """Optimizer steps of a training stage: images and tokens a second, and where the time goes."""
+
+    stage: Literal["pmtp", "djo", "cycle-rl"]
+    """Which stage."""
+    model: str = "tiny"
+    """The model it begins with: a bundled one, a folder, or a hub id."""
+    batch: int = 8
+    """Samples a step; layouts a rollout in Cycle RL."""
+    repeats: int = 5
+    """Timed steps."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        check_range("batch", self.batch, 1, 4096)
+        check_range("repeats", self.repeats, 1, 10_000)
+        from echogen.bench.speed import train
+
+        with progress("timing") as update:
+            r = train.run(self.stage, self.model, self.batch, self.repeats, update)
+        show(
+            f"{self.stage}: {r['images']} images a step",
+            ("ms a step", "images/s", "tokens/s", "utilisation", "peak MiB"),
+            [
+                (
+                    r["ms_per_step"],
+                    r["images_per_s"],
+                    r["tokens_per_s"],
+                    f"{r['utilisation']:.0%}",
+                    r["peak_mib"],
+                )
+            ],
+        )
+        shares = [(name, f"{share:.1%}") for name, share in r["shares"].items()]
+        show("Where the time goes", ("range", "share"), shares)
+        if self.json:
+            print_json(r)
+
+
+@dataclass(frozen=True)
 class BenchKernels:
     """Every operator beside eager torch, torch.compile and its peers; times of a GPU where there is
     one, else of the plain-torch references."""
@@ -185,6 +227,7 @@ class Bench:
     what: (
         Annotated[BenchEngine, tyro.conf.subcommand("engine")]
         | Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
+        | Annotated[BenchTrain, tyro.conf.subcommand("train")]
         | Annotated[BenchMemory, tyro.conf.subcommand("memory")]
         | Annotated[BenchRoofline, tyro.conf.subcommand("roofline")]
         | Annotated[BenchCompare, tyro.conf.subcommand("compare")]

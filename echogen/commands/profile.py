@@ -57,7 +57,7 @@ class Profile:
         if self.what in subjects.ON_A_CPU and self.device != "cpu":
             raise InputError(f"--device {self.device}: {self.what} trains on cpu so far")
         asked = subjects.Asked(self.model, self.device, self.batch)
-        work, _ = subjects.warmed(self.what, asked)
+        work = subjects.warmed(self.what, asked).work
         if self.tool == "none":
             subjects.between_marks(work)
             return
