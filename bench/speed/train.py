@@ -41,8 +41,8 @@ def run(
     Returns:
         ``images_per_s`` and ``tokens_per_s`` (padding included, of the trainer's own passes),
         ``ms_per_step`` with quantiles, ``utilisation`` (`needed` over the measured rate of matrix
-        products in ``dtype``, the type of the stage's products), ``peak_mib`` of the process, ``shares`` of the time by range, and the
-        environment.
+        products in ``dtype``, the stage's type), ``peak_mib`` of the process, ``shares`` of the
+        time by range, and the environment.
 
     Raises:
         ValueError: no such stage.
