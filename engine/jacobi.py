@@ -57,9 +57,9 @@ def default_window(guided: bool) -> int:
 
 MOST_COVER = 0.45
 """Share of the canvas in boxes up to which windows win in float32. ShapesWorld's test layouts stay
-below and are drawn 1.15 to 1.24 times faster than code by code; crowded ones, 0.6 and more, 0.77 to
-0.87 times as fast: 21 to 32 of 64 steps, each as long as two or three. (`echogen bench engine
---mode jacobi`, machine as above.)"""
+below and are drawn 1.16 to 1.29 times faster than code by code; crowded ones, 0.6 and more, 0.76 to
+0.86 times as fast: 21 to 32 of 64 steps, each as long as two or three. (`echogen bench engine
+--mode jacobi`, machine as above; `bench/results/jacobi-tiny-cpu.json`.)"""
 
 
 def wins(
