@@ -106,7 +106,37 @@ def _engine(results: list[Result]) -> str:
 
 
 def _jacobi(results: list[Result]) -> str:
-    return ""
+    if not results:
+        return ""
+    rows = []
+    for r in results:
+        for s in r["settings"]:
+            crowded = s["crowded"]
+            rows.append(
+                (
+                    f"{r['model']}, {r['dtype']}",
+                    f"{s['temperature']:g}, {s['cfg']:g}",
+                    str(s["window"]),
+                    f"{s['steps_jacobi']:.1f} of {s['steps_sequential']}",
+                    f"{s['acceptance']['all']:.2f}, {s['acceptance']['object']:.2f}",
+                    f"{s['ratio']:.2f}",
+                    f"{crowded['steps_jacobi']:.1f}, {crowded['acceptance']['all']:.2f}, "
+                    f"{crowded['ratio']:.2f}",
+                    f"{s['different']} of {s['images']}",
+                )
+            )
+    first = results[0]
+    headings = ("model", "T, CFG", "codes a step", "steps", "accepted: all, on objects",
+                "times as fast", "crowded: steps, accepted, times as fast",
+                "images that differ")  # fmt: skip
+    return (
+        "**Several codes a step, losslessly** (`echogen bench engine --mode jacobi`): the noise is "
+        "keyed, so the drawing is a function of its prompt, and Jacobi iteration over a window of "
+        "codes ends in exactly what one code a step draws. "
+        f"{first['layouts']} layouts of the test split and {first['crowded_layouts']} whose boxes "
+        f"cover at least 60% of the canvas; batch {first['batch']}, {first['threads']} thread, "
+        f"medians of drawings in turn {_taken(results)}.\n\n" + _table(headings, rows)
+    )
 
 
 def _memory(results: list[Result]) -> str:
