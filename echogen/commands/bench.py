@@ -15,7 +15,7 @@ from echogen.commands.limits import (
     BenchReport,
     BenchRoofline,
 )
-from echogen.commands.options import Json, check_range, check_seed
+from echogen.commands.options import Json, check_range, check_seed, usual_device
 from echogen.commands.output import (
     Failure,
     InputError,
@@ -183,14 +183,9 @@ class BenchKernels:
         check_range("repeats", self.repeats, 1, 10_000)
         if self.out is not None:
             make_folder(self.out)
-        import torch
-
+        device = usual_device(self.device)
         from echogen.bench.speed import kernels, tables
 
-        there = torch.cuda.is_available()
-        if self.device == "cuda" and not there:
-            raise InputError("--device cuda: PyTorch sees no CUDA device; use cpu")
-        device = "cuda" if self.device != "cpu" and there else "cpu"
         try:
             kernels.choose(self.operator, self.size, device)
             kernels.check_providers(self.provider)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from echogen.commands.options import Json, check_range
+from echogen.commands.options import Json, check_range, usual_device
 from echogen.commands.output import (
     Failure,
     InputError,
@@ -46,14 +46,9 @@ class BenchRoofline:
         check_range("batch", self.batch, 1, 4096)
         if self.out is not None:
             make_folder(self.out)
-        import torch
-
+        device = usual_device(self.device)
         from echogen.bench.speed import limits
 
-        there = torch.cuda.is_available()
-        if self.device == "cuda" and not there:
-            raise InputError("--device cuda: PyTorch sees no CUDA device; use cpu")
-        device = "cuda" if self.device != "cpu" and there else "cpu"
         with progress("timing") as update:
             result = limits.run(device, self.model, self.batch, warn, update)
         for table in limits.tables(result):

@@ -81,6 +81,19 @@ class SamplingOptions:
         return Sampling(**asdict(default) | self._given())
 
 
+def usual_device(asked: str) -> str:
+    """ "cpu" or "cuda": what is asked for, or for "auto" the GPU where there is one.
+
+    Raises InputError for a GPU that is not there.
+    """
+    import torch
+
+    there = torch.cuda.is_available()
+    if asked == "cuda" and not there:
+        raise InputError("--device cuda: PyTorch sees no CUDA device; use cpu")
+    return "cuda" if asked != "cpu" and there else "cpu"
+
+
 def check_seed(seed: int) -> None:
     """Refuse a seed that is no key of the noise."""
     if not 0 <= seed <= SEED_MAX:
