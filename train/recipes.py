@@ -28,10 +28,14 @@ def tiny() -> Recipe:
             temperature=0.3,
             cfg=1.0,
         ),
+        # Rates far below stage 1's, which ended at zero: started again near them, the losses of
+        # drawing and grounding rise before they fall. And λ below 1: the loop's gradient is several
+        # times as long as the others', and clipped together it would drown them.
         djo=DJOConfig(
             loop=LoopConfig(
-                steps=2400, lr=5e-4, muon_lr=1e-3, decay=0.5, eval_every=400, threads=2
+                steps=2400, lr=5e-5, muon_lr=1e-4, decay=0.5, eval_every=400, threads=2
             ),
+            loop_weight=0.2,
         ),
         cycle_rl=CycleRLConfig(
             loop=LoopConfig(
