@@ -43,7 +43,7 @@ def _ground(
     model: UnifiedTransformer, prompts: Prompts, image: Tensor, expressions: list[list[str]]
 ) -> list[list[Box]]:
     branches = [[prompts.branch(e) for e in row] for row in expressions]
-    state = _Branches(model, prompts, image, branches)
+    state = Branches(model, prompts, image, branches)
     answers: list[list[list[int]]] = [[[] for _ in row] for row in branches]
     logits = state.prefill()
     for step in range(prompts.codec.steps):
@@ -74,8 +74,14 @@ def _choose(logits: Tensor, prompts: Prompts, answers: list[list[list[int]]]) ->
     return tokens.to(logits.device) if moved else None
 
 
-class _Branches:
-    """The cache of B trunks with K branches each, and what every cached token belongs to."""
+class Branches:
+    """The cache of B trunks with K branches each, and what every cached token belongs to.
+
+    Args:
+        model, prompts: the transformer, and what builds the trunk.
+        image: embedded images [B, T, D].
+        branches: for each image, the ids of its K_b questions; K is the most of them.
+    """
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from echogen.engine.decode import decode_image
 from echogen.engine.engine import Engine
-from echogen.engine.ground import _Branches
+from echogen.engine.ground import Branches
 from echogen.engine.layout import Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, PromptError, Prompts
@@ -173,7 +173,7 @@ def _ground(
     noise: tuple[int, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
     branches = [[prompts.branch(e) for e in row] for row in expressions]
-    state = _Branches(model, prompts, image, branches)
+    state = Branches(model, prompts, image, branches)
     (first, bins), rows, width = locations(prompts), len(branches), max(map(len, branches))
     tokens = torch.full((rows * width, 4), first, device=image.device)
     logprob = torch.zeros(rows * width, 4, device=image.device)
