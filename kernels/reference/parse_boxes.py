@@ -94,7 +94,9 @@ class _State:
         """Read a token each: its characters uint8 [width, ...]. None at all: no part of a box."""
         self.phase = torch.where(piece[0] != 0, self.phase, DEAD)
         for c in piece:
-            if not c.any():  # a table is as wide as its longest text, few of which come up
+            # A table is as wide as its longest text, few of which come up. Not on CUDA: the host
+            # would wait, and a graph could not hold it.
+            if c.device.type == "cpu" and not c.any():
                 break
             self.feed(c.long(), scale)  # int64 only a character at a time
 

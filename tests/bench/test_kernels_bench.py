@@ -34,6 +34,14 @@ def test_rows_are_complete():
     Console(quiet=True).print(tables.kernels(result))
 
 
+def test_every_case_is_timed_and_counted():
+    rows = kernels.run(repeats=1, device="cpu")["kernels"]
+    assert {r["operator"] for r in rows} == cases().keys()
+    assert [r["error"] for r in rows if r["error"]] == []
+    uncounted = {r["operator"] for r in rows if r["mib"] is None and r["provider"] == "echogen"}
+    assert not uncounted  # launchers know their sizes without the data
+
+
 def test_a_wrong_result_is_not_timed(monkeypatch):
     case = cases()["swiglu"]
     wrong = dataclasses.replace(case, run=lambda i: (case.run(i)[0] * 1.001,))

@@ -28,12 +28,16 @@ PIXELS = {
 
 
 def changed(path: tuple[str | int, ...], value: object, base: dict = PLAIN) -> dict:
-    """``base`` with another value at ``path``."""
+    """``base`` with another value at ``path``; behind the end of a list it is one more."""
     data = copy.deepcopy(base)
     at: object = data
     for step in path[:-1]:
         at = at[step]  # type: ignore[index]
-    at[path[-1]] = value  # type: ignore[index]
+    last = path[-1]
+    if isinstance(at, list) and isinstance(last, int):
+        at[last : last + 1] = [value]
+    else:
+        at[last] = value  # type: ignore[index]
     return data
 
 
