@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from echogen.bench import harness
 from echogen.bench.harness import WrongResult, alternate, environment, quantiles, version
 from echogen.bench.memory import peak_bytes
 from echogen.bench.registry import (
@@ -94,7 +95,8 @@ def run(
     Args:
         operators: names of operators or cases; none: all.
         size: a named size; None: tiny on a CPU, the others on a GPU.
-        device: "cpu" or "cuda".
+        device: "cpu" (on one thread: at a tiny size a second one, on a core that is taken, can make
+            a call a hundred times as long) or "cuda".
         providers: names; none: all. This operator is always among them.
         repeats: timed runs of each on a CPU.
         note: told what is skipped or refused, a line each.
@@ -117,12 +119,13 @@ def run(
     peers = _versions([case for case, _ in chosen], providers, device, note)
     rates = dict(ceilings or {})
     total = len(chosen)
-    for done, (case, name) in enumerate(chosen):
-        for dtype in case.types(on.type):
-            if on.type == "cuda" and dtype not in rates:
-                rates[dtype] = measure(on, dtype)
-            rows += _case(case, name, dtype, on, providers, repeats, rates.get(dtype), note)
-        progress(done + 1, total)
+    with harness.threads(1 if on.type == "cpu" else None):
+        for done, (case, name) in enumerate(chosen):
+            for dtype in case.types(on.type):
+                if on.type == "cuda" and dtype not in rates:
+                    rates[dtype] = measure(on, dtype)
+                rows += _case(case, name, dtype, on, providers, repeats, rates.get(dtype), note)
+            progress(done + 1, total)
     return {
         "on": _what_ran(device),
         "kernels": rows,
