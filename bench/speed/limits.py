@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from echogen.bench.harness import environment
+from echogen.bench.harness import environment, threads
 from echogen.bench.profile.stopwatch import Stopwatch
 from echogen.bench.profile.subjects import Asked, warmed
 from echogen.bench.profile.trace import clock
@@ -35,8 +35,9 @@ def run(
     """Measure ceilings, then operators and phases; JSON-ready.
 
     Args:
-        device: "cpu" or "cuda". On a CPU the operators are their references, at the shapes of
-            decoding where they have some (those of training would take minutes), else tiny.
+        device: "cpu" or "cuda". On a CPU everything runs on one thread, and the operators are
+            their references, at the shapes of decoding where they have some (those of training
+            would take minutes), else tiny.
         model: whose phases are timed, in float32 on a CPU.
         batch: pictures at once.
         note: told what is left out.
@@ -46,6 +47,11 @@ def run(
         ``ceilings`` by float type, ``operators`` and ``phases`` with time, floor, share of it and
         what bounds it, and the environment.
     """
+    with threads(1 if device == "cpu" else None):
+        return _run(device, model, batch, note, progress)
+
+
+def _run(device: str, model: str, batch: int, note: Note, progress: Progress) -> dict[str, Any]:
     on = torch.device(device)
     ceilings = {dtype: measure(on, dtype) for dtype in DTYPES}
     progress(1, 4)
