@@ -137,9 +137,8 @@ def tables(result: dict[str, Any]) -> list[Shown]:
         (r["work"], r["phase"], r["count"], r["ms"], _share(r), r["bound"] or "")
         for r in result["phases"]
     ]
-    where = f"{result['device']}, {result['threads']} threads"
     return [
-        (f"Ceilings of {where}",
+        (f"Ceilings of {_where(result)}",
          ("type", "copy, GB/s", "product, GFLOP/s", "additions, G/s", "exponentials, G/s"),
          ceilings),
         ("Operators: share of the floor", ("operator", "size", "mode", "type", "ms", "%", "bound"),
@@ -147,6 +146,11 @@ def tables(result: dict[str, Any]) -> list[Shown]:
         (f"Phases of {result['model']}, batch {result['batch']}: share of the floor",
          ("work", "phase", "entered", "ms", "%", "bound"), drawn),
     ]  # fmt: skip
+
+
+def _where(result: dict[str, Any]) -> str:
+    count = result["threads"]
+    return result["device"] + (f", {count} thread{'s' * (count > 1)}" * (result["device"] == "cpu"))
 
 
 def _share(row: dict[str, Any]) -> str:
@@ -165,7 +169,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.subplots()
-    x = torch.logspace(-3, 4, 100)
+    x = torch.logspace(-1, 3, 100)
     for dtype, c in result["ceilings"].items():
         roof = (x * c["bytes_per_s"]).clamp(max=c["flops_per_s"])
         axes.loglog(x, roof / 1e9, label=f"{dtype}: copy, then product")
@@ -175,7 +179,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
         axes.annotate(name, (intensity, rate / 1e9), fontsize=6)
     axes.set_xlabel("operations a byte of the floor")
     axes.set_ylabel("GFLOP/s of matrix products")
-    axes.set_title(f"{result['device']}, {result['threads']} threads")
+    axes.set_title(_where(result))
     axes.legend()
     figure.savefig(path, dpi=120)
 
