@@ -25,6 +25,7 @@ from echogen.commands.output import (
     show,
     warn,
 )  # fmt: skip
+from echogen.commands.quality import BenchQuality
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,7 @@ class Bench:
         Annotated[BenchEngine, tyro.conf.subcommand("engine")]
         | Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
         | Annotated[BenchTrain, tyro.conf.subcommand("train")]
+        | Annotated[BenchQuality, tyro.conf.subcommand("quality")]
         | Annotated[BenchMemory, tyro.conf.subcommand("memory")]
         | Annotated[BenchRoofline, tyro.conf.subcommand("roofline")]
         | Annotated[BenchCompare, tyro.conf.subcommand("compare")]

@@ -1,0 +1,1 @@
+"""The quality experiments: does each stage help? Cells of training, and the tables made of them."""

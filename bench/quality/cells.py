@@ -1,0 +1,209 @@
+"""Every experiment in one place: which training runs there are, and which tables read them.
+
+A cell is one training run, an arm of a table at a seed, with its evaluation. The tables are those
+of METHOD ("Evaluation"): ablation, mask, synergy, RL data. A cell may serve several of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from echogen.train.config import CycleRLConfig, DJOConfig, PMTPConfig, Recipe
+
+START = "(start)"
+"""What a cell begins with that begins with no other cell: the given model of stage 1."""
+FRESH = "(fresh weights)"
+"""Fresh weights, behind the image tokenizer of the given model."""
+LLM_LAYOUTS = "(file of LLM-written layouts)"
+THREADS = 1  # two cells then run side by side on two cores, and CPU seconds are the compute spent
+
+Stage = Literal["none", "pmtp", "djo", "cycle-rl"]
+Task = Literal["both", "l2i", "i2l"]
+Config = PMTPConfig | DJOConfig | CycleRLConfig
+
+# A step of the recipe `tiny` takes 0.85 s in pmtp, 1.17 s in djo and 3.9 s in cycle-rl
+# (OMP_NUM_THREADS=1 echogen bench train --stage S --batch 32 (cycle-rl: 8), two cores, the other
+# one busy), so these are 31, 18 and 16 minutes of training. The last two together bound the arm
+# that spends the seconds of both, which with its evaluation has to end within 40 minutes.
+STEPS = {"pmtp": 2200, "djo": 900, "cycle-rl": 240}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run with its evaluation.
+
+    Attributes:
+        stem: table and arm in a word; the cell's name is this and its seed.
+        arm: the arm in words.
+        seed: of batches and noise, and of the evaluation.
+        stage: what is trained; "none": nothing, the start itself is evaluated.
+        start: name of another cell, START or FRESH.
+        changes: settings that differ from the recipe's, by name.
+        task: what is learnt; "l2i" or "i2l" alone in the stage `pmtp` only.
+        budget: cells whose training seconds, summed, this one spends (then ``changes`` names no
+            number of steps).
+        pace: the cell whose seconds a step turn the budget into steps.
+    """
+
+    stem: str
+    arm: str
+    seed: int
+    stage: Stage
+    start: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    task: Task = "both"
+    budget: tuple[str, ...] = ()
+    pace: str = ""
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return f"{self.stem}-seed{self.seed}"
+
+    @property
+    def table(self) -> str:
+        """The table that it was made for."""
+        return next(t for t, stems in ROWS.items() if self.stem in stems)
+
+    @property
+    def parent(self) -> str | None:
+        """The cell whose model it begins with."""
+        return None if self.start in (START, FRESH) else self.start
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Every cell that has to be finished before."""
+        named = (self.parent, *self.budget, self.pace)
+        return tuple(dict.fromkeys(name for name in named if name))
+
+
+# Which cells stand in the rows of a table, in order; the same cell may stand in two tables.
+ROWS: dict[str, tuple[str, ...]] = {
+    "ablation": (
+        "ablation-stage1",
+        "ablation-stage2",
+        "ablation-stage3",
+        "ablation-samples",
+        "ablation-seconds2",
+        "ablation-seconds3",
+    ),
+    "mask": ("mask-isolated", "mask-shared"),
+    "synergy": ("synergy-l2i", "synergy-i2l", "mask-isolated"),
+    "rl-data": ("ablation-stage2", "ablation-stage3", "rl-data-random", "rl-data-llm"),
+}
+RENAMED = {
+    ("synergy", "mask-isolated"): "both",
+    ("rl-data", "ablation-stage2"): "the start (+ stage 2)",
+    ("rl-data", "ablation-stage3"): "real layouts",
+}
+"""What a shared cell is called in a table that it was not made for."""
+
+# What a table is read for: the first arm less the second, seed by seed.
+COMPARED: dict[str, tuple[tuple[str, str], ...]] = {
+    "ablation": (
+        ("ablation-stage2", "ablation-stage1"),
+        ("ablation-stage2", "ablation-samples"),
+        ("ablation-stage2", "ablation-seconds2"),
+        ("ablation-stage3", "ablation-stage2"),
+        ("ablation-stage3", "ablation-samples"),
+        ("ablation-stage3", "ablation-seconds3"),
+    ),
+    "mask": (("mask-shared", "mask-isolated"),),
+    "synergy": (("mask-isolated", "synergy-l2i"), ("mask-isolated", "synergy-i2l")),
+    "rl-data": (
+        ("ablation-stage3", "ablation-stage2"),
+        ("rl-data-random", "ablation-stage2"),
+        ("rl-data-random", "ablation-stage3"),
+        ("rl-data-llm", "ablation-stage3"),
+    ),
+}
+
+
+def cells(seeds: Iterable[int]) -> dict[str, Cell]:
+    """All cells by name, in the order in which they are run: table after table, and within one seed
+    after seed, so that an early stop leaves whole tables of fewer seeds."""
+    seeds = tuple(seeds)
+    parts = (_ablation, _mask, _synergy, _rl_data)
+    return {cell.name: cell for part in parts for seed in seeds for cell in part(seed)}
+
+
+def _ablation(seed: int) -> list[Cell]:
+    # Stage 2 without its loop is stage 1's loss; so this continues stage 1 on the very batches of
+    # the arm with the loop, with the same schedule and optimizer.
+    stage1 = {"loop_weight": 0.0}
+    stem = "ablation-{}".format
+    two, three, samples = (f"{stem(arm)}-seed{seed}" for arm in ("stage2", "stage3", "samples"))
+    return [
+        Cell(stem("stage1"), "stage 1", seed, "none", START),
+        Cell(stem("stage2"), "+ stage 2", seed, "djo", START),
+        Cell(stem("stage3"), "+ stage 3", seed, "cycle-rl", two),
+        Cell(stem("samples"), "stage 1, samples of + stage 2", seed, "djo", START, stage1),
+        Cell(stem("seconds2"), "stage 1, seconds of + stage 2", seed, "djo", START, stage1,
+             budget=(two,), pace=samples),
+        Cell(stem("seconds3"), "stage 1, seconds of + stages 2 and 3", seed, "djo", START, stage1,
+             budget=(two, three), pace=samples),
+    ]  # fmt: skip
+
+
+def _mask(seed: int) -> list[Cell]:
+    return [
+        Cell("mask-isolated", "isolated", seed, "pmtp", FRESH),
+        Cell("mask-shared", "shared", seed, "pmtp", FRESH, {"mask": "shared"}),
+    ]
+
+
+def _synergy(seed: int) -> list[Cell]:
+    return [
+        Cell("synergy-l2i", "L2I alone", seed, "pmtp", FRESH, task="l2i"),
+        Cell("synergy-i2l", "I2L alone", seed, "pmtp", FRESH, task="i2l"),
+    ]
+
+
+def _rl_data(seed: int) -> list[Cell]:
+    two = f"ablation-stage2-seed{seed}"
+    return [
+        Cell("rl-data-random", "random layouts", seed, "cycle-rl", two, {"layouts": "random"}),
+        Cell("rl-data-llm", "LLM-written layouts", seed, "cycle-rl", two,
+             {"layouts": LLM_LAYOUTS}),
+    ]  # fmt: skip
+
+
+def settings(cell: Cell, recipe: Recipe, scale: float = 1.0, steps: int | None = None) -> Config:
+    """The whole configuration of a cell's stage.
+
+    Args:
+        scale: of steps and scenes, for trying things out; below 1 Cycle RL also begins however
+            little its reward agrees with the judge, since a few groups cannot tell.
+        steps: in place of those of ``STEPS``, unscaled (a cell with a budget).
+    """
+    base: Config = getattr(recipe, cell.stage.replace("-", "_"))
+    wanted = steps or max(2, round(STEPS[cell.stage] * scale))
+    quarter = max(1, wanted // 4)
+    loop = replace(
+        base.loop,
+        steps=wanted,
+        warmup=min(base.loop.warmup, max(1, wanted // 10)),
+        log_every=min(base.loop.log_every, quarter),
+        eval_every=quarter,
+        save_every=min(base.loop.save_every, quarter),
+        threads=THREADS,
+        seed=cell.seed,
+    )
+    changes = {"loop": loop, "scenes": scaled(base.scenes, scale, 24), **cell.changes}
+    if scale < 1 and isinstance(base, CycleRLConfig):
+        changes |= {"gate_scenes": scaled(base.gate_scenes, scale, 2), "force": True}
+    return replace(base, **changes)
+
+
+def scaled(count: int, scale: float, least: int) -> int:
+    """A number of scenes or layouts, scaled, yet not below what an evaluation can do with."""
+    return count if scale == 1 else max(least, round(count * scale))
+
+
+def samples(config: Config) -> tuple[int, int]:
+    """(real images trained on, images drawn and reinforced) of a whole run."""
+    if isinstance(config, CycleRLConfig):
+        return 0, config.loop.steps // config.updates * config.batch * config.group
+    return config.loop.steps * config.batch, 0

@@ -1,0 +1,150 @@
+"""What decides a cell's outcome, and how every cell stands: done, missing, or done otherwise."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from echogen.bench.quality import score
+from echogen.bench.quality.cells import (
+    FRESH,
+    LLM_LAYOUTS,
+    Cell,
+    Config,
+    cells,
+    scaled,
+    settings,
+)
+from echogen.bench.quality.records import QualityError, differences, read_record
+from echogen.engine.engine import Engine
+from echogen.train.config import CycleRLConfig, Recipe, to_json
+from echogen.train.data.samples import module_hash
+from echogen.train.start import load_start, model_folder
+
+
+@dataclass
+class Lab:
+    """Where cells run and what they are made of.
+
+    Attributes:
+        recipe: the configuration that cells change.
+        results: folder of the finished cells.
+        models: folder of the runs and of their models.
+        seeds: of the cells.
+        start: the model of stage 1 that the ablation begins with, and whose image tokenizer the
+            cells with fresh weights take; ``{seed}`` in it stands for the cell's seed.
+        llm_layouts: file with one LLM-written layout a line, for the arm that needs one.
+        scale: of steps and scenes.
+        force: begin Cycle RL however little its reward agrees with the judge.
+        tell: called with a line about what is being done.
+    """
+
+    recipe: Recipe
+    results: Path
+    models: Path
+    seeds: tuple[int, ...]
+    start: str = "tiny"
+    llm_layouts: Path | None = None
+    scale: float = 1.0
+    force: bool = False
+    tell: Callable[[str], None] = print
+    cells: dict[str, Cell] = field(init=False)
+    _hashes: dict[tuple[str, bool], str] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.cells = cells(self.seeds)
+
+    def find(self, name: str) -> Cell:
+        """The cell of that name. Raises QualityError."""
+        if name not in self.cells:
+            raise QualityError(f"cell {name}: unknown; --list names them all")
+        return self.cells[name]
+
+    # --- what a cell is -------------------------------------------------------------------------
+
+    def given(self, cell: Cell) -> str:
+        """The model of stage 1 that a cell of this seed begins with."""
+        return self.start.replace("{seed}", str(cell.seed))
+
+    @property
+    def sizes(self) -> score.Sizes:
+        """How much is drawn to evaluate a cell."""
+        full, s = score.Sizes(), self.scale
+        return score.Sizes(
+            scaled(full.validation, s, 4), scaled(full.test, s, 4), scaled(full.varied, s, 2),
+            full.draws,
+        )  # fmt: skip
+
+    def steps(self, cell: Cell) -> int | None:
+        """Steps of a cell that spends the measured CPU seconds of others: theirs over the seconds
+        a step of its pace. None for every other cell, and where those are not finished."""
+        if not cell.budget:
+            return None
+        records = [read_record(self.results, name) for name in (cell.pace, *cell.budget)]
+        there = [r for r in records if r is not None]
+        if len(there) < len(records):
+            return None
+        pace, *spent = there
+        each = pace["cpu_seconds"] / pace["steps"]
+        return max(1, round(sum(r["cpu_seconds"] for r in spent) / each))
+
+    def config(self, cell: Cell) -> Config:
+        """The configuration of a cell's stage."""
+        config = settings(cell, self.recipe, self.scale, self.steps(cell))
+        if isinstance(config, CycleRLConfig):
+            there = config.layouts == LLM_LAYOUTS and self.llm_layouts is not None
+            layouts = str(self.llm_layouts) if there else config.layouts
+            config = replace(config, layouts=layouts, force=config.force or self.force)
+        return config
+
+    def settings(self, cell: Cell) -> dict[str, Any]:
+        """Everything that decides what a cell finds, JSON-ready; what it begins with is recorded
+        for itself, and whether it was forced to begin decides nothing once it did."""
+        found: dict[str, Any] = {"recipe": self.recipe.name, "task": cell.task}
+        found["evaluation"] = to_json(self.sizes)
+        if cell.stage == "none":
+            return found
+        config = to_json(self.config(cell))
+        config = {k: v for k, v in config.items() if k not in ("start", "force")}
+        if cell.changes.get("layouts") == LLM_LAYOUTS and self.llm_layouts is not None:
+            digest = hashlib.blake2b(self.llm_layouts.read_bytes(), digest_size=6)
+            config["layouts"] = f"file {digest.hexdigest()}"
+        return found | {"config": config}
+
+    def fingerprint(self, cell: Cell) -> str | None:
+        """Hash of what a cell begins with: a transformer's weights, or with fresh weights those of
+        the image tokenizer. None while its parent is not finished."""
+        if cell.parent is not None:
+            record = read_record(self.results, cell.parent)
+            return None if record is None else str(record["model"])
+        name, fresh = self.given(cell), cell.start == FRESH
+        if (name, fresh) not in self._hashes:
+            if fresh:
+                found = module_hash(Engine.from_pretrained(model_folder(name)).vq)
+            else:
+                found = load_start(name, "pmtp").fingerprint
+            self._hashes[name, fresh] = found
+        return self._hashes[name, fresh]
+
+    # --- how it stands --------------------------------------------------------------------------
+
+    def state(self, cell: Cell) -> tuple[str, str]:
+        """("done" | "missing" | "blocked" | "changed", why)."""
+        record = read_record(self.results, cell.name)
+        if cell.changes.get("layouts") == LLM_LAYOUTS and self.llm_layouts is None:
+            return ("done", "") if record else ("blocked", "needs --llm-layouts FILE")
+        if record is None:
+            return "missing", ""
+        new: dict[str, Any] = {"scale": self.scale, "settings": self.settings(cell)}
+        old = {key: record[key] for key in new}
+        if cell.budget and self.steps(cell) is None:
+            # What its seconds were measured on is not here; its record says what they came to.
+            new["settings"]["config"] = old["settings"]["config"]
+        changed = differences(old, new)
+        begun = self.fingerprint(cell)
+        if begun is not None and begun != record["start"]["fingerprint"]:
+            changed.append(f"start {record['start']['fingerprint']} → {begun}")
+        return ("changed", "; ".join(changed)) if changed else ("done", "")

@@ -1,0 +1,112 @@
+"""The tables as plots, and the stages side by side: the same layouts and noise, drawn by each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from echogen.bench.quality.cells import cells
+from echogen.bench.quality.lab import Lab
+from echogen.bench.quality.records import read_record
+from echogen.bench.quality.report import AT, Table
+from echogen.bench.quality.run import folder_of
+from echogen.bench.quality.score import PLAIN
+from echogen.engine.engine import Engine
+from echogen.train.data.samples import module_hash
+from echogen.train.data.scenes import load_scenes, render
+from echogen.train.eval.tables import layouts_of
+
+PLOTTED = ("AP", "judge acc50", "mAcc")
+STAGES = ("ablation-stage1", "ablation-stage2", "ablation-stage3")
+COLUMNS, SIDE, EDGE, LEFT = 10, 64, 4, 72
+
+
+def plot(name: str, table: Table, folder: Path) -> Path | None:
+    """Bars with standard errors of a table's arms, at T = 1 and at the best settings; None where no
+    cell is there.
+
+    Raises:
+        ImportError: there is no matplotlib.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for row in table["rows"] if row["seeds"]]
+    if not rows:
+        return None
+    figure = Figure(figsize=(4.5 * len(PLOTTED), 1.5 + 0.5 * len(rows)), layout="constrained")
+    panels = figure.subplots(1, len(PLOTTED), sharey=True)
+    for axes, measure in zip(panels, PLOTTED, strict=True):
+        for i, at in enumerate(AT):
+            found = [row["measures"][at][measure] for row in rows]
+            places = [j + 0.4 * i for j, f in enumerate(found) if f["mean"] is not None]
+            means = [f["mean"] for f in found if f["mean"] is not None]
+            errors = [f["stderr"] or 0.0 for f in found if f["mean"] is not None]
+            axes.barh(places, means, 0.38, xerr=errors, label="T = 1" if i == 0 else "best T, CFG")
+        axes.set_title(measure)
+    panels[0].set_yticks([j + 0.2 for j in range(len(rows))], [_label(row) for row in rows])
+    panels[0].invert_yaxis()
+    panels[-1].legend()
+    path = folder / f"{name}.png"
+    figure.savefig(path, dpi=120, metadata={"Software": None})
+    return path
+
+
+def _label(row: dict[str, Any]) -> str:
+    return f"{row['arm']} (n = {len(row['seeds'])})"
+
+
+def contact_sheet(lab: Lab, path: Path) -> str | None:
+    """The first test layouts drawn by stage 1, + 2 and + 3 of one seed, at T = 1 and CFG = 1 with
+    the same noise, below the true pictures. Returns why it was not made, or None.
+    """
+    why = "no seed has all three stages finished"
+    for seed in lab.seeds:
+        models = _models(lab, seed)
+        lost = [stem for stem, model in models.items() if model is None]
+        if lost:
+            why = f"of seed {seed} there are no models, as recorded, of {', '.join(lost)}"
+            continue
+        scenes = load_scenes("test", COLUMNS)
+        layouts = layouts_of(scenes, seed)
+        rows = {"true": [Image.fromarray(x) for x in render(scenes)]}
+        for stem, engine in models.items():
+            assert engine is not None
+            codes = engine.generate_codes(layouts, seed, None, PLAIN)
+            rows[lab.cells[f"{stem}-seed{seed}"].arm] = engine.decode(codes)
+        _sheet(rows).save(path)
+        return None
+    return why
+
+
+def _models(lab: Lab, seed: int) -> dict[str, Engine | None]:
+    """The stages' models, each only if it is the one that was recorded."""
+    found: dict[str, Engine | None] = {}
+    for stem in STAGES:
+        cell = cells([seed])[f"{stem}-seed{seed}"]
+        record = read_record(lab.results, cell.name)
+        folder = folder_of(lab, cell) / "model"
+        at: Path | str = lab.given(cell) if cell.stage == "none" else folder
+        there = record is not None and (cell.stage == "none" or folder.is_dir())
+        engine = Engine.from_pretrained(at) if there else None
+        if engine is not None and record is not None:
+            same = module_hash(engine.transformer) == record["model"]
+            engine = engine if same else None
+        found[stem] = engine
+    return found
+
+
+def _sheet(rows: dict[str, list[Image.Image]]) -> Image.Image:
+    """Labelled rows of pictures, each twice its size."""
+    side = 2 * SIDE
+    wide = LEFT + COLUMNS * (side + EDGE) + EDGE
+    sheet = Image.new("RGB", (wide, len(rows) * (side + EDGE) + EDGE), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (label, images) in enumerate(rows.items()):
+        top = EDGE + i * (side + EDGE)
+        pen.text((EDGE, top + side // 2 - 6), label, fill="black")
+        for j, image in enumerate(images):
+            large = image.resize((side, side), Image.Resampling.NEAREST)
+            sheet.paste(large, (LEFT + j * (side + EDGE), top))
+    return sheet

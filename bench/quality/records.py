@@ -1,0 +1,76 @@
+"""Finished cells on disk: one JSON a cell with its metrics log beside it, meant to be committed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+KEYS = {"cell", "arm", "seed", "stage", "scale", "settings", "start", "model", "steps", "samples",
+        "drawn", "seconds", "cpu_seconds", "evaluation", "environment"}  # fmt: skip
+
+
+class QualityError(ValueError):
+    """An experiment that cannot be run or read; the message names the cell and the mend."""
+
+
+def record_path(folder: Path, name: str) -> Path:
+    """Where a finished cell is kept."""
+    return folder / f"{name}.json"
+
+
+def log_path(folder: Path, name: str) -> Path:
+    """Where its metrics log is kept."""
+    return folder / f"{name}.metrics.jsonl"
+
+
+def read_record(folder: Path, name: str) -> Record | None:
+    """A finished cell; None where there is none.
+
+    Raises:
+        QualityError: a file that is no record, or the record of another cell.
+    """
+    path = record_path(folder, name)
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text())
+    except ValueError as error:
+        raise QualityError(f"{path}: not valid JSON ({error}); remove it") from None
+    if not isinstance(record, dict) or not record.keys() >= KEYS:
+        found = record if isinstance(record, dict) else {}
+        raise QualityError(f"{path}: lacks {', '.join(sorted(KEYS - found.keys()))}; remove it")
+    if record["cell"] != name:
+        raise QualityError(f"{path}: holds the cell {record['cell']!r}; remove or rename it")
+    return record
+
+
+def write_record(folder: Path, record: Record, log: Path | None) -> None:
+    """Keep a finished cell: its log first, so that a record that is there has its log."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if log is not None:
+        beside = log_path(folder, record["cell"]).with_suffix(".part")
+        shutil.copyfile(log, beside)
+        os.replace(beside, log_path(folder, record["cell"]))
+    write_json(record_path(folder, record["cell"]), record)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write beside and rename, so that no torn file is left."""
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
+    os.replace(beside, path)
+
+
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Where two configurations differ, as "loop.steps 100 → 200"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in dict.fromkeys([*old, *new])
+            for line in differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)
+        ]
+    return [] if old == new else [f"{at} {old} → {new}"]

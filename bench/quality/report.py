@@ -1,0 +1,261 @@
+"""The tables: mean ± standard error over seeds, what every arm spent, and what is missing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from echogen.bench.quality.cells import COMPARED, RENAMED, ROWS, Cell, cells
+from echogen.bench.quality.records import Record, read_record
+
+TITLES = {
+    "ablation": "Ablation: does each stage help?",
+    "mask": "Mask: `isolated` or `shared`",
+    "synergy": "Synergy: one task or both, equal steps",
+    "rl-data": "Cycle RL's layouts: real, random, LLM-written",
+}
+AT = {"plain": "At T = 1, CFG = 1", "best": "At each run's own validation-best T and CFG"}
+
+# name in a table → (where it stands in an evaluation, the task that has to be learnt for it)
+MEASURES: dict[str, tuple[tuple[str, str], str]] = {
+    "AP": (("l2i", "ap"), "l2i"),
+    "AP50": (("l2i", "ap50"), "l2i"),
+    "AP75": (("l2i", "ap75"), "l2i"),
+    "judge acc50": (("l2i", "acc50"), "l2i"),
+    "spatial": (("l2i", "spatial"), "l2i"),
+    "colour": (("l2i", "color"), "l2i"),
+    "texture": (("l2i", "texture"), "l2i"),
+    "shape": (("l2i", "shape"), "l2i"),
+    "fd_vq": (("l2i", "fd_vq"), "l2i"),
+    "codes of 4": (("diversity", "distinct_codes"), "l2i"),
+    "pixel distance": (("diversity", "pixel_distance"), "l2i"),
+    "Acc0.5": (("i2l", "acc50"), "i2l"),
+    "Acc0.75": (("i2l", "acc75"), "i2l"),
+    "Acc0.9": (("i2l", "acc90"), "i2l"),
+    "mAcc": (("i2l", "macc"), "i2l"),
+    "self IoU": (("cycle", "self_iou"), "both"),
+    "gap": (("cycle", "gap"), "both"),
+}
+DIFFERING = ("AP", "AP50", "judge acc50", "mAcc")
+
+Table = dict[str, Any]
+READING = """\
+Mean ± standard error over seeds (standard deviation with n − 1, over √n); one seed has no standard
+error. AP and the colours', textures', shapes' and places' accuracies are the exact judge's on drawn
+test layouts, Acc and mAcc those of free-running grounding in true test images; fd_vq is a Fréchet
+distance of VQ features (lower is better); the gap is self-judged less independently judged IoU;
+codes of 4 (different codes at a place of four pictures of one layout) and pixel distance (mean
+absolute difference of two of them) say how varied pictures are. Checkpoints, T and CFG are chosen
+on validation scenes."""
+
+
+def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
+    """{"mean", "stderr", "values"}; stderr is None for one value, mean too for none."""
+    n = len(values)
+    if n == 0:
+        return {"mean": None, "stderr": None, "values": []}
+    mean = math.fsum(values) / n
+    spread = math.fsum((v - mean) ** 2 for v in values)
+    error = math.sqrt(spread / (n - 1) / n) if n > 1 else None
+    return {"mean": mean, "stderr": error, "values": list(values)}
+
+
+def make(results: Path, seeds: Iterable[int]) -> dict[str, Table]:
+    """All tables from the finished cells of these seeds, JSON-ready.
+
+    Raises:
+        QualityError: a record that cannot be read.
+    """
+    known = cells(seeds)
+    found = {name: read_record(results, name) for name in known}
+    records = {name: r for name, r in found.items() if r is not None}
+    return {table: _table(table, known, records) for table in ROWS}
+
+
+def _table(table: str, known: dict[str, Cell], records: dict[str, Record]) -> Table:
+    mine = {stem: [c for c in known.values() if c.stem == stem] for stem in ROWS[table]}
+    there = {
+        stem: {c.seed: records[c.name] for c in group if c.name in records}
+        for stem, group in mine.items()
+    }
+    arms = {stem: RENAMED.get((table, stem), group[0].arm) for stem, group in mine.items()}
+    some = [r for by_seed in there.values() for r in by_seed.values()]
+    return {
+        "title": TITLES[table],
+        "rows": [_row(stem, arms[stem], there[stem]) for stem in mine],
+        "differences": [
+            _difference(f"{arms[a]} − {arms[b]}", there[a], there[b]) for a, b in COMPARED[table]
+        ],
+        "judge_ceiling": mean_and_error([_ceiling(r)["judge_ceiling"] for r in some]),
+        "vq_ceiling": {
+            name: mean_and_error([_ceiling(r)["vq_ceiling"][where[1]] for r in some])
+            for name, (where, _) in MEASURES.items()
+            if where[0] == "l2i" and where[1] != "fd_vq"
+        },
+        "missing": [c.name for group in mine.values() for c in group if c.name not in records],
+        "notes": _notes(some, records),
+    }
+
+
+def _ceiling(record: Record) -> dict[str, Any]:
+    return dict(record["evaluation"]["plain"])
+
+
+def _value(record: Record, at: str, measure: str) -> float | None:
+    """A measure of a record; None where the cell did not learn what it measures."""
+    (part, name), needs = MEASURES[measure]
+    task = record["settings"]["task"]
+    if task not in ("both", needs):
+        return None
+    return float(record["evaluation"][at][part][name])
+
+
+def _row(stem: str, arm: str, by_seed: dict[int, Record]) -> dict[str, Any]:
+    records = list(by_seed.values())
+    return {
+        "stem": stem,
+        "arm": arm,
+        "seeds": list(by_seed),
+        "measures": {
+            at: {
+                name: mean_and_error([v for r in records if (v := _value(r, at, name)) is not None])
+                for name in MEASURES
+            }
+            for at in AT
+        },
+        "spent": {
+            name: mean_and_error([float(r[name]) for r in records])
+            for name in ("steps", "samples", "drawn", "seconds", "cpu_seconds")
+        },
+        "sampling": [r["evaluation"]["best"]["sampling"] for r in records],
+        "checkpoints": [r["checkpoint"]["step"] for r in records if "checkpoint" in r],
+        "before": [r["before"] for r in records if r.get("before")],
+        "commits": [r["environment"]["commit"] for r in records],
+    }
+
+
+def _difference(what: str, a: dict[int, Record], b: dict[int, Record]) -> dict[str, Any]:
+    """The first arm less the second, over the seeds that both have."""
+    seeds = [seed for seed in a if seed in b]
+    measures: dict[str, dict[str, Any]] = {at: {} for at in AT}
+    for at in AT:
+        for name in DIFFERING:
+            pairs = [(_value(a[s], at, name), _value(b[s], at, name)) for s in seeds]
+            rows = [x - y for x, y in pairs if x is not None and y is not None]
+            measures[at][name] = mean_and_error(rows)
+    return {"what": what, "seeds": seeds, "measures": measures}
+
+
+def _notes(some: list[Record], records: dict[str, Record]) -> list[str]:
+    """What would make the rows of a table incomparable."""
+    notes = []
+    for what, seen in {
+        "recipes": {r["settings"]["recipe"] for r in some},
+        "scales": {r["scale"] for r in some},
+        "numbers of test scenes": {r["settings"]["evaluation"]["test"] for r in some},
+    }.items():
+        if len(seen) > 1:
+            notes.append(f"the cells are of several {what}: {', '.join(map(str, sorted(seen)))}")
+    if any(r["scale"] != 1 for r in some):
+        notes.append("scaled down: made to try the experiments out, they mean nothing")
+    for r in some:
+        parent = records.get(r["start"]["cell"] or "")
+        if parent is not None and parent["model"] != r["start"]["fingerprint"]:
+            notes.append(f"{r['cell']} began with another model than {parent['cell']} is now")
+    starts = {r["start"]["fingerprint"] for r in some if r["stage"] == "none"}
+    if len(starts) == 1 and len([r for r in some if r["stage"] == "none"]) > 1:
+        notes.append(
+            "the seeds share one model of stage 1, so errors are those of what follows it, and "
+            "stage 1's own are those of drawing"
+        )
+    return notes
+
+
+# --- Markdown -------------------------------------------------------------------------------------
+
+
+def markdown(tables: dict[str, Table]) -> str:
+    """All tables as one page."""
+    parts = ["# Quality experiments", "Made by `echogen bench quality --report` from the cells "
+             "beside it, each with its metrics log.\n" + READING]  # fmt: skip
+    for name, table in tables.items():
+        parts += _section(name, table)
+    return "\n\n".join(parts) + "\n"
+
+
+def _section(name: str, table: Table) -> list[str]:
+    parts = [f"## {table['title']}"]
+    rows = [row for row in table["rows"] if row["seeds"]]
+    if table["missing"]:
+        parts.append("Missing: " + ", ".join(table["missing"]) + ".")
+    if not rows:
+        return parts
+    parts.append(
+        f"Ceilings: the judge on the true pictures reads {shown(table['judge_ceiling'])} at IoU "
+        f"0.5; after a round trip through the image tokenizer AP is "
+        f"{shown(table['vq_ceiling']['AP'])} and its accuracy "
+        f"{shown(table['vq_ceiling']['judge acc50'])}."
+    )
+    parts += [f"Note: {note}." for note in table["notes"]]
+    for at, title in AT.items():
+        measures = [(r, r["measures"][at]) for r in rows]
+        parts.append(f"### {title}")
+        parts.append(
+            _grid(
+                ["arm", "seeds", *MEASURES],
+                [[r["arm"], _list(r["seeds"]), *(shown(m[k]) for k in MEASURES)]
+                 for r, m in measures],
+            )
+        )  # fmt: skip
+    differences = [d for d in table["differences"] if d["seeds"]]
+    if differences:
+        parts.append("### Differences, seed by seed")
+        parts.append(_differences(differences))
+    parts += ["### What was spent", _spent(rows)]
+    return parts
+
+
+def _differences(differences: list[dict[str, Any]]) -> str:
+    columns = [f"{name}, {'T = 1' if at == 'plain' else 'best'}" for at in AT for name in DIFFERING]
+    lines = []
+    for d in differences:
+        numbers = [d["measures"][at][name] for at in AT for name in DIFFERING]
+        lines.append([d["what"], _list(d["seeds"]), *(shown(n, sign=True) for n in numbers)])
+    return _grid(["first less second", "seeds", *columns], lines)
+
+
+def _spent(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for r in rows:
+        spent = [r["spent"][k]["mean"] for k in
+                 ("steps", "samples", "drawn", "seconds", "cpu_seconds")]  # fmt: skip
+        settings = [f"{s['temperature']:g}, {s['cfg']:g}" for s in r["sampling"]]
+        commits = sorted({(c or "no commit")[:9] for c in r["commits"]})
+        lines.append([r["arm"], *(f"{x:.0f}" for x in spent), _list(r["checkpoints"]),
+                      "; ".join(settings), ", ".join(commits)])  # fmt: skip
+    return _grid(
+        ["arm", "steps", "true images", "drawn images", "seconds of steps", "CPU seconds",
+         "checkpoints", "best T, CFG", "commits"],
+        lines,
+    )  # fmt: skip
+
+
+def shown(estimate: dict[str, Any], sign: bool = False) -> str:
+    """A mean with its standard error, or with the word that it has none."""
+    if estimate["mean"] is None:
+        return "–"
+    mean = f"{estimate['mean']:{'+' if sign else ''}.3f}"
+    return f"{mean} (one seed)" if estimate["stderr"] is None else (
+        f"{mean} ± {estimate['stderr']:.3f}"
+    )  # fmt: skip
+
+
+def _list(values: Sequence[object]) -> str:
+    return ", ".join(map(str, values)) or "–"
+
+
+def _grid(columns: list[str], lines: list[list[str]]) -> str:
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)

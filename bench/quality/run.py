@@ -1,0 +1,213 @@
+"""Runs the cells that are missing, each after those it needs, and keeps every finished one.
+
+A cell's run lies in the folder of models, outside the repository, and is resumed there; what it
+found is written beside the other results in one piece. A stop between or within cells thus costs at
+most the steps since the last checkpoint.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from echogen.bench.harness import environment
+from echogen.bench.quality import score
+from echogen.bench.quality.cells import Cell, samples
+from echogen.bench.quality.lab import Lab
+from echogen.bench.quality.records import (
+    QualityError,
+    Record,
+    differences,
+    read_record,
+    record_path,
+    write_json,
+    write_record,
+)
+from echogen.bench.quality.stages import Watched, build
+from echogen.engine.engine import Engine
+from echogen.train.data.samples import module_hash
+from echogen.train.loop import TrainingError
+from echogen.train.loop import run as train
+from echogen.train.start import load_start
+
+
+def run_all(lab: Lab, chosen: list[Cell], again: bool = False) -> dict[str, str]:
+    """Run cells in order; why one did not run, by its name. A cell that cannot be run (its settings
+    changed, Cycle RL refused to begin) does not keep the others from it, save those it leads to."""
+    failed: dict[str, str] = {}
+    for cell in chosen:
+        state, why = lab.state(cell)
+        lost = next((name for name in cell.needs if name in failed), None)
+        if lost is not None:
+            failed[cell.name] = f"{cell.name}: needs {lost}"
+        elif state == "blocked":
+            lab.tell(f"{cell.name}: left out, it {why}")
+        else:
+            try:
+                run_cell(lab, cell, again)
+            except (QualityError, TrainingError) as error:
+                named = str(error).startswith(cell.name)
+                failed[cell.name] = str(error) if named else f"{cell.name}: {error}"
+                lab.tell(failed[cell.name])
+    return failed
+
+
+def run_cell(lab: Lab, cell: Cell, again: bool = False) -> None:
+    """Run a cell, unless it is done, after those it needs.
+
+    Args:
+        again: forget what is there of this cell and run it anew.
+
+    Raises:
+        QualityError: done with other settings; lacking something; run by another process.
+        TrainingError: its training came to nothing, or Cycle RL refused to begin.
+    """
+    state, why = lab.state(cell)
+    if state == "blocked":
+        raise QualityError(f"{cell.name}: {why}, one JSON layout a line")
+    if state == "changed" and not again:
+        raise QualityError(
+            f"{cell.name}: done already with other settings ({why}); --cell {cell.name} --again "
+            f"runs it anew"
+        )
+    if state == "done" and not again:
+        lab.tell(f"{cell.name}: done already")
+        return
+    for name in cell.needs:
+        if lab.state(lab.find(name))[0] != "done":
+            run_cell(lab, lab.find(name))
+    with held(lab, cell):
+        if again:
+            record_path(lab.results, cell.name).unlink(missing_ok=True)
+            for path in folder_of(lab, cell).iterdir():
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif path.name != "lock":
+                    path.unlink()
+        _finish(lab, cell)
+
+
+def folder_of(lab: Lab, cell: Cell) -> Path:
+    """Where a cell's run and its model lie."""
+    return lab.models / cell.name
+
+
+@contextmanager
+def held(lab: Lab, cell: Cell) -> Iterator[None]:
+    """One process at a time runs a cell; the lock ends with the process, however that ends."""
+    folder_of(lab, cell).mkdir(parents=True, exist_ok=True)
+    with open(folder_of(lab, cell) / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise QualityError(
+                f"{cell.name}: another process is running it; wait for it, or name another --cell "
+                f"or --table"
+            ) from None
+        yield
+
+
+def _finish(lab: Lab, cell: Cell) -> None:
+    """Train and evaluate a cell, and write its record."""
+    run = folder_of(lab, cell) / "run"
+    if cell.stage == "none":
+        begun = load_start(lab.given(cell), "pmtp")
+        engine, log = begun.engine, None
+        trained: dict[str, Any] = {
+            "start": {"fingerprint": begun.fingerprint, "stages": list(begun.stages)},
+            **dict.fromkeys(("steps", "samples", "drawn", "seconds", "cpu_seconds"), 0),
+        }
+    else:
+        trained = dict(trained_model(lab, cell))
+        engine, log = Engine.from_pretrained(folder_of(lab, cell) / "model"), run / "metrics.jsonl"
+    lab.tell(f"{cell.name}: evaluating")
+    found = score.measure(engine, lab.sizes, cell.seed, choose=cell.task != "i2l")
+    start = {"cell": cell.parent, **trained.pop("start")}
+    if cell.parent is None and "/" not in lab.start:
+        start["model"] = lab.given(cell)  # a bundled name; a path would mean nothing elsewhere
+    record: Record = {
+        "cell": cell.name,
+        "arm": cell.arm,
+        "seed": cell.seed,
+        "stage": cell.stage,
+        "scale": lab.scale,
+        "settings": lab.settings(cell),
+        "start": start,
+        "model": module_hash(engine.transformer),
+        **trained,
+        "evaluation": found,
+        "environment": environment(),
+    }
+    write_record(lab.results, record, log)
+    (run / "state.pt").unlink(missing_ok=True)
+    for left in (run / "model", *run.glob("best-*")):
+        shutil.rmtree(left, ignore_errors=True)
+    lab.tell(f"{cell.name}: done, written to {record_path(lab.results, cell.name)}")
+
+
+def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
+    """Train a cell's model into its folder, or go on with it, or find it there; returns what its
+    record says of the training."""
+    folder, wanted = folder_of(lab, cell), lab.settings(cell)
+    mark, begun = folder / "trained.json", folder / "settings.json"
+    if begun.is_file() and (changed := differences(json.loads(begun.read_text()), wanted)):
+        raise QualityError(
+            f"{cell.name}: its run in {folder} has other settings ({'; '.join(changed)}); "
+            f"--cell {cell.name} --again begins it anew"
+        )
+    if mark.is_file() and (folder / "model").is_dir():
+        told: dict[str, Any] = json.loads(mark.read_text())
+        return told
+    config = lab.config(cell)
+    stage, start = build(cell, config, _beginning(lab, cell))
+    run = folder / "run"
+    if not (run / "state.pt").is_file():  # what was timed and kept belongs to no state
+        shutil.rmtree(run, ignore_errors=True)
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(begun, wanted)
+    lab.tell(f"{cell.name}: {config.loop.steps} steps of {cell.stage} in {folder}")
+    watched = Watched(stage, run, cell.task)
+    train(watched, config.loop, run, resume=True)
+    shutil.rmtree(folder / "model", ignore_errors=True)
+    shutil.copytree(watched.best, folder / "model")
+    shown, drawn = samples(config)
+    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    told = {
+        "start": start,
+        "steps": config.loop.steps,
+        "samples": shown,
+        "drawn": drawn,
+        **watched.seconds(config.loop.steps),
+        "checkpoint": watched.chosen(),
+        # What Cycle RL finds out before its first step: how its reward agrees with the judge.
+        "before": {k: v for k, v in first.items() if k != "step"} if not first["step"] else {},
+    }
+    write_json(mark, told)
+    return told
+
+
+def _beginning(lab: Lab, cell: Cell) -> Path | str:
+    """The model that a cell begins with. One that is finished but whose weights are not here (they
+    are not committed) is trained again, and must come out the same."""
+    if cell.parent is None:
+        return lab.given(cell)
+    parent = lab.find(cell.parent)
+    folder = folder_of(lab, parent) / "model"
+    if not folder.is_dir():
+        lab.tell(f"{parent.name}: its model is not in {lab.models}; training it again")
+        with held(lab, parent):
+            trained_model(lab, parent)
+    record = read_record(lab.results, parent.name)
+    found = module_hash(Engine.from_pretrained(folder).transformer)
+    if record is None or found != record["model"]:
+        raise QualityError(
+            f"{parent.name}: the model in {folder} ({found}) is not that of its record "
+            f"({record and record['model']}), since another machine trains other weights; bring "
+            f"the recorded model there, or --cell {parent.name} --again and then this one anew"
+        )
+    return folder

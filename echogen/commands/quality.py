@@ -1,0 +1,187 @@
+"""The command that runs the quality experiments, cell by cell, and writes their tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from echogen.commands.options import Json, check_range
+from echogen.commands.output import (
+    Failure,
+    InputError,
+    finite,
+    make_folder,
+    print_json,
+    show,
+    warn,
+    write,
+)
+from echogen.commands.training import find_recipe
+
+if TYPE_CHECKING:
+    from echogen.bench.quality.cells import Cell
+    from echogen.bench.quality.lab import Lab
+
+MOST_SEEDS = 100
+
+
+@dataclass(frozen=True)
+class BenchQuality:
+    """Does each stage help? Train and evaluate what is missing of the tables ablation, mask,
+    synergy and RL data, a cell (a run of at most 40 minutes on a CPU) after another."""
+
+    recipe: str = "tiny"
+    """Which configuration."""
+    seeds: int = 3
+    """Seeds 0 … n − 1 of every arm."""
+    table: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """ablation, mask, synergy or rl-data (may be repeated); all if left out."""
+    cell: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """One cell by its name, after those it needs (may be repeated)."""
+    listing: Annotated[bool, tyro.conf.arg(name="list")] = False
+    """Say how the cells stand and run none."""
+    report: bool = False
+    """Write tables, plots and a contact sheet of the finished cells and run none."""
+    again: bool = False
+    """Forget what is there of the cells named by --cell and run them anew."""
+    out: Path | None = None
+    """Folder of the finished cells: bench/results/quality of the checkout if left out."""
+    models: Path | None = None
+    """Folder of the runs and models, outside the repository: below the cache if left out."""
+    start: str = "tiny"
+    """The model of stage 1 that the ablation begins with; {seed} in it stands for the seed."""
+    llm_layouts: Path | None = None
+    """File with one LLM-written JSON layout a line, for the arm of RL data that needs one."""
+    scale: float = 1.0
+    """Of steps and scenes, to try things out (then --out has to be named)."""
+    force: bool = False
+    """Begin Cycle RL even if the self-reward hardly agrees with the judge."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        self._check()
+        lab = self._lab()
+        if self.listing:
+            self._list(lab)
+        elif self.report:
+            self._report(lab)
+        else:
+            self._run(lab)
+
+    def _check(self) -> None:
+        check_range("seeds", self.seeds, 1, MOST_SEEDS)
+        if not 0 < self.scale <= 1 or not math.isfinite(self.scale):
+            raise InputError(f"--scale {self.scale}: it must be above 0 and at most 1")
+        if self.scale != 1 and self.out is None:
+            raise InputError(f"--scale {self.scale}: name another --out, so that it is not mixed "
+                             f"with real results")  # fmt: skip
+        if self.listing and self.report:
+            raise InputError("--list and --report: choose one")
+        if self.again and (not self.cell or self.listing or self.report):
+            raise InputError("--again: name what to run anew with --cell")
+        if self.llm_layouts is not None and not self.llm_layouts.is_file():
+            raise InputError(f"--llm-layouts {self.llm_layouts}: no such file")
+
+    def _lab(self) -> Lab:
+        recipe = find_recipe(self.recipe)
+        from echogen.bench import quality
+        from echogen.bench.quality.lab import Lab
+        from echogen.train.data.scenes import cache_folder
+
+        usual = Path(quality.__file__).parents[1] / "results" / "quality"
+        models = cache_folder() / "quality" / f"{recipe.name}-{self.scale:g}"
+        return Lab(
+            recipe, self.out or usual, self.models or models, tuple(range(self.seeds)), self.start,
+            self.llm_layouts, self.scale, self.force, lambda line: print(line, flush=True),
+        )  # fmt: skip
+
+    def _chosen(self, lab: Lab) -> list[Cell]:
+        """The cells that the options name, in the order in which they are run."""
+        from echogen.bench.quality.cells import ROWS
+        from echogen.bench.quality.records import QualityError
+
+        for table in self.table:
+            if table not in ROWS:
+                raise InputError(f"--table {table}: unknown; choose {', '.join(ROWS)}")
+        try:
+            named = {lab.find(name).name for name in self.cell}
+        except QualityError as error:
+            raise InputError(f"--{error}") from None
+        stems = {stem for table in self.table for stem in ROWS[table]}
+        every = not self.table and not self.cell
+        return [c for c in lab.cells.values() if every or c.name in named or c.stem in stems]
+
+    def _run(self, lab: Lab) -> None:
+        chosen = self._chosen(lab)
+        from echogen.bench.quality.records import QualityError
+        from echogen.bench.quality.run import run_all
+
+        make_folder(lab.results)
+        try:
+            failed = run_all(lab, chosen, self.again)
+            states = {cell.name: lab.state(cell)[0] for cell in chosen}
+        except QualityError as error:
+            raise InputError(str(error)) from None
+        if self.json:
+            print_json({"cells": states, "failed": failed, "results": str(lab.results)})
+        if failed and len(chosen) == 1:
+            raise InputError(next(iter(failed.values())))
+        if failed:
+            raise Failure(f"{len(failed)} of {len(chosen)} cells did not run: {', '.join(failed)}")
+
+    def _list(self, lab: Lab) -> None:
+        from echogen.bench.quality.records import QualityError
+
+        rows, states = [], {}
+        try:
+            for c in self._chosen(lab):
+                state, why = lab.state(c)
+                if c.budget and lab.steps(c) is None:
+                    steps = "as measured"
+                else:
+                    steps = "none" if c.stage == "none" else str(lab.config(c).loop.steps)
+                rows.append((c.name, state, steps, c.stage, c.start))
+                states[c.name] = {"state": state, "why": why}
+        except QualityError as error:
+            raise InputError(str(error)) from None
+        columns = ("cell", "state", "steps", "stage", "begins with")
+        show(f"{len(rows)} cells", columns, rows)
+        for name, found in states.items():
+            if found["why"]:
+                print(f"{name}: {found['why']}")
+        print(f"results in {lab.results}, models in {lab.models}")
+        if self.json:
+            print_json({"cells": states, "results": str(lab.results)})
+
+    def _report(self, lab: Lab) -> None:
+        from echogen.bench.quality import pictures, report
+        from echogen.bench.quality.records import QualityError
+
+        make_folder(lab.results)
+        try:
+            tables = report.make(lab.results, lab.seeds)
+        except QualityError as error:
+            raise InputError(str(error)) from None
+        text = report.markdown(tables)
+        write(lab.results / "README.md", text.encode())
+        data = json.dumps(finite(tables), indent=1, allow_nan=False)
+        write(lab.results / "tables.json", (data + "\n").encode())
+        for name, table in tables.items():
+            try:
+                pictures.plot(name, table, lab.results)
+            except ImportError:
+                warn("matplotlib is not installed; no plots were drawn")
+                break
+        sheet = lab.results / "contact_sheet.png"
+        why = pictures.contact_sheet(lab, sheet)
+        if why is not None:
+            warn(f"no contact sheet was made: {why}")
+        print(text)
+        if self.json:
+            print_json(tables)
