@@ -103,6 +103,12 @@ def measured(data: dict[str, Any], peer: str | None) -> dict[str, Measured]:
     return found
 
 
+def missing(before: dict[str, Any], after: dict[str, Any], peer: str | None) -> list[str]:
+    """Cases of ``before`` that have no time in ``after``: gone, or refused for a wrong result."""
+    there = measured(after, peer)
+    return [case for case in measured(before, peer) if case not in there]
+
+
 def usual_peer(data: dict[str, Any]) -> str:
     """Whom a benchmark's results are held against unless somebody else is named."""
     return "eager" if isinstance(data.get("kernels"), list) else "transformers"

@@ -35,7 +35,7 @@ def environment(device: str = "cpu") -> dict[str, Any]:
             "transformers": transformers.__version__,
             "triton": version("triton"),
         },
-        "gpu": gpu_state() if device.startswith("cuda") else None,
+        "gpu": gpu_state(_card(device)) if device.startswith("cuda") else None,
         "commit": commit,
         "dirty": None if status is None else bool(status),
     }
@@ -45,11 +45,11 @@ GPU_STATE = ("driver_version", "power.draw", "power.limit", "clocks.sm", "clocks
              "temperature.gpu", "utilization.gpu")  # fmt: skip
 
 
-def gpu_state() -> dict[str, str] | None:
-    """Driver, power, clocks and temperature as the card is found, in nvidia-smi's words; None where
-    it does not run."""
+def gpu_state(card: str = "0") -> dict[str, str] | None:
+    """Driver, power, clocks and temperature as a card is found, in nvidia-smi's words; None where
+    that does not run. ``card``: its UUID, as indices count what CUDA_VISIBLE_DEVICES hides."""
     query = f"--query-gpu={','.join(GPU_STATE)}"
-    command = ["nvidia-smi", query, "--format=csv,noheader", "--id=0"]
+    command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={card}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
@@ -58,6 +58,10 @@ def gpu_state() -> dict[str, str] | None:
     if done.returncode or len(found) != len(GPU_STATE):
         return None
     return dict(zip(GPU_STATE, found, strict=True))
+
+
+def _card(device: str) -> str:
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
 
 
 def version(package: str) -> str | None:

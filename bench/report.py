@@ -87,7 +87,8 @@ def _engine(results: list[Result]) -> str:
         ours, port = by["echogen"], by["transformers"]
         rows.append(
             (
-                f"{r['model']}, {r['parameters'] / 1e6:.1f} M",
+                f"{r['model']}, {r['parameters'] / 1e6:.1f} M, {r['dtype']}",
+                f"{r['batch']}, {r['cfg']:g}",
                 *(
                     f"{o['tokens_per_s']:.0f} tokens/s, {o['ms_per_step']:.2f} ms"
                     for o in (ours, port)
@@ -95,13 +96,12 @@ def _engine(results: list[Result]) -> str:
                 f"{r['ratio']:.2f}",
             )
         )
-    first = results[0]
     return (
-        f"**Drawing against the port's generate loop**: greedy codes equal, {first['dtype']}, "
-        f"batch {first['batch']}, CFG {first['cfg']:g}, each side at its own best thread count, "
-        f"medians of alternating runs {_taken(results)}. This engine keeps the unconditional "
-        "prompt's prefix and its packed weights between images; the port has neither.\n\n"
-        + _table(("model", "this engine, a step", "port, a step", "ratio"), rows)
+        "**Drawing against the port's generate loop**: greedy codes equal, each side at its own "
+        f"best thread count, medians of alternating runs {_taken(results)}. This engine keeps the "
+        "unconditional prompt's prefix and its packed weights between images; the port has "
+        "neither.\n\n"
+        + _table(("model", "batch, CFG", "this engine, a step", "port, a step", "ratio"), rows)
     )
 
 
@@ -116,6 +116,7 @@ def _jacobi(results: list[Result]) -> str:
                 (
                     f"{r['model']}, {r['dtype']}",
                     f"{s['temperature']:g}, {s['cfg']:g}",
+                    f"{r['layouts']} + {r['crowded_layouts']}",
                     str(s["window"]),
                     f"{s['steps_jacobi']:.1f} of {s['steps_sequential']}",
                     f"{s['acceptance']['all']:.2f}, {s['acceptance']['object']:.2f}",
@@ -126,15 +127,15 @@ def _jacobi(results: list[Result]) -> str:
                 )
             )
     first = results[0]
-    headings = ("model", "T, CFG", "codes a step", "steps", "accepted: all, on objects",
+    headings = ("model", "T, CFG", "layouts", "codes a step", "steps", "accepted: all, on objects",
                 "times as fast", "crowded: steps, accepted, times as fast",
                 "images that differ")  # fmt: skip
     return (
         "**Several codes a step, losslessly** (`echogen bench engine --mode jacobi`): the noise is "
         "keyed, so the drawing is a function of its prompt, and Jacobi iteration over a window of "
         "codes ends in exactly what one code a step draws. "
-        f"{first['layouts']} layouts of the test split and {first['crowded_layouts']} whose boxes "
-        f"cover at least 60% of the canvas; batch {first['batch']}, {first['threads']} thread, "
+        "Layouts of the test split and, apart, crowded ones, whose boxes cover at least 60% of the "
+        f"canvas; batch {first['batch']}, {first['threads']} thread, "
         f"medians of drawings in turn {_taken(results)}.\n\n" + _table(headings, rows)
     )
 
@@ -156,7 +157,7 @@ def _memory(results: list[Result]) -> str:
     headings = ("operator", "shape", "type", "gradients alone", "eager", "this", "this / eager")
     return (
         "**Peak memory** of forward and backward beyond the inputs, MiB: every tensor that is made "
-        f"and held, counted by `echogen bench memory` (commit {results[0]['commit'][:9]}). The "
+        f"and held, counted by `echogen bench memory` {_taken(results)}. The "
         "gradients are in both columns; with few images they, and the float32 sum of the weight's "
         "gradient, are most of what is left.\n\n" + _table(headings, rows)
     )

@@ -57,9 +57,15 @@ class Roofline:
         return asdict(self)
 
 
-def measure(device: torch.device, dtype: torch.dtype) -> Roofline:
-    """Rates of a device; takes a second or two."""
-    return _of_cuda(device, dtype) if device.type == "cuda" else _of_cpu(dtype)
+def measure(device: torch.device, dtype: torch.dtype, working_set: int = 1 << 29) -> Roofline:
+    """Rates of a device; takes a second or two.
+
+    Args:
+        device, dtype: where, and of what products.
+        working_set: bytes that the copy reads and writes, on a CPU: what is read again and again,
+            as a small model's weights, may lie in a cache that is faster than memory.
+    """
+    return _of_cuda(device, dtype) if device.type == "cuda" else _of_cpu(dtype, working_set)
 
 
 def _of_cuda(device: torch.device, dtype: torch.dtype) -> Roofline:
@@ -80,9 +86,9 @@ def _of_cuda(device: torch.device, dtype: torch.dtype) -> Roofline:
     )  # fmt: skip
 
 
-def _of_cpu(dtype: torch.dtype) -> Roofline:
+def _of_cpu(dtype: torch.dtype, working_set: int) -> Roofline:
     """With as many threads as PyTorch uses now; the best of several runs, as ceilings are."""
-    source, side = torch.ones(1 << 26), 1024
+    source, side = torch.ones(working_set // 8), 1024
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
     product = torch.empty(side, side, dtype=dtype)
@@ -95,8 +101,9 @@ def _of_cpu(dtype: torch.dtype) -> Roofline:
     def rate(function: Callable[..., Tensor], *arguments: Any) -> float:
         return 200 * len(small) / best(lambda: [function(*arguments, out=out) for _ in again])
 
+    target.copy_(source)
     return Roofline(
-        bytes_per_s=2 * source.nbytes / best(lambda: target.copy_(source)),
+        bytes_per_s=2 * source.nbytes / best(lambda: target.copy_(source), 15),
         flops_per_s=2 * side**3 / best(lambda: torch.mm(a, b, out=product)),
         issues_per_s=rate(torch.add, small, 1),
         specials_per_s=max(rate(torch.exp, small), rate(torch.reciprocal, small)),

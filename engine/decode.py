@@ -76,10 +76,11 @@ class PlainDecoding:
 
     def prefill(self) -> Tensor:
         """See `Decoding`."""
-        embedded = self._model.embed_text(self._ids)
-        positions = self._positions[..., : self._ids.shape[1]]
-        hidden = self._model(embedded, positions, self._mask, self._cache)
-        return self._model.image_head(hidden[:, -1])
+        with span("engine/prefill/run", rows=len(self._ids), tokens=self._ids.numel()):
+            embedded = self._model.embed_text(self._ids)
+            positions = self._positions[..., : self._ids.shape[1]]
+            hidden = self._model(embedded, positions, self._mask, self._cache)
+            return self._model.image_head(hidden[:, -1])
 
     def step(self, code: Tensor) -> Tensor:
         """See `Decoding`."""
@@ -106,9 +107,9 @@ class PlainWindows:
         """See `Windows`."""
         rows, length = self._ids.shape
         slots = self._slot[:length].expand(rows, length)
-        return self._model.image_head(
-            self._run(self._model.embed_text(self._ids), slots, length)[:, -1]
-        )
+        with span("engine/prefill/run", rows=rows, tokens=self._ids.numel()):
+            hidden = self._run(self._model.embed_text(self._ids), slots, length)
+            return self._model.image_head(hidden[:, -1])
 
     def window(self, codes: Tensor, first: list[int]) -> Tensor:
         """See `Windows`."""
@@ -196,7 +197,7 @@ def decode_image(
     )
     images = rows // 2 if guided else rows
     codes = torch.empty(images, steps, dtype=torch.int64, device=code_table.device)
-    with span("engine/prefill", rows=rows, tokens=ids.numel()):
+    with span("engine/prefill", rows=rows):
         logits = decoding.prefill()
     held = ids.numel()  # tokens in the cache, over all rows
     for step in range(steps):

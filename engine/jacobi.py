@@ -172,11 +172,12 @@ def decode_windows(
     columns = round(tokens**0.5) if draft == "above" else 1
     decoding = open_windows(model, code_table, prompts, pad, guided)
     asked = sum(map(len, prompts))
-    with span("engine/prefill", rows=len(prompts), tokens=asked):
+    with span("engine/prefill", rows=len(prompts)):
         logits = decoding.prefill()
     scores = sampler.scores(logits.unsqueeze(1))
     device, places = scores.device, torch.arange(tokens, device=scores.device)
-    first = sampler.pick(scores, places[:1].expand(len(scores), 1))
+    with span("engine/sample", rows=len(scores), step=0):
+        first = sampler.pick(scores, places[:1].expand(len(scores), 1))
     images = [_Image(code, tokens, columns) for code in first[:, 0].tolist()]
     while (fewest := min(image.done for image in images)) < tokens:
         if progress is not None:
@@ -192,7 +193,8 @@ def decode_windows(
         with span("engine/decode/window", rows=fed, tokens=fed, held=held, step=fewest):
             logits = decoding.window(torch.tensor(ran, device=device), [s - 1 for s in starts])
         positions = torch.tensor(starts, device=device)[:, None] + places[:width]
-        samples = sampler.pick(sampler.scores(logits), positions).tolist()
+        with span("engine/sample", rows=positions.numel(), step=fewest):
+            samples = sampler.pick(sampler.scores(logits), positions).tolist()
         for image, start, row in zip(images, starts, samples, strict=True):
             image.take(start, row)
     if progress is not None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from echogen.engine.cache import Prefix
 from echogen.engine.model import additive_mask
 from echogen.engine.packed import Frame, PackedTransformer, Stream, attend
+from echogen.engine.ranges import span
 
 LANES = 32
 """bfloat16 numbers in a register; see PackedDecoding's ``_up_to_edge``."""
@@ -108,6 +109,10 @@ class PackedDecoding:
 
     def _run_prompts(self, ids: Tensor, pads: Tensor) -> list[Prefix]:
         """Run prompts [U, L], padded on the left by ``pads`` [U]."""
+        with span("engine/prefill/run", rows=len(ids), tokens=ids.numel()):
+            return self._run(ids, pads)
+
+    def _run(self, ids: Tensor, pads: Tensor) -> list[Prefix]:
         model, c, dtype = self._model, self._model.config, self._table.dtype
         count, length = ids.shape
         block = torch.empty(2, c.layers, count, c.kv_heads, length, c.head_dim, dtype=dtype)

@@ -14,6 +14,7 @@ from typing import Literal
 from echogen.engine.ranges import DOMAIN
 
 Tool = Literal["nsys", "ncu"]
+MOST_KERNELS = 50
 INSTEAD = "--tool torch works everywhere"
 MISSING = {
     "nsys": "nsys is not on PATH: install Nsight Systems (it comes with the CUDA toolkit)",
@@ -37,7 +38,7 @@ def command(tool: Tool, work: Sequence[str], out: Path, within: str | None = Non
         work: `echogen profile … --tool none`.
         out: of the report, without its ending.
         within: ncu only: innermost range (``step`` of ``engine/decode/step``) whose kernels are
-            read; None: every kernel.
+            read; None: any. The first ``MOST_KERNELS`` are, each of them several times over.
     """
     if tool == "nsys":
         return [
@@ -49,7 +50,7 @@ def command(tool: Tool, work: Sequence[str], out: Path, within: str | None = Non
     told = ["ncu", "--profile-from-start=off", "--clock-control=none", "--set=full", "--nvtx"]
     if within is not None:
         told += ["--nvtx-include", f"{DOMAIN}@{within}/"]
-    return [*told, "--launch-count=50", "--force-overwrite", f"--export={out}", *work]
+    return [*told, f"--launch-count={MOST_KERNELS}", "--force-overwrite", f"--export={out}", *work]
 
 
 def run(tool: Tool, line: Sequence[str], out: Path) -> Path:

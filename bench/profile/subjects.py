@@ -154,7 +154,7 @@ def warmed(name: str, asked: Asked) -> Subject:
     """A subject that has run once, so that compiling, packing and caches are not profiled."""
     subject = SUBJECTS[name](asked)
     subject.work()
-    if asked.device == "cuda":
+    if asked.device.startswith("cuda"):
         torch.cuda.synchronize()
     return subject
 

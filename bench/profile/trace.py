@@ -26,7 +26,7 @@ def run(work: Callable[[], object], folder: Path, name: str, device: str = "cpu"
         work: what is profiled, once.
         folder: exists.
         name: of the files.
-        device: "cpu" or "cuda".
+        device: "cpu", or a CUDA device that is the current one.
 
     Returns:
         JSON-ready: ``wall_ms`` and ``ranges`` of a run without the profiler, whose own work would
@@ -37,11 +37,12 @@ def run(work: Callable[[], object], folder: Path, name: str, device: str = "cpu"
     ranges, wall = _by_range(work, device)
     trace = folder / f"{name}.trace.json"
     activities = [ProfilerActivity.CPU]
-    if device == "cuda":
+    on_cuda = device.startswith("cuda")
+    if on_cuda:
         activities.append(ProfilerActivity.CUDA)
     with listening(TorchRanges()), profile(activities=activities) as profiled:
         work()
-        if device == "cuda":
+        if on_cuda:
             torch.cuda.synchronize()
     profiled.export_chrome_trace(str(trace))
     return {
@@ -60,7 +61,7 @@ def clock(device: str) -> Callable[[], float]:
         torch.cuda.synchronize()
         return time.perf_counter()
 
-    return waited if device == "cuda" else time.perf_counter
+    return waited if device.startswith("cuda") else time.perf_counter
 
 
 def _by_range(work: Callable[[], object], device: str) -> tuple[list[dict[str, Any]], float]:
@@ -88,7 +89,8 @@ def _kernels(profiled: profile, device: str) -> list[dict[str, Any]]:
     for event in profiled.key_averages():
         if event.key.startswith((f"{DOMAIN}:", "ProfilerStep")):
             continue
-        own = event.self_device_time_total if device == "cuda" else event.self_cpu_time_total
+        on_cuda = device.startswith("cuda")
+        own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         if own > 0:
             found.append({"name": event.key, "count": event.count, "ms": own / 1e3})
     found.sort(key=lambda row: -float(row["ms"]))

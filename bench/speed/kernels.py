@@ -315,17 +315,17 @@ def _cuda_times(
 
 
 def _warm_ms(run: Callable[[], object], repeats: int = 20) -> float:
-    """Median of runs on the same inputs, one behind the other: what fits the cache is in it."""
-    times = []
-    for timed in [False] * 3 + [True] * repeats:
+    """Median of runs on the same inputs, queued one behind the other: what fits the cache is in it,
+    and the host is ahead of the device but for calls shorter than their launch."""
+    events = []
+    for _ in range(3 + repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
         end.record()
-        end.synchronize()
-        if timed:
-            times.append(begin.elapsed_time(end))
-    return quantiles(times)["median"]
+        events.append((begin, end))
+    torch.cuda.synchronize()
+    return quantiles([begin.elapsed_time(end) for begin, end in events[3:]])["median"]
 
 
 def _replayed(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:

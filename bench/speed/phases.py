@@ -39,7 +39,7 @@ class Weights:
 
 
 HEADS = {
-    "engine/prefill": "image_head",
+    "engine/prefill/run": "image_head",
     "engine/decode/step": "image_head",
     "engine/decode/window": "image_head",
     "engine/ground/prefill": "text_head",

@@ -60,6 +60,7 @@ def run(
             progress(done + 1, repeats)
     whole, spread = sum(times), quantiles(times)
     passes = watch.rows.get(PASS, Row(PASS))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     loop = getattr(tiny(), stage.replace("-", "_")).loop
     dtype = torch.bfloat16 if loop.bf16 else torch.float32
     ceiling = measure(torch.device("cpu"), dtype).flops_per_s
@@ -73,9 +74,9 @@ def run(
         "ms_per_step_q20": 1e3 * spread["q20"],
         "ms_per_step_q80": 1e3 * spread["q80"],
         "images_per_s": subject.images / spread["median"],
-        "tokens_per_s": passes.payload.get("tokens", 0) / whole,
+        "tokens_per_s": passes.payload.get("tokens", 0) / repeats / spread["median"],
         "utilisation": needed(subject.config, passes) / whole / ceiling,
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mib": peak,
         "shares": {
             row.category: row.seconds / whole
             for row in sorted(watch.rows.values(), key=lambda row: -row.seconds)

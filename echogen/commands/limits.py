@@ -127,7 +127,7 @@ class BenchCompile:
 @dataclass(frozen=True)
 class BenchCompare:
     """Two runs of a benchmark, as ratios to a peer of the same run. Exit code 1 where a case became
-    slower than the threshold, beyond what either run wandered."""
+    slower than the threshold, beyond what either run wandered, or has no time any more."""
 
     before: Annotated[Path, tyro.conf.Positional]
     """What `--json` printed before: a file whose last line is that object."""
@@ -158,9 +158,13 @@ class BenchCompare:
                 for c in changes
             ],
         )
+        gone = compare.missing(before, after, peer)
         if self.json:
             rows = [c.to_dict() for c in changes]
-            print_json({"peer": peer, "threshold": self.threshold, "changes": rows})
+            told = {"peer": peer, "threshold": self.threshold}
+            print_json(told | {"changes": rows, "missing": gone})
+        if gone:
+            raise Failure(f"{len(gone)} cases have no time any more: {', '.join(gone)}")
         if slower:
             worst = slower[0]
             raise Failure(

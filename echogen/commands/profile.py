@@ -5,13 +5,14 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from echogen.commands.options import Json, ModelOptions, check_range
-from echogen.commands.output import Failure, InputError, make_folder, print_json, show, write
+from echogen.commands.output import Failure, InputError, make_folder, print_json, show, warn, write
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,10 @@ class Profile:
         check_range("batch", self.batch, 1, 4096)
         if self.within is not None and self.tool != "ncu":
             raise InputError(f"--within {self.within}: is for --tool ncu")
+        if self.within is not None and find_spec("nvtx") is None:
+            raise InputError(f"--within {self.within}: needs NVTX ranges; pip install nvtx")
+        if self.tool == "ncu" and self.device == "cpu":
+            raise InputError("--tool ncu: reads a GPU's kernels; add --device cuda")
         if self.dry_run and self.tool not in ("nsys", "ncu"):
             raise InputError(f"--dry-run: --tool {self.tool} has no command line; choose nsys, ncu")
         if self.out is None and self.tool != "none":
@@ -56,6 +61,10 @@ class Profile:
 
         if self.what in subjects.ON_A_CPU and self.device != "cpu":
             raise InputError(f"--device {self.device}: {self.what} trains on cpu so far")
+        if self.device != "cpu":
+            import torch
+
+            torch.cuda.set_device(self.device)  # what waits, waits for the current device
         asked = subjects.Asked(self.model, self.device, self.batch)
         work = subjects.warmed(self.what, asked).work
         if self.tool == "none":
@@ -70,7 +79,7 @@ class Profile:
 
         from echogen.bench.profile import trace
 
-        result = trace.run(work, self.out, self.what, self.device.partition(":")[0])
+        result = trace.run(work, self.out, self.what, self.device)
         write(self.out / f"{self.what}.json", dumps(result, indent=2).encode())
         show(
             f"{self.what}: {result['wall_ms']:.2f} ms on {result['device']}",
@@ -98,6 +107,8 @@ class Profile:
         work += ["--model", self.model, "--device", self.device, "--batch", str(self.batch)]
         out = self.out / self.what
         line = nsight.command(self.tool, work, out, self.within)
+        if find_spec("nvtx") is None:
+            warn("nvtx is not installed; the report will hold no ranges")
         print(f"ECHOGEN_NVTX=1 {shlex.join(line)}", flush=True)
         if self.dry_run:
             return

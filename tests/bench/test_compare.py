@@ -46,6 +46,8 @@ def test_cases_of_one_run_alone_and_refused_rows_are_left_out():
     assert [c.case for c in compare.compare(before, after, "eager")] == [
         "swiglu tiny float32 forward"
     ]
+    assert compare.missing(before, after, "eager") == []
+    assert compare.missing(after, before, "eager") == ["swiglu tiny float32 backward"]
     with pytest.raises(CompareError, match="no case in common with echogen and liger"):
         compare.compare(before, after, "liger")
 

@@ -46,6 +46,15 @@ def test_ceilings_of_a_cpu():
     assert all(rate > 1e8 for rate in found.to_dict().values())
 
 
+def test_no_floor_is_above_the_time_where_prompts_are_shared(monkeypatch):
+    """Equal prompts of a batch are run once, and are counted once."""
+    monkeypatch.setattr(limits, "REPEATS", 3)
+    ceiling = measure(torch.device("cpu"), torch.float32)
+    rows = limits._phases("generate", limits.Asked("tiny", "cpu", 8), ceiling)
+    shares = [r["percent_of_floor"] for r in rows if r["percent_of_floor"] is not None]
+    assert len(shares) >= 2 and all(share < 100 for share in shares)
+
+
 def test_run(monkeypatch, tmp_path):
     monkeypatch.setattr(limits, "_sizes", lambda device: {"tiny": ["swiglu", "linear_logprob"]})
     monkeypatch.setattr(limits, "REPEATS", 1)
@@ -61,6 +70,7 @@ def test_run(monkeypatch, tmp_path):
     assert 1 <= step["count"] <= 63 and step["bytes"] > 0
     assert 0 < step["floor_ms"] < step["ms"] and step["percent_of_floor"] < 100
     assert by["generate", "engine/vq/decode"]["floor_ms"] is None
+    assert by["generate", "engine/prefill/run"]["percent_of_floor"] < 100
     assert by["ground", "engine/ground/step"]["percent_of_floor"] > 0
     for title, headings, rows in limits.tables(result):
         assert title and all(len(row) == len(headings) for row in rows)

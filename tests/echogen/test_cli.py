@@ -360,6 +360,7 @@ def test_profile_for_other_profilers(run, model, tmp_path):
         (["--out", "x", "--within", "step"], ["--within step", "ncu"]),
         (["--out", "x", "--dry-run"], ["--dry-run", "--tool torch"]),
         (["--out", "x", "--batch", "0"], ["--batch 0"]),
+        (["--out", "x", "--tool", "ncu"], ["--tool ncu", "--device cuda"]),
         (["--out", "x", "--device", "tpu"], ["--device tpu"]),
     ],
 )

@@ -1,0 +1,426 @@
+"""The quality experiments: cells run once, after what they need, and tables say what cells found."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from echogen.bench.quality import cells as declared
+from echogen.bench.quality import pictures, report, run, score
+from echogen.bench.quality.cells import COMPARED, FRESH, ROWS, START, cells
+from echogen.bench.quality.lab import Lab
+from echogen.bench.quality.records import QualityError, read_record, write_record
+from echogen.bench.quality.run import held, run_all, run_cell
+from echogen.bench.quality.stages import OneTaskStage, build
+from echogen.cli import main
+from echogen.engine.engine import Engine
+from echogen.engine.sampler import Sampling
+from echogen.train import cycle_rl, loop, world
+from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, Recipe, VQConfig
+from echogen.train.eval.tables import layouts_of
+from echogen.train.pmtp import PMTPStage
+from echogen.train.vq import build_vq
+
+LOOP = LoopConfig(
+    steps=4, lr=2e-3, warmup=2, log_every=1, eval_every=4, save_every=2, threads=1, bf16=False
+)
+PMTP = PMTPConfig(loop=LOOP, width=32, layers=2, heads=2, mlp_width=64, bins=17, scenes=24, batch=3)
+RECIPE = Recipe(
+    name="small",
+    vq=VQConfig(loop=LOOP, codes=32, latent=32, multipliers=(1, 1, 1, 1)),
+    pmtp=PMTP,
+    djo=DJOConfig(loop=LOOP, scenes=24, batch=3),
+    cycle_rl=CycleRLConfig(
+        loop=replace(LOOP, lr=1e-4), scenes=24, batch=2, group=2, gate_scenes=2, gate_group=2
+    ),
+)
+TWO, THREE = "ablation-stage2-seed0", "ablation-stage3-seed0"
+SCALE = 0.005
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with a stage-1 run of the smallest size, its cache, and few scenes and settings."""
+    folder = tmp_path_factory.mktemp("quality")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECHOGEN_CACHE", str(folder / "cache"))
+        patch.setattr(world, "VAL_SAMPLES", 4)
+        patch.setattr(cycle_rl, "VAL_LAYOUTS", 4)
+        patch.setattr(score, "GRID", (Sampling(0.5, 1.0), Sampling(1.0, 2.0)))
+        loop.run(PMTPStage(PMTP, build_vq(RECIPE.vq, PMTP.width)), LOOP, folder / "start")
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def finished(small: Path) -> tuple[Lab, list[str]]:
+    """Stages 1, 2 and 3 of one seed, finished, and what was told on the way."""
+    told: list[str] = []
+    lab = make_lab(small, small / "finished", told)
+    assert run_all(lab, [lab.find(THREE)]) == {}
+    assert run_all(lab, [lab.find("ablation-stage1-seed0")]) == {}
+    return lab, told
+
+
+def make_lab(small: Path, folder: Path, told: list[str] | None = None) -> Lab:
+    told = [] if told is None else told
+    return Lab(RECIPE, folder / "results", folder / "models", (0,), str(small / "start"),
+               scale=SCALE, tell=told.append)  # fmt: skip
+
+
+@pytest.fixture
+def copied(small: Path, finished: tuple[Lab, list[str]], tmp_path: Path) -> Lab:
+    """The finished cells, to be spoilt."""
+    shutil.copytree(small / "finished", tmp_path / "copy")
+    return make_lab(small, tmp_path / "copy")
+
+
+# --- what there is --------------------------------------------------------------------------------
+
+
+def test_cells_come_in_the_order_of_the_tables_and_after_what_they_begin_with():
+    known = cells(range(3))
+    order = list(known)
+    tables = list(dict.fromkeys(c.table for c in known.values()))
+    assert tables == list(ROWS) == ["ablation", "mask", "synergy", "rl-data"]
+    for cell in known.values():
+        assert cell.start in (START, FRESH, *known)
+        assert all(order.index(need) < order.index(cell.name) for need in cell.needs)
+        assert not (cell.budget and "loop" in cell.changes)
+    stems = {c.stem for c in known.values()}
+    assert stems == {stem for row in ROWS.values() for stem in row}
+    assert all(set(pair) <= set(ROWS[t]) for t, pairs in COMPARED.items() for pair in pairs)
+
+
+def test_the_arms_of_one_seed_differ_in_what_they_are_named_for_only():
+    known = cells([2])
+    two, control = (
+        declared.settings(known[f"ablation-{arm}-seed2"], RECIPE) for arm in ("stage2", "samples")
+    )
+    assert replace(two, loop_weight=0.0) == control and two.loop.seed == 2
+    isolated = declared.settings(known["mask-isolated-seed2"], RECIPE)
+    assert replace(isolated, mask="shared") == declared.settings(known["mask-shared-seed2"], RECIPE)
+    assert isolated == declared.settings(known["synergy-i2l-seed2"], RECIPE)
+    assert declared.samples(two) == (900 * 3, 0)
+    rl = declared.settings(known["ablation-stage3-seed2"], RECIPE)
+    assert declared.samples(rl) == (0, 240 * 2 * 2) and not rl.force
+
+
+def test_one_task_alone_learns_from_what_it_has_in_company(small):
+    vq = Engine.from_pretrained(small / "start" / "model").vq
+    both = PMTPStage(PMTP, vq).loss(3)[1]
+    drawing = OneTaskStage(PMTP, vq, "l2i").loss(3)[1]
+    grounding = OneTaskStage(PMTP, vq, "i2l").loss(3)[1]
+    assert drawing == pytest.approx({"loss": both["l2i"], "l2i": both["l2i"], "i2l": 0}, abs=1e-5)
+    assert grounding == pytest.approx({"loss": both["i2l"], "l2i": 0, "i2l": both["i2l"]}, abs=1e-5)
+    with pytest.raises(ValueError, match="isolated"):
+        OneTaskStage(replace(PMTP, mask="shared"), vq, "l2i")
+
+
+def test_stage_1_continued_has_the_batches_of_stage_2_and_no_loop(small):
+    known, numbers = cells([0]), {}
+    for arm in ("stage2", "samples"):
+        cell = known[f"ablation-{arm}-seed0"]
+        config = declared.settings(cell, RECIPE, SCALE)
+        numbers[arm] = build(cell, config, small / "start")[0].loss(1)[1]
+    assert "loop" not in numbers["samples"] and numbers["stage2"]["loop"] > 0
+    assert numbers["samples"]["l2i"] == pytest.approx(numbers["stage2"]["l2i"], rel=1e-5)
+    parts = numbers["samples"]["l2i"] + numbers["samples"]["i2l"]
+    assert numbers["samples"]["loss"] == pytest.approx(parts, rel=1e-6)
+
+
+# --- running --------------------------------------------------------------------------------------
+
+
+def test_a_cell_runs_after_its_parent_and_says_everything(finished):
+    lab, told = finished
+    two, three = (read_record(lab.results, name) for name in (TWO, THREE))
+    assert two is not None and three is not None
+    assert [line.split(":")[0] for line in told if "steps of" in line] == [TWO, THREE]
+    assert three["start"] == {"cell": TWO, "fingerprint": two["model"], "stages": ["pmtp", "djo"]}
+    assert two["steps"] == 4 and two["samples"] == 12 and three["drawn"] == 2 * 2 * 2
+    assert 0 < two["cpu_seconds"] and 0 < two["seconds"] and two["environment"]["cpus"]
+    assert [c["step"] for c in two["checkpoint"]["of"]] == [1, 2, 3, 4]
+    top = max(c["score"] for c in two["checkpoint"]["of"])
+    chosen = next(c for c in two["checkpoint"]["of"] if c["step"] == two["checkpoint"]["step"])
+    assert chosen["score"] == top and two["checkpoint"]["by"] == "judge_iou"
+    found = two["evaluation"]
+    assert found["plain"]["sampling"] == {"temperature": 1.0, "cfg": 1.0}
+    best = max(found["validation"], key=lambda row: row["judge_iou"])
+    assert found["best"]["sampling"] == {k: best[k] for k in ("temperature", "cfg")}
+    assert found["plain"]["count"] == found["sizes"]["test"] == 4
+    assert 1 <= found["plain"]["diversity"]["distinct_codes"] <= 4
+    log = (lab.results / f"{TWO}.metrics.jsonl").read_text().splitlines()
+    assert [json.loads(x)["step"] for x in log if "loss" in json.loads(x)] == [1, 2, 3, 4]
+    left = {p.name for p in (lab.models / TWO / "run").iterdir()}
+    assert "metrics.jsonl" in left and not left & {"state.pt", "model", "best-4"}
+    assert Engine.from_pretrained(lab.models / TWO / "model").image_size == 64
+    one = read_record(lab.results, "ablation-stage1-seed0")
+    assert one is not None and one["model"] == two["start"]["fingerprint"] and one["steps"] == 0
+
+
+def test_what_is_done_is_not_done_again(finished, monkeypatch):
+    lab, told = finished
+    monkeypatch.setattr(run, "train", None)
+    before = {p: p.stat().st_mtime_ns for p in lab.results.iterdir()}
+    assert run_all(lab, [lab.find(TWO), lab.find(THREE)]) == {}
+    assert told[-2:] == [f"{TWO}: done already", f"{THREE}: done already"]
+    assert {p: p.stat().st_mtime_ns for p in lab.results.iterdir()} == before
+
+
+def test_a_stop_between_and_within_cells_costs_nothing(small, finished, tmp_path, monkeypatch):
+    lab = make_lab(small, tmp_path)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_: object, **__: object) -> None:
+        raise Stop
+
+    inner = loop.save_state
+
+    def save_twice(path, state):
+        inner(path, state)
+        if state["step"] == 2:
+            raise Stop
+
+    monkeypatch.setattr(loop, "save_state", save_twice)
+    with pytest.raises(Stop):
+        run_cell(lab, lab.find(THREE))
+    assert not list(lab.results.glob("*"))
+    monkeypatch.setattr(loop, "save_state", inner)
+    monkeypatch.setattr(run.score, "measure", stop)
+    with pytest.raises(Stop):
+        run_cell(lab, lab.find(THREE))  # trained, not evaluated
+    assert not list(lab.results.glob("*"))
+    monkeypatch.undo()
+    steps = []
+    monkeypatch.setattr(run, "train", lambda s, c, f, resume: (steps.append(s.name),
+                                                               loop.run(s, c, f, resume)))  # fmt: skip
+    run_cell(lab, lab.find(THREE))
+    assert steps == ["cycle-rl"]
+    whole = finished[0]
+    for name in (TWO, THREE):
+        a, b = read_record(lab.results, name), read_record(whole.results, name)
+        assert a is not None and b is not None and a["model"] == b["model"]
+        for part in ("evaluation", "checkpoint", "before", "steps"):
+            assert a[part] == b[part], part
+
+
+def test_a_lost_model_is_trained_again_and_must_be_the_same(copied):
+    shutil.rmtree(copied.models / TWO)
+    (copied.results / f"{THREE}.json").unlink()
+    told: list[str] = []
+    copied.tell = told.append
+    run_cell(copied, copied.find(THREE), again=True)
+    assert any("its model is not in" in line for line in told)
+    assert read_record(copied.results, THREE)
+    record = read_record(copied.results, TWO)
+    assert record is not None
+    write_record(copied.results, record | {"model": "0123"}, None)
+    assert copied.state(copied.find(THREE))[1].endswith("→ 0123")
+    with pytest.raises(QualityError, match=r"is not that of its record \(0123\)"):
+        run_cell(copied, copied.find(THREE), again=True)
+
+
+def test_other_settings_are_refused_until_said_again(copied):
+    wider = replace(RECIPE, djo=replace(RECIPE.djo, tau_end=0.5))
+    copied.recipe = wider
+    failed = run_all(copied, [copied.find(TWO), copied.find(THREE)])
+    assert "settings.config.tau_end 0.3 → 0.5" in failed[TWO] and "--again" in failed[TWO]
+    assert failed[THREE] == f"{THREE}: needs {TWO}"
+    run_cell(copied, copied.find(TWO), again=True)
+    assert copied.state(copied.find(TWO)) == ("done", "")
+    assert copied.state(copied.find(THREE))[0] == "changed"  # it began with what is gone
+
+
+def test_seconds_become_steps(copied):
+    cell = copied.find("ablation-seconds3-seed0")
+    assert copied.steps(cell) is None and copied.state(cell) == ("missing", "")
+    for name, spent in (("samples", 2.0), ("stage2", 5.0), ("stage3", 3.5)):
+        made = hand_made(f"ablation-{name}-seed0", 0.5) | {"cpu_seconds": spent, "steps": 4}
+        write_record(copied.results, made, None)
+    assert copied.steps(cell) == 17  # 8.5 s at half a second a step
+    assert copied.config(cell).loop.steps == 17
+    assert copied.steps(copied.find("ablation-seconds2-seed0")) == 10
+
+
+def test_layouts_of_a_language_model_have_to_be_given(copied, tmp_path):
+    cell = copied.find("rl-data-llm-seed0")
+    assert copied.state(cell) == ("blocked", "needs --llm-layouts FILE")
+    assert run_all(copied, [cell]) == {}
+    copied.llm_layouts = tmp_path / "llm.jsonl"
+    copied.llm_layouts.write_text('{"caption": "a", "objects": []}\n')
+    assert copied.state(cell)[0] == "missing" and copied.config(cell).layouts.endswith("llm.jsonl")
+    public = copied.settings(cell)["config"]["layouts"]
+    assert public.startswith("file ") and str(tmp_path) not in public
+
+
+def test_one_process_at_a_time(copied):
+    cell = copied.find(TWO)
+    with held(copied, cell), pytest.raises(QualityError, match="another process"):
+        run_cell(copied, cell, again=True)
+
+
+def test_diversity(small):
+    engine = Engine.from_pretrained(small / "start" / "model")
+    layouts = layouts_of(score.load_scenes("test", 4), 0)
+    same = score.diversity(engine, layouts, 3, 0, Sampling(temperature=0.0))
+    assert same["distinct_codes"] == 1 and same["pixel_distance"] == pytest.approx(0, abs=1e-6)
+    varied = score.diversity(engine, layouts, 3, 0, score.PLAIN)
+    assert 1 < varied["distinct_codes"] <= 3 and 0 < varied["pixel_distance"] < 1
+
+
+# --- the report -----------------------------------------------------------------------------------
+
+
+def hand_made(name: str, ap: float, task: str = "both", start: str = "s") -> dict:
+    """A record whose every measure is ``ap``, and at the best setting a tenth more."""
+
+    def tables(value: float) -> dict:
+        parts: dict[str, dict] = {"l2i": {}, "i2l": {}, "cycle": {}, "diversity": {}}
+        for (part, key), _ in report.MEASURES.values():
+            parts[part][key] = value
+        ceiling = dict.fromkeys(parts["l2i"], 0.9)
+        return parts | {"judge_ceiling": 0.99, "vq_ceiling": ceiling,
+                        "sampling": {"temperature": 0.5, "cfg": 1.5}}  # fmt: skip
+
+    cell = cells(range(3))[name]
+    return {
+        "cell": name, "arm": cell.arm, "seed": cell.seed, "stage": cell.stage, "scale": 1.0,
+        "settings": {"recipe": "tiny", "task": task, "evaluation": {"test": 400}},
+        "start": {"cell": cell.parent, "fingerprint": start, "stages": []}, "model": "m" + name,
+        "steps": 900, "samples": 28800, "drawn": 0, "seconds": 1000.0, "cpu_seconds": 900.0,
+        "checkpoint": {"step": 900}, "before": {},
+        "evaluation": {"plain": tables(ap), "best": tables(ap + 0.1)},
+        "environment": {"commit": "0123456789abcdef"},
+    }  # fmt: skip
+
+
+def test_means_errors_and_differences_are_the_known_ones(tmp_path):
+    for stem, values in {
+        "ablation-stage1": (0.30, 0.40, 0.50),
+        "ablation-stage2": (0.42, 0.50, 0.61),
+        "ablation-samples": (0.25,),
+        "synergy-l2i": (0.5, 0.7),
+    }.items():
+        for seed, value in enumerate(values):
+            task = "l2i" if stem == "synergy-l2i" else "both"
+            write_record(tmp_path, hand_made(f"{stem}-seed{seed}", value, task), None)
+    tables = report.make(tmp_path, range(3))
+    rows = {row["stem"]: row for row in tables["ablation"]["rows"]}
+    ap = rows["ablation-stage1"]["measures"]["plain"]["AP"]
+    assert ap["mean"] == pytest.approx(0.4)
+    assert ap["stderr"] == pytest.approx(0.1 / 3**0.5)  # deviation 0.1 with n − 1
+    assert rows["ablation-stage1"]["measures"]["best"]["AP"]["mean"] == pytest.approx(0.5)
+    assert rows["ablation-samples"]["measures"]["plain"]["AP"]["stderr"] is None
+    gain, alone, *_ = tables["ablation"]["differences"]
+    assert gain["what"] == "+ stage 2 − stage 1" and gain["seeds"] == [0, 1, 2]
+    paired = gain["measures"]["plain"]["AP"]
+    assert paired["values"] == pytest.approx([0.12, 0.10, 0.11])
+    assert paired["stderr"] == pytest.approx(0.01 / 3**0.5)
+    assert alone["seeds"] == [0]
+    assert "ablation-stage3-seed0" in tables["ablation"]["missing"]
+    assert len(tables["mask"]["missing"]) == 6
+    text = report.markdown(tables)
+    assert "| stage 1 | 0, 1, 2 | 0.400 ± 0.058 |" in text
+    assert "| stage 1, samples of + stage 2 | 0 | 0.250 (one seed) |" in text
+    assert "+ stage 2 − stage 1 | 0, 1, 2 | +0.110 ± 0.006 |" in text
+    assert "the judge on the true pictures reads 0.990 ± 0.000" in text
+    assert "Missing: ablation-stage3-seed0" in text and "012345678" in text
+    assert "| 900 | 28800 | 0 | 1000 | 900 |" in text
+    assert "share one model of stage 1" in text
+    alone_row = next(r for r in tables["synergy"]["rows"] if r["stem"] == "synergy-l2i")
+    assert alone_row["measures"]["plain"]["mAcc"]["mean"] is None
+    assert alone_row["measures"]["plain"]["AP"]["mean"] == pytest.approx(0.6)
+
+
+def test_cells_that_do_not_belong_together_are_named(tmp_path):
+    write_record(tmp_path, hand_made(TWO, 0.5), None)
+    other = hand_made(THREE, 0.6, start="another")
+    write_record(tmp_path, other | {"scale": 0.1}, None)
+    notes = report.make(tmp_path, [0])["ablation"]["notes"]
+    assert any("several scales: 0.1, 1.0" in note for note in notes)
+    assert any("scaled down" in note for note in notes)
+    assert f"{THREE} began with another model than {TWO} is now" in notes
+
+
+def test_plots_and_contact_sheet(finished, tmp_path):
+    pytest.importorskip("matplotlib")
+    lab = finished[0]
+    tables = report.make(lab.results, [0])
+    assert pictures.plot("mask", tables["mask"], tmp_path) is None
+    drawn = pictures.plot("ablation", tables["ablation"], tmp_path)
+    assert drawn is not None and Image.open(drawn).size[0] > 400
+    assert pictures.contact_sheet(lab, tmp_path / "sheet.png") is None
+    sheet = torch.tensor(list(Image.open(tmp_path / "sheet.png").convert("L").tobytes()))
+    assert sheet.float().std() > 10
+    lab = replace(lab, models=tmp_path)
+    why = pictures.contact_sheet(lab, tmp_path / "none.png")
+    assert why is not None and "ablation-stage2" in why
+
+
+# --- the command ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(
+    small: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[int, str, str]]:
+    """``command("--list", …)``: exit code, stdout and stderr of the command, on the small recipe."""
+    monkeypatch.setattr("echogen.train.recipes.RECIPES", {"small": lambda: RECIPE})
+
+    def call(*argv: object) -> tuple[int, str, str]:
+        capfd.readouterr()
+        words = ["bench", "quality", "--recipe", "small", "--seeds", 1, "--start", small / "start"]
+        code = main([str(a) for a in [*words, *argv]])
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (("--cell", "ablation-stage9-seed0"), "--cell ablation-stage9-seed0: unknown; --list"),
+        (("--cell", "ablation-stage2-seed1"), "--cell ablation-stage2-seed1: unknown"),
+        (("--table", "depth"), "--table depth: unknown; choose ablation, mask, synergy, rl-data"),
+        (("--scale", "0.01"), "--scale 0.01: name another --out"),
+        (("--scale", "2", "--out", "x"), "--scale 2.0: it must be above 0 and at most 1"),
+        (("--seeds", "0"), "--seeds 0"),
+        (("--recipe", "huge"), "--recipe huge: unknown; choose small"),
+        (("--again",), "--again: name what to run anew"),
+        (("--list", "--report"), "choose one"),
+        (("--llm-layouts", "no.jsonl"), "--llm-layouts no.jsonl: no such file"),
+    ],
+)
+def test_bad_names_and_numbers_are_refused(command, argv, words):
+    code, out, err = command(*argv)
+    assert code == 2 and not out and words in err and len(err.splitlines()) == 1
+
+
+def test_list_report_and_run(command, finished, tmp_path):
+    shutil.copytree(finished[0].results, tmp_path / "results")
+    shutil.copytree(finished[0].models, tmp_path / "models")
+    where = ("--out", tmp_path / "results", "--models", tmp_path / "models", "--scale", SCALE)
+    code, out, err = command("--list", "--json", *where)
+    states = {name: s["state"] for name, s in json.loads(out.splitlines()[-1])["cells"].items()}
+    assert code == 0, err
+    assert states[TWO] == states[THREE] == "done" and states["mask-shared-seed0"] == "missing"
+    assert states["rl-data-llm-seed0"] == "blocked"
+    code, out, err = command("--cell", TWO, "--json", *where)
+    assert code == 0 and json.loads(out.splitlines()[-1])["cells"] == {TWO: "done"}
+    code, out, err = command("--report", *where)
+    assert code == 0 and "# Quality experiments" in out and "(one seed)" in out
+    written = {p.name for p in (tmp_path / "results").iterdir()}
+    assert written >= {"README.md", "tables.json", "contact_sheet.png"}
+    assert json.loads((tmp_path / "results" / "tables.json").read_text())["ablation"]["missing"]
+    (tmp_path / "results" / f"{TWO}.json").write_text("{")
+    code, out, err = command("--report", *where)
+    assert code == 2 and "not valid JSON" in err
