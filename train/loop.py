@@ -168,15 +168,16 @@ def _steps(
             metrics.write(**row, seconds_per_step=round(seconds, 4))
             if not console.is_terminal:
                 console.print(f"{stage.name} {row} {seconds:.3f} s/step", soft_wrap=True)
-        # Saved first: a failing evaluation costs no training.
-        if done % config.save_every == 0 or last:
-            with span(f"train/{stage.name}/checkpoint", step=step):
-                save_state(state_path, _state(stage, optimizers, done))
         if done % config.eval_every == 0 or last:
             with span(f"train/{stage.name}/evaluate", step=step):
                 values = _rounded(stage.evaluate())
             metrics.write(step=done, **{f"val_{k}": v for k, v in values.items()})
             console.print(f"{stage.name} step {done} validation {values}", soft_wrap=True)
+        # Saved last: a state says that everything up to its step is done, the evaluation too. A run
+        # killed while it evaluates repeats some steps, but leaves no hole in its metrics.
+        if done % config.save_every == 0 or last:
+            with span(f"train/{stage.name}/checkpoint", step=step):
+                save_state(state_path, _state(stage, optimizers, done))
 
 
 def update(

@@ -26,12 +26,15 @@ class Toy:
 
     name = "toy"
 
-    def __init__(self, config: LoopConfig, break_at: int = -1, nan_at: int = -1) -> None:
+    def __init__(
+        self, config: LoopConfig, break_at: int = -1, nan_at: int = -1, break_evaluation: int = 0
+    ) -> None:
         torch.manual_seed(0)
         self.config = ToyConfig(config)
         self.module = nn.Sequential()
         self.module.blocks = nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 1)])
-        self.break_at, self.nan_at = break_at, nan_at
+        self.break_at, self.nan_at, self.break_evaluation = break_at, nan_at, break_evaluation
+        self.evaluations = 0
         self.exported: list[Path] = []
         self.begun = 0
 
@@ -53,6 +56,9 @@ class Toy:
         pass
 
     def evaluate(self) -> dict[str, float]:
+        self.evaluations += 1
+        if self.evaluations == self.break_evaluation:
+            raise KeyboardInterrupt
         return {"weight": float(self.module.blocks[0].weight.detach().sum())}
 
     def export(self, folder: Path) -> None:
@@ -80,6 +86,20 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, break_at: i
     assert resumed.exported == [tmp_path / "broken" / "model"]
     assert resumed.begun == (break_at < CONFIG.save_every)  # before the first step, and only there
     assert rows(tmp_path / "broken")[0] == {"step": 0, "found": 0.25}
+
+
+@pytest.mark.parametrize("save_every", [3, 4, 5])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_a_run_killed_while_it_evaluates_loses_no_validation(
+    tmp_path: Path, number: int, save_every: int
+) -> None:
+    config = replace(CONFIG, save_every=save_every)
+    run(Toy(config), config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(Toy(config, break_evaluation=number), config, tmp_path / "broken")
+    run(Toy(config), config, tmp_path / "broken", resume=True)
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+    assert [r["step"] for r in rows(tmp_path / "broken") if "val_weight" in r] == [4, 8, 12]
 
 
 def test_a_nan_loss_stops_and_leaves_the_last_state(tmp_path: Path) -> None:
