@@ -88,6 +88,10 @@ done
 gpu roofline 120 "$PYTHON" -m echogen bench roofline --device cuda --out "$OUT/roofline" --json
 gpu cycle 120 "$PYTHON" -m echogen cycle --layout examples/overlap.json --out "$OUT/cycle" \
   --device cuda --json
+for model in tiny random:100m; do
+  gpu "engine_${model//:/_}" 120 "$PYTHON" -m echogen bench engine --model "$model" --device cuda --json
+done
+echo "== train: skipped, the training stages run on a CPU so far"
 for what in generate cycle; do
   gpu "profile_$what" 60 "$PYTHON" -m echogen profile "$what" --tool torch --device cuda \
     --out "$OUT/profile" --json

@@ -57,6 +57,10 @@ class JanusPort:
             generation_kwargs={"boi_token_id": begin_image},
         )
 
+    def to(self, device: str) -> None:
+        """Move the model."""
+        self._port.to(device)
+
     @torch.inference_mode()
     def generate(self, prompts: Tensor, cfg: float, cache: CacheKind) -> Tensor:
         """Greedy codes int64 [N, T] of prompts int64 [N, L] that end in begin-of-image.

@@ -37,8 +37,9 @@ def run(
     cfg: float = 5.0,
     seed: int = 0,
     progress: Progress | None = None,
+    device: str = "cpu",
 ) -> dict[str, Any]:
-    """Time greedy drawing with guidance in float32 on the CPU; JSON-ready.
+    """Time greedy drawing with guidance in float32; JSON-ready.
 
     Args:
         model: what ``Engine.from_pretrained`` takes, or a random model (``models.RANDOM``).
@@ -48,6 +49,7 @@ def run(
         cfg: guidance scale; the port's loop only runs above 1.
         seed: of a random model's weights and prompts.
         progress: called with (repeats done, repeats in all).
+        device: "cpu" or "cuda".
 
     Returns:
         ``results``, one object a provider (times of one batch of images, medians and quantiles
@@ -65,7 +67,7 @@ def run(
         raise ValueError(f"peer = {peer!r}; choose 'transformers' or 'none'")
     if peer == PORT and not cfg > 1:
         raise ValueError(f"cfg = {cfg}; the port draws only with guidance, above 1")
-    subject = load(model, batch, seed, with_port=peer == PORT)
+    subject = load(model, batch, seed, with_port=peer == PORT).to(device)
     threads_before = torch.get_num_threads()
     try:
         found = _compare(subject, cfg, repeats, progress)
@@ -74,7 +76,7 @@ def run(
     parameters = sum(p.numel() for p in subject.transformer.parameters())
     asked = {"model": model, "parameters": parameters, "dtype": "float32"}
     asked |= {"batch": batch, "cfg": cfg, "repeats": repeats, "seed": seed}
-    return asked | environment() | found
+    return asked | environment(device) | found
 
 
 def _compare(
@@ -85,7 +87,8 @@ def _compare(
     for name, variants in draws.items():
         for draw in variants:
             _check(name, draw(), wanted)
-    best = {name: _best(variants) for name, variants in draws.items()}
+    cores = 1 if subject.prompts.is_cuda else os.cpu_count() or 1
+    best = {name: _best(variants, cores) for name, variants in draws.items()}
 
     def at_best(name: str) -> None:
         draw, threads = best[name]
@@ -129,14 +132,23 @@ def _contestants(subject: Subject, cfg: float) -> tuple[dict[str, list[Draw]], f
 
     def ours() -> Tensor:
         sampling = Sampling(temperature=0, cfg=cfg)
-        sampler = Sampler(sampling, 0, torch.arange(images), c.codebook_size, c.image_tokens)
+        draws = torch.arange(images, device=s.prompts.device)
+        sampler = Sampler(sampling, 0, draws, c.codebook_size, c.image_tokens)
         return decode_image(holder[0], s.code_table, prompts, sampler, s.pad)
 
     draws: dict[str, list[Draw]] = {OURS: [ours]}
     if s.port is not None:
         kinds = get_args(CacheKind)
         draws[PORT] = [partial(s.port.generate, s.prompts, cfg, kind) for kind in kinds]
+    if s.prompts.is_cuda:
+        draws = {name: [partial(_waited, draw) for draw in each] for name, each in draws.items()}
     return draws, spent
+
+
+def _waited(draw: Draw) -> Tensor:
+    codes = draw()
+    torch.cuda.synchronize()
+    return codes
 
 
 def _check(name: str, codes: Tensor, wanted: Tensor) -> None:
@@ -152,10 +164,10 @@ def _check(name: str, codes: Tensor, wanted: Tensor) -> None:
         )
 
 
-def _best(variants: list[Draw], probes: int = 2) -> tuple[Draw, int]:
+def _best(variants: list[Draw], cores: int, probes: int = 2) -> tuple[Draw, int]:
     """The fastest variant and thread count: the best of a few probes, after one to warm up."""
     scores: dict[tuple[int, int], float] = {}
-    for threads in range(1, (os.cpu_count() or 1) + 1):
+    for threads in range(1, cores + 1):
         torch.set_num_threads(threads)
         for i, draw in enumerate(variants):
             draw()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -109,6 +109,17 @@ class Subject:
     bos: int
     pad: int
     begin_image: int
+
+    def to(self, device: str) -> Subject:
+        """The same on another device; the port moves with it."""
+        if self.port is not None:
+            self.port.to(device)
+        return replace(
+            self,
+            transformer=self.transformer.to(device),
+            code_table=self.code_table.to(device),
+            prompts=self.prompts.to(device),
+        )
 
 
 def load(name: str, batch: int, seed: int, with_port: bool) -> Subject:

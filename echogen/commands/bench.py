@@ -56,6 +56,8 @@ class BenchEngine:
     """Where mode jacobi takes a first guess from (may be repeated); above if left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights, in mode jacobi (mode peer is float32)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where mode peer runs."""
     seed: int = 0
     """Of the noise."""
     json: Json = False
@@ -90,18 +92,21 @@ class BenchEngine:
 
         from echogen.bench.speed import engine as speed
 
+        device = usual_device(self.device)
         cfg = 5.0 if self.cfg is None else self.cfg
         if self.peer == "transformers" and not cfg > 1:
             raise InputError(f"--cfg {cfg}: the port draws only with guidance, above 1")
         with progress("timing") as update:
             result = speed.run(
-                self.model, self.peer, self.repeats, self.batch, cfg, self.seed, update
+                self.model, self.peer, self.repeats, self.batch, cfg, self.seed, update, device
             )
         Console().print(speed.table(result))
         if self.json:
             print_json(result)
 
     def _jacobi(self) -> None:
+        if self.device != "cpu":
+            raise InputError(f"--device {self.device}: mode jacobi runs on cpu so far")
         if self.model.startswith("random:"):
             raise InputError(f"--model {self.model}: random weights accept nothing that means much")
         from echogen.bench.speed import jacobi, tables
