@@ -17,6 +17,7 @@ from echogen.engine.engine import Engine
 from echogen.train.data.samples import module_hash
 from echogen.train.data.scenes import load_scenes, render
 from echogen.train.eval.tables import layouts_of
+from echogen.train.start import model_folder
 
 PLOTTED = ("AP", "judge acc50", "mAcc")
 STAGES = ("ablation-stage1", "ablation-stage2", "ablation-stage3")
@@ -47,7 +48,7 @@ def plot(name: str, table: Table, folder: Path) -> Path | None:
         axes.set_title(measure)
     panels[0].set_yticks([j + 0.2 for j in range(len(rows))], [_label(row) for row in rows])
     panels[0].invert_yaxis()
-    panels[-1].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     path = folder / f"{name}.png"
     figure.savefig(path, dpi=120, metadata={"Software": None})
     return path
@@ -87,9 +88,9 @@ def _models(lab: Lab, seed: int) -> dict[str, Engine | None]:
         cell = cells([seed])[f"{stem}-seed{seed}"]
         record = read_record(lab.results, cell.name)
         folder = folder_of(lab, cell) / "model"
-        at: Path | str = lab.given(cell) if cell.stage == "none" else folder
-        there = record is not None and (cell.stage == "none" or folder.is_dir())
-        engine = Engine.from_pretrained(at) if there else None
+        folder = model_folder(lab.given(cell)) if cell.stage == "none" else folder
+        there = record is not None and folder.is_dir()
+        engine = Engine.from_pretrained(folder) if there else None
         if engine is not None and record is not None:
             same = module_hash(engine.transformer) == record["model"]
             engine = engine if same else None

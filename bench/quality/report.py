@@ -43,12 +43,13 @@ DIFFERING = ("AP", "AP50", "judge acc50", "mAcc")
 Table = dict[str, Any]
 READING = """\
 Mean ± standard error over seeds (standard deviation with n − 1, over √n); one seed has no standard
-error. AP and the colours', textures', shapes' and places' accuracies are the exact judge's on drawn
-test layouts, Acc and mAcc those of free-running grounding in true test images; fd_vq is a Fréchet
-distance of VQ features (lower is better); the gap is self-judged less independently judged IoU;
-codes of 4 (different codes at a place of four pictures of one layout) and pixel distance (mean
-absolute difference of two of them) say how varied pictures are. Checkpoints, T and CFG are chosen
-on validation scenes."""
+error, and is marked n = 1. AP and the accuracies of place, colour, texture and shape are the exact
+judge's on drawn test layouts; Acc and mAcc those of free-running grounding in true test images;
+fd_vq is a Fréchet distance of VQ features (lower is better); the gap is self-judged less
+independently judged IoU; codes of 4 (different codes at a place of four pictures of one layout) and
+pixel distance (mean absolute difference of two of them) say how varied pictures are. Checkpoints, T
+and CFG are chosen on validation scenes. Stage 1 continued is stage 2 without its loop: the same
+batches, schedule and optimizer. CPU seconds are those of the steps alone, on one thread."""
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
@@ -247,9 +248,8 @@ def shown(estimate: dict[str, Any], sign: bool = False) -> str:
     if estimate["mean"] is None:
         return "–"
     mean = f"{estimate['mean']:{'+' if sign else ''}.3f}"
-    return f"{mean} (one seed)" if estimate["stderr"] is None else (
-        f"{mean} ± {estimate['stderr']:.3f}"
-    )  # fmt: skip
+    error = estimate["stderr"]
+    return f"{mean} (n = 1)" if error is None else f"{mean} ± {error:.3f}"
 
 
 def _list(values: Sequence[object]) -> str:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import JanusVQVAE
 
@@ -104,8 +105,18 @@ class Watched:
         return self.stage.begin()
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+        self._catch_up(step)
         self._began = (time.perf_counter(), time.process_time())
         return self.stage.loss(step)
+
+    def _catch_up(self, done: int) -> None:
+        """Evaluate what a run that was stopped between a checkpoint and its evaluation has not."""
+        due = done and done % self.config.loop.eval_every == 0
+        if due and all(c["step"] != done for c in self.seen):
+            device = next(self.module.parameters()).device.type
+            with torch.autocast(device, enabled=False):  # the loop's, around ``loss``
+                self._step = done
+                self.evaluate()
 
     def after_step(self, step: int) -> None:
         """Called behind the optimizer: from ``loss`` to here is one step."""

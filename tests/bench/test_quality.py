@@ -1,4 +1,4 @@
-"""The quality experiments: cells run once, after what they need, and tables say what cells found."""
+"""The quality experiments: cells run once, after what they need; tables say what they found."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from echogen.bench.quality.cells import COMPARED, FRESH, ROWS, START, cells
 from echogen.bench.quality.lab import Lab
 from echogen.bench.quality.records import QualityError, read_record, write_record
 from echogen.bench.quality.run import held, run_all, run_cell
-from echogen.bench.quality.stages import OneTaskStage, build
+from echogen.bench.quality.stages import OneTaskStage, Watched, build
 from echogen.cli import main
 from echogen.engine.engine import Engine
 from echogen.engine.sampler import Sampling
 from echogen.train import cycle_rl, loop, world
 from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, Recipe, VQConfig
+from echogen.train.data import samples as data
+from echogen.train.data import scenes
 from echogen.train.eval.tables import layouts_of
 from echogen.train.pmtp import PMTPStage
 from echogen.train.vq import build_vq
@@ -51,9 +53,13 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("quality")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ECHOGEN_CACHE", str(folder / "cache"))
+        version = scenes.world_version()  # hashes three modules, 20 ms at every load
+        for module in (scenes, data):
+            patch.setattr(module, "world_version", lambda: version)
         patch.setattr(world, "VAL_SAMPLES", 4)
         patch.setattr(cycle_rl, "VAL_LAYOUTS", 4)
         patch.setattr(score, "GRID", (Sampling(0.5, 1.0), Sampling(1.0, 2.0)))
+        torch.manual_seed(0)  # of the image tokenizer
         loop.run(PMTPStage(PMTP, build_vq(RECIPE.vq, PMTP.width)), LOOP, folder / "start")
         yield folder
 
@@ -135,6 +141,48 @@ def test_stage_1_continued_has_the_batches_of_stage_2_and_no_loop(small):
     assert numbers["samples"]["loss"] == pytest.approx(parts, rel=1e-6)
 
 
+class Scripted:
+    """A stage of one weight whose validation scores are given."""
+
+    name, by = "scripted", "judge_iou"
+
+    def __init__(self, steps: int, scores: list[float]) -> None:
+        self.config = replace(RECIPE.djo, loop=replace(LOOP, steps=steps, eval_every=1))
+        self.module = torch.nn.Linear(1, 1)
+        self.scores = scores
+
+    def begin(self) -> dict[str, float]:
+        return {}
+
+    def loss(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        loss = self.module.weight.square().sum()
+        return loss, {"loss": float(loss.detach())}
+
+    def after_step(self, step: int) -> None:
+        self.done = step + 1
+
+    def evaluate(self) -> dict[str, float]:
+        return {"judge_iou": self.scores[self.done - 1], "ground_iou": -self.done}
+
+    def export(self, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "step").write_text(str(self.done))
+
+
+def test_the_best_checkpoint_on_validation_is_kept(tmp_path):
+    scores = [0.2, 0.5, 0.3, 0.5]
+    watched = Watched(Scripted(4, scores), tmp_path / "a", "both")
+    loop.run(watched, watched.config.loop, tmp_path / "a")
+    assert watched.chosen()["step"] == 2 and (watched.best / "step").read_text() == "2"
+    assert [c["score"] for c in watched.chosen()["of"]] == scores
+    assert [p.name for p in (tmp_path / "a").glob("best*")] == ["best-2"]
+    again = Watched(Scripted(4, scores), tmp_path / "a", "both")  # as a resumed run finds it
+    assert again.best == watched.best and again.seconds(4)["seconds"] > 0
+    grounding = Watched(Scripted(4, scores), tmp_path / "b", "i2l")
+    loop.run(grounding, grounding.config.loop, tmp_path / "b")
+    assert grounding.chosen()["step"] == 1 and grounding.by == "ground_iou"
+
+
 # --- running --------------------------------------------------------------------------------------
 
 
@@ -145,7 +193,7 @@ def test_a_cell_runs_after_its_parent_and_says_everything(finished):
     assert [line.split(":")[0] for line in told if "steps of" in line] == [TWO, THREE]
     assert three["start"] == {"cell": TWO, "fingerprint": two["model"], "stages": ["pmtp", "djo"]}
     assert two["steps"] == 4 and two["samples"] == 12 and three["drawn"] == 2 * 2 * 2
-    assert 0 < two["cpu_seconds"] and 0 < two["seconds"] and two["environment"]["cpus"]
+    assert two["cpu_seconds"] > 0 and two["seconds"] > 0 and two["environment"]["cpus"]
     assert [c["step"] for c in two["checkpoint"]["of"]] == [1, 2, 3, 4]
     top = max(c["score"] for c in two["checkpoint"]["of"])
     chosen = next(c for c in two["checkpoint"]["of"] if c["step"] == two["checkpoint"]["step"])
@@ -201,8 +249,12 @@ def test_a_stop_between_and_within_cells_costs_nothing(small, finished, tmp_path
     assert not list(lab.results.glob("*"))
     monkeypatch.undo()
     steps = []
-    monkeypatch.setattr(run, "train", lambda s, c, f, resume: (steps.append(s.name),
-                                                               loop.run(s, c, f, resume)))  # fmt: skip
+
+    def train(stage, config, folder, resume):
+        steps.append(stage.name)
+        loop.run(stage, config, folder, resume)
+
+    monkeypatch.setattr(run, "train", train)
     run_cell(lab, lab.find(THREE))
     assert steps == ["cycle-rl"]
     whole = finished[0]
@@ -230,10 +282,10 @@ def test_a_lost_model_is_trained_again_and_must_be_the_same(copied):
 
 
 def test_other_settings_are_refused_until_said_again(copied):
-    wider = replace(RECIPE, djo=replace(RECIPE.djo, tau_end=0.5))
+    wider = replace(RECIPE, djo=replace(RECIPE.djo, loop_weight=0.5))
     copied.recipe = wider
     failed = run_all(copied, [copied.find(TWO), copied.find(THREE)])
-    assert "settings.config.tau_end 0.3 → 0.5" in failed[TWO] and "--again" in failed[TWO]
+    assert "settings.config.loop_weight 1.0 → 0.5" in failed[TWO] and "--again" in failed[TWO]
     assert failed[THREE] == f"{THREE}: needs {TWO}"
     run_cell(copied, copied.find(TWO), again=True)
     assert copied.state(copied.find(TWO)) == ("done", "")
@@ -330,7 +382,7 @@ def test_means_errors_and_differences_are_the_known_ones(tmp_path):
     assert len(tables["mask"]["missing"]) == 6
     text = report.markdown(tables)
     assert "| stage 1 | 0, 1, 2 | 0.400 ± 0.058 |" in text
-    assert "| stage 1, samples of + stage 2 | 0 | 0.250 (one seed) |" in text
+    assert "| stage 1, samples of + stage 2 | 0 | 0.250 (n = 1) |" in text
     assert "+ stage 2 − stage 1 | 0, 1, 2 | +0.110 ± 0.006 |" in text
     assert "the judge on the true pictures reads 0.990 ± 0.000" in text
     assert "Missing: ablation-stage3-seed0" in text and "012345678" in text
@@ -373,7 +425,7 @@ def test_plots_and_contact_sheet(finished, tmp_path):
 def command(
     small: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., tuple[int, str, str]]:
-    """``command("--list", …)``: exit code, stdout and stderr of the command, on the small recipe."""
+    """``command("--list", …)``: exit code, stdout, stderr of the command on the small recipe."""
     monkeypatch.setattr("echogen.train.recipes.RECIPES", {"small": lambda: RECIPE})
 
     def call(*argv: object) -> tuple[int, str, str]:
@@ -417,7 +469,7 @@ def test_list_report_and_run(command, finished, tmp_path):
     code, out, err = command("--cell", TWO, "--json", *where)
     assert code == 0 and json.loads(out.splitlines()[-1])["cells"] == {TWO: "done"}
     code, out, err = command("--report", *where)
-    assert code == 0 and "# Quality experiments" in out and "(one seed)" in out
+    assert code == 0 and "# Quality experiments" in out and "(n = 1)" in out
     written = {p.name for p in (tmp_path / "results").iterdir()}
     assert written >= {"README.md", "tables.json", "contact_sheet.png"}
     assert json.loads((tmp_path / "results" / "tables.json").read_text())["ablation"]["missing"]
