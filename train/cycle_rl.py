@@ -72,6 +72,9 @@ class CycleRLStage(WorldStage):
     """
 
     name = "cycle-rl"
+    selects = (
+        "cycle_iou"  # the judge's: the reward itself goes on rising where the images get worse
+    )
 
     def __init__(self, config: CycleRLConfig, start: Start) -> None:
         locations(start.engine.prompts)

@@ -23,10 +23,16 @@ from echogen.engine.ranges import span
 from echogen.train.checkpoint import StateError, load_state, save_state
 from echogen.train.config import LoopConfig, to_json
 from echogen.train.optim import build_optimizers, schedule
+from echogen.train.selection import Best
+from echogen.train.start import note_chosen
 
 
 class Stage(Protocol):
-    """What a training stage adds to the loop: its batch → loss, its evaluation, its export."""
+    """What a training stage adds to the loop: its batch → loss, its evaluation, its export.
+
+    A stage may have ``selects``, the name of one of its validation numbers: then the weights with
+    the most of it are exported, and not the last ones.
+    """
 
     @property
     def name(self) -> str:
@@ -97,7 +103,11 @@ class MetricsFile:
             lines = path.read_text().splitlines()
             kept = [line for line in lines if json.loads(line)["step"] <= step]
         path.write_text("".join(line + "\n" for line in kept))
-        self._path = path
+        self._path, self._rows = path, [json.loads(line) for line in kept]
+
+    def column(self, name: str) -> list[float]:
+        """The values of a number in the lines kept, in their order."""
+        return [row[name] for row in self._rows if name in row]
 
     def write(self, **values: float | int | str) -> None:
         with open(self._path, "a") as file:
@@ -108,12 +118,14 @@ def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) ->
     """Train ``stage`` for ``config.steps`` steps, keeping everything under ``folder``.
 
     Writes ``state.pt`` (resumable), ``metrics.jsonl``, ``config.json`` and, at the end, the
-    exported model under ``model/``.
+    exported model under ``model/``. Where the stage selects (see `Stage`), also ``best.pt``, the
+    weights to export; which they are ends the metrics and stands in the model's record.
 
     Raises:
         TrainingError: the loss became NaN or infinite (the last state stays as it was), or the
             stage refuses to begin.
-        StateError: ``resume`` with a torn state or one of another configuration.
+        StateError: ``resume`` with a torn state, one of another configuration, or without the best
+            weights.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -126,14 +138,30 @@ def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) ->
     found = {} if start else _rounded(stage.begin())
     (folder / "config.json").write_text(json.dumps(to_json(stage.config), indent=2) + "\n")
     metrics = MetricsFile(folder / "metrics.jsonl", start)
+    best = _best(stage, folder, start, metrics)
     console = Console(stderr=True)
     if found:
         metrics.write(step=0, **found)
         console.print(f"{stage.name} before the first step {found}", soft_wrap=True)
     with _progress(console, stage.name, config.steps, start) as bar:
-        _steps(stage, config, optimizers, start, metrics, bar, state_path, console)
+        _steps(stage, config, optimizers, start, metrics, best, bar, state_path, console)
+    chosen = best.restore(stage.module) if best is not None else None
     stage.export(folder / "model")
-    console.print(f"{stage.name}: done; the model is in {folder / 'model'}")
+    which = ""
+    if chosen is not None:
+        which = f", of step {chosen['step']} ({chosen['by']} {chosen['value']:.6g})"
+        note_chosen(folder / "model", chosen)
+        if not metrics.column("chosen_step"):
+            value = {f"chosen_{chosen['by']}": chosen["value"]}
+            metrics.write(step=config.steps, chosen_step=chosen["step"], **value)
+    console.print(f"{stage.name}: done; the model{which} is in {folder / 'model'}")
+
+
+def _best(stage: Stage, folder: Path, start: int, metrics: MetricsFile) -> Best | None:
+    by = getattr(stage, "selects", None)
+    if by is None:
+        return None
+    return Best(folder / "best.pt", by, _identity(stage), start, metrics.column(f"val_{by}"))
 
 
 def _steps(
@@ -142,6 +170,7 @@ def _steps(
     optimizers: list[torch.optim.Optimizer],
     start: int,
     metrics: MetricsFile,
+    best: Best | None,
     bar: Progress,
     state_path: Path,
     console: Console,
@@ -171,6 +200,8 @@ def _steps(
         if done % config.eval_every == 0 or last:
             with span(f"train/{stage.name}/evaluate", step=step):
                 values = _rounded(stage.evaluate())
+            if best is not None:
+                best.offer(done, values[best.by], stage.module)
             metrics.write(step=done, **{f"val_{k}": v for k, v in values.items()})
             console.print(f"{stage.name} step {done} validation {values}", soft_wrap=True)
         # Saved last: a state says that everything up to its step is done, the evaluation too. A run
@@ -216,10 +247,13 @@ def update(
     return numbers, norm
 
 
+def _identity(stage: Stage) -> dict[str, Any]:
+    return {"stage": stage.name, "config": json.dumps(to_json(stage.config), sort_keys=True)}
+
+
 def _state(stage: Stage, optimizers: list[torch.optim.Optimizer], step: int) -> dict[str, Any]:
     return {
-        "stage": stage.name,
-        "config": json.dumps(to_json(stage.config), sort_keys=True),
+        **_identity(stage),
         "step": step,
         "module": stage.module.state_dict(),
         "optimizers": [o.state_dict() for o in optimizers],
@@ -228,8 +262,7 @@ def _state(stage: Stage, optimizers: list[torch.optim.Optimizer], step: int) -> 
 
 def _restore(stage: Stage, optimizers: list[torch.optim.Optimizer], path: Path) -> int:
     state = load_state(path)
-    config = json.dumps(to_json(stage.config), sort_keys=True)
-    if state["stage"] != stage.name or state["config"] != config:
+    if any(state[key] != value for key, value in _identity(stage).items()):
         raise StateError(
             f"{path}: written by another run ({state['stage']}, other settings); "
             "give the same recipe and options, or another --out"

@@ -1,7 +1,8 @@
 """What a stage begins with: the model that the stage before it left, and the record of how it came.
 
 A model folder written by a stage holds `stage.json`, which names the stages it went through, so
-that a stage can refuse a model it was not meant for.
+that a stage can refuse a model it was not meant for, and the step whose weights it holds where they
+were chosen on validation.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from echogen.engine.engine import Engine, resolve
 from echogen.engine.keymap import CheckpointError
@@ -89,6 +91,13 @@ def read_record(folder: Path) -> tuple[str, ...]:
 def write_record(folder: Path, stages: tuple[str, ...]) -> None:
     """Say in a model's folder which stages it went through."""
     (folder / RECORD).write_text(json.dumps({"stages": list(stages)}) + "\n")
+
+
+def note_chosen(folder: Path, chosen: dict[str, Any]) -> None:
+    """Add to a model's record, where it has one, which step of its run it is and by what."""
+    path = folder / RECORD
+    if path.is_file():
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chosen": chosen}) + "\n")
 
 
 def check_world(engine: Engine, path: str | Path, image_size: int) -> None:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from echogen.train.config import LoopConfig, Recipe
     from echogen.train.loop import Stage
 
-RUN_FILES = ("state.pt", "config.json", "metrics.jsonl", "model")
+RUN_FILES = ("state.pt", "best.pt", "config.json", "metrics.jsonl", "model")
 
 
 @dataclass(frozen=True)

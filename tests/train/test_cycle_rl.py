@@ -142,7 +142,8 @@ def test_a_run_resumes_exactly(tmp_path, rl_stage, settings) -> None:
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     steps = [r for r in rows(tmp_path / "whole") if "reward" in r]
     assert len(steps) == 6 and all(r["sampler_gap"] < 1e-5 for r in steps)
-    last = rows(tmp_path / "whole")[-1]
+    *_, last, chosen = rows(tmp_path / "whole")
+    assert (chosen["chosen_step"], chosen["chosen_cycle_iou"]) == (6, last["val_cycle_iou"])
     assert {"val_gap", "val_reward", "val_self_iou", "val_cycle_iou"} <= set(last)
     assert last["val_gap"] == pytest.approx(last["val_self_iou"] - last["val_cycle_iou"], abs=1e-4)
     assert load_start(tmp_path / "whole", "cycle-rl").stages == ("pmtp", "cycle-rl")

@@ -14,6 +14,7 @@ from echogen.train.checkpoint import StateError, load_state, save_state
 from echogen.train.config import LoopConfig
 from echogen.train.loop import TrainingError, run
 from echogen.train.optim import schedule
+from echogen.train.start import RECORD, read_record, write_record
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,26 @@ class Toy:
         self.exported.append(folder)
 
 
+class Selecting(Toy):
+    """Chooses its fifth step; from the ninth on its number is NaN."""
+
+    selects = "score"
+
+    def evaluate(self) -> dict[str, float]:
+        values = super().evaluate()
+        step = self.steps_done
+        return values | {"score": float(4 - abs(step - 5)) if step < 9 else float("nan")}
+
+    def after_step(self, step: int) -> None:
+        self.steps_done = step + 1
+
+    def export(self, folder: Path) -> None:
+        super().export(folder)
+        folder.mkdir(exist_ok=True)
+        torch.save(self.module.state_dict(), folder / "weights.pt")
+        write_record(folder, ("toy",))
+
+
 CONFIG = LoopConfig(
     steps=12, lr=1e-2, muon_lr=1e-2, warmup=2, log_every=1, eval_every=4, save_every=3, threads=1
 )
@@ -100,6 +121,65 @@ def test_a_run_killed_while_it_evaluates_loses_no_validation(
     run(Toy(config), config, tmp_path / "broken", resume=True)
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
     assert [r["step"] for r in rows(tmp_path / "broken") if "val_weight" in r] == [4, 8, 12]
+
+
+def test_the_best_validation_is_exported_and_said_to_be(tmp_path: Path) -> None:
+    config = replace(CONFIG, eval_every=1)
+    stopped, five = Selecting(config, break_at=5), replace(config, save_every=5)
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, five, tmp_path / "five")
+    run(Selecting(config), config, tmp_path / "whole")
+    exported = torch.load(tmp_path / "whole" / "model" / "weights.pt")
+    wanted = load_state(tmp_path / "five" / "state.pt")["module"]
+    last = load_state(tmp_path / "whole" / "state.pt")
+    assert last["step"] == 12
+    assert all(torch.equal(exported[k], wanted[k]) for k in wanted)
+    assert not all(torch.equal(exported[k], last["module"][k]) for k in wanted)
+    assert rows(tmp_path / "whole")[-1] == {"step": 12, "chosen_step": 5, "chosen_score": 4.0}
+    record = json.loads((tmp_path / "whole" / "model" / RECORD).read_text())
+    assert record == {"stages": ["toy"], "chosen": {"step": 5, "by": "score", "value": 4.0}}
+    assert read_record(tmp_path / "whole" / "model") == ("toy",)
+
+
+@pytest.mark.parametrize("break_at", [1, 4, 5, 8, 11])
+def test_the_choice_outlasts_an_interruption(tmp_path: Path, break_at: int) -> None:
+    config = replace(CONFIG, eval_every=1)
+    run(Selecting(config), config, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(Selecting(config, break_at=break_at), config, tmp_path / "broken")
+    run(Selecting(config), config, tmp_path / "broken", resume=True)
+    run(Selecting(config), config, tmp_path / "broken", resume=True)  # once more does no harm
+    # As text, since a NaN is not equal to itself.
+    assert str(rows(tmp_path / "broken")) == str(rows(tmp_path / "whole"))
+    a, b = (torch.load(tmp_path / f / "model" / "weights.pt") for f in ("whole", "broken"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_a_run_without_its_best_weights_does_not_choose_among_the_rest(tmp_path: Path) -> None:
+    config = replace(CONFIG, eval_every=1)
+    with pytest.raises(KeyboardInterrupt):
+        run(Selecting(config, break_at=8), config, tmp_path)
+    best = (tmp_path / "best.pt").read_bytes()
+    (tmp_path / "best.pt").unlink()
+    with pytest.raises(StateError, match=r"best\.pt: missing, .* validated 6 times up to step 6"):
+        run(Selecting(config), config, tmp_path, resume=True)
+    (tmp_path / "best.pt").write_bytes(best[:-500])
+    with pytest.raises(StateError, match=r"best\.pt.*no whole training state"):
+        run(Selecting(config), config, tmp_path, resume=True)
+    other = replace(config, lr=2e-2)
+    with pytest.raises(KeyboardInterrupt):
+        run(Selecting(other, break_at=8), other, tmp_path / "other")
+    (tmp_path / "best.pt").write_bytes((tmp_path / "other" / "best.pt").read_bytes())
+    with pytest.raises(StateError, match=r"best\.pt: written by another run"):
+        run(Selecting(config), config, tmp_path, resume=True)
+    run(Selecting(config), config, tmp_path)  # anew
+    assert rows(tmp_path)[-1]["chosen_step"] == 5
+
+
+def test_without_a_choice_the_last_weights_are_exported(tmp_path: Path) -> None:
+    run(Toy(CONFIG), CONFIG, tmp_path)
+    assert not (tmp_path / "best.pt").exists()
+    assert "val_weight" in rows(tmp_path)[-1]
 
 
 def test_a_nan_loss_stops_and_leaves_the_last_state(tmp_path: Path) -> None:
