@@ -183,7 +183,8 @@ class CycleRLConfig:
         updates: optimizer steps on one rollout.
         gate_scenes, gate_group: validation layouts, and images of each, on which the self-reward is
             held against the judge before the first step.
-        gate_bound: the least within-group rank correlation to begin with.
+        gate_bound: the least within-group rank correlation to begin with, over at least a quarter
+            of the layouts.
         force: begin below it all the same.
         loop: the step loop; ``save_every`` is a multiple of ``updates``.
         start: fingerprint of the model that the run began with; filled in by the stage.

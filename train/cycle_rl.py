@@ -9,6 +9,7 @@ needed, only texts and boxes.
 from __future__ import annotations
 
 import copy
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -234,18 +235,27 @@ class CycleRLStage(WorldStage):
 
         Raises:
             BeginRefused: they agree too little within a group, so that training would teach what
-                the grounder gets wrong.
+                the grounder gets wrong, or the judge tells too few groups apart to say.
         """
         c = self.config
         key = keys.noise_key(c.loop.seed, keys.RL_JUDGED)
         found = self_agreement(
             self.engine, c.gate_scenes, c.gate_group, c.sampling, key, c.w_iou, c.w_l1
         )
+        least = math.ceil(c.gate_scenes / 4)
+        if found.groups < least and not c.force:
+            raise BeginRefused(
+                f"the judge tells the images of {found.groups} of {found.of} validation layouts "
+                f"apart ({c.gate_group} images each), and {least} are needed to hold the "
+                f"self-reward against it. Train drawing further, raise gate_group, or begin all "
+                f"the same with --force"
+            )
         if not found.correlation >= c.gate_bound and not c.force:  # NaN is refused too
             raise BeginRefused(
                 f"within groups the self-reward's rank correlation with the judge is "
-                f"{found.correlation:.3f} ± {found.stderr:.3f} ({found.groups} of {found.of} "
-                f"groups of {c.gate_group} validation images tell), below {c.gate_bound}: it would "
+                f"{found.correlation:.3f} ± {found.stderr:.3f} (over the {found.groups} of "
+                f"{found.of} groups of {c.gate_group} validation images that the judge tells "
+                f"apart), below {c.gate_bound}: it would "
                 f"reinforce the grounder's mistakes. Train grounding further, or begin all the "
                 f"same with --force"
             )

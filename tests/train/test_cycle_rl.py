@@ -154,29 +154,57 @@ def test_a_reward_that_ranks_no_better_than_chance_is_refused(
 ) -> None:
     found = Agreement(0.16, 0.07, 41, 64)
     monkeypatch.setattr(cycle_rl, "self_agreement", lambda *_: found)
-    with pytest.raises(BeginRefused, match=r"0\.160 ± 0\.070 \(41 of 64 .* below 0\.3: .*--force"):
+    with pytest.raises(
+        BeginRefused, match=r"0\.160 ± 0\.070 \(over the 41 of 64 .* below 0\.3: .*--force"
+    ):
         run(rl_stage(), loop, tmp_path)
     assert not list(tmp_path.iterdir())
     assert rl_stage(force=True).begin()["rank_correlation"] == 0.16
     assert rl_stage(gate_bound=0.1).begin()["groups"] == 41
+
+
+def test_few_groups_do_not_speak_for_a_reward(rl_stage, monkeypatch) -> None:
+    def judged(reward: np.ndarray, judge: np.ndarray) -> None:
+        found = within_groups(reward, judge)
+        monkeypatch.setattr(cycle_rl, "self_agreement", lambda *_: found)
+
+    rng = np.random.default_rng(0)
+    # A reward that is flat in 63 groups of 64, and right in one.
+    judge, reward = rng.random((64, 8)), np.ones((64, 8))
+    reward[5] = judge[5]
+    judged(reward, judge)
+    with pytest.raises(BeginRefused, match=r"0\.016 ± 0\.016 \(over the 64 of 64 groups"):
+        rl_stage(gate_scenes=64).begin()
+    # A judge that sees a difference in 15 groups of 64, where the reward is right: too few to say.
+    few = np.where(np.arange(64)[:, None] < 15, judge, 1.0)
+    judged(few, few)
+    with pytest.raises(BeginRefused, match=r"of 15 of 64 .* 16 are needed .*--force"):
+        rl_stage(gate_scenes=64).begin()
+    assert rl_stage(gate_scenes=64, force=True).begin()["groups"] == 15
+    more = np.where(np.arange(64)[:, None] < 16, judge, 1.0)
+    judged(more, more)
+    assert rl_stage(gate_scenes=64).begin()["rank_correlation"] == pytest.approx(1)
     # Where no group tells anything apart, nothing speaks for the reward either.
-    monkeypatch.setattr(cycle_rl, "self_agreement", lambda *_: within_groups(*np.ones((2, 3, 4))))
-    with pytest.raises(BeginRefused, match="nan"):
-        rl_stage().begin()
+    judged(np.ones((3, 4)), np.ones((3, 4)))
+    with pytest.raises(BeginRefused, match="0 of 3 validation layouts"):
+        rl_stage(gate_scenes=3).begin()
 
 
 def test_agreement_is_measured_within_groups() -> None:
     reward = np.array([[0.1, 0.2, 0.3, 0.4], [0.9, 0.8, 0.7, 0.6], [0.5, 0.5, 0.5, 0.5]])
     judged = np.array([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 8.0, 7.0], [1.0, 2.0, 3.0, 4.0]])
     found = within_groups(reward, judged)
-    assert (found.groups, found.of) == (2, 3)
-    assert found.correlation == pytest.approx((1.0 - 0.8) / 2)  # Spearman of 4321 and 1243: -0.8
-    assert found.stderr == pytest.approx(np.std([1.0, -0.8], ddof=1) / 2**0.5)
+    # Spearman of 4321 and 1243: -0.8; a reward that sees no difference where there is one: 0.
+    assert (found.groups, found.of) == (3, 3)
+    assert found.correlation == pytest.approx((1.0 - 0.8) / 3)
+    assert found.stderr == pytest.approx(np.std([1.0, -0.8, 0.0], ddof=1) / 3**0.5)
+    blind = within_groups(reward[:2], np.stack((judged[0], np.ones(4))))
+    assert (blind.groups, blind.of, blind.correlation) == (1, 2, pytest.approx(1.0))
 
 
 def test_begin_measures_the_model_it_is_given(rl_stage) -> None:
     """A model of a few steps draws nothing that the judge can read."""
-    with pytest.raises(BeginRefused, match="0 of 2 groups of 2 validation images tell"):
+    with pytest.raises(BeginRefused, match="tells the images of 0 of 2 validation layouts"):
         rl_stage().begin()
 
 

@@ -29,7 +29,7 @@ class Agreement(NamedTuple):
 
     Attributes:
         correlation, stderr: mean over groups and its standard error; NaN where no group tells.
-        groups: how many had different rewards and different judgements.
+        groups: how many the judge tells apart, and so how many the mean is over.
         of: how many there were.
     """
 
@@ -40,11 +40,17 @@ class Agreement(NamedTuple):
 
 
 def within_groups(reward: np.ndarray, judged: np.ndarray) -> Agreement:
-    """Agreement of two scores [B, G], a group a row; ties share their mean rank."""
+    """Agreement of two scores [B, G], a group a row; ties share their mean rank.
+
+    A group in which only the judge sees a difference counts as 0: the reward says nothing there.
+    Left out, a single lucky group could speak for all the others. One in which the judge sees none
+    cannot be right or wrong, and is left out.
+    """
     found = []
     for a, b in zip(reward, judged, strict=True):
-        if np.ptp(a) > 0 and np.ptp(b) > 0:
-            found.append(np.corrcoef(rankdata(a), rankdata(b))[0, 1])
+        if np.ptp(b) > 0:
+            told = np.ptp(a) > 0
+            found.append(np.corrcoef(rankdata(a), rankdata(b))[0, 1] if told else 0.0)
     if not found:
         return Agreement(float("nan"), float("nan"), 0, len(reward))
     spread = np.std(found, ddof=1) / len(found) ** 0.5 if len(found) > 1 else float("nan")
