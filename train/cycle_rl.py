@@ -270,10 +270,10 @@ class CycleRLStage(WorldStage):
         is a private language between the two halves."""
         values = super().evaluate()
         scenes = load_scenes("val", VAL_LAYOUTS)
-        layouts = layouts_of(scenes, 0)
-        key = keys.noise_key(self.config.loop.seed, keys.RL_JUDGED)
+        c, layouts = self.config, layouts_of(scenes, 0)
+        key, draws = keys.noise_key(c.loop.seed, keys.RL_JUDGED), torch.arange(len(layouts))
         rollout = roll_out(
-            self.engine, layouts, 1, self.config.sampling, key, torch.arange(len(layouts))
+            self.engine, layouts, 1, c.sampling, key, draws, w_iou=c.w_iou, w_l1=c.w_l1
         )
         boxes = [
             [tuple(box) for box in row[0][: len(y.objects)]]
@@ -281,8 +281,10 @@ class CycleRLStage(WorldStage):
         ]
         images = to_images(decode_codes(self.vq, rollout.drawing.codes))
         table = cycle_table(scenes, layouts, boxes, [detect(i) for i in images])
-        names = ("reward", "self_iou", "gap")
-        return values | {name: table[name] for name in names} | {"cycle_iou": table["judge_iou"]}
+        # Of the weights that are trained; the table's is of equal ones, as models are compared by.
+        values["reward"] = float(rollout.score.reward.mean())
+        values |= {name: table[name] for name in ("self_iou", "gap")}
+        return values | {"cycle_iou": table["judge_iou"]}
 
 
 def _of(rollout: Rollout) -> dict[str, Tensor]:

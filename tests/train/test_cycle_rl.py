@@ -13,10 +13,13 @@ from torch import Tensor
 from echogen.engine.layout import LayoutError
 from echogen.engine.prompt import PromptError, TextualCodec
 from echogen.engine.sampler import Sampling
-from echogen.train import cycle_rl
+from echogen.train import cycle_rl, keys
 from echogen.train.config import CycleRLConfig
 from echogen.train.cycle_rl import CycleRLStage, Held
+from echogen.train.data.scenes import load_scenes
 from echogen.train.eval.agreement import Agreement, within_groups
+from echogen.train.eval.judge import box_iou
+from echogen.train.eval.tables import layouts_of
 from echogen.train.loop import BeginRefused, run
 from echogen.train.start import load_start
 
@@ -110,6 +113,25 @@ def test_groups_without_variance_teach_nothing(rl_stage) -> None:
     loss.backward()
     grads = [p.grad for p in rl.module.parameters() if p.grad is not None]
     assert grads and all(not g.any() for g in grads)
+
+
+@pytest.mark.parametrize(("w_iou", "w_l1"), [(1.0, 0.0), (0.2, 1.5)])
+def test_the_reward_validated_is_the_reward_trained(rl_stage, w_iou, w_l1) -> None:
+    """Written out from METHOD's definition on the boxes found in the evaluation's own images."""
+    rl = rl_stage(w_iou=w_iou, w_l1=w_l1)
+    found = rl.evaluate()
+    scenes = load_scenes("val", cycle_rl.VAL_LAYOUTS)
+    layouts, draws = layouts_of(scenes, 0), list(range(len(scenes)))
+    key = keys.noise_key(0, keys.RL_JUDGED)
+    codes = rl.engine.generate_codes(layouts, key, draws, rl.config.sampling)
+    boxes = rl.engine.ground_codes(codes, [[o.expr for o in y.objects] for y in layouts])
+    rewards = []
+    for layout, row in zip(layouts, boxes, strict=True):
+        pairs = list(zip(row, layout.objects, strict=True))
+        short = [1 - box_iou(b, o.box) for b, o in pairs]
+        away = [np.abs(np.subtract(b, o.box)).mean() for b, o in pairs]
+        rewards.append(1 - np.mean(w_iou * np.array(short) + w_l1 * np.array(away)))
+    assert found["reward"] == pytest.approx(np.mean(rewards), abs=1e-5)
 
 
 # --- runs -----------------------------------------------------------------------------------------
