@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from echogen.bench.harness import environment
 from echogen.bench.quality import score
 from echogen.bench.quality.cells import (
     FRESH,
@@ -52,6 +53,8 @@ class Lab:
     force: bool = False
     tell: Callable[[str], None] = print
     cells: dict[str, Cell] = field(init=False)
+    environment: dict[str, Any] = field(init=False, default_factory=environment)
+    """Of this process, taken when it began: the commit whose code it runs."""
     _hashes: dict[tuple[str, bool], str] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:

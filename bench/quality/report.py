@@ -133,7 +133,9 @@ def _row(stem: str, arm: str, by_seed: dict[int, Record]) -> dict[str, Any]:
         "sampling": [r["evaluation"]["best"]["sampling"] for r in records],
         "checkpoints": [r["checkpoint"]["step"] for r in records if "checkpoint" in r],
         "before": [r["before"] for r in records if r.get("before")],
-        "commits": [r["environment"]["commit"] for r in records],
+        "commits": [
+            place["commit"] for r in records for place in r.get("trained_in", [r["environment"]])
+        ],
     }
 
 

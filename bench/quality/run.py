@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from echogen.bench.harness import environment
 from echogen.bench.quality import score
 from echogen.bench.quality.cells import Cell, samples
 from echogen.bench.quality.lab import Lab
@@ -28,7 +27,7 @@ from echogen.bench.quality.records import (
     write_json,
     write_record,
 )
-from echogen.bench.quality.stages import Watched, build
+from echogen.bench.quality.stages import Timed, build, checkpoint
 from echogen.engine.engine import Engine
 from echogen.train.data.samples import module_hash
 from echogen.train.loop import TrainingError
@@ -141,12 +140,12 @@ def _finish(lab: Lab, cell: Cell) -> None:
         "model": module_hash(engine.transformer),
         **trained,
         "evaluation": found,
-        "environment": environment(),
+        "environment": lab.environment,
     }
     write_record(lab.results, record, log)
-    (run / "state.pt").unlink(missing_ok=True)
-    for left in (run / "model", *run.glob("best-*")):
-        shutil.rmtree(left, ignore_errors=True)
+    for name in ("state.pt", "best.pt"):
+        (run / name).unlink(missing_ok=True)
+    shutil.rmtree(run / "model", ignore_errors=True)
     lab.tell(f"{cell.name}: done, written to {record_path(lab.results, cell.name)}")
 
 
@@ -170,20 +169,25 @@ def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
         shutil.rmtree(run, ignore_errors=True)
     run.mkdir(parents=True, exist_ok=True)
     write_json(begun, wanted)
+    places = run / "environments.json"  # of every process that had a part in it
+    there = json.loads(places.read_text()) if places.is_file() else []
+    if lab.environment not in there:
+        write_json(places, [*there, lab.environment])
     lab.tell(f"{cell.name}: {config.loop.steps} steps of {cell.stage} in {folder}")
-    watched = Watched(stage, run, cell.task)
-    train(watched, config.loop, run, resume=True)
+    timed, log = Timed(stage, run, cell.task), run / "metrics.jsonl"
+    train(timed, config.loop, run, resume=True)
     shutil.rmtree(folder / "model", ignore_errors=True)
-    shutil.copytree(watched.best, folder / "model")
+    shutil.copytree(run / "model", folder / "model")
     shown, drawn = samples(config)
-    first = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    first = json.loads(log.read_text().splitlines()[0])
     told = {
         "start": start,
         "steps": config.loop.steps,
         "samples": shown,
         "drawn": drawn,
-        **watched.seconds(config.loop.steps),
-        "checkpoint": watched.chosen(),
+        **timed.seconds(config.loop.steps),
+        "checkpoint": checkpoint(log, timed.selects),
+        "trained_in": json.loads(places.read_text()),
         # What Cycle RL finds out before its first step: how its reward agrees with the judge.
         "before": {k: v for k, v in first.items() if k != "step"} if not first["step"] else {},
     }

@@ -1,15 +1,12 @@
-"""From a cell to the stage that trains it, timed, and with its best checkpoint kept."""
+"""From a cell to the stage that trains it, with a clock on its steps."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import JanusVQVAE
 
@@ -74,20 +71,22 @@ def build(cell: Cell, config: Config, start: Path | str) -> tuple[Stage, dict[st
     return CycleRLStage(config, begun), told
 
 
-class Watched:
-    """A stage whose steps are timed and whose best checkpoint is kept.
+class Timed:
+    """A stage whose optimizer steps are timed, evaluations left out.
 
-    The best is the one with the highest ``judge_iou`` on validation scenes (``ground_iou`` where
-    only grounding is learnt). What it knows lies in the run's folder, so a resumed run goes on.
+    The clock lies in the run's folder, so that a resumed run goes on with it. The checkpoint that
+    the loop exports is the best on validation by the stage's own number where it has one, else by
+    the judge's IoU (grounding alone: by its own).
     """
 
     def __init__(self, stage: Stage, folder: Path, task: Task) -> None:
-        self.stage, self._folder = stage, folder
-        self.by = "ground_iou" if task == "i2l" else "judge_iou"
-        self._step = -1
-        self._began = (0.0, 0.0)
-        self._clock = _read(folder / "clock.json", {"steps": 0, "seconds": 0.0, "cpu_seconds": 0.0})
-        self.seen: list[dict[str, float]] = _read(folder / "checkpoints.json", [])
+        self.stage = stage
+        usual = "ground_iou" if task == "i2l" else "judge_iou"
+        self.selects: str = getattr(stage, "selects", None) or usual
+        self._path, self._began = folder / "clock.json", (0.0, 0.0)
+        self._clock = {"steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
+        if self._path.is_file():
+            self._clock = json.loads(self._path.read_text())
 
     @property
     def name(self) -> str:
@@ -105,77 +104,35 @@ class Watched:
         return self.stage.begin()
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        self._catch_up(step)
         self._began = (time.perf_counter(), time.process_time())
         return self.stage.loss(step)
-
-    def _catch_up(self, done: int) -> None:
-        """Evaluate what a run that was stopped between a checkpoint and its evaluation has not."""
-        due = done and done % self.config.loop.eval_every == 0
-        if due and all(c["step"] != done for c in self.seen):
-            device = next(self.module.parameters()).device.type
-            with torch.autocast(device, enabled=False):  # the loop's, around ``loss``
-                self._step = done
-                self.evaluate()
 
     def after_step(self, step: int) -> None:
         """Called behind the optimizer: from ``loss`` to here is one step."""
         self.stage.after_step(step)
-        self._step = step + 1
         self._clock["steps"] += 1
         self._clock["seconds"] += time.perf_counter() - self._began[0]
         self._clock["cpu_seconds"] += time.process_time() - self._began[1]
 
     def evaluate(self) -> dict[str, float]:
-        """The stage's validation; the model is kept if it is the best so far."""
-        values = self.stage.evaluate()
-        self._keep(self._step, values[self.by])
-        return values
-
-    def _keep(self, step: int, score: float) -> None:
-        others = [c for c in self.seen if c["step"] != step]
-        if all(score > c["score"] for c in others):
-            beside = self._folder / "best.part"
-            shutil.rmtree(beside, ignore_errors=True)
-            self.stage.export(beside)
-            shutil.rmtree(self._best(step), ignore_errors=True)
-            os.replace(beside, self._best(step))
-        self.seen = sorted([*others, {"step": step, "score": score}], key=lambda c: c["step"])
-        write_json(self._folder / "clock.json", self._clock)
-        write_json(self._folder / "checkpoints.json", self.seen)
-        for folder in self._folder.glob("best-*"):  # last: until here the old one is the best
-            if folder != self.best:
-                shutil.rmtree(folder)
+        write_json(self._path, self._clock)
+        return self.stage.evaluate()
 
     def export(self, folder: Path) -> None:
-        """The end of the run. A run that was stopped behind its last step has yet to look at it."""
-        steps = self.config.loop.steps
-        if all(c["step"] != steps for c in self.seen):
-            self._step = steps
-            self.evaluate()
         self.stage.export(folder)
 
-    def _best(self, step: int) -> Path:
-        return self._folder / f"best-{step}"
-
-    @property
-    def best(self) -> Path:
-        """Folder of the best model so far."""
-        return self._best(self.chosen()["step"])
-
-    def chosen(self) -> dict[str, Any]:
-        """Which checkpoint it was, and among which."""
-        best = max(self.seen, key=lambda c: c["score"])
-        return {"step": int(best["step"]), "by": self.by, "of": self.seen}
-
     def seconds(self, steps: int) -> dict[str, float]:
-        """Wall and CPU seconds of ``steps`` steps without evaluations: the mean step's, so that
-        steps lost by an interruption do not count."""
+        """Wall and CPU seconds of ``steps`` steps: as many times the mean step's, so that what an
+        interruption lost does not count."""
         each = max(1, self._clock["steps"])
         return {
             name: round(self._clock[name] / each * steps, 3) for name in ("seconds", "cpu_seconds")
         }
 
 
-def _read(path: Path, otherwise: Any) -> Any:
-    return json.loads(path.read_text()) if path.is_file() else otherwise
+def checkpoint(log: Path, by: str) -> dict[str, Any]:
+    """Which checkpoint of a finished run was exported, and among which, from its metrics."""
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    chosen = next(row["chosen_step"] for row in rows if "chosen_step" in row)
+    of = [{"step": r["step"], "score": r[f"val_{by}"]} for r in rows if f"val_{by}" in r]
+    return {"step": chosen, "by": by, "of": of}

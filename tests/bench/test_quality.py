@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from echogen.bench.quality.cells import COMPARED, FRESH, ROWS, START, cells
 from echogen.bench.quality.lab import Lab
 from echogen.bench.quality.records import QualityError, read_record, write_record
 from echogen.bench.quality.run import held, run_all, run_cell
-from echogen.bench.quality.stages import OneTaskStage, Watched, build
+from echogen.bench.quality.stages import OneTaskStage, Timed, build, checkpoint
 from echogen.cli import main
 from echogen.engine.engine import Engine
 from echogen.engine.sampler import Sampling
@@ -144,17 +145,17 @@ def test_stage_1_continued_has_the_batches_of_stage_2_and_no_loop(small):
 class Scripted:
     """A stage of one weight whose validation scores are given."""
 
-    name, by = "scripted", "judge_iou"
+    name = "scripted"
 
-    def __init__(self, steps: int, scores: list[float]) -> None:
+    def __init__(self, steps: int) -> None:
         self.config = replace(RECIPE.djo, loop=replace(LOOP, steps=steps, eval_every=1))
         self.module = torch.nn.Linear(1, 1)
-        self.scores = scores
 
     def begin(self) -> dict[str, float]:
         return {}
 
     def loss(self, step: int) -> tuple[torch.Tensor, dict[str, float]]:
+        time.sleep(0.01)
         loss = self.module.weight.square().sum()
         return loss, {"loss": float(loss.detach())}
 
@@ -162,25 +163,27 @@ class Scripted:
         self.done = step + 1
 
     def evaluate(self) -> dict[str, float]:
-        return {"judge_iou": self.scores[self.done - 1], "ground_iou": -self.done}
+        time.sleep(0.1)
+        return {"judge_iou": [0.2, 0.5, 0.3, 0.5][self.done - 1], "ground_iou": -self.done}
 
     def export(self, folder: Path) -> None:
         folder.mkdir()
-        (folder / "step").write_text(str(self.done))
 
 
-def test_the_best_checkpoint_on_validation_is_kept(tmp_path):
-    scores = [0.2, 0.5, 0.3, 0.5]
-    watched = Watched(Scripted(4, scores), tmp_path / "a", "both")
-    loop.run(watched, watched.config.loop, tmp_path / "a")
-    assert watched.chosen()["step"] == 2 and (watched.best / "step").read_text() == "2"
-    assert [c["score"] for c in watched.chosen()["of"]] == scores
-    assert [p.name for p in (tmp_path / "a").glob("best*")] == ["best-2"]
-    again = Watched(Scripted(4, scores), tmp_path / "a", "both")  # as a resumed run finds it
-    assert again.best == watched.best and again.seconds(4)["seconds"] > 0
-    grounding = Watched(Scripted(4, scores), tmp_path / "b", "i2l")
-    loop.run(grounding, grounding.config.loop, tmp_path / "b")
-    assert grounding.chosen()["step"] == 1 and grounding.by == "ground_iou"
+@pytest.mark.parametrize(
+    ("task", "by", "best"), [("both", "judge_iou", 2), ("i2l", "ground_iou", 1)]
+)
+def test_steps_are_timed_and_the_best_checkpoint_is_named(tmp_path, task, by, best):
+    timed = Timed(Scripted(4), tmp_path, task)
+    loop.run(timed, timed.config.loop, tmp_path)
+    found = checkpoint(tmp_path / "metrics.jsonl", timed.selects)
+    assert found["step"] == best and found["by"] == by
+    assert [c["step"] for c in found["of"]] == [1, 2, 3, 4]
+    again = Timed(Scripted(4), tmp_path, task)  # as a resumed run finds the clock
+    assert again.seconds(4) == timed.seconds(4)
+    assert 0.04 <= timed.seconds(4)["seconds"] < 0.3  # evaluations take 0.4 s
+    assert timed.seconds(8)["seconds"] == pytest.approx(2 * timed.seconds(4)["seconds"], abs=0.002)
+    assert timed.seconds(4)["cpu_seconds"] < timed.seconds(4)["seconds"]  # it sleeps
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -198,6 +201,8 @@ def test_a_cell_runs_after_its_parent_and_says_everything(finished):
     top = max(c["score"] for c in two["checkpoint"]["of"])
     chosen = next(c for c in two["checkpoint"]["of"] if c["step"] == two["checkpoint"]["step"])
     assert chosen["score"] == top and two["checkpoint"]["by"] == "judge_iou"
+    assert three["checkpoint"]["by"] == "cycle_iou"  # the stage's own choice
+    assert two["trained_in"] == [lab.environment] == [two["environment"]]
     found = two["evaluation"]
     assert found["plain"]["sampling"] == {"temperature": 1.0, "cfg": 1.0}
     best = max(found["validation"], key=lambda row: row["judge_iou"])
@@ -207,7 +212,7 @@ def test_a_cell_runs_after_its_parent_and_says_everything(finished):
     log = (lab.results / f"{TWO}.metrics.jsonl").read_text().splitlines()
     assert [json.loads(x)["step"] for x in log if "loss" in json.loads(x)] == [1, 2, 3, 4]
     left = {p.name for p in (lab.models / TWO / "run").iterdir()}
-    assert "metrics.jsonl" in left and not left & {"state.pt", "model", "best-4"}
+    assert "metrics.jsonl" in left and not left & {"state.pt", "model", "best.pt"}
     assert Engine.from_pretrained(lab.models / TWO / "model").image_size == 64
     one = read_record(lab.results, "ablation-stage1-seed0")
     assert one is not None and one["model"] == two["start"]["fingerprint"] and one["steps"] == 0
