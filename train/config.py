@@ -179,7 +179,8 @@ class CycleRLConfig:
         w_iou, w_l1: weights of the reward's terms.
         advantage: "grpo", "dr_grpo" or "rloo", see `group_advantage`.
         normalise: "sequence", "token" or "constant", see `grpo_loss`.
-        clip_low, clip_high, beta: of `grpo_loss`; beta = 0 keeps no reference model.
+        clip_low, clip_high, beta: of `grpo_loss`; beta = 0 keeps no reference model, and is what
+            truncated sampling of reinforced image tokens needs.
         updates: optimizer steps on one rollout.
         gate_scenes, gate_group: validation layouts, and images of each, on which the self-reward is
             held against the judge before the first step.
@@ -213,7 +214,8 @@ class CycleRLConfig:
 
     @property
     def truncated(self) -> bool:
-        """Whether sampling cuts codes off."""
+        """Whether sampling may cut codes off; a codebook of ``top_k`` codes or fewer, which the
+        configuration does not know, would stay whole."""
         return self.sampling.top_k > 0 or self.sampling.top_p < 1
 
     def __post_init__(self) -> None:
@@ -251,6 +253,12 @@ class CycleRLConfig:
                 f"updates = {self.updates} with top_k = {s.top_k}, top_p = {s.top_p}: after the "
                 f"first update a code may lie outside what the new policy keeps, and then it has "
                 f"no probability to score; set updates to 1, or top_k to 0 and top_p to 1"
+            )
+        if self.truncated and self.beta > 0:
+            raise ValueError(
+                f"beta = {self.beta} with top_k = {s.top_k}, top_p = {s.top_p}: a code may lie "
+                f"outside what the reference keeps, and then their divergence is infinite; set "
+                f"beta to 0, or top_k to 0 and top_p to 1"
             )
 
 

@@ -144,7 +144,7 @@ def rows(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"layouts": "random"}, {"policy": "both", "updates": 2}, {"sampling": GUIDED}],
+    [{"layouts": "random"}, {"policy": "both", "updates": 2}, {"sampling": GUIDED, "beta": 0.0}],
 )
 def test_a_run_resumes_exactly(tmp_path, rl_stage, settings) -> None:
     def fresh() -> CycleRLStage:
@@ -262,7 +262,9 @@ def test_a_model_with_boxes_as_text_is_refused(pmtp_run, loop) -> None:
     [
         ({"sampling": Sampling(temperature=0)}, "temperature = 0; image tokens .* must be sampled"),
         ({"sampling": Sampling(cfg=0)}, "cfg = 0 draws without looking at the layout"),
-        ({"sampling": Sampling(top_p=0.9), "updates": 2}, "no probability to score"),
+        ({"sampling": Sampling(top_p=0.9), "updates": 2, "beta": 0.0}, "no probability to score"),
+        ({"sampling": Sampling(top_k=5)}, r"beta = 0\.01 with top_k = 5, .*; set beta to 0, or"),
+        ({"sampling": Sampling(top_p=0.9)}, r"beta = 0\.01 with .* top_p = 0\.9: .* infinite"),
         ({"updates": 4}, "save_every = 2; with updates = 4"),
         ({"group": 1}, "group = 1"),
         ({"policy": "text"}, "policy = 'text'; choose 'image' or 'boxes' or 'both'"),
@@ -273,3 +275,5 @@ def test_what_could_not_be_scored_exactly_is_refused(loop, wrong, words) -> None
     with pytest.raises(ValueError, match=words):
         CycleRLConfig(loop=loop, **wrong)
     CycleRLConfig(loop=loop, policy="boxes", sampling=Sampling(temperature=0))
+    CycleRLConfig(loop=loop, policy="boxes", sampling=Sampling(top_k=5))
+    CycleRLConfig(loop=loop, beta=0.0, sampling=Sampling(top_k=5, top_p=0.9))

@@ -41,7 +41,7 @@ SAMPLINGS = {
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_what_samples_is_what_is_scored(rl_stage, plain_image_logprob, name) -> None:
     sampling = SAMPLINGS[name]
-    rl = rl_stage(sampling=sampling)
+    rl = rl_stage(sampling=sampling, beta=0.0)
     held = rl._hold(0)
     drawing = held.rollout.drawing
     scored = rl.logprob(rl.module, held)
@@ -63,7 +63,7 @@ def test_what_samples_is_what_is_scored(rl_stage, plain_image_logprob, name) -> 
 
 
 def test_rollouts_draw_what_the_engine_draws(rl_stage) -> None:
-    rl = rl_stage(sampling=SAMPLINGS["all"])
+    rl = rl_stage(sampling=SAMPLINGS["all"], beta=0.0)
     held = rl._hold(0)
     repeated = [y for y in held.rollout.layouts for _ in range(4)]
     codes = rl.engine.generate_codes(repeated, rl._key, list(range(8)), SAMPLINGS["all"])
