@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from echogen.engine.layout import LayoutError
 from echogen.engine.prompt import PromptError, TextualCodec
 from echogen.engine.sampler import Sampling
+from echogen.kernels.grpo import group_advantage
 from echogen.train import cycle_rl, keys
 from echogen.train.config import CycleRLConfig
 from echogen.train.cycle_rl import CycleRLStage, Held
@@ -107,12 +109,25 @@ def test_a_better_match_is_made_more_likely(rl_stage) -> None:
 
 
 def test_groups_without_variance_teach_nothing(rl_stage) -> None:
-    rl = rl_stage(beta=0.0, sampling=Sampling(top_k=1))
-    loss, numbers = rl.loss(0)
+    """Two groups of images that differ, whose rewards are set to be equal; then one is not."""
+    rl = rl_stage(beta=0.0)
+    held, reward = rl._hold(0), torch.full((2, 4), 0.25)
+    assert len(held.rollout.drawing.codes.unique(dim=0)) == 8
+
+    def learnt() -> tuple[list[Tensor], dict[str, float]]:
+        told = group_advantage(reward)
+        score = held.rollout.score._replace(reward=reward, advantage=told.advantage, flat=told.flat)
+        held.rollout = dataclasses.replace(held.rollout, score=score)
+        loss, numbers = rl.loss(0)
+        return list(gradients(rl, loss).values()), numbers
+
+    grads, numbers = learnt()
     assert numbers["flat"] == 1.0 and numbers["spread"] == 0.0
-    loss.backward()
-    grads = [p.grad for p in rl.module.parameters() if p.grad is not None]
     assert grads and all(not g.any() for g in grads)
+    reward[1, 2] += 0.5
+    grads, numbers = learnt()
+    assert numbers["flat"] == 0.5 and numbers["spread"] > 0
+    assert any(g.any() for g in grads)
 
 
 @pytest.mark.parametrize(("w_iou", "w_l1"), [(1.0, 0.0), (0.2, 1.5)])
