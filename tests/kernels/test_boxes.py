@@ -245,20 +245,24 @@ def oracle(pred, target, mask, w_iou, w_l1):
     return iou, l1, reward, giou
 
 
-def check(found_pred, pred, target, mask, generator, close, tolerance, only=None):
+def check(found_pred, pred, target, mask, generator, close, only=None):
+    """Values to 1e-6 of their range, which is of size one: a GIoU may cancel to nearly nothing, of
+    which no float32 keeps six digits. Gradients of all coordinates to 1e-5 of their norm, of a
+    single box, whose four may all be such remainders, to 1e-4."""
     truth = pred.double().requires_grad_()
     found = box_reward(found_pred, target, mask, 0.3, 0.7)
     wanted = oracle(truth, target, mask, 0.3, 0.7)
     total, wanted_total = 0.0, 0.0
     for i, (a, b) in enumerate(zip(found, wanted, strict=True)):
-        assert a.dtype == torch.float32 and close(a, b) < tolerance
+        assert a.dtype == torch.float32 and float((a - b).abs().max()) < 1e-6
         weight = torch.randn(b.shape, generator=generator).to(b.device)
         if only is None or i == only:
             total, wanted_total = total + (a * weight).sum(), wanted_total + (b * weight).sum()
     total.backward()
     wanted_total.backward()
     assert torch.isfinite(found_pred.grad).all()
-    assert close(found_pred.grad, truth.grad) < 10 * tolerance
+    bound = 1e-4 if pred.shape[:3].numel() == 1 else 1e-5
+    assert close(found_pred.grad, truth.grad) < bound
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -266,12 +270,12 @@ def check(found_pred, pred, target, mask, generator, close, tolerance, only=None
 def test_values_and_gradients(shape, only, small, generator, device, relative_error):
     pred, target, mask = inputs(shape, generator, device)
     ours = pred.clone().requires_grad_()
-    check(ours, pred, target, mask, generator, relative_error, 1e-6, only)
+    check(ours, pred, target, mask, generator, relative_error, only)
 
 
 def test_tiles_of_the_usual_size(generator, device, relative_error):
     pred, target, mask = inputs((2, 19, 35), generator, device)
-    check(pred.clone().requires_grad_(), pred, target, mask, generator, relative_error, 1e-6)
+    check(pred.clone().requires_grad_(), pred, target, mask, generator, relative_error)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -280,7 +284,7 @@ def test_half_types_are_calculated_in_float32(dtype, small, generator, device, r
     ours, truth = pred.clone().requires_grad_(), pred.double().requires_grad_()
     found, wanted = box_reward(ours, target, mask), oracle(truth, target, mask, 0.5, 0.5)
     for a, b in zip(found, wanted, strict=True):
-        assert a.dtype == torch.float32 and relative_error(a, b) < 1e-6
+        assert a.dtype == torch.float32 and float((a - b).abs().max()) < 1e-6
     (found.reward.sum() + found.giou.sum()).backward()
     (wanted[2].sum() + wanted[3].sum()).backward()
     assert ours.grad.dtype == dtype
