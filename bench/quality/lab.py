@@ -13,6 +13,7 @@ from echogen.bench.quality import score
 from echogen.bench.quality.cells import (
     FRESH,
     LLM_LAYOUTS,
+    START,
     Cell,
     Config,
     cells,
@@ -24,6 +25,7 @@ from echogen.engine.engine import Engine
 from echogen.train.config import CycleRLConfig, Recipe, to_json
 from echogen.train.data.samples import module_hash
 from echogen.train.start import load_start, model_folder
+from echogen.train.start import read_record as read_stages
 
 
 @dataclass
@@ -128,9 +130,21 @@ class Lab:
             if fresh:
                 found = module_hash(Engine.from_pretrained(model_folder(name)).vq)
             else:
-                found = load_start(name, "pmtp").fingerprint
+                found = load_start(name, "pmtp", any_stage=True).fingerprint
             self._hashes[name, fresh] = found
         return self._hashes[name, fresh]
+
+    def check_start(self, cell: Cell) -> None:
+        """Refuse to continue stage 1 from a model that is not of stage 1. Raises QualityError."""
+        if cell.start != START:
+            return
+        stages = read_stages(model_folder(self.given(cell)))
+        if stages[-1:] != ("pmtp",):
+            found = f"comes from stage {stages[-1]}" if stages else "names no stage"
+            raise QualityError(
+                f"{cell.name}: the model {self.given(cell)} {found}; the ablation begins with one "
+                f"of stage 1, so name one with --start (`echogen train pmtp` makes it)"
+            )
 
     # --- how it stands --------------------------------------------------------------------------
 
@@ -149,5 +163,10 @@ class Lab:
         changed = differences(old, new)
         begun = self.fingerprint(cell)
         if begun is not None and begun != record["start"]["fingerprint"]:
-            changed.append(f"start {record['start']['fingerprint']} → {begun}")
+            mend = (
+                ""
+                if cell.parent
+                else ", the model of stage 1: name the one it began with (--start)"
+            )
+            changed.append(f"start {record['start']['fingerprint']} → {begun}{mend}")
         return ("changed", "; ".join(changed)) if changed else ("done", "")

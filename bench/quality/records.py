@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from echogen.commands.output import finite
+
 Record = dict[str, Any]
 KEYS = {"cell", "arm", "seed", "stage", "scale", "settings", "start", "model", "steps", "samples",
         "drawn", "seconds", "cpu_seconds", "evaluation", "environment"}  # fmt: skip
@@ -49,13 +51,14 @@ def read_record(folder: Path, name: str) -> Record | None:
 
 
 def write_record(folder: Path, record: Record, log: Path | None) -> None:
-    """Keep a finished cell: its log first, so that a record that is there has its log."""
+    """Keep a finished cell: its log first, so that a record that is there has its log. A number
+    that JSON cannot hold (NaN, infinity) becomes None, as in every result of the command line."""
     folder.mkdir(parents=True, exist_ok=True)
     if log is not None:
         beside = log_path(folder, record["cell"]).with_suffix(".part")
         shutil.copyfile(log, beside)
         os.replace(beside, log_path(folder, record["cell"]))
-    write_json(record_path(folder, record["cell"]), record)
+    write_json(record_path(folder, record["cell"]), finite(record))
 
 
 def write_json(path: Path, data: Any) -> None:

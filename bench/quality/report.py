@@ -105,12 +105,14 @@ def _ceiling(record: Record) -> dict[str, Any]:
 
 
 def _value(record: Record, at: str, measure: str) -> float | None:
-    """A measure of a record; None where the cell did not learn what it measures."""
+    """A measure of a record; None where the cell did not learn what it measures, or where it came
+    to no number."""
     (part, name), needs = MEASURES[measure]
     task = record["settings"]["task"]
     if task not in ("both", needs):
         return None
-    return float(record["evaluation"][at][part][name])
+    value = record["evaluation"][at][part][name]
+    return None if value is None else float(value)
 
 
 def _row(stem: str, arm: str, by_seed: dict[int, Record]) -> dict[str, Any]:
@@ -134,9 +136,14 @@ def _row(stem: str, arm: str, by_seed: dict[int, Record]) -> dict[str, Any]:
         "checkpoints": [r["checkpoint"]["step"] for r in records if "checkpoint" in r],
         "before": [r["before"] for r in records if r.get("before")],
         "commits": [
-            place["commit"] for r in records for place in r.get("trained_in", [r["environment"]])
+            _commit(place) for r in records for place in r.get("trained_in", [r["environment"]])
         ],
     }
+
+
+def _commit(place: dict[str, Any]) -> str:
+    """Short, with a + where the checkout differed from it."""
+    return (place["commit"] or "no commit")[:9] + ("+" if place.get("dirty") else "")
 
 
 def _difference(what: str, a: dict[int, Record], b: dict[int, Record]) -> dict[str, Any]:
@@ -217,6 +224,13 @@ def _section(name: str, table: Table) -> list[str]:
         parts.append("### Differences, seed by seed")
         parts.append(_differences(differences))
     parts += ["### What was spent", _spent(rows)]
+    for row in rows:
+        known = [b["rank_correlation"] for b in row["before"] if "rank_correlation" in b]
+        if known:
+            parts.append(
+                f"Before the first step of {row['arm']} the self-reward's rank correlation with "
+                f"the judge within groups was {_list([f'{x:.3f}' for x in known])}."
+            )
     return parts
 
 
@@ -235,7 +249,7 @@ def _spent(rows: list[dict[str, Any]]) -> str:
         spent = [r["spent"][k]["mean"] for k in
                  ("steps", "samples", "drawn", "seconds", "cpu_seconds")]  # fmt: skip
         settings = [f"{s['temperature']:g}, {s['cfg']:g}" for s in r["sampling"]]
-        commits = sorted({(c or "no commit")[:9] for c in r["commits"]})
+        commits = sorted(set(r["commits"]))
         lines.append([r["arm"], *(f"{x:.0f}" for x in spent), _list(r["checkpoints"]),
                       "; ".join(settings), ", ".join(commits)])  # fmt: skip
     return _grid(

@@ -77,6 +77,7 @@ def run_cell(lab: Lab, cell: Cell, again: bool = False) -> None:
     if state == "done" and not again:
         lab.tell(f"{cell.name}: done already")
         return
+    lab.check_start(cell)
     for name in cell.needs:
         if lab.state(lab.find(name))[0] != "done":
             run_cell(lab, lab.find(name))

@@ -319,6 +319,15 @@ def test_layouts_of_a_language_model_have_to_be_given(copied, tmp_path):
     assert public.startswith("file ") and str(tmp_path) not in public
 
 
+def test_the_ablation_begins_with_stage_1(copied):
+    copied.start = str(copied.models / TWO / "model")
+    cell = copied.find("ablation-samples-seed0")
+    with pytest.raises(QualityError, match=r"comes from stage djo; .* name one with --start"):
+        run_cell(copied, cell)
+    state, why = copied.state(copied.find(TWO))
+    assert state == "changed" and "--start" in why and "--start" not in copied.state(cell)[1]
+
+
 def test_one_process_at_a_time(copied):
     cell = copied.find(TWO)
     with held(copied, cell), pytest.raises(QualityError, match="another process"):
@@ -354,9 +363,9 @@ def hand_made(name: str, ap: float, task: str = "both", start: str = "s") -> dic
         "settings": {"recipe": "tiny", "task": task, "evaluation": {"test": 400}},
         "start": {"cell": cell.parent, "fingerprint": start, "stages": []}, "model": "m" + name,
         "steps": 900, "samples": 28800, "drawn": 0, "seconds": 1000.0, "cpu_seconds": 900.0,
-        "checkpoint": {"step": 900}, "before": {},
+        "checkpoint": {"step": 900}, "before": {"rank_correlation": 0.25},
         "evaluation": {"plain": tables(ap), "best": tables(ap + 0.1)},
-        "environment": {"commit": "0123456789abcdef"},
+        "environment": {"commit": "0123456789abcdef", "dirty": True},
     }  # fmt: skip
 
 
@@ -390,12 +399,22 @@ def test_means_errors_and_differences_are_the_known_ones(tmp_path):
     assert "| stage 1, samples of + stage 2 | 0 | 0.250 (n = 1) |" in text
     assert "+ stage 2 − stage 1 | 0, 1, 2 | +0.110 ± 0.006 |" in text
     assert "the judge on the true pictures reads 0.990 ± 0.000" in text
-    assert "Missing: ablation-stage3-seed0" in text and "012345678" in text
+    assert "Missing: ablation-stage3-seed0" in text and "012345678+" in text
+    assert "judge within groups was 0.250, 0.250, 0.250." in text
     assert "| 900 | 28800 | 0 | 1000 | 900 |" in text
     assert "share one model of stage 1" in text
     alone_row = next(r for r in tables["synergy"]["rows"] if r["stem"] == "synergy-l2i")
     assert alone_row["measures"]["plain"]["mAcc"]["mean"] is None
     assert alone_row["measures"]["plain"]["AP"]["mean"] == pytest.approx(0.6)
+
+
+def test_no_number_is_no_value(tmp_path):
+    made = hand_made(TWO, 0.5)
+    made["evaluation"]["plain"]["l2i"]["fd_vq"] = float("nan")
+    write_record(tmp_path, made, None)
+    row = report.make(tmp_path, [0])["ablation"]["rows"][1]
+    assert row["measures"]["plain"]["fd_vq"]["mean"] is None
+    assert row["measures"]["plain"]["AP"]["mean"] == 0.5
 
 
 def test_cells_that_do_not_belong_together_are_named(tmp_path):
