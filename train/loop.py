@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from echogen.engine.ranges import span
 from echogen.train.checkpoint import StateError, load_state, save_state
 from echogen.train.config import LoopConfig, to_json
+from echogen.train.metrics import MetricsFile
 from echogen.train.optim import build_optimizers, schedule
 from echogen.train.selection import Best
 from echogen.train.start import note_chosen
@@ -94,26 +95,6 @@ def keep_pages() -> None:
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
-class MetricsFile:
-    """`metrics.jsonl`, one object a line; on resume, lines beyond the restored step are dropped."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        kept = []
-        if step and path.exists():
-            lines = path.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in kept))
-        self._path, self._rows = path, [json.loads(line) for line in kept]
-
-    def column(self, name: str) -> list[float]:
-        """The values of a number in the lines kept, in their order."""
-        return [row[name] for row in self._rows if name in row]
-
-    def write(self, **values: float | int | str) -> None:
-        with open(self._path, "a") as file:
-            file.write(json.dumps(values) + "\n")
-
-
 def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) -> None:
     """Train ``stage`` for ``config.steps`` steps, keeping everything under ``folder``.
 
@@ -124,8 +105,8 @@ def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) ->
     Raises:
         TrainingError: the loss became NaN or infinite (the last state stays as it was), or the
             stage refuses to begin.
-        StateError: ``resume`` with a torn state, one of another configuration, or without the best
-            weights.
+        StateError: ``resume`` with a torn state or one of another configuration, with damaged
+            metrics, or without the best weights.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)

@@ -182,6 +182,50 @@ def test_without_a_choice_the_last_weights_are_exported(tmp_path: Path) -> None:
     assert "val_weight" in rows(tmp_path)[-1]
 
 
+def stopped(folder: Path) -> Path:
+    """A run whose state is of step 6, with lines beyond; its metrics."""
+    with pytest.raises(KeyboardInterrupt):
+        run(Toy(CONFIG, break_at=8), CONFIG, folder)
+    return folder / "metrics.jsonl"
+
+
+@pytest.mark.parametrize("torn", ["", '{"ste', '{"step": 9', "9", '"\N{SNOWMAN}'])
+@pytest.mark.parametrize("lines", [9, 10, 11])  # behind step 6 there are 9
+def test_a_torn_last_line_of_metrics_does_no_harm(tmp_path: Path, torn: str, lines: int) -> None:
+    run(Toy(CONFIG), CONFIG, tmp_path / "whole")
+    metrics = stopped(tmp_path / "broken")
+    kept = metrics.read_text().splitlines(keepends=True)[:lines]
+    metrics.write_bytes("".join(kept).encode() + torn.encode()[:-1])
+    run(Toy(CONFIG), CONFIG, tmp_path / "broken", resume=True)
+    assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["{", "[1]", '{"loss": 1.0}', ""])
+def test_damaged_metrics_are_refused_by_file_and_line(tmp_path: Path, damage: str) -> None:
+    metrics = stopped(tmp_path)
+    lines = metrics.read_text().splitlines()
+    lines[2] = damage
+    metrics.write_text(text := "\n".join(lines) + "\n")
+    with pytest.raises(StateError, match=r"metrics\.jsonl: line 3 is no line of metrics"):
+        run(Toy(CONFIG), CONFIG, tmp_path, resume=True)
+    assert metrics.read_text() == text
+
+
+def test_metrics_outlast_a_kill_while_they_are_rewritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics = stopped(tmp_path)
+    before = metrics.read_text()
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("echogen.train.metrics.os.fsync", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(Toy(CONFIG), CONFIG, tmp_path, resume=True)
+    assert metrics.read_text() == before
+
+
 def test_a_nan_loss_stops_and_leaves_the_last_state(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"nan.*at step 7"):
         run(Toy(CONFIG, nan_at=7), CONFIG, tmp_path)
