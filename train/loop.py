@@ -124,6 +124,9 @@ def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) ->
     if found:
         metrics.write(step=0, **found)
         console.print(f"{stage.name} before the first step {found}", soft_wrap=True)
+    # A run may have been killed behind its state and before that step's validation was written.
+    if start and _due(config, start) and not metrics.validated(start):
+        _evaluate(stage, start, metrics, best, console)
     with _progress(console, stage.name, config.steps, start) as bar:
         _steps(stage, config, optimizers, start, metrics, best, bar, state_path, console)
     chosen = best.restore(stage.module) if best is not None else None
@@ -178,18 +181,28 @@ def _steps(
             metrics.write(**row, seconds_per_step=round(seconds, 4))
             if not console.is_terminal:
                 console.print(f"{stage.name} {row} {seconds:.3f} s/step", soft_wrap=True)
-        if done % config.eval_every == 0 or last:
-            with span(f"train/{stage.name}/evaluate", step=step):
-                values = _rounded(stage.evaluate())
-            if best is not None:
-                best.offer(done, values[best.by], stage.module)
-            metrics.write(step=done, **{f"val_{k}": v for k, v in values.items()})
-            console.print(f"{stage.name} step {done} validation {values}", soft_wrap=True)
-        # Saved last: a state says that everything up to its step is done, the evaluation too. A run
-        # killed while it evaluates repeats some steps, but leaves no hole in its metrics.
+        # Saved first: a failing evaluation costs no training.
         if done % config.save_every == 0 or last:
             with span(f"train/{stage.name}/checkpoint", step=step):
                 save_state(state_path, _state(stage, optimizers, done))
+        if _due(config, done):
+            _evaluate(stage, done, metrics, best, console)
+
+
+def _due(config: LoopConfig, done: int) -> bool:
+    """Is there an evaluation behind ``done`` steps?"""
+    return done % config.eval_every == 0 or done == config.steps
+
+
+def _evaluate(
+    stage: Stage, done: int, metrics: MetricsFile, best: Best | None, console: Console
+) -> None:
+    with span(f"train/{stage.name}/evaluate", step=done - 1):
+        values = _rounded(stage.evaluate())
+    if best is not None:
+        best.offer(done, values[best.by], stage.module)
+    metrics.write(step=done, **{f"val_{k}": v for k, v in values.items()})
+    console.print(f"{stage.name} step {done} validation {values}", soft_wrap=True)
 
 
 def update(

@@ -1,7 +1,7 @@
 """What a run has measured, one JSON object a line, in a file that a kill at any moment leaves good.
 
-A line that was being written when the run was killed is torn, and no loss: the state is saved
-behind the lines of its step, so a resumed run writes that line again.
+A line that was being written when the run was killed is torn, and no loss: a resumed run writes it
+again, be it of a step beyond the restored one or of that step's validation.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ class MetricsFile:
     def column(self, name: str) -> list[float]:
         """The values of a number in the lines kept, in their order."""
         return [row[name] for row in self._rows if name in row]
+
+    def validated(self, step: int) -> bool:
+        """Was a validation of this step among the lines kept?"""
+        there = (row for row in self._rows if row["step"] == step)
+        return any(name.startswith("val_") for row in there for name in row)
 
     def write(self, **values: float | int | str) -> None:
         """Add a line."""
