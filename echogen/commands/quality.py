@@ -143,7 +143,7 @@ class BenchQuality:
             for c in self._chosen(lab):
                 state, why = lab.state(c)
                 if c.budget and lab.steps(c) is None:
-                    steps = "measured"
+                    steps = "timed"
                 else:
                     steps = "none" if c.stage == "none" else str(lab.config(c).loop.steps)
                 rows.append((c.name, state, steps, c.stage, c.start))
