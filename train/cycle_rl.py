@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,6 +32,7 @@ from echogen.train.eval.agreement import self_agreement
 from echogen.train.eval.judge import detect
 from echogen.train.eval.tables import cycle_table, layouts_of
 from echogen.train.loop import BeginRefused
+from echogen.train.passes import worth_logging
 from echogen.train.rollouts import Rollout, roll_out
 from echogen.train.scoring import box_logprob, image_logprob
 from echogen.train.start import Start
@@ -192,7 +194,7 @@ class CycleRLStage(WorldStage):
             parts.append(box_logprob(model, self.prompts, held.asked, count, most).flatten(1))
         return torch.cat(parts, 1)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         c, held = self.config, self._hold(step)
         logp = self.logprob(self.module, held)
         reference = None
@@ -226,7 +228,7 @@ class CycleRLStage(WorldStage):
             "clipped": out.clip_fraction,
             "sampler_gap": held.gap,
         }
-        return out.loss, {k: float(v.detach()) for k, v in numbers.items()}
+        return out.loss, worth_logging(numbers)
 
     # --- before and beside training -------------------------------------------------------------
 

@@ -9,7 +9,7 @@ their cross entropy reaches the generator through the soft samples, and the grou
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,14 @@ from echogen.train import keys
 from echogen.train.config import DJOConfig
 from echogen.train.data.packing import Batch
 from echogen.train.data.samples import Sample, load_samples
-from echogen.train.passes import box_loss, by_tree, hidden_states, image_features, image_loss
+from echogen.train.passes import (
+    box_loss,
+    by_tree,
+    hidden_states,
+    image_features,
+    image_loss,
+    worth_logging,
+)
 from echogen.train.start import Start
 from echogen.train.world import WorldStage, ask
 
@@ -140,7 +147,7 @@ class DJOStage(WorldStage):
         self._train = load_samples(self.vq, "train", config.scenes)
         self._key = keys.noise_key(config.loop.seed, keys.DJO_NOISE)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         c, model = self.config, self.module
         rng = keys.generator(c.loop.seed, keys.DJO_BATCH, step)
         samples = [self._train[i] for i in rng.integers(len(self._train), size=c.batch)]
@@ -172,7 +179,7 @@ class DJOStage(WorldStage):
             numbers["loop"] = self._loop([layouts[i] for i in looped], images)
             loss = loss + c.loop_weight * numbers["loop"]
         numbers = {"loss": loss, **numbers}
-        return loss, {k: float(v.detach()) for k, v in numbers.items()}
+        return loss, worth_logging(numbers)
 
     def _real(
         self,

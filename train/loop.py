@@ -54,8 +54,13 @@ class Stage(Protocol):
         """Called once, before the first step of a run: what is found out then, or a refusal."""
         ...
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
-        """Loss of step ``step`` and the numbers worth logging; a pure function of the step."""
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
+        """Loss of step ``step`` and the numbers worth logging; a pure function of the step.
+
+        The numbers, one of them "loss", are floats or tensors of one element without a gradient,
+        which are read where they are logged: to read one is to wait for the device, and backward
+        could not be queued meanwhile.
+        """
         ...
 
     def after_step(self, step: int) -> None:
@@ -169,7 +174,7 @@ def _steps(
             raise TrainingError(f"{error}; {kept}") from None
         stage.after_step(step)
         done, last = step + 1, step + 1 == config.steps
-        bar.update(bar.task_ids[0], completed=done, note=f"loss {numbers['loss']:.4f}")
+        bar.update(bar.task_ids[0], completed=done, note=f"loss {float(numbers['loss']):.4f}")
         if done % config.log_every == 0 or last:
             seconds = (time.perf_counter() - began) / (done - start)
             row = {
@@ -212,8 +217,9 @@ def update(
     parameters: list[nn.Parameter],
     rate: float,
     step: int,
-) -> tuple[dict[str, float], float]:
-    """One optimizer step at ``rate`` of the peak; the stage's numbers and the gradient norm.
+) -> tuple[dict[str, Any], float]:
+    """One optimizer step at ``rate`` of the peak; the stage's numbers, as `Stage.loss` gives them,
+    and the gradient norm.
 
     Raises:
         TrainingError: a loss or a gradient that is NaN or infinite; the weights are as before.
@@ -267,9 +273,9 @@ def _restore(stage: Stage, optimizers: list[torch.optim.Optimizer], path: Path) 
     return int(state["step"])
 
 
-def _rounded(numbers: dict[str, float]) -> dict[str, float]:
+def _rounded(numbers: dict[str, Any]) -> dict[str, float]:
     # To six digits, not places: a gap of 1e-6 between sampler and trainer is worth reading.
-    return {k: float(f"{v:.6g}") for k, v in numbers.items()}
+    return {k: float(f"{float(v):.6g}") for k, v in numbers.items()}
 
 
 def _progress(console: Console, name: str, steps: int, start: int) -> Progress:

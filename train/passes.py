@@ -1,6 +1,9 @@
-"""Packed batches through the transformer: what every stage's loss begins with."""
+"""Packed batches through the transformer, what every stage's loss begins with, and the numbers that
+it ends with."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -56,3 +59,11 @@ def by_tree(rows: Tensor, tree: Tensor, count: int) -> Tensor:
     tree → [N, n, …] in the order of the trees 0 … N−1 = ``count``−1."""
     each = len(rows) // count
     return rows.unflatten(0, (count, each))[tree[::each].argsort()]
+
+
+def worth_logging(numbers: dict[str, Tensor]) -> dict[str, Any]:
+    """Numbers of a step as `Stage.loss` returns them. To read one on a device is to wait for it,
+    and backward is not queued yet: there they stay tensors, without their gradient."""
+    return {
+        k: float(v) if v.is_cpu else v for k, v in ((k, v.detach()) for k, v in numbers.items())
+    }

@@ -32,7 +32,7 @@ from echogen.train import keys
 from echogen.train.config import PMTPConfig
 from echogen.train.data.packing import Batch, Tree, l2i_prompt, shared_tree
 from echogen.train.data.samples import Sample, load_samples
-from echogen.train.passes import box_loss, hidden_states, image_loss
+from echogen.train.passes import box_loss, hidden_states, image_loss, worth_logging
 from echogen.train.tokenizer import IMAGE_PLACEHOLDER, train_tokenizer
 from echogen.train.world import WorldStage, ask
 
@@ -140,7 +140,7 @@ class PMTPStage(WorldStage):
         vocab = self.module.config.vocab_size
         return shared_tree(self.prompts, prompt, sample.codes, questions, vocab)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         """Cross entropies of image codes and of box tokens, each a mean over its targets."""
         with span("train/pmtp/data", step=step):
             batch = self.batch(step)
@@ -148,4 +148,4 @@ class PMTPStage(WorldStage):
         image, text = image_loss(self.module, hidden, batch), box_loss(self.module, hidden, batch)
         loss = image + text
         numbers = {"loss": loss, "l2i": image, "i2l": text}
-        return loss, {k: float(v.detach()) for k, v in numbers.items()}
+        return loss, worth_logging(numbers)

@@ -9,6 +9,7 @@ al. 2017, appendix A.1) on the unit sphere, and codes that fall out of use are d
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from echogen.engine.vision import decode_codes, encode_image, to_pixels
 from echogen.train.config import VQConfig
 from echogen.train.data.scenes import load_scenes, render
 from echogen.train.data.shapes import GROUND, sample_scene
+from echogen.train.passes import worth_logging
 
 VAL_SCENES = 256
 DEAD_AFTER = 0.05  # a code whose moving count (in vectors a step) falls below this is drawn anew
@@ -130,7 +132,7 @@ class VQStage:
         """Nothing to find out before the first step."""
         return {}
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         vq, pixels = self.module.vq, self._batch(step)
         raw = vq.quant_conv(vq.encoder(pixels)).float()
         features = F.normalize(raw, dim=1)
@@ -155,7 +157,7 @@ class VQStage:
         pixel = F.l1_loss(output, pixels) + F.mse_loss(output, pixels)
         loss = pixel + self.config.commitment * commit + self.config.agreement * differ
         numbers = {"loss": loss, "pixel": pixel, "commit": commit, "differ": differ}
-        return loss, {name: float(value.detach()) for name, value in numbers.items()}
+        return loss, worth_logging(numbers)
 
     @torch.no_grad()
     def _seed_codebook(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -176,6 +177,28 @@ def test_a_run_without_its_best_weights_does_not_choose_among_the_rest(tmp_path:
         run(Selecting(config), config, tmp_path, resume=True)
     run(Selecting(config), config, tmp_path)  # anew
     assert rows(tmp_path)[-1]["chosen_step"] == 5
+
+
+def test_numbers_are_read_behind_backward_and_only_where_they_are_logged(tmp_path: Path) -> None:
+    read: list[tuple[int, bool]] = []
+
+    class Number:
+        def __init__(self, stage: Toy, step: int) -> None:
+            self.stage, self.step = stage, step
+
+        def __float__(self) -> float:
+            read.append((self.step, self.stage.module.blocks[0].weight.grad is not None))
+            return 0.5 * self.step
+
+    class Lazy(Toy):
+        def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
+            loss, _ = super().loss(step)
+            return loss, {"loss": loss.detach(), "number": Number(self, step)}
+
+    config = replace(CONFIG, log_every=5)
+    run(Lazy(config), config, tmp_path)
+    assert read == [(4, True), (9, True), (11, True)]
+    assert [r["number"] for r in rows(tmp_path) if "number" in r] == [2.0, 4.5, 5.5]
 
 
 def test_without_a_choice_the_last_weights_are_exported(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from echogen.train.data import samples, scenes
 from echogen.train.data.scenes import load_scenes, world_version
 from echogen.train.data.shapes import sample_scene
 from echogen.train.loop import run
+from echogen.train.passes import worth_logging
 from echogen.train.pmtp import PMTPStage
 from echogen.train.vq import (
     VQStage,
@@ -93,6 +94,14 @@ def test_stage_one_trains_resumes_and_exports_a_model_that_loads(tmp_path: Path)
     assert result.images[0].size == (64, 64) and len(result.boxes) == 2
     with pytest.raises(ValueError, match="SigLIP path was not trained"):
         engine.ground(result.images[0], ["a red circle"], features="pixels")
+
+
+def test_numbers_on_a_device_are_not_read_by_the_loss() -> None:
+    """What holds no values cannot be read; on a CPU reading costs nothing."""
+    far, near = torch.ones((), device="meta", requires_grad=True), torch.tensor(0.5)
+    found = worth_logging({"far": far, "near": near.requires_grad_()})
+    assert found["near"] == 0.5 and isinstance(found["near"], float)
+    assert found["far"].is_meta and not found["far"].requires_grad
 
 
 @pytest.mark.parametrize("mask", ["isolated", "shared"])
