@@ -19,7 +19,7 @@ from echogen.engine.layout import Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, PromptError, Prompts
 from echogen.engine.ranges import span
-from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.sampler import Sampler, Sampling, truncated
 from echogen.kernels.parse_boxes import allowed_location_mask
 from echogen.kernels.philox import gumbel_noise
 from echogen.kernels.sampling import cfg_sample
@@ -55,16 +55,8 @@ class Answers(NamedTuple):
 
 
 def kept_codes(scores: Tensor, top_k: int, top_p: float) -> Tensor:
-    """How many codes top-k, then top-p leave of scores [N, V], int64 [N]: the rule of `cfg_sample`,
-    by which codes equal to the last one kept are kept too."""
-    ordered = scores.sort(-1, descending=True).values
-    if 0 < top_k < scores.shape[-1]:
-        ordered = ordered.masked_fill(ordered < ordered[:, top_k - 1, None], float("-inf"))
-    if top_p < 1:
-        mass = (ordered - ordered[:, :1]).exp().cumsum(-1, dtype=torch.float64)
-        last = (mass < top_p * mass[:, -1:]).sum(-1, keepdim=True)
-        ordered = ordered.masked_fill(ordered < ordered.gather(1, last), float("-inf"))
-    return (ordered > float("-inf")).sum(-1)
+    """How many codes top-k, then top-p leave of scores [N, V], int64 [N]."""
+    return (truncated(scores, top_k, top_p) > float("-inf")).sum(-1)
 
 
 class RecordingSampler(Sampler):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from echogen.engine.prompt import Unconditional
 from echogen.kernels.philox import gumbel_noise
+from echogen.kernels.reference import sampling as reference
 
 
 @dataclass(frozen=True)
@@ -53,17 +54,13 @@ def guided(logits: Tensor, cfg: float) -> Tensor:
 
 
 def truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [..., V] with everything outside top-k and top-p at -inf. Ties with the last kept
-    code are kept too."""
-    if 0 < top_k < logits.shape[-1]:
-        floor = logits.topk(top_k, -1).values[..., -1:]
-        logits = logits.masked_fill(logits < floor, float("-inf"))
+    """Logits [..., V] with everything outside top-k, then top-p at -inf. Codes equal to the last
+    one kept are kept too: the rule of `cfg_sample`, and its own code."""
+    share = None
     if top_p < 1:
-        ordered, order = logits.sort(-1, descending=True)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-        drop = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= top_p)
-        logits = logits.masked_fill(drop, float("-inf"))
-    return logits
+        share = torch.full((1,), top_p, dtype=torch.float32, device=logits.device)
+    rows = logits.reshape(-1, logits.shape[-1])
+    return reference.truncated(rows, top_k, share).view_as(logits)
 
 
 class Sampler:

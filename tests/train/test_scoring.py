@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from echogen.engine.sampler import Sampling
+from echogen.engine.rollout import kept_codes
+from echogen.engine.sampler import Sampler, Sampling
+from echogen.kernels.sampling import cfg_sample
 from echogen.train.cycle_rl import CycleRLStage
 
 pytestmark = pytest.mark.usefixtures("small_world")
@@ -60,6 +62,29 @@ def test_what_samples_is_what_is_scored(rl_stage, plain_image_logprob, name) -> 
             rollout=dataclasses.replace(held.rollout, drawing=drawing._replace(kept=None)),
         )  # fmt: skip
         assert (other.logprob(rl.module, bare) - held.sampled).abs().mean() > 0.01
+
+
+TIES = torch.tensor([2.0, 1, 1, 1, 0])
+
+
+@pytest.mark.parametrize("spare", [(), (3,)])  # at one position, and at several at once
+@pytest.mark.parametrize(
+    ("top_k", "top_p", "kept"),
+    [(0, 0.6, 4), (2, 1.0, 4), (0, 0.4, 1), (2, 0.6, 4), (1, 0.9, 1), (5, 1.0, 5), (9, 0.98, 5)],
+)
+def test_codes_equal_to_the_last_one_kept_are_kept_by_all(top_k, top_p, kept, spare) -> None:
+    """The engine, its recorder and `cfg_sample` cut the same distribution off at the same place."""
+    scores = TIES.log_softmax(-1).expand(2, *spare, 5)
+    cut = Sampler(Sampling(top_k=top_k, top_p=top_p), 0, torch.arange(2), 5, 4).scores(scores)
+    assert torch.equal(cut > float("-inf"), (torch.arange(5) < kept).expand_as(cut))
+    assert torch.equal(cut[cut > float("-inf")], scores[cut > float("-inf")])
+    rows = TIES.expand(2000, 5).contiguous()
+    assert kept_codes(rows, top_k, top_p).eq(kept).all()
+    ids, place = torch.arange(2000), torch.zeros(2000, dtype=torch.int64)
+    drawn = cfg_sample(rows, 0, ids, place, top_k=top_k, top_p=top_p)
+    assert drawn.token.unique().tolist() == list(range(kept))
+    wanted = TIES[:kept].log_softmax(-1)[drawn.token]
+    assert torch.allclose(drawn.logprob, wanted, atol=1e-6, rtol=0)
 
 
 def test_rollouts_draw_what_the_engine_draws(rl_stage) -> None:
