@@ -153,7 +153,8 @@ def _finish(lab: Lab, cell: Cell) -> None:
 def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
     """Train a cell's model into its folder, or go on with it, or find it there; returns what its
     record says of the training."""
-    folder, wanted = folder_of(lab, cell), lab.settings(cell)
+    folder = folder_of(lab, cell)
+    wanted = lab.settings(cell) | {"start": lab.fingerprint(cell)}
     mark, begun = folder / "trained.json", folder / "settings.json"
     if begun.is_file() and (changed := differences(json.loads(begun.read_text()), wanted)):
         raise QualityError(

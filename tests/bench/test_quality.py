@@ -295,6 +295,9 @@ def test_other_settings_are_refused_until_said_again(copied):
     run_cell(copied, copied.find(TWO), again=True)
     assert copied.state(copied.find(TWO)) == ("done", "")
     assert copied.state(copied.find(THREE))[0] == "changed"  # it began with what is gone
+    (copied.results / f"{THREE}.json").unlink()
+    with pytest.raises(QualityError, match=r"its run in .* has other settings \(start \w+ → \w+\)"):
+        run_cell(copied, copied.find(THREE))
 
 
 def test_seconds_become_steps(copied):
