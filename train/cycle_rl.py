@@ -53,6 +53,7 @@ class Held:
         mask: bool [N, S].
         old: those of the trainer before the first update; None until then.
         gap: mean absolute difference of the two.
+        reference: those of the frozen reference, which no update changes; None without one.
     """
 
     index: int
@@ -64,6 +65,7 @@ class Held:
     mask: Tensor
     old: Tensor | None = None
     gap: Tensor | None = None
+    reference: Tensor | None = None
 
 
 class CycleRLStage(WorldStage):
@@ -197,10 +199,9 @@ class CycleRLStage(WorldStage):
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         c, held = self.config, self._hold(step)
         logp = self.logprob(self.module, held)
-        reference = None
-        if self._reference is not None:
+        if self._reference is not None and held.reference is None:
             with torch.no_grad():
-                reference = self.logprob(self._reference, held)
+                held.reference = self.logprob(self._reference, held)
         score = held.rollout.score
         tokens = self.module.config.image_tokens * (held.drawn is not None)
         tokens += 4 * MOST_OBJECTS * (held.asked is not None)
@@ -211,7 +212,7 @@ class CycleRLStage(WorldStage):
             held.old,
             score.advantage.flatten(),
             held.mask,
-            reference,
+            held.reference,
             c.clip_low,
             c.clip_high,
             c.beta,

@@ -89,6 +89,21 @@ def test_a_step_computed_by_hand(rl_stage, plain_image_logprob) -> None:
     assert float((logp.detach() - first).abs().max()) > 0.05  # the second ratio was not 1
 
 
+def test_the_reference_is_scored_once_a_rollout(rl_stage, monkeypatch) -> None:
+    rl = rl_stage(beta=0.5, updates=2)
+    scored: list[bool] = []
+    whole = rl.logprob
+
+    def counted(model, held: Held) -> Tensor:
+        scored.append(model is rl._reference)
+        return whole(model, held)
+
+    monkeypatch.setattr(rl, "logprob", counted)
+    for step in range(6):
+        rl.loss(step)
+    assert (scored.count(True), scored.count(False)) == (3, 6)
+
+
 def test_a_better_match_is_made_more_likely(rl_stage) -> None:
     """The sign: reward falls with the discrepancy, and a step raises what was rewarded."""
     rl = rl_stage(beta=0.0, group=8)
