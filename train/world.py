@@ -11,7 +11,7 @@ from torch import Tensor
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
 from echogen.train import keys
-from echogen.train.data.packing import Batch, Tree, i2l_tree, l2i_tree, pack
+from echogen.train.data.packing import Batch, Tree, i2l_tree, l2i_tree, pack, prompt_or_none
 from echogen.train.data.samples import Sample, load_samples
 from echogen.train.data.scenes import load_scenes
 from echogen.train.data.shapes import IMAGE_SIZE
@@ -72,8 +72,7 @@ class WorldStage:
 
     def prompt(self, layout: Layout, dropped: bool = False) -> list[int]:
         """The L2I prompt of a layout, or its unconditional form."""
-        ids = self.prompts.l2i(layout)
-        return self.prompts.unconditional(ids) if dropped else ids
+        return prompt_or_none(self.prompts, layout, dropped)
 
     # --- the rest of a stage --------------------------------------------------------------------
 

@@ -163,9 +163,14 @@ def visibility(batch: Batch) -> Tensor:
     return seen | (causal & same & shared)
 
 
+def prompt_or_none(prompts: Prompts, layout: Layout, dropped: bool) -> list[int]:
+    """The L2I prompt of a layout, or its unconditional form."""
+    ids = prompts.l2i(layout)
+    return prompts.unconditional(ids) if dropped else ids
+
+
 def l2i_prompt(
     prompts: Prompts, layout: Layout, dropout: float, rng: np.random.Generator
 ) -> list[int]:
     """The L2I prompt, or with probability ``dropout`` its unconditional form."""
-    ids = prompts.l2i(layout)
-    return prompts.unconditional(ids) if rng.random() < dropout else ids
+    return prompt_or_none(prompts, layout, bool(rng.random() < dropout))
