@@ -1,7 +1,11 @@
 """The randomness of a run: every number drawn is a function of (seed, step, place in the batch).
 
 That is what lets a resumed run repeat an uninterrupted one without a stored random state. Each use
-has a number of its own, so that no two of them share noise.
+has a number of its own, so that no two of them share noise. 0 to 2 are not given out here: scenes
+are drawn with (seed, split, place), and the splits are these three. One use has no number:
+`layouts_of` draws the wording of an evaluation's layouts with (seed, place), and as NumPy fills a
+short seed up with zeros, places 0 to 2 have the bits of the splits' first scenes, and places 3 to 9
+those of the uses below, at step 0. The committed evaluations are worded so, and stay.
 """
 
 from __future__ import annotations

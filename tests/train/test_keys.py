@@ -7,6 +7,7 @@ import torch
 
 from echogen.kernels.philox import gumbel_noise
 from echogen.train import keys
+from echogen.train.data.shapes import SPLITS
 
 
 def test_draw_ids_are_unique_over_a_run_and_follow_from_the_place() -> None:
@@ -30,6 +31,13 @@ def test_uses_and_seeds_have_noise_of_their_own() -> None:
     assert len(rows.unique(dim=0)) == len(rows)
     with pytest.raises(ValueError, match="seed = -1"):
         keys.noise_key(-1, keys.RL_NOISE)
+
+
+def test_no_use_has_the_number_of_a_split() -> None:
+    """Scenes are drawn with (seed, split, place), batches with (seed, use, step)."""
+    uses = [value for name, value in vars(keys).items() if name.isupper()]
+    assert len(set(uses)) == len(uses) > 0
+    assert not set(uses) & set(range(len(SPLITS)))
 
 
 def test_a_generator_follows_from_seed_use_and_step() -> None:
