@@ -28,9 +28,9 @@ def tiny() -> Recipe:
             temperature=0.3,
             cfg=1.0,
         ),
-        # Rates far below stage 1's, which ended at zero: started again near them, the losses of
-        # drawing and grounding rise before they fall. And λ below 1: the loop's gradient is several
-        # times as long as the others', and clipped together it would drown them.
+        # Rates far below stage 1's, which ended at zero: this stage goes on from there, and is not
+        # to undo it. λ below 1: the gradients are clipped together, and drawing and grounding true
+        # images are to keep the upper hand. Both are choices; nothing here was swept.
         djo=DJOConfig(
             loop=LoopConfig(
                 steps=2400, lr=5e-5, muon_lr=1e-4, decay=0.5, eval_every=400, threads=2
@@ -45,8 +45,9 @@ def tiny() -> Recipe:
                 eval_every=50,
                 save_every=50,
                 threads=2,
-                # In float32 the trainer's log-probabilities are the sampler's to 1e-6 (the log's
-                # sampler_gap); bfloat16 puts 7e-3 between them.
+                # The sampler runs in float32, and so the trainer scores in it: under bfloat16 its
+                # log-probabilities would be off by the rounding (`sampler_gap` in the metrics says
+                # how far; in float32 tests/train/test_scoring.py allows 5e-6).
                 bf16=False,
             ),
         ),

@@ -67,8 +67,8 @@ def roll_out(
 
     What is derived from the weights is made anew first, so that rollouts run on the trained weights
     of this very step: the table of code embeddings and, on a CPU, the packed copy that drawing
-    reads. The copy takes 12 ms for the tiny model (``pack_ms`` of `echogen bench engine`, in
-    bench/results/engine-tiny-cpu.json); a step of stage 3 takes over two seconds.
+    reads (``pack_ms`` of `echogen bench engine`, in bench/results/engine-tiny-cpu.json, is what the
+    copy takes for the tiny model).
 
     Args:
         group: G.
