@@ -31,10 +31,11 @@ MOST_WIDE = 256
 
 
 def _tile(width: int, forward: bool) -> dict[str, int]:
-    """Codes of a tile and warps that share it: what keeps it in registers, on sm_80 to sm_100
-    (`echogen bench compile`). Up to 16 numbers a code the forward pass has 70 to 83 registers a
-    thread with eight warps (128, and a spill, with four), and backward 70 to 72 with 64 codes (196
-    with 128), so that 24 and 28 warps fit a multiprocessor instead of 16 and 8."""
+    """Codes of a tile and warps that share it: what keeps it in registers, on sm_80 to sm_100, as
+    `echogen bench compile` reads them for 8 numbers a code. Forward with eight warps takes 79 or 80
+    a thread in bfloat16 (with four 128, and some spill) and 78 to 116 in float32; backward with 64
+    codes takes 128 to 130 and 71 or 72 (with 128 codes 168 to 208). Eight warps would take 40 to 56
+    there, at loads of half the width: which is faster, only a GPU can tell."""
     if width <= 16:
         return {"COLUMNS": 128, "num_warps": 8} if forward else {"COLUMNS": 64, "num_warps": 4}
     return {"COLUMNS": 64 if width <= 32 else 32 if width <= 64 else 16, "num_warps": 4}
