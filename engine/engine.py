@@ -173,6 +173,11 @@ class Engine:
         return self._decoder
 
     @property
+    def code_table(self) -> Tensor:
+        """[V, D], the embedding of every image code, as of the last ``refresh``."""
+        return self._code_table
+
+    @property
     def device(self) -> torch.device:
         """Where the weights live."""
         return self._code_table.device

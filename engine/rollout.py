@@ -110,16 +110,15 @@ def draw(
         sampling, seed: as there.
         draws: int64 [N], the noise's draw ids.
     """
-    model, prompts = engine.transformer, [engine.prompts.l2i(layout) for layout in layouts]
+    prompts = [engine.prompts.l2i(layout) for layout in layouts]
     if sampling.cfg != 1:
         prompts += [engine.prompts.unconditional(p, sampling.unconditional) for p in prompts]
-    c = model.config
+    c = engine.transformer.config
     sampler = RecordingSampler(
         sampling, seed, draws.to(engine.device), c.codebook_size, c.image_tokens
     )
-    with torch.no_grad():
-        table = model.code_table()
-    codes = decode_image(engine.decoder, table, prompts, sampler, engine.prompts.pad)
+    pad = engine.prompts.pad
+    codes = decode_image(engine.decoder, engine.code_table, prompts, sampler, pad)
     # Copies, because a tensor of inference mode cannot be kept for a backward pass.
     return Drawing(codes.clone(), sampler.logprob, sampler.kept)
 
@@ -202,8 +201,7 @@ def ground(
     Raises:
         PromptError: the model's boxes are not location tokens (see `locations`).
     """
-    with torch.no_grad():
-        image = engine.transformer.code_table()[codes.to(engine.device)]
+    image = engine.code_table[codes.to(engine.device)]
     with span("engine/ground", batch=len(codes), branches=sum(map(len, expressions))):
         tokens, logprob = _ground(engine.transformer, engine.prompts, image, expressions, noise)
     return Answers(tokens.clone(), logprob.clone())
