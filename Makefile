@@ -6,7 +6,7 @@ RUN = $(VENV)/bin
 # The type checker sees the folders where they are imported from: inside the package echogen.
 FOLDERS = kernels engine train bench
 
-.PHONY: demo test lint compile cuda bench watch gpu clean
+.PHONY: demo test fresh lint compile cuda bench watch gpu clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -23,6 +23,10 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(RUN)/python -m pytest
 	TRITON_INTERPRET=1 $(RUN)/python -m pytest tests/kernels
+
+# The operators' tests on inputs that no run has seen; after a failure ECHOGEN_TEST_SEED repeats it.
+fresh: $(VENV)/.installed
+	ECHOGEN_TEST_SEED=fresh $(RUN)/python -m pytest tests/kernels
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .

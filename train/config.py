@@ -98,6 +98,8 @@ class PMTPConfig:
             to the grounding; "shared": both read one, through which the layout can leak.
         temperature, cfg: default sampling written into the exported model; chosen on validation.
         loop: the step loop.
+        start: fingerprint of the model of stage 1 that the run goes on with; filled in by the
+            stage. "": fresh weights.
     """
 
     loop: LoopConfig
@@ -115,6 +117,7 @@ class PMTPConfig:
     mask: Literal["isolated", "shared"] = "isolated"
     temperature: float = 1.0
     cfg: float = 1.0
+    start: str = ""
 
     def __post_init__(self) -> None:
         _one_of("mask", self.mask, ("isolated", "shared"))
@@ -264,11 +267,15 @@ class CycleRLConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole model: its image tokenizer and its stages."""
+    """A whole model: its image tokenizer and its stages.
+
+    ``pmtp_on`` is stage 1 gone on with, from its own model: more data, and the rate raised again.
+    """
 
     name: str
     vq: VQConfig
     pmtp: PMTPConfig
+    pmtp_on: PMTPConfig
     djo: DJOConfig
     cycle_rl: CycleRLConfig
     notes: str = field(default="")

@@ -7,6 +7,7 @@ carries further images that are only grounded: a branch costs a dozen tokens on 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,12 +28,14 @@ from echogen.engine.engine import Engine
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.engine.ranges import span
+from echogen.engine.rollout import locations
 from echogen.engine.sampler import Sampling
 from echogen.train import keys
 from echogen.train.config import PMTPConfig
 from echogen.train.data.packing import Batch, Tree, l2i_prompt, shared_tree
 from echogen.train.data.samples import Sample, load_samples
 from echogen.train.passes import box_loss, hidden_states, image_loss, worth_logging
+from echogen.train.start import Start
 from echogen.train.tokenizer import IMAGE_PLACEHOLDER, train_tokenizer
 from echogen.train.world import WorldStage, ask
 
@@ -104,10 +107,24 @@ class PMTPStage(WorldStage):
 
     name = "pmtp"
 
-    def __init__(self, config: PMTPConfig, vq: JanusVQVAE) -> None:
+    def __init__(self, config: PMTPConfig, begin: JanusVQVAE | Start) -> None:
+        """Fresh weights behind an image tokenizer, or a model of this stage to go on with, whose
+        shape, vocabulary and image tokenizer then stand, whatever the configuration says.
+
+        Raises:
+            PromptError: a model whose boxes are not location tokens.
+        """
+        if isinstance(begin, Start):
+            engine = begin.engine
+            locations(engine.prompts)
+            self.config = replace(config, start=begin.fingerprint)
+            self._train = load_samples(engine.vq, "train", config.scenes)
+            engine.sampling = Sampling(temperature=config.temperature, cfg=config.cfg)
+            super().__init__(engine, config.loop.seed, begin.stages[:-1])
+            return
         self.config = config
-        self._train = load_samples(vq.eval(), "train", config.scenes)
-        super().__init__(new_model(config, vq, self._train), config.loop.seed)
+        self._train = load_samples(begin.eval(), "train", config.scenes)
+        super().__init__(new_model(config, begin, self._train), config.loop.seed)
 
     def batch(self, step: int) -> Batch:
         """The packed batch of a step, a pure function of (seed, step)."""

@@ -28,6 +28,16 @@ def tiny() -> Recipe:
             temperature=0.3,
             cfg=1.0,
         ),
+        # Stage 1 gone on with, since its validation losses were still falling: twice the scenes
+        # (the loss on training scenes had come to lie below that on validation), and half the rate.
+        pmtp_on=PMTPConfig(
+            loop=LoopConfig(
+                steps=6400, lr=1e-3, muon_lr=2e-3, decay=0.8, eval_every=800, threads=1
+            ),
+            scenes=80_000,
+            temperature=0.3,
+            cfg=1.0,
+        ),
         # Rates far below stage 1's, which ended at zero: this stage goes on from there, and is not
         # to undo it. λ below 1: the gradients are clipped together, and drawing and grounding true
         # images are to keep the upper hand. Both are choices; nothing here was swept.

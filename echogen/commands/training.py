@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 RUN_FILES = ("state.pt", "best.pt", "config.json", "metrics.jsonl", "model")
 
 
+Begin = Annotated[str, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
+BeginOrNot = Annotated[str | None, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
+
+
 @dataclass(frozen=True)
 class TrainVQ:
     """Train the image tokenizer from scratch."""
@@ -53,8 +57,10 @@ class TrainPMTP:
 
     out: Path
     """Folder of the run; the model ends in its model/."""
-    vq: Path
-    """Folder of the trained image tokenizer (the model/ of `train vq`)."""
+    vq: Path | None = None
+    """Folder of the trained image tokenizer (the model/ of `train vq`), for fresh weights."""
+    begin: BeginOrNot = None
+    """Instead of --vq, go on with stage 1: a run of this command, its model, or a bundled name."""
     recipe: str = "tiny"
     """Which configuration."""
     steps: int | None = None
@@ -66,19 +72,28 @@ class TrainPMTP:
 
     def run(self) -> None:
         check_run_folder(self.out, self.resume)
-        if not (self.vq / "config.json").is_file():
-            raise InputError(f"--vq {self.vq}: no config.json there; name the model/ of `train vq`")
+        if (self.vq is None) == (self.begin is None):
+            raise InputError(
+                "name one of --vq (fresh weights behind an image tokenizer) and "
+                "--from (a model of this stage to go on with)"
+            )
         recipe = find_recipe(self.recipe)
-        loop = with_steps(recipe.pmtp.loop, self.steps)
-        vq = load_vq(self.vq, recipe.pmtp.width)
-        make_folder(self.out)
+        config = recipe.pmtp if self.begin is None else recipe.pmtp_on
+        loop = with_steps(config.loop, self.steps)
         from echogen.train.pmtp import PMTPStage
+        from echogen.train.start import load_start
 
-        stage = PMTPStage(replace(recipe.pmtp, loop=loop), vq)
+        if self.begin is not None:
+            stage = PMTPStage(replace(config, loop=loop), load_start(self.begin, "pmtp"))
+        elif self.vq is not None:
+            if not (self.vq / "config.json").is_file():
+                raise InputError(
+                    f"--vq {self.vq}: no config.json there; name the model/ of `train vq`"
+                )
+            vq = load_vq(self.vq, config.width)
+            stage = PMTPStage(replace(config, loop=loop), vq)
+        make_folder(self.out)
         train(stage, loop, self.out, self.resume, self.json)
-
-
-Begin = Annotated[str, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ RECIPE = Recipe(
     name="small",
     vq=VQConfig(loop=LOOP, codes=32, latent=32, multipliers=(1, 1, 1, 1)),
     pmtp=PMTP,
+    pmtp_on=PMTP,
     djo=DJOConfig(loop=LOOP, scenes=24, batch=3),
     cycle_rl=CycleRLConfig(
         loop=replace(LOOP, lr=1e-4), scenes=24, batch=2, group=2, gate_scenes=2, gate_group=2

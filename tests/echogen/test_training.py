@@ -70,10 +70,25 @@ def handed_on(monkeypatch):
         (folder / "state.pt").write_text("")
         (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n')
 
+    monkeypatch.setattr("echogen.train.pmtp.PMTPStage", stage("pmtp"))
     monkeypatch.setattr("echogen.train.djo.DJOStage", stage("djo"))
     monkeypatch.setattr("echogen.train.cycle_rl.CycleRLStage", stage("cycle-rl"))
     monkeypatch.setattr("echogen.train.loop.run", loop)
     return calls
+
+
+def test_train_pmtp_goes_on_from_its_own_model(run, model, tmp_path, handed_on):
+    begin = ("train", "pmtp", "--out", tmp_path / "on")
+    assert run(*begin).refused("--vq", "--from")
+    assert run(*begin, "--vq", model, "--from", model).refused("name one of --vq")
+    write_record(model, ("pmtp",))
+    try:
+        done = run(*begin, "--from", model, "--steps", "3")
+        assert done.code == 0, done.err
+        assert handed_on["stages"] == ("pmtp",) and handed_on["steps"] == 3
+        assert handed_on["config"].scenes == tiny().pmtp_on.scenes
+    finally:
+        (model / RECORD).unlink()
 
 
 def test_train_djo_begins_with_stage_one(run, model, tmp_path, handed_on):

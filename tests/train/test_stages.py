@@ -21,6 +21,7 @@ from echogen.train.data.shapes import sample_scene
 from echogen.train.loop import run
 from echogen.train.passes import worth_logging
 from echogen.train.pmtp import PMTPStage
+from echogen.train.start import load_start
 from echogen.train.vq import (
     VQStage,
     background_nats,
@@ -94,6 +95,20 @@ def test_stage_one_trains_resumes_and_exports_a_model_that_loads(tmp_path: Path)
     assert result.images[0].size == (64, 64) and len(result.boxes) == 2
     with pytest.raises(ValueError, match="SigLIP path was not trained"):
         engine.ground(result.images[0], ["a red circle"], features="pixels")
+
+
+def test_stage_one_goes_on_from_its_own_model(tmp_path: Path) -> None:
+    run(PMTPStage(PMTP, build_vq(VQ, 32)), LOOP, tmp_path / "first")
+    more = dataclasses.replace(PMTP, scenes=30, temperature=0.3)
+    start = load_start(tmp_path / "first", "pmtp")
+    assert start.fingerprint == PMTPStage(more, start).config.start
+    began = [p.clone() for p in start.engine.transformer.parameters()]
+    stage = PMTPStage(more, start)
+    assert all(map(torch.equal, began, stage.module.parameters()))
+    run(stage, LOOP, tmp_path / "on")
+    on = load_start(tmp_path / "on", "pmtp")
+    assert on.stages == ("pmtp",) and on.engine.sampling.temperature == 0.3
+    assert on.fingerprint != start.fingerprint
 
 
 def test_numbers_on_a_device_are_not_read_by_the_loss() -> None:
