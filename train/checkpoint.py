@@ -1,22 +1,39 @@
-"""Training state on disk: written beside the old one and renamed, so that one is always whole."""
+"""Training state on disk: written beside the old one and renamed, so that one is always whole.
+
+The state before the last is kept as ``NAME.prev.pt``: a kill, a full disk or a power cut cannot
+tear a state that is in place, but a failing disk or a copy broken off can, and then the run goes on
+from the one before it.
+"""
 
 from __future__ import annotations
 
 import os
 import pickle
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+
+UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
 class StateError(RuntimeError):
     """A training state that cannot be used; the message names the file and the mend."""
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
-    """Write ``state`` (tensors, numbers, strings, containers of them) to ``path`` atomically."""
+def save_state(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
+    """Write ``state`` (tensors, numbers, strings, containers of them) to ``path`` atomically.
+
+    Args:
+        path: of the file; at every moment there is a whole one, the old or the new.
+        state: what `load_state` gives back.
+        keep_previous: keep the one that was there as `previous`.
+
+    Raises:
+        StateError: it cannot be written, the disk being full, say; what was there is as before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     try:
@@ -24,22 +41,91 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-    except OSError as error:
+        if keep_previous and path.exists():
+            _second_name(path)
+        os.replace(beside, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        # Torch's writer covers the file's own error with one about its position.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
         beside.unlink(missing_ok=True)
         raise StateError(
-            f"{path}: cannot be written ({error.strerror}); the previous state is untouched"
+            f"{path}: cannot be written ({cause.strerror}); the previous state is untouched, so "
+            f"make room and go on with --resume"
         ) from error
-    os.replace(beside, path)
 
 
-def load_state(path: Path) -> dict[str, Any]:
-    """Read what ``save_state`` wrote. Raises StateError where the file is torn or foreign."""
+def previous(path: Path) -> Path:
+    """Where the state before the last is kept."""
+    return path.with_suffix(".prev" + path.suffix)
+
+
+def _second_name(path: Path) -> None:
+    """Let ``previous(path)`` be the file at ``path`` too, which is thus never missing there."""
+    link = path.with_name(path.name + ".link.part")
+    link.unlink(missing_ok=True)
+    try:
+        os.link(path, link)
+    except OSError:  # a file system without second names: for a moment there is the previous only
+        os.replace(path, previous(path))
+    else:
+        os.replace(link, previous(path))
+
+
+def _sync_folder(folder: Path) -> None:
+    """Names reach the disk with their folder, not with their file."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def load_state(path: Path, or_previous: bool = False) -> dict[str, Any]:
+    """Read what `save_state` wrote.
+
+    Args:
+        path: of the file.
+        or_previous: where it is torn or missing, read the one before it; its name is then under
+            "fallen_back", with the reason.
+
+    Raises:
+        StateError: a file that is torn or foreign, and none before it.
+    """
+    try:
+        return _read(path)
+    except StateError as error:
+        if not or_previous or not previous(path).exists():
+            raise
+        state = _read(previous(path))
+        return state | {"fallen_back": f"{error}; going on from {previous(path).name}"}
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
+        reason = " ".join(str(error).split())
         raise StateError(
-            f"{path}: no whole training state ({error}); start without --resume"
+            f"{path}: no whole training state ({reason}); start without --resume"
         ) from None
     if not isinstance(state, dict) or "step" not in state:
         raise StateError(f"{path}: no training state (it has no step); start without --resume")
     return state
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file beside and rename it. Raises StateError."""
+    beside = path.with_name(path.name + ".part")
+    try:
+        with open(beside, "w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    except OSError as error:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+        raise StateError(f"{path}: cannot be written ({error.strerror}); make room") from error

@@ -10,6 +10,12 @@ from typing import Any, Literal
 from echogen.engine.sampler import Sampling
 
 
+def later(default: Any) -> Any:
+    """A field that came after runs were recorded: at its default it is left out of `to_json`, so
+    that they stay the runs they were."""
+    return field(default=default, metadata={"later": True})
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """The step loop.
@@ -19,12 +25,21 @@ class LoopConfig:
         lr: peak learning rate of AdamW.
         muon_lr: peak learning rate of Muon for the transformer's matrices; None: AdamW for all.
         warmup: steps of linear warm-up.
-        decay: share of the steps, at the end, over which the rate falls linearly to zero.
+        decay: share of the steps, at the end, over which the rate falls to zero.
         betas, weight_decay, clip: AdamW's, decoupled decay on matrices only, gradient-norm clip.
         bf16: autocast matrix products and convolutions to bfloat16; weights stay float32.
         log_every, eval_every, save_every: steps between log lines, evaluations, checkpoints.
         threads: intra-op threads on a CPU (None: torch's own choice).
         seed: of weights and batches.
+        decay_shape: how it falls, "linear" or "cosine" (half a period).
+        accumulate: parts in which a step's batch goes through the model, one after another; their
+            gradients add up to the whole batch's, and only one part's activations exist at a time.
+        checkpoint_activations: keep a decoder block's input only, and run the block again in the
+            backward pass: less memory, one more forward pass, the same gradients.
+        ema: decay of a moving average of the weights, which is then what is evaluated and exported;
+            None: the weights themselves.
+        deterministic: refuse operations whose result may differ from run to run (on a GPU a sum
+            over threads in no fixed order, say), so that a resumed run repeats itself bit by bit.
     """
 
     steps: int
@@ -41,11 +56,19 @@ class LoopConfig:
     save_every: int = 250
     threads: int | None = 1
     seed: int = 0
+    decay_shape: Literal["linear", "cosine"] = later("linear")
+    accumulate: int = later(1)
+    checkpoint_activations: bool = later(False)
+    ema: float | None = later(None)
+    deterministic: bool = later(False)
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "eval_every", "save_every"):
+        for name in ("steps", "log_every", "eval_every", "save_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        _one_of("decay_shape", self.decay_shape, ("linear", "cosine"))
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ValueError(f"ema = {self.ema}; it must lie between 0 and 1 (None: no average)")
         if not self.lr > 0 or not 0 <= self.decay <= 1:
             raise ValueError(f"lr = {self.lr} must be positive, decay = {self.decay} in [0, 1]")
 
@@ -249,6 +272,12 @@ class CycleRLConfig:
                 f"temperature = {s.temperature}; image tokens that are reinforced must be sampled: "
                 f"set it to 0.01 or more, or policy = 'boxes'"
             )
+        if s.scheduled:
+            raise ValueError(
+                f"cfg_schedule = {s.cfg_schedule!r}, cfg_span = {s.cfg_span}: the trainer scores "
+                f"image tokens at one guidance scale; set one cfg for all positions, or policy = "
+                f"'boxes'"
+            )
         if s.cfg == 0:
             raise ValueError("cfg = 0 draws without looking at the layout; set it above 0 (1: off)")
         if self.truncated and self.updates > 1:
@@ -288,5 +317,17 @@ def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 
 def to_json(config: Any) -> dict[str, Any]:
     """A config dataclass as JSON-ready data."""
-    data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    data: dict[str, Any] = json.loads(json.dumps(_told(config)))
     return data
+
+
+def _told(config: Any) -> dict[str, Any]:
+    """A dataclass as a dictionary, without fields that came `later` and are at their default."""
+    told = {}
+    for part in dataclasses.fields(config):
+        value = getattr(config, part.name)
+        if dataclasses.is_dataclass(value):
+            told[part.name] = _told(value)
+        elif not (part.metadata.get("later") and value == part.default):
+            told[part.name] = value
+    return told

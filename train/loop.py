@@ -1,290 +1,298 @@
 """One step loop for every stage: optimizer, schedule, logging, evaluation, checkpoints, resume.
 
 A stage's batch is a pure function of the step number, so a resumed run needs no data position and
-repeats an uninterrupted one exactly.
+repeats an uninterrupted one exactly, whenever and however that was ended. What one step does stands
+in `update`, what several processes do together in `processes`, how files outlast a kill in
+`checkpoint`.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
-import math
-import sys
-import time
+import os
+import shutil
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from rich.progress import Progress
 
-from echogen.engine.ranges import span
-from echogen.train.checkpoint import StateError, load_state, save_state
+from echogen.engine.ranges import listening, span
+from echogen.train.average import Average
+from echogen.train.board import Board, open_board
+from echogen.train.checkpoint import StateError, previous, write_text
 from echogen.train.config import LoopConfig, to_json
+from echogen.train.dump import write_dump
 from echogen.train.metrics import MetricsFile
 from echogen.train.optim import build_optimizers, schedule
+from echogen.train.processes import Processes, Trained
+from echogen.train.progress import Pace, note, progress_bar
+from echogen.train.runtime import keep_pages, only_deterministic
 from echogen.train.selection import Best
+from echogen.train.stage import BeginRefused as BeginRefused
+from echogen.train.stage import NotFinite, Stage, TrainingError, identity
 from echogen.train.start import note_chosen
+from echogen.train.stop import Stop, Stopped
+from echogen.train.update import splittable, update
 
 
-class Stage(Protocol):
-    """What a training stage adds to the loop: its batch → loss, its evaluation, its export.
-
-    A stage may have ``selects``, the name of one of its validation numbers: then the weights with
-    the most of it are exported, and not the last ones.
-    """
-
-    @property
-    def name(self) -> str:
-        """What the run is called."""
-        ...
-
-    @property
-    def module(self) -> nn.Module:
-        """Everything that checkpoints hold; its parameters are trained."""
-        ...
-
-    @property
-    def config(self) -> Any:
-        """The stage's configuration, a dataclass."""
-        ...
-
-    def begin(self) -> dict[str, float]:
-        """Called once, before the first step of a run: what is found out then, or a refusal."""
-        ...
-
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
-        """Loss of step ``step`` and the numbers worth logging; a pure function of the step.
-
-        The numbers, one of them "loss", are floats or tensors of one element without a gradient,
-        which are read where they are logged: to read one is to wait for the device, and backward
-        could not be queued meanwhile.
-        """
-        ...
-
-    def after_step(self, step: int) -> None:
-        """Whatever follows the optimizer step (a codebook's moving averages, say)."""
-        ...
-
-    def evaluate(self) -> dict[str, float]:
-        """Validation numbers."""
-        ...
-
-    def export(self, folder: Path) -> None:
-        """Write the trained model in the format users load."""
-        ...
-
-
-class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says at which step and why."""
-
-
-class BeginRefused(TrainingError):
-    """A stage that found, before its first step, that it would do harm; the message says how."""
-
-
-def keep_pages() -> None:
-    """Let glibc keep freed memory instead of returning it to the kernel.
-
-    A training step allocates and frees the same large tensors again and again; with the default
-    thresholds each one is mapped afresh and its pages are faulted in and zeroed. Measured on one
-    core, SiLU over 8.4 M floats: 16.6 ms before, 2.1 ms after.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # glibc; musl has none and does not need it
-        m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
-
-
-def run(stage: Stage, config: LoopConfig, folder: Path, resume: bool = False) -> None:
+def run(
+    stage: Stage,
+    config: LoopConfig,
+    folder: Path,
+    resume: bool = False,
+    processes: Processes | None = None,
+) -> None:
     """Train ``stage`` for ``config.steps`` steps, keeping everything under ``folder``.
 
-    Writes ``state.pt`` (resumable), ``metrics.jsonl``, ``config.json`` and, at the end, the
-    exported model under ``model/``. Where the stage selects (see `Stage`), also ``best.pt``, the
-    weights to export; which they are ends the metrics and stands in the model's record.
+    Writes ``state.pt`` (resumable; the one before it is ``state.prev.pt``), ``metrics.jsonl``,
+    ``config.json``, where TensorBoard is installed ``board/``, and, at the end, the exported model
+    under ``model/``. Where the stage selects (see `Stage`), also ``best.pt``, the weights to
+    export; which they are ends the metrics and stands in the model's record. A step whose loss is
+    not finite leaves ``dump-stepN.pt``, see `dump`.
 
     Raises:
-        TrainingError: the loss became NaN or infinite (the last state stays as it was), or the
-            stage refuses to begin.
+        Stopped: SIGTERM or SIGINT came; the state of the last whole step is saved.
+        TrainingError: the loss became NaN or infinite (the last state stays as it was), the
+            stage refuses to begin, or it cannot be run as configured.
         StateError: ``resume`` with a torn state or one of another configuration, with damaged
-            metrics, or without the best weights.
+            metrics, or without the best weights; a file that cannot be written.
     """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     keep_pages()
-    folder.mkdir(parents=True, exist_ok=True)
-    optimizers = build_optimizers(stage.module, config)
-    state_path = folder / "state.pt"
-    start = _restore(stage, optimizers, state_path) if resume and state_path.exists() else 0
-    # Before anything is written: a run that is refused leaves its folder free.
-    found = {} if start else _rounded(stage.begin())
-    (folder / "config.json").write_text(json.dumps(to_json(stage.config), indent=2) + "\n")
-    metrics = MetricsFile(folder / "metrics.jsonl", start)
-    best = _best(stage, folder, start, metrics)
-    console = Console(stderr=True)
-    if found:
-        metrics.write(step=0, **found)
-        console.print(f"{stage.name} before the first step {found}", soft_wrap=True)
-    # A run may have been killed behind its state and before that step's validation was written.
-    if start and _due(config, start) and not metrics.validated(start):
-        _evaluate(stage, start, metrics, best, console)
-    with _progress(console, stage.name, config.steps, start) as bar:
-        _steps(stage, config, optimizers, start, metrics, best, bar, state_path, console)
-    chosen = best.restore(stage.module) if best is not None else None
-    stage.export(folder / "model")
-    which = ""
-    if chosen is not None:
-        which = f", of step {chosen['step']} ({chosen['by']} {chosen['value']:.6g})"
-        note_chosen(folder / "model", chosen)
-        if not metrics.column("chosen_step"):
-            value = {f"chosen_{chosen['by']}": chosen["value"]}
-            metrics.write(step=config.steps, chosen_step=chosen["step"], **value)
-    console.print(f"{stage.name}: done; the model{which} is in {folder / 'model'}")
+    stop = Stop()
+    with stop.listening(), only_deterministic(config.deterministic):
+        started = Run(stage, config, folder, resume, processes or Processes(), stop)
+        with closing(started.board):
+            started.to_its_end()
 
 
-def _best(stage: Stage, folder: Path, start: int, metrics: MetricsFile) -> Best | None:
-    by = getattr(stage, "selects", None)
-    if by is None:
-        return None
-    return Best(folder / "best.pt", by, _identity(stage), start, metrics.column(f"val_{by}"))
+class Run:
+    """A run under way; see `run`."""
 
+    def __init__(
+        self,
+        stage: Stage,
+        config: LoopConfig,
+        folder: Path,
+        resume: bool,
+        processes: Processes,
+        stop: Stop,
+    ) -> None:
+        self.stage, self.config, self.folder = stage, config, folder
+        self.processes, self.stop = processes, stop
+        self.console = Console(stderr=True, quiet=not processes.writes)
+        self.state_path = folder / "state.pt"
+        folder.mkdir(parents=True, exist_ok=True)
+        _check(stage, config, processes)
+        processes.prepare(stage.module)
+        optimizers = build_optimizers(stage.module, config)
+        average = Average(stage.module, config.ema) if config.ema is not None else None
+        self.trained = Trained(stage.module, optimizers, average)
+        self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
+        self.start = self._restore() if resume else 0
+        self.saved = self.start
+        # Before anything is written: a run that is refused leaves its folder free.
+        found = {} if self.start else _rounded(stage.begin())
+        if processes.writes:
+            self._tidy()
+            write_text(folder / "config.json", json.dumps(to_json(stage.config), indent=2) + "\n")
+        self.metrics = MetricsFile(folder / "metrics.jsonl", self.start, processes.writes)
+        self.best = self._best()
+        self.board = self._board()
+        if found:
+            self.metrics.write(step=0, **found)
+            self._say(f"{stage.name} before the first step {found}")
 
-def _steps(
-    stage: Stage,
-    config: LoopConfig,
-    optimizers: list[torch.optim.Optimizer],
-    start: int,
-    metrics: MetricsFile,
-    best: Best | None,
-    bar: Progress,
-    state_path: Path,
-    console: Console,
-) -> None:
-    began, parameters = time.perf_counter(), list(stage.module.parameters())
-    for step in range(start, config.steps):
-        rate = schedule(step, config)
-        try:
-            numbers, norm = update(stage, config, optimizers, parameters, rate, step)
-        except TrainingError as error:
-            kept = f"the state of the last checkpoint is kept in {state_path} (try a lower lr)"
-            raise TrainingError(f"{error}; {kept}") from None
-        stage.after_step(step)
-        done, last = step + 1, step + 1 == config.steps
-        bar.update(bar.task_ids[0], completed=done, note=f"loss {float(numbers['loss']):.4f}")
-        if done % config.log_every == 0 or last:
-            seconds = (time.perf_counter() - began) / (done - start)
-            row = {
-                "step": done,
-                **_rounded(numbers),
-                "lr": rate * config.lr,
-                "grad_norm": round(norm, 4),
-            }
-            metrics.write(**row, seconds_per_step=round(seconds, 4))
-            if not console.is_terminal:
-                console.print(f"{stage.name} {row} {seconds:.3f} s/step", soft_wrap=True)
+    # --- the run --------------------------------------------------------------------------------
+
+    def to_its_end(self) -> None:
+        """The steps that are left, and the export."""
+        # A run may have been killed behind its state and before that step's validation was written.
+        if self.start and self._due(self.start) and not self.metrics.validated(self.start):
+            self._evaluate(self.start)
+        pace = Pace(getattr(self.stage, "images", None))
+        with progress_bar(self.console, self.stage.name, self.config.steps, self.start) as bar:
+            for step in range(self.start, self.config.steps):
+                if self.processes.any(self.stop.asked):
+                    self._leave(step)
+                self._step(step, pace, bar)
+        self._finish()
+
+    def _step(self, step: int, pace: Pace, bar: Progress) -> None:
+        c, done = self.config, step + 1
+        last, rate = done == c.steps, schedule(step, c)
+        pace.start()
+        with listening(pace.meter):
+            numbers, norm = self._update(rate, step)
+        self.stage.after_step(step)
+        if self.trained.average is not None:
+            self.trained.average.update(done)
+        pace.stop()
+        bar.update(bar.task_ids[0], completed=done, note=note(numbers, pace.rates()))
+        if done % c.log_every == 0 or last:
+            row = {**_rounded(numbers), "lr": rate * c.lr, "grad_norm": round(norm, 4)}
+            self.metrics.write(step=done, **row, seconds_per_step=round(pace.step, 4))
+            self.board.numbers(done, "train", row | pace.rates())
+            if not self.console.is_terminal:
+                told = {"step": done, **row}
+                self._say(f"{self.stage.name} {told} {pace.step:.3f} s/step")
         # Saved first: a failing evaluation costs no training.
-        if done % config.save_every == 0 or last:
-            with span(f"train/{stage.name}/checkpoint", step=step):
-                save_state(state_path, _state(stage, optimizers, done))
-        if _due(config, done):
-            _evaluate(stage, done, metrics, best, console)
+        if done % c.save_every == 0 or last:
+            self._save(done)
+        if self._due(done):
+            self._evaluate(done)
+
+    def _update(self, rate: float, step: int) -> tuple[dict[str, Any], float]:
+        stage, optimizers = self.stage, self.trained.optimizers
+        try:
+            return update(
+                stage, self.config, optimizers, self.parameters, rate, step, self.processes
+            )
+        except NotFinite as error:
+            told = str(error)
+            if self.processes.writes:
+                path = write_dump(self.folder, stage, step, told)
+                told += f"; what it was computed from is in {path} (--repeat {path})"
+            if self.saved:
+                told += f"; the state of step {self.saved} is kept in {self.state_path}"
+            raise TrainingError(f"{told} (try a lower lr)") from None
+
+    def _due(self, done: int) -> bool:
+        """Is there an evaluation behind ``done`` steps?"""
+        return done % self.config.eval_every == 0 or done == self.config.steps
+
+    def _evaluate(self, done: int) -> None:
+        stage = self.stage
+        with span(f"train/{stage.name}/evaluate", step=done - 1), self._averaged():
+            found = self.stop.unless_asked(stage.evaluate)
+            if self.processes.any(found is None):
+                self._leave(done)
+            values = _rounded(found or {})
+            if self.best is not None:
+                self.best.offer(done, values[self.best.by], stage.module)
+            self.metrics.write(step=done, **{f"val_{k}": v for k, v in values.items()})
+            self._say(f"{stage.name} step {done} validation {values}")
+            self.board.numbers(done, "validation", values)
+            self.board.pictures(done, stage)
+
+    def _averaged(self) -> AbstractContextManager[None]:
+        average = self.trained.average
+        return nullcontext() if average is None else average.in_place()
+
+    def _say(self, line: str) -> None:
+        self.console.print(line, soft_wrap=True)
+
+    # --- checkpoints ----------------------------------------------------------------------------
+
+    def _save(self, done: int) -> None:
+        with span(f"train/{self.stage.name}/checkpoint", step=done - 1):
+            self.metrics.sync()  # what a state is behind is on the disk before it
+            head = {**identity(self.stage), "step": done}
+            self.processes.save(self.state_path, head, self.trained)
+        self.saved = done
+
+    def _restore(self) -> int:
+        """Go back to the last checkpoint; its step, 0 where there is none."""
+        path = self.state_path
+        if not path.exists() and not previous(path).exists():
+            return 0
+        state = self.processes.load(path)
+        if any(state[key] != value for key, value in identity(self.stage).items()):
+            raise StateError(
+                f"{path}: written by another run ({state['stage']}, other settings); "
+                "give the same recipe and options, or another --out"
+            )
+        self.trained.load(state)
+        if "fallen_back" in state:
+            self._say(
+                f"{self.stage.name}: {state['fallen_back']}, which is of step {state['step']}"
+            )
+            if self.processes.writes:
+                os.replace(previous(path), path)  # or the next save would keep the torn one
+        return int(state["step"])
+
+    def _leave(self, done: int) -> None:
+        """End the run behind ``done`` steps, because it was asked to. Raises Stopped."""
+        if done != self.saved:
+            self._save(done)
+        kept = f"the state of step {done} is saved in {self.state_path}; go on with --resume"
+        if not done:
+            kept = "no step was done yet"
+        asked = self.stop.name if self.stop.asked else "a signal to another process"
+        raise Stopped(f"{self.stage.name}: stopped by {asked}; {kept}", self.stop.number)
+
+    def _tidy(self) -> None:
+        """Remove what a kill left half written, and before a first step what older runs left."""
+        old = [] if self.start else [self.state_path, previous(self.state_path)]
+        for path in [*self.folder.glob("*.part"), *old]:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+    # --- the end --------------------------------------------------------------------------------
+
+    def _board(self) -> Board:
+        if not self.processes.writes:
+            return Board()
+        return open_board(self.folder / "board", self.start, self.console)
+
+    def _best(self) -> Best | None:
+        by = getattr(self.stage, "selects", None)
+        if by is None:
+            return None
+        seen = self.metrics.column(f"val_{by}")
+        run = identity(self.stage)
+        return Best(self.folder / "best.pt", by, run, self.start, seen, self.processes)
+
+    def _finish(self) -> None:
+        """Export the weights chosen, or the last ones."""
+        stage, model = self.stage, self.folder / "model"
+        chosen = self.best.restore(stage.module) if self.best is not None else None
+        # The best weights are an average already, where one was kept.
+        with self._averaged() if chosen is None else nullcontext():
+            self._export(model, chosen)
+        which = ""
+        if chosen is not None:
+            which = f", of step {chosen['step']} ({chosen['by']} {chosen['value']:.6g})"
+            if not self.metrics.column("chosen_step"):
+                value = {f"chosen_{chosen['by']}": chosen["value"]}
+                self.metrics.write(step=self.config.steps, chosen_step=chosen["step"], **value)
+        self._say(f"{stage.name}: done; the model{which} is in {model}")
+
+    def _export(self, model: Path, chosen: dict[str, Any] | None) -> None:
+        """Beside and renamed, or a kill would leave half a model that looks like one."""
+        if not self.processes.writes:
+            return
+        beside = model.with_name(model.name + ".part")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir()
+        self.stage.export(beside)
+        if chosen is not None:
+            note_chosen(beside, chosen)
+        if model.exists():
+            shutil.rmtree(model)
+        os.replace(beside, model)
 
 
-def _due(config: LoopConfig, done: int) -> bool:
-    """Is there an evaluation behind ``done`` steps?"""
-    return done % config.eval_every == 0 or done == config.steps
-
-
-def _evaluate(
-    stage: Stage, done: int, metrics: MetricsFile, best: Best | None, console: Console
-) -> None:
-    with span(f"train/{stage.name}/evaluate", step=done - 1):
-        values = _rounded(stage.evaluate())
-    if best is not None:
-        best.offer(done, values[best.by], stage.module)
-    metrics.write(step=done, **{f"val_{k}": v for k, v in values.items()})
-    console.print(f"{stage.name} step {done} validation {values}", soft_wrap=True)
-
-
-def update(
-    stage: Stage,
-    config: LoopConfig,
-    optimizers: list[torch.optim.Optimizer],
-    parameters: list[nn.Parameter],
-    rate: float,
-    step: int,
-) -> tuple[dict[str, Any], float]:
-    """One optimizer step at ``rate`` of the peak; the stage's numbers, as `Stage.loss` gives them,
-    and the gradient norm.
-
-    Raises:
-        TrainingError: a loss or a gradient that is NaN or infinite; the weights are as before.
-    """
-    for optimizer in optimizers:
-        for group in optimizer.param_groups:
-            group["lr"] = rate * group["peak"]
-        optimizer.zero_grad(set_to_none=True)
-    device, part = parameters[0].device.type, f"train/{stage.name}"
-    with (
-        span(f"{part}/forward", step=step),
-        torch.autocast(device, torch.bfloat16, enabled=config.bf16),
-    ):
-        loss, numbers = stage.loss(step)
-    with span(f"{part}/backward", step=step):
-        loss.backward()
-    norm = float(nn.utils.clip_grad_norm_(parameters, config.clip))
-    if not math.isfinite(float(loss.detach())) or not math.isfinite(norm):
-        raise TrainingError(
-            f"{stage.name}: loss {float(loss.detach())}, gradient norm {norm} at step {step}"
-        )
-    with span(f"{part}/optimizer", step=step):
-        for optimizer in optimizers:
-            optimizer.step()
-    return numbers, norm
-
-
-def _identity(stage: Stage) -> dict[str, Any]:
-    return {"stage": stage.name, "config": json.dumps(to_json(stage.config), sort_keys=True)}
-
-
-def _state(stage: Stage, optimizers: list[torch.optim.Optimizer], step: int) -> dict[str, Any]:
-    return {
-        **_identity(stage),
-        "step": step,
-        "module": stage.module.state_dict(),
-        "optimizers": [o.state_dict() for o in optimizers],
-    }
-
-
-def _restore(stage: Stage, optimizers: list[torch.optim.Optimizer], path: Path) -> int:
-    state = load_state(path)
-    if any(state[key] != value for key, value in _identity(stage).items()):
-        raise StateError(
-            f"{path}: written by another run ({state['stage']}, other settings); "
-            "give the same recipe and options, or another --out"
-        )
-    stage.module.load_state_dict(state["module"])
-    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    return int(state["step"])
+def _check(stage: Stage, config: LoopConfig, processes: Processes) -> None:
+    """Refuse what the stage cannot do. Raises TrainingError."""
+    if processes.shares(config.accumulate)[0][1] > 1:
+        splittable(stage)
+    module: Any = stage.module
+    if config.checkpoint_activations:
+        if not hasattr(module, "checkpointing"):
+            raise TrainingError(
+                f"{stage.name}: checkpoint_activations, but its module has no decoder blocks to "
+                f"run again; leave it out"
+            )
+        module.checkpointing = True
 
 
 def _rounded(numbers: dict[str, Any]) -> dict[str, float]:
     # To six digits, not places: a gap of 1e-6 between sampler and trainer is worth reading.
     return {k: float(f"{float(v):.6g}") for k, v in numbers.items()}
-
-
-def _progress(console: Console, name: str, steps: int, start: int) -> Progress:
-    columns = (TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bar = Progress(
-        *columns,
-        TextColumn("{task.fields[note]}"),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    bar.add_task(name, total=steps, completed=start, note="")
-    return bar

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from echogen.train.checkpoint import StateError
+from echogen.train.checkpoint import StateError, write_text
 
 
 class MetricsFile:
@@ -20,22 +20,19 @@ class MetricsFile:
     Args:
         path: of the file.
         step: that the run goes on from; 0 begins the file anew.
+        writes: False in a process that leaves the file to another one.
 
     Raises:
-        StateError: a line before the last that is no line of metrics.
+        StateError: a line before the last that is no line of metrics; a file that cannot be
+            written, here or in any method.
     """
 
-    def __init__(self, path: Path, step: int) -> None:
-        self._path = path
+    def __init__(self, path: Path, step: int, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
         rows = _read(path) if step and path.exists() else []
         self._rows = [row for row in rows if row["step"] <= step]
-        # Beside and renamed: a kill in between leaves the old file whole.
-        beside = path.with_name(path.name + ".part")
-        with open(beside, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in self._rows)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        if writes:  # beside and renamed: a kill in between leaves the old file whole
+            write_text(path, "".join(json.dumps(row) + "\n" for row in self._rows))
 
     def column(self, name: str) -> list[float]:
         """The values of a number in the lines kept, in their order."""
@@ -48,8 +45,26 @@ class MetricsFile:
 
     def write(self, **values: float | int | str) -> None:
         """Add a line."""
-        with open(self._path, "a") as file:
-            file.write(json.dumps(values) + "\n")
+        self._append(json.dumps(values) + "\n")
+
+    def sync(self) -> None:
+        """Put the lines onto the disk, so that a power cut does not lose them either."""
+        self._append("", sync=True)
+
+    def _append(self, text: str, sync: bool = False) -> None:
+        if not self._writes:
+            return
+        try:
+            with open(self._path, "a") as file:
+                file.write(text)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise StateError(
+                f"{self._path}: cannot be written ({error.strerror}); make room and go on with "
+                f"--resume"
+            ) from error
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

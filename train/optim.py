@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -46,7 +48,11 @@ def build_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.
 
 
 def schedule(step: int, config: LoopConfig) -> float:
-    """Share of the peak rate at step 0, 1, …: linear warm-up, constant, linear decay to zero."""
+    """Share of the peak rate at step 0, 1, …: linear warm-up, constant, decay to zero, which is
+    linear or half a period of a cosine."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     tail = max(1.0, config.decay * config.steps)
-    return warm * min(1.0, (config.steps - step) / tail)
+    left = min(1.0, (config.steps - step) / tail)
+    if config.decay_shape == "cosine":
+        left = (1 - math.cos(math.pi * left)) / 2
+    return warm * left

@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from echogen.train.checkpoint import StateError, load_state, save_state
+from echogen.train.processes import Processes
 
 
 class Best:
@@ -27,18 +28,26 @@ class Best:
         run: what tells the run from others, JSON-ready; a file of another run is refused.
         start: the step that the run goes on from; 0 begins anew, and an old file goes.
         seen: the numbers of the validations up to ``start``.
+        processes: which of them writes.
 
     Raises:
         StateError: a file that is torn, of another run, or missing though there were validations.
     """
 
     def __init__(
-        self, path: Path, by: str, run: dict[str, Any], start: int, seen: list[float]
+        self,
+        path: Path,
+        by: str,
+        run: dict[str, Any],
+        start: int,
+        seen: list[float],
+        processes: Processes,
     ) -> None:
         self.by, self.step, self.value = by, 0, -math.inf
-        self._path, self._run = path, run
+        self._path, self._run, self._processes = path, run, processes
         if not start:
-            path.unlink(missing_ok=True)
+            if processes.writes:
+                path.unlink(missing_ok=True)
         elif path.exists():
             state = load_state(path)
             if any(state.get(key) != value for key, value in run.items()):
@@ -53,13 +62,15 @@ class Best:
     def offer(self, step: int, value: float, module: nn.Module) -> None:
         """Keep the weights if their validation is the best so far, or is made again."""
         if value > self.value or step == self.step:
-            weights = module.state_dict()
-            save_state(self._path, {**self._run, "step": step, "value": value, "module": weights})
+            weights = self._processes.weights(module)
+            found = {**self._run, "step": step, "value": value, "module": weights}
+            if self._processes.writes:
+                save_state(self._path, found)
             self.step, self.value = step, value
 
     def restore(self, module: nn.Module) -> dict[str, Any] | None:
         """Put the best weights into the module; which they are. None where there are none."""
         if not self.step:
             return None
-        module.load_state_dict(load_state(self._path)["module"])
+        self._processes.put_weights(module, load_state(self._path)["module"])
         return {"step": self.step, "by": self.by, "value": self.value}

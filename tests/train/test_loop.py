@@ -65,6 +65,7 @@ class Toy:
 
     def export(self, folder: Path) -> None:
         self.exported.append(folder)
+        torch.save(self.module.state_dict(), folder / "weights.pt")
 
 
 class Selecting(Toy):
@@ -82,8 +83,6 @@ class Selecting(Toy):
 
     def export(self, folder: Path) -> None:
         super().export(folder)
-        folder.mkdir(exist_ok=True)
-        torch.save(self.module.state_dict(), folder / "weights.pt")
         write_record(folder, ("toy",))
 
 
@@ -105,7 +104,8 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(tmp_path: Path, break_at: i
     resumed = Toy(CONFIG)
     run(resumed, CONFIG, tmp_path / "broken", resume=True)
     assert rows(tmp_path / "broken") == rows(tmp_path / "whole")
-    assert resumed.exported == [tmp_path / "broken" / "model"]
+    assert len(resumed.exported) == 1 and not resumed.exported[0].exists()
+    assert (tmp_path / "broken" / "model" / "weights.pt").is_file()
     assert resumed.begun == (break_at < CONFIG.save_every)  # before the first step, and only there
     assert rows(tmp_path / "broken")[0] == {"step": 0, "found": 0.25}
 

@@ -1,0 +1,126 @@
+"""The step at which a run broke, in a file: what its loss was computed from, to look at and repeat.
+
+A loss that is NaN says nothing of where it came from. The file holds the weights before the step,
+the batch, and everything else that the step reads; `repeat_dump` computes the step again and says
+which numbers of it are not finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echogen.train.checkpoint import StateError, load_state, save_state
+from echogen.train.config import LoopConfig
+from echogen.train.processes import Processes
+from echogen.train.stage import Stage, identity
+from echogen.train.update import gradients, torch_seed
+
+
+def write_dump(folder: Path, stage: Stage, step: int, error: str) -> Path:
+    """Write ``dump-stepN.pt`` into a run's folder; its path.
+
+    It holds: ``stage`` and ``config`` of the run, ``step``, the ``error``, the ``module``'s weights
+    before the step and their ``fingerprint``, the ``inputs`` of the loss (where the stage tells
+    them), and the ``seed`` of torch's random state.
+    """
+    path = folder / f"dump-step{step}.pt"
+    inputs = getattr(stage, "inputs", None)
+    weights = stage.module.state_dict()
+    loop = stage.config.loop
+    found = {
+        **identity(stage),
+        "step": step,
+        "error": error,
+        "module": weights,
+        "fingerprint": fingerprint(weights),
+        "inputs": {} if inputs is None else inputs(step),
+        "seed": torch_seed(loop.seed, step),
+    }
+    save_state(path, found)
+    return path
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """Hash of names and bytes of weights."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A step computed again.
+
+    Attributes:
+        step: which.
+        loss: of it.
+        numbers: of the stage.
+        broken: parameters whose gradients are not finite.
+        weights: parameters that were not finite before the step.
+        same_inputs: whether the stage made the batch of the file again; where it did not (other
+            data, another version), what was computed here is another step.
+    """
+
+    step: int
+    loss: float
+    numbers: dict[str, float]
+    broken: list[str]
+    weights: list[str]
+    same_inputs: bool
+
+
+def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
+    """Compute the step of a dump again, on its weights, which the stage then has; nothing is
+    written and nothing updated.
+
+    Raises:
+        StateError: a file that is torn, no dump, of another run, or whose weights are not those
+            that it says.
+    """
+    found = load_state(path)
+    if "fingerprint" not in found:
+        raise StateError(f"{path}: no dump of a step; name a dump-step….pt")
+    if any(found[key] != value for key, value in identity(stage).items()):
+        raise StateError(
+            f"{path}: written by another run ({found['stage']}, other settings); give the same "
+            f"recipe and options"
+        )
+    if fingerprint(found["module"]) != found["fingerprint"]:
+        raise StateError(f"{path}: its weights are not those of its fingerprint; it is damaged")
+    stage.module.load_state_dict(found["module"])
+    step, named = int(found["step"]), dict(stage.module.named_parameters())
+    trained = [p for p in named.values() if p.requires_grad]
+    loss, numbers = gradients(stage, config, trained, step, Processes())
+    inputs = getattr(stage, "inputs", None)
+    return Repeated(
+        step,
+        loss,
+        {name: float(value) for name, value in numbers.items()},
+        [n for n, p in named.items() if p.grad is not None and not _finite(p.grad)],
+        [n for n, p in named.items() if not _finite(p)],
+        _same(found["inputs"], {} if inputs is None else inputs(step)),
+    )
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(x.detach().isfinite().all())
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two containers of tensors hold the same bits."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype
+        return same and bool(a.cpu().eq(b.cpu()).logical_or(a.cpu() != a.cpu()).all())
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)

@@ -1,0 +1,98 @@
+"""How many processes a run has, and what they do together: here one, which does all of it.
+
+The loop asks this class, and only it, how a batch is shared out, how what the processes found is
+added up, and who writes files. Runs of several processes override it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from echogen.train.average import Average
+from echogen.train.checkpoint import load_state, save_state
+
+
+@dataclass
+class Trained:
+    """What a step changes, and a checkpoint holds.
+
+    Attributes:
+        module: of the stage.
+        optimizers: of its parameters.
+        average: of its weights, where the run keeps one.
+    """
+
+    module: nn.Module
+    optimizers: list[torch.optim.Optimizer]
+    average: Average | None
+
+    def state(self) -> dict[str, Any]:
+        """As tensors, numbers and strings."""
+        held = {
+            "module": self.module.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+        }
+        return held if self.average is None else held | {"average": self.average.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go back to a state."""
+        self.module.load_state_dict(state["module"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        if self.average is not None:
+            self.average.load(state["average"])
+
+
+class Processes:
+    """One process. Every method but ``shares`` is called by all processes at the same moments."""
+
+    rank = 0
+    count = 1
+
+    @property
+    def writes(self) -> bool:
+        """Whether this one writes files (of the run's folder) and speaks to the console."""
+        return self.rank == 0
+
+    def prepare(self, module: nn.Module) -> None:
+        """Before optimizers are built: shard, replicate, compare the weights."""
+
+    def shares(self, accumulate: int) -> list[tuple[int, int]]:
+        """The (part, parts) of a step's batch that this process takes, one after another."""
+        parts = accumulate * self.count
+        return [(part, parts) for part in range(self.rank, parts, self.count)]
+
+    def total(self, numbers: dict[str, Any]) -> dict[str, Any]:
+        """A step's numbers, added up over the processes."""
+        return numbers
+
+    def clip(self, parameters: list[nn.Parameter], limit: float) -> float:
+        """Scale the gradients, which are those of the whole batch, to a norm of at most ``limit``;
+        their norm before."""
+        return float(nn.utils.clip_grad_norm_(parameters, limit))
+
+    def any(self, here: bool) -> bool:
+        """Whether it is so in any process."""
+        return here
+
+    def save(self, path: Path, head: dict[str, Any], trained: Trained) -> None:
+        """Write a checkpoint: ``head`` (which run, which step) and what was trained."""
+        save_state(path, {**head, **trained.state()}, keep_previous=True)
+
+    def load(self, path: Path) -> dict[str, Any]:
+        """What `save` wrote: the head, and what `Trained.load` takes."""
+        return load_state(path, or_previous=True)
+
+    def weights(self, module: nn.Module) -> dict[str, Tensor]:
+        """The module's weights, whole, for a file that any number of processes can read; what
+        processes get that do not write is not used."""
+        return module.state_dict()
+
+    def put_weights(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
+        """Put whole weights, as `weights` gives them, into the module."""
+        module.load_state_dict(weights)

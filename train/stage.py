@@ -1,0 +1,86 @@
+"""What a training stage is to the step loop, and how a stage or a step refuses to go on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from echogen.train.config import to_json
+
+
+class Stage(Protocol):
+    """What a training stage adds to the loop: its batch → loss, its evaluation, its export.
+
+    A stage may also have:
+        selects: the name of one of its validation numbers; then the weights with the most of it are
+            exported, and not the last ones.
+        loss_part(step, part, parts) → (loss, numbers): the share of every ``parts``-th sample of
+            the step's batch, beginning with sample ``part``. Losses, gradients and numbers of the
+            parts add up to those of ``loss(step)``: a mean over the batch is divided by what the
+            batch has, not by what the part has. Needed where a batch is accumulated or shared out.
+        images: images a step, for the rate that is shown.
+        pictures() → [(name, picture)]: samples for people, drawn at each evaluation.
+        inputs(step) → tensors (in dictionaries and lists) that the step's loss reads, for a dump.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the run is called."""
+        ...
+
+    @property
+    def module(self) -> nn.Module:
+        """Everything that checkpoints hold; its parameters are trained."""
+        ...
+
+    @property
+    def config(self) -> Any:
+        """The stage's configuration, a dataclass."""
+        ...
+
+    def begin(self) -> dict[str, float]:
+        """Called once, before the first step of a run: what is found out then, or a refusal."""
+        ...
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
+        """Loss of step ``step`` and the numbers worth logging; a pure function of the step.
+
+        Torch's own random state is set from (seed, step) before, so that it may be used.
+
+        The numbers, one of them "loss", are floats or tensors of one element without a gradient,
+        which are read where they are logged: to read one is to wait for the device, and backward
+        could not be queued meanwhile.
+        """
+        ...
+
+    def after_step(self, step: int) -> None:
+        """Whatever follows the optimizer step (a codebook's moving averages, say)."""
+        ...
+
+    def evaluate(self) -> dict[str, float]:
+        """Validation numbers. It may be broken off by an exception at any point."""
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the trained model in the format users load, into an empty folder."""
+        ...
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; the message says at which step and why."""
+
+
+class BeginRefused(TrainingError):
+    """A stage that found, before its first step, that it would do harm; the message says how."""
+
+
+class NotFinite(TrainingError):
+    """A loss or a gradient that is NaN or infinite; the weights are as before the step."""
+
+
+def identity(stage: Stage) -> dict[str, str]:
+    """What tells a run's files from those of other runs."""
+    return {"stage": stage.name, "config": json.dumps(to_json(stage.config), sort_keys=True)}
