@@ -189,7 +189,7 @@ def decode_image(
         Image codes int64 [N, T].
     """
     model, ids, pads = prepared(model, code_table, prompts, pad)
-    rows, steps, guided = len(ids), model.config.image_tokens, sampler.sampling.cfg != 1
+    rows, steps, guided = len(ids), model.config.image_tokens, sampler.sampling.guided
     decoding: Decoding = (
         PlainDecoding(model, code_table, ids, pads, steps)
         if isinstance(model, UnifiedTransformer)

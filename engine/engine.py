@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -196,10 +197,40 @@ class Engine:
         sampling: Sampling | None = None,
         progress: Progress | None = None,
         decoding: Method = "auto",
+        negative: Layout | None = None,
     ) -> Image.Image:
-        """Draw one picture of a layout; the same seed draws the same picture."""
-        codes = self.generate_codes([layout], seed, None, sampling, progress, decoding)
+        """Draw one picture of a layout; the same seed draws the same picture. ``negative``: a
+        layout of what the picture shall keep away from; see ``generate_codes``."""
+        codes = self.generate_codes([layout], seed, None, sampling, progress, decoding, negative)
         return self.decode(codes)[0]
+
+    def prompt_rows(
+        self,
+        layouts: Sequence[Layout],
+        sampling: Sampling,
+        negative: Layout | Sequence[Layout] | None = None,
+    ) -> list[list[int]]:
+        """The prompts that draw N layouts: N conditional ones and, with guidance, N that it leads
+        away from (the unconditional prompt, or the prompts of negative layouts).
+
+        Raises:
+            ValueError: negative layouts without guidance, or another number of them.
+            LayoutError: texts that hold reserved tokens.
+        """
+        rows = [self.prompts.l2i(layout) for layout in layouts]
+        if negative is not None and not sampling.guided:
+            raise ValueError(
+                f"negative layouts act through guidance, and cfg = {sampling.cfg} is off; "
+                f"set cfg above 1"
+            )
+        if not sampling.guided:
+            return rows
+        if negative is None:
+            return rows + [self.prompts.unconditional(p, sampling.unconditional) for p in rows]
+        away = [negative] * len(rows) if isinstance(negative, Layout) else list(negative)
+        if len(away) != len(rows):
+            raise ValueError(f"{len(away)} negative layouts for {len(rows)} layouts; give as many")
+        return rows + [self.prompts.l2i(layout) for layout in away]
 
     def generate_codes(
         self,
@@ -209,6 +240,7 @@ class Engine:
         sampling: Sampling | None = None,
         progress: Progress | None = None,
         decoding: Method = "auto",
+        negative: Layout | Sequence[Layout] | None = None,
     ) -> Tensor:
         """Image codes int64 [N, T], one image a layout.
 
@@ -222,13 +254,17 @@ class Engine:
             decoding: "sequential" draws one code a step, "jacobi" several
                 (`echogen.engine.jacobi`), "auto" what is faster. The codes are the same, up to
                 ones within rounding of each other.
+            negative: a layout, or one for each, whose rows take the place of the unconditional
+                ones (PlanGen's object removal: name what shall not be there); needs guidance.
+
+        Raises:
+            LayoutError: a layout that leaves no room for the image, or holds a reserved token.
+            ValueError: a negative layout without guidance; guidance behind the last position.
         """
         if decoding not in get_args(Method):
             raise ValueError(f"decoding = {decoding!r}; choose one of {get_args(Method)}")
         sampling = sampling or self.sampling
-        prompts = [self.prompts.l2i(layout) for layout in layouts]
-        if sampling.cfg != 1:
-            prompts += [self.prompts.unconditional(p, sampling.unconditional) for p in prompts]
+        prompts = self.prompt_rows(layouts, sampling, negative)
         ids = torch.tensor(draws if draws is not None else range(len(layouts)), device=self.device)
         c = self.transformer.config
         longest = max(map(len, prompts), default=0)

@@ -163,7 +163,7 @@ def decode_windows(
     Raises:
         ValueError: a window below 1 or an unknown draft.
     """
-    guided, tokens = sampler.sampling.cfg != 1, model.config.image_tokens
+    guided, tokens = sampler.sampling.guided, model.config.image_tokens
     window = default_window(guided) if window is None else window
     if window < 1:
         raise ValueError(f"window = {window}; it must be at least 1")
@@ -174,10 +174,10 @@ def decode_windows(
     asked = sum(map(len, prompts))
     with span("engine/prefill", rows=len(prompts)):
         logits = decoding.prefill()
-    scores = sampler.scores(logits.unsqueeze(1))
-    device, places = scores.device, torch.arange(tokens, device=scores.device)
-    with span("engine/sample", rows=len(scores), step=0):
-        first = sampler.pick(scores, places[:1].expand(len(scores), 1))
+    device, places = logits.device, torch.arange(tokens, device=logits.device)
+    origin = places[:1].expand(len(prompts) // (2 if guided else 1), 1)
+    with span("engine/sample", rows=len(origin), step=0):
+        first = sampler.pick(sampler.scores(logits.unsqueeze(1), origin), origin)
     images = [_Image(code, tokens, columns) for code in first[:, 0].tolist()]
     while (fewest := min(image.done for image in images)) < tokens:
         if progress is not None:
@@ -194,7 +194,7 @@ def decode_windows(
             logits = decoding.window(torch.tensor(ran, device=device), [s - 1 for s in starts])
         positions = torch.tensor(starts, device=device)[:, None] + places[:width]
         with span("engine/sample", rows=positions.numel(), step=fewest):
-            samples = sampler.pick(sampler.scores(logits), positions).tolist()
+            samples = sampler.pick(sampler.scores(logits, positions), positions).tolist()
         for image, start, row in zip(images, starts, samples, strict=True):
             image.take(start, row)
     if progress is not None:

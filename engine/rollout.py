@@ -77,24 +77,24 @@ class RecordingSampler(Sampler):
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:
         """See `Sampler`."""
-        s = self.sampling
+        s, scale = self.sampling, self.scale(step)
         drawn = cfg_sample(
             logits,
             self._seed_word,
             self._draw_ids,
             torch.full_like(self._draw_ids, step),
-            s.cfg,
+            scale,
             s.temperature,
             s.top_k,
             s.top_p,
-            guided="none" if s.cfg == 1 else "blocked",
+            guided="blocked" if s.guided else "none",
         )
         self.logprob[:, step] = drawn.logprob
         if self.kept is not None:
             scores = logits.float()
-            if s.cfg != 1:
+            if s.guided:
                 cond, uncond = scores.chunk(2)
-                scores = uncond + s.cfg * (cond - uncond)
+                scores = cond if scale == 1 else uncond + scale * (cond - uncond)
             scores = scores * (1 / max(s.temperature, 1e-6))
             self.kept[:, step] = kept_codes(scores, s.top_k, s.top_p)
         return drawn.token
@@ -110,9 +110,7 @@ def draw(
         sampling, seed: as there.
         draws: int64 [N], the noise's draw ids.
     """
-    prompts = [engine.prompts.l2i(layout) for layout in layouts]
-    if sampling.cfg != 1:
-        prompts += [engine.prompts.unconditional(p, sampling.unconditional) for p in prompts]
+    prompts = engine.prompt_rows(layouts, sampling)
     c = engine.transformer.config
     sampler = RecordingSampler(
         sampling, seed, draws.to(engine.device), c.codebook_size, c.image_tokens

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +12,9 @@ from torch import Tensor
 from echogen.engine.prompt import Unconditional
 from echogen.kernels.philox import gumbel_noise
 from echogen.kernels.reference import sampling as reference
+
+Schedule = Literal["constant", "linear", "cosine"]
+"""How the guidance scale moves from the first guided position to the last."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,12 @@ class Sampling:
         top_k: keep the k most likely codes (0: all).
         top_p: keep the smallest set of codes with at least this probability (1: all).
         unconditional: prompt of the unconditional rows, "pad" (Janus) or "empty" (PlanGen).
+        cfg_schedule: "constant": every guided position has scale ``cfg``; "linear" and "cosine":
+            the scale goes from ``cfg_start`` at the first guided position to ``cfg`` at the last,
+            in equal steps or along half a period of a cosine.
+        cfg_start: where such a schedule begins.
+        cfg_span: (a, b), guide positions a … b − 1 alone and leave the others as they are; None
+            guides all of them.
     """
 
     temperature: float = 1.0
@@ -30,14 +41,14 @@ class Sampling:
     top_k: int = 0
     top_p: float = 1.0
     unconditional: Unconditional = "pad"
+    cfg_schedule: Schedule = "constant"
+    cfg_start: float = 1.0
+    cfg_span: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
-        def finite(value: float) -> bool:
-            return value == value and abs(value) != float("inf")
-
-        if not finite(self.temperature) or self.temperature < 0:
+        if not math.isfinite(self.temperature) or self.temperature < 0:
             raise ValueError(f"temperature = {self.temperature}; it must be 0 or more")
-        if not finite(self.cfg) or self.cfg < 0:
+        if not math.isfinite(self.cfg) or self.cfg < 0:
             raise ValueError(f"cfg = {self.cfg}; it must be 0 or more (1 is off)")
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k}; it must be 0 (off) or more")
@@ -45,9 +56,64 @@ class Sampling:
             raise ValueError(f"top_p = {self.top_p}; it must be in (0, 1]")
         if self.unconditional not in ("pad", "empty"):
             raise ValueError(f"unconditional = {self.unconditional!r}; choose 'pad' or 'empty'")
+        self._check_schedule()
+
+    def _check_schedule(self) -> None:
+        if self.cfg_schedule not in get_args(Schedule):
+            raise ValueError(
+                f"cfg_schedule = {self.cfg_schedule!r}; choose one of {get_args(Schedule)}"
+            )
+        if not math.isfinite(self.cfg_start) or self.cfg_start < 0:
+            raise ValueError(f"cfg_start = {self.cfg_start}; it must be 0 or more (1 is off)")
+        if self.cfg_schedule == "constant" and self.cfg_start != 1:
+            raise ValueError(
+                f"cfg_start = {self.cfg_start} with cfg_schedule = 'constant', which begins at "
+                f"cfg; choose 'linear' or 'cosine'"
+            )
+        if self.cfg_span is None:
+            return
+        span = tuple(self.cfg_span)  # JSON has lists
+        if len(span) != 2 or not all(type(n) is int for n in span) or not 0 <= span[0] < span[1]:
+            raise ValueError(
+                f"cfg_span = {self.cfg_span}; write two positions, 0 or more, the first below "
+                f"the second (which is the first that is not guided any more)"
+            )
+        object.__setattr__(self, "cfg_span", span)
+
+    @property
+    def guided(self) -> bool:
+        """Whether there are unconditional rows at all."""
+        return self.cfg != 1 or self.cfg_start != 1
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the scale depends on the position."""
+        return self.guided and (self.cfg_schedule != "constant" or self.cfg_span is not None)
+
+    def scales(self, steps: int) -> list[float]:
+        """The guidance scale at each of ``steps`` positions; 1 where nothing is guided.
+
+        Raises:
+            ValueError: ``cfg_span`` reaches beyond the last position.
+        """
+        first, end = self.cfg_span or (0, steps)
+        if end > steps:
+            raise ValueError(
+                f"cfg_span = ({first}, {end}); an image of this model has {steps} positions"
+            )
+        scales = [1.0] * steps
+        for position in range(first, end):
+            # A span of one position is the schedule's last.
+            way = 1.0 if end - first == 1 else (position - first) / (end - 1 - first)
+            if self.cfg_schedule == "constant":
+                way = 1.0
+            elif self.cfg_schedule == "cosine":
+                way = (1 - math.cos(math.pi * way)) / 2
+            scales[position] = self.cfg_start + way * (self.cfg - self.cfg_start)
+        return scales
 
 
-def guided(logits: Tensor, cfg: float) -> Tensor:
+def guided(logits: Tensor, cfg: float | Tensor) -> Tensor:
     """Logits [2N, ..., V], conditional rows first, → guided logits [N, ..., V]."""
     cond, uncond = logits.chunk(2)
     return uncond + cfg * (cond - uncond)
@@ -75,6 +141,9 @@ class Sampler:
         draws: int64 [N], the noise's draw id of each sample.
         codebook: V.
         steps: image tokens T.
+
+    Raises:
+        ValueError: guidance asked for behind the last position (`Sampling.scales`).
     """
 
     # Noise is drawn for several positions at once: one by one, the 120 small integer operations
@@ -89,6 +158,9 @@ class Sampler:
         self._chunk = max(1, min(steps, self.BLOCK // max(1, codebook * len(draws))))
         self._blocks = dict[int, Tensor]()
         self._samples = torch.arange(len(draws), device=draws.device)[:, None]
+        # In float32 like the logits, so that one position and several round the same scale.
+        scales = torch.tensor(sampling.scales(steps), dtype=torch.float32)
+        self._scales, self._scale_at = scales.tolist(), scales.to(draws.device)
 
     def _block(self, index: int) -> Tensor:
         """Noise [chunk, N, V] of positions ``index·chunk`` and on."""
@@ -107,13 +179,32 @@ class Sampler:
         blocks = list(self._blocks.values())
         return blocks[0] if len(blocks) == 1 else torch.cat(blocks), indices[0] * self._chunk
 
-    def scores(self, logits: Tensor) -> Tensor:
+    def scale(self, step: int) -> float:
+        """The guidance scale of position ``step``; 1 reads no unconditional row."""
+        return self._scales[step] if self.sampling.scheduled else self.sampling.cfg
+
+    def _guided(self, logits: Tensor, positions: Tensor | int | None) -> Tensor:
+        s = self.sampling
+        if not s.scheduled:
+            return guided(logits, s.cfg)
+        if positions is None:
+            raise ValueError(f"cfg_schedule = {s.cfg_schedule!r} needs the positions of the logits")
+        cond = logits.chunk(2)[0]
+        if isinstance(positions, int):
+            scale = self.scale(positions)
+            return cond if scale == 1 else guided(logits, scale)
+        scales = self._scale_at[positions].unsqueeze(-1)
+        # u + 1·(c − u) is c only up to rounding.
+        return torch.where(scales == 1, cond, guided(logits, scales))
+
+    def scores(self, logits: Tensor, positions: Tensor | int | None = None) -> Tensor:
         """Logits [N, ..., V], or [2N, ..., V] with guidance → float32 [N, ..., V], guided, over the
-        temperature and truncated: all that comes before the noise."""
+        temperature and truncated: all that comes before the noise. ``positions`` int64 [N, ...], or
+        one for all, says where they stand; only a schedule of guidance needs it."""
         s = self.sampling
         logits = logits.float()
-        if s.cfg != 1:
-            logits = guided(logits, s.cfg)
+        if s.guided:
+            logits = self._guided(logits, positions)
         if s.temperature == 0:
             return logits
         return truncated(logits / s.temperature, s.top_k, s.top_p)
@@ -128,7 +219,7 @@ class Sampler:
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:
         """Logits [N, V], or [2N, V] with guidance, of position ``step`` → codes int64 [N]."""
-        scores = self.scores(logits)
+        scores = self.scores(logits, step)
         if self.sampling.temperature == 0:
             return scores.argmax(-1)
         noise, first = self._noise(step, step)

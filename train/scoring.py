@@ -39,7 +39,15 @@ def image_logprob(
         kept: int64 [N, T], how many codes truncation left (see `Drawing`). The codes kept are the
             trainer's most likely ones, that many: which of two nearly equal codes is the last one
             then makes no difference beyond rounding. None: there was no truncation.
+
+    Raises:
+        ValueError: the guidance scale changed from position to position (see `CycleRLConfig`).
     """
+    if sampling.scheduled:
+        raise ValueError(
+            f"cfg_schedule = {sampling.cfg_schedule!r}, cfg_span = {sampling.cfg_span}: image "
+            f"tokens are scored at one guidance scale"
+        )
     rows, targets = _code_rows(model, drawn, count)
     features, weight, bias = image_features(model, rows)
     free = features

@@ -62,7 +62,7 @@ class Eval:
         if self.out is not None:
             check_file(self.out, (".json",))
         engine = self.engine.load()
-        engine.sampling = self.sampling.over(engine.sampling)
+        engine.sampling = self.sampling.over(engine)
         from echogen.train.eval.tables import evaluate
 
         began = time.perf_counter()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -61,6 +61,12 @@ class SamplingOptions:
     """Keep the k most likely codes; 0 keeps all."""
     top_p: float | None = None
     """Keep the smallest set of codes with this probability; 1 keeps all."""
+    cfg_schedule: Literal["constant", "linear", "cosine"] | None = None
+    """How the scale of guidance moves over the image: not at all, or from --cfg-start to --cfg."""
+    cfg_start: float | None = None
+    """Where a schedule begins; 1 if left out."""
+    cfg_span: tuple[int, int] | None = None
+    """Two positions in the order of drawing: guide from the first to before the second alone."""
 
     def _given(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}
@@ -69,16 +75,25 @@ class SamplingOptions:
         """Refuse values out of range, before a model is loaded."""
         from echogen.engine.sampler import Sampling
 
+        given = self._given()
+        if self.cfg_schedule is None:  # the model's default may be one that has a start
+            given.pop("cfg_start", None)
         try:
-            Sampling(**self._given())
+            Sampling(**given)
         except ValueError as error:
             raise InputError(f"--{error}") from None
 
-    def over(self, default: Sampling) -> Sampling:
-        """The model's defaults with the given options in their place."""
+    def over(self, engine: Engine) -> Sampling:
+        """The model's defaults with the given options in their place; InputError where the two do
+        not go together, or do not fit the model's images."""
         from echogen.engine.sampler import Sampling
 
-        return Sampling(**asdict(default) | self._given())
+        try:
+            sampling = Sampling(**asdict(engine.sampling) | self._given())
+            sampling.scales(engine.transformer.config.image_tokens)
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+        return sampling
 
 
 def usual_device(asked: str) -> str:

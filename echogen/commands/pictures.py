@@ -47,6 +47,8 @@ class Generate:
     """Picture to write."""
     seed: int = 0
     """The same seed draws the same picture."""
+    negative: Path | None = None
+    """Layout file of what the picture shall keep away from; it acts through --cfg above 1."""
     json: Json = False
     """End with one JSON object on stdout."""
     engine: ModelOptions = field(default_factory=ModelOptions)
@@ -56,14 +58,20 @@ class Generate:
         from echogen.engine.layout import Layout
 
         layout = Layout.load(self.layout)
+        negative = None if self.negative is None else Layout.load(self.negative)
         check_seed(self.seed)
         check_file(self.out, PICTURES)
         self.sampling.check()
         engine = self.engine.load()
-        sampling = self.sampling.over(engine.sampling)
+        sampling = self.sampling.over(engine)
+        if negative is not None and not sampling.guided:
+            raise InputError(
+                f"--negative {self.negative}: it acts through guidance, and cfg = {sampling.cfg:g} "
+                f"is off; give --cfg above 1"
+            )
         began = time.perf_counter()
         with progress("drawing") as update:
-            image = engine.generate(layout, self.seed, sampling, update)
+            image = engine.generate(layout, self.seed, sampling, update, negative=negative)
         seconds = round(time.perf_counter() - began, 3)
         write_picture(self.out, image)
         show(
@@ -81,6 +89,7 @@ class Generate:
                     "seed": self.seed,
                     "model": self.engine.model,
                     "sampling": asdict(sampling),
+                    "negative": None if negative is None else negative.to_dict(),
                     "files": {"image": str(self.out)},
                 }
             )
@@ -174,7 +183,7 @@ class Cycle:
         check_seed(self.seed)
         self.sampling.check()
         engine = self.engine.load()
-        sampling = self.sampling.over(engine.sampling)
+        sampling = self.sampling.over(engine)
         with progress("drawing") as update:
             result = engine.cycle(layout, self.samples, self.seed, sampling, update)
         data = result.to_dict(result.best)

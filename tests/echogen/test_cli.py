@@ -118,6 +118,11 @@ def test_interruption(run, monkeypatch):
         (["--cfg", "inf"], ["cfg", "inf"]),
         (["--top-k", "-1"], ["top_k", "-1"]),
         (["--top-p", "0"], ["top_p", "0.0"]),
+        (["--cfg-start", "2"], ["cfg_start = 2.0", "linear"]),
+        (["--cfg-span", "9", "9"], ["cfg_span = (9, 9)"]),
+        (["--cfg-span", "9", "65"], ["cfg_span = (9, 65)", "64 positions"]),
+        (["--negative", "absent.json"], ["absent.json"]),
+        (["--negative", "{layout}", "--cfg", "1"], ["--negative", "give --cfg above 1"]),
         (["--out", "image.gif.txt"], ["--out", ".txt"]),
         (["--out", "absent/image.png"], ["--out", "absent"]),
         (["--model", "enormous"], ["enormous", "no such folder"]),
@@ -129,7 +134,8 @@ def test_interruption(run, monkeypatch):
 def test_generate_refuses(run, layout, tmp_path, monkeypatch, options, words):
     monkeypatch.chdir(tmp_path)
     before = sorted(tmp_path.iterdir())
-    assert run("generate", "--layout", layout, *options).refused(*words)
+    given = [str(option).format(layout=layout) for option in options]
+    assert run("generate", "--layout", layout, *given).refused(*words)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -259,12 +265,35 @@ def test_generate(run, model, layout, tmp_path):
     assert Image.open(out).size == (64, 64)
     # What is not asked for is the checkpoint's own.
     sampling = {"temperature": 0.8, "cfg": 1.5, "top_k": 5, "top_p": 1.0, "unconditional": "pad"}
-    assert done.data["sampling"] == sampling
+    assert done.data["sampling"].items() >= sampling.items()
     assert (done.data["seed"], done.data["model"]) == (7, str(model))
     run("generate", *options, "--top-k", "5", "--seed", "7")
     assert out.read_bytes() == first
     run("generate", *options, "--top-k", "5", "--seed", "8")
     assert out.read_bytes() != first
+
+
+def test_generate_along_a_schedule_and_away_from_a_layout(run, model, layout, tmp_path):
+    out, away = tmp_path / "picture.png", tmp_path / "away.json"
+    options = ["generate", "--layout", layout, "--model", model, "--out", out, "--json"]
+    away.write_text(json.dumps({"caption": "a star", "objects": [
+        {"expr": "a star", "box": [0.5, 0.5, 0.9, 0.9]}
+    ]}))  # fmt: skip
+    pictures = []
+    for asked in (
+        [],
+        ["--negative", away],
+        ["--cfg-schedule", "linear", "--cfg-start", "3"],
+        ["--cfg-span", "8", "64"],
+    ):
+        # Random weights hardly tell prompts apart: guided this far they do.
+        done = run(*options, "--cfg", "3000", *asked)
+        assert (done.code, done.err) == (0, "")
+        pictures.append(out.read_bytes())
+        wanted = json.loads(away.read_text()) if "--negative" in asked else None
+        assert done.data["negative"] == wanted
+    assert len(set(pictures)) == 4
+    assert done.data["sampling"]["cfg_span"] == [8, 64]
 
 
 def test_ground(run, model, tmp_path):

@@ -12,6 +12,7 @@ from echogen.engine.rollout import kept_codes
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.kernels.sampling import cfg_sample
 from echogen.train.cycle_rl import CycleRLStage
+from echogen.train.scoring import image_logprob
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -116,3 +117,19 @@ def test_sampled_boxes_are_scored_under_the_grammar(rl_stage, plain_hidden) -> N
                 wanted = plain_box_logprob(rl, plain_hidden, o.expr, codes, tokens)
                 found = scored[row, images + 4 * k : images + 4 * k + 4]
                 assert torch.allclose(found, wanted, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [Sampling(cfg=3.0, cfg_schedule="linear"), Sampling(cfg=3.0, cfg_span=(0, 32))],
+    ids=["linear", "span"],
+)
+def test_images_drawn_at_a_scale_that_changes_are_not_scored(rl_stage, sampling) -> None:
+    """They would be scored at another scale; where boxes alone are reinforced nothing is scored."""
+    with pytest.raises(ValueError, match=r"cfg_schedule.*one guidance scale.*policy = 'boxes'"):
+        rl_stage(sampling=sampling)
+    rl = rl_stage(sampling=sampling, policy="boxes")
+    assert rl.loss(0)[1]["sampler_gap"] < 5e-6
+    held = rl_stage()._hold(0)
+    with pytest.raises(ValueError, match="one guidance scale"):
+        image_logprob(rl.module, held.drawn, None, 8, sampling)
