@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,10 +35,24 @@ from echogen.train.loop import BeginRefused
 from echogen.train.passes import worth_logging
 from echogen.train.rollouts import Rollout, roll_out
 from echogen.train.scoring import box_logprob, image_logprob
+from echogen.train.shares import places
 from echogen.train.start import Start
 from echogen.train.world import WorldStage
 
 VAL_LAYOUTS = 64
+
+
+class Portion(NamedTuple):
+    """The shares that a part of a step has in it: of the layouts (and of their images), of the
+    images with tokens of the policy, of these tokens, of the boxes."""
+
+    layouts: float
+    sequences: float
+    tokens: float
+    boxes: float
+
+
+WHOLE = Portion(1.0, 1.0, 1.0, 1.0)
 
 
 @dataclass
@@ -51,6 +65,7 @@ class Held:
             guidance), and I2L ones; None where the policy does not need them.
         sampled: log-probabilities of the policy's tokens by the sampler, [N, S].
         mask: bool [N, S].
+        portion: what the rollout is of its step's.
         old: those of the trainer before the first update; None until then.
         gap: mean absolute difference of the two.
         reference: those of the frozen reference, which no update changes; None without one.
@@ -63,6 +78,7 @@ class Held:
     asked: Batch | None
     sampled: Tensor
     mask: Tensor
+    portion: Portion = WHOLE
     old: Tensor | None = None
     gap: Tensor | None = None
     reference: Tensor | None = None
@@ -87,7 +103,7 @@ class CycleRLStage(WorldStage):
         self.config = replace(config, start=start.fingerprint)
         self._key = keys.noise_key(config.loop.seed, keys.RL_NOISE)
         self._reference = copy.deepcopy(self.module).requires_grad_(False) if config.beta else None
-        self._held: Held | None = None
+        self._held: dict[tuple[int, int], Held] = {}
         self._scenes = load_scenes("train", config.scenes) if config.layouts == "real" else []
         named = config.layouts in ("real", "random")
         self._read = [] if named else read_layouts(config.layouts)
@@ -115,27 +131,46 @@ class CycleRLStage(WorldStage):
             return [self._read[i] for i in chosen]
         return [self._scenes[i].layout(rng) for i in chosen]
 
-    def _hold(self, step: int) -> Held:
-        """The rollout of a step: a new one every ``updates`` steps."""
+    def _hold(self, step: int, part: int = 0, parts: int = 1) -> Held:
+        """The rollout of a step's part: a new one every ``updates`` steps. A layout's images are
+        all in the same part, and drawn with the noise they would have in any other."""
         c, index = self.config, step // self.config.updates
-        if self._held is not None and self._held.index == index:
-            return self._held
+        held = self._held.get((part, parts))
+        if held is not None and held.index == index:
+            return held
         assert step % c.updates == 0, "a run resumes where a rollout begins (see CycleRLConfig)"
+        every = self.layouts(index)
+        here = places("batch", c.batch, part, parts)
+        draws = keys.draw_ids(index, c.batch * c.group).view(c.batch, c.group)
         rollout = roll_out(
             self.engine,
-            self.layouts(index),
+            [every[i] for i in here],
             c.group,
             c.sampling,
             self._key,
-            keys.draw_ids(index, c.batch * c.group),
+            draws[list(here)].flatten(),
             c.policy != "image",
             c.w_iou,
             c.w_l1,
             c.advantage,
         )
         with span("train/cycle-rl/data", step=step):
-            self._held = self._packed(index, rollout)
-        return self._held
+            held = self._packed(index, rollout)
+        held.portion = self._portion(rollout.layouts, every)
+        self._held[part, parts] = held
+        return held
+
+    def _portion(self, here: list[Layout], every: list[Layout]) -> Portion:
+        """What the layouts of a part are of all the step's."""
+        image = self.module.config.image_tokens * (self.config.policy != "boxes")
+        box = 4 * (self.config.policy != "image")
+
+        def count(layouts: list[Layout]) -> np.ndarray:
+            boxes = np.array([len(y.objects) for y in layouts])
+            tokens = image + box * boxes
+            return np.array([len(layouts), (tokens > 0).sum(), tokens.sum(), boxes.sum()])
+
+        return Portion(*(count(here) / np.maximum(count(every), 1)).tolist())
 
     def _packed(self, index: int, rollout: Rollout) -> Held:
         policy, group = self.config.policy, rollout.group
@@ -197,7 +232,12 @@ class CycleRLStage(WorldStage):
         return torch.cat(parts, 1)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
-        c, held = self.config, self._hold(step)
+        """See `Stage`."""
+        return self.loss_part(step, 0, 1)
+
+    def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `Stage`."""
+        c, held = self.config, self._hold(step, part, parts)
         logp = self.logprob(self.module, held)
         if self._reference is not None and held.reference is None:
             with torch.no_grad():
@@ -222,14 +262,16 @@ class CycleRLStage(WorldStage):
         if held.gap is None:
             held.gap = (logp.detach() - held.sampled).abs()[held.mask].mean()
             held.old = logp.detach() if c.updates > 1 else None
+        portion = held.portion
+        by = {"sequence": portion.sequences, "token": portion.tokens, "constant": portion.layouts}
+        loss = out.loss if parts == 1 else out.loss * by[c.normalise]
+        per_token = {"kl": out.mean_kl, "clipped": out.clip_fraction, "sampler_gap": held.gap}
         numbers = {
-            "loss": out.loss,
-            **_of(held.rollout),
-            "kl": out.mean_kl,
-            "clipped": out.clip_fraction,
-            "sampler_gap": held.gap,
+            "loss": loss,
+            **_of(held.rollout, portion),
+            **{name: mean * portion.tokens for name, mean in per_token.items()},
         }
-        return out.loss, worth_logging(numbers)
+        return loss, worth_logging(numbers)
 
     # --- before and beside training -------------------------------------------------------------
 
@@ -290,14 +332,14 @@ class CycleRLStage(WorldStage):
         return values | {"cycle_iou": table["judge_iou"]}
 
 
-def _of(rollout: Rollout) -> dict[str, Tensor]:
-    """What a log line says of a rollout."""
+def _of(rollout: Rollout, portion: Portion) -> dict[str, Tensor]:
+    """What a log line says of a rollout; of a part's, what it adds."""
     score, there = rollout.score, rollout.mask.unsqueeze(1)
     boxes = there.sum() * rollout.group
     return {
-        "reward": score.reward.mean(),
-        "spread": score.reward.std(1, correction=0).mean(),
-        "iou": score.iou.sum() / boxes,
-        "l1": score.l1.sum() / boxes,
-        "flat": score.flat.float().mean(),
+        "reward": score.reward.mean() * portion.layouts,
+        "spread": score.reward.std(1, correction=0).mean() * portion.layouts,
+        "iou": score.iou.sum() / boxes * portion.boxes,
+        "l1": score.l1.sum() / boxes * portion.boxes,
+        "flat": score.flat.float().mean() * portion.layouts,
     }

@@ -33,6 +33,7 @@ from echogen.train.passes import (
     image_loss,
     worth_logging,
 )
+from echogen.train.shares import part_of_mean, places
 from echogen.train.start import Start
 from echogen.train.world import WorldStage, ask
 
@@ -42,6 +43,24 @@ class Noise(NamedTuple):
 
     key: int
     draws: Tensor
+
+
+class Example(NamedTuple):
+    """One sample of a step.
+
+    Attributes:
+        sample: the image and what is known of it.
+        layout: what it is drawn from.
+        kept: whether it is; else from the unconditional prompt.
+        questions: (expression, box), asked of the real image.
+        draw: draw id of its noise.
+    """
+
+    sample: Sample
+    layout: Layout
+    kept: bool
+    questions: list[tuple[str, tuple]]
+    draw: int
 
 
 class Drawn(NamedTuple):
@@ -103,30 +122,36 @@ class LoopPass(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: Batch, images: Tensor) -> Tensor:
-        """Args: batch of I2L trees 0 … N−1, images [N, T, C]. Returns the mean over box tokens."""
+    def forward(self, batch: Batch, images: Tensor, total: int | None = None) -> Tensor:
+        """Args: batch of I2L trees 0 … N−1, images [N, T, C], ``total`` as in `box_loss`. Returns
+        the mean over box tokens."""
         model, vocab = self.model, self.model.config.vocab_size
         here = batch.ids >= vocab
         order = batch.tree[here][:: images.shape[1]]  # an image's tokens lie together
         lifted = model.code_aligner(images[order].flatten(0, 1))
         text = model.embed_text(batch.ids.masked_fill(here, 0))
         embedded = text.index_put((here,), lifted.to(text.dtype))
-        return box_loss(model, hidden_states(model, batch, embedded), batch)
+        return box_loss(model, hidden_states(model, batch, embedded), batch, total)
 
 
 def loop_loss(
-    model: UnifiedTransformer, batch: Batch, images: Tensor, frozen: bool = False
+    model: UnifiedTransformer,
+    batch: Batch,
+    images: Tensor,
+    frozen: bool = False,
+    total: int | None = None,
 ) -> Tensor:
-    """Cross entropy of the boxes of I2L trees 0 … N−1 whose images are drawn ones [N, T, C].
+    """Cross entropy of the boxes of I2L trees 0 … N−1 whose images are drawn ones [N, T, C];
+    ``total`` as in `box_loss`.
 
     ``frozen``: the same weights, detached: gradients pass through them to the images, yet leave
     them alone. A frozen grounder thus costs no second model, and keeps up with the trained one.
     """
     grounder = LoopPass(model)
     if not frozen:
-        return grounder(batch, images)
+        return grounder(batch, images, total)
     fixed = {name: p.detach() for name, p in grounder.named_parameters()}
-    loss: Tensor = functional_call(grounder, fixed, (batch, images))
+    loss: Tensor = functional_call(grounder, fixed, (batch, images, total))
     return loss
 
 
@@ -147,54 +172,82 @@ class DJOStage(WorldStage):
         self._train = load_samples(self.vq, "train", config.scenes)
         self._key = keys.noise_key(config.loop.seed, keys.DJO_NOISE)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
-        c, model = self.config, self.module
+    def examples(self, step: int) -> list[Example]:
+        """The samples of a step, a pure function of (seed, step)."""
+        c = self.config
         rng = keys.generator(c.loop.seed, keys.DJO_BATCH, step)
         samples = [self._train[i] for i in rng.integers(len(self._train), size=c.batch)]
         layouts = [s.layout(rng) for s in samples]
-        # Without its layout an image cannot be asked for the layout's boxes: no loop for these.
-        kept = rng.random(c.batch) >= c.prompt_dropout
+        kept = (rng.random(c.batch) >= c.prompt_dropout).tolist()
+        asked = [ask(s, c.branches, rng) if c.grounding_weight else [] for s in samples]
+        draws = keys.draw_ids(step, c.batch).tolist()
+        return [Example(*x) for x in zip(samples, layouts, kept, asked, draws, strict=True)]
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `Stage`."""
+        return self.loss_part(step, 0, 1)
+
+    def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `Stage`."""
+        c, model = self.config, self.module
         with span("train/djo/data", step=step):
-            batch = self._real(samples, layouts, kept, rng)
+            every = self.examples(step)
+            here = [every[i] for i in places("batch", c.batch, part, parts)]
+            batch = self._real(here)
         hidden = hidden_states(model, batch)
-        tau, draws = temperature(step, c), keys.draw_ids(step, c.batch)
-        numbers = {"tau": torch.tensor(tau)}
-        looped = np.flatnonzero(kept) if c.loop_weight else np.empty(0, dtype=int)
+        tau, draws = temperature(step, c), torch.tensor([x.draw for x in here])
+        numbers = {"tau": torch.tensor(tau / parts)}
+        looped, total, counts = self._looped(here, every)
         image, images = None, None
         if len(looped) and c.prefix == "teacher":
             drawn = draw_codes(
                 model, hidden, batch, tau, Noise(self._key, draws), freeze_codes=c.freeze_grounder
             )
-            image, images = drawn.ce.mean(), drawn.embed[torch.from_numpy(looped)]
+            image = part_of_mean(drawn.ce.mean(), len(here), c.batch)
+            images = drawn.embed[torch.from_numpy(looped)]
         elif len(looped):
             noise = Noise(self._key, draws[torch.from_numpy(looped)])
-            images, flips = self._sampled([layouts[i] for i in looped], tau, noise, step)
-            numbers |= flips
-        image = image_loss(model, hidden, batch) if image is None else image
+            images, flips = self._sampled([here[i].layout for i in looped], tau, noise, step)
+            share = len(looped) / sum(x.kept for x in every)
+            numbers |= {k: v * share * counts for k, v in flips.items()}
+        if image is None:
+            image = image_loss(model, hidden, batch, len(every) * model.config.image_tokens)
         loss = numbers["l2i"] = image
         if c.grounding_weight:
-            numbers["i2l"] = box_loss(model, hidden, batch)
+            asked = sum(self.answer_tokens(x.questions) for x in every)
+            numbers["i2l"] = box_loss(model, hidden, batch, asked)
             loss = loss + c.grounding_weight * numbers["i2l"]
         if images is not None:
-            numbers["loop"] = self._loop([layouts[i] for i in looped], images)
+            found = self._loop([here[i].layout for i in looped], images, total)
+            numbers["loop"] = found if counts else found * 0
             loss = loss + c.loop_weight * numbers["loop"]
         numbers = {"loss": loss, **numbers}
         return loss, worth_logging(numbers)
 
-    def _real(
-        self,
-        samples: list[Sample],
-        layouts: list[Layout],
-        kept: np.ndarray,
-        rng: np.random.Generator,
-    ) -> Batch:
-        """Stage 1's batch: the real images drawn (trees 0 … batch−1) and, with μ, grounded."""
+    def _looped(self, here: list[Example], every: list[Example]) -> tuple[np.ndarray, int, bool]:
+        """Which examples of a part go through the loop, how many box tokens the loop predicts in
+        all parts, and whether these count.
+
+        Without its layout an image cannot be asked for the layout's boxes: no loop for these. A
+        part in which no layout is kept sends an image through all the same, which does not count:
+        a sharded run needs all processes to pass through the same weights.
+        """
+        if not self.config.loop_weight:
+            return np.empty(0, dtype=int), 0, False
+        total = sum(self.answer_tokens(_boxes(x.layout)) for x in every if x.kept)
+        looped = np.flatnonzero([x.kept for x in here])
+        if len(looped) or not total:
+            return looped, total, True
+        return np.zeros(1, dtype=int), total, False
+
+    def _real(self, examples: list[Example]) -> Batch:
+        """Stage 1's batch: the real images drawn (trees 0 … N−1) and, with μ, grounded."""
         trees = [
-            self.drawing(self.prompt(layout, dropped=not keep), s.codes)
-            for s, layout, keep in zip(samples, layouts, kept, strict=True)
+            self.drawing(self.prompt(x.layout, dropped=not x.kept), x.sample.codes)
+            for x in examples
         ]
         if self.config.grounding_weight:
-            trees += [self.grounding(s.codes, ask(s, self.config.branches, rng)) for s in samples]
+            trees += [self.grounding(x.sample.codes, x.questions) for x in examples]
         return self.pack(trees)
 
     def _sampled(
@@ -222,8 +275,13 @@ class DJOStage(WorldStage):
             flips["flips"] = (again.codes != drawn.codes).float().mean()
         return drawn.embed, flips
 
-    def _loop(self, layouts: list[Layout], images: Tensor) -> Tensor:
-        """`L_loop`: the layouts' own expressions asked of the drawn images."""
+    def _loop(self, layouts: list[Layout], images: Tensor, total: int) -> Tensor:
+        """`L_loop`: the layouts' own expressions asked of the drawn images; ``total`` as in
+        `box_loss`."""
         unseen = np.zeros(images.shape[1], dtype=np.int64)  # the images take their codes' place
-        trees = [self.grounding(unseen, [(o.expr, o.box) for o in y.objects]) for y in layouts]
-        return loop_loss(self.module, self.pack(trees), images, self.config.freeze_grounder)
+        trees = [self.grounding(unseen, _boxes(y)) for y in layouts]
+        return loop_loss(self.module, self.pack(trees), images, self.config.freeze_grounder, total)
+
+
+def _boxes(layout: Layout) -> list[tuple[str, tuple]]:
+    return [(o.expr, o.box) for o in layout.objects]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.ranges import span
 from echogen.train.data.packing import Batch, visibility
+from echogen.train.shares import part_of_mean
 
 
 def hidden_states(
@@ -26,23 +27,31 @@ def hidden_states(
         return model(x, batch.positions, additive_mask(visibility(batch), dtype))
 
 
-def image_loss(model: UnifiedTransformer, hidden: Tensor, batch: Batch) -> Tensor:
-    """Mean cross entropy of a batch's image codes; 0 where it has none."""
-    return _cross_entropy(model.image_head, hidden, batch.codes)
+def image_loss(
+    model: UnifiedTransformer, hidden: Tensor, batch: Batch, total: int | None = None
+) -> Tensor:
+    """Mean cross entropy of a batch's image codes; 0 where it has none. ``total``: how many there
+    are in all shares of the batch, of whose mean this is then the share's part."""
+    return _cross_entropy(model.image_head, hidden, batch.codes, total)
 
 
-def box_loss(model: UnifiedTransformer, hidden: Tensor, batch: Batch) -> Tensor:
-    """Mean cross entropy of a batch's box tokens; 0 where it has none."""
-    return _cross_entropy(model.text_head, hidden, batch.texts)
+def box_loss(
+    model: UnifiedTransformer, hidden: Tensor, batch: Batch, total: int | None = None
+) -> Tensor:
+    """Mean cross entropy of a batch's box tokens; 0 where it has none. ``total``: see above."""
+    return _cross_entropy(model.text_head, hidden, batch.texts, total)
 
 
-def _cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+def _cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, total: int | None) -> Tensor:
     here = targets >= 0
     if not here.any():
-        return hidden.new_zeros((), dtype=torch.float32)
-    logits = head(hidden[here])
-    return F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(),
-                           targets[here])  # fmt: skip
+        if not total:
+            return hidden.new_zeros((), dtype=torch.float32)
+        # Other parts have some. A sharded run needs all processes to pass through the same weights.
+        return head(hidden[:1, 0]).float().sum() * 0
+    logits, targets = head(hidden[here]), targets[here]
+    mean = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets)
+    return part_of_mean(mean, len(targets), total)
 
 
 def image_features(model: UnifiedTransformer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,8 +7,10 @@ carries further images that are only grounded: a branch costs a dozen tokens on 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from transformers import (
 
 from echogen.engine.config import ModelConfig
 from echogen.engine.engine import Engine
+from echogen.engine.layout import Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.engine.ranges import span
@@ -32,9 +35,10 @@ from echogen.engine.rollout import locations
 from echogen.engine.sampler import Sampling
 from echogen.train import keys
 from echogen.train.config import PMTPConfig
-from echogen.train.data.packing import Batch, Tree, l2i_prompt, shared_tree
+from echogen.train.data.packing import Batch, shared_tree
 from echogen.train.data.samples import Sample, load_samples
 from echogen.train.passes import box_loss, hidden_states, image_loss, worth_logging
+from echogen.train.shares import places
 from echogen.train.start import Start
 from echogen.train.tokenizer import IMAGE_PLACEHOLDER, train_tokenizer
 from echogen.train.world import WorldStage, ask
@@ -102,6 +106,22 @@ def new_model(config: PMTPConfig, vq: JanusVQVAE, samples: list[Sample]) -> Engi
     )
 
 
+class Draw(NamedTuple):
+    """A layout to draw a sample from, and whether its prompt is dropped."""
+
+    layout: Layout
+    dropped: bool
+
+
+class Task(NamedTuple):
+    """What a step asks of a sample: to be drawn, where ``draw`` says from what, and to be grounded
+    in; (expression, box) for each question."""
+
+    sample: Sample
+    draw: Draw | None
+    questions: list[tuple[str, tuple]]
+
+
 class PMTPStage(WorldStage):
     """One batch → loss of stage 1, on ShapesWorld."""
 
@@ -126,43 +146,72 @@ class PMTPStage(WorldStage):
         self._train = load_samples(begin.eval(), "train", config.scenes)
         super().__init__(new_model(config, begin, self._train), config.loop.seed)
 
-    def batch(self, step: int) -> Batch:
-        """The packed batch of a step, a pure function of (seed, step)."""
+    def tasks(self, step: int) -> list[Task]:
+        """What a step asks of each of its samples, a pure function of (seed, step)."""
         c = self.config
         rng = keys.generator(c.loop.seed, keys.PMTP_BATCH, step)
         chosen = rng.integers(len(self._train), size=c.batch + c.extra_grounding)
         samples = [self._train[i] for i in chosen]
         if c.mask == "shared":
-            trees = [self._both(s, rng) for s in samples[: c.batch]]
-            samples = samples[c.batch :]
-        else:
-            prompts = (
-                l2i_prompt(self.prompts, s.layout(rng), c.prompt_dropout, rng)
-                for s in samples[: c.batch]
-            )
-            trees = [self.drawing(p, s.codes) for p, s in zip(prompts, samples, strict=False)]
-        trees += [self.grounding(s.codes, ask(s, c.branches, rng)) for s in samples]
-        return self.pack(trees)
+            tasks = [self._both(s, rng) for s in samples[: c.batch]]
+            return tasks + [Task(s, None, ask(s, c.branches, rng)) for s in samples[c.batch :]]
+        drawn: list[Draw | None] = [
+            Draw(s.layout(rng), bool(rng.random() < c.prompt_dropout)) for s in samples[: c.batch]
+        ]
+        drawn += [None] * c.extra_grounding
+        return [Task(s, d, ask(s, c.branches, rng)) for s, d in zip(samples, drawn, strict=True)]
 
-    def _both(self, sample: Sample, rng: np.random.Generator) -> Tree:
-        """The shared tree of a sample. At inference an image that is grounded stands behind no
-        layout, and its questions see what it stands behind; so as many samples as have their prompt
-        dropped are grounded in that form. Otherwise this mask would be judged on what it never saw.
-        """
+    def _both(self, sample: Sample, rng: np.random.Generator) -> Task:
+        """Both tasks of a sample in one tree. At inference an image that is grounded stands behind
+        no layout, and its questions see what it stands behind; so as many samples as have their
+        prompt dropped are grounded in that form. Otherwise this mask would be judged on what it
+        never saw."""
         c, layout, chance = self.config, sample.layout(rng), rng.random()
         questions = ask(sample, c.branches, rng)
         if c.prompt_dropout <= chance < 2 * c.prompt_dropout:
-            return self.grounding(sample.codes, questions)
-        prompt = self.prompt(layout, dropped=chance < c.prompt_dropout)
-        vocab = self.module.config.vocab_size
-        return shared_tree(self.prompts, prompt, sample.codes, questions, vocab)
+            return Task(sample, None, questions)
+        return Task(sample, Draw(layout, chance < c.prompt_dropout), questions)
+
+    def batch(self, step: int, part: int = 0, parts: int = 1) -> Batch:
+        """The packed batch of a step, or a part of it."""
+        tasks, c = self.tasks(step), self.config
+        both, further = tasks[: c.batch], tasks[c.batch :]
+        here = [both[i] for i in places("batch", len(both), part, parts)]
+        here += [further[i] for i in places("extra_grounding", len(further), part, parts)]
+        vocab, drawing, grounding = self.module.config.vocab_size, [], []
+        for sample, draw, questions in here:
+            prompt = None if draw is None else self.prompt(*draw)
+            if prompt is not None and c.mask == "shared":
+                drawing.append(shared_tree(self.prompts, prompt, sample.codes, questions, vocab))
+                continue
+            if prompt is not None:
+                drawing.append(self.drawing(prompt, sample.codes))
+            if questions:
+                grounding.append(self.grounding(sample.codes, questions))
+        return self.pack(drawing + grounding)
+
+    def targets(self, step: int) -> tuple[int, int]:
+        """How many (image codes, box tokens) a step's whole batch predicts."""
+        tasks = self.tasks(step)
+        codes = sum(len(t.sample.codes) for t in tasks if t.draw is not None)
+        return codes, sum(self.answer_tokens(t.questions) for t in tasks)
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         """Cross entropies of image codes and of box tokens, each a mean over its targets."""
+        return self._loss(step, self.batch, (None, None))
+
+    def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `Stage`."""
+        return self._loss(step, partial(self.batch, part=part, parts=parts), self.targets(step))
+
+    def _loss(
+        self, step: int, batch_of: Callable[[int], Batch], totals: tuple[int | None, int | None]
+    ) -> tuple[Tensor, dict[str, Any]]:
         with span("train/pmtp/data", step=step):
-            batch = self.batch(step)
+            batch = batch_of(step)
         hidden = hidden_states(self.module, batch)
-        image, text = image_loss(self.module, hidden, batch), box_loss(self.module, hidden, batch)
+        image = image_loss(self.module, hidden, batch, totals[0])
+        text = box_loss(self.module, hidden, batch, totals[1])
         loss = image + text
         numbers = {"loss": loss, "l2i": image, "i2l": text}
         return loss, worth_logging(numbers)

@@ -1,65 +1,32 @@
-"""A step's batch in shares: one for each process and, with accumulation, for each part of a step.
+"""A step's batch in parts: one for each process and, with accumulation, for each turn of a process.
 
-The batch of a step is a pure function of (seed, step), so every process draws the whole of it, which
-costs a few random numbers, and lays out its own share only. A loss is a mean over targets of the
-whole batch. A share therefore divides its sum by the whole batch's count, which everyone knows
-without asking: then losses, numbers and gradients of the shares add up to those of the batch, even
-where shares hold different numbers of targets.
+The batch of a step is a pure function of (seed, step), so every process draws the whole of it,
+which costs a few random numbers, and lays out its own part only. A loss is a mean over targets of
+the whole batch. A part therefore divides its sum by the whole batch's count, which every process knows
+without asking: then losses, numbers and gradients of the parts add up to those of the batch, even
+where parts hold different numbers of targets.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Share:
-    """Which part of a step's batch a call sees; by default all of it.
+def places(what: str, count: int, part: int, parts: int) -> range:
+    """The places in a batch of ``count`` samples that a part holds: every ``parts``-th one.
 
-    Attributes:
-        rank, world: the process, and how many there are.
-        part, parts: the part of the process's share that goes through the model at once.
+    Raises:
+        ValueError: samples that cannot be shared out evenly; ``what`` names their setting.
     """
-
-    rank: int = 0
-    world: int = 1
-    part: int = 0
-    parts: int = 1
-
-    @property
-    def of(self) -> int:
-        """How many shares there are."""
-        return self.world * self.parts
-
-    @property
-    def whole(self) -> bool:
-        """Is it the whole batch?"""
-        return self.of == 1
-
-    @property
-    def process(self) -> Share:
-        """The share of the process, all parts together."""
-        return Share(self.rank, self.world)
-
-    def places(self, count: int, what: str = "batch") -> range:
-        """The places that this share holds of ``count`` samples, which lie together.
-
-        Raises:
-            ValueError: samples that cannot be shared out evenly.
-        """
-        if count % self.of:
-            raise ValueError(
-                f"{what} = {count} cannot be shared out evenly over {self.world} processes of "
-                f"{self.parts} parts each; make it a multiple of {self.of}"
-            )
-        each = count // self.of
-        first = (self.rank * self.parts + self.part) * each
-        return range(first, first + each)
-
-    def within(self, count: int) -> range:
-        """Of the ``count`` samples of its process's share, those of this part."""
-        each = count // self.parts
-        return range(self.part * each, (self.part + 1) * each)
+    if count % parts:
+        raise ValueError(
+            f"{what} = {count} cannot be shared out evenly over {parts} parts (processes × "
+            f"accumulate); make it a multiple of {parts}"
+        )
+    return range(part, count, parts)
 
 
-WHOLE = Share()
+def part_of_mean(mean: Tensor, count: int, total: int | None) -> Tensor:
+    """A mean over ``count`` things of a part → what it adds to the mean over all ``total`` things
+    of the batch. None: the part is all there is."""
+    return mean if total in (None, count) else mean * (count / total)

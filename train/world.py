@@ -65,6 +65,10 @@ class WorldStage:
         """The I2L tree of an image and questions."""
         return i2l_tree(self.prompts, codes, questions, self.module.config.vocab_size)
 
+    def answer_tokens(self, questions: list[tuple[str, tuple]]) -> int:
+        """How many targets the answers to (expression, box) are."""
+        return sum(len(self.prompts.answer(box)) for _, box in questions)
+
     def pack(self, trees: list[Tree]) -> Batch:
         """Trees in rows as long as the longest: on a CPU, attention over a dense mask makes long
         rows dear."""
