@@ -39,6 +39,11 @@ class KVCache:
         self.length = 0
         self._window = (-1, -1)
 
+    @property
+    def block(self) -> Tensor:
+        """All of it in one piece: [2, layers, B, kv_heads, S, head_dim], keys first."""
+        return self._block.unflatten(0, (2, -1))
+
     @staticmethod
     def _halves(block: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
         layers = block.unbind(0)
@@ -97,15 +102,17 @@ class WindowCache(KVCache):
         self._rows = torch.arange(rows, device=device)[:, None]
 
     def open(self, slots: Tensor, end: int) -> None:
-        """The next forward writes its n tokens at ``slots`` int64 [B, n] and sees all slots below
-        ``end``."""
+        """The next forward runs the leading rows, as many as ``slots`` int64 [B, n] has: it writes
+        their n tokens there and sees all slots below ``end``."""
         self._slots, self.length = slots, end
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """See `KVCache.append`; the slots are those of ``open``."""
+        rows = len(self._slots)
         for held, new in ((self.keys[layer], key), (self.values[layer], value)):
-            held[self._rows, :, self._slots] = new.transpose(1, 2)
-        return self.keys[layer][:, :, : self.length], self.values[layer][:, :, : self.length]
+            held[self._rows[:rows], :, self._slots] = new.transpose(1, 2)
+        end = self.length
+        return self.keys[layer][:rows, :, :end], self.values[layer][:rows, :, :end]
 
     def advance(self, tokens: int) -> None:
         """Nothing to count: ``open`` says where the next forward writes."""

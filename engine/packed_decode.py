@@ -67,7 +67,8 @@ class PackedDecoding:
         positions = positions.clamp(max=c.max_positions - 1)
         # One [R or 1, 1, heads + kv_heads, K/2] a step.
         self._turns = model.turns(positions).unsqueeze(2).unbind(1)
-        self._mask = self._for_heads((slot >= pads[:, None])[:, None]) if ragged else None
+        token = (slot >= pads[:, None])[:, None]
+        self._mask = for_heads(token, c.kv_heads, dtype) if ragged else None
 
     def _capacity(self, tokens: int) -> int:
         """Slots of the cache for a prompt and its codes."""
@@ -78,12 +79,6 @@ class PackedDecoding:
         register, so they end at its edge there, the last ones masked."""
         return -(-keys // self._lanes) * self._lanes
 
-    def _for_heads(self, visible: Tensor) -> Tensor:
-        """Visibility [R or 1, L, S] → additive mask [R·kv_heads or 1, 1, L, S]."""
-        mask = additive_mask(visible, self._table.dtype)
-        heads = 1 if len(mask) == 1 else self._model.config.kv_heads
-        return mask.repeat_interleave(heads, 0)
-
     def prefill(self) -> Tensor:
         """Run the prompts, equal ones once; image logits [R, V] of their last tokens."""
         cache, rows, first = self._model.prefixes, self._ids.tolist(), self._conditional
@@ -91,13 +86,13 @@ class PackedDecoding:
         places = {prompt: row for row, prompt in reversed(list(enumerate(prompts[:first])))}
         held = list(places.values())
         pads = torch.tensor([self._pads[row] for row in held])
-        drawn = dict(zip(places, self._run_prompts(self._ids[held], pads), strict=True))
+        drawn = dict(zip(places, run_prompts(self._model, self._ids[held], pads), strict=True))
         found = [drawn[prompt] for prompt in prompts[:first]]
         for prompt in prompts[first:]:
             # Alone and unpadded: what is kept must not depend on what it was drawn beside.
             prefix = cache.get(prompt)
             if prefix is None:
-                prefix = self._run_prompts(torch.tensor([prompt]), torch.zeros(1))[0]
+                prefix = run_prompts(self._model, torch.tensor([prompt]), torch.zeros(1))[0]
                 cache.put(prompt, prefix)
             found.append(prefix)
         self._end = len(rows[0])
@@ -106,49 +101,6 @@ class PackedDecoding:
             self._block[:, :, row, :, :pad].zero_()
             self._block[:, :, row, :, pad : self._end].copy_(prefix.keys_values)
         return torch.stack([prefix.logits for prefix in found])
-
-    def _run_prompts(self, ids: Tensor, pads: Tensor) -> list[Prefix]:
-        """Run prompts [U, L], padded on the left by ``pads`` [U]."""
-        with span("engine/prefill/run", rows=len(ids), tokens=ids.numel()):
-            return self._run(ids, pads)
-
-    def _run(self, ids: Tensor, pads: Tensor) -> list[Prefix]:
-        model, c, dtype = self._model, self._model.config, self._table.dtype
-        count, length = ids.shape
-        block = torch.empty(2, c.layers, count, c.kv_heads, length, c.head_dim, dtype=dtype)
-        keys, values = block.flatten(2, 3).unbind(0)
-        frame = Frame(c, count, length, dtype)
-        stream = Stream(count * length, c.width, c.norm_eps, dtype)
-        stream.x.copy_(model.embed_text(ids).flatten(0, 1))
-        visible = torch.ones(1, length, length, dtype=torch.bool).tril()
-        slot, end_mask = torch.arange(length), None
-        positions = slot
-        if pads.any():
-            token = slot >= pads[:, None]
-            # A pad sees itself: a row of nothing but -inf would turn into NaN.
-            visible = (visible & token[:, None]) | torch.eye(length, dtype=torch.bool)
-            positions = (slot - pads[:, None]).clamp(min=0)
-            end_mask = self._for_heads(token[:, None])
-        turns = model.turns(positions)
-        mask = self._for_heads(visible)
-        last = len(model.blocks) - 1
-        for i, packed in enumerate(model.blocks):
-            packed.project(stream, frame, turns)
-            block[:, i].copy_(frame.keys_values)
-            if i < last:
-                frame.query.copy_(frame.queries)
-                attend(frame, keys[i].mT, values[i], mask)
-                packed.finish(stream, frame)
-        # Of the last layer only the last token is read.
-        end, end_stream = Frame(c, count, 1, dtype), Stream(count, c.width, c.norm_eps, dtype)
-        end_stream.x.copy_(stream.x.view(count, length, -1)[:, -1])
-        end.query.copy_(frame.queries[..., -1:, :])
-        attend(end, keys[last].mT, values[last], end_mask)
-        model.blocks[last].finish(end_stream, end)
-        logits = model.image_logits(end_stream)
-        return [
-            Prefix(block[:, :, i, :, pad:], logits[i]) for i, pad in enumerate(pads.int().tolist())
-        ]
 
     def step(self, code: Tensor) -> Tensor:
         """Append image codes int64 [N] (to R = N or, with guidance, 2N rows); logits [R, V]."""
@@ -172,6 +124,55 @@ class PackedDecoding:
             attend(frame, key, value, mask)
             block.finish(stream, frame)
         return model.image_logits(stream)
+
+
+def for_heads(visible: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """Visibility [R or 1, L, S] → additive mask [R·kv_heads or 1, 1, L, S]."""
+    mask = additive_mask(visible, dtype)
+    return mask if len(mask) == 1 else mask.repeat_interleave(kv_heads, 0)
+
+
+def run_prompts(model: PackedTransformer, ids: Tensor, pads: Tensor) -> list[Prefix]:
+    """Run prompts [U, L], padded on the left by ``pads`` [U]; what each leaves behind."""
+    with span("engine/prefill/run", rows=len(ids), tokens=ids.numel()):
+        return _run(model, ids, pads)
+
+
+def _run(model: PackedTransformer, ids: Tensor, pads: Tensor) -> list[Prefix]:
+    c, embedded = model.config, model.embed_text(ids)
+    (count, length), dtype = ids.shape, embedded.dtype
+    block = torch.empty(2, c.layers, count, c.kv_heads, length, c.head_dim, dtype=dtype)
+    keys, values = block.flatten(2, 3).unbind(0)
+    frame = Frame(c, count, length, dtype)
+    stream = Stream(count * length, c.width, c.norm_eps, dtype)
+    stream.x.copy_(embedded.flatten(0, 1))
+    visible = torch.ones(1, length, length, dtype=torch.bool).tril()
+    slot, end_mask = torch.arange(length), None
+    positions = slot
+    if pads.any():
+        token = slot >= pads[:, None]
+        # A pad sees itself: a row of nothing but -inf would turn into NaN.
+        visible = (visible & token[:, None]) | torch.eye(length, dtype=torch.bool)
+        positions = (slot - pads[:, None]).clamp(min=0)
+        end_mask = for_heads(token[:, None], c.kv_heads, dtype)
+    turns = model.turns(positions)
+    mask = for_heads(visible, c.kv_heads, dtype)
+    last = len(model.blocks) - 1
+    for i, packed in enumerate(model.blocks):
+        packed.project(stream, frame, turns)
+        block[:, i].copy_(frame.keys_values)
+        if i < last:
+            frame.query.copy_(frame.queries)
+            attend(frame, keys[i].mT, values[i], mask)
+            packed.finish(stream, frame)
+    # Of the last layer only the last token is read.
+    end, end_stream = Frame(c, count, 1, dtype), Stream(count, c.width, c.norm_eps, dtype)
+    end_stream.x.copy_(stream.x.view(count, length, -1)[:, -1])
+    end.query.copy_(frame.queries[..., -1:, :])
+    attend(end, keys[last].mT, values[last], end_mask)
+    model.blocks[last].finish(end_stream, end)
+    logits = model.image_logits(end_stream)
+    return [Prefix(block[:, :, i, :, pad:], logits[i]) for i, pad in enumerate(pads.int().tolist())]
 
 
 LEAST = 5
