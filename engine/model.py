@@ -11,6 +11,8 @@ import itertools
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from echogen.engine.cache import KVCache
 from echogen.engine.config import ModelConfig
@@ -115,6 +117,22 @@ class Block(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
+def run_again(
+    block: nn.Module, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, layer: int
+) -> Tensor:
+    """A block of which only the input is kept, and which backward runs once more (activation
+    checkpointing, Chen et al. 2016). No cache; it draws nothing, so no random state is kept."""
+    own, args = dict(block.named_parameters()), (x, rope, mask, None, layer)
+    if all(isinstance(p, nn.Parameter) for p in own.values()):
+        kept = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
+    else:  # stand-ins of a functional_call, which are gone by the time of backward
+        kept = checkpoint(
+            functional_call, block, own, args, use_reentrant=False, preserve_rng_state=False
+        )
+    assert isinstance(kept, Tensor)
+    return kept
+
+
 class Projector(nn.Module):
     """``depth`` linear layers with GELU between them: codes or pixel features → residual width."""
 
@@ -146,6 +164,7 @@ class UnifiedTransformer(nn.Module):
         self.pixel_aligner = Projector(c.pixel_dim, c.width, c.pixel_aligner_depth)
         self.rotary = Rotary(c.head_dim, c.max_positions, c.rope_theta)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.layers))
+        self.checkpointing = False  # in training: see `run_again`
         self.norm = RMSNorm(c.width, c.norm_eps)
         self.text_head = nn.Linear(c.width, c.vocab_size, bias=False)
         self.image_head = nn.Sequential(
@@ -221,8 +240,12 @@ class UnifiedTransformer(nn.Module):
         cos, sin = self.rotary(positions)
         rope = (cos.to(dtype), sin.to(dtype))
         x = embeddings
+        again = self.checkpointing and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x = block(x, rope, mask, cache, i)
+            if again:
+                x = run_again(block, x, rope, mask, i)
+            else:
+                x = block(x, rope, mask, cache, i)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)

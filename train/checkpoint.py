@@ -72,6 +72,7 @@ def _second_name(path: Path) -> None:
         os.replace(path, previous(path))
     else:
         os.replace(link, previous(path))
+        link.unlink(missing_ok=True)  # a rename leaves both names where both are of the same file
 
 
 def _sync_folder(folder: Path) -> None:

@@ -166,18 +166,25 @@ class Run:
         return done % self.config.eval_every == 0 or done == self.config.steps
 
     def _evaluate(self, done: int) -> None:
+        with span(f"train/{self.stage.name}/evaluate", step=done - 1), self._averaged():
+            broken_off = self._validate(done)
+        if broken_off:  # behind the average: the state is of the weights themselves
+            self._leave(done)
+
+    def _validate(self, done: int) -> bool:
+        """Validate the weights as they are; whether a signal broke it off."""
         stage = self.stage
-        with span(f"train/{stage.name}/evaluate", step=done - 1), self._averaged():
-            found = self.stop.unless_asked(stage.evaluate)
-            if self.processes.any(found is None):
-                self._leave(done)
-            values = _rounded(found or {})
-            if self.best is not None:
-                self.best.offer(done, values[self.best.by], stage.module)
-            self.metrics.write(step=done, **{f"val_{k}": v for k, v in values.items()})
-            self._say(f"{stage.name} step {done} validation {values}")
-            self.board.numbers(done, "validation", values)
-            self.board.pictures(done, stage)
+        found = self.stop.unless_asked(stage.evaluate)
+        if self.processes.any(found is None):
+            return True
+        values = _rounded(found or {})
+        if self.best is not None:
+            self.best.offer(done, values[self.best.by], stage.module)
+        self.metrics.write(step=done, **{f"val_{k}": v for k, v in values.items()})
+        self._say(f"{stage.name} step {done} validation {values}")
+        self.board.numbers(done, "validation", values)
+        self.board.pictures(done, stage)
+        return False
 
     def _averaged(self) -> AbstractContextManager[None]:
         average = self.trained.average
