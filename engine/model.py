@@ -242,10 +242,7 @@ class UnifiedTransformer(nn.Module):
         x = embeddings
         again = self.checkpointing and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            if again:
-                x = run_again(block, x, rope, mask, i)
-            else:
-                x = block(x, rope, mask, cache, i)
+            x = run_again(block, x, rope, mask, i) if again else block(x, rope, mask, cache, i)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)

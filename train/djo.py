@@ -183,6 +183,17 @@ class DJOStage(WorldStage):
         draws = keys.draw_ids(step, c.batch).tolist()
         return [Example(*x) for x in zip(samples, layouts, kept, asked, draws, strict=True)]
 
+    @property
+    def images(self) -> int:
+        """See `Stage`."""
+        return self.config.batch
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        """See `Stage`. What the loop reads besides is drawn from this."""
+        every = self.examples(step)
+        kept = torch.tensor([x.kept for x in every])
+        return {**vars(self._real(every)), "kept": kept, "draws": [x.draw for x in every]}
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         """See `Stage`."""
         return self.loss_part(step, 0, 1)

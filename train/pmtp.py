@@ -190,6 +190,15 @@ class PMTPStage(WorldStage):
                 grounding.append(self.grounding(sample.codes, questions))
         return self.pack(drawing + grounding)
 
+    @property
+    def images(self) -> int:
+        """See `Stage`."""
+        return self.config.batch + self.config.extra_grounding
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        """See `Stage`."""
+        return dict(vars(self.batch(step)))
+
     def targets(self, step: int) -> tuple[int, int]:
         """How many (image codes, box tokens) a step's whole batch predicts."""
         tasks = self.tasks(step)

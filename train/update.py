@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from echogen.engine.ranges import span
 from echogen.train.config import LoopConfig
 from echogen.train.processes import Processes
-from echogen.train.stage import NotFinite, Stage, TrainingError
+from echogen.train.stage import BeginRefused, NotFinite, Stage, TrainingError
 
 
 def update(
@@ -96,10 +96,10 @@ def _loss(stage: Stage, step: int, part: int, parts: int) -> tuple[Tensor, dict[
 
 
 def splittable(stage: Stage) -> Any:
-    """The stage's ``loss_part``. Raises TrainingError where it has none."""
+    """The stage's ``loss_part``. Raises BeginRefused where it has none."""
     found = getattr(stage, "loss_part", None)
     if found is None:
-        raise TrainingError(
+        raise BeginRefused(
             f"{stage.name}: this stage's batch is not made of parts; set accumulate to 1, and run "
             f"it in one process"
         )

@@ -132,6 +132,15 @@ class VQStage:
         """Nothing to find out before the first step."""
         return {}
 
+    @property
+    def images(self) -> int:
+        """See `Stage`."""
+        return self.config.batch
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        """See `Stage`."""
+        return {"pixels": self._batch(step)}
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         vq, pixels = self.module.vq, self._batch(step)
         raw = vq.quant_conv(vq.encoder(pixels)).float()

@@ -6,10 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
+from echogen.engine.cycle import score
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
+from echogen.engine.picture import overlay
 from echogen.train import keys
 from echogen.train.data.packing import Batch, Tree, i2l_tree, l2i_tree, pack, prompt_or_none
 from echogen.train.data.samples import Sample, load_samples
@@ -19,6 +22,7 @@ from echogen.train.passes import box_loss, hidden_states, image_loss
 from echogen.train.start import check_world, write_record
 
 VAL_SAMPLES = 256
+PICTURES = 6
 BRANCHES = 6
 """Questions about one image when losses are validated, the same in every stage."""
 
@@ -105,6 +109,24 @@ class WorldStage:
     def _validation(self, batch: Batch) -> tuple[Tensor, Tensor]:
         hidden = hidden_states(self.module, batch)
         return image_loss(self.module, hidden, batch), box_loss(self.module, hidden, batch)
+
+    @torch.no_grad()
+    def pictures(self) -> list[tuple[str, Image.Image]]:
+        """The first validation layouts, drawn as users would have them and found again, always with
+        the same noise, so that one evaluation can be compared with the next."""
+        rng = keys.generator(self._seed, keys.VALIDATION)
+        layouts = [s.layout(rng) for s in self._val[:PICTURES]]
+        self.module.eval()
+        self.engine.refresh()
+        codes = self.engine.generate_codes(layouts)
+        boxes = self.engine.ground_codes(codes, [[o.expr for o in y.objects] for y in layouts])
+        self.module.train()
+        drawn = []
+        for i, image in enumerate(self.engine.decode(codes)):
+            objects, iou = layouts[i].objects, score(layouts[i], [boxes[i]])[0][0].tolist()
+            names, asked = [o.expr for o in objects], [o.box for o in objects]
+            drawn.append((f"validation-{i}", overlay(image, names, asked, boxes[i], iou)))
+        return drawn
 
     def export(self, folder: Path) -> None:
         """Write a Janus checkpoint in bfloat16, which `Engine.from_pretrained` loads, with the
