@@ -1,0 +1,349 @@
+"""Continuous batching: requests of any length, seed and sampling share the steps of one batch.
+
+An image is hundreds of steps, so a batch that waited for its last image, or for its next request,
+would run mostly empty. Here every step runs whatever is being drawn, each row at its own place:
+when images end, or are cancelled, their slots (`echogen.engine.slots`) go to who waits at the very
+next step. Noise is keyed by (seed, draw, position), so what is drawn is a function of the request;
+the rest of the batch can change it by rounding at most, and in batch-invariant mode not at all.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from echogen.engine.engine import Engine
+from echogen.engine.layout import Layout
+from echogen.engine.ranges import span
+from echogen.engine.sampler import Sampling
+from echogen.engine.serving.budget import plan
+from echogen.engine.serving.intake import Intake
+from echogen.engine.serving.metrics import Metrics
+from echogen.engine.serving.partial import Partial
+from echogen.engine.serving.request import Order, Request
+from echogen.engine.serving.waiting import Waiting
+from echogen.engine.slots import Slots
+
+
+class SchedulerClosed(RuntimeError):
+    """The scheduler takes no more requests; the message says why."""
+
+
+@dataclass
+class _Live:
+    """A request in its slots: conditional rows, then with guidance as many it leads away from."""
+
+    request: Request
+    rows: Tensor
+
+
+class Scheduler:
+    """Draws for many at once.
+
+    ::
+
+        with Scheduler(engine) as scheduler:  # a thread of its own; or call step() yourself
+            request = scheduler.submit(layout, seed=1, samples=4)
+            images = request.images()  # or await request, or for part in request.partials()
+
+    Args:
+        engine: its weights as they are now; after ``engine.refresh()`` make a new scheduler.
+        slots: rows that are drawn at once, two an image with guidance; None: as many as the memory
+            holds, at most `serving.budget.MOST`.
+        queue: requests that may wait.
+        memory: bytes to plan with; None: most of what is free (`serving.budget.SHARE`).
+        prompt_tokens: the longest prompt; None: what the model has room for. Slots are made for
+            it, and batch-invariant steps read all of them.
+        invariant: batch-invariant mode: every step has one shape, all slots and all their places,
+            so that a request draws the same codes, bit for bit, alone or in any crowd (of one
+            scheduler: the number of slots and their length decide how sums are rounded).
+            Otherwise a step has the rows and reads the places it needs; then codes within
+            rounding of each other may be drawn otherwise in another crowd.
+        patience: how often a request may be overtaken, see `Waiting`.
+        clock: seconds; for tests.
+
+    Raises:
+        BudgetError: what is asked for does not fit the memory or the model.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        slots: int | None = None,
+        queue: int = 256,
+        memory: int | None = None,
+        prompt_tokens: int | None = None,
+        invariant: bool = False,
+        patience: int = 8,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if queue < 1 or patience < 0:
+            raise ValueError(f"queue = {queue}, patience = {patience}; from 1 and from 0 on")
+        decoder, table = engine.decoder, engine.code_table
+        vision: Any = engine.config.vq_config
+        self.plan = plan(
+            decoder.config, table.dtype, table.device, vision.base_channels, slots, memory,
+            prompt_tokens,
+        )  # fmt: skip
+        self._sampling, self._clock = engine.sampling, clock
+        self._intake = Intake(engine, self.plan)
+        with torch.inference_mode():
+            self._slots = Slots(decoder, table, self.plan.slots, self.plan.capacity, invariant)
+            self._slots.warm_up(self.plan.prompt_tokens, engine.prompts.pad)
+        self._waiting, self._live = Waiting[Request](queue, patience), list[_Live]()
+        self._metrics = Metrics(slots=self.plan.slots)
+        # Guards the queue, the counters and ``_closed``; ``_turn`` lets one thread step at a time.
+        self._changed, self._turn = threading.Condition(), threading.Lock()
+        self._closed, self._cancelling = "", False
+        self._thread: threading.Thread | None = None
+
+    # --- submitting -----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        layout: Layout,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        samples: int = 1,
+        draws: Sequence[int] | None = None,
+        negative: Layout | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        every: int = 0,
+        on_partial: Callable[[Partial], None] | None = None,
+    ) -> Request:
+        """Queue a request; from any thread.
+
+        Args:
+            layout, seed, sampling, negative: as for `Engine.generate_codes`.
+            samples: images; they are drawn together, and their prompt is run once.
+            draws: the noise's draw id of each; 0 … samples − 1 where None.
+            priority: the higher go first (within ``patience``).
+            timeout: seconds from now after which it fails with `TimeoutError`, done or not.
+            every: codes between two partial results; 0: only the whole.
+            on_partial: called with each, in the thread that draws: what it takes, all wait for.
+                (In an event loop let it call ``loop.call_soon_threadsafe``.) What it raises fails
+                this request alone.
+
+        Raises:
+            QueueFull: as many wait as may.
+            LayoutError: a prompt too long for the slots, or with reserved tokens.
+            ValueError: more rows than there are slots, or values out of range.
+            SchedulerClosed: after ``shutdown``, or when the thread died of an error.
+        """
+        try:
+            order = Order(
+                layout, seed, sampling or self._sampling, samples, draws, negative,
+                priority, timeout, every, on_partial,
+            )  # fmt: skip
+            request = self._intake.request(order, self._clock())
+            self._drop()
+            with self._changed:
+                if self._closed:
+                    raise SchedulerClosed(self._closed)
+                self._waiting.put(request)
+                self._metrics.submitted += 1
+                self._changed.notify_all()
+        except Exception:
+            with self._changed:
+                self._metrics.refused += 1
+            raise
+        return request
+
+    # --- drawing --------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Free what ended, admit who fits, draw one code of every image; False: nothing to do.
+
+        Errors of one request are its own: here nothing is raised for them.
+        """
+        with self._turn:
+            began = time.perf_counter()
+            self._drop()
+            self._leave()
+            waiting = len(self._waiting)
+            if not waiting and not self._live:
+                return False
+            with span("engine/serve/step", waiting=waiting, live=len(self._live)):
+                self._admit()
+                self._draw()
+            self._count(busy_s=time.perf_counter() - began, steps=1)
+            return True
+
+    def _drop(self) -> None:
+        """Take out of the queue who was cancelled or ran out of time."""
+        with self._changed:
+            gone = [request for request in self._waiting if self._gone(request)]
+            for request in gone:
+                self._waiting.remove(request)
+        for request in gone:
+            self._bury(request)
+
+    def _leave(self) -> None:
+        """Free the slots of who was cancelled or ran out of time."""
+        for live in list(self._live):
+            if self._gone(live.request):
+                self._release(live)
+                self._bury(live.request)
+
+    def _gone(self, request: Request) -> bool:
+        late = request.deadline is not None and self._clock() >= request.deadline
+        return late or self._cancelling or request.future.cancelled()
+
+    def _bury(self, request: Request) -> None:
+        """Tell a request that it is not drawn any more; never under a lock, for a future calls
+        back."""
+        if self._cancelling:
+            request.cancel()
+        late = f"its time is up, with {request.drawn} of {request.tokens} codes drawn"
+        self._count_outcome("expired", request.fail(TimeoutError(late)))
+
+    def _count(self, **more: float) -> None:
+        with self._changed:
+            for name, value in more.items():
+                setattr(self._metrics, name, getattr(self._metrics, name) + value)
+
+    def _count_outcome(self, outcome: str, told: bool) -> None:
+        """Count what became of a request; who cancelled before it was told is counted as such."""
+        self._count(**{outcome if told else "cancelled": 1})
+
+    def _release(self, live: _Live) -> None:
+        self._live.remove(live)
+        self._slots.release(live.rows)
+
+    def _admit(self) -> None:
+        """Run the prompts of who fits, in turn, and draw their first codes."""
+        while True:
+            with self._changed:
+                request = self._waiting.take(self._slots.free)
+                if request is None:
+                    return
+                self._metrics.admitted += 1
+            with span("engine/serve/admit", rows=request.rows):
+                self._enter(request)
+
+    def _enter(self, request: Request) -> None:
+        """Put a request's prompts, each run once, in its slots and draw its first codes."""
+        run = self._slots.run_prompt
+        try:
+            # What guidance leads away from is mostly the same for many requests.
+            prefixes = [run(prompt, keep=i > 0) for i, prompt in enumerate(request.prompts)]
+            prefixes = [prefix for prefix in prefixes for _ in range(request.samples)]
+            logits = torch.stack([prefix.logits for prefix in prefixes])
+        except Exception as error:
+            self._count_outcome("failed", request.fail(error))
+            return
+        live = _Live(request, self._slots.take(prefixes))
+        self._live.append(live)
+        self._advance(live, logits)
+
+    def _draw(self) -> None:
+        """One batched step, and from its logits one code of every image."""
+        if not self._live:
+            return
+        try:
+            logits = self._slots.step()
+        except Exception as error:  # nobody's in particular
+            for live in list(self._live):
+                self._fail(live, error)
+            return
+        for live in list(self._live):
+            self._advance(live, logits[live.rows])
+
+    def _advance(self, live: _Live, logits: Tensor) -> None:
+        """Draw a request's next codes and see to what follows from them."""
+        request = live.request
+        try:
+            with span("engine/sample", rows=request.rows, step=request.drawn):
+                codes = request.draw(logits)
+            self._count(codes=len(codes))
+            request.tell()
+        except Exception as error:
+            self._fail(live, error)
+            return
+        if request.drawn < request.tokens:
+            self._slots.feed(live.rows, codes)
+            return
+        self._release(live)
+        self._count_outcome("finished", request.finish())
+
+    def _fail(self, live: _Live, error: BaseException) -> None:
+        self._release(live)
+        self._count_outcome("failed", live.request.fail(error))
+
+    # --- running --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Step until ``shutdown``; for a thread of the caller's own (``start`` makes one)."""
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._waiting or self._live or self._closed)
+                    if self._closed and not (self._waiting or self._live):
+                        return
+                self.step()
+        except BaseException as error:
+            self._close(f"the scheduler died of {type(error).__name__}: {error}")
+            self._abandon(error)
+            raise
+
+    def start(self) -> Scheduler:
+        """Run in a thread of its own."""
+        if self._thread is not None:
+            raise RuntimeError("the scheduler was started already")
+        self._thread = threading.Thread(target=self.run, name="echogen-scheduler", daemon=True)
+        self._thread.start()
+        return self
+
+    def shutdown(self, cancel: bool = False) -> None:
+        """Take no more requests, draw those there are (or ``cancel`` them), and end the thread."""
+        self._cancelling = self._cancelling or cancel
+        self._close("the scheduler was shut down; make a new one")
+        if self._thread is None:
+            while self.step():
+                pass
+        elif self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def _close(self, reason: str) -> None:
+        with self._changed:
+            self._closed = self._closed or reason
+            self._changed.notify_all()
+
+    def _abandon(self, error: BaseException) -> None:
+        """Hand an error to everybody who is left."""
+        with self._changed:
+            left, self._waiting[:] = list(self._waiting), []
+        for live in list(self._live):
+            self._fail(live, error)
+        for request in left:
+            self._count_outcome("failed", request.fail(error))
+
+    def __enter__(self) -> Scheduler:
+        return self.start()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.shutdown(cancel=kind is not None)
+
+    def metrics(self) -> Metrics:
+        """A copy of the counters."""
+        with self._changed:
+            return replace(
+                self._metrics,
+                waiting=len(self._waiting),
+                live=len(self._live),
+                live_slots=self.plan.slots - self._slots.free,
+            )

@@ -1,0 +1,1 @@
+"""What continuous batching is made of; see `echogen.engine.scheduler`."""

@@ -1,0 +1,60 @@
+"""From what is asked for to a request that can be drawn, or a refusal that says why not."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+
+from echogen.engine.engine import Engine
+from echogen.engine.layout import LayoutError
+from echogen.engine.sampler import Sampler
+from echogen.engine.serving.budget import Plan
+from echogen.engine.serving.partial import Pictures
+from echogen.engine.serving.request import Order, Request
+
+
+class Intake:
+    """Makes requests for slots that are planned; from any thread."""
+
+    def __init__(self, engine: Engine, plan: Plan) -> None:
+        self._engine, self._plan, self._table = engine, plan, engine.code_table
+        self._pictures = Pictures(engine)
+        self._prompting = threading.Lock()  # tokenizers lend themselves to one thread at a time
+
+    def request(self, order: Order, now: float) -> Request:
+        """An order at time ``now``, its prompts built.
+
+        Raises:
+            LayoutError: a prompt too long for the slots, or with reserved tokens.
+            ValueError: more rows than there are slots, guidance that does not fit the image, or
+                weights that changed since the scheduler was made.
+        """
+        if self._engine.code_table is not self._table:
+            raise ValueError("the engine's weights were refreshed; make a new scheduler")
+        with self._prompting:
+            prompts = self._engine.prompt_rows([order.layout], order.sampling, order.negative)
+        self._check_fit(prompts, order.samples)
+        c, device = self._engine.transformer.config, self._table.device
+        draws = order.draws if order.draws is not None else range(order.samples)
+        ids = torch.tensor(list(draws), device=device)
+        sampler = Sampler(order.sampling, order.seed, ids, c.codebook_size, c.image_tokens)
+        codes = torch.zeros(len(ids), c.image_tokens, dtype=torch.int64, device=device)
+        deadline = None if order.timeout is None else now + order.timeout
+        return Request(order, prompts, sampler, codes, self._pictures, deadline)
+
+    def _check_fit(self, prompts: list[list[int]], samples: int) -> None:
+        plan, longest = self._plan, max(map(len, prompts))
+        if longest > plan.prompt_tokens:
+            raise LayoutError(
+                f"the layout takes {longest} tokens; the slots are made for prompts of "
+                f"{plan.prompt_tokens}, so shorten its texts, name fewer objects or make the "
+                f"scheduler with larger prompt_tokens"
+            )
+        if samples * len(prompts) > plan.slots:
+            raise ValueError(
+                f"samples = {samples} take {samples * len(prompts)} slots"
+                f"{', two each with guidance' if len(prompts) > 1 else ''}, and there are "
+                f"{plan.slots}; ask for {plan.slots // len(prompts)} at most, or make the "
+                f"scheduler with more slots"
+            )

@@ -1,0 +1,185 @@
+"""A request to draw, as who made it holds it: result, partial pictures, cancellation."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from echogen.engine.layout import Layout
+from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.serving.partial import Partial, Pictures
+
+
+@dataclass(frozen=True)
+class Order:
+    """What is asked for; the fields are the arguments of `Scheduler.submit`.
+
+    Raises:
+        ValueError: a value out of range.
+    """
+
+    layout: Layout
+    seed: int
+    sampling: Sampling
+    samples: int = 1
+    draws: Sequence[int] | None = None
+    negative: Layout | None = None
+    priority: int = 0
+    timeout: float | None = None
+    every: int = 0
+    on_partial: Callable[[Partial], None] | None = None
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples = {self.samples}; it must be at least 1")
+        if self.draws is not None and len(self.draws) != self.samples:
+            raise ValueError(
+                f"{len(self.draws)} draws for {self.samples} samples; give one to each"
+            )
+        for draw in self.draws or ():
+            if not 0 <= draw < 2**32:
+                raise ValueError(f"draw {draw}; it must be in 0 … 2^32 - 1")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed = {self.seed}; it must be in 0 … 2^63 - 1")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ValueError(f"timeout = {self.timeout}; it must be above 0 seconds")
+        if self.every < 0:
+            raise ValueError(f"every = {self.every}; it must be 0 (only the whole) or more")
+
+
+class Request:
+    """Images of one layout, waiting, being drawn or done.
+
+    Made by `Scheduler.submit`. ``await request`` gives the codes in an event loop. Cancelling
+    ``future`` (or the task that awaits it) cancels the drawing.
+
+    Attributes:
+        future: of the codes int64 [N, T]; its exception is what went wrong, `TimeoutError` at the
+            end of the request's time.
+        prompts: of the image and, with guidance, of what it leads away from.
+        rows: slots it takes.
+        priority: the higher are drawn first.
+        deadline: when its time is up, on the scheduler's clock.
+        overtaken: how often a later request went before it.
+        drawn: codes t drawn of each image.
+    """
+
+    def __init__(
+        self,
+        order: Order,
+        prompts: list[list[int]],
+        sampler: Sampler,
+        codes: Tensor,
+        pictures: Pictures,
+        deadline: float | None = None,
+    ) -> None:
+        self.prompts, self.priority, self.deadline = prompts, order.priority, deadline
+        self.rows, self.overtaken, self.drawn = len(prompts) * len(codes), 0, 0
+        self._sampler, self._codes, self._pictures = sampler, codes, pictures
+        self._every, self._on_partial = order.every, order.on_partial
+        self._news, self._told = threading.Condition(), 0
+        self.future: Future[Tensor] = Future()
+        self.future.add_done_callback(self._wake)
+
+    # --- for who made it ------------------------------------------------------------------------
+
+    @property
+    def samples(self) -> int:
+        """Images N."""
+        return len(self._codes)
+
+    @property
+    def tokens(self) -> int:
+        """Codes T of an image."""
+        return self._codes.shape[1]
+
+    def result(self, timeout: float | None = None) -> Tensor:
+        """Wait for the codes, int64 [N, T].
+
+        Raises:
+            TimeoutError: not done after ``timeout`` seconds, or the request's own time is up.
+            CancelledError: it was cancelled.
+        """
+        return self.future.result(timeout)
+
+    def images(self, timeout: float | None = None) -> list[Image.Image]:
+        """Wait for the pictures; raises as ``result`` does."""
+        return self._pictures.decode(self.result(timeout))
+
+    def cancel(self) -> bool:
+        """Do not draw it, or not to its end; its slots are free for the next step. False where it
+        is done already."""
+        return self.future.cancel()
+
+    def partial(self) -> Partial:
+        """What is drawn now."""
+        return self._part(self.drawn)
+
+    def partials(self) -> Iterator[Partial]:
+        """What is drawn, each time ``every`` more codes are (who is slow skips some), the whole
+        images last. Raises as ``result`` does when there will be no more."""
+        seen = 0
+        while seen < self.tokens:
+            with self._news:
+                self._news.wait_for(lambda: self._told > seen or self.future.done())  # noqa: B023
+                told = self._told
+            if told == seen:
+                self.result()  # raises: there was no more to come
+            seen = told
+            yield self._part(seen)
+
+    def __await__(self) -> Generator[Any, None, Tensor]:
+        return asyncio.wrap_future(self.future).__await__()
+
+    # --- for the scheduler ----------------------------------------------------------------------
+
+    def draw(self, logits: Tensor) -> Tensor:
+        """Draw the next code of every image from logits [rows, V]; the codes, int64 [N]."""
+        code = self._sampler(logits, self.drawn)
+        self._codes[:, self.drawn] = code
+        self.drawn += 1
+        return code
+
+    def tell(self) -> None:
+        """Tell who listens, where there is something to tell. Raises what ``on_partial`` raises."""
+        if self.drawn < self.tokens and (not self._every or self.drawn % self._every):
+            return
+        with self._news:
+            self._told = self.drawn
+            self._news.notify_all()
+        if self._on_partial is not None:
+            self._on_partial(self._part(self.drawn))
+
+    def finish(self) -> bool:
+        """Hand over the codes; False where it was cancelled before."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        self.future.set_result(self._kept(self.tokens))
+        return True
+
+    def fail(self, error: BaseException) -> bool:
+        """Hand over an error; False where it was cancelled before."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        self.future.set_exception(error)
+        return True
+
+    def _part(self, drawn: int) -> Partial:
+        return Partial(self._kept(drawn), self.tokens, self._pictures)
+
+    def _kept(self, drawn: int) -> Tensor:
+        # A copy outside of inference mode, so that it may be kept for a backward pass.
+        with torch.inference_mode(False):
+            return self._codes[:, :drawn].clone()
+
+    def _wake(self, _: Future[Tensor]) -> None:
+        with self._news:
+            self._news.notify_all()

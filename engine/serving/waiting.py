@@ -1,0 +1,71 @@
+"""Who is drawn next: first come, first served, with bounded exceptions, so that nobody starves."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+
+class QueueFull(RuntimeError):
+    """No place in the queue; the message names the limit and the mend."""
+
+
+class Waits(Protocol):
+    """What the queue needs to know of a request.
+
+    Attributes:
+        rows: slots it takes, all at once.
+        priority: the higher go first.
+        overtaken: how often a later one went before it.
+    """
+
+    rows: int
+    priority: int
+    overtaken: int
+
+
+R = TypeVar("R", bound=Waits)
+
+
+class Waiting(list[R]):
+    """Requests in the order they came.
+
+    The next is the first of the highest priority, or, where that needs more slots than are free,
+    the next that fits. Each time, those that came before it count one more overtaking; who has been
+    overtaken ``patience`` times goes before everybody, and until there are slots for it nobody
+    goes. So a request waits for those before it and for at most ``patience`` of those behind it:
+    images end, a request that fits all slots gets them, and nobody starves.
+
+    Args:
+        limit: requests that may wait.
+        patience: 0 is strictly first come, first served, whatever the priority.
+    """
+
+    def __init__(self, limit: int, patience: int) -> None:
+        super().__init__()
+        self.limit, self.patience = limit, patience
+
+    def put(self, request: R) -> None:
+        """Queue behind the others. Raises QueueFull at the limit."""
+        if len(self) >= self.limit:
+            raise QueueFull(
+                f"{len(self)} requests are waiting and the queue holds {self.limit}; "
+                f"submit again when some are drawn, or make the scheduler with a longer queue"
+            )
+        self.append(request)
+
+    def take(self, free: int) -> R | None:
+        """Remove and return who goes next into ``free`` slots; None: nobody fits, or may go."""
+        chosen = self._choose(free)
+        if chosen is not None:
+            for before in self[: self.index(chosen)]:
+                before.overtaken += 1
+            self.remove(chosen)
+        return chosen
+
+    def _choose(self, free: int) -> R | None:
+        # Nobody has been overtaken more often than those before it: only the first can be at the
+        # end of its patience while others are not.
+        if self and self[0].overtaken >= self.patience:
+            return self[0] if self[0].rows <= free else None
+        by_priority = sorted(self, key=lambda request: -request.priority)  # stable
+        return next((request for request in by_priority if request.rows <= free), None)

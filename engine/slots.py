@@ -1,0 +1,237 @@
+"""The rows that a scheduler fills: one static cache, each row with a sequence of its own length.
+
+A slot is a row of the cache. A prompt is run by itself and copied into its slot (into as many as
+share it: attention on a CPU and SDPA read one cache a row, so the copies are what sharing costs),
+and from then on a step runs all rows together, each at its own place.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from echogen.engine.cache import KVCache, Prefix, PrefixCache, WindowCache
+from echogen.engine.model import UnifiedTransformer, additive_mask
+from echogen.engine.packed import Frame, PackedTransformer, Stream, attend
+from echogen.engine.packed_decode import run_prompts
+from echogen.engine.ranges import span
+
+EDGE = 32
+"""Keys are read up to a multiple of this, and a cache ends at one: a row's sums then end where a
+register does (see `packed_decode.LANES`) and every row's cache begins alike in memory."""
+
+
+def up_to_edge(keys: int) -> int:
+    """The next multiple of ``EDGE``."""
+    return -(-keys // EDGE) * EDGE
+
+
+def row_counts(rows: int, invariant: bool) -> list[int]:
+    """The numbers of rows that steps are made for: one shape for all in batch-invariant mode, else
+    1 to 4 and multiples of 4, so that no step runs more than three rows that nobody needs."""
+    if invariant:
+        return [rows]
+    return sorted({*range(1, min(rows, 4) + 1), *range(4, rows, 4), rows})
+
+
+class Runner(Protocol):
+    """A transformer over the rows of a cache."""
+
+    def run_prompt(self, prompt: list[int]) -> Prefix:
+        """Run a prompt alone and unpadded: what it leaves does not depend on any other."""
+        ...
+
+    def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
+        """Append image codes int64 [R] at places ``at`` int64 [R] of the leading R rows, all below
+        ``read``; image logits [R, V]."""
+        ...
+
+
+class Slots:
+    """A static cache and who holds which of its rows.
+
+    Args:
+        model: the transformer as drawing runs it, ``Engine.decoder``.
+        code_table: [V, D].
+        rows: slots.
+        capacity: tokens a slot holds, a multiple of ``EDGE``.
+        invariant: every step runs all rows and reads all places, whatever they hold.
+        prefix_bytes: kept of prompts that come again (``run_prompt(keep=True)``).
+
+    Attributes:
+        cache: made here, once; nothing else of its size is made later.
+    """
+
+    def __init__(
+        self,
+        model: UnifiedTransformer | PackedTransformer,
+        code_table: Tensor,
+        rows: int,
+        capacity: int,
+        invariant: bool = False,
+        prefix_bytes: int = 1 << 26,
+    ) -> None:
+        dtype, device = code_table.dtype, code_table.device
+        self.rows, self.capacity, self.invariant = rows, capacity, invariant
+        self.cache = WindowCache(model.config, rows, capacity, dtype, device)
+        self._counts = row_counts(rows, invariant)
+        self._runner: Runner
+        if isinstance(model, PackedTransformer):
+            self._runner = PackedRows(model, code_table, self.cache, self._counts)
+        else:
+            self._runner = PlainRows(model, code_table, self.cache)
+        # Unconditional prompts come again and again; see `PrefixCache`.
+        self._prefixes = PrefixCache(prefix_bytes)
+        self._free = list(range(rows))
+        self._ends = [0] * rows  # tokens of each slot, as the host knows them
+        self._at = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._held = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._codes = torch.zeros(rows, dtype=torch.int64, device=device)
+
+    @property
+    def free(self) -> int:
+        """Slots that nobody holds."""
+        return len(self._free)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held, over all slots."""
+        return sum(self._ends)
+
+    def warm_up(self, prompt_tokens: int, token: int) -> None:
+        """Run the longest prompt and the largest step: memory that is not there is missed now, and
+        an allocator that keeps what it has (CUDA's) has enough from here on."""
+        self._runner.run_prompt([token] * prompt_tokens)
+        self._runner.step(self._codes, self._at, self.capacity)
+
+    def run_prompt(self, prompt: list[int], keep: bool = False) -> Prefix:
+        """What a prompt leaves behind; ``keep`` remembers it for the next time."""
+        key = tuple(prompt)
+        found = self._prefixes.get(key)
+        if found is None:
+            found = self._runner.run_prompt(prompt)
+            if keep:
+                self._prefixes.put(key, found)
+        return found
+
+    def take(self, prefixes: list[Prefix]) -> Tensor:
+        """Fill a free slot with each of ``prefixes``; the slots, int64 [len(prefixes)].
+
+        The lowest are taken: a step runs the leading rows up to the last one held.
+        """
+        assert len(prefixes) <= self.free, "the scheduler admits what fits"
+        rows, self._free = self._free[: len(prefixes)], self._free[len(prefixes) :]
+        block = self.cache.block
+        for row, prefix in zip(rows, prefixes, strict=True):
+            length = prefix.keys_values.shape[-2]
+            # What the last holder left is masked, but a weight of 0 on its NaN would be NaN.
+            block[:, :, row, :, length:].zero_()
+            block[:, :, row, :, :length].copy_(prefix.keys_values)
+            self._ends[row] = length
+        taken = torch.tensor(rows, device=self._at.device)
+        self._at[taken] = torch.tensor([self._ends[r] for r in rows], device=taken.device)
+        self._held[taken] = 1
+        return taken
+
+    def release(self, rows: Tensor) -> None:
+        """Give slots back."""
+        for row in rows.tolist():
+            self._ends[row] = 0
+            self._free.append(row)
+        self._free.sort()
+        self._at[rows] = self._held[rows] = self._codes[rows] = 0
+
+    def feed(self, rows: Tensor, codes: Tensor) -> None:
+        """Image codes int64 [N] that the next step appends to slots ``rows``, once round for each
+        half of 2N rows with guidance."""
+        self._codes[rows] = codes.repeat(len(rows) // len(codes))
+
+    def step(self) -> Tensor:
+        """Append the codes fed, a token to every slot held; image logits [R, V] of the leading R.
+        Rows between that nobody holds run along and overwrite a place that is not read."""
+        needed = max((row + 1 for row, end in enumerate(self._ends) if end), default=1)
+        count = next(n for n in self._counts if n >= needed)
+        longest = max(self._ends) + 1
+        read = self.capacity if self.invariant else min(self.capacity, up_to_edge(longest))
+        live = self.rows - self.free
+        tokens = self.tokens + live
+        with span("engine/decode/step", rows=count, tokens=live, held=tokens, read=read):
+            logits = self._runner.step(self._codes[:count], self._at[:count], read)
+        self._at += self._held
+        self._ends = [end + 1 if end else 0 for end in self._ends]
+        return logits
+
+
+class PlainRows:
+    """`Runner` on the transformer as it is, for any device and type."""
+
+    def __init__(self, model: UnifiedTransformer, code_table: Tensor, cache: WindowCache) -> None:
+        self._model, self._table, self._cache = model, code_table, cache
+        self._slot = torch.arange(cache.capacity, device=code_table.device)
+
+    def run_prompt(self, prompt: list[int]) -> Prefix:
+        """See `Runner`."""
+        table, length = self._table, len(prompt)
+        ids, slot = torch.tensor([prompt], device=table.device), self._slot[:length]
+        cache = KVCache(self._model.config, 1, length, table.dtype, table.device)
+        mask = additive_mask((slot <= slot[:, None])[None], table.dtype)
+        with span("engine/prefill/run", rows=1, tokens=length):
+            hidden = self._model(self._model.embed_text(ids), slot, mask, cache)
+            return Prefix(cache.block[:, :, 0], self._model.image_head(hidden[:, -1])[0])
+
+    def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
+        """See `Runner`."""
+        at = at[:, None]
+        self._cache.open(at, read)
+        embedded = self._table[codes].unsqueeze(1)
+        mask = additive_mask((self._slot[:read] <= at).unsqueeze(1), embedded.dtype)
+        return self._model.image_head(self._model(embedded, at, mask, self._cache)[:, 0])
+
+
+class PackedRows:
+    """`Runner` on packed weights; see `packed_decode.PackedDecoding`, whose steps it makes with a
+    place of its own for each row.
+
+    Args:
+        counts: the numbers of rows steps come in; their buffers are made beforehand.
+    """
+
+    def __init__(
+        self, model: PackedTransformer, code_table: Tensor, cache: WindowCache, counts: list[int]
+    ) -> None:
+        c, dtype = model.config, code_table.dtype
+        self._model, self._table, block = model, code_table, cache.block
+        self._keys, self._values = block.flatten(2, 3).unbind(0)
+        self._places = block.view(2, c.layers, -1, c.head_dim).unbind(1)
+        heads = torch.arange(block.shape[2] * c.kv_heads).view(-1, c.kv_heads)
+        self._head_slot, self._slot = heads * cache.capacity, torch.arange(cache.capacity)
+        self._buffers = {
+            n: (Frame(c, n, 1, dtype), Stream(n, c.width, c.norm_eps, dtype)) for n in counts
+        }
+
+    def run_prompt(self, prompt: list[int]) -> Prefix:
+        """See `Runner`."""
+        return run_prompts(self._model, torch.tensor([prompt]), torch.zeros(1))[0]
+
+    def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
+        """See `Runner`."""
+        model, rows, at = self._model, len(codes), at[:, None]
+        kv_heads = model.config.kv_heads
+        frame, stream = self._buffers[rows]
+        stream.x.copy_(self._table.index_select(0, codes))
+        turn = model.turns(at)
+        index = (self._head_slot[:rows] + at).flatten()
+        mask = additive_mask(self._slot[:read] <= at, self._table.dtype)
+        mask = mask.repeat_interleave(kv_heads, 0).unsqueeze(1)
+        held = rows * kv_heads
+        keys = self._keys[:, :held, :read].mT.unbind(0)
+        values = self._values[:, :held, :read].unbind(0)
+        for block, place, key, value in zip(model.blocks, self._places, keys, values, strict=True):
+            block.project(stream, frame, turn)
+            place.index_copy_(1, index, frame.keys_values.flatten(1, 3).to(place.dtype))
+            frame.query.copy_(frame.queries)
+            attend(frame, key, value, mask)
+            block.finish(stream, frame)
+        return model.image_logits(stream)
