@@ -13,6 +13,7 @@ import tyro
 from echogen import __version__
 from echogen.commands.bench import Bench
 from echogen.commands.evaluate import Eval
+from echogen.commands.layouts import Layouts
 from echogen.commands.output import Failure, InputError, fail
 from echogen.commands.pictures import Cycle, Generate, Ground
 from echogen.commands.profile import Profile
@@ -26,6 +27,7 @@ Command = (
     | Annotated[Ground, subcommand("ground")]
     | Annotated[Cycle, subcommand("cycle")]
     | Annotated[Eval, subcommand("eval")]
+    | Annotated[Layouts, subcommand("layouts")]
     | Annotated[Train, subcommand("train")]
     | Annotated[Bench, subcommand("bench")]
     | Annotated[Profile, subcommand("profile")]
@@ -41,6 +43,7 @@ _REFUSALS = {
     "echogen.engine.prompt": "PromptError",
     "echogen.engine.config": "ConfigError",
     "echogen.train.checkpoint": "StateError",
+    "echogen.train.data.endpoint": "LLMError",
     "echogen.bench.compare": "CompareError",
     "echogen.bench.report": "ReportError",
 }

@@ -25,7 +25,7 @@ from echogen.engine.vision import decode_codes, to_images
 from echogen.kernels.grpo import grpo_loss
 from echogen.train import keys
 from echogen.train.config import CycleRLConfig
-from echogen.train.data.layouts import MOST_OBJECTS, random_layout, read_layouts
+from echogen.train.data.layouts import MOST_OBJECTS, check_room, random_layout, read_layouts
 from echogen.train.data.packing import Batch
 from echogen.train.data.scenes import load_scenes
 from echogen.train.eval.agreement import self_agreement
@@ -113,12 +113,10 @@ class CycleRLStage(WorldStage):
     # --- layouts and rollouts -------------------------------------------------------------------
 
     def _check_room(self, layout: Layout, what: str) -> None:
-        c = self.module.config
-        if (length := len(self.prompts.l2i(layout)) + c.image_tokens) > c.max_positions:
-            raise LayoutError(
-                f"{what} takes {length} tokens with its image; this model has room for "
-                f"{c.max_positions}, so shorten its texts or name fewer objects"
-            )
+        try:
+            check_room(layout, self.prompts, self.module.config)
+        except LayoutError as error:
+            raise LayoutError(f"{what} {error}") from None
 
     def layouts(self, index: int) -> list[Layout]:
         """The layouts of a rollout, a pure function of (seed, index)."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 PMTP_BATCH, VALIDATION, DJO_BATCH, DJO_NOISE, RL_BATCH, RL_NOISE, RL_JUDGED = range(3, 10)
+LAYOUTS, LLM_REQUESTS = 10, 11  # of `echogen layouts`
 
 
 def generator(seed: int, use: int, step: int = -1) -> np.random.Generator:

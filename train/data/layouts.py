@@ -10,13 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
+from echogen.engine.config import ModelConfig
 from echogen.engine.layout import Layout, LayoutError
-from echogen.train.data.grammar import COLORS, SHAPES, TEXTURES
+from echogen.engine.prompt import Prompts
+from echogen.train.data.grammar import COLORS, SHAPES, TEXTURES, parse_expression
 from echogen.train.data.shapes import IMAGE_SIZE, SIDE_MAX, SIDE_MIN, Object, Scene
 from echogen.train.eval.judge import box_iou
 
 MOST_OBJECTS = 10  # PlanGen's limit
 SMALLEST_SIDE = 0.03  # below it a box is less than an image code wide, in Janus-Pro's 24×24 codes
+MOST_IN_WORLD = 4
 LARGEST_IOU = 0.8  # above it two boxes are as good as one, and the object behind cannot be seen
 MOST_DRAWS = 1000
 
@@ -45,6 +48,67 @@ def check_layout(layout: Layout) -> None:
                 f"objects {i} and {j}: their boxes overlap by IoU {box_iou(a.box, b.box):.2f}; "
                 f"keep it to {LARGEST_IOU}"
             )
+
+
+def scene_of(layout: Layout) -> Scene:
+    """The scene that a layout of ShapesWorld asks for, on its grid of pixels. An object whose
+    texture is not named has one that none of its kind is named by.
+
+    Raises:
+        LayoutError: an expression that is not of the world's language, or a box, or a number of
+            boxes, of another size than the world's.
+    """
+    if (count := len(layout.objects)) > MOST_IN_WORLD:
+        raise LayoutError(f"layout has {count} objects; ShapesWorld draws 1 to {MOST_IN_WORLD}")
+    phrases = []
+    for i, o in enumerate(layout.objects, 1):
+        try:
+            phrases.append(parse_expression(o.expr))
+        except ValueError as error:
+            raise LayoutError(f"object {i}: {error}") from None
+    named = {(p.shape, p.color, p.texture) for p in phrases}
+    objects = []
+    for i, (o, p) in enumerate(zip(layout.objects, phrases, strict=True), 1):
+        x1, y1, x2, y2 = (round(v * IMAGE_SIZE) for v in o.box)
+        if not all(SIDE_MIN <= side <= SIDE_MAX for side in (x2 - x1, y2 - y1)):
+            raise LayoutError(
+                f"object {i} ({o.expr!r}): its box is {o.box[2] - o.box[0]:.3g} wide and "
+                f"{o.box[3] - o.box[1]:.3g} high; ShapesWorld's are {SIDE_MIN / IMAGE_SIZE:.3g} "
+                f"to {SIDE_MAX / IMAGE_SIZE:.3g}"
+            )
+        free = [t for t in TEXTURES if (p.shape, p.color, t) not in named]
+        texture = p.texture or (free or TEXTURES)[0]
+        objects.append(Object(p.shape, p.color, texture, (x1, y1, x2, y2)))
+    return Scene(tuple(objects))
+
+
+def check_truth(layout: Layout, scene: Scene) -> None:
+    """Every expression must be true of its object and single it out, and no object may be more than
+    half beneath others: else what is asked for cannot be drawn, or found. Raises LayoutError."""
+    for k, o in enumerate(layout.objects):
+        forms = scene.expressions(k)
+        if o.expr not in forms:
+            hint = f"{forms[0]!r} does" if forms else "nothing does; change the layout"
+            raise LayoutError(f"object {k + 1}: {o.expr!r} does not single it out here; {hint}")
+    if not seen(scene):
+        raise LayoutError("an object is more than half beneath those behind it in the list; "
+                          "move it, or list it later")  # fmt: skip
+
+
+def check_split(scene: Scene) -> None:
+    """A layout that models are validated or tested on is none to train on. Raises LayoutError."""
+    if (split := scene.split()) != "train":
+        raise LayoutError(f"it is one of ShapesWorld's {split} layouts; move a box")
+
+
+def check_room(layout: Layout, prompts: Prompts, config: ModelConfig) -> None:
+    """A model must have room for the prompt and its image. Raises LayoutError."""
+    length = len(prompts.l2i(layout)) + config.image_tokens
+    if length > config.max_positions:
+        raise LayoutError(
+            f"takes {length} tokens with its image; this model has room for "
+            f"{config.max_positions}, so shorten its texts or name fewer objects"
+        )
 
 
 def read_layouts(path: str | Path) -> list[Layout]:
@@ -84,7 +148,7 @@ def random_layout(rng: np.random.Generator) -> Layout:
     """
     for _ in range(MOST_DRAWS):
         scene = Scene(tuple(_object(rng) for _ in range(rng.integers(1, 5))))
-        if scene.split() != "train" or not _seen(scene):
+        if scene.split() != "train" or not seen(scene):
             continue
         if not all(scene.expressions(k) for k in range(len(scene.objects))):
             continue
@@ -105,7 +169,7 @@ def _object(rng: np.random.Generator) -> Object:
     return Object(shape, color, texture, (x, y, x + width, y + height))
 
 
-def _seen(scene: Scene) -> bool:
+def seen(scene: Scene) -> bool:
     """Is at least half of every object in sight?"""
     above = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
     for mask in scene.masks[::-1]:

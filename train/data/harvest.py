@@ -1,0 +1,178 @@
+"""A file of layouts that a language model fills, request after request, and what was turned away.
+
+Answers cost time or money: a run that is interrupted loses one of them at most, and goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from echogen.engine.layout import Layout, LayoutError
+from echogen.train import keys
+from echogen.train.data.endpoint import Answer, LLMError
+from echogen.train.data.llm import Message, Rejected, Rules, key_of, pieces, write_request
+
+IN_VAIN = 5  # answers without a single layout to take, one after another, before giving up
+
+
+@dataclass
+class Tally:
+    """What came of it: layouts in the file, and of this run requests, layouts taken, and pieces
+    turned away by kind."""
+
+    held: int = 0
+    requests: int = 0
+    taken: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+
+
+class Harvest:
+    """A file of layouts that grows, and beside it one of what was turned away.
+
+    Every request's lines are written and synced before the next is made, so that an interruption
+    loses one answer at most; a line torn by one is cut off when the file is opened again.
+
+    Raises:
+        LayoutError: a file that holds anything but layouts that keep to the rules.
+    """
+
+    def __init__(self, path: Path, rules: Rules) -> None:
+        self.path, self.rules = path, rules
+        self.rejects = path.with_suffix(".rejects.jsonl")
+        self.tally, self._known = Tally(), set[str]()
+        self._turned = len(_whole_lines(self.rejects))
+        for number, line in enumerate(_whole_lines(path), 1):
+            if not line.strip():
+                continue
+            try:
+                _once(rules.examine(line), self._known)
+            except Rejected as error:
+                raise LayoutError(
+                    f"{path}: line {number}: {error}; mend it, or name another file"
+                ) from None
+            self.tally.held += 1
+
+    @property
+    def place(self) -> int:
+        """Lines in both files: what a resumed run's randomness goes on from."""
+        return self.tally.held + self._turned
+
+    def add(self, answer: Answer, shown: Sequence[Layout], count: int) -> int:
+        """Take what an answer is good for, up to ``count`` layouts in all; how many were taken."""
+        taken: list[Layout] = []
+        turned, examples = [], {key_of(example) for example in shown}
+        for piece in pieces(answer):
+            try:
+                if piece.problem is not None:
+                    raise Rejected("json", piece.problem)
+                if self.tally.held + len(taken) >= count:
+                    raise Rejected("surplus", "more than were asked for")
+                layout = self.rules.examine(piece.text)
+                if key_of(layout) in examples:
+                    raise Rejected("duplicate", "it repeats an example of the request")
+                _once(layout, self._known)
+            except Rejected as error:
+                self.tally.rejected[error.kind] += 1
+                turned.append({"kind": error.kind, "reason": str(error), "text": piece.text})
+            else:
+                taken.append(layout)
+        # Layouts first: were only the other file written, a request would be made again.
+        _append(self.path, [layout.dumps() for layout in taken])
+        _append(self.rejects, [json.dumps(line) for line in turned])
+        self.tally.requests += 1
+        self.tally.taken += len(taken)
+        self.tally.held += len(taken)
+        self._turned += len(turned)
+        return len(taken)
+
+
+def collect(
+    ask: Callable[[list[Message], int], Answer],
+    harvest: Harvest,
+    count: int,
+    batch: int,
+    seed: int,
+    tell: Callable[[int, int], None] = lambda done, total: None,
+) -> Tally:
+    """Ask for ``batch`` layouts at a time until the file holds ``count``.
+
+    Args:
+        ask: messages and a seed → an answer (`Endpoint.ask`).
+        seed: of the requests; each has randomness of its own, also after an interruption.
+        tell: called with (layouts held, layouts wanted).
+
+    Raises:
+        LLMError: the endpoint's, or `IN_VAIN` answers with nothing to take.
+    """
+    vain, tally = 0, harvest.tally
+    while tally.held < count:
+        place = harvest.place
+        rng = keys.generator(seed, keys.LLM_REQUESTS, place)
+        messages, shown = write_request(rng, min(batch, count - tally.held), harvest.rules.free)
+        taken = harvest.add(ask(messages, (seed + place) % (1 << 31)), shown, count)
+        vain = 0 if taken else vain + 1
+        tell(tally.held, count)
+        if vain == IN_VAIN:
+            often = ", ".join(f"{kind}: {n}" for kind, n in tally.rejected.most_common())
+            raise LLMError(
+                f"the last {IN_VAIN} answers held no layout to take ({often}); {harvest.rejects} "
+                f"says why, and {tally.held} of {count} are kept. Try another model, or --open"
+            )
+    return tally
+
+
+def examine_file(path: Path, rules: Rules) -> tuple[int, list[tuple[int, Rejected]]]:
+    """How many lines of a file are layouts to take, and the others, by their numbers.
+
+    Raises:
+        LayoutError: a file that cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise LayoutError(f"{path}: cannot be read ({reason})") from None
+    good, bad, known = 0, [], set[str]()
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                _once(rules.examine(line), known)
+                good += 1
+            except Rejected as error:
+                bad.append((number, error))
+    return good, bad
+
+
+def _once(layout: Layout, known: set[str]) -> None:
+    """Note a layout's key; one that was there is rejected."""
+    if (key := key_of(layout)) in known:
+        raise Rejected("duplicate", "its objects and boxes were there before")
+    known.add(key)
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """The lines of a file, once a torn last one is cut off; [] where there is no file."""
+    if not path.exists():
+        return []
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    try:
+        return whole.decode().split("\n")[:-1]
+    except UnicodeDecodeError:
+        raise LayoutError(f"{path}: not UTF-8 text; name another file") from None
+
+
+def _append(path: Path, lines: Sequence[str]) -> None:
+    if lines:
+        with open(path, "a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
