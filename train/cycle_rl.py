@@ -229,6 +229,28 @@ class CycleRLStage(WorldStage):
             parts.append(box_logprob(model, self.prompts, held.asked, count, most).flatten(1))
         return torch.cat(parts, 1)
 
+    @property
+    def images(self) -> int:
+        """See `Stage`."""
+        return self.config.batch * self.config.group
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        """See `Stage`: of every part of the rollout in use, what was drawn and found, and what it
+        is worth."""
+        now = {k: h for k, h in self._held.items() if h.index == step // self.config.updates}
+        return {
+            f"part {part} of {parts}": {
+                "codes": held.rollout.drawing.codes,
+                "boxes": held.rollout.answers.tokens,
+                "reward": held.rollout.score.reward,
+                "advantage": held.rollout.score.advantage,
+                "sampled": held.sampled,
+                "mask": held.mask,
+                **{f"drawn {k}": v for k, v in vars(held.drawn or held.asked).items()},
+            }
+            for (part, parts), held in now.items()
+        }
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         """See `Stage`."""
         return self.loss_part(step, 0, 1)
