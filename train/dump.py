@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from echogen.train.checkpoint import StateError, load_state, save_state
 from echogen.train.config import LoopConfig
@@ -62,6 +62,7 @@ class Repeated:
     Attributes:
         step: which.
         loss: of it.
+        grad_norm: norm of its gradients, before they are clipped.
         numbers: of the stage.
         broken: parameters whose gradients are not finite.
         weights: parameters that were not finite before the step.
@@ -71,6 +72,7 @@ class Repeated:
 
     step: int
     loss: float
+    grad_norm: float
     numbers: dict[str, float]
     broken: list[str]
     weights: list[str]
@@ -95,18 +97,25 @@ def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
         )
     if fingerprint(found["module"]) != found["fingerprint"]:
         raise StateError(f"{path}: its weights are not those of its fingerprint; it is damaged")
-    stage.module.load_state_dict(found["module"])
     step, named = int(found["step"]), dict(stage.module.named_parameters())
+    if step % (updates := getattr(stage.config, "updates", 1)):
+        raise StateError(
+            f"{path}: step {step} is update {step % updates + 1} of {updates} on its rollout, "
+            f"which was drawn with weights that are gone; look at the file's inputs instead"
+        )
+    stage.module.load_state_dict(found["module"])
     trained = [p for p in named.values() if p.requires_grad]
     loss, numbers = gradients(stage, config, trained, step, Processes())
+    grads = {n: p.grad for n, p in named.items() if p.grad is not None}
     inputs = getattr(stage, "inputs", None)
     return Repeated(
-        step,
-        loss,
-        {name: float(value) for name, value in numbers.items()},
-        [n for n, p in named.items() if p.grad is not None and not _finite(p.grad)],
-        [n for n, p in named.items() if not _finite(p)],
-        _same(found["inputs"], {} if inputs is None else inputs(step)),
+        step=step,
+        loss=loss,
+        grad_norm=float(nn.utils.get_total_norm(grads.values())),
+        numbers={name: float(value) for name, value in numbers.items()},
+        broken=[n for n, grad in grads.items() if not _finite(grad)],
+        weights=[n for n, p in named.items() if not _finite(p)],
+        same_inputs=_same(found["inputs"], {} if inputs is None else inputs(step)),
     )
 
 

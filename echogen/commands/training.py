@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+import os
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
 from echogen.commands.options import Json
-from echogen.commands.output import InputError, make_folder, print_json, show
+from echogen.commands.output import Failure, InputError, fail, make_folder, print_json, show
 
 if TYPE_CHECKING:
     from transformers import JanusVQVAE
@@ -18,16 +19,16 @@ if TYPE_CHECKING:
     from echogen.train.config import LoopConfig, Recipe
     from echogen.train.loop import Stage
 
-RUN_FILES = ("state.pt", "best.pt", "config.json", "metrics.jsonl", "model")
+RUN_FILES = ("state.pt", "state.prev.pt", "best.pt", "config.json", "metrics.jsonl", "model")
 
 
 Begin = Annotated[str, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
 BeginOrNot = Annotated[str | None, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
 
 
-@dataclass(frozen=True)
-class TrainVQ:
-    """Train the image tokenizer from scratch."""
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """Where a run lies and how its steps are taken, whatever the stage."""
 
     out: Path
     """Folder of the run; the model ends in its model/."""
@@ -35,43 +36,79 @@ class TrainVQ:
     """Which configuration."""
     steps: int | None = None
     """Optimizer steps, in place of the recipe's."""
+    accumulate: int | None = None
+    """Parts in which a step's batch goes through the model: less memory, the same step."""
+    checkpoint_activations: bool = False
+    """Run each decoder block again in the backward pass instead of keeping what it made."""
+    ema: float | None = None
+    """Decay (0.999, say) of an average of the weights, which is then evaluated and exported."""
+    deterministic: bool = False
+    """Refuse operations whose result may differ from run to run, as some do on a GPU."""
     resume: bool = False
-    """Go on with the run in --out, from its last checkpoint."""
+    """Go on with the run in --out, from its last checkpoint, with the settings it began with."""
+    repeat: Annotated[Path | None, tyro.conf.arg(metavar="DUMP")] = None
+    """Compute the step of a dump-stepN.pt of a run with these settings again; write nothing."""
     json: Json = False
     """End with one JSON object on stdout."""
 
+    def check(self) -> None:
+        """Refuse a folder or a file that is not what it has to be. Raises InputError."""
+        if self.repeat is None:
+            check_run_folder(self.out, self.resume)
+        elif not self.repeat.is_file():
+            raise InputError(f"--repeat {self.repeat}: no such file; name a dump-stepN.pt of a run")
+        if self.deterministic:  # read when CUDA starts, which a stage may do that is only built
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+    def make_folder(self) -> None:
+        """Make the run's folder, where something will be written."""
+        if self.repeat is None:
+            make_folder(self.out)
+
+    def loop(self, recipe: LoopConfig) -> LoopConfig:
+        """The recipe's step loop with what was asked for. Raises InputError."""
+        names = ("accumulate", "checkpoint_activations", "ema", "deterministic")
+        asked: dict[str, Any] = {name: getattr(self, name) for name in names}
+        asked = {k: v for k, v in asked.items() if v is not None and v is not False}
+        try:
+            return replace(with_steps(recipe, self.steps), **asked)
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+
+    def train(self, stage: Stage, loop: LoopConfig) -> None:
+        """Run the stage, or repeat a step of it."""
+        if self.repeat is not None:
+            repeat(stage, loop, self.repeat, self.json)
+        else:
+            train(stage, loop, self.out, self.resume, self.json)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainVQ(RunOptions):
+    """Train the image tokenizer from scratch."""
+
     def run(self) -> None:
-        check_run_folder(self.out, self.resume)
+        self.check()
         recipe = find_recipe(self.recipe)
-        loop = with_steps(recipe.vq.loop, self.steps)
-        make_folder(self.out)
+        loop = self.loop(recipe.vq.loop)
+        self.make_folder()
         from echogen.train.vq import VQStage
 
         stage = VQStage(replace(recipe.vq, loop=loop), recipe.pmtp.width)
-        train(stage, loop, self.out, self.resume, self.json)
+        self.train(stage, loop)
 
 
-@dataclass(frozen=True)
-class TrainPMTP:
+@dataclass(frozen=True, kw_only=True)
+class TrainPMTP(RunOptions):
     """Train stage 1: draw layouts and ground expressions in parallel."""
 
-    out: Path
-    """Folder of the run; the model ends in its model/."""
     vq: Path | None = None
     """Folder of the trained image tokenizer (the model/ of `train vq`), for fresh weights."""
     begin: BeginOrNot = None
     """Instead of --vq, go on with stage 1: a run of this command, its model, or a bundled name."""
-    recipe: str = "tiny"
-    """Which configuration."""
-    steps: int | None = None
-    """Optimizer steps, in place of the recipe's."""
-    resume: bool = False
-    """Go on with the run in --out, from its last checkpoint."""
-    json: Json = False
-    """End with one JSON object on stdout."""
 
     def run(self) -> None:
-        check_run_folder(self.out, self.resume)
+        self.check()
         if (self.vq is None) == (self.begin is None):
             raise InputError(
                 "name one of --vq (fresh weights behind an image tokenizer) and "
@@ -79,7 +116,7 @@ class TrainPMTP:
             )
         recipe = find_recipe(self.recipe)
         config = recipe.pmtp if self.begin is None else recipe.pmtp_on
-        loop = with_steps(config.loop, self.steps)
+        loop = self.loop(config.loop)
         from echogen.train.pmtp import PMTPStage
         from echogen.train.start import load_start
 
@@ -92,79 +129,59 @@ class TrainPMTP:
                 )
             vq = load_vq(self.vq, config.width)
             stage = PMTPStage(replace(config, loop=loop), vq)
-        make_folder(self.out)
-        train(stage, loop, self.out, self.resume, self.json)
+        self.make_folder()
+        self.train(stage, loop)
 
 
-@dataclass(frozen=True)
-class TrainDJO:
+@dataclass(frozen=True, kw_only=True)
+class TrainDJO(RunOptions):
     """Train stage 2: ground what is drawn, and let the gradient through."""
 
-    out: Path
-    """Folder of the run; the model ends in its model/."""
     begin: Begin
     """Where to begin: the run of `train pmtp`, a model that came from one, or a bundled name."""
-    recipe: str = "tiny"
-    """Which configuration."""
-    steps: int | None = None
-    """Optimizer steps, in place of the recipe's."""
     any_stage: bool = False
     """Begin with a model of whatever stage."""
-    resume: bool = False
-    """Go on with the run in --out, from its last checkpoint."""
-    json: Json = False
-    """End with one JSON object on stdout."""
 
     def run(self) -> None:
-        check_run_folder(self.out, self.resume)
+        self.check()
         recipe = find_recipe(self.recipe)
-        loop = with_steps(recipe.djo.loop, self.steps)
+        loop = self.loop(recipe.djo.loop)
         from echogen.train.djo import DJOStage
         from echogen.train.start import load_start
 
         start = load_start(self.begin, "pmtp", self.any_stage)
-        make_folder(self.out)
+        self.make_folder()
         stage = DJOStage(replace(recipe.djo, loop=loop), start)
-        train(stage, loop, self.out, self.resume, self.json)
+        self.train(stage, loop)
 
 
-@dataclass(frozen=True)
-class TrainCycleRL:
+@dataclass(frozen=True, kw_only=True)
+class TrainCycleRL(RunOptions):
     """Train stage 3: reinforce the images in which their layout is found again."""
 
-    out: Path
-    """Folder of the run; the model ends in its model/."""
     begin: Begin
     """Where to begin: the run of `train djo`, a model that came from one, or a bundled name."""
-    recipe: str = "tiny"
-    """Which configuration."""
     layouts: str = "real"
     """What to draw: real (ShapesWorld), random, or a file with one JSON layout a line."""
-    steps: int | None = None
-    """Optimizer steps, in place of the recipe's."""
     any_stage: bool = False
     """Begin with a model of whatever stage."""
     force: bool = False
     """Begin even if the self-reward hardly agrees with the judge."""
-    resume: bool = False
-    """Go on with the run in --out, from its last checkpoint."""
-    json: Json = False
-    """End with one JSON object on stdout."""
 
     def run(self) -> None:
-        check_run_folder(self.out, self.resume)
+        self.check()
         if self.layouts not in ("real", "random") and not Path(self.layouts).is_file():
             raise InputError(f"--layouts {self.layouts}: no such file; name one, real or random")
         recipe = find_recipe(self.recipe)
-        loop = with_steps(recipe.cycle_rl.loop, self.steps)
+        loop = self.loop(recipe.cycle_rl.loop)
         from echogen.train.cycle_rl import CycleRLStage
         from echogen.train.start import load_start
 
         start = load_start(self.begin, "djo", self.any_stage)
         config = replace(recipe.cycle_rl, loop=loop, layouts=self.layouts, force=self.force)
         stage = CycleRLStage(config, start)
-        make_folder(self.out)
-        train(stage, loop, self.out, self.resume, self.json)
+        self.make_folder()
+        self.train(stage, loop)
 
 
 @dataclass(frozen=True)
@@ -237,19 +254,45 @@ def load_vq(folder: Path, width: int) -> JanusVQVAE:
 
 
 def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool) -> None:
-    """Run a stage to its end and report its last numbers."""
+    """Run a stage to its end and report its last numbers.
+
+    Raises:
+        InputError: the stage refuses to begin.
+        Failure: training came to nothing.
+        SystemExit: a signal asked the run to stop, and its state is saved: 143 for SIGTERM, 130 for
+            SIGINT.
+    """
     from transformers.utils import logging
 
-    from echogen.train.loop import BeginRefused, run
+    from echogen.train.loop import BeginRefused, Stopped, TrainingError, run
 
     logging.disable_progress_bar()  # of writing shards; the loop has its own
     try:
         run(stage, loop, out, resume)
     except BeginRefused as refusal:
         raise InputError(str(refusal)) from None
+    except TrainingError as error:
+        raise Failure(str(error)) from error
+    except Stopped as stopped:
+        fail(str(stopped))
+        raise SystemExit(stopped.code) from None
     last: dict[str, float] = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         last |= json.loads(line)
     show(f"{stage.name}: {out / 'model'}", ("measure", "last value"), list(last.items()))
     if as_json:
         print_json({"stage": stage.name, "out": str(out), "model": str(out / "model"), **last})
+
+
+def repeat(stage: Stage, loop: LoopConfig, dump: Path, as_json: bool) -> None:
+    """Compute a dumped step again and show what came out."""
+    from echogen.train.dump import repeat_dump
+
+    found = repeat_dump(stage, loop, dump)
+    rows: list[tuple[str, object]] = [*found.numbers.items(), ("gradient norm", found.grad_norm)]
+    for what, names in (("gradients", found.broken), ("weights", found.weights)):
+        rows.append((f"{what} that are not finite", f"{len(names)} ({', '.join(names[:3])})"))
+    rows.append(("the batch of the dump", "made again" if found.same_inputs else "NOT made again"))
+    show(f"{stage.name}: step {found.step} of {dump}", ("measure", "value"), rows)
+    if as_json:
+        print_json({"stage": stage.name, "dump": str(dump), **asdict(found)})
