@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from echogen.engine.flex import BlockMask
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.ranges import span
-from echogen.train.data.packing import Batch, visibility
+from echogen.train.data.packing import Batch, block_mask, visibility
 from echogen.train.shares import part_of_mean
 
 
@@ -21,10 +22,18 @@ def hidden_states(
     """Final hidden states [R, L, D] of a packed batch; ``embedded`` [R, L, D] stands in for the
     embeddings of its ids."""
     x = model.embed_mixed(batch.ids) if embedded is None else embedded
+    with span("train/pass", rows=len(batch.ids), tokens=batch.ids.numel()):  # padding included
+        return model(x, batch.positions, attention_mask(batch, x))
+
+
+def attention_mask(batch: Batch, x: Tensor) -> Tensor | BlockMask:
+    """Who sees whom in a batch, for embeddings ``x``: in blocks on a GPU, dense elsewhere, since
+    FlexAttention has no backward on a CPU."""
+    if x.is_cuda:
+        return block_mask(batch)
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    with span("train/pass", rows=len(batch.ids), tokens=batch.ids.numel()):  # padding included
-        return model(x, batch.positions, additive_mask(visibility(batch), dtype))
+    return additive_mask(visibility(batch), dtype)
 
 
 def image_loss(

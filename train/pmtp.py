@@ -87,7 +87,7 @@ def janus_config(
 
 
 def new_model(config: PMTPConfig, vq: JanusVQVAE, samples: list[Sample]) -> Engine:
-    """A model with fresh weights and a tokenizer of the samples' texts."""
+    """A model with fresh weights and a tokenizer of the samples' texts, on the device of ``vq``."""
     texts = [t for s in samples[:5000] for t in (s.caption, *sum(s.expressions, ()))]
     tokenizer = train_tokenizer(texts, config.bins)
     janus = janus_config(config, vq, tokenizer)
@@ -95,11 +95,12 @@ def new_model(config: PMTPConfig, vq: JanusVQVAE, samples: list[Sample]) -> Engi
     transformer.initialise(config.loop.seed)
     torch.manual_seed(config.loop.seed)
     vision: Any = janus.vision_config
+    device = vq.quant_conv.weight.device
     return Engine(
         janus,
-        transformer,
+        transformer.to(device),
         vq,
-        JanusVisionModel(vision),
+        JanusVisionModel(vision).to(device),
         Prompts(tokenizer, LocationCodec(tokenizer, config.bins)),
         Sampling(temperature=config.temperature, cfg=config.cfg),
         pixels_trained=False,

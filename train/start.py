@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from echogen.engine.engine import Engine, resolve
 from echogen.engine.keymap import CheckpointError
 from echogen.train.checkpoint import StateError
@@ -50,13 +52,16 @@ def model_folder(path: str | Path) -> Path:
     return resolve(path)
 
 
-def load_start(path: str | Path, after: str, any_stage: bool = False) -> Start:
+def load_start(
+    path: str | Path, after: str, any_stage: bool = False, device: str | torch.device = "cpu"
+) -> Start:
     """Load the model that a stage begins with.
 
     Args:
         path: folder of a run or of a model, or the name of a bundled model.
         after: the stage that must have been the model's last.
         any_stage: take a model of any stage, or of an unknown one (for ablations).
+        device: where it is trained.
 
     Raises:
         StateError: a model of another stage, or one that does not say which; a damaged record.
@@ -70,7 +75,7 @@ def load_start(path: str | Path, after: str, any_stage: bool = False) -> Start:
             f"{path}: this model {found}; this stage begins with one from {after} "
             f"(--any-stage takes it all the same)"
         )
-    engine = Engine.from_pretrained(folder)
+    engine = Engine.from_pretrained(folder, device)
     return Start(engine, stages, module_hash(engine.transformer))
 
 

@@ -56,10 +56,10 @@ def patch_groups(pixels: Tensor, grid: int) -> tuple[Tensor, Tensor]:
     pixel: (first place of each group [G], group of each patch [B·grid²]), int64."""
     side = pixels.shape[-1] // grid
     patches = pixels.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
-    flat = np.ascontiguousarray(patches.reshape(-1, 3 * side * side).numpy())
+    flat = np.ascontiguousarray(patches.reshape(-1, 3 * side * side).cpu().numpy())
     rows = flat.view(np.dtype((np.void, flat.itemsize * flat.shape[1]))).ravel()
     _, first, group = np.unique(rows, return_index=True, return_inverse=True)
-    return torch.from_numpy(first), torch.from_numpy(group)
+    return torch.from_numpy(first).to(pixels.device), torch.from_numpy(group).to(pixels.device)
 
 
 def group_means(features: Tensor, group: Tensor) -> Tensor:
@@ -126,7 +126,8 @@ class VQStage:
         here, and drawing them unjudged takes 0.2 ms each instead of 6.6."""
         first = step * self.config.batch
         indices = range(first, first + self.config.batch)
-        return to_pixels(render([sample_scene("train", i, judged=False) for i in indices]))
+        pixels = to_pixels(render([sample_scene("train", i, judged=False) for i in indices]))
+        return pixels.to(self.module.averages.count.device)
 
     def begin(self) -> dict[str, float]:
         """Nothing to find out before the first step."""
@@ -227,11 +228,11 @@ class VQStage:
 
         vq = self.module.vq
         codes = torch.cat([encode_image(vq, p) for p in self._val.split(32)])
-        output = torch.cat([decode_codes(vq, c) for c in codes.split(32)])
+        output = torch.cat([decode_codes(vq, c) for c in codes.split(32)]).cpu()
         scores = judge_boxes(output, load_scenes("val", len(output)))
         return {
             "l1": float(F.l1_loss(output, self._val)),
-            "background_nats": background_nats(self._val, codes),
+            "background_nats": background_nats(self._val, codes.cpu()),
             "codes_used": len(codes.unique()) / self.config.codes,
             **scores,
         }

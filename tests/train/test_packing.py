@@ -11,16 +11,21 @@ from echogen.engine.config import ModelConfig
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.prompt import LocationCodec, Prompts, TextualCodec
+from echogen.train import passes
 from echogen.train.data.packing import (
     NO_TARGET,
+    ROW_TOKENS,
     Batch,
     Tree,
+    block_mask,
     i2l_tree,
     l2i_prompt,
     l2i_tree,
     pack,
+    row_budget,
     shared_tree,
     visibility,
+    visible,
 )
 from echogen.train.passes import hidden_states
 from echogen.train.tokenizer import train_tokenizer
@@ -299,6 +304,58 @@ def in_one_row(trees: list[Tree]) -> Batch:
     return Batch(
         tree=number, **{n: row(n) for n in ("ids", "positions", "branch", "codes", "texts")}
     )
+
+
+# --- on a device ----------------------------------------------------------------------------------
+
+
+def trees_of_both_masks(prompts: Prompts) -> list[Tree]:
+    v = len(prompts.tokenizer)
+    shared = shared_tree(prompts, prompts.l2i(LAYOUT), codes(3), QUESTIONS, v)
+    return [*some_trees(prompts), shared]
+
+
+@pytest.mark.parametrize("row_tokens", [0, 300])
+def test_flex_attention_is_told_the_same_as_the_dense_mask(prompts, row_tokens):
+    batch = pack(trees_of_both_masks(prompts), row_tokens, prompts.pad)
+    rows, length = batch.ids.shape
+    row, query, key = torch.meshgrid(
+        torch.arange(rows), torch.arange(length), torch.arange(length), indexing="ij"
+    )
+    found = visible(batch)(row, torch.zeros_like(row), query, key)
+    assert torch.equal(found, visibility(batch))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_gives_what_the_dense_mask_gives(
+    model, prompts, monkeypatch, relative_error
+):
+    trees = trees_of_both_masks(prompts)
+    batch = pack(trees, 3 * 128, prompts.pad)
+    with torch.no_grad():
+        dense = hidden_states(model, batch)
+        monkeypatch.setattr(passes, "attention_mask", lambda batch, x: block_mask(batch))
+        blocked = hidden_states(model, batch)
+    assert relative_error(blocked, dense) < 1e-5
+    assert not torch.equal(blocked, dense)  # another way was taken
+
+
+def test_rows_for_blocks_are_of_one_length_if_they_can(prompts):
+    trees = some_trees(prompts)
+    assert row_budget(trees) == ROW_TOKENS
+    long = l2i_tree(prompts.l2i(LAYOUT), np.zeros(ROW_TOKENS, dtype=np.int64), 1000)
+    budget = row_budget([*trees, long])
+    assert budget % 128 == 0 and len(long) <= budget < len(long) + 128
+    assert pack([*trees, long], budget, prompts.pad).ids.shape[1] == budget
+
+
+def test_a_batch_goes_to_a_device_whole(prompts):
+    batch = pack(some_trees(prompts), 0, prompts.pad)
+    assert batch.to(torch.device("cpu")) is batch
+    there = batch.to(torch.device("meta"))
+    for name, part in vars(batch).items():
+        moved = getattr(there, name)
+        assert moved.is_meta and moved.shape == part.shape and moved.dtype == part.dtype
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,21 @@ METHOD. Its `shared` mask is a third kind of tree, in which both tasks read one 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
+from echogen.engine.flex import BLOCK, BlockMask
 from echogen.engine.layout import Box, Layout
 from echogen.engine.model import tree_visibility
 from echogen.engine.prompt import Prompts
 
 NO_TARGET = -100
+ROW_TOKENS = 2048  # three samples of both tasks at Janus-Pro's 576 codes
 SHARED_PROMPT, SHARED_IMAGE = -1, -2
 """Branch numbers of a `shared_tree`'s prompt and image, see `visibility`."""
 
@@ -108,12 +112,22 @@ class Batch:
     codes: Tensor
     texts: Tensor
 
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device. A GPU gets it from pinned memory, without being waited for."""
+        if device == self.ids.device:
+            return self
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        if device.type == "cuda":
+            parts = {name: part.pin_memory() for name, part in parts.items()}
+        return Batch(**{n: part.to(device, non_blocking=True) for n, part in parts.items()})
+
 
 def pack(trees: list[Tree], row_tokens: int, pad: int) -> Batch:
     """Lay trees into as few rows of ``row_tokens`` as first-fit by falling length finds.
 
     ``row_tokens`` grows to the longest tree. On a CPU, attention over a dense mask makes long rows
-    dear, so callers pass 0: rows as long as the longest tree.
+    dear, so callers pass 0: rows as long as the longest tree. On a GPU rows have one length, if
+    they can, and a multiple of a block's (see `row_budget`).
     """
     row_tokens = max(row_tokens, max(map(len, trees)))
     rows: list[list[int]] = []
@@ -145,6 +159,13 @@ def pack(trees: list[Tree], row_tokens: int, pad: int) -> Batch:
     return Batch(tree=tree, **fields)
 
 
+def row_budget(trees: list[Tree]) -> int:
+    """How long rows are that are attended to in blocks: ROW_TOKENS, or, for a longer tree, the
+    blocks that it takes."""
+    longest = max(map(len, trees))
+    return max(ROW_TOKENS, -(-longest // BLOCK) * BLOCK)
+
+
 def visibility(batch: Batch) -> Tensor:
     """Which key a query sees, bool [R, L, L].
 
@@ -161,6 +182,30 @@ def visibility(batch: Batch) -> Tensor:
     same = batch.tree.unsqueeze(-1) == batch.tree.unsqueeze(-2)
     shared = image | ((key == SHARED_PROMPT) & (query == SHARED_IMAGE))
     return seen | (causal & same & shared)
+
+
+def visible(batch: Batch) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+    """`visibility` as FlexAttention asks for it, place by place: (row, head, query, key) → bool."""
+    tree, branch = batch.tree, batch.branch
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        own, other = branch[row, query], branch[row, key]
+        image = other == SHARED_IMAGE
+        image_reads = (own == SHARED_IMAGE) & (other == SHARED_PROMPT)
+        branches = (other == 0) | (other == own) | image | image_reads
+        return (query >= key) & (tree[row, query] == tree[row, key]) & branches
+
+    return sees
+
+
+def block_mask(batch: Batch) -> BlockMask:
+    """`visibility` on the batch's device, in blocks, of which FlexAttention skips the empty ones.
+
+    Making it holds a few bytes for each pair of places in a row, once a batch and not once a layer.
+    """
+    rows, length = batch.ids.shape
+    device = batch.ids.device
+    return create_block_mask(visible(batch), rows, None, length, length, device, BLOCK)
 
 
 def prompt_or_none(prompts: Prompts, layout: Layout, dropped: bool) -> list[int]:

@@ -59,11 +59,11 @@ def load_codes(vq: JanusVQVAE, split: str, scenes: list[Scene], batch: int = 64)
     if not path.exists():
         starts = range(0, len(scenes), batch)
         parts = [
-            encode_image(vq, to_pixels(render(scenes[i : i + batch]))).numpy().astype(np.uint16)
+            encode_image(vq, to_pixels(render(scenes[i : i + batch]))).cpu().numpy()
             for i in track(starts, description=f"encoding {split} images", transient=True)
         ]
         beside = path.with_name(f"{path.stem}.{os.getpid()}.part.npy")
-        np.save(beside, np.concatenate(parts))
+        np.save(beside, np.concatenate(parts).astype(np.uint16))
         os.replace(beside, path)
     codes: np.ndarray = np.load(path)
     return codes

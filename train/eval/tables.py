@@ -194,7 +194,8 @@ def quick_scores(
             for s, row in zip(scenes, recovered, strict=True)
         ]
     )
-    sampler = Sampler(Sampling(temperature=0.7), 0, torch.arange(drawn), *_code_shape(model))
+    draws = torch.arange(drawn, device=table.device)
+    sampler = Sampler(Sampling(temperature=0.7), 0, draws, *_code_shape(model))
     inputs = [prompts.l2i(layout) for layout in layouts[:drawn]]
     images = decode_codes(vq, decode_image(model, table, inputs, sampler, prompts.pad))
     scores = {"ground_acc50": float((ious >= 0.5).mean()), "ground_iou": float(ious.mean())}

@@ -1,0 +1,33 @@
+"""FlexAttention: attention that skips the blocks which a mask leaves empty (torch's own, fused by
+its compiler). Packed training batches run on it on a GPU, where a dense mask would be most of the
+work.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+BLOCK = 128
+"""Side of a block of the mask; rows are best a multiple of it."""
+
+
+@cache
+def _fused() -> Any:
+    """The compiled operator, made at first use: on a machine without a GPU it never is."""
+    return torch.compile(flex_attention)
+
+
+def blocked_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:
+    """softmax(q·kᵀ/√K) over what ``mask`` shows, times v; for q [B, H, L, K], k and v
+    [B, kv_heads, L, K].
+
+    On a CPU it runs unfused, over all scores, and has no gradient: there it serves as a check.
+    """
+    run = _fused() if query.is_cuda else flex_attention
+    out: Tensor = run(query, key, value, block_mask=mask, enable_gqa=query.shape[1] != key.shape[1])
+    return out
