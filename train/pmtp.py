@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     JanusConfig,
     JanusVisionConfig,
@@ -95,12 +95,14 @@ def new_model(config: PMTPConfig, vq: JanusVQVAE, samples: list[Sample]) -> Engi
     transformer.initialise(config.loop.seed)
     torch.manual_seed(config.loop.seed)
     vision: Any = janus.vision_config
-    device = vq.quant_conv.weight.device
+    siglip, device = JanusVisionModel(vision), vq.quant_conv.weight.device
+    for module in (transformer, siglip):
+        nn.Module.to(module, device)
     return Engine(
         janus,
-        transformer.to(device),
+        transformer,
         vq,
-        JanusVisionModel(vision).to(device),
+        siglip,
         Prompts(tokenizer, LocationCodec(tokenizer, config.bins)),
         Sampling(temperature=config.temperature, cfg=config.cfg),
         pixels_trained=False,
