@@ -14,7 +14,15 @@ from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
 from echogen.engine.picture import overlay
 from echogen.train import keys
-from echogen.train.data.packing import Batch, Tree, i2l_tree, l2i_tree, pack, prompt_or_none
+from echogen.train.data.packing import (
+    Batch,
+    Tree,
+    i2l_tree,
+    l2i_tree,
+    pack,
+    prompt_or_none,
+    row_budget,
+)
 from echogen.train.data.samples import Sample, load_samples
 from echogen.train.data.scenes import load_scenes
 from echogen.train.data.shapes import IMAGE_SIZE
@@ -54,7 +62,7 @@ class WorldStage:
     def __init__(self, engine: Engine, seed: int, stages: tuple[str, ...] = ()) -> None:
         check_world(engine, "the model", IMAGE_SIZE)
         self.engine, self.prompts, self.vq = engine, engine.prompts, engine.vq
-        self.module = engine.transformer
+        self.module, self._device = engine.transformer, engine.device
         self.module.train().pixel_aligner.requires_grad_(False)  # no stage here reads pixels
         self._seed, self._stages = seed, stages
         self._val = load_samples(self.vq, "val", VAL_SAMPLES)
@@ -74,9 +82,9 @@ class WorldStage:
         return sum(len(self.prompts.answer(box)) for _, box in questions)
 
     def pack(self, trees: list[Tree]) -> Batch:
-        """Trees in rows as long as the longest: on a CPU, attention over a dense mask makes long
-        rows dear."""
-        return pack(trees, 0, self.prompts.pad)
+        """Trees in rows, on the module's device; see `packing.pack` for how long they are."""
+        row_tokens = row_budget(trees) if self._device.type == "cuda" else 0
+        return pack(trees, row_tokens, self.prompts.pad).to(self._device)
 
     def prompt(self, layout: Layout, dropped: bool = False) -> list[int]:
         """The L2I prompt of a layout, or its unconditional form."""
