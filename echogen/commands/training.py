@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from echogen.commands.options import Json
+from echogen.commands.options import Json, ModelOptions
 from echogen.commands.output import Failure, InputError, fail, make_folder, print_json, show
 
 if TYPE_CHECKING:
@@ -44,6 +44,8 @@ class RunOptions:
     """Decay (0.999, say) of an average of the weights, which is then evaluated and exported."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run, as some do on a GPU."""
+    device: str = "cpu"
+    """cpu, cuda or cuda:N; cuda under torchrun is each process's own GPU."""
     resume: bool = False
     """Go on with the run in --out, from its last checkpoint, with the settings it began with."""
     repeat: Annotated[Path | None, tyro.conf.arg(metavar="DUMP")] = None
@@ -59,6 +61,19 @@ class RunOptions:
             raise InputError(f"--repeat {self.repeat}: no such file; name a dump-stepN.pt of a run")
         if self.deterministic:  # read when CUDA starts, which a stage may do that is only built
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+        self.place()
+
+    def place(self) -> str:
+        """The device of the run's module. Raises InputError for one that is not there."""
+        own = os.environ.get("LOCAL_RANK", "0")
+        device = f"cuda:{own}" if self.device == "cuda" else self.device
+        ModelOptions(device=device).check()
+        if device != "cpu":
+            import torch
+
+            torch.cuda.set_device(device)
+        return device
 
     def make_folder(self) -> None:
         """Make the run's folder, where something will be written."""
@@ -95,6 +110,8 @@ class TrainVQ(RunOptions):
         from echogen.train.vq import VQStage
 
         stage = VQStage(replace(recipe.vq, loop=loop), recipe.pmtp.width)
+        if self.device != "cpu":
+            stage.module.to(self.place())
         self.train(stage, loop)
 
 
@@ -121,13 +138,14 @@ class TrainPMTP(RunOptions):
         from echogen.train.start import load_start
 
         if self.begin is not None:
-            stage = PMTPStage(replace(config, loop=loop), load_start(self.begin, "pmtp"))
+            start = load_start(self.begin, "pmtp", device=self.place())
+            stage = PMTPStage(replace(config, loop=loop), start)
         elif self.vq is not None:
             if not (self.vq / "config.json").is_file():
                 raise InputError(
                     f"--vq {self.vq}: no config.json there; name the model/ of `train vq`"
                 )
-            vq = load_vq(self.vq, config.width)
+            vq = load_vq(self.vq, config.width, self.place())
             stage = PMTPStage(replace(config, loop=loop), vq)
         self.make_folder()
         self.train(stage, loop)
@@ -149,7 +167,7 @@ class TrainDJO(RunOptions):
         from echogen.train.djo import DJOStage
         from echogen.train.start import load_start
 
-        start = load_start(self.begin, "pmtp", self.any_stage)
+        start = load_start(self.begin, "pmtp", self.any_stage, self.place())
         self.make_folder()
         stage = DJOStage(replace(recipe.djo, loop=loop), start)
         self.train(stage, loop)
@@ -177,7 +195,7 @@ class TrainCycleRL(RunOptions):
         from echogen.train.cycle_rl import CycleRLStage
         from echogen.train.start import load_start
 
-        start = load_start(self.begin, "djo", self.any_stage)
+        start = load_start(self.begin, "djo", self.any_stage, self.place())
         config = replace(recipe.cycle_rl, loop=loop, layouts=self.layouts, force=self.force)
         stage = CycleRLStage(config, start)
         self.make_folder()
@@ -227,9 +245,10 @@ def with_steps(loop: LoopConfig, steps: int | None) -> LoopConfig:
     return loop if steps is None else replace(loop, steps=steps)
 
 
-def load_vq(folder: Path, width: int) -> JanusVQVAE:
+def load_vq(folder: Path, width: int, device: str = "cpu") -> JanusVQVAE:
     """An image tokenizer, whole and of the transformer's width. Raises InputError otherwise."""
     from safetensors import SafetensorError
+    from torch import nn
     from transformers import JanusVQVAE
     from transformers.utils import logging
 
@@ -250,6 +269,7 @@ def load_vq(folder: Path, width: int) -> JanusVQVAE:
             f"--vq {folder}: was trained for width {vq.config.projection_dim}, "
             f"the recipe's is {width}; train it with the same recipe"
         )
+    nn.Module.to(vq, device)
     return vq
 
 

@@ -174,3 +174,25 @@ def test_engine_survives_saving(model, layout, tmp_path):
     )
     meta = json.loads(Path(tmp_path, "again", "echogen.json").read_text())
     assert meta["codec"] == {"name": "location", "bins": 33}
+
+
+def test_a_run_is_placed_on_the_device_asked_for(run, model, vq, tmp_path, handed_on, monkeypatch):
+    begin = ("train", "djo", "--from", model, "--any-stage", "--out", tmp_path / "djo")
+    assert run(*begin, "--device", "gpu").refused("--device gpu", "cuda:N")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert run(*begin, "--device", "cuda").refused("PyTorch sees 0 CUDA devices")
+    assert not (tmp_path / "djo").exists()
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    placed: list[str] = []
+    monkeypatch.setattr("torch.cuda.set_device", placed.append)
+    asked = []
+    monkeypatch.setattr("echogen.train.start.load_start", lambda *a, **k: asked.append((a, k)))
+    stage = type("Stage", (), {"name": "djo", "config": None})
+    monkeypatch.setattr("echogen.train.djo.DJOStage", lambda config, start: stage())
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert run(*begin, "--device", "cuda").code == 0
+    assert asked[-1][0][-1] == "cuda:3" == placed[-1]
+    assert run(*begin, "--device", "cuda:1", "--resume").code == 0
+    assert asked[-1][0][-1] == "cuda:1"
+    meta = load_vq(vq, 32, "meta")
+    assert all(p.is_meta for p in meta.parameters())
