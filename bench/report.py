@@ -29,6 +29,7 @@ def section(results: Path = RESULTS) -> str:
     """The section as Markdown, without its marks."""
     parts = [
         _engine(_read(results, "engine-*.json")),
+        _drawing(_read(results, "latency-*.json") + _read(results, "rollout-*.json")),
         _jacobi(_read(results, "jacobi-*.json")),
         _memory(_read(results, "memory.json")),
         _kernels(_read(results / "gpu", "kernels_*.json")) or NO_GPU,
@@ -102,6 +103,49 @@ def _engine(results: list[Result]) -> str:
         "unconditional prompt's prefix and its packed weights between images; the port has "
         "neither.\n\n"
         + _table(("model", "batch, CFG", "this engine, a step", "port, a step", "ratio"), rows)
+    )
+
+
+def _drawing(results: list[Result]) -> str:
+    """One row a batch: this engine, and how many times as long each of the others takes."""
+    rows, left, overheads = list[tuple[str, ...]](), list[str](), list[str]()
+    for result in results:
+        left += result["left_out"]
+        cells: dict[tuple[Any, ...], list[Result]] = {}
+        for r in result["results"]:
+            cells.setdefault((r["model"], r["dtype"], r["batch"], r["cfg"]), []).append(r)
+        for (model, dtype, batch, cfg), several in cells.items():
+            ours, *others = several
+            if (spent := ours.get("overhead_us_per_token")) is not None:
+                overheads.append(f"{spent:.0f} µs of {1e3 * ours['ms_per_step']:.0f} ({model})")
+            rows.append(
+                (
+                    f"{model}, {dtype}",
+                    f"{batch}, {cfg:g}",
+                    f"{ours['images_per_s']:.2f}",
+                    f"{ours['ms_per_step']:.2f}",
+                    f"{ours['bytes_per_step'] / 1e6:.0f}",
+                    f"{100 * ours['limit_share']:.0f} ({ours['bound']})",
+                    f"{ours['peak_mib']:.0f}",
+                    ", ".join(
+                        f"{o['provider']} {o['ms_per_step'] / ours['ms_per_step']:.2f}×"
+                        for o in others
+                    ),
+                )
+            )
+    if not rows:
+        return ""
+    headings = ("model", "batch, CFG", "images/s", "ms a step", "MB a step", "% of the limit",
+                "peak MiB", "times as long: others")  # fmt: skip
+    calls = f" Of a step, calls without arithmetic take {', '.join(overheads)}." * bool(overheads)
+    absent = f" Left out: {'; '.join(dict.fromkeys(left))}." * bool(left)
+    return (
+        "**Drawing, against the machine and everybody** (`echogen bench engine --mode latency` and "
+        "`--mode rollout`): one picture, and groups of eight at temperature 1 with "
+        "log-probabilities kept, medians of alternating runs "
+        f"{_taken(results)}. The limit is a step's least traffic (weights once, every different "
+        "prompt's keys and values once, each row's own) or arithmetic at the rates of a copy and "
+        f"of a product measured in the same run.{calls}{absent}\n\n" + _table(headings, rows)
     )
 
 

@@ -50,20 +50,31 @@ class JanusPort:
         self._port.set_attn_implementation("sdpa")
         ids: Any = port.config.text_config
         self._generation = GenerationConfig(
-            do_sample=False,
             bos_token_id=ids.bos_token_id,
             eos_token_id=ids.eos_token_id,
             pad_token_id=ids.pad_token_id,
             generation_kwargs={"boi_token_id": begin_image},
         )
 
-    def to(self, device: str) -> None:
+        self._plain = self._port.model.language_model.forward
+        self._compiled: Any = None
+
+    def to(self, device: str, dtype: torch.dtype = torch.float32) -> None:
         """Move the model."""
-        self._port.to(device)
+        self._port.to(device, dtype)
 
     @torch.inference_mode()
-    def generate(self, prompts: Tensor, cfg: float, cache: CacheKind) -> Tensor:
-        """Greedy codes int64 [N, T] of prompts int64 [N, L] that end in begin-of-image.
+    def generate(
+        self,
+        prompts: Tensor,
+        cfg: float,
+        cache: CacheKind,
+        sample: bool = False,
+        compiled: bool = False,
+    ) -> Tensor:
+        """Codes int64 [N, T] of prompts int64 [N, L] that end in begin-of-image: the most likely
+        ones, or with ``sample`` drawn at temperature 1 by PyTorch's own generator. ``compiled``:
+        the transformer runs through torch.compile.
 
         Raises:
             ValueError: ``cfg`` is not above 1; the port's loop only runs with guidance.
@@ -77,6 +88,10 @@ class JanusPort:
             if cache == "dynamic"
             else StaticCache(config=config.text_config, max_cache_len=length)
         )
+        body: Any = self._port.model.language_model
+        if compiled and self._compiled is None:
+            self._compiled = torch.compile(self._plain)
+        body.forward = self._compiled if compiled else self._plain
         codes: Tensor = self._port.generate(
             inputs=prompts,
             attention_mask=torch.ones_like(prompts),
@@ -84,6 +99,7 @@ class JanusPort:
             generation_config=self._generation,
             guidance_scale=cfg,
             max_length=length,
+            do_sample=sample,
             **{CACHE: past},
         )
         return codes

@@ -86,9 +86,15 @@ RANDOM = {
     "random:100m": Shape(
         width=768, layers=14, heads=12, mlp_width=2048, vocabulary=4096, codebook=4096, grid=12
     ),
-}
+    "janus_pro_1b": Shape(
+        width=2048, layers=24, heads=16, mlp_width=5632, vocabulary=102_400, codebook=16_384,
+        grid=24,
+    ),
+}  # fmt: skip
 """Random models: one for tests, one shaped like the bundled model, one of 100M parameters, whose
-weights no longer fit a cache."""
+weights no longer fit a cache, and one shaped like Janus-Pro 1B."""
+GPU_ONLY = ("janus_pro_1b",)
+"""Whose 576 codes an image take minutes on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -110,26 +116,27 @@ class Subject:
     pad: int
     begin_image: int
 
-    def to(self, device: str) -> Subject:
-        """The same on another device; the port moves with it."""
+    def to(self, device: str, dtype: torch.dtype = torch.float32) -> Subject:
+        """The same on another device, in another type; the port moves with it."""
         if self.port is not None:
-            self.port.to(device)
+            self.port.to(device, dtype)
+        transformer = self.transformer.to(device, dtype)
+        with torch.inference_mode():
+            table = transformer.code_table()
         return replace(
-            self,
-            transformer=self.transformer.to(device),
-            code_table=self.code_table.to(device),
-            prompts=self.prompts.to(device),
+            self, transformer=transformer, code_table=table, prompts=self.prompts.to(device)
         )
 
 
 def load(name: str, batch: int, seed: int, with_port: bool) -> Subject:
-    """A random model of ``RANDOM``, or whatever ``Engine.from_pretrained`` loads, in float32.
+    """A random model of ``RANDOM``, or whatever ``Engine.from_pretrained`` loads, in float32, and
+    ``batch`` prompts of one length, different ones where the model allows it.
 
     Raises:
         ValueError: an unknown random model.
         CheckpointError: nothing to load under ``name``.
     """
-    if not name.startswith("random:"):
+    if not name.startswith("random:") and name not in RANDOM:
         return _from_checkpoint(name, batch, with_port)
     if name not in RANDOM:
         raise ValueError(f"model {name!r} is unknown; random models: {', '.join(RANDOM)}")
@@ -158,13 +165,34 @@ def _from_checkpoint(name: str, batch: int, with_port: bool) -> Subject:
     if with_port:
         theirs = JanusForConditionalGeneration.from_pretrained(resolve(name), dtype=torch.float32)
         port = JanusPort(theirs, engine.prompts.begin_image)
-    objects = (
-        LayoutObject("a red circle in front", (0.10, 0.20, 0.45, 0.60)),
-        LayoutObject("a blue square behind", (0.30, 0.35, 0.80, 0.90)),
-    )
-    prompt = engine.prompts.l2i(Layout("a red circle in front of a blue square", objects))
     with torch.inference_mode():
         table = engine.transformer.code_table()
     p = engine.prompts
-    prompts = torch.tensor([prompt] * batch)
-    return Subject(engine.transformer, table, port, prompts, p.bos, p.pad, p.begin_image)
+    prompts = [p.l2i(_layout(i)) for i in range(batch)]
+    if len({len(prompt) for prompt in prompts}) > 1:  # boxes as text are not all equally long
+        prompts = prompts[:1] * batch
+    ids = torch.tensor(prompts)
+    return Subject(engine.transformer, table, port, ids, p.bos, p.pad, p.begin_image)
+
+
+def _layout(index: int) -> Layout:
+    """One text with two boxes, which move with ``index``; the first is the one of old."""
+    across, down = (index % 8) / 40, (index // 8 % 8) / 80
+    objects = (
+        LayoutObject("a red circle in front", (0.10 + across, 0.20 + down, 0.45 + across, 0.60)),
+        LayoutObject("a blue square behind", (0.30, 0.35, 0.80 + across, 0.90 + down)),
+    )
+    return Layout("a red circle in front of a blue square", objects)
+
+
+def hollow(subject: Subject) -> Subject:
+    """A model of as many layers and the same prompts, whose tensors hold a few numbers: its step is
+    a step's calls without their arithmetic."""
+    config = replace(
+        subject.transformer.config, width=2, heads=1, kv_heads=1, head_dim=2, mlp_width=2,
+        head_width=2, codebook_size=4, code_dim=2,
+    )  # fmt: skip
+    weight = subject.transformer.norm.weight
+    model = UnifiedTransformer(config).eval()
+    model.initialise(0)
+    return replace(subject, transformer=model, port=None).to(str(weight.device), weight.dtype)

@@ -67,3 +67,28 @@ def floor(config: ModelConfig, row: Row, itemsize: int) -> Floor | None:
     # A query meets every key and value it reads in two products.
     attended = 2 * held * weights.cached * config.heads // config.kv_heads
     return Floor(read * itemsize, 2 * tokens * weights.body + 2 * rows * head + attended)
+
+
+def step_floor(c: ModelConfig, rows: int, prompts: int, length: int, itemsize: int) -> Floor:
+    """Least cost of a step, the mean over an image.
+
+    Bytes: every weight that a row is multiplied by once (the decoder's layers, the image head), the
+    ``length`` keys and values of each of the ``prompts`` that differ once, and those of each row's
+    own codes, half an image's on average. (The run of the prompts reads the weights too.)
+    Operations: a product and an addition a weight and row, and two products of a query with every
+    key and value that it meets.
+
+    Args:
+        rows: run in a step, unconditional ones among them.
+        prompts: different ones among theirs.
+        length: of a prompt.
+        itemsize: bytes of a number.
+    """
+    weights, own = Weights.of(c), (c.image_tokens - 1) / 2
+    held = prompts * length + rows * own
+    met = rows * (length + own)
+    shared = c.heads // c.kv_heads
+    return Floor(
+        round(itemsize * (weights.body + weights.image_head + held * weights.cached)),
+        round(2 * rows * (weights.body + weights.image_head) + 2 * met * weights.cached * shared),
+    )

@@ -1,4 +1,4 @@
-"""What the operators' benchmark and compilation found: tables, CSV, a plot an operator."""
+"""What the benchmarks of operators, drawing and compilation found: tables, CSV, plots."""
 
 from __future__ import annotations
 
@@ -89,6 +89,40 @@ def compiled(rows: Sequence[Row]) -> Table:
             r["error"] or "",
             style="red" if r["error"] or r["spill_bytes"] else None,
         )  # fmt: skip
+    return shown
+
+
+def drawing(result: Row) -> Table:
+    """What `echogen.bench.speed.drawing.run` found."""
+    shown = Table(
+        title=f"Drawing on {result['device']}, {result['dtype']}, mode {result['mode']}",
+        caption="; ".join(result["left_out"]) or None,
+    )
+    for heading in ("model", "provider"):
+        shown.add_column(heading, overflow="fold")
+    for heading in ("batch", "cfg", "images/s", "tokens/s", "ms/step", "q20 … q80", "MB/step",
+                    "% of the limit", "peak MiB", "times the port"):  # fmt: skip
+        shown.add_column(heading, justify="right")
+    before = None
+    for r in result["results"]:
+        cell = r["model"], r["batch"], r["cfg"]
+        if before not in (None, cell):
+            shown.add_section()
+        before = cell
+        shown.add_row(
+            r["model"],
+            r["provider"],
+            str(r["batch"]),
+            f"{r['cfg']:g}",
+            f"{r['images_per_s']:.2f}",
+            f"{r['tokens_per_s']:.0f}",
+            f"{r['ms_per_step']:.3f}",
+            f"{r['ms_per_step_q20']:.3f} … {r['ms_per_step_q80']:.3f}",
+            f"{r['bytes_per_step'] / 1e6:.1f}",
+            f"{100 * r['limit_share']:.1f} ({r['bound']})",
+            "" if r["peak_mib"] is None else f"{r['peak_mib']:.1f}",
+            "" if r["ratio"] is None else f"{r['ratio']:.2f}",
+        )
     return shown
 
 

@@ -30,19 +30,26 @@ from echogen.commands.quality import BenchQuality
 
 @dataclass(frozen=True)
 class BenchEngine:
-    """Drawing, from the prompt to the last image code: beside the same weights in a peer, or
-    (--mode jacobi) several codes a step beside one, with steps, acceptance and identity."""
+    """Drawing, from the prompt to the last image code: beside the same weights in a peer; one
+    picture (--mode latency) or groups of eight (--mode rollout) beside every peer and what the
+    machine allows; or (--mode jacobi) several codes a step beside one, with steps, acceptance and
+    identity."""
 
-    model: str = "tiny"
-    """A bundled model, a folder, or a hub id in the Janus format."""
-    mode: Literal["peer", "jacobi"] = "peer"
-    """What to compare with: a peer's loop, or drawing one code a step."""
+    model: str | None = None
+    """A bundled model, a folder, a hub id in the Janus format, or random weights: random:tiny,
+    random:100m, janus_pro_1b (on a GPU). Left out: tiny; in modes latency and rollout tiny,
+    random:100m and janus_pro_1b."""
+    mode: Literal["peer", "jacobi", "latency", "rollout"] = "peer"
+    """What to compare with: a peer's loop, drawing one code a step, or (latency, rollout) the port
+    with either cache and compiled, eager PyTorch, and the machine's limits."""
     peer: Literal["transformers", "none"] = "transformers"
-    """The peer of mode peer."""
+    """The peer of mode peer; "none" leaves out all of modes latency and rollout."""
     repeats: int = 5
-    """Timed runs of each, in mode peer."""
-    batch: int = 1
-    """Pictures drawn at once."""
+    """Timed runs of each; mode jacobi draws once."""
+    batch: int | None = None
+    """Pictures drawn at once: 1 if left out, in mode rollout 8, 16 … 512."""
+    threads: int | None = None
+    """On a CPU, in modes latency and rollout: of everybody; each one's quickest if left out."""
     cfg: float | None = None
     """Scale of classifier-free guidance: 5 if left out, and 1 too in mode jacobi. The port draws
     only with guidance, above 1."""
@@ -55,9 +62,9 @@ class BenchEngine:
     draft: Annotated[tuple[Literal["above", "left"], ...], tyro.conf.UseAppendAction] = ()
     """Where mode jacobi takes a first guess from (may be repeated); above if left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights, in mode jacobi (mode peer is float32)."""
+    """Of the weights (mode peer is float32)."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where mode peer runs."""
+    """Where to run (mode jacobi: cpu)."""
     seed: int = 0
     """Of the noise."""
     json: Json = False
@@ -65,7 +72,8 @@ class BenchEngine:
 
     def run(self) -> None:
         check_range("repeats", self.repeats, 1, 10_000)
-        check_range("batch", self.batch, 1, 4096)
+        check_range("batch", 1 if self.batch is None else self.batch, 1, 4096)
+        check_range("threads", 1 if self.threads is None else self.threads, 1, 1024)
         check_range("layouts", self.layouts, 1, 100_000)
         for window in self.window:
             check_range("window", window, 1, 4096)
@@ -74,20 +82,42 @@ class BenchEngine:
             raise InputError(f"--cfg {self.cfg}: it must be 0 or more (1 is off)")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise InputError(f"--temperature {self.temperature}: it must be 0 or more")
-        if self.mode == "jacobi":
-            self._jacobi()
-        else:
-            self._peer()
+        run = {"jacobi": self._jacobi, "peer": self._peer}.get(self.mode, self._drawing)
+        run()
 
-    def _peer(self) -> None:
-        for name, given in {
+    def _refuse_jacobis(self, **others: bool) -> None:
+        given = {
             "--window": bool(self.window),
             "--draft": bool(self.draft),
             "--temperature": self.temperature is not None,
-            "--dtype": self.dtype != "float32",
-        }.items():
-            if given:
-                raise InputError(f"{name}: it belongs to --mode jacobi")
+        } | {f"--{name}": there for name, there in others.items()}
+        for name, there in given.items():
+            if there:
+                raise InputError(f"{name}: it belongs to another mode than --mode {self.mode}")
+
+    def _drawing(self) -> None:
+        self._refuse_jacobis()
+        from echogen.bench.speed import contestants, drawing, tables
+
+        device = usual_device(self.device)
+        mode: drawing.Mode = "rollout" if self.mode == "rollout" else "latency"
+        batches = drawing.BATCHES[mode] if self.batch is None else (self.batch,)
+        scales = drawing.SCALES[mode] if self.cfg is None else (self.cfg,)
+        peers = () if self.peer == "none" else contestants.PEERS
+        plan = drawing.Plan(mode, batches, scales, peers, self.repeats, self.threads)
+        models = drawing.MODELS if self.model is None else (self.model,)
+        try:
+            drawing.check(plan, self.dtype)
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+        with progress("timing") as update:
+            result = drawing.run(plan, models, device, self.dtype, self.seed, warn, update)
+        tables.console().print(tables.drawing(result))
+        if self.json:
+            print_json(result)
+
+    def _peer(self) -> None:
+        self._refuse_jacobis(dtype=self.dtype != "float32", threads=self.threads is not None)
         from rich.console import Console
 
         from echogen.bench.speed import engine as speed
@@ -98,8 +128,9 @@ class BenchEngine:
             raise InputError(f"--cfg {cfg}: the port draws only with guidance, above 1")
         with progress("timing") as update:
             result = speed.run(
-                self.model, self.peer, self.repeats, self.batch, cfg, self.seed, update, device
-            )
+                self.model or "tiny", self.peer, self.repeats, self.batch or 1, cfg, self.seed,
+                update, device,
+            )  # fmt: skip
         Console().print(speed.table(result))
         if self.json:
             print_json(result)
@@ -107,16 +138,17 @@ class BenchEngine:
     def _jacobi(self) -> None:
         if self.device != "cpu":
             raise InputError(f"--device {self.device}: mode jacobi runs on cpu so far")
-        if self.model.startswith("random:"):
-            raise InputError(f"--model {self.model}: random weights accept nothing that means much")
+        model = self.model or "tiny"
+        if model.startswith("random:"):
+            raise InputError(f"--model {model}: random weights accept nothing that means much")
         from echogen.bench.speed import jacobi, tables
 
         temperatures = jacobi.TEMPERATURES if self.temperature is None else (self.temperature,)
         scales = jacobi.SCALES if self.cfg is None else (self.cfg,)
         with progress("drawing") as update:
             result = jacobi.run(
-                self.model, self.layouts, self.window, self.draft or ("above",), temperatures,
-                scales, self.batch, self.dtype, self.seed, update,
+                model, self.layouts, self.window, self.draft or ("above",), temperatures,
+                scales, self.batch or 1, self.dtype, self.seed, update,
             )  # fmt: skip
         tables.console().print(jacobi.table(result))
         if self.json:

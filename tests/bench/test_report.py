@@ -38,6 +38,32 @@ def test_every_part_names_machine_and_commit(tmp_path):
     assert report.NO_GPU in text
 
 
+def test_latency_and_rollouts_stand_in_one_table(tmp_path):
+    row = {"model": "tiny", "dtype": "float32", "batch": 1, "cfg": 5.0, "bytes_per_step": 13e6,
+           "limit_share": 0.123, "bound": "memory", "peak_mib": 3.1}  # fmt: skip
+    latency = {
+        "device": "cpu", "cpu": "Some CPU", "cpus": 2, "versions": {"torch": "2.13.0"},
+        "commit": "0123456789abcdef", "dirty": False, "left_out": ["janus_pro_1b: needs a GPU"],
+        "results": [
+            row | {"provider": "echogen", "images_per_s": 30.0, "ms_per_step": 0.5,
+                   "overhead_us_per_token": 112.4},
+            row | {"provider": "transformers", "images_per_s": 8.0, "ms_per_step": 2.0},
+            row | {"provider": "eager", "images_per_s": 15.0, "ms_per_step": 1.0},
+        ],
+    }  # fmt: skip
+    (tmp_path / "latency-cpu.json").write_text(json.dumps(latency))
+    alone = [r | {"batch": 8} for r in latency["results"][:1]]
+    (tmp_path / "rollout-cpu.json").write_text(json.dumps(latency | {"results": alone}))
+    text = report.section(tmp_path)
+    assert (
+        "| tiny, float32 | 1, 5 | 30.00 | 0.50 | 13 | 12 (memory) | 3 | "
+        "transformers 4.00×, eager 2.00× |" in text
+    )
+    assert "| tiny, float32 | 8, 5 | 30.00 | 0.50 | 13 | 12 (memory) | 3 |  |" in text
+    assert "calls without arithmetic take 112 µs of 500 (tiny)" in text
+    assert text.count("janus_pro_1b: needs a GPU") == 1
+
+
 def test_a_gpu_changes_what_is_said(tmp_path):
     (tmp_path / "gpu").mkdir()
     row = {"operator": "swiglu", "shape": "rows=16", "dtype": "bfloat16", "mode": "forward",

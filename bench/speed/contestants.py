@@ -1,0 +1,166 @@
+"""Who draws in modes latency and rollout: this engine, plain eager PyTorch, and the port's loop,
+with either of its caches and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from echogen.bench.peers.janus_port import CacheKind
+from echogen.bench.registry import OURS, Floor
+from echogen.bench.roofline import Roofline, measure
+from echogen.bench.speed.models import Subject
+from echogen.bench.speed.phases import Weights, step_floor
+from echogen.engine.decode import PlainDecoding, decode_image, left_padded
+from echogen.engine.model import UnifiedTransformer
+from echogen.engine.packed import PackedTransformer, packable
+from echogen.engine.rollout import RecordingSampler
+from echogen.engine.sampler import Sampler, Sampling
+
+Draw = Callable[[], Tensor]
+EAGER, PORT = "eager", "transformers"
+STATIC, COMPILED = "transformers:static", "transformers:compile"
+PEERS = (PORT, STATIC, COMPILED, EAGER)
+CACHES: dict[str, CacheKind] = {PORT: "dynamic", STATIC: "static", COMPILED: "static"}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One batch.
+
+    Attributes:
+        prompts: int64 [N, L].
+        cfg: guidance scale.
+        sample: at temperature 1, with log-probabilities; else the most likely codes.
+        seed: of the noise.
+    """
+
+    prompts: Tensor
+    cfg: float
+    sample: bool
+    seed: int
+
+
+class Contestants:
+    """Providers on one set of weights.
+
+    Args:
+        subject: the weights.
+        peers: of PEERS.
+        about: put before what ``leave`` is told.
+        leave: told once of each peer that does not run here, with the first line of its error.
+    """
+
+    def __init__(
+        self, subject: Subject, peers: Sequence[str], about: str, leave: Callable[[str], None]
+    ) -> None:
+        self._subject, self._peers, self._about, self._leave = subject, peers, about, leave
+        self._broken, self._ceilings = set[str](), dict[int, Roofline]()
+        model = subject.transformer
+        self._model: UnifiedTransformer | PackedTransformer = model
+        if packable(model):
+            with torch.inference_mode():
+                self._model = PackedTransformer(model)
+
+    @property
+    def exact(self) -> bool:
+        """Whether codes are compared to the last one."""
+        return self._subject.code_table.dtype == torch.float32
+
+    def names(self, asked: Asked) -> list[str]:
+        """This engine, and the peers that draw such a batch; the port draws only above cfg 1."""
+        peers = [p for p in self._peers if p not in self._broken]
+        return [OURS, *(p for p in peers if p == EAGER or asked.cfg > 1)]
+
+    def greedy(self, name: str, asked: Asked) -> Draw:
+        """The most likely codes, to compare."""
+        return self._draw(name, asked, Sampling(temperature=0, cfg=asked.cfg))
+
+    def timed(self, name: str, asked: Asked) -> Draw:
+        """What is timed; returns when the device has done it."""
+        sampling = Sampling(temperature=float(asked.sample), cfg=asked.cfg)
+        return partial(_waited, self._draw(name, asked, sampling))
+
+    def attempt(self, name: str, asked: Asked) -> Tensor | None:
+        """A peer's most likely codes; None, from now on, where it raises."""
+        try:
+            return self.greedy(name, asked)()
+        except Exception as error:  # whatever a compiler or another version says is the reason
+            self._broken.add(name)
+            lines = str(error).strip().splitlines()
+            self._leave(f"{self._about}{name}: {type(error).__name__}: {(lines or [''])[0]}")
+            return None
+
+    def _draw(self, name: str, asked: Asked, sampling: Sampling) -> Draw:
+        if name in CACHES:
+            port = self._subject.port
+            assert port is not None, "loaded wherever a peer of it is asked for"
+            return partial(
+                port.generate, asked.prompts, asked.cfg, CACHES[name], sampling.temperature > 0,
+                name == COMPILED,
+            )  # fmt: skip
+        return partial(self._own if name == OURS else self._eager, asked, sampling)
+
+    def _rows(self, asked: Asked) -> list[list[int]]:
+        s, rows = self._subject, asked.prompts.tolist()
+        if asked.cfg != 1:
+            middle = [s.pad] * (asked.prompts.shape[1] - 2)
+            rows += [[s.bos, *middle, s.begin_image]] * len(rows)
+        return rows
+
+    def _sampler(self, asked: Asked, sampling: Sampling) -> Sampler:
+        """Rollouts keep log-probabilities."""
+        c, device = self._subject.transformer.config, asked.prompts.device
+        made = RecordingSampler if asked.sample and sampling.temperature > 0 else Sampler
+        draws = torch.arange(len(asked.prompts), device=device)
+        return made(sampling, asked.seed, draws, c.codebook_size, c.image_tokens)
+
+    def _own(self, asked: Asked, sampling: Sampling) -> Tensor:
+        sampler, s = self._sampler(asked, sampling), self._subject
+        return decode_image(self._model, s.code_table, self._rows(asked), sampler, s.pad)
+
+    @torch.inference_mode()
+    def _eager(self, asked: Asked, sampling: Sampling) -> Tensor:
+        """The plain transformer with a cache, and nothing else."""
+        s, sampler = self._subject, self._sampler(asked, sampling)
+        steps = s.transformer.config.image_tokens
+        device = s.code_table.device
+        ids, pads = (t.to(device) for t in left_padded(self._rows(asked), s.pad))
+        decoding = PlainDecoding(s.transformer, s.code_table, ids, pads, steps)
+        codes = torch.empty(len(asked.prompts), steps, dtype=torch.int64, device=device)
+        logits = decoding.prefill()
+        for step in range(steps):
+            code = codes[:, step] = sampler(logits, step)
+            if step + 1 < steps:
+                logits = decoding.step(code)
+        return codes
+
+    def ceiling(self, threads: int) -> Roofline:
+        """Rates of the machine, measured once, with this engine's threads on a CPU. There the copy
+        is as large as the weights, which may lie in a cache that is faster than memory."""
+        if threads not in self._ceilings:
+            torch.set_num_threads(threads)
+            weights, table = Weights.of(self._subject.transformer.config), self._subject.code_table
+            held = table.element_size() * (weights.body + weights.image_head)
+            self._ceilings[threads] = measure(table.device, table.dtype, held)
+        return self._ceilings[threads]
+
+    def floor(self, asked: Asked) -> Floor:
+        """Least cost of a step of such a batch."""
+        rows = self._rows(asked)
+        different = len({tuple(row) for row in rows})
+        s = self._subject
+        return step_floor(
+            s.transformer.config, len(rows), different, len(rows[0]), s.code_table.element_size()
+        )
+
+
+def _waited(draw: Draw) -> Tensor:
+    codes = draw()
+    if codes.is_cuda:
+        torch.cuda.synchronize()
+    return codes

@@ -1,0 +1,277 @@
+"""How near drawing is to what the machine allows: one image at a time (`latency`) and rollouts of
+many in groups (`rollout`), beside the port's loop and plain eager PyTorch on the same weights.
+
+A step must read the weights it multiplies by and the keys and values of its rows; how much that is
+says `phases.step_floor`. A peer that does not run where this does is left out, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from echogen.bench.harness import WrongResult, alternate, environment, quantiles, seconds
+from echogen.bench.registry import OURS, Floor
+from echogen.bench.roofline import Roofline
+from echogen.bench.speed.contestants import COMPILED, PORT, Asked, Contestants
+from echogen.bench.speed.held import held_mib
+from echogen.bench.speed.models import GPU_ONLY, Subject, hollow, load
+
+Mode = Literal["latency", "rollout"]
+Note = Callable[[str], None]
+MODELS = ("tiny", "random:100m", "janus_pro_1b")
+BATCHES: dict[Mode, tuple[int, ...]] = {
+    "latency": (1,),
+    "rollout": (8, 16, 32, 64, 128, 256, 512),
+}
+SCALES: dict[Mode, tuple[float, ...]] = {"latency": (5.0,), "rollout": (1.0, 5.0)}
+GROUP = 8
+"""Images of one prompt in a rollout."""
+LEAST_SAME = 0.9
+"""Share of images that must be code for code those of this engine: in a batch of hundreds two codes
+of random weights stand within rounding of each other now and then."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run times.
+
+    Attributes:
+        mode: "latency" draws the most likely codes of one prompt; "rollout" draws groups of GROUP
+            at temperature 1, each provider with its own noise, after the most likely codes of all
+            providers were compared.
+        batches, scales: images at once, and guidance scales.
+        peers: providers beside this engine.
+        repeats: timed drawings of each.
+        threads: of every provider on a CPU; None takes each one's quickest count, found by one
+            drawing each at the first batch.
+        most: seconds that one batch may take on a CPU, by what the one before it took.
+    """
+
+    mode: Mode
+    batches: Sequence[int]
+    scales: Sequence[float]
+    peers: Sequence[str]
+    repeats: int = 5
+    threads: int | None = None
+    most: float = 120.0
+
+
+def run(
+    plan: Plan,
+    models: Sequence[str] = MODELS,
+    device: str = "cpu",
+    dtype: str = "float32",
+    seed: int = 0,
+    note: Note = lambda line: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Time drawings; JSON-ready.
+
+    Args:
+        models: what ``Engine.from_pretrained`` takes, or random models (``models.RANDOM``).
+        device, dtype: where, and of what type weights, keys and values are.
+        seed: of random weights, prompts and noise.
+        note: told of everything that is left out.
+        progress: called with (cells done, cells in all); a cell is a model, a batch and a scale.
+
+    Returns:
+        ``results``, one object a model, batch, scale and provider: images and tokens a second, ms a
+        step, and the step's floor: ``bytes_per_step`` by `step_floor`, and ``limit_share``, the
+        share of the time that the floor would take at the rates of memory and of products that were
+        measured in this run. ``ratio``: the port's time (dynamic cache) over this provider's,
+        median over the pairs; None where the port did not run. ``peak_mib``: held beyond the
+        weights (`held_mib`). ``overhead_us_per_token``, of this engine in mode latency: a step of a
+        model of as many layers whose tensors hold a few numbers, which leaves Python and PyTorch's
+        dispatch. ``left_out``: what was not run and why.
+
+    Raises:
+        WrongResult: a provider draws other codes; nothing of that cell was timed.
+        ValueError: an unknown model or dtype, a batch below 1, a batch of mode rollout that is no
+            multiple of GROUP.
+        CheckpointError: no such checkpoint.
+    """
+    check(plan, dtype)
+    threads, rows, left = torch.get_num_threads(), list[dict[str, Any]](), list[str]()
+
+    def leave(line: str) -> None:
+        left.append(line)
+        note(line)
+
+    total = len(models) * len(plan.batches) * len(plan.scales)
+    try:
+        for place, name in enumerate(models):
+            if name in GPU_ONLY and device == "cpu":
+                leave(f"{name}: needs a GPU")
+                continue
+            done = place * len(plan.batches) * len(plan.scales)
+            rows += _model(
+                plan, name, device, dtype, seed, leave, partial(_from, progress, done, total)
+            )
+    finally:
+        torch.set_num_threads(threads)
+    asked = {"mode": plan.mode, "dtype": dtype, "repeats": plan.repeats, "seed": seed}
+    asked |= {"group": GROUP if plan.mode == "rollout" else 1}
+    return asked | environment(device) | {"results": rows, "left_out": left}
+
+
+def _from(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
+    progress(before + done, total)
+
+
+def check(plan: Plan, dtype: str) -> None:
+    """Raises ValueError, see ``run``."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype = {dtype!r}; choose one of {', '.join(DTYPES)}")
+    least = GROUP if plan.mode == "rollout" else 1
+    for batch in plan.batches:
+        if batch < 1 or batch % least:
+            raise ValueError(f"batch = {batch}; mode {plan.mode} takes multiples of {least}")
+    if plan.repeats < 1:
+        raise ValueError(f"repeats = {plan.repeats}; it must be at least 1")
+
+
+def _model(
+    plan: Plan,
+    name: str,
+    device: str,
+    dtype: str,
+    seed: int,
+    leave: Note,
+    progress: Callable[[int], None],
+) -> list[dict[str, Any]]:
+    """All cells of one model."""
+    group = GROUP if plan.mode == "rollout" else 1
+    wanted = any(peer != "eager" for peer in plan.peers)
+    subject = load(name, max(plan.batches) // group, seed, wanted).to(device, DTYPES[dtype])
+    about = {"mode": plan.mode, "model": name, "dtype": dtype, "device": device}
+    contestants = Contestants(subject, plan.peers, f"{name}: ", leave)
+    rows, done, last = list[dict[str, Any]](), 0, dict[float, tuple[int, float]]()
+    threads = dict[str, int]()
+    for batch in plan.batches:
+        for cfg in plan.scales:
+            progress(done := done + 1)
+            before, took = last.get(cfg, (batch, 0.0))
+            if device == "cpu" and took * batch / before > plan.most:
+                took *= batch / before
+                leave(f"{name}, batch {batch}, cfg {cfg:g}: would take {took:.0f} s on this CPU")
+                last[cfg] = batch, took
+                continue
+            prompts = subject.prompts[: batch // group].repeat_interleave(group, 0)
+            asked = Asked(prompts, cfg, plan.mode == "rollout", seed)
+            began = time.perf_counter()
+            rows += [about | row for row in _cell(plan, contestants, asked, threads)]
+            last[cfg] = batch, time.perf_counter() - began
+    if plan.mode == "latency":
+        overhead = _overhead_us(subject)
+        for row in rows:
+            if row["provider"] == OURS:
+                row["overhead_us_per_token"] = overhead
+    return rows
+
+
+def _cell(
+    plan: Plan, contestants: Contestants, asked: Asked, threads: dict[str, int]
+) -> list[dict[str, Any]]:
+    """One batch at one scale: results compared, then drawn in turn. ``threads``: of each provider,
+    as known so far."""
+    device = str(asked.prompts.device)
+    torch.set_num_threads(plan.threads or 1)
+    wanted = contestants.greedy(OURS, asked)()
+    same = {OURS: 1.0}
+    for name in contestants.names(asked)[1:]:
+        codes = contestants.attempt(name, asked)
+        if codes is not None:
+            same[name] = _same(name, codes, wanted, contestants.exact)
+    draws = {name: contestants.timed(name, asked) for name in same}
+    counts = range(1, 1 + (1 if device != "cpu" else os.cpu_count() or 1))
+    for name in [name for name in draws if name not in threads]:
+        threads[name] = plan.threads or _quickest(draws[name], counts)
+
+    def at_best(name: str) -> None:
+        torch.set_num_threads(threads[name])
+        draws[name]()
+
+    times = alternate({name: partial(at_best, name) for name in draws}, plan.repeats)
+    floor, ceiling = contestants.floor(asked), contestants.ceiling(threads[OURS])
+    return [
+        _row(name, times, asked, wanted.shape, floor, ceiling)
+        | {
+            "threads": threads[name],
+            "same_images": same[name],
+            # Counting would be compiled too.
+            "peak_mib": None if name == COMPILED else held_mib(draws[name], device),
+        }
+        for name in draws
+    ]
+
+
+def _same(name: str, codes: Tensor, wanted: Tensor, exact: bool) -> float:
+    """Share of images that are code for code this engine's. In bfloat16 the first rounding parts
+    them, so there it is told and not asked for."""
+    if codes.shape != wanted.shape:
+        shapes = f"{tuple(codes.shape)}, not {tuple(wanted.shape)}"
+        raise WrongResult(f"{name} drew codes of shape {shapes}; nothing was timed")
+    same = float((codes == wanted).all(1).double().mean())
+    if exact and same < LEAST_SAME:
+        raise WrongResult(
+            f"{name} drew {1 - same:.0%} of {len(wanted)} images otherwise than this engine; "
+            "nothing was timed"
+        )
+    return same
+
+
+def _quickest(draw: Callable[[], object], counts: Sequence[int]) -> int:
+    """The thread count that draws quickest, by one drawing each."""
+    spent = {}
+    for count in counts:
+        torch.set_num_threads(count)
+        spent[count] = seconds(draw) if len(counts) > 1 else 0.0
+    return min(spent, key=spent.__getitem__)
+
+
+def _row(
+    name: str,
+    times: dict[str, list[float]],
+    asked: Asked,
+    shape: torch.Size,
+    floor: Floor,
+    ceiling: Roofline,
+) -> dict[str, Any]:
+    images, steps = shape
+    spread = quantiles(times[name])
+    step = spread["median"] / steps
+    pairs = [port / own for port, own in zip(times.get(PORT, []), times[name], strict=False)]
+    return {
+        "provider": name,
+        "batch": images,
+        "cfg": asked.cfg,
+        "images_per_s": images / spread["median"],
+        "tokens_per_s": images * steps / spread["median"],
+        "ms_per_step": step * 1e3,
+        "ms_per_step_q20": spread["q20"] / steps * 1e3,
+        "ms_per_step_q80": spread["q80"] / steps * 1e3,
+        "bytes_per_step": floor.bytes,
+        "limit_share": ceiling.seconds(floor) / step,
+        "bound": ceiling.bound(floor),
+        "ratio": statistics.median(pairs) if pairs else None,
+    }
+
+
+def _overhead_us(subject: Subject) -> float:
+    """Microseconds a step of this engine takes on a model without arithmetic; the least of some
+    drawings, as a busy machine adds to them."""
+    empty = hollow(subject)
+    asked = Asked(empty.prompts[:1], 5.0, False, 0)
+    draw = Contestants(empty, (), "", lambda line: None).greedy(OURS, asked)
+    draw()
+    return 1e6 * min(seconds(draw) for _ in range(7)) / empty.transformer.config.image_tokens

@@ -1,0 +1,164 @@
+"""Modes latency and rollout: complete results, peers that fail are named, nothing wrong timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from echogen.bench.harness import WrongResult
+from echogen.bench.peers.janus_port import JanusPort
+from echogen.bench.roofline import Roofline
+from echogen.bench.speed import contestants, drawing, tables
+from echogen.bench.speed.contestants import COMPILED, EAGER, PORT, STATIC, Contestants
+from echogen.bench.speed.held import held_mib
+from echogen.bench.speed.models import hollow, load
+from echogen.bench.speed.phases import Weights, step_floor
+from echogen.cli import main
+from echogen.engine.config import ModelConfig
+from echogen.engine.decode import decode_image
+
+MICRO = "random:micro"
+
+
+@pytest.fixture(autouse=True)
+def known_ceilings(monkeypatch):
+    """Measuring the machine takes seconds, and says nothing about the code."""
+    rates = Roofline(1e12, 1e14, 1e12, 1e12)
+    monkeypatch.setattr(contestants, "measure", lambda *_: rates)
+
+
+def plan(mode: drawing.Mode = "latency", **other) -> drawing.Plan:
+    usual = drawing.Plan(mode, drawing.BATCHES[mode][:2], drawing.SCALES[mode], (PORT, EAGER), 1, 1)
+    return dataclasses.replace(usual, **other)
+
+
+def test_latency_reports_everybody():
+    threads, seen = torch.get_num_threads(), []
+    asked = plan(peers=(PORT, STATIC, EAGER))
+    result = drawing.run(
+        asked, [MICRO, "janus_pro_1b"], note=seen.append, progress=lambda *done: seen.append(done)
+    )
+    assert torch.get_num_threads() == threads
+    assert seen == [(1, 2), "janus_pro_1b: needs a GPU"]
+    assert result["left_out"] == ["janus_pro_1b: needs a GPU"]
+    assert json.loads(json.dumps(result)) == result
+    assert result["mode"] == "latency" and {"commit", "cpu", "versions"} <= result.keys()
+    rows = result["results"]
+    assert [r["provider"] for r in rows] == ["echogen", PORT, STATIC, EAGER]
+    for r in rows:
+        assert (r["mode"], r["model"], r["batch"], r["cfg"]) == ("latency", MICRO, 1, 5.0)
+        assert r["tokens_per_s"] == pytest.approx(16 * r["images_per_s"])
+        assert r["ms_per_step"] == pytest.approx(1e3 / r["tokens_per_s"])
+        assert r["ms_per_step_q20"] <= r["ms_per_step"] <= r["ms_per_step_q80"]
+        assert 0 < r["limit_share"] < 1 and r["bound"] == "memory" and r["peak_mib"] > 0
+        assert r["same_images"] == 1 and r["threads"] == 1
+        assert r["ratio"] == pytest.approx(rows[1]["ms_per_step"] / r["ms_per_step"])
+        assert ("overhead_us_per_token" in r) == (r is rows[0])
+    assert rows[0]["overhead_us_per_token"] > 0
+    Console(quiet=True).print(tables.drawing(result))
+
+
+def test_rollouts_draw_groups_with_and_without_guidance():
+    result = drawing.run(plan("rollout"), [MICRO])
+    cells = [(r["batch"], r["cfg"], r["provider"], r["ratio"] is None) for r in result["results"]]
+    unguided = [(b, 1.0, name, True) for b in (8, 16) for name in ("echogen", EAGER)]
+    guided = [(b, 5.0, name, False) for b in (8, 16) for name in ("echogen", PORT, EAGER)]
+    assert sorted(cells) == sorted(unguided + guided)
+    assert result["group"] == 8
+    by = {(r["batch"], r["cfg"]): r for r in result["results"] if r["provider"] == "echogen"}
+    assert by[8, 1.0]["bytes_per_step"] < by[8, 5.0]["bytes_per_step"]
+
+
+def test_a_batch_that_would_take_too_long_is_named():
+    result = drawing.run(plan("rollout", scales=(1.0,), peers=(), most=0.0), [MICRO])
+    assert {r["batch"] for r in result["results"]} == {8}
+    (line,) = result["left_out"]
+    assert line.startswith("random:micro, batch 16, cfg 1: would take ")
+
+
+def test_a_peer_that_does_not_run_is_named_and_left_out(monkeypatch):
+    right = JanusPort.generate
+
+    def without_compiler(self, prompts, cfg, cache, sample=False, compiled=False):
+        if compiled:
+            raise RuntimeError("no compiler here\nand more")
+        return right(self, prompts, cfg, cache, sample)
+
+    monkeypatch.setattr(JanusPort, "generate", without_compiler)
+    result = drawing.run(plan("rollout", scales=(5.0,), peers=(PORT, COMPILED)), [MICRO])
+    assert {r["provider"] for r in result["results"]} == {"echogen", PORT}
+    wanted = f"{MICRO}: {COMPILED}: RuntimeError: no compiler here"
+    assert result["left_out"] == [wanted]  # once, though two batches asked
+
+
+def test_another_picture_is_refused_before_timing(monkeypatch):
+    monkeypatch.setattr(contestants, "decode_image", lambda *a: (decode_image(*a) + 1) % 64)
+    monkeypatch.setattr(drawing, "alternate", lambda *_: pytest.fail("timed a wrong result"))
+    with pytest.raises(WrongResult, match=r"drew 100% of 1 images otherwise.*nothing was timed"):
+        drawing.run(plan(), [MICRO])
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"batches": (12,)}, {"batches": (0,)}, {"repeats": 0}, {"dtype": "int8"}]
+)
+def test_bad_plans_are_refused(wrong):
+    dtype = wrong.pop("dtype", "float32")
+    with pytest.raises(ValueError, match=r"batch = |repeats = |dtype = "):
+        drawing.run(plan("rollout", **wrong), [MICRO], dtype=dtype)
+
+
+def test_the_floor_counts_a_prompt_once_and_every_rows_codes():
+    subject = load(MICRO, 2, 0, with_port=False)
+    c = subject.transformer.config
+    weights = Weights.of(c)
+    floor = step_floor(c, rows=8, prompts=2, length=60, itemsize=2)
+    held = 2 * 60 + sum(8 * codes for codes in range(c.image_tokens)) / c.image_tokens
+    assert floor.bytes == 2 * (weights.body + weights.image_head + held * weights.cached)
+    assert floor.flops > 2 * 8 * (weights.body + weights.image_head)
+    made = Contestants(subject, (), "", lambda line: None)
+    four = contestants.Asked(subject.prompts.repeat_interleave(2, 0), 5.0, False, 0)
+    # Two prompts, and one that is unconditional for all.
+    assert made.floor(four) == step_floor(c, 8, 3, 60, 4)
+
+
+def test_prompts_of_the_bundled_model_differ_and_fit_together():
+    prompts = load("tiny", 6, 0, with_port=False).prompts
+    assert len(prompts.unique(dim=0)) == 6
+    assert torch.equal(prompts[:1], load("tiny", 1, 0, with_port=False).prompts)
+
+
+def test_a_hollow_model_has_the_layers_and_nothing_in_them():
+    subject = load(MICRO, 1, 0, with_port=False)
+    empty = hollow(subject)
+    assert empty.transformer.config.layers == subject.transformer.config.layers
+    assert isinstance(empty.transformer.config, ModelConfig)
+    most = max(p.numel() for p in empty.transformer.blocks.parameters())
+    assert most <= 16
+
+
+def test_held_memory_is_what_was_there_at_once():
+    kept = torch.zeros(1 << 18)
+
+    def work() -> None:
+        first = kept + 1  # 1 MiB
+        second = first * 2
+        del first
+        third = second[: 1 << 10].clone()
+        third.add_(1)
+        torch.add(second, 1, out=kept)
+
+    assert held_mib(work) == pytest.approx(2.0)
+
+
+def test_from_the_command_line(capfd):
+    options = ["bench", "engine", "--model", MICRO, "--repeats", "1", "--threads", "1"]
+    assert main([*options, "--mode", "rollout", "--batch", "8", "--peer", "none", "--json"]) == 0
+    data = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert [r["cfg"] for r in data["results"]] == [1.0, 5.0]
+    for wrong in (["--batch", "12", "--mode", "rollout"], ["--window", "4", "--mode", "latency"]):
+        assert main([*options, *wrong]) == 2
+        assert len(capfd.readouterr().err.splitlines()) == 1
