@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -60,6 +61,13 @@ def save_state(path: Path, state: dict[str, Any], keep_previous: bool = False) -
 def previous(path: Path) -> Path:
     """Where the state before the last is kept."""
     return path.with_suffix(".prev" + path.suffix)
+
+
+def put_back(path: Path) -> None:
+    """Let the state before the last be the last, which is torn or missing."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    os.replace(previous(path), path)
 
 
 def _second_name(path: Path) -> None:

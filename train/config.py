@@ -40,6 +40,10 @@ class LoopConfig:
             None: the weights themselves.
         deterministic: refuse operations whose result may differ from run to run (on a GPU a sum
             over threads in no fixed order, say), so that a resumed run repeats itself bit by bit.
+        parallel: how the processes that torchrun has started share the weights: "ddp", all in each;
+            "fsdp", a slice of every weight in each, for models that do not fit one GPU with their
+            gradients and AdamW's two moments (16 bytes a weight); "none", there is one process;
+            "auto": "none" or "ddp", as many as there are. A run may go on in another way.
     """
 
     steps: int
@@ -61,12 +65,14 @@ class LoopConfig:
     checkpoint_activations: bool = later(False)
     ema: float | None = later(None)
     deterministic: bool = later(False)
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = later("auto")
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_every", "save_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
         _one_of("decay_shape", self.decay_shape, ("linear", "cosine"))
+        _one_of("parallel", self.parallel, ("auto", "none", "ddp", "fsdp"))
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema = {self.ema}; it must lie between 0 and 1 (None: no average)")
         if not self.lr > 0 or not 0 <= self.decay <= 1:

@@ -22,16 +22,17 @@ from echogen.train.stage import Stage, identity
 from echogen.train.update import gradients, torch_seed
 
 
-def write_dump(folder: Path, stage: Stage, step: int, error: str) -> Path:
+def write_dump(
+    folder: Path, stage: Stage, step: int, error: str, weights: dict[str, Tensor]
+) -> Path:
     """Write ``dump-stepN.pt`` into a run's folder; its path.
 
-    It holds: ``stage`` and ``config`` of the run, ``step``, the ``error``, the ``module``'s weights
-    before the step and their ``fingerprint``, the ``inputs`` of the loss (where the stage tells
-    them), and the ``seed`` of torch's random state.
+    It holds: ``stage`` and ``config`` of the run, ``step``, the ``error``, the module's ``weights``
+    before the step, whole, and their ``fingerprint``, the ``inputs`` of the loss (where the stage
+    tells them), and the ``seed`` of torch's random state.
     """
     path = folder / f"dump-step{step}.pt"
     inputs = getattr(stage, "inputs", None)
-    weights = stage.module.state_dict()
     loop = stage.config.loop
     found = {
         **identity(stage),

@@ -22,8 +22,9 @@ from rich.progress import Progress
 from echogen.engine.ranges import listening, span
 from echogen.train.average import Average
 from echogen.train.board import Board, open_board
-from echogen.train.checkpoint import StateError, previous, write_text
+from echogen.train.checkpoint import StateError, previous, put_back, write_text
 from echogen.train.config import LoopConfig, to_json
+from echogen.train.distributed import start
 from echogen.train.dump import write_dump
 from echogen.train.metrics import MetricsFile
 from echogen.train.optim import build_optimizers, schedule
@@ -64,7 +65,7 @@ def run(
     keep_pages()
     stop = Stop()
     with stop.listening(), only_deterministic(config.deterministic):
-        started = Run(stage, config, folder, resume, processes or Processes(), stop)
+        started = Run(stage, config, folder, resume, processes or start(config), stop)
         with closing(started.board):
             started.to_its_end()
 
@@ -87,7 +88,7 @@ class Run:
         self.state_path = folder / "state.pt"
         _check(stage, config, processes)
         folder.mkdir(parents=True, exist_ok=True)
-        processes.prepare(stage.module)
+        processes.prepare(stage)
         optimizers = build_optimizers(stage.module, config)
         average = Average(stage.module, config.ema) if config.ema is not None else None
         self.trained = Trained(stage.module, optimizers, average)
@@ -95,7 +96,7 @@ class Run:
         self.start = self._restore() if resume else 0
         self.saved = self.start
         # Before anything is written: a run that is refused leaves its folder free.
-        found = {} if self.start else _rounded(stage.begin())
+        found = {} if self.start else _rounded(processes.on_first(stage, stage.begin))
         if processes.writes:
             self._tidy()
             write_text(folder / "config.json", json.dumps(to_json(stage.config), indent=2) + "\n")
@@ -152,9 +153,9 @@ class Run:
                 stage, self.config, optimizers, self.parameters, rate, step, self.processes
             )
         except NotFinite as error:
-            told = str(error)
+            told, weights = str(error), self.processes.weights(stage.module)
             if self.processes.writes:
-                path = write_dump(self.folder, stage, step, told)
+                path = write_dump(self.folder, stage, step, told, weights)
                 told += f"; what it was computed from is in {path} (--repeat {path})"
             if self.saved:
                 told += f"; the state of step {self.saved} is kept in {self.state_path}"
@@ -173,7 +174,7 @@ class Run:
     def _validate(self, done: int) -> bool:
         """Validate the weights as they are; whether a signal broke it off."""
         stage = self.stage
-        found = self.stop.unless_asked(stage.evaluate)
+        found = self.processes.on_first(stage, lambda: self.stop.unless_asked(stage.evaluate))
         if self.processes.any(found is None):
             return True
         values = _rounded(found or {})
@@ -206,7 +207,7 @@ class Run:
         path = self.state_path
         if not path.exists() and not previous(path).exists():
             return 0
-        state = self.processes.load(path)
+        state = self.processes.load(path, self.trained)
         if any(state[key] != value for key, value in identity(self.stage).items()):
             raise StateError(
                 f"{path}: written by another run ({state['stage']}, other settings); "
@@ -218,13 +219,14 @@ class Run:
                 f"{self.stage.name}: {state['fallen_back']}, which is of step {state['step']}"
             )
             if self.processes.writes:
-                os.replace(previous(path), path)  # or the next save would keep the torn one
+                put_back(path)  # or the next save would keep the torn one
         return int(state["step"])
 
     def _leave(self, done: int) -> None:
         """End the run behind ``done`` steps, because it was asked to. Raises Stopped."""
         if done != self.saved:
             self._save(done)
+        self.processes.settle()
         kept = f"the state of step {done} is saved in {self.state_path}; go on with --resume"
         if not done:
             kept = "no step was done yet"
@@ -258,6 +260,7 @@ class Run:
     def _finish(self) -> None:
         """Export the weights chosen, or the last ones."""
         stage, model = self.stage, self.folder / "model"
+        self.processes.settle()
         chosen = self.best.restore(stage.module) if self.best is not None else None
         # The best weights are an average already, where one was kept.
         with self._averaged() if chosen is None else nullcontext():
@@ -272,8 +275,9 @@ class Run:
 
     def _export(self, model: Path, chosen: dict[str, Any] | None) -> None:
         """Beside and renamed, or a kill would leave half a model that looks like one."""
-        if not self.processes.writes:
-            return
+        self.processes.on_first(self.stage, lambda: self._write_model(model, chosen))
+
+    def _write_model(self, model: Path, chosen: dict[str, Any] | None) -> None:
         beside = model.with_name(model.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir()

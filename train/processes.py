@@ -6,15 +6,19 @@ added up, and who writes files. Runs of several processes override it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from echogen.train.average import Average
-from echogen.train.checkpoint import load_state, save_state
+from echogen.train.checkpoint import load_state, previous, save_state
+from echogen.train.stage import Stage
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -47,6 +51,19 @@ class Trained:
         if self.average is not None:
             self.average.load(state["average"])
 
+    def template(self, name: str) -> Tensor | None:
+        """What a tensor of a state becomes (see `shard_state`): the weight that it is of, or that
+        it is kept for."""
+        kind, *path = name.split("/")
+        if kind == "optimizers":  # optimizers/#i/state/%j/what
+            groups = self.optimizers[int(path[0][1:])].param_groups
+            every = [p for group in groups for p in group["params"]]
+            found: Tensor = every[int(path[2][1:])]
+            return found
+        if kind == "average" and self.average is not None:
+            return self.average.state().get(path[0])
+        return self.module.state_dict().get(path[0])
+
 
 class Processes:
     """One process. Every method but ``shares`` is called by all processes at the same moments."""
@@ -59,8 +76,16 @@ class Processes:
         """Whether this one writes files (of the run's folder) and speaks to the console."""
         return self.rank == 0
 
-    def prepare(self, module: nn.Module) -> None:
-        """Before optimizers are built: shard, replicate, compare the weights."""
+    def prepare(self, stage: Stage) -> None:
+        """Before optimizers are built: shard or replicate the weights."""
+
+    def run(self, work: Callable[[], T]) -> T:
+        """A part's loss, with what it needs of the weights."""
+        return work()
+
+    def on_first(self, stage: Stage, work: Callable[[], T]) -> T:
+        """What ``work`` gives in the first process, where alone it is done."""
+        return work()
 
     def shares(self, accumulate: int) -> list[tuple[int, int]]:
         """The (part, parts) of a step's batch that this process takes, one after another."""
@@ -81,11 +106,23 @@ class Processes:
         return here
 
     def save(self, path: Path, head: dict[str, Any], trained: Trained) -> None:
-        """Write a checkpoint: ``head`` (which run, which step) and what was trained."""
+        """Write a checkpoint: ``head`` (which run, which step) and what was trained. It may still
+        be under way behind this, until `settle`."""
+        if path.is_dir() or previous(path).is_dir():  # of a run of several processes
+            from echogen.train.shard_state import set_aside
+
+            set_aside(path)
         save_state(path, {**head, **trained.state()}, keep_previous=True)
 
-    def load(self, path: Path) -> dict[str, Any]:
-        """What `save` wrote: the head, and what `Trained.load` takes."""
+    def settle(self) -> None:
+        """Wait until all that was written is on the disk. Raises StateError where it cannot be."""
+
+    def load(self, path: Path, trained: Trained) -> dict[str, Any]:
+        """What `save` wrote, in however many processes: the head, and what `Trained.load` takes."""
+        if path.is_dir() or previous(path).is_dir():
+            from echogen.train.shard_state import read
+
+            return read(path, trained.template, None)
         return load_state(path, or_previous=True)
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 The batch of a step is a pure function of (seed, step), so every process draws the whole of it,
 which costs a few random numbers, and lays out its own part only. A loss is a mean over targets of
-the whole batch. A part therefore divides its sum by the whole batch's count, which every process knows
+the whole batch. So a part divides its sum by the whole batch's count, which every process knows
 without asking: then losses, numbers and gradients of the parts add up to those of the batch, even
 where parts hold different numbers of targets.
 """

@@ -82,5 +82,7 @@ class NotFinite(TrainingError):
 
 
 def identity(stage: Stage) -> dict[str, str]:
-    """What tells a run's files from those of other runs."""
-    return {"stage": stage.name, "config": json.dumps(to_json(stage.config), sort_keys=True)}
+    """What tells a run's files from those of other runs: not how many processes share the work."""
+    told = to_json(stage.config)
+    told["loop"].pop("parallel", None)
+    return {"stage": stage.name, "config": json.dumps(told, sort_keys=True)}

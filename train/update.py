@@ -59,7 +59,8 @@ def gradients(
         p.grad = None
     losses, numbers = [], dict[str, Any]()
     for part, parts in processes.shares(config.accumulate):
-        loss, told = _backward(stage, config, parameters[0].device.type, step, part, parts)
+        device = parameters[0].device.type
+        loss, told = _backward(stage, config, device, step, part, parts, processes)
         losses.append(loss)
         for name, value in told.items():
             numbers[name] = numbers[name] + value if name in numbers else value
@@ -67,7 +68,13 @@ def gradients(
 
 
 def _backward(
-    stage: Stage, config: LoopConfig, device: str, step: int, part: int, parts: int
+    stage: Stage,
+    config: LoopConfig,
+    device: str,
+    step: int,
+    part: int,
+    parts: int,
+    processes: Processes,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Add the gradients of one part; its loss and its numbers."""
     torch.manual_seed(torch_seed(config.seed, step, part, parts))
@@ -77,7 +84,7 @@ def _backward(
             span(f"{name}/forward", step=step),
             torch.autocast(device, torch.bfloat16, enabled=config.bf16),
         ):
-            loss, numbers = _loss(stage, step, part, parts)
+            loss, numbers = processes.run(lambda: _loss(stage, step, part, parts))
         with span(f"{name}/backward", step=step):
             loss.backward()
     except RuntimeError as error:

@@ -28,6 +28,7 @@ from echogen.train.data.scenes import load_scenes
 from echogen.train.data.shapes import IMAGE_SIZE
 from echogen.train.passes import box_loss, hidden_states, image_loss
 from echogen.train.start import check_world, write_record
+from echogen.train.whole import WholeEngine
 
 VAL_SAMPLES = 256
 PICTURES = 6
@@ -52,7 +53,7 @@ class WorldStage:
 
     Args:
         engine: the model to train; its transformer's weights are the trained ones, so that it
-            draws and grounds with them as they are.
+            draws and grounds with them as they are (but see ``gather``).
         seed: of the run.
         stages: the stages that the model went through before this one.
     """
@@ -107,16 +108,24 @@ class WorldStage:
         rng = keys.generator(self._seed, keys.VALIDATION)
         trees = [self.drawing(self.prompt(s.layout(rng)), s.codes) for s in self._val]
         trees += [self.grounding(s.codes, ask(s, BRANCHES, rng)) for s in self._val]
+        self.module.eval()
+        self.engine.refresh()
         image, text = self._validation(self.pack(trees))
         scenes = load_scenes("val", len(self._val))
         codes = np.stack([s.codes for s in self._val])
-        scores = quick_scores(self.module.eval(), self.vq, self.prompts, codes, scenes)
+        scores = quick_scores(self.engine.transformer, self.vq, self.prompts, codes, scenes)
         self.module.train()
         return {"l2i": float(image), "i2l": float(text), **scores}
 
     def _validation(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        hidden = hidden_states(self.module, batch)
-        return image_loss(self.module, hidden, batch), box_loss(self.module, hidden, batch)
+        model = self.engine.transformer
+        hidden = hidden_states(model, batch)
+        return image_loss(model, hidden, batch), box_loss(model, hidden, batch)
+
+    def gather(self) -> None:
+        """From here on the engine runs on whole weights of its own, see `WholeEngine`: the trained
+        ones are sharded, or have adapters beside them."""
+        self.engine = WholeEngine(self.engine, self.module)
 
     @torch.no_grad()
     def pictures(self) -> list[tuple[str, Image.Image]]:

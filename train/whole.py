@@ -1,0 +1,110 @@
+"""A module's weights as the engine reads them, whatever they are trained as.
+
+In a sharded run each process holds a slice of every weight, and with adapters (LoRA) a weight is a
+frozen one and a product beside it. The engine draws and grounds with whole, plain weights: there it
+runs on a copy in a fixed buffer, filled anew when the weights have changed. What is trained as it
+is shares its memory with the copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from echogen.engine.engine import Engine
+from echogen.engine.model import UnifiedTransformer
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; then every process must ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """(name in a plain module, whole weight, whether it is the trained tensor itself), for each
+    parameter; adapters are added to the weights they stand beside."""
+    for prefix, part in module.named_modules():
+        start = f"{prefix}." if prefix else ""
+        if ".base_layer" in start or ".lora_" in start:
+            continue
+        base = getattr(part, "base_layer", None)
+        if base is not None:
+            yield f"{start}weight", _merged(part), False
+            continue
+        for name, p in part.named_parameters(recurse=False):
+            yield start + name, whole(p.detach()), not isinstance(p, DTensor)
+
+
+def _merged(layer: nn.Module) -> Tensor:
+    """W + scale·B·A of a layer of peft's, in float32 at least."""
+    weight = whole(layer.base_layer.weight.detach())  # type: ignore[union-attr]
+    for name, scale in layer.scaling.items():  # type: ignore[operator, union-attr]
+        a = whole(layer.lora_A[name].weight.detach())  # type: ignore[index, union-attr]
+        b = whole(layer.lora_B[name].weight.detach())  # type: ignore[index, union-attr]
+        weight = weight + scale * (b @ a)
+    return weight
+
+
+class WholeEngine(Engine):
+    """An engine on whole weights of a module that is trained in another form.
+
+    Args:
+        engine: whose tokenizer, configuration and image tokenizer it takes.
+        module: the transformer that is trained.
+    """
+
+    def __init__(self, engine: Engine, module: UnifiedTransformer) -> None:
+        self._module, self._seen = module, -1
+        self._sharded = any(isinstance(p, DTensor) for p in module.parameters())
+        with torch.device("meta"):
+            copy = UnifiedTransformer(module.config)
+        self._allocate(copy, module)
+        super().__init__(
+            engine.config,
+            copy.eval().requires_grad_(False),
+            engine.vq,
+            engine.siglip,
+            engine.prompts,
+            engine.sampling,
+            engine.pixels_trained,
+        )
+
+    def outdate(self) -> None:
+        """An optimizer step follows."""
+        self._seen = -1
+
+    def refresh(self) -> None:
+        """Fill the buffer anew. See `Engine`.
+
+        In a sharded run it takes every process, so there it is done only if the weights have
+        changed since: then one process can draw and ground alone. Fused optimizer steps leave no
+        trace in the version of a sharded tensor, so they are told by ``outdate``.
+        """
+        now = sum(p._version for p in self._module.parameters())
+        if not self._sharded or now != self._seen:
+            self._fill()
+            self._seen = now
+        super().refresh()
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        into = dict(self.transformer.named_parameters())
+        for name, weight, _ in plain_weights(self._module):
+            # Not by what it is now: within a sharded pass some weights stand there gathered.
+            if name not in self._shared:
+                into[name].copy_(weight)
+
+    def _allocate(self, copy: UnifiedTransformer, module: UnifiedTransformer) -> None:
+        self._shared: set[str] = set()
+        for name, weight, itself in plain_weights(module):
+            if itself:
+                self._shared.add(name)
+            held = nn.Parameter(weight if itself else torch.empty_like(weight))
+            path, _, last = name.rpartition(".")
+            setattr(copy.get_submodule(path), last, held)
+        if copy.config.tied:
+            copy.text_head.weight = copy.text_embedding.weight
+        copy.rotary.cos, copy.rotary.sin = module.rotary.cos, module.rotary.sin
