@@ -62,15 +62,18 @@ class Scheduler:
         prompt_tokens: the longest prompt; None: what the model has room for. Slots are made for
             it, and batch-invariant steps read all of them.
         invariant: batch-invariant mode: every step has one shape, all slots and all their places,
-            so that a request draws the same codes, bit for bit, alone or in any crowd (of one
-            scheduler: the number of slots and their length decide how sums are rounded).
-            Otherwise a step has the rows and reads the places it needs; then codes within
-            rounding of each other may be drawn otherwise in another crowd.
+            so that a request draws the same codes, bit for bit, alone or in any crowd of this
+            scheduler (the number of slots and their length decide how sums are rounded). What it
+            stands on is tried at once (`Slots.rows_agree`). Otherwise a step runs the rows and
+            reads the places it needs, and codes within rounding of each other may be drawn
+            otherwise in another crowd.
         patience: how often a request may be overtaken, see `Waiting`.
         clock: seconds; for tests.
 
     Raises:
         BudgetError: what is asked for does not fit the memory or the model.
+        ValueError: a queue that holds nobody; batch-invariant mode with a number of slots that it
+            does not hold for on this machine.
     """
 
     def __init__(
@@ -94,9 +97,15 @@ class Scheduler:
         )  # fmt: skip
         self._sampling, self._clock = engine.sampling, clock
         self._intake = Intake(engine, self.plan)
+        self._slots = Slots(decoder, table, self.plan.slots, self.plan.capacity, invariant)
         with torch.inference_mode():
-            self._slots = Slots(decoder, table, self.plan.slots, self.plan.capacity, invariant)
             self._slots.warm_up(self.plan.prompt_tokens, engine.prompts.pad)
+            if invariant and not self._slots.rows_agree([engine.prompts.bos, *range(16)]):
+                raise ValueError(
+                    f"slots = {self.plan.slots}: products of so many rows round a row by its place "
+                    f"here, so this is not batch-invariant; take another number (4 or more will "
+                    f"mostly do)"
+                )
         self._waiting, self._live = Waiting[Request](queue, patience), list[_Live]()
         self._metrics = Metrics(slots=self.plan.slots)
         # Guards the queue, the counters and ``_closed``; ``_turn`` lets one thread step at a time.

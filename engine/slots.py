@@ -106,6 +106,20 @@ class Slots:
         self._runner.run_prompt([token] * prompt_tokens)
         self._runner.step(self._codes, self._at, self.capacity)
 
+    def rows_agree(self, prompt: list[int], steps: int = 8) -> bool:
+        """Whether a sequence has the same logits in every slot, bit for bit, for a few steps; all
+        slots are free before and after. It is what batch-invariant mode stands on: in one shape
+        libraries round a row without regard to what the others hold, and mostly, but not in every
+        shape, without regard to its place (MKL's products of 2 and 3 rows do regard it)."""
+        rows = self.take([self.run_prompt(prompt)] * self.rows)
+        agreed = True
+        for code in range(steps):
+            self.feed(rows, torch.tensor([code], device=rows.device))
+            logits = self.step()
+            agreed = agreed and torch.equal(logits, logits[:1].expand_as(logits))
+        self.release(rows)
+        return agreed
+
     def run_prompt(self, prompt: list[int], keep: bool = False) -> Prefix:
         """What a prompt leaves behind; ``keep`` remembers it for the next time."""
         key = tuple(prompt)

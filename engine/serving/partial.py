@@ -5,41 +5,43 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass
 
-import torch
 from PIL import Image
 from torch import Tensor
 
 from echogen.engine.engine import Engine
-from echogen.engine.vision import encode_image
+
+GREY = (128, 128, 128)
+"""Of the squares of a picture whose codes are not drawn yet."""
 
 
 class Pictures:
     """Codes to pictures, whole or not, one at a time: that is what memory is planned for.
 
-    Codes not drawn yet are filled with a neutral one: the code that is most frequent where the
-    image tokenizer encodes an even mid-grey picture.
+    What is not drawn yet is even grey. The image tokenizer sees beyond a code's square, so for the
+    sake of what is drawn the missing codes are taken to be the image's most frequent one so far,
+    mostly ground; with the codes of a grey picture the rest would come out in other colours.
     """
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._turn = engine, threading.Lock()
-        self._neutral: int | None = None
-
-    @property
-    def neutral(self) -> int:
-        """The code that stands for what is not drawn yet."""
-        if self._neutral is None:
-            size = self._engine.image_size
-            grey = torch.zeros(1, 3, size, size)
-            self._neutral = int(encode_image(self._engine.vq, grey).mode().values)
-        return self._neutral
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes [N, t], t of an image's T, → N pictures."""
         with self._turn:
-            tokens = self._engine.transformer.config.image_tokens
-            filled = codes.new_full((len(codes), tokens), self.neutral)
-            filled[:, : codes.shape[1]] = codes
-            return [self._engine.decode(row[None])[0] for row in filled]
+            return [self._picture(row) for row in codes]
+
+    def _picture(self, codes: Tensor) -> Image.Image:
+        c, drawn = self._engine.transformer.config, len(codes)
+        if not drawn:
+            return Image.new("RGB", (c.image_size, c.image_size), GREY)
+        filled = codes.mode().values.repeat(c.image_tokens)
+        filled[:drawn] = codes
+        picture = self._engine.decode(filled[None])[0]
+        side = c.image_size // c.grid
+        for place in range(drawn, c.image_tokens):  # in raster order
+            top, left = (side * n for n in divmod(place, c.grid))
+            picture.paste(GREY, (left, top, left + side, top + side))
+        return picture
 
 
 @dataclass(frozen=True)
@@ -56,5 +58,5 @@ class Partial:
     _pictures: Pictures
 
     def images(self) -> list[Image.Image]:
-        """The pictures so far, what is missing in a neutral code (`Pictures`)."""
+        """The pictures so far, grey where nothing is drawn."""
         return self._pictures.decode(self.codes)

@@ -1,0 +1,734 @@
+"""The scheduler draws what each request draws alone, and does to no request what another asks."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import random
+import threading
+import weakref
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from echogen.engine.engine import Engine
+from echogen.engine.layout import Layout, LayoutError, LayoutObject
+from echogen.engine.prompt import LocationCodec, Prompts
+from echogen.engine.ranges import listening
+from echogen.engine.sampler import Sampling
+from echogen.engine.scheduler import Scheduler, SchedulerClosed
+from echogen.engine.serving import budget
+from echogen.engine.serving.budget import BudgetError
+from echogen.engine.serving.request import Request
+from echogen.engine.serving.waiting import QueueFull, Waiting
+from echogen.engine.slots import PackedRows, row_counts
+from echogen.engine.weights import load_checkpoint
+
+TOKENS = 16
+PLAIN, GUIDED = Sampling(), Sampling(cfg=4.0, temperature=0.8)
+KINDS = (
+    PLAIN,
+    GUIDED,
+    Sampling(temperature=0),
+    Sampling(top_k=5, top_p=0.8),
+    Sampling(cfg=3.0, unconditional="empty", top_p=0.9),
+    Sampling(cfg=5.0, cfg_schedule="cosine", cfg_span=(3, 11)),
+)
+ONE = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
+TWO = Layout(
+    "the left of the two green stars",
+    (
+        LayoutObject("the left of the two green stars", (0.0, 0.25, 0.5, 0.75)),
+        LayoutObject("a blue square", (0.5, 0.0, 1.0, 0.5)),
+    ),
+)
+THREE = Layout("a blue square in front of a red circle", (*TWO.objects, *ONE.objects))
+LAYOUTS = (ONE, TWO, THREE)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, janus_config, random_janus, small_tokenizer) -> Engine:
+    """A small engine with random weights: three layouts, prompts of three lengths."""
+    config = janus_config(
+        vocab_size=len(small_tokenizer), max_position_embeddings=160, num_key_value_heads=1
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    random_janus(config, seed=30).save_pretrained(folder)
+    made = load_checkpoint(folder)
+    prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
+    return Engine(made.config, made.transformer.eval(), made.vq, made.siglip, prompts)
+
+
+@dataclass(frozen=True)
+class Asked:
+    layout: Layout
+    seed: int
+    sampling: Sampling
+    samples: int
+
+    @property
+    def rows(self) -> int:
+        return self.samples * (2 if self.sampling.guided else 1)
+
+    def submit(self, scheduler: Scheduler, **more) -> Request:
+        return scheduler.submit(self.layout, self.seed, self.sampling, self.samples, **more)
+
+    def alone(self, engine: Engine) -> torch.Tensor:
+        layouts = [self.layout] * self.samples
+        return engine.generate_codes(
+            layouts, self.seed, sampling=self.sampling, decoding="sequential"
+        )
+
+
+def crowd(count: int, seed: int, slots: int = 8) -> list[Asked]:
+    """Random requests, none larger than the slots."""
+    rng, made = random.Random(seed), list[Asked]()
+    while len(made) < count:
+        asked = Asked(
+            rng.choice(LAYOUTS), rng.randrange(1 << 40), rng.choice(KINDS), rng.randint(1, 3)
+        )
+        if asked.rows <= slots:
+            made.append(asked)
+    return made
+
+
+def finish(scheduler: Scheduler) -> int:
+    """Step by hand to the end; the steps."""
+    return sum(1 for _ in iter(scheduler.step, False))
+
+
+def staggered(scheduler: Scheduler, asked: list[Asked], rng: random.Random) -> list[Request]:
+    """Submit requests at random moments between steps, and draw all."""
+    requests = []
+    for each in asked:
+        requests.append(each.submit(scheduler))
+        for _ in range(rng.randrange(12)):
+            scheduler.step()
+    finish(scheduler)
+    return requests
+
+
+# --- what is drawn --------------------------------------------------------------------------------
+
+
+def test_a_crowd_draws_what_each_request_draws_alone(engine):
+    """Six kinds of sampling, three lengths, seeds and numbers of samples of all sorts, in float32:
+    in another number of rows sums are rounded otherwise, and no code here was that near another."""
+    asked = crowd(24, seed=1)
+    assert len({a.layout for a in asked}) == 3 and len({a.sampling for a in asked}) == len(KINDS)
+    scheduler = Scheduler(engine, slots=8, prompt_tokens=80)
+    requests = staggered(scheduler, asked, random.Random(1))
+    for each, request in zip(asked, requests, strict=True):
+        assert torch.equal(request.result(), each.alone(engine))
+    assert len(torch.cat([r.result() for r in requests]).unique()) > 12
+
+
+def test_given_draws_and_negative_layouts(engine):
+    scheduler = Scheduler(engine, slots=8, prompt_tokens=80)
+    request = scheduler.submit(TWO, 5, GUIDED, 2, draws=[9, 4], negative=ONE)
+    finish(scheduler)
+    wanted = engine.generate_codes(
+        [TWO] * 2, 5, [9, 4], GUIDED, decoding="sequential", negative=ONE
+    )
+    assert torch.equal(request.result(), wanted)
+    assert not request.result().is_inference()  # or it could not be kept for a backward pass
+
+
+@pytest.fixture
+def logits_of(monkeypatch):
+    """Logits of every step of every request, as its sampler saw them."""
+    seen, right = weakref.WeakKeyDictionary(), Request.draw
+
+    def draw(self, logits):
+        seen.setdefault(self, []).append(logits.clone())
+        return right(self, logits)
+
+    monkeypatch.setattr(Request, "draw", draw)
+    return seen
+
+
+@pytest.mark.parametrize("slots", [4, 9])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("packed", torch.float32), ("packed", torch.bfloat16), ("plain", torch.float32)],
+)
+def test_batch_invariant_logits_are_bit_equal_in_every_crowd(
+    engine, logits_of, monkeypatch, slots, kind, dtype
+):
+    """Not only the codes: every logit of every step, alone and in five random crowds, each request
+    in whatever slots it got."""
+    engine = copy.copy(engine)
+    engine.transformer = copy.deepcopy(engine.transformer).to(dtype)
+    if kind == "plain":
+        monkeypatch.setattr("echogen.engine.engine.packable", lambda model: False)
+    engine.refresh()
+    scheduler = Scheduler(engine, slots=slots, prompt_tokens=80, invariant=True)
+    asked = crowd(6, seed=2, slots=slots)
+
+    def bits(request: Request) -> torch.Tensor:
+        return torch.stack(logits_of[request]).view(torch.uint8)
+
+    alone = []
+    for each in asked:
+        request = each.submit(scheduler)
+        finish(scheduler)
+        alone.append((bits(request), request.result()))
+    for round_ in range(5):
+        rng = random.Random(round_)
+        order = rng.sample(range(len(asked)), len(asked))
+        others = crowd(3, seed=100 + round_, slots=slots)
+        mixed = [asked[i] for i in order] + others
+        places = rng.sample(range(len(mixed)), len(mixed))
+        requests = staggered(scheduler, [mixed[p] for p in places], rng)
+        for place, request in zip(places, requests, strict=True):
+            if place < len(order):
+                logits, codes = alone[order[place]]
+                assert torch.equal(bits(request), logits)
+                assert torch.equal(request.result(), codes)
+
+
+def test_batch_invariance_is_not_claimed_where_it_does_not_hold(engine, monkeypatch):
+    """One sequence in all slots has one logit in all of them, or the mode is refused; rows that are
+    rounded by their place are made here by a product that adds a bit to the last one."""
+    Scheduler(engine, slots=5, prompt_tokens=80, invariant=True)
+    right = PackedRows.step
+
+    def wrong(self, codes, at, read):
+        logits = right(self, codes, at, read)
+        logits[-1, 3] = torch.nextafter(logits[-1, 3], torch.tensor(torch.inf))
+        return logits
+
+    monkeypatch.setattr(PackedRows, "step", wrong)
+    Scheduler(engine, slots=5, prompt_tokens=80)
+    with pytest.raises(ValueError, match=r"slots = 5: .* take another number"):
+        Scheduler(engine, slots=5, prompt_tokens=80, invariant=True)
+
+
+def test_batch_invariance_of_the_bundled_model():
+    engine = Engine.from_pretrained("tiny")
+    scheduler = Scheduler(engine, slots=6, prompt_tokens=64, invariant=True)
+    asked = [
+        Asked(ONE, 3, Sampling(temperature=0.7), 1),
+        Asked(ONE, 4, Sampling(cfg=5.0), 1),
+        Asked(ONE, 5, Sampling(top_k=40), 2),
+    ]
+    alone = []
+    for each in asked:
+        alone.append(each.submit(scheduler))
+        finish(scheduler)
+    for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
+        again = {i: asked[i].submit(scheduler) for i in order}
+        finish(scheduler)
+        for i, request in again.items():
+            assert torch.equal(request.result(), alone[i].result())
+
+
+# --- slots ----------------------------------------------------------------------------------------
+
+
+def test_slots_of_an_ended_image_are_filled_at_the_next_step(engine):
+    scheduler = Scheduler(engine, slots=3, prompt_tokens=80)
+    first = scheduler.submit(ONE, 1, PLAIN, 2)
+    for _ in range(5):
+        scheduler.step()
+    second, third = scheduler.submit(TWO, 2, PLAIN), scheduler.submit(THREE, 3, PLAIN, 2)
+    scheduler.step()
+    assert (first.drawn, second.drawn, third.drawn) == (
+        7,
+        2,
+        0,
+    )  # a prompt gives a code, a step one
+    while not first.future.done():
+        scheduler.step()
+    assert third.drawn == 0
+    scheduler.step()
+    assert third.drawn == 2 and second.drawn < TOKENS
+    finish(scheduler)
+    assert scheduler.metrics().live_slots == 0
+
+
+def test_a_prompt_shared_by_samples_is_run_once(engine):
+    class Prefills:
+        def __init__(self) -> None:
+            self.tokens: list[int] = []
+
+        def begin(self, category, payload):
+            if category == "engine/prefill/run":
+                self.tokens.append(payload["tokens"])
+
+        def end(self): ...
+
+    scheduler, heard = Scheduler(engine, slots=8, prompt_tokens=80), Prefills()
+    prompt = engine.prompts.l2i(TWO)
+    with listening(heard):
+        scheduler.submit(TWO, 1, GUIDED, 4)
+        scheduler.submit(TWO, 2, GUIDED, 4)
+        finish(scheduler)
+    # The unconditional prompt is kept for the second request, too.
+    assert heard.tokens == [len(prompt)] * 3
+
+
+def test_a_step_runs_few_rows_more_than_it_needs():
+    assert row_counts(7, invariant=True) == [7]
+    for rows in range(1, 40):
+        counts = row_counts(rows, invariant=False)
+        assert counts[-1] == rows and counts == sorted(set(counts))
+        for needed in range(1, rows + 1):
+            assert 0 <= min(n for n in counts if n >= needed) - needed <= 3
+
+
+def test_a_slot_begins_clean(engine, monkeypatch):
+    """What went wrong in a slot does not stay in it."""
+    scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
+    wanted = scheduler.submit(ONE, 1, PLAIN, 2)
+    finish(scheduler)
+    scheduler._slots.cache.block.fill_(float("nan"))
+    again = scheduler.submit(ONE, 1, PLAIN, 2)
+    finish(scheduler)
+    assert torch.equal(again.result(), wanted.result())
+
+
+# --- partial pictures -----------------------------------------------------------------------------
+
+
+def test_partial_results_come_every_so_many_codes(engine):
+    scheduler, called = Scheduler(engine, slots=4, prompt_tokens=80), []
+    request = scheduler.submit(ONE, 1, PLAIN, 2, every=6, on_partial=called.append)
+    finish(scheduler)
+    codes = request.result()
+    assert [p.codes.shape for p in called] == [(2, 6), (2, 12), (2, TOKENS)]
+    assert all(torch.equal(p.codes, codes[:, : p.codes.shape[1]]) for p in called)
+    (last,) = request.partials()  # who comes late gets what there is
+    assert torch.equal(last.codes, codes)
+
+    whole = scheduler.submit(ONE, 1, PLAIN)
+    scheduler.step()
+    assert whole.partial().codes.shape == (1, 2)
+    finish(scheduler)
+    assert len(list(whole.partials())) == 1
+
+
+def test_partial_pictures_are_grey_where_nothing_is_drawn():
+    engine = Engine.from_pretrained("tiny")
+    scheduler, parts = Scheduler(engine, slots=2, prompt_tokens=64), []
+    request = scheduler.submit(ONE, 1, Sampling(temperature=0), every=20, on_partial=parts.append)
+    assert request.partial().images()[0].getcolors() == [(64 * 64, (128, 128, 128))]
+    finish(scheduler)
+    early, *_, whole = (p.images()[0] for p in parts)
+    assert whole.tobytes() == request.images()[0].tobytes()
+    # 20 codes in raster order: two rows of 8 squares of 8 pixels, and half a row.
+    grey = [(64 * 40, (128, 128, 128))]
+    assert early.crop((0, 24, 64, 64)).getcolors() == grey
+    assert early.crop((32, 16, 64, 24)).getcolors() == [(32 * 8, (128, 128, 128))]
+    assert early.crop((0, 16, 32, 24)).getcolors() != [(32 * 8, (128, 128, 128))]
+    # What is drawn looks as it will, though the decoder takes the missing squares into account.
+    top = (np.asarray(p.crop((0, 0, 64, 16)), dtype=float) for p in (early, whole))
+    assert np.abs(next(top) - next(top)).mean() < 10
+
+
+def test_partials_stream_while_a_thread_draws(engine):
+    with Scheduler(engine, slots=4, prompt_tokens=80) as scheduler:
+        request = scheduler.submit(TWO, 1, GUIDED, every=4)
+        seen = [p.codes.shape[1] for p in request.partials()]
+    assert seen == sorted(seen) and seen[-1] == TOKENS and not any(n % 4 for n in seen)
+
+
+# --- ends -----------------------------------------------------------------------------------------
+
+
+def test_cancelling_frees_slots_for_the_next_step(engine):
+    scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
+    drawn, waits = scheduler.submit(ONE, 1, PLAIN, 2), scheduler.submit(TWO, 2, PLAIN, 2)
+    gone = scheduler.submit(THREE, 3, PLAIN)
+    scheduler.step()
+    assert drawn.cancel() and gone.cancel()
+    scheduler.step()
+    assert waits.drawn == 2 and drawn.drawn == 2
+    finish(scheduler)
+    assert torch.equal(waits.result(), Asked(TWO, 2, PLAIN, 2).alone(engine))
+    with pytest.raises(CancelledError):
+        drawn.result()
+    with pytest.raises(CancelledError):
+        list(gone.partials())
+    assert not waits.cancel()
+    m = scheduler.metrics()
+    assert (m.submitted, m.finished, m.cancelled, m.live_slots) == (3, 1, 2, 0)
+
+
+def test_time_runs_out_for_who_waits_and_who_is_drawn(engine):
+    now = [0.0]
+    scheduler = Scheduler(engine, slots=1, prompt_tokens=80, clock=lambda: now[0])
+    drawn = scheduler.submit(ONE, 1, PLAIN, timeout=10)
+    waits = scheduler.submit(ONE, 2, PLAIN, timeout=5)
+    patient = scheduler.submit(ONE, 3, PLAIN)
+    scheduler.step()
+    now[0] = 5.0
+    scheduler.step()
+    with pytest.raises(TimeoutError, match="0 of 16 codes"):
+        waits.result()
+    now[0] = 10.0
+    scheduler.step()
+    with pytest.raises(TimeoutError, match="3 of 16 codes"):
+        drawn.result()
+    assert patient.drawn == 2
+    finish(scheduler)
+    assert patient.result().shape == (1, TOKENS) and scheduler.metrics().expired == 2
+
+
+def test_an_error_of_one_request_is_its_own(engine):
+    def broken(partial):
+        raise RuntimeError("the listener broke")
+
+    scheduler = Scheduler(engine, slots=4, prompt_tokens=80)
+    bad = scheduler.submit(ONE, 1, PLAIN, every=3, on_partial=broken)
+    good = scheduler.submit(TWO, 2, PLAIN)
+    worse = scheduler.submit(ONE, 3, PLAIN)
+    worse.prompts[0][0] = 1 << 30  # no such token
+    finish(scheduler)
+    with pytest.raises(RuntimeError, match="listener broke"):
+        bad.result()
+    with pytest.raises((IndexError, RuntimeError)):
+        worse.result()
+    assert bad.drawn == 3
+    assert torch.equal(good.result(), Asked(TWO, 2, PLAIN, 1).alone(engine))
+    m = scheduler.metrics()
+    assert (m.failed, m.finished, m.live_slots) == (2, 1, 0)
+
+
+def test_a_step_that_fails_fails_who_was_in_it_and_no_one_else(engine, monkeypatch):
+    scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
+    inside, behind = scheduler.submit(ONE, 1, PLAIN, 2), scheduler.submit(TWO, 2, PLAIN, 2)
+    with monkeypatch.context() as patched:
+
+        def broken():
+            raise RuntimeError("out of memory")
+
+        patched.setattr(scheduler._slots, "step", broken)
+        scheduler.step()
+    finish(scheduler)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        inside.result()
+    assert torch.equal(behind.result(), Asked(TWO, 2, PLAIN, 2).alone(engine))
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+def test_a_full_queue_refuses(engine):
+    scheduler = Scheduler(engine, slots=1, queue=2, prompt_tokens=80)
+    first, _ = (scheduler.submit(ONE, i, PLAIN) for i in range(2))
+    with pytest.raises(QueueFull, match=r"holds 2; submit again"):
+        scheduler.submit(ONE, 2, PLAIN)
+    first.cancel()
+    scheduler.submit(ONE, 3, PLAIN)  # its place is free at once
+    scheduler.step()
+    scheduler.submit(ONE, 4, PLAIN)
+    finish(scheduler)
+    m = scheduler.metrics()
+    assert (m.refused, m.finished, m.waiting) == (1, 3, 0)
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"samples": 5}, "samples = 5 take 5 slots, and there are 4; ask for 4"),
+        ({"samples": 3, "sampling": GUIDED}, "take 6 slots, two each .* ask for 2"),
+        ({"samples": 0}, "samples = 0"),
+        ({"samples": 2, "draws": [1]}, "1 draws for 2 samples"),
+        ({"draws": [-1]}, "draw -1"),
+        ({"seed": -1}, "seed = -1"),
+        ({"timeout": 0}, "timeout = 0"),
+        ({"every": -1}, "every = -1"),
+        ({"sampling": Sampling(cfg=2.0, cfg_span=(0, 17))}, r"cfg_span = \(0, 17\)"),
+        ({"negative": TWO}, "cfg = 1.0 is off"),
+    ],
+)
+def test_what_can_never_be_drawn_is_refused_at_once(engine, asked, message):
+    scheduler = Scheduler(engine, slots=4, prompt_tokens=80)
+    with pytest.raises(ValueError, match=message):
+        scheduler.submit(ONE, **asked)
+    assert scheduler.metrics().refused == 1 and not scheduler.step()
+
+
+def test_a_prompt_that_never_fits_is_refused(engine):
+    longest = len(engine.prompts.l2i(TWO))
+    scheduler = Scheduler(engine, slots=2, prompt_tokens=longest)
+    request = scheduler.submit(TWO, 0, PLAIN)  # to the last slot
+    with pytest.raises(LayoutError, match=f"slots are made for prompts of {longest}"):
+        scheduler.submit(THREE, 0, PLAIN)
+    finish(scheduler)
+    assert torch.equal(request.result(), Asked(TWO, 0, PLAIN, 1).alone(engine))
+
+
+def test_refreshed_weights_need_a_new_scheduler(engine):
+    engine = copy.copy(engine)
+    scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
+    engine.refresh()
+    with pytest.raises(ValueError, match="make a new scheduler"):
+        scheduler.submit(ONE)
+
+
+# --- who is next ----------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Ticket:
+    rows: int
+    priority: int = 0
+    overtaken: int = 0
+
+
+def test_first_come_first_served(engine):
+    scheduler, ended = Scheduler(engine, slots=2, prompt_tokens=80), []
+    for i in range(6):
+        request = scheduler.submit(LAYOUTS[i % 3], i, PLAIN)
+        request.future.add_done_callback(lambda _, i=i: ended.append(i))
+    finish(scheduler)
+    assert ended == list(range(6))
+
+
+def test_a_smaller_one_may_go_first_but_not_for_ever():
+    waiting = Waiting[Ticket](100, patience=2)
+    large, small = Ticket(4), [Ticket(1) for _ in range(5)]
+    waiting.put(Ticket(2))
+    assert waiting.take(4) is not None
+    waiting.put(large)
+    for each in small:
+        waiting.put(each)
+    assert waiting.take(2) is small[0] and waiting.take(1) is small[1]
+    assert waiting.take(1) is None  # now they all wait for it
+    assert waiting.take(3) is None
+    assert waiting.take(4) is large
+    assert waiting.take(1) is small[2]
+
+
+def test_higher_priorities_first():
+    waiting = Waiting[Ticket](100, patience=2)
+    usual, urgent = [Ticket(1) for _ in range(3)], [Ticket(1, priority=1) for _ in range(3)]
+    for each in (*usual, *urgent):
+        waiting.put(each)
+    order = [waiting.take(1) for _ in range(6)]
+    assert order == [urgent[0], urgent[1], usual[0], usual[1], usual[2], urgent[2]]
+    strict = Waiting[Ticket](100, patience=0)
+    for each in (*usual, *urgent):
+        strict.put(each)
+    assert [strict.take(1) for _ in range(6)] == usual + urgent
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_nobody_starves(seed):
+    """Under a load that never ends: at each step some images end and more requests come than can
+    be drawn. Nobody is overtaken more often than patience allows, and everybody is drawn."""
+    rng, patience, slots = random.Random(seed), 4, 8
+    waiting, live, drawn = Waiting[Ticket](10_000, patience), list[tuple[int, Ticket]](), set()
+    came = list[Ticket]()
+    for now in range(2000):
+        live = [(end, t) for end, t in live if end > now]
+        if now < 600:
+            for _ in range(2):
+                ticket = Ticket(rng.choice((1, 1, 1, 2, 8)), rng.choice((0, 0, 5)))
+                came.append(ticket)
+                waiting.put(ticket)
+        while (t := waiting.take(slots - sum(t.rows for _, t in live))) is not None:
+            live.append((now + 3, t))
+            drawn.add(id(t))
+        if now == 599:
+            # The oldest half has been drawn although the queue has only grown.
+            assert len(waiting) > 200
+            first = [id(t) in drawn for t in came]
+            served = sum(first)
+            assert all(first[: served - patience * 8]) or served < patience * 8
+    assert not waiting or now < 1999
+    assert max(t.overtaken for t in came) <= patience
+    assert len(drawn) + len(waiting) == len(came)
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+class Held(TorchDispatchMode):
+    """Bytes of the storages made within, and the most that were held at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = self.largest = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        before = {storage._cdata for storage in self._storages((args, kwargs))}
+        made = func(*args, **(kwargs or {}))
+        for storage in self._storages(made):
+            if storage._cdata not in self._known | before:
+                self._note(storage)
+        return made
+
+    @staticmethod
+    def _storages(tree) -> list[torch.UntypedStorage]:
+        tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
+        # oneDNN's packed weights, made before, have none.
+        return [t.untyped_storage() for t in tensors if t.layout is torch.strided]
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+
+        def gone() -> None:
+            self._known.discard(key)
+            self.live -= size
+
+        weakref.finalize(storage, gone)
+        self.live += size
+        self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
+
+
+@pytest.mark.parametrize("kind", ["packed", "plain"])
+def test_memory_is_planned_and_made_once(engine, monkeypatch, kind):
+    engine = copy.copy(engine)
+    if kind == "plain":
+        monkeypatch.setattr("echogen.engine.engine.packable", lambda model: False)
+    engine.refresh()
+    engine.decoder  # noqa: B018  # its weights are there before
+    with Held() as held:
+        scheduler = Scheduler(engine, slots=8)
+    block = scheduler._slots.cache.block
+    assert block.nbytes <= held.live
+    place = block.data_ptr()
+    with Held() as drawing:
+        requests = [a.submit(scheduler) for a in crowd(12, seed=4)]
+        finish(scheduler)
+        requests[0].images()
+    assert scheduler._slots.cache.block.data_ptr() == place
+    assert held.live + drawing.peak <= scheduler.plan.bytes
+    assert drawing.largest < block.nbytes / 4  # nothing of the cache's size in mid-flight
+
+
+def test_slots_follow_the_memory(engine):
+    one = Scheduler(engine, slots=1, prompt_tokens=80).plan
+    assert one.bytes == one.shared_bytes + one.slot_bytes
+    memory = one.shared_bytes + 5 * one.slot_bytes + one.slot_bytes // 2
+    scheduler = Scheduler(engine, memory=memory, prompt_tokens=80)
+    assert scheduler.plan.slots == scheduler.metrics().slots == 5
+    assert Scheduler(engine, memory=1 << 40, prompt_tokens=80).plan.slots == budget.MOST["cpu"]
+    with pytest.raises(BudgetError, match="in which 5 fit; ask for fewer slots"):
+        Scheduler(engine, slots=6, memory=memory, prompt_tokens=80)
+    with pytest.raises(BudgetError, match="in which 0 fit"):
+        Scheduler(engine, memory=1 << 20, prompt_tokens=80)
+    for asked, message in (
+        ({"slots": 0}, "slots = 0"), ({"prompt_tokens": 145}, "room for 1 … 144"),
+        ({"queue": 0}, "queue = 0"), ({"patience": -1}, "patience = -1"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            Scheduler(engine, **asked)
+
+
+def test_free_memory_is_the_devices(monkeypatch, tmp_path):
+    cuda = torch.device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    assert budget.free_bytes(cuda) == 1200  # PyTorch holds 200 that it does not use
+    cpu = torch.device("cpu")
+    assert budget.free_bytes(cpu) > 1 << 20
+    monkeypatch.setattr(budget, "_available", lambda: 700)
+    monkeypatch.setattr(budget, "_container", lambda: 500)
+    assert budget.free_bytes(cpu) == 500
+    monkeypatch.setattr(budget, "_container", lambda: None)
+    assert budget.free_bytes(cpu) == 700
+    monkeypatch.setattr(budget, "_available", lambda: None)
+    with pytest.raises(BudgetError, match="name memory in bytes"):
+        budget.free_bytes(cpu)
+
+
+# --- threads --------------------------------------------------------------------------------------
+
+
+def test_many_threads_submit(engine):
+    found: dict[int, torch.Tensor] = {}
+    asked = crowd(12, seed=7)
+    with Scheduler(engine, slots=8, prompt_tokens=80) as scheduler:
+
+        def work(i: int) -> None:
+            found[i] = asked[i].submit(scheduler).result(60)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(len(asked))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for i, each in enumerate(asked):
+        assert torch.equal(found[i], each.alone(engine))
+    m = scheduler.metrics()
+    assert m.submitted == m.admitted == m.finished == 12
+    assert m.codes == sum(a.samples for a in asked) * TOKENS
+    assert m.live == m.waiting == m.live_slots == 0
+    assert m.tokens_per_s == pytest.approx(m.codes / m.busy_s) and m.steps >= TOKENS - 1
+
+
+def test_awaiting_and_cancelling_in_an_event_loop(engine):
+    async def ask(scheduler: Scheduler) -> tuple[torch.Tensor, Request]:
+        kept = scheduler.submit(ONE, 1, PLAIN)
+        dropped = scheduler.submit(TWO, 2, PLAIN, 4)
+
+        async def wait(request: Request) -> torch.Tensor:
+            return await request
+
+        task = asyncio.ensure_future(wait(dropped))
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        return await kept, dropped
+
+    scheduler = Scheduler(engine, slots=1 + 3, prompt_tokens=80)
+    # The second cannot begin before the first ends, so it is cancelled in the queue.
+    with scheduler:
+        codes, dropped = asyncio.run(ask(scheduler))
+    assert torch.equal(codes, Asked(ONE, 1, PLAIN, 1).alone(engine))
+    assert dropped.future.cancelled() and scheduler.metrics().cancelled == 1
+
+
+@pytest.mark.parametrize("thread", [True, False])
+@pytest.mark.parametrize("cancel", [True, False])
+def test_shutting_down(engine, thread, cancel):
+    scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
+    requests = [scheduler.submit(ONE, i, PLAIN, 2) for i in range(3)]
+    if not thread:
+        scheduler.step()
+    elif not cancel:
+        scheduler.start()
+    scheduler.shutdown(cancel)
+    assert all(r.future.done() for r in requests)
+    assert all(r.future.cancelled() == cancel for r in requests)
+    with pytest.raises(SchedulerClosed, match="was shut down"):
+        scheduler.submit(ONE)
+    scheduler.shutdown()
+    m = scheduler.metrics()
+    assert (m.cancelled, m.finished) == ((3, 0) if cancel else (0, 3)) and m.live_slots == 0
+
+
+def test_an_error_in_the_block_cancels_what_is_left(engine):
+    with pytest.raises(KeyError), Scheduler(engine, slots=1, prompt_tokens=80) as scheduler:
+        requests = [scheduler.submit(THREE, i, PLAIN) for i in range(8)]
+        raise KeyError("the caller's")
+    assert all(r.future.done() for r in requests) and requests[-1].future.cancelled()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_who_waits_for_a_dead_thread_is_told(engine, monkeypatch):
+    scheduler = Scheduler(engine, slots=1, prompt_tokens=80)
+    requests = [scheduler.submit(ONE, i, PLAIN) for i in range(2)]
+    scheduler.step()
+    monkeypatch.setattr(scheduler, "_admit", lambda: 1 / 0)
+    scheduler.start()
+    for request in requests:
+        with pytest.raises(ZeroDivisionError):
+            request.result(60)
+    with pytest.raises(SchedulerClosed, match="died of ZeroDivisionError"):
+        scheduler.submit(ONE)
+    scheduler.shutdown()
+    assert scheduler.metrics().failed == 2
