@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -29,11 +28,8 @@ from echogen.engine.serving.metrics import Metrics
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Order, Request
 from echogen.engine.serving.waiting import Waiting
+from echogen.engine.serving.worker import SchedulerClosed, Worker
 from echogen.engine.slots import Slots
-
-
-class SchedulerClosed(RuntimeError):
-    """The scheduler takes no more requests; the message says why."""
 
 
 @dataclass
@@ -44,7 +40,7 @@ class _Live:
     rows: Tensor
 
 
-class Scheduler:
+class Scheduler(Worker):
     """Draws for many at once.
 
     ::
@@ -89,6 +85,7 @@ class Scheduler:
     ) -> None:
         if queue < 1 or patience < 0:
             raise ValueError(f"queue = {queue}, patience = {patience}; from 1 and from 0 on")
+        super().__init__()
         decoder, table = engine.decoder, engine.code_table
         vision: Any = engine.config.vq_config
         self.plan = plan(
@@ -108,10 +105,7 @@ class Scheduler:
                 )
         self._waiting, self._live = Waiting[Request](queue, patience), list[_Live]()
         self._metrics = Metrics(slots=self.plan.slots)
-        # Guards the queue, the counters and ``_closed``; ``_turn`` lets one thread step at a time.
-        self._changed, self._turn = threading.Condition(), threading.Lock()
-        self._closed, self._cancelling = "", False
-        self._thread: threading.Thread | None = None
+        self._turn = threading.Lock()  # one thread steps at a time; ``_changed`` guards the rest
 
     # --- submitting -----------------------------------------------------------------------------
 
@@ -288,44 +282,10 @@ class Scheduler:
         self._release(live)
         self._count_outcome("failed", live.request.fail(error))
 
-    # --- running --------------------------------------------------------------------------------
+    # --- for the worker ---------------------------------------------------------------------------
 
-    def run(self) -> None:
-        """Step until ``shutdown``; for a thread of the caller's own (``start`` makes one)."""
-        try:
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._waiting or self._live or self._closed)
-                    if self._closed and not (self._waiting or self._live):
-                        return
-                self.step()
-        except BaseException as error:
-            self._close(f"the scheduler died of {type(error).__name__}: {error}")
-            self._abandon(error)
-            raise
-
-    def start(self) -> Scheduler:
-        """Run in a thread of its own."""
-        if self._thread is not None:
-            raise RuntimeError("the scheduler was started already")
-        self._thread = threading.Thread(target=self.run, name="echogen-scheduler", daemon=True)
-        self._thread.start()
-        return self
-
-    def shutdown(self, cancel: bool = False) -> None:
-        """Take no more requests, draw those there are (or ``cancel`` them), and end the thread."""
-        self._cancelling = self._cancelling or cancel
-        self._close("the scheduler was shut down; make a new one")
-        if self._thread is None:
-            while self.step():
-                pass
-        elif self._thread is not threading.current_thread():
-            self._thread.join()
-
-    def _close(self, reason: str) -> None:
-        with self._changed:
-            self._closed = self._closed or reason
-            self._changed.notify_all()
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._live)
 
     def _abandon(self, error: BaseException) -> None:
         """Hand an error to everybody who is left."""
@@ -335,17 +295,6 @@ class Scheduler:
             self._fail(live, error)
         for request in left:
             self._count_outcome("failed", request.fail(error))
-
-    def __enter__(self) -> Scheduler:
-        return self.start()
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.shutdown(cancel=kind is not None)
 
     def metrics(self) -> Metrics:
         """A copy of the counters."""
