@@ -28,6 +28,7 @@ from echogen.train.config import CycleRLConfig
 from echogen.train.data.layouts import MOST_OBJECTS, check_room, random_layout, read_layouts
 from echogen.train.data.packing import Batch
 from echogen.train.data.scenes import load_scenes
+from echogen.train.distributed import one_goes_first
 from echogen.train.eval.agreement import self_agreement
 from echogen.train.eval.judge import detect
 from echogen.train.eval.tables import cycle_table, layouts_of
@@ -103,8 +104,11 @@ class CycleRLStage(WorldStage):
         self.config = replace(config, start=start.fingerprint)
         self._key = keys.noise_key(config.loop.seed, keys.RL_NOISE)
         self._reference = copy.deepcopy(self.module).requires_grad_(False) if config.beta else None
+        self.frozen = [] if self._reference is None else [self._reference]
         self._held: dict[tuple[int, int], Held] = {}
-        self._scenes = load_scenes("train", config.scenes) if config.layouts == "real" else []
+        with one_goes_first():
+            real = config.layouts == "real"
+            self._scenes = load_scenes("train", config.scenes) if real else []
         named = config.layouts in ("real", "random")
         self._read = [] if named else read_layouts(config.layouts)
         for number, layout in enumerate(self._read, 1):

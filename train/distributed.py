@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from echogen.train.stage import BeginRefused, Stage, TrainingError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
-"""How long processes wait for the first one's validation; a dead one is torchrun's to notice."""
+"""How long processes wait for what one of them does alone; a dead one is torchrun's to notice."""
 
 
 def world_size() -> int:
@@ -37,22 +38,28 @@ def world_size() -> int:
 def _environment(name: str, default: int) -> int:
     value = os.environ.get(name, str(default))
     if not value.isdecimal():
-        raise TrainingError(f"{name} = {value!r} in the environment; start with torchrun")
+        raise BeginRefused(f"{name} = {value!r} in the environment; start with torchrun")
     return int(value)
 
 
 def connect() -> None:
-    """Join the processes that torchrun has started, once. Raises TrainingError."""
+    """Join the processes that torchrun has started, once. Raises BeginRefused."""
     if dist.is_initialized():
         return
     missing = [n for n in ("RANK", "MASTER_ADDR", "MASTER_PORT") if n not in os.environ]
     if missing:
-        raise TrainingError(
+        raise BeginRefused(
             f"WORLD_SIZE = {world_size()}, but the environment has no {', '.join(missing)}; start "
             f"with torchrun, or unset WORLD_SIZE"
         )
     # Both: what is on the CPU (numbers to log, checkpoints) goes over gloo.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+
+
+@cache
+def patient_group() -> dist.ProcessGroup:
+    """All processes, for waiting and for words, on the CPU."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 @contextmanager
@@ -65,10 +72,10 @@ def one_goes_first() -> Iterator[None]:
     connect()
     first = _environment("LOCAL_RANK", 0) == 0
     if not first:
-        dist.barrier()
+        dist.barrier(patient_group())
     yield
     if first:
-        dist.barrier()
+        dist.barrier(patient_group())
 
 
 def start(config: LoopConfig) -> Processes:
@@ -105,8 +112,8 @@ def start(config: LoopConfig) -> Processes:
 class Several(Processes):
     """What runs of several processes have in common, however the weights are held.
 
-    Two process groups beside the default one: for waiting and for words, which may take long, and
-    for checkpoints, which are written in a thread.
+    Two process groups beside the default one: `patient_group`, and one for checkpoints, which are
+    written in a thread.
     """
 
     def __init__(self, config: LoopConfig) -> None:
@@ -114,7 +121,7 @@ class Several(Processes):
 
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
         self._config = config
-        self._side = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._side = patient_group()
         self._saver = Saver(dist.new_group(backend="gloo"))
 
     def prepare(self, stage: Stage) -> None:

@@ -25,6 +25,7 @@ from echogen.train import keys
 from echogen.train.config import DJOConfig
 from echogen.train.data.packing import Batch
 from echogen.train.data.samples import Sample, load_samples
+from echogen.train.distributed import one_goes_first
 from echogen.train.passes import (
     box_loss,
     by_tree,
@@ -169,7 +170,8 @@ class DJOStage(WorldStage):
     def __init__(self, config: DJOConfig, start: Start) -> None:
         super().__init__(start.engine, config.loop.seed, start.stages)
         self.config = replace(config, start=start.fingerprint)
-        self._train = load_samples(self.vq, "train", config.scenes)
+        with one_goes_first():
+            self._train = load_samples(self.vq, "train", config.scenes)
         self._key = keys.noise_key(config.loop.seed, keys.DJO_NOISE)
 
     def examples(self, step: int) -> list[Example]:

@@ -37,6 +37,7 @@ from echogen.train import keys
 from echogen.train.config import PMTPConfig
 from echogen.train.data.packing import Batch, shared_tree
 from echogen.train.data.samples import Sample, load_samples
+from echogen.train.distributed import one_goes_first
 from echogen.train.passes import box_loss, hidden_states, image_loss, worth_logging
 from echogen.train.shares import places
 from echogen.train.start import Start
@@ -141,12 +142,14 @@ class PMTPStage(WorldStage):
             engine = begin.engine
             locations(engine.prompts)
             self.config = replace(config, start=begin.fingerprint)
-            self._train = load_samples(engine.vq, "train", config.scenes)
+            with one_goes_first():
+                self._train = load_samples(engine.vq, "train", config.scenes)
             engine.sampling = Sampling(temperature=config.temperature, cfg=config.cfg)
             super().__init__(engine, config.loop.seed, begin.stages[:-1])
             return
         self.config = config
-        self._train = load_samples(begin.eval(), "train", config.scenes)
+        with one_goes_first():
+            self._train = load_samples(begin.eval(), "train", config.scenes)
         super().__init__(new_model(config, begin, self._train), config.loop.seed)
 
     def tasks(self, step: int) -> list[Task]:

@@ -26,6 +26,7 @@ from echogen.train.data.packing import (
 from echogen.train.data.samples import Sample, load_samples
 from echogen.train.data.scenes import load_scenes
 from echogen.train.data.shapes import IMAGE_SIZE
+from echogen.train.distributed import one_goes_first
 from echogen.train.passes import box_loss, hidden_states, image_loss
 from echogen.train.start import check_world, write_record
 from echogen.train.whole import WholeEngine
@@ -66,7 +67,8 @@ class WorldStage:
         self.module, self._device = engine.transformer, engine.device
         self.module.train().pixel_aligner.requires_grad_(False)  # no stage here reads pixels
         self._seed, self._stages = seed, stages
-        self._val = load_samples(self.vq, "val", VAL_SAMPLES)
+        with one_goes_first():
+            self._val = load_samples(self.vq, "val", VAL_SAMPLES)
 
     # --- trees ----------------------------------------------------------------------------------
 

@@ -7,19 +7,23 @@ folder below the one given; test_distributed reads them.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
+import shutil
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from echogen.train import cycle_rl, world
 from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, VQConfig
 from echogen.train.cycle_rl import CycleRLStage
+from echogen.train.data import samples, scenes
 from echogen.train.djo import DJOStage
+from echogen.train.eval import tables
 from echogen.train.loop import run
 from echogen.train.pmtp import PMTPStage
 from echogen.train.start import load_start
@@ -40,37 +44,24 @@ MANY = dataclasses.replace(
     LOOP, steps=4, muon_lr=2e-3, ema=0.9, accumulate=2, checkpoint_activations=True, eval_every=4,
     save_every=4,
 )  # fmt: skip
+SMALL: list[tuple[Any, str, Any]] = [
+    (world, "VAL_SAMPLES", 2),
+    (world, "PICTURES", 1),
+    (cycle_rl, "VAL_LAYOUTS", 2),
+    (tables, "judge_boxes", lambda images, scenes: {}),  # half of the time of these runs
+    (samples, "world_version", cache(scenes.world_version)),
+    (scenes, "world_version", cache(scenes.world_version)),
+]
+"""What the runs do without: many validation samples, the judge."""
 PMTP = {"width": 32, "layers": 2, "heads": 2, "mlp_width": 64, "bins": 17, "scenes": 24}
 
 
-class Interrupted(Exception):
-    """A run that ends in the middle, in every process."""
-
-
-class Interrupting(PMTPStage):
-    """Stage 1 that ends where a test wants it to."""
-
-    stop_at = -1
-
-    def loss(self, step: int):
-        self._stop(step)
-        return super().loss(step)
-
-    def loss_part(self, step: int, part: int, parts: int):
-        self._stop(step)
-        return super().loss_part(step, part, parts)
-
-    def _stop(self, step: int) -> None:
-        if step == self.stop_at:
-            raise Interrupted
-
-
-def pmtp(loop: LoopConfig, **settings: Any) -> Interrupting:
+def pmtp(loop: LoopConfig, **settings: Any) -> PMTPStage:
     """Stage 1 whose parts hold different numbers of targets."""
     torch.manual_seed(0)
     vq = build_vq(VQConfig(loop=loop, codes=32, latent=32, multipliers=(1, 1, 1, 1)), 32)
     config = PMTPConfig(loop=loop, batch=4, branches=3, **PMTP, **settings)
-    return Interrupting(config, vq)
+    return PMTPStage(config, vq)
 
 
 def djo(start: Path, loop: LoopConfig, **settings: Any) -> DJOStage:
@@ -105,49 +96,39 @@ def stages(start: Path, parallel: str) -> dict[str, Any]:
     }
 
 
-def run_all(start: Path, out: Path, parallel: str) -> None:
-    """Every stage, to its end."""
+def run_all(start: Path, out: Path, parallel: str, names: tuple[str, ...] = ()) -> None:
+    """Every stage, or those named, to its end."""
     for name, build in stages(start, parallel).items():
-        stage = build()
-        run(stage, stage.config.loop, out / name)
+        if not names or name in names:
+            stage = build()
+            run(stage, stage.config.loop, out / name)
 
 
-def interrupted(folder: Path, parallel: str, stop_at: int = 12) -> None:
-    """A run of stage 1 that saved its state at step 10 and ended at ``stop_at``."""
-    stage = pmtp(with_parallel(LOOP, parallel))
-    stage.stop_at = stop_at
-    try:
-        run(stage, stage.config.loop, folder)
-    except Interrupted:
-        pass
-    else:
-        raise AssertionError("it should not have come to its end")
-    while not (folder / "state.pt").exists():  # written in the background
-        time.sleep(0.01)
-
-
-def resumed(folder: Path, parallel: str) -> None:
-    """Go on with it."""
+def resumed(begun: Path, folder: Path, parallel: str) -> None:
+    """Go on with a run of stage 1 from its last state but one, in another folder."""
+    if os.environ.get("RANK", "0") == "0":
+        shutil.copytree(begun, folder)
+        for name in ("state.pt", "model"):
+            there = folder / name
+            shutil.rmtree(there) if there.is_dir() else there.unlink()
+        os.replace(folder / "state.prev.pt", folder / "state.pt")
+    if "RANK" in os.environ:
+        dist.barrier()
     stage = pmtp(with_parallel(LOOP, parallel))
     run(stage, stage.config.loop, folder, resume=True)
 
 
 def main(start: Path, out: Path) -> None:
     """Everything that two processes do."""
-    world.VAL_SAMPLES = cycle_rl.VAL_LAYOUTS = 4
-    torch.set_num_threads(1)
-    took = {}
-    for parallel in ("ddp", "fsdp"):
-        began = time.perf_counter()
-        run_all(start, out / parallel, parallel)
-        interrupted(out / f"{parallel}-to-none", parallel)
-        resumed(out / f"none-to-{parallel}", parallel)
-        if parallel == "fsdp":
-            interrupted(out / "fsdp-to-ddp", parallel)
-        took[parallel] = time.perf_counter() - began
-    resumed(out / "fsdp-to-ddp", "ddp")
-    if os.environ["RANK"] == "0":
-        (out / "took.json").write_text(json.dumps(took))
+    for module, name, value in SMALL:
+        setattr(module, name, value)
+    run_all(start, out / "ddp", "ddp", ("pmtp", "many", "djo", "rl"))
+    run_all(start, out / "fsdp", "fsdp", ("pmtp", "many", "sampled", "rl"))
+    while not (out / "none" / "done").exists():  # by the test itself, beside these two
+        time.sleep(0.05)
+    resumed(out / "none" / "pmtp", out / "none-to-ddp", "ddp")
+    resumed(out / "none" / "pmtp", out / "none-to-fsdp", "fsdp")
+    resumed(out / "fsdp" / "pmtp", out / "fsdp-to-ddp", "ddp")
 
 
 if __name__ == "__main__":
