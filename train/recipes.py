@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from echogen.train.config import (
     CycleRLConfig,
@@ -64,4 +65,74 @@ def tiny() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"tiny": tiny}
+def small() -> Recipe:
+    """One GPU: ShapesWorld at 128×128, 256 image tokens, a transformer of 12 layers.
+
+    No run of it has been made: sizes and rates are scaled up from `tiny`, and nothing was swept.
+    """
+    loop = LoopConfig(
+        steps=20_000, lr=1e-3, muon_lr=2e-3, decay=0.5, warmup=500, eval_every=2000,
+        save_every=1000, threads=None,
+    )  # fmt: skip
+    # 65 bins, as in `tiny`: the world is decided on a grid of 64, whatever it is drawn at.
+    pmtp = PMTPConfig(
+        loop=loop, width=512, layers=12, heads=8, mlp_width=1408, bins=65, scenes=200_000,
+        batch=128, temperature=0.3, cfg=1.0,
+    )  # fmt: skip
+    on = replace(loop, steps=10_000, lr=5e-4, muon_lr=1e-3, decay=0.8)
+    late = replace(loop, steps=5000, lr=5e-5, muon_lr=1e-4, eval_every=500, save_every=500)
+    rl = replace(
+        late, steps=1000, lr=2e-5, muon_lr=None, warmup=20, eval_every=100, save_every=100,
+        bf16=False,  # as in `tiny`
+    )  # fmt: skip
+    return Recipe(
+        name="small",
+        vq=VQConfig(
+            loop=LoopConfig(steps=10_000, lr=5e-4, eval_every=1000, threads=None),
+            channels=64, latent=128, codes=2048, image_size=128, batch=64, warmup_steps=1000,
+        ),
+        pmtp=pmtp,
+        pmtp_on=replace(pmtp, loop=on),
+        djo=DJOConfig(loop=late, scenes=200_000, batch=128, loop_weight=0.2),
+        cycle_rl=CycleRLConfig(loop=rl, scenes=200_000, batch=16),
+        notes="train vq and the stages with --device cuda",
+    )  # fmt: skip
+
+
+def janus_pro_1b() -> Recipe:
+    """The paper's: Janus-Pro 1B at 384×384, 576 image tokens, B = 1000 location tokens.
+
+    The paper's: AdamW at 5e-5 in all stages; 125k, 60k and 50k steps on 4M, 2M and 50k samples,
+    hence 32, 32 and 1 a step; groups of 8. The rest of AdamW, and a constant rate, are its
+    predecessor's (PlanGen), as the sources at hand do not say. The image tokenizer and the first
+    weights are the checkpoint's (`train pmtp --pretrained`), and ``vq`` only describes it. Until
+    real images can be loaded, the world is ShapesWorld at 384×384. No run of it has been made.
+    """
+    loop = LoopConfig(
+        steps=125_000, lr=5e-5, warmup=1000, decay=0.0, betas=(0.9, 0.999), eval_every=5000,
+        save_every=1000, threads=None,
+    )  # fmt: skip
+    pmtp = PMTPConfig(
+        loop=loop, width=2048, layers=24, heads=16, mlp_width=5632, rope_theta=10_000.0,
+        bins=1000, scenes=200_000, batch=32,
+    )  # fmt: skip
+    rl = replace(loop, steps=50_000, warmup=20, eval_every=500, save_every=500, bf16=False)
+    return Recipe(
+        name="janus_pro_1b",
+        vq=VQConfig(
+            loop=loop, channels=128, multipliers=(1, 1, 2, 2, 4), res_blocks=2, latent=256,
+            codes=16_384, code_dim=8, image_size=384,
+        ),
+        pmtp=pmtp,
+        pmtp_on=pmtp,
+        djo=DJOConfig(loop=replace(loop, steps=60_000), scenes=200_000, batch=32),
+        cycle_rl=CycleRLConfig(loop=rl, scenes=200_000, batch=1, group=8),
+        notes="begins with a Janus-Pro-1B checkpoint: train pmtp --pretrained FOLDER",
+    )  # fmt: skip
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "tiny": tiny,
+    "small": small,
+    "janus_pro_1b": janus_pro_1b,
+}

@@ -106,9 +106,9 @@ def note_chosen(folder: Path, chosen: dict[str, Any]) -> None:
 
 
 def check_world(engine: Engine, path: str | Path, image_size: int) -> None:
-    """Refuse a model whose images are not the world's. Raises CheckpointError."""
-    if engine.image_size != image_size:
+    """Refuse a model on whose images the world cannot be drawn. Raises CheckpointError."""
+    if engine.image_size % image_size:
         raise CheckpointError(
             f"{path}: this model's images have {engine.image_size} pixels a side, those of "
-            f"ShapesWorld {image_size}; begin with a model trained on them"
+            f"ShapesWorld {image_size} or a multiple of it; begin with a model trained on them"
         )

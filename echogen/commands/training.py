@@ -123,13 +123,16 @@ class TrainPMTP(RunOptions):
     """Folder of the trained image tokenizer (the model/ of `train vq`), for fresh weights."""
     begin: BeginOrNot = None
     """Instead of --vq, go on with stage 1: a run of this command, its model, or a bundled name."""
+    pretrained: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Instead of --vq, begin with a Janus checkpoint (folder or hub id) that no stage has trained;
+    location tokens are added to its vocabulary."""
 
     def run(self) -> None:
         self.check()
-        if (self.vq is None) == (self.begin is None):
+        if sum(given is not None for given in (self.vq, self.begin, self.pretrained)) != 1:
             raise InputError(
-                "name one of --vq (fresh weights behind an image tokenizer) and "
-                "--from (a model of this stage to go on with)"
+                "name one of --vq (fresh weights behind an image tokenizer), --from (a model of "
+                "this stage to go on with) and --pretrained (a Janus checkpoint)"
             )
         recipe = find_recipe(self.recipe)
         config = recipe.pmtp if self.begin is None else recipe.pmtp_on
@@ -137,7 +140,12 @@ class TrainPMTP(RunOptions):
         from echogen.train.pmtp import PMTPStage
         from echogen.train.start import load_start
 
-        if self.begin is not None:
+        if self.pretrained is not None:
+            from echogen.train.vocabulary import pretrained_start
+
+            start = pretrained_start(self.pretrained, config.bins, self.place())
+            stage = PMTPStage(replace(config, loop=loop), start)
+        elif self.begin is not None:
             start = load_start(self.begin, "pmtp", device=self.place())
             stage = PMTPStage(replace(config, loop=loop), start)
         elif self.vq is not None:

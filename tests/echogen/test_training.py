@@ -81,12 +81,27 @@ def test_train_pmtp_goes_on_from_its_own_model(run, model, tmp_path, handed_on):
     begin = ("train", "pmtp", "--out", tmp_path / "on")
     assert run(*begin).refused("--vq", "--from")
     assert run(*begin, "--vq", model, "--from", model).refused("name one of --vq")
+    assert run(*begin, "--pretrained", model, "--from", model).refused("--pretrained")
     write_record(model, ("pmtp",))
     try:
         done = run(*begin, "--from", model, "--steps", "3")
         assert done.code == 0, done.err
         assert handed_on["stages"] == ("pmtp",) and handed_on["steps"] == 3
         assert handed_on["config"].scenes == tiny().pmtp_on.scenes
+    finally:
+        (model / RECORD).unlink()
+
+
+def test_train_pmtp_begins_with_a_checkpoint_of_no_stage(run, model, tmp_path, handed_on):
+    done = run("train", "pmtp", "--out", tmp_path / "new", "--pretrained", model, "--steps", "3")
+    assert done.code == 0, done.err
+    assert handed_on["stages"] == () and handed_on["config"].scenes == tiny().pmtp.scenes
+    away = run("train", "pmtp", "--out", tmp_path / "no", "--pretrained", tmp_path / "nowhere")
+    assert away.refused("no such folder")
+    write_record(model, ("pmtp",))
+    try:
+        again = run("train", "pmtp", "--out", tmp_path / "no", "--pretrained", model)
+        assert again.refused("comes from stage pmtp", "--from")
     finally:
         (model / RECORD).unlink()
 

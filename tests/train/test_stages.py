@@ -210,3 +210,20 @@ def test_disagreement_is_the_share_of_variance_within_groups() -> None:
     assert float(disagreement(scaled, group_means(scaled, group)[group])) == pytest.approx(
         shares[1]
     )
+
+
+def test_a_model_of_a_larger_canvas_goes_through_its_stages(tmp_path: Path) -> None:
+    config = dataclasses.replace(VQ, image_size=128, multipliers=(1, 1, 1, 1, 1), batch=1)
+    tokenizer = VQStage(config, 32)
+    assert tokenizer.inputs(0)["pixels"].shape == (1, 3, 128, 128)
+    assert torch.isfinite(tokenizer.loss(0)[0]) and tokenizer.evaluate()["l1"] > 0
+    small = dataclasses.replace(PMTP, scenes=4, batch=2, extra_grounding=0)
+    stage = PMTPStage(small, tokenizer.module.vq)
+    assert torch.isfinite(stage.loss(0)[0])
+    stage.export(tmp_path / "model")
+    engine = Engine.from_pretrained(tmp_path / "model")
+    assert engine.image_size == 128 and engine.transformer.config.image_tokens == 64
+    layout = Layout("a star", (LayoutObject("a star", (0.1, 0.1, 0.5, 0.5)),))
+    assert engine.generate(layout).size == (128, 128)
+    cached = [p.name for p in (tmp_path / "cache").glob("codes-*")]
+    assert cached and all("-128-" in name for name in cached)

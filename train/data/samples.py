@@ -16,8 +16,9 @@ from transformers import JanusVQVAE
 
 from echogen.engine.layout import Box, Layout, LayoutObject
 from echogen.engine.vision import encode_image, to_pixels
+from echogen.train.data.canvas import canvas_version
 from echogen.train.data.scenes import cache_folder, load_scenes, render, world_version
-from echogen.train.data.shapes import Scene
+from echogen.train.data.shapes import IMAGE_SIZE, Scene
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,23 @@ def module_hash(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def image_side(vq: JanusVQVAE) -> int:
+    """Pixels along a side of the images that an image tokenizer was made for."""
+    halvings = len(vq.config.channel_multiplier) - 1
+    side: int = vq.config.num_patches << halvings
+    return side
+
+
 def load_codes(vq: JanusVQVAE, split: str, scenes: list[Scene], batch: int = 64) -> np.ndarray:
     """Image codes uint16 [N, T] of the scenes, from the cache or encoded now and cached."""
-    name = f"codes-{module_hash(vq)}-{world_version()}-{split}-{len(scenes)}.npy"
+    side = image_side(vq)
+    drawn = "" if side == IMAGE_SIZE else f"-{side}-{canvas_version()}"
+    name = f"codes-{module_hash(vq)}-{world_version()}{drawn}-{split}-{len(scenes)}.npy"
     path = cache_folder() / name
     if not path.exists():
         starts = range(0, len(scenes), batch)
         parts = [
-            encode_image(vq, to_pixels(render(scenes[i : i + batch]))).cpu().numpy()
+            encode_image(vq, to_pixels(render(scenes[i : i + batch], side))).cpu().numpy()
             for i in track(starts, description=f"encoding {split} images", transient=True)
         ]
         beside = path.with_name(f"{path.stem}.{os.getpid()}.part.npy")

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from echogen.train.data import grammar, shapes
-from echogen.train.data.shapes import Object, Scene, sample_scene
+from echogen.train.data.canvas import draw
+from echogen.train.data.shapes import IMAGE_SIZE, Object, Scene, sample_scene
 
 _CHUNK = 500
 
@@ -72,6 +73,6 @@ def load_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
     ]
 
 
-def render(scenes: list[Scene]) -> np.ndarray:
-    """Pictures of the scenes, uint8 [N, 64, 64, 3]."""
-    return np.stack([scene.image() for scene in scenes])
+def render(scenes: list[Scene], size: int = IMAGE_SIZE) -> np.ndarray:
+    """Pictures of the scenes, uint8 [N, size, size, 3]; ``size`` is a multiple of 64."""
+    return np.stack([draw(scene, size) for scene in scenes])

@@ -135,7 +135,8 @@ def evaluate(
     scenes = load_scenes(split, count)
     layouts = layouts_of(scenes, seed)
     expressions = expressions_of(layouts)
-    pixels = to_pixels(render(scenes))
+    true = render(scenes, engine.image_size)
+    pixels = to_pixels(true)
     true_codes = torch.cat([encode_image(engine.vq, p) for p in pixels.split(BATCH)])
     drawn, recovered, self_boxes = [], [], []
     for i in range(0, count, BATCH):
@@ -152,7 +153,7 @@ def evaluate(
         "l2i": l2i_table(scenes, layouts, found),
         "i2l": i2l_table([s.boxes() for s in scenes], recovered),
         "cycle": cycle_table(scenes, layouts, self_boxes, found),
-        "judge_ceiling": l2i_table(scenes, layouts, [detect(i) for i in render(scenes)])["acc50"],
+        "judge_ceiling": l2i_table(scenes, layouts, [detect(i) for i in true])["acc50"],
         "vq_ceiling": l2i_table(
             scenes,
             layouts,

@@ -1,0 +1,43 @@
+"""A pretrained Janus checkpoint for stage 1 to begin with: its vocabulary gets the tokens of boxes
+first.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from echogen.engine.engine import Engine, resolve
+from echogen.engine.rollout import locations
+from echogen.train.checkpoint import StateError
+from echogen.train.data.samples import module_hash
+from echogen.train.start import RECORD, Start, read_record
+
+
+def pretrained_start(path: str | Path, bins: int, device: str | torch.device = "cpu") -> Start:
+    """Load a Janus checkpoint that no stage has trained yet, with ``bins`` location tokens.
+
+    What the tokenizer lacks is added (`add_box_tokens`): the row of ``<loc_i>``, in the embedding
+    and in the text head, starts at the mean of the rows of i's digits. Old rows stay as they are,
+    and so do the image tokenizer and the shape of the transformer.
+
+    Args:
+        path: folder of a checkpoint, in transformers' Janus format or the original, or a hub id.
+        bins: B, one location token each.
+        device: where it is trained.
+
+    Raises:
+        StateError: a model that has been through a stage.
+        CheckpointError: a model that does not load.
+        PromptError: a tokenizer whose location tokens have gaps between them.
+    """
+    folder = resolve(path)
+    if stages := read_record(folder):
+        raise StateError(
+            f"{path}: this model comes from stage {stages[-1]} ({RECORD}), and is not one to begin "
+            f"anew from; go on with it through --from"
+        )
+    engine = Engine.from_pretrained(folder, device, codec="location", bins=bins)
+    locations(engine.prompts)
+    return Start(engine, (), module_hash(engine.transformer))
