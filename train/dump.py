@@ -29,11 +29,12 @@ def write_dump(
 
     It holds: ``stage`` and ``config`` of the run, ``step``, the ``error``, the module's ``weights``
     before the step, whole, and their ``fingerprint``, the ``inputs`` of the loss (where the stage
-    tells them), and the ``seed`` of torch's random state.
+    tells them), and the ``seeds`` of torch's random state in each part of it that one process has.
     """
     path = folder / f"dump-step{step}.pt"
     inputs = getattr(stage, "inputs", None)
     loop = stage.config.loop
+    shares = Processes().shares(loop.accumulate)
     found = {
         **identity(stage),
         "step": step,
@@ -41,7 +42,7 @@ def write_dump(
         "module": weights,
         "fingerprint": fingerprint(weights),
         "inputs": {} if inputs is None else inputs(step),
-        "seed": torch_seed(loop.seed, step),
+        "seeds": [torch_seed(loop.seed, step, *share) for share in shares],
     }
     save_state(path, found)
     return path
@@ -52,7 +53,8 @@ def fingerprint(weights: dict[str, Tensor]) -> str:
     digest = hashlib.blake2b(digest_size=6)
     for name, tensor in sorted(weights.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        numbers = tensor.detach().cpu().contiguous().flatten()
+        digest.update(numbers.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from torch import Tensor
 
 from echogen.engine.ranges import listening, span
 from echogen.train.average import Average
@@ -155,11 +156,18 @@ class Run:
         except NotFinite as error:
             told, weights = str(error), self.processes.weights(stage.module)
             if self.processes.writes:
-                path = write_dump(self.folder, stage, step, told, weights)
-                told += f"; what it was computed from is in {path} (--repeat {path})"
+                told += self._dumped(step, told, weights)
             if self.saved:
                 told += f"; the state of step {self.saved} is kept in {self.state_path}"
             raise TrainingError(f"{told} (try a lower lr)") from None
+
+    def _dumped(self, step: int, told: str, weights: dict[str, Tensor]) -> str:
+        """Dump a step; where to, or why not."""
+        try:
+            path = write_dump(self.folder, self.stage, step, told, weights)
+        except StateError as error:
+            return f"; it is not dumped: {error}"
+        return f"; what it was computed from is in {path} (--repeat {path})"
 
     def _due(self, done: int) -> bool:
         """Is there an evaluation behind ``done`` steps?"""

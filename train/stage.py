@@ -81,8 +81,13 @@ class NotFinite(TrainingError):
     """A loss or a gradient that is NaN or infinite; the weights are as before the step."""
 
 
+HOW = ("parallel", "accumulate", "checkpoint_activations", "deterministic")
+"""Settings of the loop that say how a step is computed, and not which."""
+
+
 def identity(stage: Stage) -> dict[str, str]:
-    """What tells a run's files from those of other runs: not how many processes share the work."""
+    """What tells a run's files from those of other runs. Settings in ``HOW`` do not: a run that
+    found too little memory may go on in more parts, with the same steps to rounding."""
     told = to_json(stage.config)
-    told["loop"].pop("parallel", None)
+    told["loop"] = {k: v for k, v in told["loop"].items() if k not in HOW}
     return {"stage": stage.name, "config": json.dumps(told, sort_keys=True)}

@@ -65,7 +65,8 @@ class Stop:
             yield
         finally:
             for number, handler in zip(numbers, before, strict=True):
-                signal.signal(number, handler)
+                # None: one that Python cannot put back, since it was not set from Python.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def unless_asked(self, work: Callable[[], T]) -> T | None:
         """What ``work`` gives, or None where a signal came, which breaks it off at once."""

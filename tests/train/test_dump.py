@@ -13,7 +13,7 @@ import torch
 from echogen.train.checkpoint import StateError, load_state
 from echogen.train.config import DJOConfig, LoopConfig, PMTPConfig, VQConfig
 from echogen.train.djo import DJOStage
-from echogen.train.dump import repeat_dump
+from echogen.train.dump import fingerprint, repeat_dump
 from echogen.train.loop import TrainingError, run
 from echogen.train.pmtp import PMTPStage
 from echogen.train.start import load_start
@@ -76,6 +76,22 @@ def test_a_dumped_step_is_repeated(build: Callable[[], Any], tmp_path: Path) -> 
     mended = repeat_dump(build(), config, dump)
     assert mended.same_inputs and not mended.broken and not mended.weights
     assert mended.numbers == stage.sound and mended.grad_norm > 0
+
+
+def test_a_dump_that_finds_no_room_does_not_hide_what_happened(
+    tmp_path: Path, pmtp_run: Path, loop: LoopConfig, small_world: None
+) -> None:
+    config = replace(loop, bf16=False)
+    stage = PMTPStage(PMTPConfig(loop=config, scenes=24, batch=4), load_start(pmtp_run, "pmtp"))
+    (tmp_path / "dump-step1.pt").mkdir()  # so that no file can take its place
+    with pytest.raises(TrainingError, match=r"loss nan.* not dumped: .*dump-step1\.pt: cannot"):
+        run(spoiled(stage, 1), config, tmp_path)
+
+
+def test_weights_without_dimensions_have_a_fingerprint() -> None:
+    one = {"count": torch.tensor(3), "flag": torch.tensor([True]), "w": torch.zeros(2, 3).T}
+    assert fingerprint(one) == fingerprint({k: one[k].clone() for k in reversed(one)})
+    assert fingerprint(one) != fingerprint(one | {"count": torch.tensor(4)})
 
 
 def leaves(x: Any) -> list[Any]:

@@ -115,6 +115,24 @@ def step_of(stage: Any, config: LoopConfig) -> tuple[dict[str, float], dict[str,
     return {k: float(v) for k, v in told.items()}, grads
 
 
+def test_a_run_may_go_on_in_more_parts(tmp_path: Path) -> None:
+    run(Toy(CONFIG), CONFIG, tmp_path / "whole")
+    stopped = Toy(CONFIG)
+    stopped.after_step = lambda step: interrupt() if step == 5 else None  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        run(stopped, CONFIG, tmp_path / "parts")
+    config = replace(CONFIG, accumulate=3, deterministic=True)
+    run(Toy(config), config, tmp_path / "parts", resume=True)
+    for whole, parts in zip(rows(tmp_path / "whole"), rows(tmp_path / "parts"), strict=True):
+        assert whole.keys() == parts.keys()
+        for name in whole.keys() - {"seconds_per_step"}:
+            assert parts[name] == pytest.approx(whole[name], rel=1e-5), name
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def test_what_cannot_be_split_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     config = replace(CONFIG, accumulate=5)
     with pytest.raises(BeginRefused, match=r"batch = 12 .* 5 parts"):
