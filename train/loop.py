@@ -33,10 +33,11 @@ from echogen.train.processes import Processes, Trained
 from echogen.train.progress import Pace, note, progress_bar
 from echogen.train.runtime import keep_pages, only_deterministic
 from echogen.train.selection import Best
-from echogen.train.stage import BeginRefused, NotFinite, Stage, TrainingError, identity
+from echogen.train.stage import BeginRefused as BeginRefused
+from echogen.train.stage import NotFinite, Stage, TrainingError, identity
 from echogen.train.start import note_chosen
 from echogen.train.stop import Stop, Stopped
-from echogen.train.update import splittable, update
+from echogen.train.update import check, update
 
 
 def run(
@@ -87,7 +88,7 @@ class Run:
         self.processes, self.stop = processes, stop
         self.console = Console(stderr=True, quiet=not processes.writes)
         self.state_path = folder / "state.pt"
-        _check(stage, config, processes)
+        check(stage, config, processes)
         folder.mkdir(parents=True, exist_ok=True)
         processes.prepare(stage)
         optimizers = build_optimizers(stage.module, config)
@@ -295,28 +296,6 @@ class Run:
         if model.exists():
             shutil.rmtree(model)
         os.replace(beside, model)
-
-
-def _check(stage: Stage, config: LoopConfig, processes: Processes) -> None:
-    """Refuse what the stage cannot do. Raises BeginRefused."""
-    parts = processes.shares(config.accumulate)[0][1]
-    if parts > 1:
-        splittable(stage)
-    for name in ("batch", "extra_grounding"):
-        if (value := getattr(stage.config, name, 0)) % parts:
-            raise BeginRefused(
-                f"{stage.name}: {name} = {value} cannot be shared out evenly over {parts} parts "
-                f"({processes.count} processes × accumulate = {config.accumulate}); make it a "
-                f"multiple of {parts}"
-            )
-    module: Any = stage.module
-    if config.checkpoint_activations:
-        if not hasattr(module, "checkpointing"):
-            raise BeginRefused(
-                f"{stage.name}: checkpoint_activations, but its module has no decoder blocks to "
-                f"run again; leave it out"
-            )
-        module.checkpointing = True
 
 
 def _rounded(numbers: dict[str, Any]) -> dict[str, float]:

@@ -16,6 +16,28 @@ from echogen.train.processes import Processes
 from echogen.train.stage import BeginRefused, NotFinite, Stage, TrainingError
 
 
+def check(stage: Stage, config: LoopConfig, processes: Processes) -> None:
+    """Refuse what the stage cannot do. Raises BeginRefused."""
+    parts = processes.shares(config.accumulate)[0][1]
+    if parts > 1:
+        splittable(stage)
+    for name in ("batch", "extra_grounding"):
+        if (value := getattr(stage.config, name, 0)) % parts:
+            raise BeginRefused(
+                f"{stage.name}: {name} = {value} cannot be shared out evenly over {parts} parts "
+                f"({processes.count} processes × accumulate = {config.accumulate}); make it a "
+                f"multiple of {parts}"
+            )
+    module: Any = stage.module
+    if config.checkpoint_activations:
+        if not hasattr(module, "checkpointing"):
+            raise BeginRefused(
+                f"{stage.name}: checkpoint_activations, but its module has no decoder blocks to "
+                f"run again; leave it out"
+            )
+        module.checkpointing = True
+
+
 def update(
     stage: Stage,
     config: LoopConfig,
