@@ -13,6 +13,7 @@ from echogen.engine.cache import KVCache, WindowCache
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.packed_decode import PackedDecoding, PackedWindows
+from echogen.engine.packed_shared import SharedDecoding, worth_sharing
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampler
 
@@ -173,6 +174,7 @@ def decode_image(
     sampler: Sampler,
     pad: int,
     progress: Progress | None = None,
+    share: bool = True,
 ) -> Tensor:
     """Draw one image for each prompt.
 
@@ -184,22 +186,27 @@ def decode_image(
         sampler: made for N samples; decides whether rows are guided.
         pad: id that fills shorter prompts on the left, where nothing attends to it.
         progress: called after every step.
+        share: keep a prompt that many rows have once, where that is the faster way
+            (`packed_shared.worth_sharing`); False keeps a copy a row, for comparisons.
 
     Returns:
         Image codes int64 [N, T].
     """
     model, ids, pads = prepared(model, code_table, prompts, pad)
     rows, steps, guided = len(ids), model.config.image_tokens, sampler.sampling.guided
-    decoding: Decoding = (
-        PlainDecoding(model, code_table, ids, pads, steps)
-        if isinstance(model, UnifiedTransformer)
-        else PackedDecoding(model, code_table, ids, pads, steps, guided)
-    )
+    held = ids.numel()  # tokens in the cache, over all rows
+    decoding: Decoding
+    if isinstance(model, UnifiedTransformer):
+        decoding = PlainDecoding(model, code_table, ids, pads, steps)
+    elif share and worth_sharing(ids, code_table.dtype):
+        decoding = shared = SharedDecoding(model, code_table, ids, pads, steps, guided)
+        held = shared.held
+    else:
+        decoding = PackedDecoding(model, code_table, ids, pads, steps, guided)
     images = rows // 2 if guided else rows
     codes = torch.empty(images, steps, dtype=torch.int64, device=code_table.device)
     with span("engine/prefill", rows=rows):
         logits = decoding.prefill()
-    held = ids.numel()  # tokens in the cache, over all rows
     for step in range(steps):
         with span("engine/sample", rows=rows, step=step):
             code = codes[:, step] = sampler(logits, step)

@@ -81,21 +81,8 @@ class PackedDecoding:
 
     def prefill(self) -> Tensor:
         """Run the prompts, equal ones once; image logits [R, V] of their last tokens."""
-        cache, rows, first = self._model.prefixes, self._ids.tolist(), self._conditional
-        prompts = [tuple(row[pad:]) for row, pad in zip(rows, self._pads, strict=True)]
-        places = {prompt: row for row, prompt in reversed(list(enumerate(prompts[:first])))}
-        held = list(places.values())
-        pads = torch.tensor([self._pads[row] for row in held])
-        drawn = dict(zip(places, run_prompts(self._model, self._ids[held], pads), strict=True))
-        found = [drawn[prompt] for prompt in prompts[:first]]
-        for prompt in prompts[first:]:
-            # Alone and unpadded: what is kept must not depend on what it was drawn beside.
-            prefix = cache.get(prompt)
-            if prefix is None:
-                prefix = run_prompts(self._model, torch.tensor([prompt]), torch.zeros(1))[0]
-                cache.put(prompt, prefix)
-            found.append(prefix)
-        self._end = len(rows[0])
+        found = prefixes_of(self._model, self._ids, self._pads, self._conditional)
+        self._end = self._ids.shape[1]
         for row, (pad, prefix) in enumerate(zip(self._pads, found, strict=True)):
             # Weights of 0 on uninitialised memory could still make NaN.
             self._block[:, :, row, :, :pad].zero_()
@@ -130,6 +117,34 @@ def for_heads(visible: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
     """Visibility [R or 1, L, S] → additive mask [R·kv_heads or 1, 1, L, S]."""
     mask = additive_mask(visible, dtype)
     return mask if len(mask) == 1 else mask.repeat_interleave(kv_heads, 0)
+
+
+def prefixes_of(
+    model: PackedTransformer, ids: Tensor, pads: list[int], conditional: int
+) -> list[Prefix]:
+    """What prompts int64 [R, L], padded on the left by ``pads``, leave behind, equal ones run once.
+    The first ``conditional`` rows are run together; the others, unconditional or negative, may be
+    kept from earlier drawings (``model.prefixes``)."""
+    cache = model.prefixes
+    prompts = [tuple(row[pad:]) for row, pad in zip(ids.tolist(), pads, strict=True)]
+    places = {prompt: row for row, prompt in reversed(list(enumerate(prompts[:conditional])))}
+    held = list(places.values())
+    drawn = dict(
+        zip(
+            places,
+            run_prompts(model, ids[held], torch.tensor([pads[row] for row in held])),
+            strict=True,
+        )
+    )
+    found = [drawn[prompt] for prompt in prompts[:conditional]]
+    for prompt in prompts[conditional:]:
+        # Alone and unpadded: what is kept must not depend on what it was drawn beside.
+        prefix = cache.get(prompt)
+        if prefix is None:
+            prefix = run_prompts(model, torch.tensor([prompt]), torch.zeros(1))[0]
+            cache.put(prompt, prefix)
+        found.append(prefix)
+    return found
 
 
 def run_prompts(model: PackedTransformer, ids: Tensor, pads: Tensor) -> list[Prefix]:

@@ -1,5 +1,5 @@
-"""Who draws in modes latency and rollout: this engine, plain eager PyTorch, and the port's loop,
-with either of its caches and compiled."""
+"""Who draws in modes latency and rollout: this engine, the same with a copy of its prompt in every
+row, plain eager PyTorch, and the port's loop, with either of its caches and compiled."""
 
 from __future__ import annotations
 
@@ -18,13 +18,15 @@ from echogen.bench.speed.phases import Weights, step_floor
 from echogen.engine.decode import PlainDecoding, decode_image, left_padded
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.packed import PackedTransformer, packable
+from echogen.engine.packed_shared import worth_sharing
 from echogen.engine.rollout import RecordingSampler
 from echogen.engine.sampler import Sampler, Sampling
 
 Draw = Callable[[], Tensor]
 EAGER, PORT = "eager", "transformers"
 STATIC, COMPILED = "transformers:static", "transformers:compile"
-PEERS = (PORT, STATIC, COMPILED, EAGER)
+COPIES = "echogen:copies"
+PEERS = (PORT, STATIC, COMPILED, EAGER, COPIES)
 CACHES: dict[str, CacheKind] = {PORT: "dynamic", STATIC: "static", COMPILED: "static"}
 
 
@@ -73,8 +75,16 @@ class Contestants:
 
     def names(self, asked: Asked) -> list[str]:
         """This engine, and the peers that draw such a batch; the port draws only above cfg 1."""
-        peers = [p for p in self._peers if p not in self._broken]
-        return [OURS, *(p for p in peers if p == EAGER or asked.cfg > 1)]
+        there = {EAGER} | ({COPIES} if self._shares(asked) else set())
+        there |= set(CACHES) if asked.cfg > 1 else set()
+        return [OURS, *(p for p in self._peers if p in there - self._broken)]
+
+    def _shares(self, asked: Asked) -> bool:
+        """Whether this engine keeps prompts once."""
+        packed = isinstance(self._model, PackedTransformer)
+        return packed and worth_sharing(
+            torch.tensor(self._rows(asked)), self._subject.code_table.dtype
+        )
 
     def greedy(self, name: str, asked: Asked) -> Draw:
         """The most likely codes, to compare."""
@@ -103,7 +113,9 @@ class Contestants:
                 port.generate, asked.prompts, asked.cfg, CACHES[name], sampling.temperature > 0,
                 name == COMPILED,
             )  # fmt: skip
-        return partial(self._own if name == OURS else self._eager, asked, sampling)
+        if name == EAGER:
+            return partial(self._eager, asked, sampling)
+        return partial(self._own, asked, sampling, name == OURS)
 
     def _rows(self, asked: Asked) -> list[list[int]]:
         s, rows = self._subject, asked.prompts.tolist()
@@ -119,9 +131,10 @@ class Contestants:
         draws = torch.arange(len(asked.prompts), device=device)
         return made(sampling, asked.seed, draws, c.codebook_size, c.image_tokens)
 
-    def _own(self, asked: Asked, sampling: Sampling) -> Tensor:
+    def _own(self, asked: Asked, sampling: Sampling, share: bool) -> Tensor:
         sampler, s = self._sampler(asked, sampling), self._subject
-        return decode_image(self._model, s.code_table, self._rows(asked), sampler, s.pad)
+        rows = self._rows(asked)
+        return decode_image(self._model, s.code_table, rows, sampler, s.pad, share=share)
 
     @torch.inference_mode()
     def _eager(self, asked: Asked, sampling: Sampling) -> Tensor:

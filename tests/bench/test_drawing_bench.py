@@ -13,7 +13,7 @@ from echogen.bench.harness import WrongResult
 from echogen.bench.peers.janus_port import JanusPort
 from echogen.bench.roofline import Roofline
 from echogen.bench.speed import contestants, drawing, tables
-from echogen.bench.speed.contestants import COMPILED, EAGER, PORT, STATIC, Contestants
+from echogen.bench.speed.contestants import COMPILED, COPIES, EAGER, PORT, STATIC, Contestants
 from echogen.bench.speed.held import held_mib
 from echogen.bench.speed.models import hollow, load
 from echogen.bench.speed.phases import Weights, step_floor
@@ -63,11 +63,13 @@ def test_latency_reports_everybody():
 
 
 def test_rollouts_draw_groups_with_and_without_guidance():
-    result = drawing.run(plan("rollout"), [MICRO])
+    result = drawing.run(plan("rollout", peers=(PORT, EAGER, COPIES)), [MICRO])
     cells = [(r["batch"], r["cfg"], r["provider"], r["ratio"] is None) for r in result["results"]]
     unguided = [(b, 1.0, name, True) for b in (8, 16) for name in ("echogen", EAGER)]
     guided = [(b, 5.0, name, False) for b in (8, 16) for name in ("echogen", PORT, EAGER)]
-    assert sorted(cells) == sorted(unguided + guided)
+    # From sixteen rows on prompts are kept once, and copies are another way to draw.
+    copies = [(16, 1.0, COPIES, True), (8, 5.0, COPIES, False), (16, 5.0, COPIES, False)]
+    assert sorted(cells) == sorted(unguided + guided + copies)
     assert result["group"] == 8
     by = {(r["batch"], r["cfg"]): r for r in result["results"] if r["provider"] == "echogen"}
     assert by[8, 1.0]["bytes_per_step"] < by[8, 5.0]["bytes_per_step"]
@@ -96,7 +98,9 @@ def test_a_peer_that_does_not_run_is_named_and_left_out(monkeypatch):
 
 
 def test_another_picture_is_refused_before_timing(monkeypatch):
-    monkeypatch.setattr(contestants, "decode_image", lambda *a: (decode_image(*a) + 1) % 64)
+    monkeypatch.setattr(
+        contestants, "decode_image", lambda *a, **k: (decode_image(*a, **k) + 1) % 64
+    )
     monkeypatch.setattr(drawing, "alternate", lambda *_: pytest.fail("timed a wrong result"))
     with pytest.raises(WrongResult, match=r"drew 100% of 1 images otherwise.*nothing was timed"):
         drawing.run(plan(), [MICRO])
