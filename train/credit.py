@@ -1,0 +1,97 @@
+"""Whom a reward is credited to: all tokens of an image alike, or each object's own.
+
+An image's reward is the mean over its objects, and one advantage for all of its tokens lets a good
+circle reinforce the square that failed beside it. Yet the answer about an object is, above all, a
+matter of the tokens that lie in its box: here every object is compared with the same object in the
+group's other images, and the advantage goes to these tokens alone. The rest of the image is left to
+the KL term. What it changes is the noise: `echogen bench credit` measures how far the gradients of
+two halves of some rollouts agree.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from echogen.kernels.cycle_reward import CycleReward
+from echogen.kernels.grpo import Mode, group_advantage
+
+EPS = 0.02
+"""ε of an object's advantage, in units of reward. Boxes are quantised, so objects drawn equally
+well differ by about a bin of 64, and without it that would count as much as success and failure."""
+
+
+class Credit(NamedTuple):
+    """Rows of `grpo_loss`: tokens that share an advantage.
+
+    Attributes:
+        image: int64 [R], the image whose tokens a row has.
+        mask: bool [R, S], which of them.
+        advantage: float32 [R].
+    """
+
+    image: Tensor
+    mask: Tensor
+    advantage: Tensor
+
+    def rows(self, logprob: Tensor | None) -> Tensor | None:
+        """Log-probabilities [N, S] of images → [R, S] of rows."""
+        return None if logprob is None else logprob.index_select(0, self.image)
+
+
+def cells(boxes: Tensor, rows: int, columns: int) -> Tensor:
+    """The image tokens whose centre lies in a box, and the one that holds the box's own centre, so
+    that none is empty: boxes [..., 4] in [0, 1] → bool [..., rows · columns]."""
+    x1, y1, x2, y2 = boxes.unsqueeze(-1).unbind(-2)
+
+    def inside(low: Tensor, high: Tensor, count: int) -> Tensor:
+        place = torch.arange(count, device=boxes.device)
+        centre = (place + 0.5) / count
+        own = ((low + high) / 2 * count).floor().clamp(0, count - 1) == place
+        return ((low <= centre) & (centre <= high)) | own
+
+    across, down = inside(x1, x2, columns), inside(y1, y2, rows)
+    return (down.unsqueeze(-1) & across.unsqueeze(-2)).flatten(-2)
+
+
+def by_image(score: CycleReward, mask: Tensor) -> Credit:
+    """One row an image. Args: score of [B, G] images; mask bool [N, S] of the policy's tokens."""
+    image = torch.arange(len(mask), device=mask.device)
+    return Credit(image, mask, score.advantage.flatten())
+
+
+def by_object(
+    score: CycleReward,
+    boxes: Tensor,
+    there: Tensor,
+    mask: Tensor,
+    grid: tuple[int, int] | None,
+    w_iou: float,
+    w_l1: float,
+    mode: Mode,
+) -> Credit:
+    """One row for each object of each image: the image tokens in its box, the tokens of its answer.
+
+    Args:
+        score: of [B, G] images.
+        boxes, there: asked for, [B, K, 4], and which of them there are, bool [B, K].
+        mask: bool [N, S] of the policy's tokens: T image tokens, where there is a ``grid``, then,
+            where S holds more than these, four for each of K answers.
+        grid: (rows, columns) of the image tokens; None: they are not the policy's.
+        w_iou, w_l1, mode: as for `cycle_reward`.
+    """
+    count, group, most = score.iou.shape
+    parts = [] if grid is None else [cells(boxes, *grid)]
+    if mask.shape[1] > sum(part.shape[-1] for part in parts):
+        own = torch.eye(most, dtype=torch.bool, device=mask.device).repeat_interleave(4, 1)
+        parts.append(own.expand(count, most, 4 * most))
+    tokens = torch.cat(parts, -1)
+    reward = -(w_iou * (1 - score.iou) + w_l1 * score.l1)
+    each = reward.transpose(1, 2).reshape(count * most, group).contiguous()
+    advantage = group_advantage(each, mode=mode, eps=EPS).advantage
+    advantage = advantage.view(count, most, group).transpose(1, 2)
+    layout, _, which = row = there[:, None].expand(count, group, most).nonzero(as_tuple=True)
+    image = layout * group + row[1]
+    return Credit(image, tokens[layout, which] & mask[image], advantage[row].contiguous())
