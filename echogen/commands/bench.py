@@ -26,6 +26,7 @@ from echogen.commands.output import (
     warn,
 )  # fmt: skip
 from echogen.commands.quality import BenchQuality
+from echogen.commands.serving import BenchServing
 
 
 @dataclass(frozen=True)
@@ -261,6 +262,7 @@ class Bench:
         Annotated[BenchEngine, tyro.conf.subcommand("engine")]
         | Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
         | Annotated[BenchTrain, tyro.conf.subcommand("train")]
+        | Annotated[BenchServing, tyro.conf.subcommand("serving")]
         | Annotated[BenchQuality, tyro.conf.subcommand("quality")]
         | Annotated[BenchMemory, tyro.conf.subcommand("memory")]
         | Annotated[BenchRoofline, tyro.conf.subcommand("roofline")]

@@ -1,0 +1,254 @@
+"""Many requests at once: through the scheduler, one after another, and in batches that are fixed.
+
+All requests are there at the beginning, and all images of a model take as many steps, so a fixed
+batch wastes least here: what the scheduler gains over it are mixed settings in one step and places
+filled again. Codes are compared before anything is timed. Which of them lie within rounding of
+another is a matter of the number of rows; in batch-invariant mode no bit may differ.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from echogen.bench.harness import WrongResult, alternate, environment, quantiles, threads
+from echogen.engine.decode import Progress, decode_image
+from echogen.engine.engine import Engine
+from echogen.engine.layout import Layout
+from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.scheduler import Scheduler
+from echogen.train.data.scenes import load_scenes
+
+KINDS = (
+    Sampling(temperature=0.3),
+    Sampling(temperature=1.0, cfg=5.0),
+    Sampling(temperature=0.7, top_k=100, top_p=0.95),
+    Sampling(temperature=0.7, cfg=3.0),
+)
+SAMPLES = 3
+"""A request asks for 1 to so many images."""
+SCHEDULER, INVARIANT = "scheduler", "scheduler, batch-invariant"
+ALONE, DEFAULT, STATIC = "one by one", "one by one, several codes a step", "fixed batches"
+MOST_DIFFERENT = 0.05
+"""Share of the images that may differ by rounding before a result counts as wrong."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request."""
+
+    layout: Layout
+    seed: int
+    sampling: Sampling
+    samples: int
+
+
+Draw = Callable[[], list[Tensor]]
+"""Draws all requests; the codes [samples, T] of each."""
+
+
+def measure(
+    model: str = "tiny",
+    requests: int = 24,
+    slots: int = 16,
+    repeats: int = 5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time the same requests each way, in turn, on one thread of a CPU in float32; JSON-ready.
+
+    Args:
+        model: what ``Engine.from_pretrained`` takes.
+        requests: layouts of ShapesWorld's test split, with settings of ``KINDS`` and 1 to
+            ``SAMPLES`` images each.
+        slots: rows a step has at most, the scheduler's and the fixed batches'.
+        repeats: timed runs of each.
+        seed: of the settings and of the noise.
+        progress: called with (runs done, runs in all).
+
+    Returns:
+        ``results``, one object a provider: seconds for all requests (median, quantiles 0.2 and
+        0.8), images and codes a second, and ``different``, images unlike those drawn one by one;
+        ``ratio``, of each other provider's time to the scheduler's, and ``invariant_cost``, of
+        batch-invariant to usual steps (medians over the pairs).
+
+    Raises:
+        WrongResult: other pictures than one by one, or bits that depend on the crowd in
+            batch-invariant mode; nothing was timed.
+        ValueError: requests, repeats or slots out of range.
+        CheckpointError: no such checkpoint.
+    """
+    if requests < 1 or repeats < 1:
+        raise ValueError(f"requests = {requests}, repeats = {repeats}; both must be at least 1")
+    if slots < 2 * SAMPLES:
+        raise ValueError(f"slots = {slots}; {SAMPLES} guided images take {2 * SAMPLES}")
+    engine = Engine.from_pretrained(model)
+    asked = mixed(requests, seed)
+    with threads(1):
+        draws = contestants(engine, asked, slots)
+        different = check(draws)
+        total, done = repeats * len(draws), itertools.count(1)
+        times = alternate(draws, repeats, lambda: progress(next(done), total) if progress else None)
+    images, tokens = sum(a.samples for a in asked), engine.transformer.config.image_tokens
+    prompts = [len(engine.prompts.l2i(a.layout)) for a in asked]
+    said = {"model": model, "dtype": "float32", "threads": 1, "requests": requests}
+    said |= {"images": images, "image_tokens": tokens, "slots": slots, "repeats": repeats}
+    said |= {"seed": seed, "prompt_tokens": [min(prompts), max(prompts)]}
+    results = [
+        {"provider": name, "different": different[name], **_rates(times[name], images, tokens)}
+        for name in draws
+    ]
+    ratio = {n: _ratio(times[n], times[SCHEDULER]) for n in (ALONE, DEFAULT, STATIC)}
+    cost = _ratio(times[INVARIANT], times[SCHEDULER])
+    return said | environment() | {"results": results, "ratio": ratio, "invariant_cost": cost}
+
+
+def mixed(count: int, seed: int) -> list[Asked]:
+    """Requests of all kinds, in no order."""
+    rng = random.Random(seed)
+    return [
+        Asked(scene.layout(), rng.randrange(1 << 32), rng.choice(KINDS), rng.randint(1, SAMPLES))
+        for scene in load_scenes("test", count)
+    ]
+
+
+def contestants(engine: Engine, asked: list[Asked], slots: int) -> dict[str, Draw]:
+    """Each way to draw the requests; schedulers are made here, and used for every run."""
+    longest = max(len(engine.prompts.l2i(a.layout)) for a in asked)
+
+    def alone(decoding: Any) -> Draw:
+        return lambda: [
+            engine.generate_codes(
+                [a.layout] * a.samples, a.seed, sampling=a.sampling, decoding=decoding
+            )
+            for a in asked
+        ]
+
+    def together(invariant: bool) -> Draw:
+        scheduler = Scheduler(engine, slots, len(asked), prompt_tokens=longest, invariant=invariant)
+        return lambda: scheduled(scheduler, asked)
+
+    return {
+        SCHEDULER: together(False),
+        INVARIANT: together(True),
+        ALONE: alone("sequential"),
+        DEFAULT: alone("auto"),
+        STATIC: lambda: in_batches(engine, asked, slots),
+    }
+
+
+def scheduled(scheduler: Scheduler, asked: list[Asked]) -> list[Tensor]:
+    """All requests at once through a scheduler."""
+    made = [scheduler.submit(a.layout, a.seed, a.sampling, a.samples) for a in asked]
+    while scheduler.step():
+        pass
+    return [request.result() for request in made]
+
+
+class Together(Sampler):
+    """The samplers of several requests as one, each on its rows of a batch."""
+
+    def __init__(self, samplers: list[Sampler], counts: list[int]) -> None:
+        self.sampling, self._samplers, self._counts = samplers[0].sampling, samplers, counts
+
+    def __call__(self, logits: Tensor, step: int) -> Tensor:
+        """See `Sampler`."""
+        halves = [
+            half.split(self._counts) for half in logits.chunk(2 if self.sampling.guided else 1)
+        ]
+        rows = [torch.cat(parts) for parts in zip(*halves, strict=True)]
+        drawn = zip(self._samplers, rows, strict=True)
+        return torch.cat([sampler(part, step) for sampler, part in drawn])
+
+
+def in_batches(engine: Engine, asked: list[Asked], slots: int) -> list[Tensor]:
+    """Requests in batches of up to ``slots`` rows, as they come, those with guidance and those
+    without apart: `decode_image` takes rows of one kind."""
+    found: dict[int, Tensor] = {}
+    for guided in (False, True):
+        mine = [i for i, a in enumerate(asked) if a.sampling.guided == guided]
+        while mine:
+            batch, rows = list[int](), 0
+            while mine and rows + (more := asked[mine[0]].samples * (1 + guided)) <= slots:
+                batch.append(mine.pop(0))
+                rows += more
+            codes = _batch(engine, [asked[i] for i in batch])
+            found |= zip(batch, codes, strict=True)
+    return [found[i] for i in range(len(asked))]
+
+
+def _batch(engine: Engine, asked: list[Asked]) -> list[Tensor]:
+    c = engine.transformer.config
+    pairs = [engine.prompt_rows([a.layout], a.sampling) for a in asked]
+    counts = [a.samples for a in asked]
+    prompts = [
+        prompt
+        for half in zip(*pairs, strict=True)
+        for prompt, count in zip(half, counts, strict=True)
+        for _ in range(count)
+    ]
+    samplers = [
+        Sampler(a.sampling, a.seed, torch.arange(a.samples), c.codebook_size, c.image_tokens)
+        for a in asked
+    ]
+    sampler, pad = Together(samplers, counts), engine.prompts.pad
+    codes = decode_image(engine.decoder, engine.code_table, prompts, sampler, pad)
+    return list(codes.split(counts))
+
+
+def check(draws: dict[str, Draw]) -> dict[str, int]:
+    """Images of each provider that are not those drawn one by one. Raises WrongResult."""
+    wanted = draws[ALONE]()
+    different = {}
+    for name, draw in draws.items():
+        pairs = list(zip(draw(), wanted, strict=True))
+        different[name] = sum(int((a != b).any(-1).sum()) for a, b in pairs)
+        images = sum(map(len, wanted))
+        if different[name] > MOST_DIFFERENT * images:
+            raise WrongResult(
+                f"{name} drew {different[name]} of {images} pictures otherwise; nothing was timed"
+            )
+    return different
+
+
+def _rates(times: list[float], images: int, tokens: int) -> dict[str, float]:
+    spread = quantiles(times)
+    return {f"seconds_{name}": value for name, value in spread.items()} | {
+        "images_per_s": images / spread["median"],
+        "tokens_per_s": images * tokens / spread["median"],
+    }
+
+
+def _ratio(times: list[float], to: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(times, to, strict=True))
+
+
+def table(result: dict[str, Any]) -> Table:
+    """What ``measure`` found, for people."""
+    shown = Table(
+        title=f"{result['requests']} requests, {result['images']} images, {result['slots']} slots "
+        f"({result['model']}, {result['dtype']}); batch-invariant steps take "
+        f"{result['invariant_cost']:.2f} times as long"
+    )
+    shown.add_column("provider")
+    for heading in ("images/s", "tokens/s", "seconds", "q20 … q80", "its time / the scheduler's"):
+        shown.add_column(heading, justify="right")
+    ratios = result["ratio"] | {SCHEDULER: 1.0, INVARIANT: result["invariant_cost"]}
+    for r in result["results"]:
+        shown.add_row(
+            r["provider"],
+            f"{r['images_per_s']:.2f}",
+            f"{r['tokens_per_s']:.0f}",
+            f"{r['seconds_median']:.2f}",
+            f"{r['seconds_q20']:.2f} … {r['seconds_q80']:.2f}",
+            f"{ratios[r['provider']]:.2f}",
+        )
+    return shown

@@ -1,0 +1,84 @@
+"""The benchmark of the scheduler: complete results, and no figure for a wrong picture."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+from echogen.bench.harness import WrongResult
+from echogen.bench.speed import serving
+from echogen.cli import main
+
+SMALL = {"requests": 3, "slots": 6, "repeats": 1}
+
+
+def test_measure_reports_every_provider():
+    before, seen = torch.get_num_threads(), []
+    result = serving.measure(**SMALL, progress=lambda done, total: seen.append((done, total)))
+    assert torch.get_num_threads() == before
+    assert seen == [(i, 5) for i in range(1, 6)]
+    assert json.loads(json.dumps(result)) == result
+    names = [r["provider"] for r in result["results"]]
+    assert names == [
+        serving.SCHEDULER, serving.INVARIANT, serving.ALONE, serving.DEFAULT, serving.STATIC
+    ]  # fmt: skip
+    by_name = {r["provider"]: r for r in result["results"]}
+    for r in result["results"]:
+        assert r["different"] == 0
+        assert r["images_per_s"] == pytest.approx(result["images"] / r["seconds_median"])
+        assert r["tokens_per_s"] == pytest.approx(64 * r["images_per_s"])
+    ours = by_name[serving.SCHEDULER]["seconds_median"]
+    for name, ratio in result["ratio"].items():
+        assert ratio == pytest.approx(by_name[name]["seconds_median"] / ours)
+    cost = by_name[serving.INVARIANT]["seconds_median"] / ours
+    assert result["invariant_cost"] == pytest.approx(cost)
+    assert result["prompt_tokens"][0] < result["prompt_tokens"][1]
+    Console(quiet=True).print(serving.table(result))
+
+
+@pytest.mark.parametrize("name", ["scheduled", "in_batches"])
+def test_another_picture_is_refused_before_timing(monkeypatch, name):
+    right = getattr(serving, name)
+
+    def wrong(*arguments):
+        codes = [c.clone() for c in right(*arguments)]
+        codes[0][0, 7] = (codes[0][0, 7] + 1) % 64
+        return codes
+
+    monkeypatch.setattr(serving, name, wrong)
+    monkeypatch.setattr(serving, "alternate", None)
+    with pytest.raises(WrongResult, match="1 of . pictures otherwise; nothing was timed"):
+        serving.measure(**SMALL)
+
+
+def test_requests_are_mixed():
+    asked = serving.mixed(24, seed=0)
+    assert asked == serving.mixed(24, seed=0) != serving.mixed(24, seed=1)
+    assert {a.sampling for a in asked} == set(serving.KINDS)
+    assert {a.samples for a in asked} == {1, 2, 3}
+
+
+@pytest.mark.parametrize("asked", [{"requests": 0}, {"repeats": 0}, {"slots": 5}])
+def test_bad_requests_are_refused(asked):
+    with pytest.raises(ValueError, match=f"{next(iter(asked))} = {next(iter(asked.values()))}"):
+        serving.measure(**asked)
+
+
+def test_the_command_prints_one_object(capsys):
+    words = ["--requests", "2", "--slots", "6", "--repeats", "1", "--json"]
+    assert main(["bench", "serving", *words]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["requests"], result["slots"]) == (2, 6) and result["invariant_cost"] > 0
+
+
+@pytest.mark.parametrize("words", [
+    ["--requests", "0"], ["--slots", "5"], ["--repeats", "0"], ["--seed", "-1"],
+    ["--model", "random:tiny"],
+])  # fmt: skip
+def test_the_command_refuses(words, capsys):
+    assert main(["bench", "serving", *words]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and words[0] in line
