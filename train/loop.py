@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
@@ -240,7 +241,9 @@ class Run:
         if not done:
             kept = "no step was done yet"
         asked = self.stop.name if self.stop.asked else "a signal to another process"
-        raise Stopped(f"{self.stage.name}: stopped by {asked}; {kept}", self.stop.number)
+        message = f"{self.stage.name}: stopped by {asked}; {kept}"
+        self._say(message)
+        raise Stopped(message, self.stop.number or signal.SIGTERM)
 
     def _tidy(self) -> None:
         """Remove what a kill left half written, and before a first step what older runs left."""

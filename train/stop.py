@@ -16,15 +16,18 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-class Stopped(BaseException):
-    """A run that stopped because a signal asked it to; the message says what was kept.
+class Stopped(SystemExit):
+    """A run that stopped because a signal asked it to; ``message`` (it was said) names what was kept.
 
-    No `Exception`, as `KeyboardInterrupt` is none: nothing went wrong.
+    Uncaught it ends the process with the signal's code and no traceback: nothing went wrong.
     """
 
     def __init__(self, message: str, number: int) -> None:
-        super().__init__(message)
-        self.code = 128 + number
+        super().__init__(128 + number)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class _BrokenOff(BaseException):

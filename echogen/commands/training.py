@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import tyro
 
 from echogen.commands.options import Json, ModelOptions
-from echogen.commands.output import Failure, InputError, fail, make_folder, print_json, show
+from echogen.commands.output import Failure, InputError, make_folder, print_json, show
 
 if TYPE_CHECKING:
     from transformers import JanusVQVAE
@@ -287,12 +287,12 @@ def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool
     Raises:
         InputError: the stage refuses to begin.
         Failure: training came to nothing.
-        SystemExit: a signal asked the run to stop, and its state is saved: 143 for SIGTERM, 130 for
-            SIGINT.
+        SystemExit: a signal asked the run to stop, and its state is saved (see `Stopped`): 143 for
+            SIGTERM, 130 for SIGINT.
     """
     from transformers.utils import logging
 
-    from echogen.train.loop import BeginRefused, Stopped, TrainingError, run
+    from echogen.train.loop import BeginRefused, TrainingError, run
 
     logging.disable_progress_bar()  # of writing shards; the loop has its own
     try:
@@ -301,9 +301,6 @@ def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool
         raise InputError(str(refusal)) from None
     except TrainingError as error:
         raise Failure(str(error)) from error
-    except Stopped as stopped:
-        fail(str(stopped))
-        raise SystemExit(stopped.code) from None
     last: dict[str, float] = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         last |= json.loads(line)

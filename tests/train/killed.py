@@ -155,7 +155,7 @@ def child(order: dict[str, Any]) -> int:
         run(stage, CONFIG, folder, order.get("resume", False))
         (folder / "passed.json").write_text(json.dumps(stage.passed))
     except Stopped as stopped:
-        print(stopped)
+        assert isinstance(stopped.code, int)
         return stopped.code
     except (StateError, TrainingError) as error:
         print(type(error).__name__, error)
