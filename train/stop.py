@@ -17,7 +17,8 @@ T = TypeVar("T")
 
 
 class Stopped(SystemExit):
-    """A run that stopped because a signal asked it to; ``message`` (it was said) names what was kept.
+    """A run that stopped because a signal asked it to; its ``message``, said before, names what was
+    kept.
 
     Uncaught it ends the process with the signal's code and no traceback: nothing went wrong.
     """
