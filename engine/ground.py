@@ -1,8 +1,10 @@
 """Finding: all expressions of an image in parallel, each on a branch of its own.
 
 The image is a trunk that every branch sees; branches never see each other, so the answer depends
-neither on their order nor on their number. With the location codec a box costs four steps of the
-model, the first of which is the prefill; `</box>` is forced and never decoded.
+neither on their order nor on their number. With the location codec boxes cost at most four steps of
+the model, however many there are; the first of them is the prefill. A token that the grammar forces
+costs none: it goes along with the one before it (most of a box as text is forced: brackets, commas,
+spaces), and `</box>` is never run.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from torch import Tensor
 from echogen.engine.cache import KVCache
 from echogen.engine.layout import Box
 from echogen.engine.model import UnifiedTransformer, additive_mask, tree_visibility
-from echogen.engine.prompt import Prompts
+from echogen.engine.prompt import BoxCodec, Prompts
 from echogen.engine.ranges import span
 
 
@@ -42,36 +44,46 @@ def ground_images(
 def _ground(
     model: UnifiedTransformer, prompts: Prompts, image: Tensor, expressions: list[list[str]]
 ) -> list[list[Box]]:
-    branches = [[prompts.branch(e) for e in row] for row in expressions]
+    codec = prompts.codec
+    forced = _forced(codec, [])
+    branches = [[prompts.branch(e) + forced for e in row] for row in expressions]
     state = Branches(model, prompts, image, branches)
-    answers: list[list[list[int]]] = [[[] for _ in row] for row in branches]
+    answers = [[list(forced) for _ in row] for row in branches]
     logits = state.prefill()
-    for step in range(prompts.codec.steps):
-        tokens = _choose(logits, prompts, answers)
-        if tokens is None:
+    while True:
+        new = _extend(logits, codec, answers)
+        if not any(codec.allowed(tuple(a)) for row in answers for a in row):
             break
-        if any(prompts.codec.allowed(tuple(a)) for row in answers for a in row):
-            logits = state.step(tokens, step)
-    boxes = [[prompts.codec.parse(a) for a in row] for row in answers]
+        logits = state.feed(new)
+    boxes = [[codec.parse(a) for a in row] for row in answers]
     assert all(box is not None for row in boxes for box in row), "the grammar let a non-box through"
     return [[box for box in row if box is not None] for row in boxes]
 
 
-def _choose(logits: Tensor, prompts: Prompts, answers: list[list[list[int]]]) -> Tensor | None:
-    """Extend every unfinished answer by its most likely allowed token; None when all are done."""
-    b, k, _ = logits.shape
-    tokens = torch.full((b, k), prompts.pad, dtype=torch.int64)
-    scores, moved = logits.float().cpu(), False
+def _forced(codec: BoxCodec, answer: list[int]) -> list[int]:
+    """The tokens behind an answer that leave no choice."""
+    forced: list[int] = []
+    while len(allowed := codec.allowed((*answer, *forced))) == 1:
+        forced += allowed
+    return forced
+
+
+def _extend(
+    logits: Tensor, codec: BoxCodec, answers: list[list[list[int]]]
+) -> list[list[list[int]]]:
+    """Extend every unfinished answer by its most likely allowed token and what that forces; what
+    was added to each."""
+    scores, added = logits.float().cpu(), list[list[list[int]]]()
     for i, row in enumerate(answers):
+        added.append([])
         for j, answer in enumerate(row):
-            allowed = prompts.codec.allowed(tuple(answer))
-            if not allowed:
-                continue
-            choice = allowed[int(scores[i, j, allowed].argmax())]
-            answer.append(choice)
-            tokens[i, j] = choice
-            moved = True
-    return tokens.to(logits.device) if moved else None
+            new: list[int] = []
+            if allowed := codec.allowed(tuple(answer)):
+                new = [allowed[int(scores[i, j, allowed].argmax())]]
+                new += _forced(codec, answer + new)
+            answer += new
+            added[-1].append(new)
+    return added
 
 
 class Branches:
@@ -112,6 +124,7 @@ class Branches:
             [trunk + len(q) for q in row] + [0] * (self._width - len(row)) for row in branches
         ]
         self._next = torch.tensor(lengths, device=device)
+        self._pad, self._fed = prompts.pad, torch.zeros_like(self._next)
         capacity = trunk + longest + self._width * prompts.codec.steps
         self._cache = KVCache(model.config, self._rows, capacity, image.dtype, device)
 
@@ -141,17 +154,56 @@ class Branches:
         """Feed one token [B, K] to every branch; text logits [B, K, vocab]."""
         fed, held = tokens.numel(), self._branch.numel() + tokens.numel()
         with span("engine/ground/step", rows=fed, tokens=fed, held=held, step=step):
-            return self._step(tokens, step)
+            return self._step(tokens.unsqueeze(-1), torch.ones_like(tokens))
 
-    def _step(self, tokens: Tensor, step: int) -> Tensor:
-        branch = torch.arange(1, self._width + 1, device=tokens.device).expand(self._rows, -1)
+    def feed(self, new: list[list[list[int]]]) -> Tensor:
+        """Feed each branch its own tokens, as many as it has; text logits [B, K, vocab] behind the
+        last of each (those of a branch that has none mean nothing)."""
+        most = max(len(tokens) for row in new for tokens in row)
+        device = self._ids.device
+        tokens = torch.full((self._rows, self._width, most), self._pad)
+        counts = torch.zeros(self._rows, self._width, dtype=torch.int64)
+        for i, row in enumerate(new):
+            for j, mine in enumerate(row):
+                tokens[i, j, : len(mine)] = torch.tensor(mine, dtype=torch.int64)
+                counts[i, j] = len(mine)
+        fed, held = tokens.numel(), self._branch.numel() + tokens.numel()
+        rows = self._rows * self._width
+        with span("engine/ground/step", rows=rows, tokens=fed, held=held):
+            return self._step(tokens.to(device), counts.to(device))
+
+    def _step(self, tokens: Tensor, counts: Tensor) -> Tensor:
+        """Tokens [B, K, n], the first ``counts`` [B, K] of each branch's n, → logits [B, K, V]."""
+        _, width, most = tokens.shape
+        place = torch.arange(most, device=tokens.device)
+        number = torch.arange(1, width + 1, device=tokens.device)[:, None]
+        branch = torch.where(place < counts[..., None], number, -1).flatten(1)
+        position = ((self._next + self._fed)[..., None] + place).flatten(1)
+        # A pad is read by nobody, but it needs a position all the same.
+        position = position.clamp(max=self._model.config.max_positions - 1)
+        cached, new = self._branch.shape[1], width * most
         self._branch = torch.cat((self._branch, branch), 1)
-        cached = self._branch.shape[1] - self._width
-        new = torch.eye(self._width, dtype=torch.bool, device=tokens.device)
-        old = torch.ones(self._width, cached, dtype=torch.bool, device=tokens.device)
-        embedded = self._model.embed_text(tokens)
-        hidden = self._run(embedded, self._next + step, branch, torch.cat((old, new), 1))
-        return self._model.text_head(hidden)
+        self._fed = self._fed + counts
+        self._make_room(new)
+        here = torch.ones(new, new, dtype=torch.bool, device=tokens.device).tril()
+        old = torch.ones(new, cached, dtype=torch.bool, device=tokens.device)
+        embedded = self._model.embed_text(tokens.flatten(1))
+        hidden = self._run(embedded, position, branch, torch.cat((old, here), 1))
+        last = (counts - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, hidden.shape[-1])
+        return self._model.text_head(hidden.unflatten(1, (width, most)).gather(2, last).squeeze(2))
+
+    def _make_room(self, tokens: int) -> None:
+        """A larger cache where branches were fed unequal numbers of tokens, padded to the most."""
+        old = self._cache
+        if old.length + tokens <= old.capacity:
+            return
+        dtype, device = old.keys[0].dtype, old.keys[0].device
+        capacity = 2 * (old.length + tokens)
+        self._cache = KVCache(self._model.config, self._rows, capacity, dtype, device)
+        for held, new in ((old.keys, self._cache.keys), (old.values, self._cache.values)):
+            for one, other in zip(held, new, strict=True):
+                other[:, :, : old.length] = one[:, :, : old.length]
+        self._cache.advance(old.length)
 
     def _run(self, embedded: Tensor, position: Tensor, branch: Tensor, causal: Tensor) -> Tensor:
         one_tree = torch.zeros((), dtype=torch.int64, device=embedded.device)

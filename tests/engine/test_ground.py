@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from echogen.engine.config import ModelConfig
-from echogen.engine.ground import ground_images
+from echogen.engine.ground import Branches, ground_images
 from echogen.engine.layout import Box
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.prompt import LocationCodec, Prompts, TextualCodec
@@ -112,17 +112,75 @@ def test_boxes_are_always_valid(janus_config, small_tokenizer, prompts, seed):
             assert 0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1
 
 
-def test_the_location_codec_takes_four_runs_of_the_model(
-    small, small_tokenizer, images, monkeypatch
-):
-    """The first is the prefill; ``</box>`` is never decoded."""
-    runs, forward = [], UnifiedTransformer.forward
+@pytest.fixture
+def runs(monkeypatch) -> list[int]:
+    """Tokens a row of every forward of the transformer."""
+    counts, forward = list[int](), UnifiedTransformer.forward
 
     def counted(self, embeddings, *rest):
-        runs.append(embeddings.shape[1])
+        counts.append(embeddings.shape[1])
         return forward(self, embeddings, *rest)
 
     monkeypatch.setattr(UnifiedTransformer, "forward", counted)
+    return counts
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_the_location_codec_takes_four_runs_of_the_model(
+    small, small_tokenizer, images, runs, count
+):
+    """The first is the prefill, in which the image is run once for all; ``</box>`` is never run.
+    That is so for any number of expressions, and for images of different numbers of them."""
     prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
-    ground_images(small, prompts, images, EXPRESSIONS)
-    assert len(runs) == 4 and runs[1:] == [3, 3, 3]
+    asked = [(EXPRESSIONS[0] * 3)[:count], ["a star"], ["a circle"]]
+    ground_images(small, prompts, images, asked)
+    before, after = prompts.i2l()
+    questions = sum(len(prompts.branch(e)) for e in asked[0])
+    longest = max(questions, len(prompts.branch("a star")), len(prompts.branch("a circle")))
+    assert runs[0] == len(before) + images.shape[1] + len(after) + longest
+    assert runs[1:] == [count] * 3
+
+
+def test_forced_tokens_cost_no_run_of_the_model(small, small_tokenizer, images, runs):
+    """Of a box as text brackets, commas and spaces are forced, and some digits."""
+    codec, answers = TextualCodec(small_tokenizer), list[list[int]]()
+    right = codec.parse
+    codec.parse = lambda ids: answers.append(ids) or right(ids)
+    ground_images(small, Prompts(small_tokenizer, codec), images, EXPRESSIONS)
+    assert len(answers) == 6
+    choices = [
+        sum(len(codec.allowed(tuple(ids[:i]))) > 1 for i in range(len(ids))) for ids in answers
+    ]
+    assert len(runs) == max(choices)  # the prefill says the first
+    assert max(choices) < max(map(len, answers)) - 5
+
+
+def test_branches_are_fed_unequal_numbers_of_tokens(small, small_tokenizer, images, relative_error):
+    """As where the grammar forces tokens of one and not of another; the cache grows for it."""
+    prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
+    ids = prompts.codec.ids
+    questions = [[prompts.branch(e) for e in row] for row in EXPRESSIONS[::2]]
+    feeds = [
+        [[[ids[3]], ids[4:9], []], [[ids[1]], [ids[2]]]],
+        [[ids[9:14], [], [ids[8]]], [ids[3:5], [ids[4]]]],
+        [[[ids[0]], [ids[6]], ids[1:4]], [[], ids[20:28]]],
+    ]
+    with torch.inference_mode():
+        state = Branches(small, prompts, images[::2], questions)
+        state.prefill()
+        for step, new in enumerate(feeds):
+            logits = state.feed(new)
+            for i, row in enumerate(new):
+                for j, mine in enumerate(row):
+                    if not mine:
+                        continue
+                    told = [t for feed in feeds[: step + 1] for t in feed[i][j]]
+                    before, after = (small.embed_text(torch.tensor(x)) for x in prompts.i2l())
+                    tail = small.embed_text(torch.tensor(questions[i][j] + told))
+                    whole = torch.cat((before, images[2 * i], after, tail)).unsqueeze(0)
+                    length = whole.shape[1]
+                    causal = torch.ones(1, length, length, dtype=torch.bool).tril()
+                    mask = additive_mask(causal, torch.float32)
+                    hidden = small(whole, torch.arange(length), mask)
+                    wanted = small.text_head(hidden[0, -1])
+                    assert relative_error(logits[i, j], wanted) < 1e-5
