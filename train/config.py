@@ -16,6 +16,9 @@ def later(default: Any) -> Any:
     return field(default=default, metadata={"later": True})
 
 
+WHOLE_PARTS = ("text_embedding", "code_embedding", "code_aligner", "text_head", "image_head")
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """The step loop.
@@ -44,6 +47,10 @@ class LoopConfig:
             "fsdp", a slice of every weight in each, for models that do not fit one GPU with their
             gradients and AdamW's two moments (16 bytes a weight); "none", there is one process;
             "auto": "none" or "ddp", as many as there are. A run may go on in another way.
+        lora: rank of the adapters that are trained in place of the blocks' projections (see
+            `lora`); 0: the weights themselves.
+        lora_also: parts of the transformer that are trained as they are beside them, of
+            text_embedding, code_embedding, code_aligner, text_head, image_head.
     """
 
     steps: int
@@ -66,17 +73,33 @@ class LoopConfig:
     ema: float | None = later(None)
     deterministic: bool = later(False)
     parallel: Literal["auto", "none", "ddp", "fsdp"] = later("auto")
+    lora: int = later(0)
+    lora_also: tuple[str, ...] = later(())
 
     def __post_init__(self) -> None:
         for name in ("steps", "log_every", "eval_every", "save_every", "accumulate"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
         _one_of("decay_shape", self.decay_shape, ("linear", "cosine"))
+        self._check_lora()
         _one_of("parallel", self.parallel, ("auto", "none", "ddp", "fsdp"))
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema = {self.ema}; it must lie between 0 and 1 (None: no average)")
         if not self.lr > 0 or not 0 <= self.decay <= 1:
             raise ValueError(f"lr = {self.lr} must be positive, decay = {self.decay} in [0, 1]")
+
+    def _check_lora(self) -> None:
+        if self.lora < 0:
+            raise ValueError(f"lora = {self.lora}; it is a rank, or 0 for none")
+        if self.lora_also and not self.lora:
+            raise ValueError(f"lora_also = {self.lora_also} without lora; set lora to a rank")
+        for part in self.lora_also:
+            _one_of("lora_also", part, WHOLE_PARTS)
+        if self.lora and self.muon_lr is not None:
+            raise ValueError(
+                f"lora = {self.lora} with muon_lr = {self.muon_lr}: Muon orthogonalises updates of "
+                f"whole matrices; set muon_lr to None"
+            )
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ from echogen.train.eval.agreement import self_agreement
 from echogen.train.eval.judge import detect
 from echogen.train.eval.tables import cycle_table, layouts_of
 from echogen.train.loop import BeginRefused
+from echogen.train.lora import without_adapters
 from echogen.train.passes import worth_logging
 from echogen.train.rollouts import Rollout, roll_out
 from echogen.train.scoring import box_logprob, image_logprob
@@ -100,10 +101,13 @@ class CycleRLStage(WorldStage):
 
     def __init__(self, config: CycleRLConfig, start: Start) -> None:
         locations(start.engine.prompts)
-        super().__init__(start.engine, config.loop.seed, start.stages)
+        super().__init__(start.engine, config.loop, start.stages)
         self.config = replace(config, start=start.fingerprint)
         self._key = keys.noise_key(config.loop.seed, keys.RL_NOISE)
-        self._reference = copy.deepcopy(self.module).requires_grad_(False) if config.beta else None
+        # What adapters are beside is the reference, unless it is trained in part.
+        self._base = bool(config.beta and config.loop.lora and not config.loop.lora_also)
+        apart = config.beta and not self._base
+        self._reference = copy.deepcopy(self.module).requires_grad_(False) if apart else None
         self.frozen = [] if self._reference is None else [self._reference]
         self._held: dict[tuple[int, int], Held] = {}
         with one_goes_first():
@@ -255,6 +259,13 @@ class CycleRLStage(WorldStage):
             for (part, parts), held in now.items()
         }
 
+    @torch.no_grad()
+    def _by_reference(self, held: Held) -> Tensor | None:
+        if self._base:
+            with without_adapters(self.module):
+                return self.logprob(self.module, held)
+        return None if self._reference is None else self.logprob(self._reference, held)
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         """See `Stage`."""
         return self.loss_part(step, 0, 1)
@@ -262,10 +273,9 @@ class CycleRLStage(WorldStage):
     def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
         """See `Stage`."""
         c, held = self.config, self._hold(step, part, parts)
+        if held.reference is None:
+            held.reference = self._by_reference(held)
         logp = self.logprob(self.module, held)
-        if self._reference is not None and held.reference is None:
-            with torch.no_grad():
-                held.reference = self.logprob(self._reference, held)
         score = held.rollout.score
         tokens = self.module.config.image_tokens * (held.drawn is not None)
         tokens += 4 * MOST_OBJECTS * (held.asked is not None)

@@ -168,7 +168,7 @@ class DJOStage(WorldStage):
     name = "djo"
 
     def __init__(self, config: DJOConfig, start: Start) -> None:
-        super().__init__(start.engine, config.loop.seed, start.stages)
+        super().__init__(start.engine, config.loop, start.stages)
         self.config = replace(config, start=start.fingerprint)
         with one_goes_first():
             self._train = load_samples(self.vq, "train", config.scenes)

@@ -34,6 +34,7 @@ from echogen.engine.ranges import span
 from echogen.engine.rollout import locations
 from echogen.engine.sampler import Sampling
 from echogen.train import keys
+from echogen.train.checkpoint import StateError
 from echogen.train.config import PMTPConfig
 from echogen.train.data.packing import Batch, shared_tree
 from echogen.train.data.samples import Sample, load_samples
@@ -137,6 +138,7 @@ class PMTPStage(WorldStage):
 
         Raises:
             PromptError: a model whose boxes are not location tokens.
+            StateError: adapters beside fresh weights.
         """
         if isinstance(begin, Start):
             engine = begin.engine
@@ -145,12 +147,17 @@ class PMTPStage(WorldStage):
             with one_goes_first():
                 self._train = load_samples(engine.vq, "train", config.scenes)
             engine.sampling = Sampling(temperature=config.temperature, cfg=config.cfg)
-            super().__init__(engine, config.loop.seed, begin.stages[:-1])
+            super().__init__(engine, config.loop, begin.stages[:-1])
             return
+        if config.loop.lora:
+            raise StateError(
+                f"lora = {config.loop.lora} adapts a model that has been trained; name one with "
+                f"--from, or set lora to 0"
+            )
         self.config = config
         with one_goes_first():
             self._train = load_samples(begin.eval(), "train", config.scenes)
-        super().__init__(new_model(config, begin, self._train), config.loop.seed)
+        super().__init__(new_model(config, begin, self._train), config.loop)
 
     def tasks(self, step: int) -> list[Task]:
         """What a step asks of each of its samples, a pure function of (seed, step)."""

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from echogen.engine.engine import Engine
 from echogen.engine.model import UnifiedTransformer
+from echogen.train.lora import adapter_weights, is_adapter
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -28,7 +29,7 @@ def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     parameter; adapters are added to the weights they stand beside."""
     for prefix, part in module.named_modules():
         start = f"{prefix}." if prefix else ""
-        if ".base_layer" in start or ".lora_" in start:
+        if ".base_layer" in start or is_adapter(start):
             continue
         base = getattr(part, "base_layer", None)
         if base is not None:
@@ -54,10 +55,14 @@ class WholeEngine(Engine):
     Args:
         engine: whose tokenizer, configuration and image tokenizer it takes.
         module: the transformer that is trained.
+
+    Attributes:
+        adapter: the adapters' weights, whole, as of the last ``refresh``.
     """
 
     def __init__(self, engine: Engine, module: UnifiedTransformer) -> None:
         self._module, self._seen = module, -1
+        self.adapter: dict[str, Tensor] = {}
         self._sharded = any(isinstance(p, DTensor) for p in module.parameters())
         with torch.device("meta"):
             copy = UnifiedTransformer(module.config)
@@ -96,6 +101,7 @@ class WholeEngine(Engine):
             # Not by what it is now: within a sharded pass some weights stand there gathered.
             if name not in self._shared:
                 into[name].copy_(weight)
+        self.adapter = {name: whole(w).clone() for name, w in adapter_weights(self._module).items()}
 
     def _allocate(self, copy: UnifiedTransformer, module: UnifiedTransformer) -> None:
         self._shared: set[str] = set()

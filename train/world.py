@@ -14,6 +14,7 @@ from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
 from echogen.engine.picture import overlay
 from echogen.train import keys
+from echogen.train.config import LoopConfig
 from echogen.train.data.packing import (
     Batch,
     Tree,
@@ -27,6 +28,7 @@ from echogen.train.data.samples import Sample, load_samples
 from echogen.train.data.scenes import load_scenes
 from echogen.train.data.shapes import IMAGE_SIZE
 from echogen.train.distributed import one_goes_first
+from echogen.train.lora import add_adapters, save_adapter
 from echogen.train.passes import box_loss, hidden_states, image_loss
 from echogen.train.start import check_world, write_record
 from echogen.train.whole import WholeEngine
@@ -55,18 +57,21 @@ class WorldStage:
     Args:
         engine: the model to train; its transformer's weights are the trained ones, so that it
             draws and grounds with them as they are (but see ``gather``).
-        seed: of the run.
+        loop: of the run; its seed, and whether adapters are trained in place of the weights.
         stages: the stages that the model went through before this one.
     """
 
     name = "world"
 
-    def __init__(self, engine: Engine, seed: int, stages: tuple[str, ...] = ()) -> None:
+    def __init__(self, engine: Engine, loop: LoopConfig, stages: tuple[str, ...] = ()) -> None:
         check_world(engine, "the model", IMAGE_SIZE)
         self.engine, self.prompts, self.vq = engine, engine.prompts, engine.vq
         self.module, self._device = engine.transformer, engine.device
         self.module.train().pixel_aligner.requires_grad_(False)  # no stage here reads pixels
-        self._seed, self._stages = seed, stages
+        self._loop, self._seed, self._stages = loop, loop.seed, stages
+        if loop.lora:
+            add_adapters(self.module, loop)
+            self.gather()
         with one_goes_first():
             self._val = load_samples(self.vq, "val", VAL_SAMPLES)
 
@@ -150,5 +155,8 @@ class WorldStage:
     def export(self, folder: Path) -> None:
         """Write a Janus checkpoint in bfloat16, which `Engine.from_pretrained` loads, with the
         record of its stages."""
+        self.engine.refresh()
         self.engine.save_pretrained(folder, dtype=torch.bfloat16)
+        if self._loop.lora and isinstance(self.engine, WholeEngine):
+            save_adapter(self.engine.adapter, self._loop, folder / "adapter")
         write_record(folder, (*self._stages, self.name))

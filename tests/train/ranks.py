@@ -79,6 +79,11 @@ def rl(start: Path, loop: LoopConfig, **settings: Any) -> CycleRLStage:
     return CycleRLStage(config, begun)
 
 
+def adapted(start: Path, loop: LoopConfig) -> PMTPStage:
+    """Stage 1 gone on with, on adapters."""
+    return PMTPStage(PMTPConfig(loop=loop, scenes=24, batch=4), load_start(start, "pmtp"))
+
+
 def with_parallel(loop: LoopConfig, parallel: str) -> LoopConfig:
     """The loop, its processes sharing the weights in this way."""
     return dataclasses.replace(loop, parallel=parallel)  # type: ignore[arg-type]
@@ -93,6 +98,7 @@ def stages(start: Path, parallel: str) -> dict[str, Any]:
         "djo": lambda: djo(start, short),
         "sampled": lambda: djo(start, short, prefix="sampled"),
         "rl": lambda: rl(start, short),
+        "lora": lambda: adapted(start, dataclasses.replace(short, lora=4)),
     }
 
 
@@ -123,7 +129,7 @@ def main(start: Path, out: Path) -> None:
     for module, name, value in SMALL:
         setattr(module, name, value)
     run_all(start, out / "ddp", "ddp", ("pmtp", "many", "djo", "rl"))
-    run_all(start, out / "fsdp", "fsdp", ("pmtp", "many", "sampled", "rl"))
+    run_all(start, out / "fsdp", "fsdp", ("pmtp", "many", "sampled", "rl", "lora"))
     while not (out / "none" / "done").exists():  # by the test itself, beside these two
         time.sleep(0.05)
     resumed(out / "none" / "pmtp", out / "none-to-ddp", "ddp")

@@ -1,0 +1,153 @@
+"""Adapters: only they are trained, rollouts see them, and what is exported is the sum."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from echogen.engine.engine import Engine
+from echogen.train.checkpoint import StateError
+from echogen.train.config import LoopConfig, PMTPConfig, VQConfig
+from echogen.train.cycle_rl import CycleRLStage
+from echogen.train.loop import run
+from echogen.train.lora import is_adapter, without_adapters
+from echogen.train.passes import hidden_states
+from echogen.train.pmtp import PMTPStage
+from echogen.train.start import load_start, model_folder
+from echogen.train.vq import build_vq
+
+RANK = 4
+
+
+@pytest.fixture
+def lora_loop(loop: LoopConfig) -> LoopConfig:
+    return dataclasses.replace(
+        loop, steps=12, eval_every=12, save_every=6, muon_lr=None, lr=1e-2, bf16=False, lora=RANK
+    )
+
+
+def pmtp(loop: LoopConfig, pmtp_run: Path) -> PMTPStage:
+    """Stage 1 gone on with, on adapters."""
+    return PMTPStage(PMTPConfig(loop=loop, scenes=24, batch=4), load_start(pmtp_run, "pmtp"))
+
+
+def stir(module: torch.nn.Module) -> None:
+    """Adapters as far from nothing as training would take them."""
+    torch.manual_seed(1)
+    for name, p in module.named_parameters():
+        if is_adapter(name):
+            torch.nn.init.normal_(p, std=0.3)
+
+
+@pytest.mark.parametrize("also", [(), ("text_head", "code_embedding")])
+def test_only_adapters_and_chosen_parts_are_trained(
+    lora_loop, pmtp_run, small_world, tmp_path, also
+) -> None:
+    loop = dataclasses.replace(lora_loop, lora_also=also)
+    stage = pmtp(loop, pmtp_run)
+    before = {n: p.detach().clone() for n, p in stage.module.named_parameters()}
+    with torch.no_grad():
+        first = float(stage.loss(0)[0])
+    run(stage, loop, tmp_path / "run")
+    with torch.no_grad():
+        assert float(stage.loss(0)[0]) < first - 0.05  # frozen heads leave little to gain
+    for name, p in stage.module.named_parameters():
+        trained = is_adapter(name) or name.startswith(also or "no part")
+        assert torch.equal(p, before[name]) != trained, name
+    count = sum(is_adapter(name) for name in before)
+    assert count == 2 * 4 * 2  # A and B, four projections, two layers
+
+
+def test_the_export_is_the_sum_and_the_adapter_beside_it(
+    lora_loop, pmtp_run, small_world, tmp_path
+) -> None:
+    from peft import PeftModel
+
+    stage = pmtp(lora_loop, pmtp_run)
+    stir(stage.module)
+    stage.export(tmp_path / "model")
+    batch = stage.batch(0)
+    with torch.no_grad():
+        adapted = hidden_states(stage.module, batch)
+        summed = hidden_states(stage.engine.transformer, batch)
+        with without_adapters(stage.module):
+            bare = hidden_states(stage.module, batch)
+    base = load_start(pmtp_run, "pmtp").engine.transformer
+    with torch.no_grad():
+        torch.testing.assert_close(bare, hidden_states(base, batch))
+        # W·x + B·A·x against (W + B·A)·x, float32.
+        assert float((summed - adapted).norm() / adapted.norm()) < 1e-5
+        assert float((bare - adapted).abs().max()) > 0.1
+        exported = Engine.from_pretrained(tmp_path / "model").transformer.state_dict()
+        for name, weight in stage.engine.transformer.state_dict().items():
+            assert torch.equal(exported[name], weight.bfloat16().float()), name
+        loaded = PeftModel.from_pretrained(base, tmp_path / "model" / "adapter")
+        torch.testing.assert_close(hidden_states(loaded.base_model.model, batch), adapted)
+    assert model_folder(tmp_path / "model") == tmp_path / "model"
+
+
+def test_rollouts_draw_with_the_adapters(rl_stage, pmtp_run) -> None:
+    plain = rl_stage(policy="both", beta=0.01)
+    loop = dataclasses.replace(plain.config.loop, lora=RANK)
+    begun = load_start(pmtp_run, "djo", any_stage=True)
+    begun.engine.transformer.initialise(0, std=0.2)  # as `rl_stage` does
+    stage = CycleRLStage(dataclasses.replace(plain.config, loop=loop), begun)
+    assert stage._reference is None  # adapters left out are the reference, and cost no memory
+    loss, numbers = stage.loss(0)
+    assert numbers["kl"] < 1e-9
+    assert torch.equal(
+        stage._held[0, 1].rollout.drawing.codes, plain._hold(0).rollout.drawing.codes
+    )
+    stir(stage.module)
+    loss, numbers = stage.loss(1)
+    assert numbers["sampler_gap"] < 5e-6  # as without adapters, see test_scoring
+    drawn = stage._held[0, 1].rollout.drawing.codes
+    assert not torch.equal(drawn, plain._hold(1).rollout.drawing.codes)
+    assert numbers["kl"] > 0.01
+    held = stage._held[0, 1]
+    with torch.no_grad():
+        torch.testing.assert_close(held.reference, plain.logprob(plain.module, held))
+    loss.backward()
+    trained = {n for n, p in stage.module.named_parameters() if p.grad is not None}
+    assert trained and all(map(is_adapter, trained))
+
+
+def test_a_run_on_adapters_resumes(lora_loop, pmtp_run, small_world, tmp_path) -> None:
+    loop = dataclasses.replace(lora_loop, steps=4, eval_every=4, save_every=2)
+
+    class Stopping(PMTPStage):
+        def loss(self, step: int):
+            if step == self.stop_at:
+                raise KeyboardInterrupt
+            return super().loss(step)
+
+    def build(stop_at: int) -> PMTPStage:
+        stage = pmtp(loop, pmtp_run)
+        stage.__class__, stage.stop_at = Stopping, stop_at
+        return stage
+
+    run(build(-1), loop, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        run(build(3), loop, tmp_path / "broken")
+    run(build(-1), loop, tmp_path / "broken", resume=True)
+    whole, broken = (torch.load(tmp_path / f / "state.pt")["module"] for f in ("whole", "broken"))
+    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+
+
+def test_nonsense_is_refused(loop, pmtp_run, small_world) -> None:
+    with pytest.raises(ValueError, match=r"lora = 4 with muon_lr = 0\.004: .* set muon_lr to None"):
+        dataclasses.replace(loop, lora=4)
+    plain = dataclasses.replace(loop, muon_lr=None)
+    with pytest.raises(ValueError, match="lora = -1; it is a rank"):
+        dataclasses.replace(plain, lora=-1)
+    with pytest.raises(ValueError, match="without lora"):
+        dataclasses.replace(plain, lora_also=("text_head",))
+    with pytest.raises(ValueError, match="lora_also = 'head'; choose 'text_embedding'"):
+        dataclasses.replace(plain, lora=4, lora_also=("head",))
+    vq = build_vq(VQConfig(loop=plain, codes=32, latent=32, multipliers=(1, 1, 1, 1)), 32)
+    fresh = PMTPConfig(loop=dataclasses.replace(plain, lora=4), width=32, scenes=24, bins=17)
+    with pytest.raises(StateError, match="lora = 4 adapts a model that has been trained"):
+        PMTPStage(fresh, vq)

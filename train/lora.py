@@ -1,0 +1,94 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021; through `peft`), for those with one small GPU.
+
+The projections of every decoder block stay as they are, and beside each one B·A of a small rank is
+trained: the optimizer then keeps its moments, and a step its gradients, for about a hundredth of
+the weights. Ours are the fused ones, so that q, k and v share a rank, and so do gate and up. The
+engine draws with the sum of both (`WholeEngine`), and that is exported, with the adapter beside it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from echogen.engine.model import UnifiedTransformer
+from echogen.train.checkpoint import StateError
+from echogen.train.config import LoopConfig
+
+PROJECTIONS = r"blocks\.\d+\.(qkv|out|gate_up|down)"
+NAME = "default"  # peft's, of a model's only adapter
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise StateError("lora needs peft, which is missing; pip install 'echogen[lora]'") from None
+    return peft
+
+
+def _config(loop: LoopConfig) -> Any:
+    return _peft().LoraConfig(
+        r=loop.lora, lora_alpha=2 * loop.lora, target_modules=PROJECTIONS, bias="none"
+    )
+
+
+def add_adapters(model: UnifiedTransformer, loop: LoopConfig) -> None:
+    """Put adapters of rank ``loop.lora`` beside every projection, and freeze all else but the parts
+    that ``loop.lora_also`` names. B is 0 at first: the model is the same.
+
+    Raises:
+        StateError: without peft.
+    """
+    device = model.norm.weight.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(loop.seed)
+        _peft().inject_adapter_in_model(_config(loop), model)
+    for name, p in model.named_parameters():
+        p.requires_grad_(is_adapter(name))
+    for part in loop.lora_also:
+        model.get_submodule(part).requires_grad_(True)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is an adapter's."""
+    return ".lora_" in name
+
+
+def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The adapters' parameters by their names in the model."""
+    return {name: p.detach() for name, p in model.named_parameters() if is_adapter(name)}
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The model as it was before they were trained."""
+    layers = [m for m in model.modules() if isinstance(m, _peft().tuners.lora.LoraLayer)]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def save_adapter(weights: dict[str, Tensor], loop: LoopConfig, folder: Path) -> None:
+    """Write adapters as `peft` does: ``PeftModel.from_pretrained(transformer, folder)`` puts them
+    beside the transformer that the run began with."""
+    folder.mkdir(parents=True, exist_ok=True)
+    named = {
+        "base_model.model." + name.replace(f".{NAME}.", "."): w.contiguous().cpu()
+        for name, w in weights.items()
+    }
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    _config(loop).save_pretrained(folder)
