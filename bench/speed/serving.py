@@ -12,7 +12,7 @@ import itertools
 import random
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,8 @@ SAMPLES = 3
 """A request asks for 1 to so many images."""
 SCHEDULER, INVARIANT = "scheduler", "scheduler, batch-invariant"
 ALONE, DEFAULT, STATIC = "one by one", "one by one, several codes a step", "fixed batches"
+SINGLE = ("one image, batch-invariant", "one image")
+"""What batch-invariant steps cost most: slots that stand empty are run all the same."""
 MOST_DIFFERENT = 0.05
 """Share of the images that may differ by rounding before a result counts as wrong."""
 
@@ -78,7 +80,8 @@ def measure(
         ``results``, one object a provider: seconds for all requests (median, quantiles 0.2 and
         0.8), images and codes a second, and ``different``, images unlike those drawn one by one;
         ``ratio``, of each other provider's time to the scheduler's, and ``invariant_cost``, of
-        batch-invariant to usual steps (medians over the pairs).
+        batch-invariant to usual steps (medians over the pairs): of all requests together and, as
+        ``invariant_cost_alone``, of one image without guidance that has the slots to itself.
 
     Raises:
         WrongResult: other pictures than one by one, or bits that depend on the crowd in
@@ -94,7 +97,7 @@ def measure(
     asked = mixed(requests, seed)
     with threads(1):
         draws = contestants(engine, asked, slots)
-        different = check(draws)
+        different = check({n: draw for n, draw in draws.items() if n not in SINGLE})
         total, done = repeats * len(draws), itertools.count(1)
         times = alternate(draws, repeats, lambda: progress(next(done), total) if progress else None)
     images, tokens = sum(a.samples for a in asked), engine.transformer.config.image_tokens
@@ -104,11 +107,14 @@ def measure(
     said |= {"seed": seed, "prompt_tokens": [min(prompts), max(prompts)]}
     results = [
         {"provider": name, "different": different[name], **_rates(times[name], images, tokens)}
-        for name in draws
+        for name in different
     ]
     ratio = {n: _ratio(times[n], times[SCHEDULER]) for n in (ALONE, DEFAULT, STATIC)}
-    cost = _ratio(times[INVARIANT], times[SCHEDULER])
-    return said | environment() | {"results": results, "ratio": ratio, "invariant_cost": cost}
+    cost = {
+        "invariant_cost": _ratio(times[INVARIANT], times[SCHEDULER]),
+        "invariant_cost_alone": _ratio(*(times[name] for name in SINGLE)),
+    }
+    return said | environment() | {"results": results, "ratio": ratio} | cost
 
 
 def mixed(count: int, seed: int) -> list[Asked]:
@@ -121,7 +127,8 @@ def mixed(count: int, seed: int) -> list[Asked]:
 
 
 def contestants(engine: Engine, asked: list[Asked], slots: int) -> dict[str, Draw]:
-    """Each way to draw the requests; schedulers are made here, and used for every run."""
+    """Each way to draw the requests; schedulers are made here, and used for every run. Raises
+    WrongResult (`check_invariance`)."""
     longest = max(len(engine.prompts.l2i(a.layout)) for a in asked)
 
     def alone(decoding: Any) -> Draw:
@@ -132,16 +139,20 @@ def contestants(engine: Engine, asked: list[Asked], slots: int) -> dict[str, Dra
             for a in asked
         ]
 
-    def together(invariant: bool) -> Draw:
-        scheduler = Scheduler(engine, slots, len(asked), prompt_tokens=longest, invariant=invariant)
-        return lambda: scheduled(scheduler, asked)
-
+    usual, invariant = (
+        Scheduler(engine, slots, len(asked), prompt_tokens=longest, invariant=mode)
+        for mode in (False, True)
+    )
+    check_invariance(invariant, asked)
+    single = [replace(asked[0], sampling=KINDS[0], samples=1)]
     return {
-        SCHEDULER: together(False),
-        INVARIANT: together(True),
+        SCHEDULER: lambda: scheduled(usual, asked),
+        INVARIANT: lambda: scheduled(invariant, asked),
         ALONE: alone("sequential"),
         DEFAULT: alone("auto"),
         STATIC: lambda: in_batches(engine, asked, slots),
+        SINGLE[0]: lambda: scheduled(invariant, single),
+        SINGLE[1]: lambda: scheduled(usual, single),
     }
 
 
@@ -204,6 +215,17 @@ def _batch(engine: Engine, asked: list[Asked]) -> list[Tensor]:
     return list(codes.split(counts))
 
 
+def check_invariance(scheduler: Scheduler, asked: list[Asked]) -> None:
+    """Raises WrongResult where a request alone draws other codes than among all of them."""
+    together = scheduled(scheduler, asked)
+    for each, codes in zip(asked, together, strict=True):
+        if not torch.equal(scheduled(scheduler, [each])[0], codes):
+            raise WrongResult(
+                f"seed {each.seed} draws other codes alone than in the crowd, in batch-invariant "
+                f"mode; nothing was timed"
+            )
+
+
 def check(draws: dict[str, Draw]) -> dict[str, int]:
     """Images of each provider that are not those drawn one by one. Raises WrongResult."""
     wanted = draws[ALONE]()
@@ -236,7 +258,8 @@ def table(result: dict[str, Any]) -> Table:
     shown = Table(
         title=f"{result['requests']} requests, {result['images']} images, {result['slots']} slots "
         f"({result['model']}, {result['dtype']}); batch-invariant steps take "
-        f"{result['invariant_cost']:.2f} times as long"
+        f"{result['invariant_cost']:.2f} times as long, for an image alone "
+        f"{result['invariant_cost_alone']:.2f} times"
     )
     shown.add_column("provider")
     for heading in ("images/s", "tokens/s", "seconds", "q20 … q80", "its time / the scheduler's"):

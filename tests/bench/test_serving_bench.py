@@ -12,14 +12,21 @@ from echogen.bench.harness import WrongResult
 from echogen.bench.speed import serving
 from echogen.cli import main
 
-SMALL = {"requests": 3, "slots": 6, "repeats": 1}
+SMALL = {"requests": 2, "slots": 4, "repeats": 1}
+
+
+@pytest.fixture(autouse=True)
+def one_image_each(monkeypatch, request):
+    """Larger requests take longer, and the scheduler's own tests have them."""
+    if request.function is not test_requests_are_mixed:
+        monkeypatch.setattr(serving, "SAMPLES", 1)
 
 
 def test_measure_reports_every_provider():
     before, seen = torch.get_num_threads(), []
     result = serving.measure(**SMALL, progress=lambda done, total: seen.append((done, total)))
     assert torch.get_num_threads() == before
-    assert seen == [(i, 5) for i in range(1, 6)]
+    assert seen == [(i, 7) for i in range(1, 8)]
     assert json.loads(json.dumps(result)) == result
     names = [r["provider"] for r in result["results"]]
     assert names == [
@@ -35,6 +42,7 @@ def test_measure_reports_every_provider():
         assert ratio == pytest.approx(by_name[name]["seconds_median"] / ours)
     cost = by_name[serving.INVARIANT]["seconds_median"] / ours
     assert result["invariant_cost"] == pytest.approx(cost)
+    assert result["invariant_cost_alone"] > 0
     assert result["prompt_tokens"][0] < result["prompt_tokens"][1]
     Console(quiet=True).print(serving.table(result))
 
@@ -50,7 +58,20 @@ def test_another_picture_is_refused_before_timing(monkeypatch, name):
 
     monkeypatch.setattr(serving, name, wrong)
     monkeypatch.setattr(serving, "alternate", None)
-    with pytest.raises(WrongResult, match="1 of . pictures otherwise; nothing was timed"):
+    monkeypatch.setattr(serving, "check_invariance", lambda *arguments: None)
+    with pytest.raises(WrongResult, match=r"1 of \d pictures otherwise; nothing was timed"):
+        serving.measure(**SMALL)
+
+
+def test_a_crowd_that_shows_is_refused(monkeypatch):
+    right = serving.scheduled
+
+    def wrong(scheduler, asked):
+        codes = right(scheduler, asked)
+        return [c + 1 for c in codes] if len(asked) == 1 else codes
+
+    monkeypatch.setattr(serving, "scheduled", wrong)
+    with pytest.raises(WrongResult, match="other codes alone than in the crowd"):
         serving.measure(**SMALL)
 
 
@@ -61,7 +82,7 @@ def test_requests_are_mixed():
     assert {a.samples for a in asked} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("asked", [{"requests": 0}, {"repeats": 0}, {"slots": 5}])
+@pytest.mark.parametrize("asked", [{"requests": 0}, {"repeats": 0}, {"slots": 1}])
 def test_bad_requests_are_refused(asked):
     with pytest.raises(ValueError, match=f"{next(iter(asked))} = {next(iter(asked.values()))}"):
         serving.measure(**asked)
