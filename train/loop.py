@@ -292,7 +292,6 @@ class Run:
     def _write_model(self, model: Path, chosen: dict[str, Any] | None) -> None:
         beside = model.with_name(model.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir()
         self.stage.export(beside)
         if chosen is not None:
             note_chosen(beside, chosen)

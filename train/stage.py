@@ -65,7 +65,7 @@ class Stage(Protocol):
         ...
 
     def export(self, folder: Path) -> None:
-        """Write the trained model in the format users load, into an empty folder."""
+        """Write the trained model in the format users load, into a folder that it makes."""
         ...
 
 

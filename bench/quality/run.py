@@ -144,7 +144,7 @@ def _finish(lab: Lab, cell: Cell) -> None:
         "environment": lab.environment,
     }
     write_record(lab.results, record, log)
-    for name in ("state.pt", "best.pt"):
+    for name in ("state.pt", "state.prev.pt", "best.pt"):
         (run / name).unlink(missing_ok=True)
     shutil.rmtree(run / "model", ignore_errors=True)
     lab.tell(f"{cell.name}: done, written to {record_path(lab.results, cell.name)}")

@@ -23,7 +23,7 @@ from echogen.bench.quality.stages import OneTaskStage, Timed, build, checkpoint
 from echogen.cli import main
 from echogen.engine.engine import Engine
 from echogen.engine.sampler import Sampling
-from echogen.train import cycle_rl, loop, world
+from echogen.train import cycle_rl, loop, processes, world
 from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, Recipe, VQConfig
 from echogen.train.data import samples as data
 from echogen.train.data import scenes
@@ -213,7 +213,7 @@ def test_a_cell_runs_after_its_parent_and_says_everything(finished):
     log = (lab.results / f"{TWO}.metrics.jsonl").read_text().splitlines()
     assert [json.loads(x)["step"] for x in log if "loss" in json.loads(x)] == [1, 2, 3, 4]
     left = {p.name for p in (lab.models / TWO / "run").iterdir()}
-    assert "metrics.jsonl" in left and not left & {"state.pt", "model", "best.pt"}
+    assert "metrics.jsonl" in left and not left & {"state.pt", "state.prev.pt", "model", "best.pt"}
     assert Engine.from_pretrained(lab.models / TWO / "model").image_size == 64
     one = read_record(lab.results, "ablation-stage1-seed0")
     assert one is not None and one["model"] == two["start"]["fingerprint"] and one["steps"] == 0
@@ -237,18 +237,18 @@ def test_a_stop_between_and_within_cells_costs_nothing(small, finished, tmp_path
     def stop(*_: object, **__: object) -> None:
         raise Stop
 
-    inner = loop.save_state
+    inner = processes.save_state
 
-    def save_twice(path, state):
-        inner(path, state)
+    def save_twice(path, state, keep_previous):
+        inner(path, state, keep_previous)
         if state["step"] == 2:
             raise Stop
 
-    monkeypatch.setattr(loop, "save_state", save_twice)
+    monkeypatch.setattr(processes, "save_state", save_twice)
     with pytest.raises(Stop):
         run_cell(lab, lab.find(THREE))
     assert not list(lab.results.glob("*"))
-    monkeypatch.setattr(loop, "save_state", inner)
+    monkeypatch.setattr(processes, "save_state", inner)
     monkeypatch.setattr(run.score, "measure", stop)
     with pytest.raises(Stop):
         run_cell(lab, lab.find(THREE))  # trained, not evaluated

@@ -96,6 +96,7 @@ class Toy:
         return {"weight": weight, "score": -abs(weight - 1)}
 
     def export(self, folder: Path) -> None:
+        folder.mkdir()
         torch.save(self.module.state_dict(), folder / "weights.pt")
         self.passes("export")
 

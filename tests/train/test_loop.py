@@ -65,6 +65,7 @@ class Toy:
 
     def export(self, folder: Path) -> None:
         self.exported.append(folder)
+        folder.mkdir()
         torch.save(self.module.state_dict(), folder / "weights.pt")
 
 

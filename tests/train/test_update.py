@@ -72,6 +72,7 @@ class Toy:
         return {"weight": float(self.module.weight.detach().sum())}
 
     def export(self, folder: Path) -> None:
+        folder.mkdir()
         torch.save(self.module.state_dict(), folder / "weights.pt")
 
 
