@@ -195,7 +195,7 @@ class VQStage:
             count = torch.bincount(nearest, minlength=len(table))
             total = torch.where(count[:, None] > 0, total, table)  # an empty cluster stays
             table = F.normalize(total, dim=-1)
-        self._set_codebook(table, torch.ones(len(table)))
+        self._set_codebook(table, table.new_ones(len(table)))
 
     def _set_codebook(self, table: Tensor, count: Tensor) -> None:
         self.module.vq.quantize.embedding.weight.copy_(table)
