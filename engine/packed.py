@@ -19,6 +19,10 @@ from echogen.engine.cache import PrefixCache
 from echogen.engine.config import ModelConfig
 from echogen.engine.model import Block, RMSNorm, UnifiedTransformer
 
+Mask = Tensor | None
+LayerStep = Callable[[Tensor, Tensor, Tensor, Tensor, Mask], None]
+"""One layer of a step: RoPE's turn, the place in the cache, its keys and values, the mask."""
+
 SMALL_WEIGHT = 1 << 20
 """Numbers in a weight below which it is kept in both layouts (see PackedLinear)."""
 FEW_ROWS = 4
@@ -59,6 +63,10 @@ class PackedLinear:
         if self._bias is None:
             return torch.mm(x, self._plain, out=out)
         return torch.addmm(self._bias, x, self._plain, out=out)
+
+    def plain(self, rows: int) -> Tensor | None:
+        """The transposed weight, where so many rows are multiplied by it; it has no bias then."""
+        return self._plain if rows <= FEW_ROWS and self._bias is None else None
 
     def add_to(self, total: Tensor, x: Tensor) -> None:
         """``total`` [N, outputs] += the layer at x [N, inputs], in place; it has no bias."""
@@ -112,6 +120,7 @@ class Frame:
         self.pairs = torch.view_as_complex(turned)
         # [2, R, kv_heads, L, K] and, a query head beside the others of its group, [R, kv, G, L, K].
         self.keys_values = split[:, :, c.heads :].unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)
+        self.new = self.keys_values.squeeze(-2) if tokens == 1 else self.keys_values
         groups = c.heads // c.kv_heads
         self.queries = split[:, :, : c.heads].unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4)
         self.query = torch.empty(rows, c.kv_heads, groups, tokens, c.head_dim, dtype=dtype)
@@ -154,6 +163,56 @@ class PackedBlock:
         self._out.add_to(stream.x, frame.attended_rows)
         self._gate_up(self._mlp_norm(stream), frame.gate_up)
         self._down.add_to(stream.x, F.silu(frame.gate, inplace=True).mul_(frame.up))
+
+    def bound(self, stream: Stream, frame: Frame) -> LayerStep:
+        """The whole layer for the frame's one token a row: ``project``, ``attend``, ``finish``."""
+        rows = len(stream.x)
+        linears = (self._qkv, self._out, self._gate_up, self._down)
+        weights = [w for linear in linears if (w := linear.plain(rows)) is not None]
+        if len(weights) == len(linears):
+            return _few_rows(stream, frame, *weights)
+
+        def run(turn: Tensor, place: Tensor, key: Tensor, value: Tensor, mask: Mask) -> None:
+            self.project(stream, frame, turn)
+            place.copy_(frame.new)
+            frame.query.copy_(frame.queries)
+            attend(frame, key, value, mask)
+            self.finish(stream, frame)
+
+        return run
+
+
+def _few_rows(
+    stream: Stream, frame: Frame, qkv: Tensor, out: Tensor, gate_up: Tensor, down: Tensor
+) -> LayerStep:
+    """The same operations with every buffer at hand. A small layer's products are so short that
+    calls of Python functions and looks at attributes show: `echogen bench engine --mode latency`
+    says what calls cost in all (``overhead_us_per_token``)."""
+    x, floor, norm, mm, bmm = (
+        stream.x,
+        stream.with_floor,
+        torch.linalg.vector_norm,
+        torch.mm,
+        torch.bmm,
+    )
+    into, pairs, new, query, queries = frame.qkv, frame.pairs, frame.new, frame.query, frame.queries
+    asked, mixed, attended = frame.query_rows, frame.mixed_rows, frame.attended_rows
+    hidden, gate, up = frame.gate_up, frame.gate, frame.up
+
+    def run(turn: Tensor, place: Tensor, key: Tensor, value: Tensor, mask: Mask) -> None:
+        mm(x.div(norm(floor, dim=-1, keepdim=True)), qkv, out=into)
+        pairs.mul_(turn)
+        place.copy_(new)
+        query.copy_(queries)
+        scores = bmm(asked, key)
+        if mask is not None:
+            scores.view(len(scores), -1, 1, scores.shape[-1]).add_(mask)
+        bmm(scores.softmax(-1), value, out=mixed)
+        x.addmm_(attended, out)
+        mm(x.div(norm(floor, dim=-1, keepdim=True)), gate_up, out=hidden)
+        x.addmm_(F.silu(gate, inplace=True).mul_(up), down)
+
+    return run
 
 
 def attend(frame: Frame, key: Tensor, value: Tensor, mask: Tensor | None) -> None:

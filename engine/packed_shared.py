@@ -140,7 +140,6 @@ class SharedDecoding:
         block = torch.empty(2, c.layers, rows * c.kv_heads, own, c.head_dim)
         self._keys, self._values = block[0].transpose(-1, -2), block[1]
         self._places = block.view(2, c.layers, rows, c.kv_heads, own, c.head_dim).unbind(-2)
-        self._new = self._frame.keys_values.squeeze(-2)
         positions = torch.arange(self._length, self._length + own)
         starts = pads[:, None] if any(self._pads) else pads[:1, None]
         self._turns = model.turns(positions - starts).unsqueeze(2).unbind(1)
@@ -175,7 +174,7 @@ class SharedDecoding:
         own = scores[..., self._length :]
         for layer, (block, place) in enumerate(zip(model.blocks, places, strict=True)):
             block.project(stream, frame, turn)
-            place.copy_(self._new)
+            place.copy_(frame.new)
             frame.query.copy_(frame.queries)
             own.copy_(torch.bmm(frame.query_rows, keys[layer]))
             for shared, part in zip(self._shared, parts, strict=True):
