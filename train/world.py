@@ -68,7 +68,7 @@ class WorldStage:
         self.engine, self.prompts, self.vq = engine, engine.prompts, engine.vq
         self.module, self._device = engine.transformer, engine.device
         self.module.train().pixel_aligner.requires_grad_(False)  # no stage here reads pixels
-        self._loop, self._seed, self._stages = loop, loop.seed, stages
+        self._settings, self._seed, self._stages = loop, loop.seed, stages
         if loop.lora:
             add_adapters(self.module, loop)
             self.gather()
@@ -157,6 +157,6 @@ class WorldStage:
         record of its stages."""
         self.engine.refresh()
         self.engine.save_pretrained(folder, dtype=torch.bfloat16)
-        if self._loop.lora and isinstance(self.engine, WholeEngine):
-            save_adapter(self.engine.adapter, self._loop, folder / "adapter")
+        if self._settings.lora and isinstance(self.engine, WholeEngine):
+            save_adapter(self.engine.adapter, self._settings, folder / "adapter")
         write_record(folder, (*self._stages, self.name))
