@@ -1,9 +1,9 @@
 """Many requests at once: through the scheduler, one after another, and in batches that are fixed.
 
-All requests are there at the beginning and all images of a model take as many steps, which is where
-fixed batches are at their best: their rows stand at one place, so that a step writes and reads views
-of the cache where the scheduler's gathers. Not measured is what a scheduler is for, that who comes
-later need not wait for a batch to end. Codes are compared before anything is timed; usual steps may
+All requests are there at the beginning and all images of a model take as many steps, so here fixed
+batches are at their best: their rows stand at one place, and a step writes and reads views of the
+cache where the scheduler's gathers. Not measured is what a scheduler is for, that who comes later
+need not wait for a batch to end. Codes are compared before anything is timed; usual steps may
 differ from drawing one by one where codes are within rounding, batch-invariant ones in no bit from
 a request alone.
 """
