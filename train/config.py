@@ -232,6 +232,8 @@ class CycleRLConfig:
         policy: the tokens that are reinforced: "image", "boxes" (then sampled, not the most
             likely) or "both".
         w_iou, w_l1: weights of the reward's terms.
+        credit: whose tokens an advantage goes to: "image", all of an image's, by its mean reward;
+            "object", those in an object's box, by that object's (see `credit`).
         advantage: "grpo", "dr_grpo" or "rloo", see `group_advantage`.
         normalise: "sequence", "token" or "constant", see `grpo_loss`.
         clip_low, clip_high, beta: of `grpo_loss`; beta = 0 keeps no reference model, and is what
@@ -255,6 +257,7 @@ class CycleRLConfig:
     policy: Literal["image", "boxes", "both"] = "image"
     w_iou: float = 0.5
     w_l1: float = 0.5
+    credit: Literal["image", "object"] = "image"
     advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
     normalise: Literal["sequence", "token", "constant"] = "sequence"
     clip_low: float = 0.2
@@ -275,6 +278,7 @@ class CycleRLConfig:
 
     def __post_init__(self) -> None:
         _one_of("policy", self.policy, ("image", "boxes", "both"))
+        _one_of("credit", self.credit, ("image", "object"))
         _one_of("advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
         _one_of("normalise", self.normalise, ("sequence", "token", "constant"))
         for name, least in (("batch", 1), ("group", 2), ("updates", 1), ("gate_scenes", 1),

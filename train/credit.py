@@ -3,9 +3,9 @@
 An image's reward is the mean over its objects, and one advantage for all of its tokens lets a good
 circle reinforce the square that failed beside it. Yet the answer about an object is, above all, a
 matter of the tokens that lie in its box: here every object is compared with the same object in the
-group's other images, and the advantage goes to these tokens alone. The rest of the image is left to
-the KL term. What it changes is the noise: `echogen bench credit` measures how far the gradients of
-two halves of some rollouts agree.
+group's other images, and the advantage goes to these tokens alone. For the rest of the image there
+is the KL term. What it changes is the noise: `echogen bench credit` measures how far the gradients
+of two halves of some rollouts agree.
 """
 
 from __future__ import annotations
@@ -62,36 +62,48 @@ def by_image(score: CycleReward, mask: Tensor) -> Credit:
     return Credit(image, mask, score.advantage.flatten())
 
 
+def object_tokens(
+    boxes: Tensor, there: Tensor, grid: tuple[int, int] | None, answers: bool
+) -> Tensor:
+    """Whose tokens are whose: bool [B, K + 1, S], a row for each object and one for what no object
+    has. S: the image tokens, where there is a ``grid``, then, with ``answers``, four for each of K.
+
+    Args:
+        boxes, there: asked for, [B, K, 4], and which of them there are, bool [B, K].
+        grid: (rows, columns) of the image tokens; None: they are not the policy's.
+    """
+    count, most = there.shape
+    parts = [] if grid is None else [cells(boxes, *grid)]
+    if answers:
+        own = torch.eye(most, dtype=torch.bool, device=there.device).repeat_interleave(4, 1)
+        parts.append(own.expand(count, most, 4 * most))
+    tokens = torch.cat(parts, -1) & there[..., None]
+    rest = ~tokens.any(1, keepdim=True)
+    if answers:
+        rest[..., -4 * most :] = False
+    return torch.cat([tokens, rest], 1)
+
+
 def by_object(
-    score: CycleReward,
-    boxes: Tensor,
-    there: Tensor,
-    mask: Tensor,
-    grid: tuple[int, int] | None,
-    w_iou: float,
-    w_l1: float,
-    mode: Mode,
+    score: CycleReward, tokens: Tensor, there: Tensor, w_iou: float, w_l1: float, mode: Mode
 ) -> Credit:
-    """One row for each object of each image: the image tokens in its box, the tokens of its answer.
+    """One row for each object of each image, and one of advantage 0 for the rest of it; rows
+    without tokens are left out.
 
     Args:
         score: of [B, G] images.
-        boxes, there: asked for, [B, K, 4], and which of them there are, bool [B, K].
-        mask: bool [N, S] of the policy's tokens: T image tokens, where there is a ``grid``, then,
-            where S holds more than these, four for each of K answers.
-        grid: (rows, columns) of the image tokens; None: they are not the policy's.
+        tokens: of `object_tokens`, [B, K + 1, S].
+        there: bool [B, K].
         w_iou, w_l1, mode: as for `cycle_reward`.
     """
     count, group, most = score.iou.shape
-    parts = [] if grid is None else [cells(boxes, *grid)]
-    if mask.shape[1] > sum(part.shape[-1] for part in parts):
-        own = torch.eye(most, dtype=torch.bool, device=mask.device).repeat_interleave(4, 1)
-        parts.append(own.expand(count, most, 4 * most))
-    tokens = torch.cat(parts, -1)
     reward = -(w_iou * (1 - score.iou) + w_l1 * score.l1)
     each = reward.transpose(1, 2).reshape(count * most, group).contiguous()
-    advantage = group_advantage(each, mode=mode, eps=EPS).advantage
-    advantage = advantage.view(count, most, group).transpose(1, 2)
-    layout, _, which = row = there[:, None].expand(count, group, most).nonzero(as_tuple=True)
-    image = layout * group + row[1]
-    return Credit(image, tokens[layout, which] & mask[image], advantage[row].contiguous())
+    advantage = group_advantage(each, mode=mode, eps=EPS).advantage.view(count, most, group)
+    advantage = torch.cat([advantage * there[..., None], advantage.new_zeros(count, 1, group)], 1)
+    layout, image, which = (
+        tokens.any(-1)[:, None].expand(count, group, most + 1).nonzero(as_tuple=True)
+    )
+    return Credit(
+        layout * group + image, tokens[layout, which], advantage[layout, which, image].contiguous()
+    )

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from echogen.engine.vision import decode_codes, to_images
 from echogen.kernels.grpo import grpo_loss
 from echogen.train import keys
 from echogen.train.config import CycleRLConfig
+from echogen.train.credit import Credit, by_image, by_object, object_tokens
 from echogen.train.data.layouts import MOST_OBJECTS, check_room, random_layout, read_layouts
 from echogen.train.data.packing import Batch
 from echogen.train.data.scenes import load_scenes
@@ -32,58 +33,17 @@ from echogen.train.distributed import one_goes_first
 from echogen.train.eval.agreement import self_agreement
 from echogen.train.eval.judge import detect
 from echogen.train.eval.tables import cycle_table, layouts_of
+from echogen.train.held import Held, Portion
 from echogen.train.loop import BeginRefused
 from echogen.train.lora import without_adapters
 from echogen.train.passes import worth_logging
-from echogen.train.rollouts import Rollout, roll_out
+from echogen.train.rollouts import Rollout, roll_out, targets
 from echogen.train.scoring import box_logprob, image_logprob
 from echogen.train.shares import places
 from echogen.train.start import Start
 from echogen.train.world import WorldStage
 
 VAL_LAYOUTS = 64
-
-
-class Portion(NamedTuple):
-    """The shares that a part of a step has in it: of the layouts (and of their images), of the
-    images with tokens of the policy, of these tokens, of the boxes."""
-
-    layouts: float
-    sequences: float
-    tokens: float
-    boxes: float
-
-
-WHOLE = Portion(1.0, 1.0, 1.0, 1.0)
-
-
-@dataclass
-class Held:
-    """A rollout in use, packed for scoring.
-
-    Attributes:
-        index: which of the run it is.
-        drawn, unconditional, asked: L2I sequences, the same behind unconditional prompts (with
-            guidance), and I2L ones; None where the policy does not need them.
-        sampled: log-probabilities of the policy's tokens by the sampler, [N, S].
-        mask: bool [N, S].
-        portion: what the rollout is of its step's.
-        old: those of the trainer before the first update; None until then.
-        gap: mean absolute difference of the two.
-        reference: those of the frozen reference, which no update changes; None without one.
-    """
-
-    index: int
-    rollout: Rollout
-    drawn: Batch | None
-    unconditional: Batch | None
-    asked: Batch | None
-    sampled: Tensor
-    mask: Tensor
-    portion: Portion = WHOLE
-    old: Tensor | None = None
-    gap: Tensor | None = None
-    reference: Tensor | None = None
 
 
 class CycleRLStage(WorldStage):
@@ -166,6 +126,12 @@ class CycleRLStage(WorldStage):
         self._held[part, parts] = held
         return held
 
+    def _tokens(self, layouts: list[Layout]) -> Tensor:
+        """Whose tokens of the policy are whose, see `object_tokens`."""
+        policy, config = self.config.policy, self.module.config
+        grid = None if policy == "boxes" else (config.grid, config.grid)
+        return object_tokens(*targets(layouts), grid, policy != "image")
+
     def _portion(self, here: list[Layout], every: list[Layout]) -> Portion:
         """What the layouts of a part are of all the step's."""
         image = self.module.config.image_tokens * (self.config.policy != "boxes")
@@ -174,9 +140,20 @@ class CycleRLStage(WorldStage):
         def count(layouts: list[Layout]) -> np.ndarray:
             boxes = np.array([len(y.objects) for y in layouts])
             tokens = image + box * boxes
-            return np.array([len(layouts), (tokens > 0).sum(), tokens.sum(), boxes.sum()])
+            rows, row_tokens = (tokens > 0).sum(), tokens.sum()
+            if self.config.credit == "object":
+                whose = self._tokens(layouts)
+                rows, row_tokens = int(whose.any(-1).sum()), int(whose.sum())
+            return np.array([len(layouts), boxes.sum(), tokens.sum(), rows, row_tokens])
 
         return Portion(*(count(here) / np.maximum(count(every), 1)).tolist())
+
+    def _credit(self, rollout: Rollout, mask: Tensor) -> Credit:
+        c, score = self.config, rollout.score
+        if c.credit == "image":
+            return by_image(score, mask)
+        tokens = self._tokens(rollout.layouts).to(mask.device)
+        return by_object(score, tokens, rollout.mask, c.w_iou, c.w_l1, c.advantage)
 
     def _packed(self, index: int, rollout: Rollout) -> Held:
         policy, group = self.config.policy, rollout.group
@@ -199,8 +176,10 @@ class CycleRLStage(WorldStage):
             sampled.append(rollout.answers.logprob.flatten(1))
             each = rollout.mask.repeat_interleave(group, 0)
             mask.append(each.repeat_interleave(4, 1))
+        every = torch.cat(mask, 1)
+        credit = self._credit(rollout, every)
         return Held(
-            index, rollout, drawn, unconditional, asked, torch.cat(sampled, 1), torch.cat(mask, 1)
+            index, rollout, drawn, unconditional, asked, torch.cat(sampled, 1), every, credit
         )
 
     def _sequences(self, prompts: list[list[int]], codes: np.ndarray) -> Batch:
@@ -276,17 +255,17 @@ class CycleRLStage(WorldStage):
         if held.reference is None:
             held.reference = self._by_reference(held)
         logp = self.logprob(self.module, held)
-        score = held.rollout.score
+        credit = held.credit
         tokens = self.module.config.image_tokens * (held.drawn is not None)
         tokens += 4 * MOST_OBJECTS * (held.asked is not None)
         # With one update the ratio is 1 by definition. Against the sampler's log-probabilities it
         # would be 1 but for rounding, and in bfloat16 the rounding would pass for a change.
         out = grpo_loss(
-            logp,
-            held.old,
-            score.advantage.flatten(),
-            held.mask,
-            held.reference,
+            credit.rows(logp),
+            credit.rows(held.old),
+            credit.advantage,
+            credit.mask,
+            credit.rows(held.reference),
             c.clip_low,
             c.clip_high,
             c.beta,
@@ -297,13 +276,15 @@ class CycleRLStage(WorldStage):
             held.gap = (logp.detach() - held.sampled).abs()[held.mask].mean()
             held.old = logp.detach() if c.updates > 1 else None
         portion = held.portion
-        by = {"sequence": portion.sequences, "token": portion.tokens, "constant": portion.layouts}
+        all_rows = portion.layouts if c.credit == "image" else portion.rows
+        by = {"sequence": portion.rows, "token": portion.row_tokens, "constant": all_rows}
         loss = out.loss if parts == 1 else out.loss * by[c.normalise]
-        per_token = {"kl": out.mean_kl, "clipped": out.clip_fraction, "sampler_gap": held.gap}
+        per_token = {"kl": out.mean_kl, "clipped": out.clip_fraction}
         numbers = {
             "loss": loss,
             **_of(held.rollout, portion),
-            **{name: mean * portion.tokens for name, mean in per_token.items()},
+            **{name: mean * portion.row_tokens for name, mean in per_token.items()},
+            "sampler_gap": held.gap * portion.tokens,
         }
         return loss, worth_logging(numbers)
 

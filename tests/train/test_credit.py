@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from echogen.kernels.cycle_reward import cycle_reward
-from echogen.train.credit import EPS, by_image, by_object, cells
+from echogen.train.credit import EPS, by_image, by_object, cells, object_tokens
 
 BINS, FIRST = 17, 5
 
@@ -40,31 +40,33 @@ def scored(seed: int):
 @pytest.mark.parametrize("policy", ["image", "boxes", "both"])
 def test_an_object_answers_for_its_own_tokens(policy) -> None:
     score, target, there = scored(3)
-    parts = []
-    if policy != "boxes":
-        parts.append(torch.ones(12, 16, dtype=torch.bool))
-    if policy != "image":
-        parts.append(there.repeat_interleave(4, 0).repeat_interleave(4, 1))
-    mask, grid = torch.cat(parts, 1), None if policy == "boxes" else (4, 4)
-    credit = by_object(score, target, there, mask, grid, 0.75, 0.25, "grpo")
-    assert len(credit.image) == 4 * there.sum()
+    grid, answers = None if policy == "boxes" else (4, 4), policy != "image"
+    tokens = object_tokens(target, there, grid, answers)
+    credit = by_object(score, tokens, there, 0.75, 0.25, "grpo")
     row = 0
     for b in range(3):
         for g in range(4):
+            rest = torch.ones(16, dtype=torch.bool)
             for k in range(3):
                 if not there[b, k]:
                     continue
                 d = 0.75 * (1 - score.iou[b, :, k]) + 0.25 * score.l1[b, :, k]
                 wanted = (d.mean() - d[g]) / (d.std(correction=0) + EPS)
                 torch.testing.assert_close(credit.advantage[row], wanted, atol=1e-5, rtol=1e-5)
-                tokens = []
+                own = []
                 if policy != "boxes":
-                    tokens.append(cells(target[b, k], 4, 4))
-                if policy != "image":
-                    tokens.append(torch.arange(12) // 4 == k)
+                    own.append(cells(target[b, k], 4, 4))
+                    rest &= ~own[0]
+                if answers:
+                    own.append(torch.arange(12) // 4 == k)
                 assert credit.image[row] == 4 * b + g
-                assert torch.equal(credit.mask[row], torch.cat(tokens))
+                assert torch.equal(credit.mask[row], torch.cat(own))
                 row += 1
+            if policy != "boxes" and rest.any():
+                assert credit.advantage[row] == 0 and torch.equal(credit.mask[row, :16], rest)
+                assert not credit.mask[row, 16:].any()
+                row += 1
+    assert row == len(credit.image)
 
 
 def test_a_better_drawn_object_is_reinforced_whatever_the_others_do() -> None:
@@ -74,9 +76,9 @@ def test_a_better_drawn_object_is_reinforced_whatever_the_others_do() -> None:
     found = torch.tensor([[[good, away], [bad, [8, 8, 16, 16]]]]) + FIRST
     score = cycle_reward(found, target, there, FIRST, BINS)
     mask = torch.ones(2, 16, dtype=torch.bool)
-    credit = by_object(score, target, there, mask, (4, 4), 0.5, 0.5, "grpo")
-    sign = credit.advantage.sign().view(2, 2)
-    assert sign.tolist() == [[1, -1], [-1, 1]]
+    tokens = object_tokens(target, there, (4, 4), False)
+    credit = by_object(score, tokens, there, 0.5, 0.5, "grpo")
+    assert credit.advantage.sign().view(2, 3).tolist() == [[1, -1, 0], [-1, 1, 0]]
     whole = by_image(score, mask)
     assert whole.rows(torch.arange(32.0).view(2, 16)).shape == (2, 16)
     assert whole.advantage.sign().tolist() == [-1, 1]  # for all tokens, the good circle's too

@@ -17,6 +17,7 @@ from echogen.engine.sampler import Sampling
 from echogen.kernels.grpo import group_advantage
 from echogen.train import cycle_rl, keys
 from echogen.train.config import CycleRLConfig
+from echogen.train.credit import by_image
 from echogen.train.cycle_rl import CycleRLStage, Held
 from echogen.train.data.scenes import load_scenes
 from echogen.train.eval.agreement import Agreement, within_groups
@@ -133,6 +134,7 @@ def test_groups_without_variance_teach_nothing(rl_stage) -> None:
         told = group_advantage(reward)
         score = held.rollout.score._replace(reward=reward, advantage=told.advantage, flat=told.flat)
         held.rollout = dataclasses.replace(held.rollout, score=score)
+        held.credit = by_image(score, held.mask)
         loss, numbers = rl.loss(0)
         return list(gradients(rl, loss).values()), numbers
 

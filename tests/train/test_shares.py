@@ -30,6 +30,8 @@ DJO = {
 RL = {
     "image": {},
     "both by token": {"policy": "both", "normalise": "token"},
+    "by object": {"credit": "object"},
+    "both by object": {"credit": "object", "policy": "both", "normalise": "token"},
     "boxes": {"policy": "boxes", "updates": 2},
     "constant": {"normalise": "constant", "beta": 0.0, "advantage": "rloo"},
 }
