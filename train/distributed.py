@@ -166,7 +166,8 @@ class Several(Processes):
         if told[1] is not None:
             kind, message = told[1]
             raise kind(message)
-        return told[0]  # type: ignore[no-any-return]
+        result: T = told[0]
+        return result
 
     def assemble(self, stage: Stage) -> None:
         """Before the first process works alone: what takes all of them."""

@@ -154,9 +154,11 @@ def like(whole: Tensor, template: Tensor | None) -> Tensor:
 
 def flat(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of nested dictionaries and lists by their flat names, and all the rest."""
-    tensors, rest = {}, {}
+    tensors: dict[str, Tensor] = {}
+    rest: dict[str, Any] = {}
     for name, value in _leaves(state, ""):
-        (tensors if isinstance(value, Tensor) else rest)[name] = value
+        into: dict[str, Any] = tensors if isinstance(value, Tensor) else rest
+        into[name] = value
     return tensors, rest
 
 

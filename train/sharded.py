@@ -45,7 +45,7 @@ class Sharded(Several):
 
     def __init__(self, config: LoopConfig) -> None:
         super().__init__(config)
-        self._root: nn.Module | None = None
+        self._root: Any = None
         self._outdate: Callable[[], None] = lambda: None
 
     def prepare(self, stage: Stage) -> None:
@@ -88,7 +88,8 @@ class Sharded(Several):
     def run(self, work: Callable[[], T]) -> T:
         """See `Processes`."""
         assert self._root is not None, "prepare comes first"
-        return self._root(work)  # type: ignore[no-any-return]
+        result: T = self._root(work)
+        return result
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> float:
         """See `Processes`."""

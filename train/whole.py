@@ -9,6 +9,7 @@ is shares its memory with the copy.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,12 +40,11 @@ def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
             yield start + name, whole(p.detach()), not isinstance(p, DTensor)
 
 
-def _merged(layer: nn.Module) -> Tensor:
-    """W + scale·B·A of a layer of peft's, in float32 at least."""
-    weight = whole(layer.base_layer.weight.detach())  # type: ignore[union-attr]
-    for name, scale in layer.scaling.items():  # type: ignore[operator, union-attr]
-        a = whole(layer.lora_A[name].weight.detach())  # type: ignore[index, union-attr]
-        b = whole(layer.lora_B[name].weight.detach())  # type: ignore[index, union-attr]
+def _merged(layer: Any) -> Tensor:
+    """W + scale·B·A of a layer of peft's."""
+    weight = whole(layer.base_layer.weight.detach())
+    for name, scale in layer.scaling.items():
+        a, b = (whole(x[name].weight.detach()) for x in (layer.lora_A, layer.lora_B))
         weight = weight + scale * (b @ a)
     return weight
 

@@ -13,16 +13,14 @@ from transformers import JanusVQVAE
 from echogen.bench.quality.cells import Cell, Config, Task
 from echogen.bench.quality.records import write_json
 from echogen.engine.engine import Engine
-from echogen.train import keys
 from echogen.train.config import CycleRLConfig, DJOConfig, PMTPConfig
 from echogen.train.cycle_rl import CycleRLStage
-from echogen.train.data.packing import Batch, l2i_prompt
 from echogen.train.data.samples import module_hash
 from echogen.train.djo import DJOStage
 from echogen.train.loop import Stage
 from echogen.train.pmtp import PMTPStage
+from echogen.train.pmtp import Task as Asked
 from echogen.train.start import load_start, model_folder
-from echogen.train.world import ask
 
 
 class OneTaskStage(PMTPStage):
@@ -34,18 +32,12 @@ class OneTaskStage(PMTPStage):
         super().__init__(config, vq)
         self._task = task
 
-    def batch(self, step: int) -> Batch:
-        c = self.config
-        rng = keys.generator(c.loop.seed, keys.PMTP_BATCH, step)
-        samples = [self._train[i] for i in rng.integers(len(self._train), size=c.batch)]
+    def tasks(self, step: int) -> list[Asked]:
         # Both tasks' randomness is drawn, so that either has what it has in company.
-        prompts = [l2i_prompt(self.prompts, s.layout(rng), c.prompt_dropout, rng) for s in samples]
-        asked = [ask(s, c.branches, rng) for s in samples]
+        every = super().tasks(step)
         if self._task == "l2i":
-            trees = [self.drawing(p, s.codes) for p, s in zip(prompts, samples, strict=True)]
-        else:
-            trees = [self.grounding(s.codes, q) for q, s in zip(asked, samples, strict=True)]
-        return self.pack(trees)
+            return [asked._replace(questions=[]) for asked in every]
+        return [asked._replace(draw=None) for asked in every]
 
 
 def build(cell: Cell, config: Config, start: Path | str) -> tuple[Stage, dict[str, Any]]:
