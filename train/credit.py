@@ -36,9 +36,9 @@ class Credit(NamedTuple):
     mask: Tensor
     advantage: Tensor
 
-    def rows(self, logprob: Tensor | None) -> Tensor | None:
+    def rows(self, logprob: Tensor) -> Tensor:
         """Log-probabilities [N, S] of images → [R, S] of rows."""
-        return None if logprob is None else logprob.index_select(0, self.image)
+        return logprob.index_select(0, self.image)
 
 
 def cells(boxes: Tensor, rows: int, columns: int) -> Tensor:

@@ -262,10 +262,10 @@ class CycleRLStage(WorldStage):
         # would be 1 but for rounding, and in bfloat16 the rounding would pass for a change.
         out = grpo_loss(
             credit.rows(logp),
-            credit.rows(held.old),
+            None if held.old is None else credit.rows(held.old),
             credit.advantage,
             credit.mask,
-            credit.rows(held.reference),
+            None if held.reference is None else credit.rows(held.reference),
             c.clip_low,
             c.clip_high,
             c.beta,
