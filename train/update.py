@@ -29,6 +29,8 @@ def check(stage: Stage, config: LoopConfig, processes: Processes) -> None:
                 f"multiple of {parts}"
             )
     module: Any = stage.module
+    if config.lora and not hasattr(stage, "gather"):
+        raise BeginRefused(f"{stage.name}: has no blocks to put adapters beside; set lora to 0")
     if config.checkpoint_activations:
         if not hasattr(module, "checkpointing"):
             raise BeginRefused(

@@ -6,7 +6,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
@@ -46,6 +46,10 @@ class RunOptions:
     """Refuse operations whose result may differ from run to run, as some do on a GPU."""
     device: str = "cpu"
     """cpu, cuda or cuda:N; cuda under torchrun is each process's own GPU."""
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
+    """How torchrun's processes share the weights: all in each (ddp, auto) or a slice (fsdp)."""
+    lora: int = 0
+    """Rank of adapters to train in place of the weights; 0: the weights. Needs peft."""
     resume: bool = False
     """Go on with the run in --out, from its last checkpoint, with the settings it began with."""
     repeat: Annotated[Path | None, tyro.conf.arg(metavar="DUMP")] = None
@@ -85,6 +89,9 @@ class RunOptions:
         names = ("accumulate", "checkpoint_activations", "ema", "deterministic")
         asked: dict[str, Any] = {name: getattr(self, name) for name in names}
         asked = {k: v for k, v in asked.items() if v is not None and v is not False}
+        asked["parallel"] = self.parallel
+        if self.lora:  # Muon is for whole matrices
+            asked |= {"lora": self.lora, "muon_lr": None}
         try:
             return replace(with_steps(recipe, self.steps), **asked)
         except ValueError as error:
