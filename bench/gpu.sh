@@ -91,7 +91,12 @@ gpu cycle 120 "$PYTHON" -m echogen cycle --layout examples/overlap.json --out "$
 for model in tiny random:100m; do
   gpu "engine_${model//:/_}" 120 "$PYTHON" -m echogen bench engine --model "$model" --device cuda --json
 done
-echo "== train: skipped, the training stages run on a CPU so far"
+for mode in latency rollout; do
+  gpu "$mode" 240 "$PYTHON" -m echogen bench engine --mode "$mode" --device cuda --dtype bfloat16 --json
+done
+for stage in pmtp djo cycle-rl; do
+  gpu "train_$stage" 90 "$PYTHON" -m echogen bench train --stage "$stage" --device cuda --json
+done
 for what in generate cycle; do
   gpu "profile_$what" 60 "$PYTHON" -m echogen profile "$what" --tool torch --device cuda \
     --out "$OUT/profile" --json

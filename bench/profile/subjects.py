@@ -133,7 +133,7 @@ def cycle_rl(asked: Asked) -> Subject:
 def _start(asked: Asked) -> Start:
     from echogen.train.start import load_start
 
-    return load_start(asked.model, "", any_stage=True)
+    return load_start(asked.model, "", any_stage=True, device=asked.device)
 
 
 SUBJECTS: dict[str, Callable[[Asked], Subject]] = {
@@ -144,8 +144,6 @@ SUBJECTS: dict[str, Callable[[Asked], Subject]] = {
     "djo": djo,
     "cycle-rl": cycle_rl,
 }
-ON_A_CPU = ("pmtp", "djo", "cycle-rl")
-"""Subjects that run there alone so far: training has not been brought to a GPU yet."""
 FEW_SCENES = 64
 """Of the training set: drawing and encoding more would take longer than what is profiled."""
 

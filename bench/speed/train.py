@@ -27,22 +27,24 @@ def run(
     model: str = "tiny",
     batch: int = 8,
     repeats: int = 5,
+    device: str = "cpu",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Time optimizer steps of a stage with the recipe ``tiny`` on this CPU; JSON-ready.
+    """Time optimizer steps of a stage with the recipe ``tiny``; JSON-ready.
 
     Args:
         stage: one of ``STAGES``.
         model: that stages 2 and 3 begin with, and whose image tokenizer stage 1 takes.
         batch: samples a step; layouts a rollout in Cycle RL.
         repeats: steps timed, after one to warm up.
+        device: "cpu" or "cuda".
         progress: called with (steps done, steps in all).
 
     Returns:
         ``images_per_s`` and ``tokens_per_s`` (padding included, of the trainer's own passes),
         ``ms_per_step`` with quantiles, ``utilisation`` (`needed` over the measured rate of matrix
-        products in ``dtype``, the stage's type), ``peak_mib`` of the process, ``shares`` of the
-        time by range, and the environment.
+        products in ``dtype``, the stage's type), ``peak_mib`` of the process or, on CUDA, of its
+        tensors, ``shares`` of the time by range, and the environment.
 
     Raises:
         ValueError: no such stage.
@@ -50,8 +52,8 @@ def run(
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage}: unknown; choose {', '.join(STAGES)}")
-    subject = warmed(stage, Asked(model, "cpu", batch))
-    watch, times = Stopwatch(clock("cpu")), []
+    subject = warmed(stage, Asked(model, device, batch))
+    watch, times = Stopwatch(clock(device)), []
     with listening(watch):
         for done in range(repeats):
             watch.start()
@@ -61,9 +63,11 @@ def run(
     whole, spread = sum(times), quantiles(times)
     passes = watch.rows.get(PASS, Row(PASS))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if device == "cuda":
+        peak = torch.cuda.max_memory_allocated() / 2**20
     loop = getattr(tiny(), stage.replace("-", "_")).loop
     dtype = torch.bfloat16 if loop.bf16 else torch.float32
-    ceiling = measure(torch.device("cpu"), dtype).flops_per_s
+    ceiling = measure(torch.device(device), dtype).flops_per_s
     return {
         "stage": stage,
         "model": model,
@@ -82,7 +86,7 @@ def run(
             for row in sorted(watch.rows.values(), key=lambda row: -row.seconds)
         },
         "threads": torch.get_num_threads(),
-    } | environment()
+    } | environment(device)
 
 
 def needed(config: ModelConfig, passes: Row) -> int:

@@ -15,7 +15,7 @@ from echogen.commands.limits import (
     BenchReport,
     BenchRoofline,
 )
-from echogen.commands.options import Json, check_range, check_seed, usual_device
+from echogen.commands.options import Json, ModelOptions, check_range, check_seed, usual_device
 from echogen.commands.output import (
     Failure,
     InputError,
@@ -168,16 +168,19 @@ class BenchTrain:
     """Samples a step; layouts a rollout in Cycle RL."""
     repeats: int = 5
     """Timed steps."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where to train."""
     json: Json = False
     """End with one JSON object on stdout."""
 
     def run(self) -> None:
         check_range("batch", self.batch, 1, 4096)
         check_range("repeats", self.repeats, 1, 10_000)
+        ModelOptions(device=self.device).check()
         from echogen.bench.speed import train
 
         with progress("timing") as update:
-            r = train.run(self.stage, self.model, self.batch, self.repeats, update)
+            r = train.run(self.stage, self.model, self.batch, self.repeats, self.device, update)
         show(
             f"{self.stage}: {r['images']} images a step",
             ("ms a step", "images/s", "tokens/s", "utilisation", "peak MiB"),
