@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from echogen.commands.credit import BenchCredit
 from echogen.commands.limits import (
     BenchCompare,
     BenchCompile,
@@ -266,6 +267,7 @@ class Bench:
         | Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
         | Annotated[BenchTrain, tyro.conf.subcommand("train")]
         | Annotated[BenchServing, tyro.conf.subcommand("serving")]
+        | Annotated[BenchCredit, tyro.conf.subcommand("credit")]
         | Annotated[BenchQuality, tyro.conf.subcommand("quality")]
         | Annotated[BenchMemory, tyro.conf.subcommand("memory")]
         | Annotated[BenchRoofline, tyro.conf.subcommand("roofline")]
