@@ -20,13 +20,15 @@ demo: $(VENV)/.installed
 	@echo "look at out/demo/image.png and out/demo/overlay.png"
 
 # Twice over the operators: on their references, and on their Triton code through its interpreter.
+# One process a core and one thread in each: small tensors gain nothing from a second thread.
+TESTS = OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist loadfile
 test: $(VENV)/.installed
-	$(RUN)/python -m pytest
-	TRITON_INTERPRET=1 $(RUN)/python -m pytest tests/kernels
+	$(TESTS)
+	TRITON_INTERPRET=1 $(TESTS) tests/kernels
 
 # The operators' tests on inputs that no run has seen; after a failure ECHOGEN_TEST_SEED repeats it.
 fresh: $(VENV)/.installed
-	ECHOGEN_TEST_SEED=fresh $(RUN)/python -m pytest tests/kernels
+	ECHOGEN_TEST_SEED=fresh $(TESTS) tests/kernels
 
 lint: $(VENV)/.installed
 	$(RUN)/ruff check .
