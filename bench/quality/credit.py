@@ -60,10 +60,10 @@ def run(
             progress(done * rollouts + step + 1, len(CREDITS) * rollouts)
         halves[name] = sums
     found = []
-    for name, (a, b) in halves.items():
+    for how, (a, b) in halves.items():
         cosine = float(torch.nn.functional.cosine_similarity(a, b, 0))
         least = rollouts / 2 * (1 - cosine) / cosine if cosine > 0 else None
-        found.append({"credit": name, "cosine": cosine, "rollouts_for_half": least})
+        found.append({"credit": how, "cosine": cosine, "rollouts_for_half": least})
     told = {"model": model, "rollouts": rollouts, "batch": batch, "group": recipe.group}
     return {**told, "seed": seed, "results": found} | environment()
 
