@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
+from echogen.bench.storages import Ledger
 from echogen.kernels import dispatch
 from echogen.kernels.aot import OnAnyDevice
 
@@ -18,36 +18,21 @@ class _Storages(OnAnyDevice):
 
     def __init__(self, launches: list[dispatch.Launch]) -> None:
         super().__init__()
-        self._launches = launches
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._launches, self.ledger = launches, Ledger()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self._launches.clear()  # they hold their arguments
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
-                self._note(tensor, 0)
+                self.ledger.note(tensor.untyped_storage(), 0)
         if func.namespace == "echogen":
             return super().__torch_dispatch__(func, types, args, kwargs)
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
-                self._note(tensor, tensor.untyped_storage().nbytes())
+                storage = tensor.untyped_storage()
+                self.ledger.note(storage, storage.nbytes())
         return made
-
-    def _note(self, tensor: torch.Tensor, size: int) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-
-        def gone(_: object) -> None:
-            self.live -= size
-            del self._known[key]
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.live += size
-        self.peak = max(self.peak, self.live)
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
@@ -59,4 +44,4 @@ def peak_bytes(call: Callable[[], Any]) -> int:
     """
     with dispatch.recorded() as launches, _Storages(launches) as storages:
         call()
-    return storages.peak
+    return storages.ledger.peak

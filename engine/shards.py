@@ -177,12 +177,12 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield staging
         write_json(staging / _MANIFEST, {"files": sorted(p.name for p in staging.iterdir())})
         for path in (*staging.iterdir(), staging):
-            _sync(path)
+            sync(path)
         os.replace(staging, folder / _COMMITTED)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
-    _sync(folder)
+    sync(folder)
     finish_commit(folder)
 
 
@@ -210,7 +210,7 @@ def finish_commit(folder: Path) -> None:
             ):
                 if old.name not in names:
                     old.unlink(missing_ok=True)
-            _sync(folder)
+            sync(folder)
         shutil.rmtree(committed, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
@@ -236,7 +236,9 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk: names reach it with their folder, not with
+    their file."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from echogen.engine.shards import sync
+
 UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 
@@ -45,7 +47,7 @@ def save_state(path: Path, state: dict[str, Any], keep_previous: bool = False) -
         if keep_previous and path.exists():
             _second_name(path)
         os.replace(beside, path)
-        _sync_folder(path.parent)
+        sync(path.parent)
     except (OSError, RuntimeError) as error:
         # Torch's writer covers the file's own error with one about its position.
         cause = error if isinstance(error, OSError) else error.__context__
@@ -81,15 +83,6 @@ def _second_name(path: Path) -> None:
     else:
         os.replace(link, previous(path))
         link.unlink(missing_ok=True)  # a rename leaves both names where both are of the same file
-
-
-def _sync_folder(folder: Path) -> None:
-    """Names reach the disk with their folder, not with their file."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load_state(path: Path, or_previous: bool = False) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from echogen.engine.shards import sync
 from echogen.train.checkpoint import StateError, load_state, previous, save_state
 
 REST = "rest.pt"
@@ -67,7 +68,7 @@ class Saver:
         if self._first:
             set_aside(path)
             os.replace(beside, path)
-            _sync(path.parent)
+            sync(path.parent)
 
     def settle(self) -> None:
         """Wait until what was begun is on the disk.
@@ -206,11 +207,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split())
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

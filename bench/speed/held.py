@@ -6,7 +6,6 @@ comes next, so it is counted while it runs.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -14,14 +13,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from echogen.bench.storages import Ledger
+
 
 class _Held(TorchDispatchMode):
     """Bytes of the storages that operators made and that are still held."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self.ledger = Ledger()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -35,20 +35,8 @@ class _Held(TorchDispatchMode):
         for tensor in tree_leaves(tensors):
             # Packed weights of oneDNN have no storage; they are made before a drawing.
             if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
-                self._count(tensor.untyped_storage(), made)
-
-    def _count(self, storage: torch.UntypedStorage, made: bool) -> None:
-        key, size = storage._cdata, storage.nbytes() if made else 0
-        if key in self._known:
-            return
-
-        def gone(_: object) -> None:
-            self.live -= size
-            del self._known[key]
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.live += size
-        self.peak = max(self.peak, self.live)
+                storage = tensor.untyped_storage()
+                self.ledger.note(storage, storage.nbytes() if made else 0)
 
 
 def held_mib(call: Callable[[], object], device: str = "cpu") -> float:
@@ -63,4 +51,4 @@ def held_mib(call: Callable[[], object], device: str = "cpu") -> float:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     with _Held() as held:
         call()
-    return held.peak / 2**20
+    return held.ledger.peak / 2**20

@@ -855,7 +855,7 @@ def test_killed_at_any_step_of_a_save(tmp_path, janus_config, random_janus, monk
             # A killed process cleans nothing up, so clearing away counts as a step too.
             patch.setattr(shards, "save_file", counted(save_file))
             patch.setattr(shards.os, "replace", counted(os.replace))
-            patch.setattr(shards, "_sync", counted(shards._sync))
+            patch.setattr(shards, "sync", counted(shards.sync))
             patch.setattr(shards.shutil, "rmtree", counted(shutil.rmtree))
             patch.setattr(Path, "unlink", counted(Path.unlink))
             try:
