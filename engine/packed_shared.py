@@ -3,8 +3,8 @@ once and are multiplied by the queries of its whole group at a time.
 
 In a rollout much of what a step reads would be copies of prompts: with 45 tokens of prompt and 64
 codes nearly all keys and values at the start and two fifths at the end. 64 images of the tiny model
-in groups of eight took 1.2 times as long on copies, and 70 MiB instead of 48 (one thread of a busy
-AMD EPYC, Zen 5; `echogen bench engine --mode rollout`, where ``echogen:copies`` draws on them).
+in groups of eight take 1.28 times as long on copies, and 70 MiB instead of 48 (one thread of an AMD
+EPYC; bench/results/rollout-cpu.json, where ``echogen:copies`` draws on them).
 `kernels.decode_attention` shares prefixes on CUDA; on a CPU it is the oracle of its tests.
 """
 
