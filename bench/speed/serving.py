@@ -2,10 +2,10 @@
 
 All requests are there at the beginning and all images of a model take as many steps, so here fixed
 batches are at their best: their rows stand at one place, and a step writes and reads views of the
-cache where the scheduler's gathers. Not measured is what a scheduler is for, that who comes later
-need not wait for a batch to end. Codes are compared before anything is timed; usual steps may
-differ from drawing one by one where codes are within rounding, batch-invariant ones in no bit from
-a request alone.
+cache where the scheduler's gathers. What a scheduler is for, that who comes later need not wait for
+a batch to end, `echogen.bench.speed.arrivals` measures. Codes are compared before anything is
+timed; usual steps may differ from drawing one by one where codes are within rounding,
+batch-invariant ones in no bit from a request alone.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class Asked:
     seed: int
     sampling: Sampling
     samples: int
+
+    @property
+    def rows(self) -> int:
+        """Slots it takes."""
+        return self.samples * (1 + self.sampling.guided)
 
 
 Draw = Callable[[], list[Tensor]]
@@ -189,16 +194,22 @@ def in_batches(engine: Engine, asked: list[Asked], slots: int) -> list[Tensor]:
     for guided in (False, True):
         mine = [i for i, a in enumerate(asked) if a.sampling.guided == guided]
         while mine:
-            batch, rows = list[int](), 0
-            while mine and rows + (more := asked[mine[0]].samples * (1 + guided)) <= slots:
-                batch.append(mine.pop(0))
-                rows += more
-            codes = _batch(engine, [asked[i] for i in batch])
+            count = fitting([asked[i] for i in mine], slots)
+            batch, mine = mine[:count], mine[count:]
+            codes = one_batch(engine, [asked[i] for i in batch])
             found |= zip(batch, codes, strict=True)
     return [found[i] for i in range(len(asked))]
 
 
-def _batch(engine: Engine, asked: list[Asked]) -> list[Tensor]:
+def fitting(asked: list[Asked], slots: int) -> int:
+    """How many of the first requests make up a batch of at most so many rows."""
+    rows = itertools.accumulate(a.rows for a in asked)
+    return sum(1 for _ in itertools.takewhile(lambda total: total <= slots, rows))
+
+
+def one_batch(engine: Engine, asked: list[Asked], progress: Progress | None = None) -> list[Tensor]:
+    """Requests of one kind, with guidance or without, drawn together; the codes of each.
+    ``progress``: as for `decode_image`."""
     c = engine.transformer.config
     pairs = [engine.prompt_rows([a.layout], a.sampling) for a in asked]
     counts = [a.samples for a in asked]
@@ -213,7 +224,7 @@ def _batch(engine: Engine, asked: list[Asked]) -> list[Tensor]:
         for a in asked
     ]
     sampler, pad = Together(samplers, counts), engine.prompts.pad
-    codes = decode_image(engine.decoder, engine.code_table, prompts, sampler, pad)
+    codes = decode_image(engine.decoder, engine.code_table, prompts, sampler, pad, progress)
     return list(codes.split(counts))
 
 

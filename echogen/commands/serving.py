@@ -1,8 +1,11 @@
-"""The command that times many requests at once."""
+"""The command that times many requests, at once and as they come."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+import tyro
 
 from echogen.commands.options import Json, check_range, check_seed
 from echogen.commands.output import InputError, print_json, progress
@@ -11,7 +14,8 @@ from echogen.commands.output import InputError, print_json, progress
 @dataclass(frozen=True)
 class BenchServing:
     """Mixed requests through the scheduler, beside one after another and in fixed batches, and what
-    batch-invariant mode costs; on one thread of a CPU."""
+    batch-invariant mode costs; then the same kinds of requests as they come over time, at several
+    loads. On one thread of a CPU."""
 
     model: str = "tiny"
     """A bundled model, a folder, or a hub id in the Janus format."""
@@ -21,8 +25,17 @@ class BenchServing:
     """Rows of a step; an image with guidance takes two."""
     repeats: int = 5
     """Timed runs of each."""
+    arrivals: int = 150
+    """Requests that come over time, at every load; 0 leaves this part out."""
+    load: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
+    """Share of what the scheduler can draw that comes (may be repeated); 0.5, 0.8 and 1.2 if
+    neither this nor --rate is given."""
+    rate: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
+    """The same in requests a second (may be repeated)."""
+    queue: int = 16
+    """Requests that may wait; who comes when as many do is refused."""
     seed: int = 0
-    """Of the settings and of the noise."""
+    """Of the settings, the noise and the moments."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -30,15 +43,32 @@ class BenchServing:
         check_range("requests", self.requests, 1, 100_000)
         check_range("slots", self.slots, 6, 4096)
         check_range("repeats", self.repeats, 1, 10_000)
+        check_range("arrivals", self.arrivals, 0, 100_000)
+        check_range("queue", self.queue, 1, 100_000)
         check_seed(self.seed)
+        for name, values in (("load", self.load), ("rate", self.rate)):
+            for value in values:
+                if not 0 < value < float("inf"):
+                    raise InputError(f"--{name} {value}: it must be above 0")
         if self.model.startswith("random:"):
             raise InputError(f"--model {self.model}: it reads no layouts; name a checkpoint")
-        from echogen.bench.speed import serving, tables
+        from echogen.bench.speed import arrivals, serving, tables
 
         with progress("timing") as update:
             result = serving.measure(
                 self.model, self.requests, self.slots, self.repeats, self.seed, update
             )
         tables.console().print(serving.table(result))
+        if self.arrivals:
+            from echogen.engine.engine import Engine
+
+            engine = Engine.from_pretrained(self.model)
+            loads = self.load if self.load or self.rate else arrivals.LOADS
+            with progress("playing") as update:
+                result["arrivals"] = arrivals.measure(
+                    engine, self.arrivals, self.slots, self.queue, loads, self.rate, self.seed,
+                    update,
+                )  # fmt: skip
+            tables.console().print(arrivals.table(result["arrivals"]))
         if self.json:
             print_json(result)

@@ -89,10 +89,11 @@ def test_bad_requests_are_refused(asked):
 
 
 def test_the_command_prints_one_object(capsys):
-    words = ["--requests", "2", "--slots", "6", "--repeats", "1", "--json"]
+    words = ["--requests", "2", "--slots", "6", "--repeats", "1", "--arrivals", "0", "--json"]
     assert main(["bench", "serving", *words]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["requests"], result["slots"]) == (2, 6) and result["invariant_cost"] > 0
+    assert "arrivals" not in result
 
 
 @pytest.mark.parametrize("words", [

@@ -1,0 +1,156 @@
+"""What draws requests that come over time: the scheduler, and batches that are drawn to their end.
+
+Each takes requests from any thread, refuses one where as many wait as may, and says when the first
+part of a request's images is there, so that `echogen.bench.speed.arrivals` plays one trace to all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from echogen.bench.speed.serving import Asked, fitting, one_batch
+from echogen.engine.engine import Engine
+from echogen.engine.scheduler import Scheduler
+from echogen.engine.serving.partial import Partial
+from echogen.engine.serving.waiting import QueueFull
+from echogen.engine.serving.worker import Worker
+
+First = Callable[[], None]
+"""Called in the thread that draws, when the first part of a request's images is drawn."""
+
+
+class Server(Protocol):
+    """Takes requests while it draws."""
+
+    def ask(self, asked: Asked, first: First) -> Future[Tensor]:
+        """Queue a request; its codes [samples, T]. Raises QueueFull."""
+        ...
+
+    def load(self) -> tuple[int, int]:
+        """Requests that wait, and slots held."""
+        ...
+
+    def end(self) -> None:
+        """No more requests come."""
+        ...
+
+
+class Continuous:
+    """A scheduler that runs.
+
+    Args:
+        scheduler: started.
+        part: codes of an image's first part.
+    """
+
+    def __init__(self, scheduler: Scheduler, part: int) -> None:
+        self._scheduler, self._part = scheduler, part
+
+    def ask(self, asked: Asked, first: First) -> Future[Tensor]:
+        """See `Server`."""
+
+        def told(partial: Partial) -> None:
+            if partial.codes.shape[1] == self._part:
+                first()
+
+        a = asked
+        return self._scheduler.submit(
+            a.layout, a.seed, a.sampling, a.samples, every=self._part, on_partial=told
+        ).future
+
+    def load(self) -> tuple[int, int]:
+        """See `Server`."""
+        found = self._scheduler.metrics()
+        return found.waiting, found.live_slots
+
+    def end(self) -> None:
+        """A scheduler draws whoever is there."""
+
+
+@dataclass(eq=False)
+class _Waits:
+    asked: Asked
+    first: First
+    future: Future[Tensor] = field(default_factory=Future)
+
+
+class Batches(Worker):
+    """Batches as `decode_image` draws them: rows of one kind, with guidance or without, begun
+    together and drawn to their end before the next batch begins. First come, first served.
+
+    Args:
+        engine: draws.
+        slots: rows of a batch at most.
+        queue: requests that may wait.
+        part: codes of an image's first part.
+        full: wait until a batch is full, or until no more requests come; otherwise the machine,
+            once free, takes whoever waits.
+    """
+
+    def __init__(self, engine: Engine, slots: int, queue: int, part: int, full: bool) -> None:
+        super().__init__()
+        self._engine, self._slots, self._queue = engine, slots, queue
+        self._part, self._full = part, full
+        self._waiting, self._drawn = list[_Waits](), list[_Waits]()
+
+    def ask(self, asked: Asked, first: First) -> Future[Tensor]:
+        """See `Server`."""
+        with self._changed:
+            if len(self._waiting) >= self._queue:
+                raise QueueFull(f"{self._queue} requests are waiting")
+            self._waiting.append(waits := _Waits(asked, first))
+            self._changed.notify_all()
+        return waits.future
+
+    def load(self) -> tuple[int, int]:
+        """See `Server`."""
+        with self._changed:
+            return len(self._waiting), sum(each.asked.rows for each in self._drawn)
+
+    def end(self) -> None:
+        """See `Server`; draws what is left."""
+        self.shutdown()
+
+    def step(self) -> bool:
+        """Draw a batch, if one may begin."""
+        with self._changed:
+            self._drawn = drawn = self._next()
+            self._waiting = [each for each in self._waiting if each not in drawn]
+        if not drawn:
+            return False
+
+        def progress(done: int, _: int) -> None:
+            if done == self._part:
+                for each in drawn:
+                    each.first()
+
+        found = one_batch(self._engine, [each.asked for each in drawn], progress)
+        with self._changed:
+            self._drawn = []
+        for each, codes in zip(drawn, found, strict=True):
+            each.future.set_result(codes)
+        return True
+
+    def _next(self) -> list[_Waits]:
+        """The next batch, of the kind whose turn it is; empty where nobody waits or may begin."""
+        for guided in dict.fromkeys(each.asked.sampling.guided for each in self._waiting):
+            mine = [each for each in self._waiting if each.asked.sampling.guided == guided]
+            count = fitting([each.asked for each in mine], self._slots)
+            rows = sum(each.asked.rows for each in mine[:count])
+            if not self._full or self._closed or count < len(mine) or rows == self._slots:
+                return mine[:count]
+        return []
+
+    def _busy(self) -> bool:
+        return bool(self._next())
+
+    def _abandon(self, error: BaseException) -> None:
+        with self._changed:
+            left, self._waiting, self._drawn = self._drawn + self._waiting, [], []
+        for each in left:
+            each.future.set_exception(error)
