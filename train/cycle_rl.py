@@ -29,6 +29,7 @@ from echogen.train.credit import Credit, by_image, by_object, object_tokens
 from echogen.train.data.layouts import MOST_OBJECTS, check_room, random_layout, read_layouts
 from echogen.train.data.packing import Batch
 from echogen.train.data.scenes import load_scenes
+from echogen.train.data.shapes import Scene
 from echogen.train.distributed import one_goes_first
 from echogen.train.eval.agreement import self_agreement
 from echogen.train.eval.judge import detect
@@ -92,10 +93,16 @@ class CycleRLStage(WorldStage):
         rng = keys.generator(c.loop.seed, keys.RL_BATCH, index)
         if c.layouts == "random":
             return [random_layout(rng) for _ in range(c.batch)]
-        chosen = rng.integers(len(self._scenes or self._read), size=c.batch)
         if self._read:
-            return [self._read[i] for i in chosen]
-        return [self._scenes[i].layout(rng) for i in chosen]
+            return [self._read[i] for i in rng.integers(len(self._read), size=c.batch)]
+        return [scene.layout(rng) for scene in self._chosen(rng)]
+
+    def scenes(self, index: int) -> list[Scene]:
+        """The scenes whose ``layouts`` a rollout draws, where the layouts are "real"."""
+        return self._chosen(keys.generator(self.config.loop.seed, keys.RL_BATCH, index))
+
+    def _chosen(self, rng: np.random.Generator) -> list[Scene]:
+        return [self._scenes[i] for i in rng.integers(len(self._scenes), size=self.config.batch)]
 
     def _hold(self, step: int, part: int = 0, parts: int = 1) -> Held:
         """The rollout of a step's part: a new one every ``updates`` steps. A layout's images are
@@ -148,7 +155,7 @@ class CycleRLStage(WorldStage):
 
         return Portion(*(count(here) / np.maximum(count(every), 1)).tolist())
 
-    def _credit(self, rollout: Rollout, mask: Tensor) -> Credit:
+    def _credit(self, index: int, rollout: Rollout, mask: Tensor) -> Credit:
         c, score = self.config, rollout.score
         if c.credit == "image":
             return by_image(score, mask)
@@ -177,7 +184,7 @@ class CycleRLStage(WorldStage):
             each = rollout.mask.repeat_interleave(group, 0)
             mask.append(each.repeat_interleave(4, 1))
         every = torch.cat(mask, 1)
-        credit = self._credit(rollout, every)
+        credit = self._credit(index, rollout, every)
         return Held(
             index, rollout, drawn, unconditional, asked, torch.cat(sampled, 1), every, credit
         )

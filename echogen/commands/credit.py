@@ -1,4 +1,4 @@
-"""The command that asks how much of a policy gradient is signal."""
+"""The command that asks how much of a gradient is signal."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from echogen.commands.output import InputError, print_json, progress, show
 
 @dataclass(frozen=True)
 class BenchCredit:
-    """Cycle RL's gradient from two halves of some rollouts, and whether they agree: an image's
-    reward credited to all of its tokens, or an object's to those in its box."""
+    """Whether the gradients of two halves of some batches agree, and with the judge's: Cycle RL's,
+    an image's reward credited to all of its tokens or an object's to those in its box, and that of
+    stage 2's loop."""
 
     model: str = "tiny"
     """Whose gradients: a bundled model, a run, a folder, or a hub id."""
@@ -32,15 +33,17 @@ class BenchCredit:
             raise InputError(f"--rollouts {self.rollouts}: name an even number")
         from echogen.bench.quality import credit
 
-        with progress("rollouts") as update:
+        with progress("batches") as update:
             result = credit.run(self.model, self.rollouts, self.batch, self.seed, update)
         rows = []
         for row in result["results"]:
             least = row["rollouts_for_half"]
-            rows.append((row["credit"], f"{row['cosine']:.3f}", f"{least:.0f}" if least else ""))
+            needed = f"{least:.0f}" if least else ""
+            rows.append((row["gradient"], f"{row['cosine']:.3f}", needed,
+                         f"{row['judge_cosine']:.3f}"))  # fmt: skip
         show(
-            f"Gradients of {self.rollouts // 2} rollouts and of as many others",
-            ("reward of an", "cosine", "rollouts for as much signal as noise"),
+            f"Gradients of {self.rollouts // 2} batches and of as many others",
+            ("gradient", "cosine", "batches for as much signal as noise", "with the judge's"),
             rows,
         )
         if self.json:
