@@ -29,6 +29,7 @@ MODULES = ("noise", "heads", "rewards", "transformer", "decoding", "grammar")
 
 NO_CASE = {
     "codebook_grad": "a part of the backward of gumbel_st_embed and of its head form",
+    "decode_members": "a part of decode_attention with prefixes, done once for many calls",
     "swiglu_pair": "the kernel of swiglu, fed by two projections instead of a fused one",
 }
 """Operators without an entry, and why; a backward is measured with its forward."""

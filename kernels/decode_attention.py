@@ -5,7 +5,9 @@ Two things are done about that cost. The keys of a sequence are cut among severa
 a small batch still fills the device, and their partial softmaxes merged (flash-decoding, Dao et
 al. 2023). And a prefix that several sequences share is stored once and read once for all of them,
 with their queries stacked into one tile (cascade inference, Ye et al. 2024; Hydragen, Juravsky et
-al. 2024); what it gives is one more partial softmax of each of its sequences.
+al. 2024); what it gives is one more partial softmax of each of its sequences. Prefixes and own
+caches are read side by side, by one launch; who continues which prefix is found out by another, or
+once for many calls (`decode_members`).
 
 A partial is the maximum m of the scores (base 2), the sum l of 2^(s − m), and the sum a of
 2^(s − m)·v, in float32; partials merge as ``Σ 2^(mᵢ − m)·aᵢ / Σ 2^(mᵢ − m)·lᵢ`` with m = max mᵢ.
@@ -54,25 +56,25 @@ class Tiles:
 
     Attributes:
         keys: of a tile.
-        rows: query rows of a prefix's tile. The same for every batch: another shape of tile would
-            sum in another order.
         warps, stages: of a program; loads run ``stages − 1`` tiles ahead.
     """
 
     keys: int
-    rows: int
     warps: int
     stages: int
 
 
 SPLITS = Splits()
-HALF = Tiles(keys=64, rows=32, warps=4, stages=3)
+HALF = Tiles(keys=64, warps=4, stages=3)
 # float32 has no tensor cores: larger tiles than these spill registers.
-SINGLE, SINGLE_NARROW = Tiles(16, 16, 4, 3), Tiles(32, 16, 4, 3)
-OWN_ROWS = 16  # query rows of a sequence's own tile: the least that tl.dot takes
+SINGLE, SINGLE_NARROW = Tiles(16, 4, 3), Tiles(32, 4, 3)
+# Query rows of a tile, of one sequence or of several that share a prefix: the least that tl.dot
+# takes. With 32 for prefixes two programs fit a multiprocessor instead of three (78 KB of shared
+# memory instead of 72, 128 wide); larger groups read their prefix again, out of the L2 cache.
+ROWS = 16
 MERGED = 8  # partials in flight a row while merging
 SCANNED = 1024  # sequences looked at in one go when members are gathered
-MOST_WIDE, MOST_SHARED = 128, OWN_ROWS
+MOST_WIDE, MOST_SHARED = 128, ROWS
 
 
 @triton.jit
@@ -91,9 +93,8 @@ def _attend(
     """Partial softmax of query rows over keys start … end of the cache at the pointers."""
     c, j = tl.arange(0, PADDED), tl.arange(0, KEYS)
     within = (c < WIDTH)[None, :]
-    query = tl.load(
-        query_ptr + row[:, None] * WIDTH + c[None, :], mask=inside[:, None] & within, other=0.0
-    )
+    place = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
+    query = tl.load(query_ptr + place, mask=inside[:, None] & within, other=0.0)
     tile = j[:, None] * WIDTH + c[None, :]
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, PADDED], tl.float32)
@@ -133,7 +134,7 @@ def _keep_partial(
 ):  # fmt: skip
     """An empty part leaves its sums unwritten: a maximum of −inf says so. Maxima drop NaN, so one
     of NaN alone could pass for empty; its total does not."""
-    c, place = tl.arange(0, PADDED), row * parts + part
+    c, place = tl.arange(0, PADDED), row.to(tl.int64) * parts + part
     tl.store(tops_ptr + place, tl.where(total == total, top, 0.0), mask=inside)
     tl.store(totals_ptr + place, total, mask=inside)
     keep = (inside & (total != 0))[:, None] & (c < WIDTH)[None, :]
@@ -142,15 +143,16 @@ def _keep_partial(
 
 @triton.jit
 def _decode_members_kernel(
-    groups_ptr, order_ptr, tiles_ptr, sequences, prefixes, slots,
+    groups_ptr, order_ptr, sequences, prefixes, slots,
     MEMBERS: tl.constexpr, SCANNED: tl.constexpr,
 ):  # fmt: skip
-    """One prefix: its sequences in their order, and its tiles (prefix, first, end of ``order``).
+    """One prefix: its sequences in their order, and its tiles (prefix, first, end of the order),
+    which lie behind the order.
 
     Prefix p with ``start`` sequences before it has slots from ``start // MEMBERS + p`` on: never
     fewer than its tiles, known without the other prefixes, and B // MEMBERS + P in all.
     """
-    prefix, i = tl.program_id(0), tl.arange(0, SCANNED)
+    prefix, i, tiles_ptr = tl.program_id(0), tl.arange(0, SCANNED), order_ptr + sequences
     start, end = 0, 0
     for first in range(0, sequences, SCANNED):
         group = tl.load(groups_ptr + first + i, mask=first + i < sequences, other=-1)
@@ -173,49 +175,31 @@ def _decode_members_kernel(
 
 
 @triton.jit
-def _decode_prefix_kernel(
-    query_ptr, keys_ptr, values_ptr, lengths_ptr, order_ptr, tiles_ptr,
-    sums_ptr, tops_ptr, totals_ptr, capacity, parts, scale,
-    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+def _own(
+    lengths_ptr, place, split, splits, capacity,
+    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of a prefix's sequences, one head of its keys, one split of them."""
-    tile, head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    prefix = tl.load(tiles_ptr + 3 * tile).to(tl.int64)
-    first, last = tl.load(tiles_ptr + 3 * tile + 1), tl.load(tiles_ptr + 3 * tile + 2)
+    """One sequence and head of its keys: query rows, and one split of its own cache."""
     r = tl.arange(0, ROWS)
-    member = first + r // SHARED
-    inside = (r < MEMBERS * SHARED) & (member < last)
-    sequence = tl.load(order_ptr + member, mask=inside, other=0).to(tl.int64)
-    row = (sequence * KV_HEADS + head) * SHARED + r % SHARED
-    length = capacity
-    if lengths_ptr is not None:
-        length = _held(lengths_ptr + prefix, capacity)
-    length = tl.where(first < last, length, 0)
-    start, end = _part_of(length, split, tl.num_programs(2), KEYS)
-    base = (prefix * KV_HEADS + head) * capacity * WIDTH
-    top, total, sums = _attend(
-        query_ptr, keys_ptr + base, values_ptr + base, row, inside, start, end, scale,
-        WIDTH, PADDED, ROWS, KEYS, WIDE,
-    )  # fmt: skip
-    _keep_partial(
-        sums_ptr, tops_ptr, totals_ptr, row, inside, split, parts, top, total, sums, WIDTH, PADDED
-    )
+    length = _held(lengths_ptr + place // KV_HEADS, capacity)
+    start, end = _part_of(length, split, splits, KEYS)
+    return place * SHARED + r, r < SHARED, start, end, place.to(tl.int64) * capacity * WIDTH
 
 
 @triton.jit
 def _decode_own_kernel(
     query_ptr, keys_ptr, values_ptr, lengths_ptr, out_ptr,
-    sums_ptr, tops_ptr, totals_ptr, capacity, before, parts, scale,
+    sums_ptr, tops_ptr, totals_ptr, capacity, parts, scale,
     KV_HEADS: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, one head of its keys, one split of them; the result where that is the whole."""
-    place, split, r = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.arange(0, ROWS)
-    inside, row = r < SHARED, place * SHARED + r
-    length = _held(lengths_ptr + place // KV_HEADS, capacity)
-    start, end = _part_of(length, split, tl.num_programs(1), KEYS)
-    base = place * capacity * WIDTH
+    """Sequences without prefixes; the result where one split is the whole."""
+    split = tl.program_id(1)
+    row, inside, start, end, base = _own(
+        lengths_ptr, tl.program_id(0), split, tl.num_programs(1), capacity,
+        KV_HEADS, SHARED, WIDTH, ROWS, KEYS,
+    )  # fmt: skip
     top, total, sums = _attend(
         query_ptr, keys_ptr + base, values_ptr + base, row, inside, start, end, scale,
         WIDTH, PADDED, ROWS, KEYS, WIDE,
@@ -224,12 +208,55 @@ def _decode_own_kernel(
         c = tl.arange(0, PADDED)
         out = sums / tl.where(total == 0, 1.0, total)[:, None]
         keep = inside[:, None] & (c < WIDTH)[None, :]
-        tl.store(out_ptr + row[:, None] * WIDTH + c[None, :], out, mask=keep)
+        tl.store(out_ptr + row.to(tl.int64)[:, None] * WIDTH + c[None, :], out, mask=keep)
     else:
         _keep_partial(
-            sums_ptr, tops_ptr, totals_ptr, row, inside, before + split, parts, top, total, sums,
+            sums_ptr, tops_ptr, totals_ptr, row, inside, split, parts, top, total, sums,
             WIDTH, PADDED,
         )  # fmt: skip
+
+
+@triton.jit
+def _decode_shared_kernel(
+    query_ptr, keys_ptr, values_ptr, lengths_ptr, prefix_keys_ptr, prefix_values_ptr,
+    prefix_lengths_ptr, order_ptr, sums_ptr, tops_ptr, totals_ptr, capacity, prefix_capacity,
+    sequences, slots, before, parts, scale,
+    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr,
+    PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Either one tile of a prefix's sequences, one head of its keys and one split of them, or the
+    same of a sequence's own cache."""
+    program, of_prefixes = tl.program_id(0), slots * KV_HEADS * before
+    if program < of_prefixes:
+        head, part = program // slots % KV_HEADS, program // (slots * KV_HEADS)
+        entry, r = order_ptr + sequences + 3 * (program % slots), tl.arange(0, ROWS)
+        prefix = tl.load(entry).to(tl.int64)
+        first, last = tl.load(entry + 1), tl.load(entry + 2)
+        member = first + r // SHARED
+        inside = (r < MEMBERS * SHARED) & (member < last)
+        sequence = tl.load(order_ptr + member, mask=inside, other=0)
+        row = (sequence * KV_HEADS + head) * SHARED + r % SHARED
+        length = prefix_capacity
+        if prefix_lengths_ptr is not None:
+            length = _held(prefix_lengths_ptr + prefix, prefix_capacity)
+        length = tl.where(first < last, length, 0)
+        start, end = _part_of(length, part, before, KEYS)
+        base = (prefix * KV_HEADS + head) * prefix_capacity * WIDTH
+        keys_ptr, values_ptr = prefix_keys_ptr, prefix_values_ptr
+    else:
+        own, places = program - of_prefixes, sequences * KV_HEADS
+        part = before + own // places
+        row, inside, start, end, base = _own(
+            lengths_ptr, own % places, own // places, parts - before, capacity,
+            KV_HEADS, SHARED, WIDTH, ROWS, KEYS,
+        )  # fmt: skip
+    top, total, sums = _attend(
+        query_ptr, keys_ptr + base, values_ptr + base, row, inside, start, end, scale,
+        WIDTH, PADDED, ROWS, KEYS, WIDE,
+    )  # fmt: skip
+    _keep_partial(
+        sums_ptr, tops_ptr, totals_ptr, row, inside, part, parts, top, total, sums, WIDTH, PADDED
+    )
 
 
 @triton.jit
@@ -270,6 +297,28 @@ def _tiles(query: Tensor) -> Tiles:
     return SINGLE_NARROW if query.shape[-1] <= 64 else SINGLE
 
 
+def _members(query: Tensor, kv_heads: int) -> int:
+    """Sequences whose queries fill a prefix's tile."""
+    return ROWS // (query.shape[1] // kv_heads)
+
+
+def _order_size(sequences: int, prefixes: int, members: int) -> int:
+    """Numbers of an order: the sequences', and three of every slot for a tile."""
+    return sequences + 3 * (sequences // members + prefixes)
+
+
+def _launch_members(groups: Tensor, prefixes: int, members: int) -> Tensor:
+    sequences = len(groups)
+    size = _order_size(sequences, prefixes, members)
+    order = torch.empty(size, dtype=torch.int32, device=groups.device)
+    launch(
+        _decode_members_kernel, (prefixes,), groups, order, sequences, prefixes,
+        sequences // members + prefixes, MEMBERS=members,
+        SCANNED=min(SCANNED, triton.next_power_of_2(sequences)), num_warps=4,
+    )  # fmt: skip
+    return order
+
+
 def _launch(
     query: Tensor,
     keys: Tensor,
@@ -280,6 +329,7 @@ def _launch(
     prefix_values: Tensor | None,
     prefix_lengths: Tensor | None,
     groups: Tensor | None,
+    order: Tensor | None = None,
 ) -> Tensor:
     if query.dtype == torch.float64:  # not a type to decode in: kernels calculate in float32
         return reference.decode_attention(
@@ -287,21 +337,19 @@ def _launch(
         )
     sequences, heads, width = query.shape
     _, kv_heads, capacity, _ = keys.shape
-    shared, tiles = heads // kv_heads, _tiles(query)
+    tiles, places = _tiles(query), sequences * kv_heads
     constants = {
-        "KV_HEADS": kv_heads, "SHARED": shared, "WIDTH": width,
-        "PADDED": max(16, triton.next_power_of_2(width)), "KEYS": tiles.keys,
-        "WIDE": INTERPRETED,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
+        "KV_HEADS": kv_heads, "SHARED": heads // kv_heads, "WIDTH": width,
+        "PADDED": max(16, triton.next_power_of_2(width)), "ROWS": ROWS, "KEYS": tiles.keys,
+        "WIDE": INTERPRETED, "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
     # The scores are powers of two: one multiplication less than e^x for each.
     scale = scale / math.log(2)
     out = torch.empty_like(query)
-    splits, before = SPLITS.of(sequences * kv_heads, capacity), 0
+    prefixes, splits, before = 0, SPLITS.of(places, capacity), 0
     if prefix_keys is not None:
         prefixes, _, length, _ = prefix_keys.shape
-        members = tiles.rows // shared
-        slots = sequences // members + prefixes
+        members = _members(query, kv_heads)
         used = max(prefixes, triton.cdiv(sequences, members))
         before = SPLITS.of(used * kv_heads, length)
     parts = before + splits
@@ -309,28 +357,27 @@ def _launch(
     if parts > 1:
         sums = torch.empty(sequences * heads, parts, width, dtype=torch.float32, device=out.device)
         tops, totals = sums.new_empty(2, sequences * heads, parts)
-    if prefix_keys is not None:
-        order = torch.empty(sequences, dtype=torch.int32, device=out.device)
-        table = torch.empty(slots, 3, dtype=torch.int32, device=out.device)
+    if prefix_keys is None:
         launch(
-            _decode_members_kernel, (prefixes,), groups, order, table, sequences, prefixes, slots,
-            MEMBERS=members, SCANNED=min(SCANNED, triton.next_power_of_2(sequences)), num_warps=4,
+            _decode_own_kernel, (places, splits), query, keys, values, lengths, out, sums, tops,
+            totals, capacity, parts, scale, WHOLE=parts == 1, **constants,
         )  # fmt: skip
+    else:
+        if order is None:
+            assert groups is not None, "the public function sees to it"
+            order = _launch_members(groups, prefixes, members)
+        slots = sequences // members + prefixes
         launch(
-            _decode_prefix_kernel, (slots, kv_heads, before), query, prefix_keys, prefix_values,
-            prefix_lengths, order, table, sums, tops, totals, length, parts, scale,
-            MEMBERS=members, ROWS=tiles.rows, **constants,
+            _decode_shared_kernel, (slots * kv_heads * before + places * splits,), query, keys,
+            values, lengths, prefix_keys, prefix_values, prefix_lengths, order, sums, tops, totals,
+            capacity, length, sequences, slots, before, parts, scale, MEMBERS=members,
+            **constants,
         )  # fmt: skip
-    launch(
-        _decode_own_kernel, (sequences * kv_heads, splits), query, keys, values, lengths, out,
-        sums, tops, totals, capacity, before, parts, scale, ROWS=OWN_ROWS, WHOLE=parts == 1,
-        **constants,
-    )  # fmt: skip
     if parts > 1:
         launch(
-            _decode_merge_kernel, (sequences * heads,), sums, tops, totals, groups, out,
-            0 if prefix_keys is None else len(prefix_keys), before, parts,
-            HEADS=heads, WIDTH=width, PADDED=constants["PADDED"], MERGED=MERGED, num_warps=1,
+            _decode_merge_kernel, (sequences * heads,), sums, tops, totals, groups, out, prefixes,
+            before, parts, HEADS=heads, WIDTH=width, PADDED=constants["PADDED"], MERGED=MERGED,
+            num_warps=1,
         )  # fmt: skip
     return out
 
@@ -346,19 +393,31 @@ def _decode_attention(
     prefix_values: Tensor | None,
     prefix_lengths: Tensor | None,
     groups: Tensor | None,
+    order: Tensor | None = None,
 ) -> Tensor:
     return reference.decode_attention(
         query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups
     )
 
 
+@operator("decode_members", _launch_members)
+def _decode_members(groups: Tensor, prefixes: int, members: int) -> Tensor:
+    return reference.decode_members(groups, prefixes, members)
+
+
 @_decode_attention.register_fake
 def _fake(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float,
     prefix_keys: Tensor | None, prefix_values: Tensor | None, prefix_lengths: Tensor | None,
-    groups: Tensor | None,
+    groups: Tensor | None, order: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(query)
+
+
+@_decode_members.register_fake
+def _fake_members(groups: Tensor, prefixes: int, members: int) -> Tensor:
+    size = _order_size(len(groups), prefixes, members)
+    return groups.new_empty(size, dtype=torch.int32)
 
 
 def decode_attention(
@@ -371,6 +430,7 @@ def decode_attention(
     prefix_values: Tensor | None = None,
     prefix_lengths: Tensor | None = None,
     groups: Tensor | None = None,
+    order: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query a sequence over the prefix of its group and then its own cache.
 
@@ -391,6 +451,8 @@ def decode_attention(
         prefix_lengths: int64 or int32 [P]; Sp each if None.
         groups: int64 or int32 [B], in any order: which prefix each sequence continues; outside
             0 … P − 1: none. Needed with prefixes.
+        order: `decode_members` of these groups, where several calls share it; made here if None.
+            One of other groups gives wrong results, which nothing notices.
 
     Returns:
         [B, H, K] in the query's type.
@@ -401,7 +463,8 @@ def decode_attention(
     """
     floats = {"query": query, "keys": keys, "values": values, "prefix_keys": prefix_keys,
               "prefix_values": prefix_values}  # fmt: skip
-    integers = {"lengths": lengths, "prefix_lengths": prefix_lengths, "groups": groups}
+    integers = {"lengths": lengths, "prefix_lengths": prefix_lengths, "groups": groups,
+                "order": order}  # fmt: skip
     checks.check_floats(**floats)
     checks.check_integers(**integers)
     for name, tensor in floats.items():
@@ -414,22 +477,69 @@ def decode_attention(
     checks.check_shape("lengths", lengths, (sequences,))
     checks.check_not_empty(query=query, keys=keys)
     kv_heads = keys.shape[1]
-    if heads % kv_heads or heads // kv_heads > MOST_SHARED:
-        raise ValueError(
-            f"query has {heads} heads and keys {kv_heads}; the query's must be the keys' times "
-            f"1 … {MOST_SHARED}"
-        )
+    _check_heads(heads, kv_heads)
     if width > MOST_WIDE:
         raise ValueError(f"query is {width} wide; the kernel holds up to {MOST_WIDE}")
     _check_prefix(prefix_keys, prefix_values, prefix_lengths, groups, query, kv_heads)
+    _check_order(order, query, prefix_keys)
     checks.check_contiguous(**floats, **integers)
     checks.check_same_device(**floats, **integers)
     scale = 1 / math.sqrt(width) if scale is None else scale
     if not math.isfinite(scale):
         raise ValueError(f"scale = {scale}; it must be finite")
     return _decode_attention(
-        query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups
-    )
+        query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups,
+        order,
+    )  # fmt: skip
+
+
+def decode_members(groups: Tensor, query: Tensor, prefix_keys: Tensor) -> Tensor:
+    """The ``order`` of a `decode_attention` call, found once for all layers and steps in which the
+    groups are the same: a launch less for each.
+
+    Args:
+        groups: int64 or int32 [B], contiguous, as there.
+        query, prefix_keys: [B, H, K] and [P, Hk, Sp, K], read for their shapes and type alone.
+
+    Returns:
+        int32 [B + 3·n]: the sequences by prefix, in their order, and n tiles of them, each a
+        prefix with the places of its first sequence and of the one behind its last.
+
+    Raises:
+        ValueError: shapes, devices or strides that do not fit.
+        TypeError: groups that hold no integers.
+    """
+    checks.check_integers(groups=groups)
+    checks.check_shape("query", query, (None, None, None))
+    checks.check_shape("prefix_keys", prefix_keys, (None, None, None, query.shape[2]))
+    checks.check_not_empty(query=query, prefix_keys=prefix_keys)
+    checks.check_shape("groups", groups, (len(query),))
+    checks.check_contiguous(groups=groups)
+    checks.check_same_device(groups=groups, query=query, prefix_keys=prefix_keys)
+    prefixes, kv_heads, *_ = prefix_keys.shape
+    _check_heads(query.shape[1], kv_heads)
+    made: Tensor = _decode_members(groups, prefixes, _members(query, kv_heads))
+    return made
+
+
+def _check_heads(heads: int, kv_heads: int) -> None:
+    if heads % kv_heads or heads // kv_heads > MOST_SHARED:
+        raise ValueError(
+            f"query has {heads} heads and keys {kv_heads}; the query's must be the keys' times "
+            f"1 … {MOST_SHARED}"
+        )
+
+
+def _check_order(order: Tensor | None, query: Tensor, prefix_keys: Tensor | None) -> None:
+    if order is None:
+        return
+    if prefix_keys is None:
+        raise ValueError("order is given without a prefix, which it is about")
+    prefixes, kv_heads, *_ = prefix_keys.shape
+    size = _order_size(len(query), prefixes, _members(query, kv_heads))
+    checks.check_shape("order", order, (size,))
+    if order.dtype != torch.int32:
+        raise TypeError(f"order is {order.dtype}; it must be int32, as decode_members makes it")
 
 
 def _check_prefix(

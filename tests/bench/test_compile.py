@@ -79,7 +79,7 @@ def test_shared_memory_is_what_a_launch_asks_for():
     """Of Triton's kernels nearly all of it is dynamic, which the binary does not hold."""
     rows = ahead.run(["sm_90"], ["decode_attention:shared prefix"], 1)["kernels"]
     shared = {(r["name"], r["dtype"]): r["shared_bytes"] for r in rows}
-    assert shared["decode_own", "bfloat16"] > 48 << 10
+    assert shared["decode_shared", "bfloat16"] > 48 << 10
 
 
 def test_a_spill_is_a_failure():

@@ -10,7 +10,12 @@ import torch
 
 from echogen.kernels import decode_attention as module
 from echogen.kernels import dispatch
-from echogen.kernels.decode_attention import Splits, bytes_read, decode_attention
+from echogen.kernels.decode_attention import (
+    Splits,
+    bytes_read,
+    decode_attention,
+    decode_members,
+)
 
 HEADS = [(1, 1), (3, 3), (6, 2)]
 GROUPS = {
@@ -127,6 +132,25 @@ def test_more_sequences_than_a_tile(cut, generator, device, relative_error):
         assert relative_error(found, oracle(*inputs, shared)) < 2e-6
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (5, 1)])
+def test_members_found_once_serve_every_call(heads, cut, generator, device):
+    """The same order as each call would find, and the same result to the last bit."""
+    cut(2)
+    groups = torch.randint(-1, 4, (75,), generator=generator).tolist()
+    inputs = own([3] * 75, heads, 5, 16, generator, device)
+    shared = prefix([40, 3, 41], groups, heads, 41, 16, generator, device)
+    order = decode_members(shared[3], inputs[0], shared[0])
+    first = decode_attention(*inputs, None, *shared)
+    assert torch.equal(decode_attention(*inputs, None, *shared, order), first)
+    known = sum(0 <= g < 3 for g in groups)
+    by_prefix = sorted((g, b) for b, g in enumerate(groups) if 0 <= g < 3)
+    assert order[:known].tolist() == [b for _, b in by_prefix]
+    tiles = [t for t in order[75:].view(-1, 3).tolist() if t[1] < t[2]]
+    covered = [(prefix, place) for prefix, begin, end in tiles for place in range(begin, end)]
+    assert covered == [(g, place) for place, (g, _) in enumerate(by_prefix)]
+    assert max(end - begin for _, begin, end in tiles) <= 16 // heads[0]
+
+
 def test_prefixes_are_full_without_lengths(generator, device, relative_error):
     inputs = own([3, 1], (2, 2), 4, 16, generator, device)
     keys, values, lengths, groups = prefix([6, 6], [1, 0], (2, 2), 6, 16, generator, device)
@@ -208,6 +232,11 @@ def test_opcheck(generator, device):
     operator = torch.ops.echogen.decode_attention.default
     torch.library.opcheck(operator, (*inputs, 0.25, *shared))
     torch.library.opcheck(operator, (*inputs, 0.25, None, None, None, None))
+    order = decode_members(shared[3], inputs[0], shared[0])
+    torch.library.opcheck(operator, (*inputs, 0.25, *shared, order))
+    # Entries that nothing continues are not written; those of one full tile all are.
+    full = torch.zeros(16, dtype=torch.int64, device=device)
+    torch.library.opcheck(torch.ops.echogen.decode_members.default, (full, 1, 15))
 
 
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="counts launches of interpreted kernels")
@@ -218,9 +247,13 @@ def test_the_kernels_are_entered(generator, device, launched, monkeypatch):
     assert launched == {"_decode_own_kernel": 1}, "a single split needs no merging"
     launched.clear()
     decode_attention(*inputs, None, *prefix([5], [0, 0], (2, 1), 5, 16, generator, device))
-    assert launched == {
-        f"_decode_{name}_kernel": 1 for name in ("members", "prefix", "own", "merge")
-    }
+    assert launched == {f"_decode_{name}_kernel": 1 for name in ("members", "shared", "merge")}
+    launched.clear()
+    shared = prefix([5], [0, 0], (2, 1), 5, 16, generator, device)
+    order = decode_members(shared[3], inputs[0], shared[0])
+    for _ in range(3):
+        decode_attention(*inputs, None, *shared, order)
+    assert launched["_decode_members_kernel"] == 1 and launched["_decode_shared_kernel"] == 3
 
 
 def test_bytes_read():
@@ -249,7 +282,12 @@ def test_bad_arguments(device):
         "prefix_lengths": torch.ones(3, dtype=torch.int32, device=device),
         "groups": rows,
     }
-    decode_attention(**good)
+    order = decode_members(rows, good["query"], good["prefix_keys"])
+    decode_attention(**good, order=order)
+    with pytest.raises(ValueError, match="groups has shape"):
+        decode_members(rows[:1], good["query"], good["prefix_keys"])
+    with pytest.raises(TypeError, match=r"groups is torch\.float32"):
+        decode_members(rows.float(), good["query"], good["prefix_keys"])
     wide = {name: torch.zeros(2, 2, 5, 130, device=device) for name in ("keys", "values")}
     crossed = torch.zeros(2, 5, 2, 16, device=device).transpose(1, 2)
     for change, match in [
@@ -279,6 +317,10 @@ def test_bad_arguments(device):
         ({"groups": None}, "only prefix_keys and prefix_values and prefix_lengths given"),
         ({"prefix_keys": None, "prefix_values": None, "prefix_lengths": None}, "only groups given"),
         ({"prefix_values": None, "prefix_lengths": None}, "only prefix_keys and groups given"),
+        ({"order": order[1:]}, "order has shape"),
+        ({"order": order.long()}, "order is torch.int64"),
+        ({"order": order, "prefix_keys": None, "prefix_values": None, "prefix_lengths": None,
+          "groups": None}, "order is given without a prefix"),
     ]:  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=match):
             decode_attention(**good | change)
