@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from echogen.engine.cache import KVCache, WindowCache
+from echogen.engine.device import DeviceTransformer
+from echogen.engine.device_decode import DeviceDecoding
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.packed_decode import PackedDecoding, PackedWindows
@@ -19,6 +21,8 @@ from echogen.engine.sampler import Sampler
 
 Progress = Callable[[int, int], None]
 """Called with (codes drawn of an image, codes in all)."""
+Decoder = UnifiedTransformer | PackedTransformer | DeviceTransformer
+"""The transformer as drawing runs it: as it is, packed for a CPU, or on a GPU's operators."""
 
 
 class Decoding(Protocol):
@@ -139,24 +143,19 @@ def left_padded(prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
 
 
 def prepared(
-    model: UnifiedTransformer | PackedTransformer,
-    code_table: Tensor,
-    prompts: list[list[int]],
-    pad: int,
+    model: Decoder, code_table: Tensor, prompts: list[list[int]], pad: int
 ) -> tuple[UnifiedTransformer | PackedTransformer, Tensor, Tensor]:
     """The model, packed where it can be, and ``left_padded`` prompts where its weights are."""
     ids, pads = (t.to(code_table.device) for t in left_padded(prompts, pad))
+    if isinstance(model, DeviceTransformer):
+        return model.plain, ids, pads
     if isinstance(model, UnifiedTransformer) and packable(model):
         model = PackedTransformer(model, len(ids))
     return model, ids, pads
 
 
 def open_windows(
-    model: UnifiedTransformer | PackedTransformer,
-    code_table: Tensor,
-    prompts: list[list[int]],
-    pad: int,
-    guided: bool,
+    model: Decoder, code_table: Tensor, prompts: list[list[int]], pad: int, guided: bool
 ) -> Windows:
     """A drawing of ``prompts`` whose steps take several codes; arguments as for `decode_image`."""
     model, ids, pads = prepared(model, code_table, prompts, pad)
@@ -168,7 +167,7 @@ def open_windows(
 
 @torch.inference_mode()
 def decode_image(
-    model: UnifiedTransformer | PackedTransformer,
+    model: Decoder,
     code_table: Tensor,
     prompts: list[list[int]],
     sampler: Sampler,
@@ -187,14 +186,23 @@ def decode_image(
         pad: id that fills shorter prompts on the left, where nothing attends to it.
         progress: called after every step.
         share: keep a prompt that many rows have once, where that is the faster way
-            (`packed_shared.worth_sharing`); False keeps a copy a row, for comparisons.
+            (`packed_shared.worth_sharing`; on a GPU's operators always); False keeps a copy a row,
+            for comparisons.
 
     Returns:
         Image codes int64 [N, T].
     """
+    guided = sampler.sampling.guided
+    if isinstance(model, DeviceTransformer):
+        with model.lock:
+            own = sampler if sampler.on_device else None
+            on_device = DeviceDecoding(model, prompts, guided, share, own)
+            if own is not None:
+                return on_device.draw(progress)
+            return _code_by_code(on_device, len(prompts), on_device.held, model, sampler, progress)
     model, ids, pads = prepared(model, code_table, prompts, pad)
-    rows, steps, guided = len(ids), model.config.image_tokens, sampler.sampling.guided
-    held = ids.numel()  # tokens in the cache, over all rows
+    rows, steps = len(ids), model.config.image_tokens
+    held = ids.numel()
     decoding: Decoding
     if isinstance(model, UnifiedTransformer):
         decoding = PlainDecoding(model, code_table, ids, pads, steps)
@@ -203,10 +211,23 @@ def decode_image(
         held = shared.held
     else:
         decoding = PackedDecoding(model, code_table, ids, pads, steps, guided)
-    images = rows // 2 if guided else rows
-    codes = torch.empty(images, steps, dtype=torch.int64, device=code_table.device)
+    return _code_by_code(decoding, rows, held, model, sampler, progress)
+
+
+def _code_by_code(
+    decoding: Decoding,
+    rows: int,
+    held: int,
+    model: Decoder,
+    sampler: Sampler,
+    progress: Progress | None,
+) -> Tensor:
+    """Drive a drawing of so many rows; ``held``: tokens of its prompts in the cache."""
+    steps = model.config.image_tokens
     with span("engine/prefill", rows=rows):
         logits = decoding.prefill()
+    images = rows // 2 if sampler.sampling.guided else rows
+    codes = torch.empty(images, steps, dtype=torch.int64, device=logits.device)
     for step in range(steps):
         with span("engine/sample", rows=rows, step=step):
             code = codes[:, step] = sampler(logits, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,7 +22,8 @@ from transformers import (
 )
 
 from echogen.engine.cycle import CycleResult, score
-from echogen.engine.decode import Progress, decode_image
+from echogen.engine.decode import Decoder, Progress, decode_image
+from echogen.engine.device import DeviceTransformer, misfit
 from echogen.engine.ground import ground_images
 from echogen.engine.jacobi import Method, decode_windows, wins
 from echogen.engine.layout import Box, Layout, LayoutError
@@ -74,7 +76,7 @@ class Engine:
         self.sampling = sampling or Sampling()
         self.pixels_trained = pixels_trained
         self._code_table = torch.empty(0)
-        self._decoder: UnifiedTransformer | PackedTransformer | None = None
+        self._decoder: Decoder | None = None
         self.refresh()
 
     # --- loading and saving ---------------------------------------------------------------------
@@ -159,18 +161,22 @@ class Engine:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Rebuild what is derived from the weights; call it after they changed."""
+        """Rebuild what is derived from the weights; call it after they changed. On a GPU recorded
+        steps stay, unless the weights lie elsewhere now."""
         self._code_table = self.transformer.code_table().detach()
-        self._decoder = None
+        held = self._decoder
+        if not (isinstance(held, DeviceTransformer) and held.refresh(self._code_table)):
+            self._decoder = None
 
     @property
-    def decoder(self) -> UnifiedTransformer | PackedTransformer:
-        """The transformer as drawing runs it: on a CPU a packed copy, made at first use and held
-        until ``refresh`` (`echogen bench engine` reports what making it takes as ``pack_ms``)."""
+    def decoder(self) -> Decoder:
+        """The transformer as drawing runs it, made at first use: on a CPU a packed copy, held until
+        ``refresh`` (`echogen bench engine` reports what making it takes as ``pack_ms``), on a GPU
+        the operators' steps on its own weights. A model that neither takes is run as it is, on a
+        GPU with a warning that says why."""
         if self._decoder is None:
             with torch.inference_mode():
-                packed = packable(self.transformer)
-                self._decoder = PackedTransformer(self.transformer) if packed else self.transformer
+                self._decoder = on_operators(self.transformer, self._code_table)
         return self._decoder
 
     @property
@@ -354,6 +360,19 @@ class Engine:
         return CycleResult(
             layout, images, codes, boxes, *scores, seconds=time.perf_counter() - began
         )
+
+
+def on_operators(model: UnifiedTransformer, code_table: Tensor) -> Decoder:
+    """The model as drawing runs it where it lies; see `Engine.decoder`."""
+    if packable(model):
+        return PackedTransformer(model)
+    if code_table.device.type != "cuda":
+        return model
+    why = misfit(model)
+    if why is None:
+        return DeviceTransformer(model, code_table)
+    warnings.warn(f"drawing runs on plain torch, code by code: {why}", stacklevel=2)
+    return model
 
 
 def resolve(model: str | Path) -> Path:

@@ -22,9 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from echogen.engine.decode import Progress, open_windows
+from echogen.engine.decode import Decoder, Progress, open_windows
 from echogen.engine.layout import Layout
-from echogen.engine.model import UnifiedTransformer
 from echogen.engine.packed import PackedTransformer
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampler
@@ -62,9 +61,7 @@ below and are drawn 1.16 to 1.29 times faster than code by code; crowded ones, 0
 --mode jacobi`, machine as above; `bench/results/jacobi-tiny-cpu.json`.)"""
 
 
-def wins(
-    model: UnifiedTransformer | PackedTransformer, dtype: torch.dtype, layouts: Sequence[Layout]
-) -> bool:
+def wins(model: Decoder, dtype: torch.dtype, layouts: Sequence[Layout]) -> bool:
     """Whether windows draw ``layouts`` faster than single codes: as measured, one image on packed
     weights, which in float32 leaves some ground free. In bfloat16, where even one row goes through
     blocked products (`PackedLinear`), test layouts are drawn 2.4 to 3.0 times faster and crowded
@@ -133,7 +130,7 @@ class _Image:
 
 @torch.inference_mode()
 def decode_windows(
-    model: UnifiedTransformer | PackedTransformer,
+    model: Decoder,
     code_table: Tensor,
     prompts: list[list[int]],
     sampler: Sampler,

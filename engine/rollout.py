@@ -19,7 +19,7 @@ from echogen.engine.layout import Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, PromptError, Prompts
 from echogen.engine.ranges import span
-from echogen.engine.sampler import Sampler, Sampling, truncated
+from echogen.engine.sampler import Drawn, Sampler, Sampling, truncated
 from echogen.kernels.parse_boxes import allowed_location_mask
 from echogen.kernels.philox import gumbel_noise
 from echogen.kernels.sampling import cfg_sample
@@ -70,19 +70,30 @@ class RecordingSampler(Sampler):
         self, sampling: Sampling, seed: int, draws: Tensor, codebook: int, steps: int
     ) -> None:
         super().__init__(sampling, seed, draws, codebook, steps)
-        self._seed_word, self._draw_ids = seed, draws
         self.logprob = torch.zeros(len(draws), steps, device=draws.device)
         cut = 0 < sampling.top_k < codebook or sampling.top_p < 1
         self.kept = torch.zeros_like(self.logprob, dtype=torch.int64) if cut else None
+        self.counts = cut
+
+    @property
+    def on_device(self) -> bool:
+        """See `Sampler`."""
+        return type(self).__call__ is RecordingSampler.__call__
+
+    def take(self, drawn: Drawn) -> None:
+        """See `Sampler`."""
+        self.logprob.copy_(drawn.logprob)
+        if self.kept is not None and drawn.kept is not None:
+            self.kept.copy_(drawn.kept)
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:
         """See `Sampler`."""
         s, scale = self.sampling, self.scale(step)
         drawn = cfg_sample(
             logits,
-            self._seed_word,
-            self._draw_ids,
-            torch.full_like(self._draw_ids, step),
+            self.seed,
+            self.draws,
+            torch.full_like(self.draws, step),
             scale,
             s.temperature,
             s.top_k,

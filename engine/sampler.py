@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -129,6 +129,20 @@ def truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     return reference.truncated(rows, top_k, share).view_as(logits)
 
 
+class Drawn(NamedTuple):
+    """Codes that a device drew in a sampler's name.
+
+    Attributes:
+        codes: int64 [N, T].
+        logprob: float32 [N, T], of each code under the distribution drawn from.
+        kept: int64 [N, T], how many codes its truncation left; None where nobody counts them.
+    """
+
+    codes: Tensor
+    logprob: Tensor
+    kept: Tensor | None
+
+
 class Sampler:
     """Draws the codes of a batch, step by step or several positions at once.
 
@@ -142,10 +156,14 @@ class Sampler:
         codebook: V.
         steps: image tokens T.
 
+    Attributes:
+        counts: it wants to know how many codes a truncation leaves.
+
     Raises:
         ValueError: guidance asked for behind the last position (`Sampling.scales`).
     """
 
+    counts = False
     # Noise is drawn for several positions at once: one by one, the 120 small integer operations
     # of a Philox block cost more than the tiny model's step.
     BLOCK = 1 << 21
@@ -153,7 +171,7 @@ class Sampler:
     def __init__(
         self, sampling: Sampling, seed: int, draws: Tensor, codebook: int, steps: int
     ) -> None:
-        self.sampling, self._seed, self._draws = sampling, seed, draws
+        self.sampling, self.seed, self.draws = sampling, seed, draws
         self._codebook, self._steps = codebook, steps
         self._chunk = max(1, min(steps, self.BLOCK // max(1, codebook * len(draws))))
         self._blocks = dict[int, Tensor]()
@@ -166,9 +184,9 @@ class Sampler:
         """Noise [chunk, N, V] of positions ``index·chunk`` and on."""
         first = index * self._chunk
         last = min(first + self._chunk, self._steps)
-        positions = torch.arange(first, last, device=self._draws.device)
-        grid = torch.broadcast_tensors(self._draws, positions[:, None])
-        return gumbel_noise(self._seed, grid[0], grid[1], self._codebook)
+        positions = torch.arange(first, last, device=self.draws.device)
+        grid = torch.broadcast_tensors(self.draws, positions[:, None])
+        return gumbel_noise(self.seed, grid[0], grid[1], self._codebook)
 
     def _noise(self, first: int, last: int) -> tuple[Tensor, int]:
         """Noise [n, N, V] that covers positions ``first`` … ``last``, and which is its first.
@@ -216,6 +234,15 @@ class Sampler:
             return scores.argmax(-1)
         noise, first = self._noise(int(positions.min()), int(positions.max()))
         return (scores + noise[positions - first, self._samples]).argmax(-1)
+
+    @property
+    def on_device(self) -> bool:
+        """Whether `kernels.sampling.cfg_sample` draws what this object does: a subclass with a
+        call of its own says so itself."""
+        return type(self).__call__ is Sampler.__call__
+
+    def take(self, drawn: Drawn) -> None:
+        """Keep what was drawn in this sampler's name."""
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:
         """Logits [N, V], or [2N, V] with guidance, of position ``step`` → codes int64 [N]."""

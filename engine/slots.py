@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from echogen.engine.cache import KVCache, Prefix, PrefixCache, WindowCache
+from echogen.engine.decode import Decoder
+from echogen.engine.device import DeviceTransformer, Places
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.packed import Frame, PackedTransformer, Stream, attend
 from echogen.engine.packed_decode import run_prompts
@@ -66,7 +68,7 @@ class Slots:
 
     def __init__(
         self,
-        model: UnifiedTransformer | PackedTransformer,
+        model: Decoder,
         code_table: Tensor,
         rows: int,
         capacity: int,
@@ -80,6 +82,8 @@ class Slots:
         self._runner: Runner
         if isinstance(model, PackedTransformer):
             self._runner = PackedRows(model, code_table, self.cache, self._counts)
+        elif isinstance(model, DeviceTransformer):
+            self._runner = DeviceRows(model, code_table, self.cache)
         else:
             self._runner = PlainRows(model, code_table, self.cache)
         # Unconditional prompts come again and again; see `PrefixCache`.
@@ -202,6 +206,20 @@ class PlainRows:
         embedded = self._table[codes].unsqueeze(1)
         mask = additive_mask((self._slot[:read] <= at).unsqueeze(1), embedded.dtype)
         return self._model.image_head(self._model(embedded, at, mask, self._cache)[:, 0])
+
+
+class DeviceRows(PlainRows):
+    """`Runner` whose steps run on a GPU's operators, one after another."""
+
+    def __init__(self, model: DeviceTransformer, code_table: Tensor, cache: WindowCache) -> None:
+        super().__init__(model.plain, code_table, cache)
+        self._operators = model
+
+    def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
+        """See `Runner`; a row reads what it holds, whatever ``read`` is."""
+        keys, values = self._cache.block[:, :, : len(codes)].unbind(0)
+        embedded = self._table.index_select(0, codes)
+        return self._operators.logits(embedded, Places(at, at + 1, at, keys, values))
 
 
 class PackedRows:

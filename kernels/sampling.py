@@ -48,7 +48,8 @@ def _scores(
         # −inf − −inf must not be computed.
         dead = (x == float("-inf")) | (u == float("-inf"))
         x, u = tl.where(dead, 0.0, x), tl.where(dead, 0.0, u)
-        x = tl.where(dead, float("-inf"), u + cfg * (x - u))
+        # u + 1·(x − u) is x only up to rounding, and schedules of guidance have ones.
+        x = tl.where(dead, float("-inf"), tl.where(cfg == 1.0, x, u + cfg * (x - u)))
     return x * scale
 
 
@@ -269,7 +270,8 @@ def cfg_sample(
 ) -> CfgSample:
     """Draw one code a sample from guided, tempered, truncated logits.
 
-    ``x = u + s·(c − u)`` (classifier-free guidance, Ho & Salimans 2022) over float32; a code at
+    ``x = u + s·(c − u)`` (classifier-free guidance, Ho & Salimans 2022) over float32, exactly c
+    where s is 1; a code at
     −inf in either branch has no probability. x/T is cut to the ``top_k`` largest, then to the
     smallest set of most likely codes whose probability, renormalised after top-k, reaches
     ``top_p`` (Holtzman et al. 2020); codes equal to the last one kept are kept too. The token is

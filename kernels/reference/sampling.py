@@ -24,13 +24,16 @@ def branches(logits: Tensor, guided: str) -> tuple[Tensor, Tensor]:
 
 
 def mixed(cond: Tensor, uncond: Tensor, cfg: Tensor | None) -> Tensor:
-    """u + s·(c − u) in float32 at least; −inf where either branch is (c where s is None)."""
+    """u + s·(c − u) in float32 at least, and c itself where s is 1; −inf where either branch is. Of
+    c alone where s is None."""
     cond = cond if cond.dtype == torch.float64 else cond.float()
     if cfg is None:
         return cond
     uncond = uncond.to(cond.dtype)
     dead = (cond == float("-inf")) | (uncond == float("-inf"))
-    return (uncond + cfg * (cond - uncond)).masked_fill(dead, float("-inf"))
+    # u + 1·(c − u) is c only up to rounding.
+    moved = torch.where(cfg == 1, cond, uncond + cfg * (cond - uncond))
+    return moved.masked_fill(dead, float("-inf"))
 
 
 def truncated(scores: Tensor, top_k: int, top_p: Tensor | None) -> Tensor:

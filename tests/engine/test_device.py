@@ -1,0 +1,356 @@
+"""A recorded step, run again and again, draws what the plain loop draws.
+
+The step's operators run on their references here, and natively where there is a GPU; a tape stands
+in for a CUDA graph (`tape.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from echogen.engine import decode, device
+from echogen.engine.config import ModelConfig
+from echogen.engine.decode import PlainDecoding, decode_image, left_padded
+from echogen.engine.device import DeviceTransformer, misfit
+from echogen.engine.device_decode import DeviceDecoding
+from echogen.engine.engine import on_operators
+from echogen.engine.graphs import Eager, Kept, bucket, recorder
+from echogen.engine.model import UnifiedTransformer
+from echogen.engine.rollout import RecordingSampler
+from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.slots import Slots
+from echogen.kernels.dispatch import recorded
+from echogen.kernels.skinny_linear import fp8_weight
+
+from .tape import Tape, written
+
+BOS, PAD, BEGIN = 1, 0, 58
+CONFIG = ModelConfig(
+    vocab_size=60, codebook_size=24, code_dim=4, width=48, layers=2, heads=3, kv_heads=3,
+    head_dim=16, mlp_width=88, head_width=40, aligner_depth=2, pixel_dim=24, pixel_aligner_depth=2,
+    rope_theta=1e4, norm_eps=1e-6, image_tokens=9, image_size=12, max_positions=64, tied=False,
+)  # fmt: skip
+SHAPES = {"plain": {}, "grouped heads": {"heads": 6, "kv_heads": 2, "head_dim": 8}}
+GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+SAMPLINGS = {
+    "plain": Sampling(),
+    "greedy": Sampling(temperature=0, cfg=4.0),
+    "guided": Sampling(cfg=5.0, temperature=0.7),
+    "schedule": Sampling(cfg=3.0, cfg_schedule="cosine", cfg_span=(2, 7)),
+    "truncated": Sampling(cfg=2.0, top_k=9, top_p=0.8),
+}
+
+
+def build(dtype=torch.float32, where="cpu", **shape) -> UnifiedTransformer:
+    """A model every weight of which shows."""
+    model = UnifiedTransformer(replace(CONFIG, **shape)).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            if p.dim() > 1:
+                p.copy_(noise if "embedding" in name else noise * p.shape[1] ** -0.5)
+            else:
+                p.copy_(0.3 * noise + float("norm" in name))
+    return model.to(where, dtype)
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def model(request):
+    return build(**SHAPES[request.param])
+
+
+def operators(model, record=None, **options) -> DeviceTransformer:
+    with torch.no_grad():
+        return DeviceTransformer(model, model.code_table(), record=record or Tape(), **options)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return [BOS, *torch.randint(3, BEGIN, (length - 2,), generator=generator).tolist(), BEGIN]
+
+
+RAGGED = [prompt(n, seed) for seed, n in enumerate((9, 3, 6))]
+GROUPS = [prompt(5, 7)] * 4 + [prompt(8, 8)] * 4 + [prompt(2, 9)]
+
+
+def rows_of(prompts: list[list[int]], guided: bool) -> list[list[int]]:
+    away = [[BOS, *[PAD] * (len(p) - 2), BEGIN] for p in prompts]
+    return prompts + away if guided else prompts
+
+
+def sampler(kind, sampling, images, seed=5, where="cpu"):
+    draws = 40 + torch.arange(images, device=where)
+    return kind(sampling, seed, draws, CONFIG.codebook_size, CONFIG.image_tokens)
+
+
+@torch.inference_mode()
+def plain_codes(model, prompts, drawer) -> Tensor:
+    """By the plain transformer, code by code."""
+    rows, table = rows_of(prompts, drawer.sampling.guided), model.code_table()
+    ids, pads = (t.to(table.device) for t in left_padded(rows, PAD))
+    plain = PlainDecoding(model, table, ids, pads, CONFIG.image_tokens)
+    return decode._code_by_code(plain, len(rows), 0, model, drawer, None)
+
+
+def codes(made, prompts, drawer, share=True, progress=None) -> Tensor:
+    rows = rows_of(prompts, drawer.sampling.guided)
+    return decode_image(made, made.table, rows, drawer, PAD, progress, share)
+
+
+# --- logits -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("few", [0, 16], ids=["torch multiplies", "skinny_linear"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+@pytest.mark.parametrize("prompts", [RAGGED, GROUPS[3:]], ids=["ragged", "groups"])
+@torch.inference_mode()
+def test_logits_are_those_of_the_plain_loop(
+    model, relative_error, monkeypatch, few, dtype, bound, prompts
+):
+    monkeypatch.setattr(device, "MAX_ROWS", few)
+    model = build(dtype, **{n: getattr(model.config, n) for n in ("heads", "kv_heads", "head_dim")})
+    rows = rows_of(prompts, True)
+    ids, pads = left_padded(rows, PAD)
+    made = operators(model)
+    made.memory.grow((1 << 20,))
+    made.memory.views((1 << 20,))[0].fill_(float("nan"))  # nobody reads what was not written
+    both = (
+        PlainDecoding(model, model.code_table(), ids, pads, CONFIG.image_tokens),
+        DeviceDecoding(made, rows, guided=True),
+    )
+    wanted, found = (d.prefill() for d in both)
+    assert relative_error(found, wanted) < bound
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(CONFIG.image_tokens - 1):
+        code = torch.randint(24, (len(prompts),), generator=generator)
+        wanted, found = (d.step(code) for d in both)
+        assert relative_error(found, wanted) < bound
+
+
+@pytest.mark.parametrize("few", [0, 16], ids=["torch multiplies", "skinny_linear"])
+@torch.inference_mode()
+def test_weights_in_fp8(relative_error, monkeypatch, few):
+    """The products are those of the weights that fp8 holds, whoever multiplies."""
+    monkeypatch.setattr(device, "MAX_ROWS", few)
+    shape = {"head_width": 48, "mlp_width": 96}  # multiples of 16
+    model, rounded = build(**shape), build(**shape)
+    for name, p in rounded.named_parameters():
+        if p.dim() == 2 and name.startswith(("blocks.", "image_head.")):
+            weight, scale = fp8_weight(p.detach())
+            p.copy_(weight.float() * scale[:, None])
+    codes_fed = torch.tensor([3, 20, 7])
+    logits = []
+    for made in (operators(model, fp8=True), operators(rounded)):
+        decoding = DeviceDecoding(made, RAGGED, guided=False)
+        # Prompts are run by the live weights, which the two do not share.
+        decoding.prefill()
+        decoding._step.prompts.copy_(torch.full_like(decoding._step.prompts, 0.1))
+        logits.append([decoding.step(codes_fed) for _ in range(2)])
+    for found, wanted in zip(*logits, strict=True):
+        assert relative_error(found, wanted) < 1e-5
+
+
+# --- drawings -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("prompts", [RAGGED, GROUPS], ids=["ragged", "groups"])
+def test_a_recorded_step_draws_the_plain_loops_codes(model, name, prompts):
+    tape = Tape()
+    made, told = operators(model, tape), []
+    for seed in (0, 11):
+        wanted = plain_codes(model, prompts, sampler(Sampler, SAMPLINGS[name], len(prompts), seed))
+        own = sampler(Sampler, SAMPLINGS[name], len(prompts), seed)
+        found = codes(made, prompts, own, progress=lambda *done: told.append(done))
+        assert torch.equal(found, wanted)
+    assert tape.recorded == 1 and tape.replayed == 2 * (CONFIG.image_tokens - 1)
+    assert told == 2 * [(i, CONFIG.image_tokens) for i in range(1, CONFIG.image_tokens + 1)]
+
+
+def test_one_recorded_step_serves_other_prompts_scales_and_seeds(model):
+    """Whatever rounds to the same shape; the numbers are read on the device."""
+    tape = Tape()
+    made = operators(model, tape)
+    drawings = [
+        (RAGGED, Sampling(cfg=2.0), 1),
+        ([prompt(4, 30), prompt(12, 31), prompt(7, 32), prompt(4, 30)], Sampling(cfg=6.0), 2),
+        (RAGGED[::-1], Sampling(cfg=4.0, temperature=0.5, cfg_schedule="linear"), 3),
+    ]
+    for prompts, sampling, seed in drawings:
+        wanted = plain_codes(model, prompts, sampler(Sampler, sampling, len(prompts), seed))
+        found = codes(made, prompts, sampler(Sampler, sampling, len(prompts), seed))
+        assert torch.equal(found, wanted)
+    assert tape.recorded == len(made.steps) == 1
+
+
+def test_larger_drawings_take_the_memory_over(model):
+    tape, sampling = Tape(), Sampling(cfg=3.0)
+    made = operators(model, tape)
+    for prompts, held in ((RAGGED[:1], 1), (GROUPS, 1), (RAGGED[:1], 2), (GROUPS, 2)):
+        found = codes(made, prompts, sampler(Sampler, sampling, len(prompts)))
+        wanted = plain_codes(model, prompts, sampler(Sampler, sampling, len(prompts)))
+        assert torch.equal(found, wanted) and len(made.steps) == held
+    assert tape.recorded == 3, "the first step stood on memory that was too small for the second"
+
+
+@pytest.mark.parametrize("name", ["guided", "truncated", "schedule"])
+def test_rollouts_keep_what_was_drawn_from(model, name):
+    wanted, found = (sampler(RecordingSampler, SAMPLINGS[name], len(GROUPS)) for _ in range(2))
+    drawn = plain_codes(model, GROUPS, wanted)
+    assert torch.equal(codes(operators(model), GROUPS, found), drawn)
+    torch.testing.assert_close(found.logprob, wanted.logprob, rtol=1e-4, atol=1e-4)
+    assert (found.kept is None) == (wanted.kept is None)
+    assert found.kept is None or torch.equal(found.kept, wanted.kept)
+
+
+def test_a_sampler_of_its_own_is_asked_code_by_code(model):
+    class Second(Sampler):
+        def __call__(self, logits: Tensor, step: int) -> Tensor:
+            return self.scores(logits, step).topk(2).indices[:, 1]
+
+    tape = Tape()
+    sampling = Sampling(cfg=3.0)
+    found = codes(operators(model, tape), RAGGED, sampler(Second, sampling, 3))
+    assert torch.equal(found, plain_codes(model, RAGGED, sampler(Second, sampling, 3)))
+    assert tape.replayed == 0
+
+
+def test_prompts_are_kept_once_unless_copies_are_asked_for(model):
+    made, rows = operators(model), rows_of(GROUPS, True)
+    with torch.inference_mode():
+        once = DeviceDecoding(made, rows, True)
+        assert once.held == 5 + 8 + 2 + 5 + 8  # the shortest is its own unconditional prompt
+        assert DeviceDecoding(made, rows, True, share=False).held == 2 * (4 * 5 + 4 * 8 + 2)
+    found = codes(made, GROUPS, sampler(Sampler, Sampling(cfg=3.0), 9), share=False)
+    assert torch.equal(found, codes(made, GROUPS, sampler(Sampler, Sampling(cfg=3.0), 9)))
+
+
+def test_rows_of_a_scheduler(model, relative_error):
+    made, table = operators(model), model.code_table().detach()
+    with torch.inference_mode():
+        both = [Slots(m, table, 4, 32) for m in (model, made)]
+        for slots in both:
+            slots.take([slots.run_prompt(p) for p in RAGGED])
+        for code in (3, 21, 9):
+            for slots in both:
+                slots.feed(torch.arange(3), torch.tensor([code, 2, 5]))
+            wanted, found = (slots.step() for slots in both)
+            assert relative_error(found[:3], wanted[:3]) < 1e-5
+
+
+# --- weights that change --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fp8", [False, True])
+def test_refresh_keeps_what_was_recorded(fp8):
+    model, tape, sampling = build(head_width=48, mlp_width=96), Tape(), Sampling(cfg=3.0)
+    made = operators(model, tape, fp8=fp8)
+    before = codes(made, RAGGED, sampler(Sampler, sampling, 3))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(9))
+        assert made.refresh(model.code_table())
+    after = codes(made, RAGGED, sampler(Sampler, sampling, 3))
+    assert torch.equal(
+        after, codes(operators(model, fp8=fp8), RAGGED, sampler(Sampler, sampling, 3))
+    )
+    assert tape.recorded == 1 and not torch.equal(after, before)
+    model.blocks[0].qkv.weight = nn.Parameter(model.blocks[0].qkv.weight.clone())
+    assert not made.refresh(model.code_table().detach()), "its steps read the old place"
+
+
+# --- what a step is made of -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("images", "most"), [(8, 7), (9, 10)], ids=["16 rows", "more rows"])
+@torch.inference_mode()
+def test_launches_a_layer(images, most):
+    """What the module says, with guidance and shared prefixes: kernels of the project as they would
+    be launched, and products of torch."""
+    counted = []
+    for layers in (2, 3):
+        made = operators(build(torch.bfloat16, layers=layers), Eager())
+        decoding = DeviceDecoding(made, rows_of([prompt(5, 1)] * images, True), guided=True)
+        with recorded() as kernels:
+            calls = written(decoding._step.layers).launches
+        torch_calls = [name for name in calls if not name.startswith("echogen::")]
+        counted.append(len(kernels) + len(torch_calls))
+    assert counted[1] - counted[0] == most
+
+
+def test_rows_round_up_to_few_sizes():
+    sizes = [bucket(n) for n in range(1, 513)]
+    assert sizes[:10] == [1, 2, 4, 4, 8, 8, 8, 8, 16, 16] and sizes[-1] == 512
+    assert all(n <= size for n, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
+    assert len(set(sizes)) < 40
+    assert all(size - n < max(8, n / 8) for n, size in enumerate(sizes, 1))
+
+
+def test_the_step_used_longest_ago_goes():
+    kept, made = Kept[str](most=2), []
+    for key in ("a", "b", "a", "c", "a", "b"):
+        assert kept.get(key, lambda key=key: made.append(key) or key) == key
+    assert made == ["a", "b", "c", "b"] and len(kept) == 2
+
+
+def test_what_records(monkeypatch):
+    assert isinstance(recorder(torch.device("cpu")), Eager)
+    monkeypatch.setenv("ECHOGEN_EAGER", "1")
+    assert isinstance(recorder(torch.device("cuda", 0)), Eager)
+
+
+class OnCuda(Tensor):
+    device = property(lambda self: torch.device("cuda", 0))
+
+
+def test_what_does_not_fit_runs_on_plain_torch_and_says_why(monkeypatch):
+    monkeypatch.setattr("echogen.engine.engine.packable", lambda model: False)
+    assert misfit(build()) is None
+    there = torch.zeros(1).as_subclass(OnCuda)
+    for change, why in [
+        (lambda m: m.double(), "its weights are torch.float64"),
+        (lambda m: m.blocks[1].out.half(), r"blocks\.1\.out\.weight is torch\.float16"),
+        (lambda m: m.blocks[0].__setattr__("down", nn.Sequential(m.blocks[0].down)),
+         r"blocks\.0\.down is a Sequential"),
+        (lambda m: m.image_head.__setitem__(1, nn.SiLU()), "its image head is not"),
+    ]:  # fmt: skip
+        model = build()
+        change(model)
+        with pytest.warns(UserWarning, match=f"plain torch, code by code: {why}"):
+            assert on_operators(model, there) is model
+    with pytest.warns(UserWarning, match="its head_dim is 136; the operators take up to 128"):
+        on_operators(build(heads=1, kv_heads=1, head_dim=136), there)
+    assert isinstance(on_operators(build(), torch.zeros(1)), UnifiedTransformer)  # no GPU
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@GPU
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", SAMPLINGS)
+@pytest.mark.parametrize("prompts", [RAGGED, GROUPS], ids=["ragged", "groups"])
+def test_graphs_draw_what_eager_steps_draw(dtype, name, prompts):
+    model = build(dtype, "cuda")
+    drawn = []
+    for record in (recorder(torch.device("cuda", 0)), Eager()):
+        made = operators(model, record)
+        for seed in (0, 11):
+            drawer = sampler(RecordingSampler, SAMPLINGS[name], len(prompts), seed, "cuda")
+            drawn.append((codes(made, prompts, drawer), drawer.logprob))
+    for graph, eager in zip(drawn[:2], drawn[2:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(graph, eager, strict=True))
+
+
+@GPU
+@pytest.mark.parametrize("name", SAMPLINGS)
+def test_graphs_draw_the_plain_loops_codes(name):
+    model = build(torch.float32, "cuda")
+    made = operators(model, recorder(torch.device("cuda", 0)))
+    wanted = plain_codes(model, GROUPS, sampler(Sampler, SAMPLINGS[name], 9, where="cuda"))
+    found = codes(made, GROUPS, sampler(Sampler, SAMPLINGS[name], 9, where="cuda"))
+    assert torch.equal(found, wanted)
