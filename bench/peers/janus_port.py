@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any, Literal
 
@@ -71,10 +73,13 @@ class JanusPort:
         cache: CacheKind,
         sample: bool = False,
         compiled: bool = False,
+        codes: int | None = None,
+        told: Callable[[], None] | None = None,
     ) -> Tensor:
         """Codes int64 [N, T] of prompts int64 [N, L] that end in begin-of-image: the most likely
         ones, or with ``sample`` drawn at temperature 1 by PyTorch's own generator. ``compiled``:
-        the transformer runs through torch.compile.
+        the transformer runs through torch.compile. ``codes``: stop after so many, with the cache
+        of a whole image. ``told`` is called when the logits of each code are there.
 
         Raises:
             ValueError: ``cfg`` is not above 1; the port's loop only runs with guidance.
@@ -92,14 +97,30 @@ class JanusPort:
         if compiled and self._compiled is None:
             self._compiled = torch.compile(self._plain)
         body.forward = self._compiled if compiled else self._plain
-        codes: Tensor = self._port.generate(
-            inputs=prompts,
-            attention_mask=torch.ones_like(prompts),
-            generation_mode="image",
-            generation_config=self._generation,
-            guidance_scale=cfg,
-            max_length=length,
-            do_sample=sample,
-            **{CACHE: past},
-        )
-        return codes
+        with self._until(codes, told):
+            drawn: Tensor = self._port.generate(
+                inputs=prompts,
+                attention_mask=torch.ones_like(prompts),
+                generation_mode="image",
+                generation_config=self._generation,
+                guidance_scale=cfg,
+                max_length=length,
+                do_sample=sample,
+                **{CACHE: past},
+            )
+        return drawn
+
+    @contextmanager
+    def _until(self, codes: int | None, told: Callable[[], None] | None) -> Iterator[None]:
+        """Within, an image has ``codes`` codes and ``told`` hears of each: the loop reads the one
+        from the vision tower's configuration and calls the image head once for the other."""
+        vision, head = self._port.model.vision_model.config, self._port.model.generation_head
+        whole = vision.num_image_tokens
+        hook = head.register_forward_hook(lambda *_: told()) if told is not None else None
+        vision.num_image_tokens = whole if codes is None else codes
+        try:
+            yield
+        finally:
+            vision.num_image_tokens = whole
+            if hook is not None:
+                hook.remove()

@@ -23,6 +23,8 @@ from echogen.engine.rollout import RecordingSampler
 from echogen.engine.sampler import Sampler, Sampling
 
 Draw = Callable[[], Tensor]
+Told = Callable[[], None] | None
+"""Called when each code of a batch is drawn (of the port: when its logits are there)."""
 EAGER, PORT = "eager", "transformers"
 STATIC, COMPILED = "transformers:static", "transformers:compile"
 COPIES = "echogen:copies"
@@ -39,12 +41,15 @@ class Asked:
         cfg: guidance scale.
         sample: at temperature 1, with log-probabilities; else the most likely codes.
         seed: of the noise.
+        codes: after which eager and the port stop; None: an image's last. This engine draws whole
+            images.
     """
 
     prompts: Tensor
     cfg: float
     sample: bool
     seed: int
+    codes: int | None = None
 
 
 class Contestants:
@@ -73,6 +78,11 @@ class Contestants:
         """Whether codes are compared to the last one."""
         return self._subject.code_table.dtype == torch.float32
 
+    @property
+    def image_tokens(self) -> int:
+        """Codes T of an image."""
+        return self._subject.transformer.config.image_tokens
+
     def names(self, asked: Asked) -> list[str]:
         """This engine, and the peers that draw such a batch; the port draws only above cfg 1."""
         there = {EAGER} | ({COPIES} if self._shares(asked) else set())
@@ -90,10 +100,10 @@ class Contestants:
         """The most likely codes, to compare."""
         return self._draw(name, asked, Sampling(temperature=0, cfg=asked.cfg))
 
-    def timed(self, name: str, asked: Asked) -> Draw:
+    def timed(self, name: str, asked: Asked, told: Told = None) -> Draw:
         """What is timed; returns when the device has done it."""
         sampling = Sampling(temperature=float(asked.sample), cfg=asked.cfg)
-        return partial(_waited, self._draw(name, asked, sampling))
+        return partial(_waited, self._draw(name, asked, sampling, told))
 
     def attempt(self, name: str, asked: Asked) -> Tensor | None:
         """A peer's most likely codes; None, from now on, where it raises."""
@@ -105,17 +115,17 @@ class Contestants:
             self._leave(f"{self._about}{name}: {type(error).__name__}: {(lines or [''])[0]}")
             return None
 
-    def _draw(self, name: str, asked: Asked, sampling: Sampling) -> Draw:
+    def _draw(self, name: str, asked: Asked, sampling: Sampling, told: Told = None) -> Draw:
         if name in CACHES:
             port = self._subject.port
             assert port is not None, "loaded wherever a peer of it is asked for"
             return partial(
                 port.generate, asked.prompts, asked.cfg, CACHES[name], sampling.temperature > 0,
-                name == COMPILED,
+                name == COMPILED, asked.codes, told,
             )  # fmt: skip
         if name == EAGER:
-            return partial(self._eager, asked, sampling)
-        return partial(self._own, asked, sampling, name == OURS)
+            return partial(self._eager, asked, sampling, told)
+        return partial(self._own, asked, sampling, name == OURS, told)
 
     def _rows(self, asked: Asked) -> list[list[int]]:
         s, rows = self._subject, asked.prompts.tolist()
@@ -131,23 +141,26 @@ class Contestants:
         draws = torch.arange(len(asked.prompts), device=device)
         return made(sampling, asked.seed, draws, c.codebook_size, c.image_tokens)
 
-    def _own(self, asked: Asked, sampling: Sampling, share: bool) -> Tensor:
+    def _own(self, asked: Asked, sampling: Sampling, share: bool, told: Told) -> Tensor:
         sampler, s = self._sampler(asked, sampling), self._subject
-        rows = self._rows(asked)
-        return decode_image(self._model, s.code_table, rows, sampler, s.pad, share=share)
+        rows, progress = self._rows(asked), None if told is None else lambda *_: told()
+        return decode_image(self._model, s.code_table, rows, sampler, s.pad, progress, share)
 
     @torch.inference_mode()
-    def _eager(self, asked: Asked, sampling: Sampling) -> Tensor:
+    def _eager(self, asked: Asked, sampling: Sampling, told: Told) -> Tensor:
         """The plain transformer with a cache, and nothing else."""
         s, sampler = self._subject, self._sampler(asked, sampling)
         steps = s.transformer.config.image_tokens
         device = s.code_table.device
         ids, pads = (t.to(device) for t in left_padded(self._rows(asked), s.pad))
         decoding = PlainDecoding(s.transformer, s.code_table, ids, pads, steps)
+        steps = steps if asked.codes is None else asked.codes
         codes = torch.empty(len(asked.prompts), steps, dtype=torch.int64, device=device)
         logits = decoding.prefill()
         for step in range(steps):
             code = codes[:, step] = sampler(logits, step)
+            if told is not None:
+                told()
             if step + 1 < steps:
                 logits = decoding.step(code)
         return codes

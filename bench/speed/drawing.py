@@ -11,7 +11,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +21,16 @@ from torch import Tensor
 from echogen.bench.harness import WrongResult, alternate, environment, quantiles, seconds
 from echogen.bench.registry import OURS, Floor
 from echogen.bench.roofline import Roofline
-from echogen.bench.speed.contestants import COMPILED, PORT, Asked, Contestants
+from echogen.bench.speed import stretches
+from echogen.bench.speed.contestants import (
+    COMPILED,
+    COPIES,
+    PORT,
+    Asked,
+    Contestants,
+    Draw,
+    Told,
+)
 from echogen.bench.speed.held import held_mib
 from echogen.bench.speed.models import GPU_ONLY, Subject, hollow, load
 
@@ -55,6 +64,9 @@ class Plan:
         threads: of every provider on a CPU; None takes each one's quickest count, found by one
             drawing each at the first batch.
         most: seconds that one batch may take on a CPU, by what the one before it took.
+        long: processor seconds that the smallest batch of a rollout may take on a CPU; a model
+            that takes more is timed as `stretches` says.
+        codes: of an image that peers draw; None: all. Set by ``run`` for such models.
     """
 
     mode: Mode
@@ -64,6 +76,8 @@ class Plan:
     repeats: int = 5
     threads: int | None = None
     most: float = 120.0
+    long: float = 2.0
+    codes: int | None = None
 
 
 def run(
@@ -92,7 +106,8 @@ def run(
         median over the pairs; None where the port did not run. ``peak_mib``: held beyond the
         weights (`held_mib`). ``overhead_us_per_token``, of this engine in mode latency: a step of a
         model of as many layers whose tensors hold a few numbers, which leaves Python and PyTorch's
-        dispatch. ``left_out``: what was not run and why.
+        dispatch. ``codes_timed``: of an image, fewer than all where the rest is projected
+        (`stretches`). ``left_out``: what was not run and why.
 
     Raises:
         WrongResult: a provider draws other codes; nothing of that cell was timed.
@@ -155,6 +170,14 @@ def _model(
     subject = load(name, max(plan.batches) // group, seed, wanted).to(device, DTYPES[dtype])
     about = {"mode": plan.mode, "model": name, "dtype": dtype, "device": device}
     contestants = Contestants(subject, plan.peers, f"{name}: ", leave)
+
+    def asked_for(batch: int, cfg: float) -> Asked:
+        prompts = subject.prompts[: batch // group].repeat_interleave(group, 0)
+        return Asked(prompts, cfg, plan.mode == "rollout", seed, plan.codes)
+
+    if plan.mode == "rollout" and device == "cpu":
+        least = asked_for(plan.batches[0], plan.scales[0])
+        plan = _suited(plan, contestants, least, lambda line: leave(f"{name}: {line}"))
     rows, done, last = list[dict[str, Any]](), 0, dict[float, tuple[int, float]]()
     threads = dict[str, int]()
     for batch in plan.batches:
@@ -166,10 +189,8 @@ def _model(
                 leave(f"{name}, batch {batch}, cfg {cfg:g}: would take {took:.0f} s on this CPU")
                 last[cfg] = batch, took
                 continue
-            prompts = subject.prompts[: batch // group].repeat_interleave(group, 0)
-            asked = Asked(prompts, cfg, plan.mode == "rollout", seed)
             began = time.perf_counter()
-            rows += [about | row for row in _cell(plan, contestants, asked, threads)]
+            rows += [about | r for r in _cell(plan, contestants, asked_for(batch, cfg), threads)]
             last[cfg] = batch, time.perf_counter() - began
     if plan.mode == "latency":
         overhead = _overhead_us(subject)
@@ -177,6 +198,23 @@ def _model(
             if row["provider"] == OURS:
                 row["overhead_us_per_token"] = overhead
     return rows
+
+
+def _suited(plan: Plan, contestants: Contestants, least: Asked, leave: Note) -> Plan:
+    """The plan, shortened where the smallest batch takes longer than ``plan.long``."""
+    torch.set_num_threads(plan.threads or 1)
+    took = stretches.busy_seconds(contestants.greedy(OURS, least))
+    if took <= plan.long:
+        return plan
+    peers = tuple(peer for peer in plan.peers if peer != COPIES)
+    repeats = min(plan.repeats, stretches.REPEATS)
+    codes = min(stretches.CODES, contestants.image_tokens)
+    leave(
+        f"{len(least.prompts)} images, cfg {least.cfg:g}, take {took:.1f} s on this CPU, so each "
+        f"batch is drawn {repeats} times, of peers the first {codes} of "
+        f"{contestants.image_tokens} codes (the rest is taken to go as fast), without {COPIES}"
+    )
+    return replace(plan, peers=peers, repeats=repeats, codes=codes)
 
 
 def _cell(
@@ -188,31 +226,44 @@ def _cell(
     torch.set_num_threads(plan.threads or 1)
     wanted = contestants.greedy(OURS, asked)()
     same = {OURS: 1.0}
-    for name in contestants.names(asked)[1:]:
+    for name in [name for name in contestants.names(asked) if name in plan.peers]:
         codes = contestants.attempt(name, asked)
         if codes is not None:
-            same[name] = _same(name, codes, wanted, contestants.exact)
+            same[name] = _same(name, codes, wanted[:, : asked.codes], contestants.exact)
     draws = {name: contestants.timed(name, asked) for name in same}
     counts = range(1, 1 + (1 if device != "cpu" else os.cpu_count() or 1))
     for name in [name for name in draws if name not in threads]:
         threads[name] = plan.threads or _quickest(draws[name], counts)
 
-    def at_best(name: str) -> None:
+    def at_best(name: str, told: Told = None) -> None:
         torch.set_num_threads(threads[name])
-        draws[name]()
+        contestants.timed(name, asked, told)()
 
-    times = alternate({name: partial(at_best, name) for name in draws}, plan.repeats)
+    watched = {name: partial(at_best, name) for name in draws}
+    steps = wanted.shape[1]
+    if asked.codes is None:
+        times = alternate(watched, plan.repeats)
+    else:
+        times = stretches.in_turn(watched, plan.repeats, steps)
     floor, ceiling = contestants.floor(asked), contestants.ceiling(threads[OURS])
     return [
         _row(name, times, asked, wanted.shape, floor, ceiling)
         | {
             "threads": threads[name],
             "same_images": same[name],
-            # Counting would be compiled too.
-            "peak_mib": None if name == COMPILED else held_mib(draws[name], device),
+            "repeats": plan.repeats,
+            "codes_timed": steps if name == OURS else asked.codes or steps,
+            "peak_mib": _peak_mib(name, draws[name], asked),
         }
         for name in draws
     ]
+
+
+def _peak_mib(name: str, draw: Draw, asked: Asked) -> float | None:
+    """None where it is not known: counting would be compiled too, and a few codes fill no cache."""
+    if name == COMPILED or (name != OURS and asked.codes is not None):
+        return None
+    return held_mib(draw, str(asked.prompts.device))
 
 
 def _same(name: str, codes: Tensor, wanted: Tensor, exact: bool) -> float:

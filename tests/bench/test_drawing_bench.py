@@ -12,7 +12,7 @@ from rich.console import Console
 from echogen.bench.harness import WrongResult
 from echogen.bench.peers.janus_port import JanusPort
 from echogen.bench.roofline import Roofline
-from echogen.bench.speed import contestants, drawing, tables
+from echogen.bench.speed import contestants, drawing, stretches, tables
 from echogen.bench.speed.contestants import COMPILED, COPIES, EAGER, PORT, STATIC, Contestants
 from echogen.bench.speed.held import held_mib
 from echogen.bench.speed.models import hollow, load
@@ -85,16 +85,55 @@ def test_a_batch_that_would_take_too_long_is_named():
 def test_a_peer_that_does_not_run_is_named_and_left_out(monkeypatch):
     right = JanusPort.generate
 
-    def without_compiler(self, prompts, cfg, cache, sample=False, compiled=False):
+    def without_compiler(self, prompts, cfg, cache, sample, compiled, *more):
         if compiled:
             raise RuntimeError("no compiler here\nand more")
-        return right(self, prompts, cfg, cache, sample)
+        return right(self, prompts, cfg, cache, sample, False, *more)
 
     monkeypatch.setattr(JanusPort, "generate", without_compiler)
     result = drawing.run(plan("rollout", scales=(5.0,), peers=(PORT, COMPILED)), [MICRO])
     assert {r["provider"] for r in result["results"]} == {"echogen", PORT}
     wanted = f"{MICRO}: {COMPILED}: RuntimeError: no compiler here"
     assert result["left_out"] == [wanted]  # once, though two batches asked
+
+
+def test_of_a_large_model_peers_draw_the_first_codes(monkeypatch):
+    monkeypatch.setattr(stretches, "CODES", 5)
+    asked = plan("rollout", batches=(8,), peers=(PORT, EAGER, COPIES), repeats=9, long=0.0)
+    result = drawing.run(asked, [MICRO])
+    (line,) = result["left_out"]
+    assert line.startswith(f"{MICRO}: 8 images, cfg 1, take ")
+    assert "drawn 2 times, of peers the first 5 of 16 codes" in line and COPIES in line
+    rows = {(r["cfg"], r["provider"]): r for r in result["results"]}
+    assert sorted(rows) == [(1.0, EAGER), (1.0, "echogen"), (5.0, EAGER), (5.0, "echogen"),
+                            (5.0, PORT)]  # fmt: skip
+    for (_, name), r in rows.items():
+        assert r["repeats"] == 2 and r["same_images"] == 1
+        assert r["codes_timed"] == (16 if name == "echogen" else 5)
+        assert (r["peak_mib"] is None) == (name != "echogen")
+        assert r["tokens_per_s"] == pytest.approx(16 * r["images_per_s"])
+    assert rows[5.0, "echogen"]["ratio"] > 0
+    Console(quiet=True).print(tables.drawing(result))
+
+
+def test_the_first_codes_are_those_of_the_whole_image():
+    subject = load(MICRO, 2, 0, with_port=True)
+    made = Contestants(subject, (PORT, STATIC, EAGER), "", pytest.fail)
+    asked = contestants.Asked(subject.prompts, 5.0, False, 0)
+    wanted = made.greedy("echogen", asked)()
+    few = dataclasses.replace(asked, codes=3)
+    for name in (PORT, STATIC, EAGER):
+        seen = []
+        assert torch.equal(made.timed(name, few, lambda: seen.append(1))(), wanted[:, :3])  # noqa: B023
+        assert len(seen) == 3
+        assert torch.equal(made.greedy(name, asked)(), wanted)  # nothing of it stays
+
+
+def test_the_rest_of_an_image_goes_as_its_first_codes():
+    assert stretches.whole(10.0, [12.0, 12.5, 13.0], 3) == 3.0
+    assert stretches.whole(10.0, [12.0, 12.5, 13.0], 101) == 2.0 + 100 * 0.5
+    with pytest.raises(ValueError, match="1 codes were drawn"):
+        stretches.whole(0.0, [1.0], 16)
 
 
 def test_another_picture_is_refused_before_timing(monkeypatch):
