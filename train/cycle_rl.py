@@ -44,7 +44,7 @@ from echogen.train.shares import places
 from echogen.train.start import Start
 from echogen.train.world import WorldStage
 
-VAL_LAYOUTS = 64
+VAL_LAYOUTS = 256  # as many as the other numbers of an evaluation are of
 
 
 class CycleRLStage(WorldStage):

@@ -23,11 +23,11 @@ Stage = Literal["none", "pmtp", "djo", "cycle-rl"]
 Task = Literal["both", "l2i", "i2l"]
 Config = PMTPConfig | DJOConfig | CycleRLConfig
 
-# A step of the recipe `tiny` takes 0.85 s in pmtp, 1.17 s in djo and 3.9 s in cycle-rl
+# A step of the recipe `tiny` takes 0.85 s in pmtp, 1.17 s in djo and about 2.2 s in cycle-rl
 # (OMP_NUM_THREADS=1 echogen bench train --stage S --batch 32 (cycle-rl: 8), two cores, the other
-# one busy), so these are 31, 18 and 16 minutes of training. The last two together bound the arm
+# one busy), so these are 31, 10 and 26 minutes of training. The last two together bound the arm
 # that spends the seconds of both, which with its evaluation has to end within 40 minutes.
-STEPS = {"pmtp": 2200, "djo": 900, "cycle-rl": 240}
+STEPS = {"pmtp": 2200, "djo": 500, "cycle-rl": 700}
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setattr(module, "world_version", lambda: version)
         patch.setattr(world, "VAL_SAMPLES", 4)
         patch.setattr(cycle_rl, "VAL_LAYOUTS", 4)
+        patch.setattr(declared, "STEPS", {"pmtp": 2200, "djo": 900, "cycle-rl": 240})  # of SCALE
         patch.setattr(score, "GRID", (Sampling(0.5, 1.0), Sampling(1.0, 2.0)))
         torch.manual_seed(0)  # of the image tokenizer
         loop.run(PMTPStage(PMTP, build_vq(RECIPE.vq, PMTP.width)), LOOP, folder / "start")
@@ -115,9 +116,9 @@ def test_the_arms_of_one_seed_differ_in_what_they_are_named_for_only():
     isolated = declared.settings(known["mask-isolated-seed2"], RECIPE)
     assert replace(isolated, mask="shared") == declared.settings(known["mask-shared-seed2"], RECIPE)
     assert isolated == declared.settings(known["synergy-i2l-seed2"], RECIPE)
-    assert declared.samples(two) == (900 * 3, 0)
+    assert declared.samples(two) == (declared.STEPS["djo"] * 3, 0)
     rl = declared.settings(known["ablation-stage3-seed2"], RECIPE)
-    assert declared.samples(rl) == (0, 240 * 2 * 2) and not rl.force
+    assert declared.samples(rl) == (0, declared.STEPS["cycle-rl"] * 2 * 2) and not rl.force
 
 
 def test_one_task_alone_learns_from_what_it_has_in_company(small):
