@@ -56,6 +56,10 @@ class Engine:
         prompts: tokenizer and box codec.
         sampling: the default of ``generate`` and ``cycle``.
         pixels_trained: whether the SigLIP path was trained (False for the bundled model).
+        fp8: draw with the weights of decoder layers and image head in 8 bits (see ``decoder``).
+
+    Raises:
+        ValueError: fp8 where drawing cannot run on the operators of a GPU; says why.
     """
 
     def __init__(
@@ -67,8 +71,9 @@ class Engine:
         prompts: Prompts,
         sampling: Sampling | None = None,
         pixels_trained: bool = True,
+        fp8: bool = False,
     ) -> None:
-        self.config, self.prompts = config, prompts
+        self.config, self.prompts, self.fp8 = config, prompts, fp8
         self.transformer, self.siglip = transformer, siglip.eval()
         # Channels last: the tiny model's tokenizer decodes 1.35 times as fast on a CPU
         # (bench/NSIGHT.md tells how that was found).
@@ -78,6 +83,8 @@ class Engine:
         self._code_table = torch.empty(0)
         self._decoder: Decoder | None = None
         self.refresh()
+        if fp8:
+            check_fp8(transformer, self._code_table)
 
     # --- loading and saving ---------------------------------------------------------------------
 
@@ -89,6 +96,7 @@ class Engine:
         dtype: torch.dtype = torch.float32,
         codec: Literal["location", "textual"] | None = None,
         bins: int = 1000,
+        fp8: bool = False,
     ) -> Engine:
         """Load a checkpoint.
 
@@ -101,9 +109,13 @@ class Engine:
                 takes PlanGen's textual codec where it says nothing.
             bins: location tokens, when ``codec="location"`` is asked of a checkpoint without them:
                 they are added, each starting at the mean embedding of its number's digits.
+            fp8: draw on a GPU with weights rounded to float8_e4m3fn, a scale for each output
+                channel: half the bytes a step for up to 16 rows, and other codes than in ``dtype``.
+                Prompts and grounding are run on the weights as they are.
 
         Raises:
             CheckpointError: nothing there, or a broken checkpoint; names the file and the key.
+            ValueError: fp8 where drawing cannot run on the operators of a GPU; says why.
         """
         folder = resolve(model)
         checkpoint = load_checkpoint(folder, dtype, device)
@@ -125,6 +137,7 @@ class Engine:
             prompts,
             Sampling(**meta.get("sampling", {})),
             meta.get("pixels_trained", True),
+            fp8,
         )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -173,10 +186,11 @@ class Engine:
         """The transformer as drawing runs it, made at first use: on a CPU a packed copy, held until
         ``refresh`` (`echogen bench engine` reports what making it takes as ``pack_ms``), on a GPU
         the operators' steps on its own weights. A model that neither takes is run as it is, on a
-        GPU with a warning that says why."""
+        GPU with a warning that says why. With ``fp8`` the operators multiply by copies of the
+        weights in 8 bits, which ``refresh`` renews."""
         if self._decoder is None:
             with torch.inference_mode():
-                self._decoder = on_operators(self.transformer, self._code_table)
+                self._decoder = on_operators(self.transformer, self._code_table, self.fp8)
         return self._decoder
 
     @property
@@ -362,8 +376,28 @@ class Engine:
         )
 
 
-def on_operators(model: UnifiedTransformer, code_table: Tensor) -> Decoder:
+def check_fp8(model: UnifiedTransformer, code_table: Tensor) -> None:
+    """Refuse weights in 8 bits where nothing multiplies by them.
+
+    Raises:
+        ValueError: says why.
+    """
+    device = code_table.device.type
+    if device != "cuda":
+        raise ValueError(
+            f"fp8 weights on {device}: the operators multiply by them on a GPU alone; leave fp8 "
+            f"out, or load the model with device='cuda'"
+        )
+    why = misfit(model)
+    if why is not None:
+        raise ValueError(f"fp8 weights need the operators: {why}; leave fp8 out")
+
+
+def on_operators(model: UnifiedTransformer, code_table: Tensor, fp8: bool = False) -> Decoder:
     """The model as drawing runs it where it lies; see `Engine.decoder`."""
+    if fp8:
+        check_fp8(model, code_table)
+        return DeviceTransformer(model, code_table, fp8=True)
     if packable(model):
         return PackedTransformer(model)
     if code_table.device.type != "cuda":

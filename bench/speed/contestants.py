@@ -1,5 +1,6 @@
 """Who draws in modes latency and rollout: this engine, the same with a copy of its prompt in every
-row, plain eager PyTorch, and the port's loop, with either of its caches and compiled."""
+row or with its weights in 8 bits, plain eager PyTorch, and the port's loop, with either of its
+caches and compiled."""
 
 from __future__ import annotations
 
@@ -15,9 +16,10 @@ from echogen.bench.registry import OURS, Floor
 from echogen.bench.roofline import Roofline, measure
 from echogen.bench.speed.models import Subject
 from echogen.bench.speed.phases import Weights, step_floor
-from echogen.engine.decode import PlainDecoding, decode_image, left_padded
-from echogen.engine.model import UnifiedTransformer
-from echogen.engine.packed import PackedTransformer, packable
+from echogen.engine.decode import Decoder, PlainDecoding, decode_image, left_padded
+from echogen.engine.device import DeviceTransformer
+from echogen.engine.engine import on_operators
+from echogen.engine.packed import PackedTransformer
 from echogen.engine.packed_shared import worth_sharing
 from echogen.engine.rollout import RecordingSampler
 from echogen.engine.sampler import Sampler, Sampling
@@ -27,8 +29,8 @@ Told = Callable[[], None] | None
 """Called when each code of a batch is drawn (of the port: when its logits are there)."""
 EAGER, PORT = "eager", "transformers"
 STATIC, COMPILED = "transformers:static", "transformers:compile"
-COPIES = "echogen:copies"
-PEERS = (PORT, STATIC, COMPILED, EAGER, COPIES)
+COPIES, FP8 = "echogen:copies", "echogen:fp8"
+PEERS = (PORT, STATIC, COMPILED, EAGER, COPIES, FP8)
 CACHES: dict[str, CacheKind] = {PORT: "dynamic", STATIC: "static", COMPILED: "static"}
 
 
@@ -67,11 +69,15 @@ class Contestants:
     ) -> None:
         self._subject, self._peers, self._about, self._leave = subject, peers, about, leave
         self._broken, self._ceilings = set[str](), dict[int, Roofline]()
-        model = subject.transformer
-        self._model: UnifiedTransformer | PackedTransformer = model
-        if packable(model):
+        self._models = dict[bool, Decoder]()
+
+    def _model(self, fp8: bool = False) -> Decoder:
+        """What this engine draws with, made at first use."""
+        if fp8 not in self._models:
+            s = self._subject
             with torch.inference_mode():
-                self._model = PackedTransformer(model)
+                self._models[fp8] = on_operators(s.transformer, s.code_table, fp8)
+        return self._models[fp8]
 
     @property
     def exact(self) -> bool:
@@ -87,11 +93,13 @@ class Contestants:
         """This engine, and the peers that draw such a batch; the port draws only above cfg 1."""
         there = {EAGER} | ({COPIES} if self._shares(asked) else set())
         there |= set(CACHES) if asked.cfg > 1 else set()
+        rounded = isinstance(self._model(), DeviceTransformer) and not self.exact
+        there |= {FP8} if rounded else set()
         return [OURS, *(p for p in self._peers if p in there - self._broken)]
 
     def _shares(self, asked: Asked) -> bool:
         """Whether this engine keeps prompts once."""
-        packed = isinstance(self._model, PackedTransformer)
+        packed = isinstance(self._model(), PackedTransformer)
         return packed and worth_sharing(
             torch.tensor(self._rows(asked)), self._subject.code_table.dtype
         )
@@ -125,7 +133,7 @@ class Contestants:
             )  # fmt: skip
         if name == EAGER:
             return partial(self._eager, asked, sampling, told)
-        return partial(self._own, asked, sampling, name == OURS, told)
+        return partial(self._own, name, asked, sampling, told)
 
     def _rows(self, asked: Asked) -> list[list[int]]:
         s, rows = self._subject, asked.prompts.tolist()
@@ -141,10 +149,11 @@ class Contestants:
         draws = torch.arange(len(asked.prompts), device=device)
         return made(sampling, asked.seed, draws, c.codebook_size, c.image_tokens)
 
-    def _own(self, asked: Asked, sampling: Sampling, share: bool, told: Told) -> Tensor:
+    def _own(self, name: str, asked: Asked, sampling: Sampling, told: Told) -> Tensor:
         sampler, s = self._sampler(asked, sampling), self._subject
         rows, progress = self._rows(asked), None if told is None else lambda *_: told()
-        return decode_image(self._model, s.code_table, rows, sampler, s.pad, progress, share)
+        model, share = self._model(name == FP8), name != COPIES
+        return decode_image(model, s.code_table, rows, sampler, s.pad, progress, share)
 
     @torch.inference_mode()
     def _eager(self, asked: Asked, sampling: Sampling, told: Told) -> Tensor:
@@ -175,14 +184,12 @@ class Contestants:
             self._ceilings[threads] = measure(table.device, table.dtype, held)
         return self._ceilings[threads]
 
-    def floor(self, asked: Asked) -> Floor:
-        """Least cost of a step of such a batch."""
+    def floor(self, asked: Asked, name: str = OURS) -> Floor:
+        """Least cost of a step of such a batch, with the weights that a provider has."""
         rows = self._rows(asked)
         different = len({tuple(row) for row in rows})
-        s = self._subject
-        return step_floor(
-            s.transformer.config, len(rows), different, len(rows[0]), s.code_table.element_size()
-        )
+        c, itemsize = self._subject.transformer.config, self._subject.code_table.element_size()
+        return step_floor(c, len(rows), different, len(rows[0]), itemsize, name == FP8)
 
 
 def _waited(draw: Draw) -> Tensor:

@@ -245,9 +245,9 @@ def _cell(
         times = alternate(watched, plan.repeats)
     else:
         times = stretches.in_turn(watched, plan.repeats, steps)
-    floor, ceiling = contestants.floor(asked), contestants.ceiling(threads[OURS])
+    ceiling = contestants.ceiling(threads[OURS])
     return [
-        _row(name, times, asked, wanted.shape, floor, ceiling)
+        _row(name, times, asked, wanted.shape, contestants.floor(asked, name), ceiling)
         | {
             "threads": threads[name],
             "same_images": same[name],

@@ -69,7 +69,9 @@ def floor(config: ModelConfig, row: Row, itemsize: int) -> Floor | None:
     return Floor(read * itemsize, 2 * tokens * weights.body + 2 * rows * head + attended)
 
 
-def step_floor(c: ModelConfig, rows: int, prompts: int, length: int, itemsize: int) -> Floor:
+def step_floor(
+    c: ModelConfig, rows: int, prompts: int, length: int, itemsize: int, fp8: bool = False
+) -> Floor:
     """Least cost of a step, the mean over an image.
 
     Bytes: every weight that a row is multiplied by once (the decoder's layers, the image head), the
@@ -83,12 +85,14 @@ def step_floor(c: ModelConfig, rows: int, prompts: int, length: int, itemsize: i
         prompts: different ones among theirs.
         length: of a prompt.
         itemsize: bytes of a number.
+        fp8: of a weight's numbers it is one.
     """
     weights, own = Weights.of(c), (c.image_tokens - 1) / 2
     held = prompts * length + rows * own
     met = rows * (length + own)
     shared = c.heads // c.kv_heads
+    read = (1 if fp8 else itemsize) * (weights.body + weights.image_head)
     return Floor(
-        round(itemsize * (weights.body + weights.image_head + held * weights.cached)),
+        round(read + itemsize * held * weights.cached),
         round(2 * rows * (weights.body + weights.image_head) + 2 * met * weights.cached * shared),
     )

@@ -162,6 +162,9 @@ def test_the_floor_counts_a_prompt_once_and_every_rows_codes():
     held = 2 * 60 + sum(8 * codes for codes in range(c.image_tokens)) / c.image_tokens
     assert floor.bytes == 2 * (weights.body + weights.image_head + held * weights.cached)
     assert floor.flops > 2 * 8 * (weights.body + weights.image_head)
+    rounded = step_floor(c, rows=8, prompts=2, length=60, itemsize=2, fp8=True)
+    assert floor.bytes - rounded.bytes == weights.body + weights.image_head
+    assert rounded.flops == floor.flops
     made = Contestants(subject, (), "", lambda line: None)
     four = contestants.Asked(subject.prompts.repeat_interleave(2, 0), 5.0, False, 0)
     # Two prompts, and one that is unconditional for all.

@@ -16,7 +16,7 @@ from echogen.engine.config import ModelConfig
 from echogen.engine.decode import PlainDecoding, decode_image, left_padded
 from echogen.engine.device import DeviceTransformer, misfit
 from echogen.engine.device_decode import DeviceDecoding
-from echogen.engine.engine import on_operators
+from echogen.engine.engine import Engine, on_operators
 from echogen.engine.graphs import Eager, Kept, bucket, recorder
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.rollout import RecordingSampler
@@ -325,6 +325,14 @@ def test_what_does_not_fit_runs_on_plain_torch_and_says_why(monkeypatch):
     with pytest.warns(UserWarning, match="its head_dim is 136; the operators take up to 128"):
         on_operators(build(heads=1, kv_heads=1, head_dim=136), there)
     assert isinstance(on_operators(build(), torch.zeros(1)), UnifiedTransformer)  # no GPU
+
+
+def test_weights_in_fp8_are_refused_where_nothing_multiplies_by_them():
+    with pytest.raises(ValueError, match=r"fp8 weights on cpu: .* leave fp8 out, or load"):
+        Engine.from_pretrained("tiny", fp8=True)
+    there = torch.zeros(1).as_subclass(OnCuda)
+    with pytest.raises(ValueError, match=r"its weights are torch\.float64.*leave fp8 out"):
+        on_operators(build().double(), there, fp8=True)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
