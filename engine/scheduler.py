@@ -9,7 +9,6 @@ the rest of the batch can change it by rounding at most, and in batch-invariant 
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,10 +33,11 @@ from echogen.engine.slots import Slots
 
 @dataclass
 class _Live:
-    """A request in its slots: conditional rows, then with guidance as many it leads away from."""
+    """A request being drawn, in slots ``rows``: conditional ones, then with guidance as many it
+    leads away from; None while its prompts are run."""
 
     request: Request
-    rows: Tensor
+    rows: Tensor | None = None
 
 
 class Scheduler(Worker):
@@ -105,7 +105,6 @@ class Scheduler(Worker):
                 )
         self._waiting, self._live = Waiting[Request](queue, patience), list[_Live]()
         self._metrics = Metrics(slots=self.plan.slots)
-        self._turn = threading.Lock()  # one thread steps at a time; ``_changed`` guards the rest
 
     # --- submitting -----------------------------------------------------------------------------
 
@@ -139,7 +138,7 @@ class Scheduler(Worker):
             QueueFull: as many wait as may.
             LayoutError: a prompt too long for the slots, or with reserved tokens.
             ValueError: more rows than there are slots, or values out of range.
-            SchedulerClosed: after ``shutdown``, or when the thread died of an error.
+            SchedulerClosed: after ``shutdown``, or when a step died of an error.
         """
         try:
             order = Order(
@@ -163,23 +162,22 @@ class Scheduler(Worker):
     # --- drawing --------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def step(self) -> bool:
+    def _work(self) -> bool:
         """Free what ended, admit who fits, draw one code of every image; False: nothing to do.
 
         Errors of one request are its own: here nothing is raised for them.
         """
-        with self._turn:
-            began = time.perf_counter()
-            self._drop()
-            self._leave()
-            waiting = len(self._waiting)
-            if not waiting and not self._live:
-                return False
-            with span("engine/serve/step", waiting=waiting, live=len(self._live)):
-                self._admit()
-                self._draw()
-            self._count(busy_s=time.perf_counter() - began, steps=1)
-            return True
+        began = time.perf_counter()
+        self._drop()
+        self._leave()
+        waiting = len(self._waiting)
+        if not waiting and not self._live:
+            return False
+        with span("engine/serve/step", waiting=waiting, live=len(self._live)):
+            self._admit()
+            self._draw()
+        self._count(busy_s=time.perf_counter() - began)
+        return True
 
     def _drop(self) -> None:
         """Take out of the queue who was cancelled or ran out of time."""
@@ -219,8 +217,10 @@ class Scheduler(Worker):
         self._count(**{outcome if told else "cancelled": 1})
 
     def _release(self, live: _Live) -> None:
-        self._live.remove(live)
+        # In this order: on a device that is gone this fails, and who is live is told of that.
+        assert live.rows is not None
         self._slots.release(live.rows)
+        self._live.remove(live)
 
     def _admit(self) -> None:
         """Run the prompts of who fits, in turn, and draw their first codes."""
@@ -229,24 +229,29 @@ class Scheduler(Worker):
                 request = self._waiting.take(self._slots.free)
                 if request is None:
                     return
+                self._live.append(live := _Live(request))
                 self._metrics.admitted += 1
             with span("engine/serve/admit", rows=request.rows):
-                self._enter(request)
+                self._enter(live)
 
-    def _enter(self, request: Request) -> None:
-        """Put a request's prompts, each run once, in its slots and draw its first codes."""
-        run = self._slots.run_prompt
+    def _enter(self, live: _Live) -> None:
+        """Put a request in its slots and draw its first codes."""
         try:
-            # What guidance leads away from is mostly the same for many requests.
-            prefixes = [run(prompt, keep=i > 0) for i, prompt in enumerate(request.prompts)]
-            prefixes = [prefix for prefix in prefixes for _ in range(request.samples)]
-            logits = torch.stack([prefix.logits for prefix in prefixes])
+            logits = self._fill(live)
         except Exception as error:
-            self._count_outcome("failed", request.fail(error))
+            self._fail([live], error)
             return
-        live = _Live(request, self._slots.take(prefixes))
-        self._live.append(live)
-        self._advance(live, logits)
+        self._advance(live, logits, slice(None))
+
+    def _fill(self, live: _Live) -> Tensor:
+        """Put a request's prompts, each run once, in its slots; their logits [rows, V]."""
+        request, run = live.request, self._slots.run_prompt
+        # What guidance leads away from is mostly the same for many requests.
+        prefixes = [run(prompt, keep=i > 0) for i, prompt in enumerate(request.prompts)]
+        prefixes = [prefix for prefix in prefixes for _ in range(request.samples)]
+        logits = torch.stack([prefix.logits for prefix in prefixes])
+        live.rows = self._slots.take(prefixes)
+        return logits
 
     def _draw(self) -> None:
         """One batched step, and from its logits one code of every image."""
@@ -255,32 +260,41 @@ class Scheduler(Worker):
         try:
             logits = self._slots.step()
         except Exception as error:  # nobody's in particular
-            for live in list(self._live):
-                self._fail(live, error)
+            self._fail(list(self._live), error)
             return
+        self._count(steps=1)
         for live in list(self._live):
-            self._advance(live, logits[live.rows])
+            assert live.rows is not None
+            self._advance(live, logits, live.rows)
 
-    def _advance(self, live: _Live, logits: Tensor) -> None:
-        """Draw a request's next codes and see to what follows from them."""
+    def _advance(self, live: _Live, logits: Tensor, at: Tensor | slice) -> None:
+        """Draw a request's next codes from the rows ``at`` of logits [R, V], and see to what
+        follows from them."""
         request = live.request
         try:
             with span("engine/sample", rows=request.rows, step=request.drawn):
-                codes = request.draw(logits)
+                codes = request.draw(logits[at])
             self._count(codes=len(codes))
             request.tell()
+            if request.drawn < request.tokens:
+                assert live.rows is not None
+                self._slots.feed(live.rows, codes)
+                return
         except Exception as error:
-            self._fail(live, error)
-            return
-        if request.drawn < request.tokens:
-            self._slots.feed(live.rows, codes)
+            self._fail([live], error)
             return
         self._release(live)
         self._count_outcome("finished", request.finish())
 
-    def _fail(self, live: _Live, error: BaseException) -> None:
-        self._release(live)
-        self._count_outcome("failed", live.request.fail(error))
+    def _fail(self, lives: list[_Live], error: BaseException) -> None:
+        """Hand an error to requests being drawn; to all before slots are freed, for on a device
+        that is gone that fails as well, and with another error."""
+        for live in lives:
+            self._live.remove(live)
+            self._count_outcome("failed", live.request.fail(error))
+        for live in lives:
+            if live.rows is not None:
+                self._slots.release(live.rows)
 
     # --- for the worker ---------------------------------------------------------------------------
 
@@ -290,9 +304,8 @@ class Scheduler(Worker):
     def _abandon(self, error: BaseException) -> None:
         """Hand an error to everybody who is left."""
         with self._changed:
-            left, self._waiting[:] = list(self._waiting), []
-        for live in list(self._live):
-            self._fail(live, error)
+            left = [live.request for live in self._live] + self._waiting
+            self._live, self._waiting[:] = [], []
         for request in left:
             self._count_outcome("failed", request.fail(error))
 
@@ -303,5 +316,5 @@ class Scheduler(Worker):
                 self._metrics,
                 waiting=len(self._waiting),
                 live=len(self._live),
-                live_slots=self.plan.slots - self._slots.free,
+                live_slots=sum(live.request.rows for live in self._live),
             )

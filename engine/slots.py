@@ -137,20 +137,23 @@ class Slots:
     def take(self, prefixes: list[Prefix]) -> Tensor:
         """Fill a free slot with each of ``prefixes``; the slots, int64 [len(prefixes)].
 
-        The lowest are taken: a step runs the leading rows up to the last one held.
+        The lowest are taken: a step runs the leading rows up to the last one held. Where this fails
+        they are as free as before.
         """
         assert len(prefixes) <= self.free, "the scheduler admits what fits"
-        rows, self._free = self._free[: len(prefixes)], self._free[len(prefixes) :]
+        rows = self._free[: len(prefixes)]
+        lengths = [prefix.keys_values.shape[-2] for prefix in prefixes]
         block = self.cache.block
-        for row, prefix in zip(rows, prefixes, strict=True):
-            length = prefix.keys_values.shape[-2]
+        for row, length, prefix in zip(rows, lengths, prefixes, strict=True):
             # What the last holder left is masked, but a weight of 0 on its NaN would be NaN.
             block[:, :, row, :, length:].zero_()
             block[:, :, row, :, :length].copy_(prefix.keys_values)
-            self._ends[row] = length
         taken = torch.tensor(rows, device=self._at.device)
-        self._at[taken] = torch.tensor([self._ends[r] for r in rows], device=taken.device)
+        self._at[taken] = torch.tensor(lengths, device=taken.device)
         self._held[taken] = 1
+        self._free = self._free[len(rows) :]
+        for row, length in zip(rows, lengths, strict=True):
+            self._ends[row] = length
         return taken
 
     def release(self, rows: Tensor) -> None:

@@ -18,7 +18,7 @@ from echogen.engine.engine import Engine
 from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.waiting import QueueFull
-from echogen.engine.serving.worker import Worker
+from echogen.engine.serving.worker import SchedulerClosed, Worker
 
 First = Callable[[], None]
 """Called in the thread that draws, when the first part of a request's images is drawn."""
@@ -101,6 +101,8 @@ class Batches(Worker):
     def ask(self, asked: Asked, first: First) -> Future[Tensor]:
         """See `Server`."""
         with self._changed:
+            if self._closed:
+                raise SchedulerClosed(self._closed)
             if len(self._waiting) >= self._queue:
                 raise QueueFull(f"{self._queue} requests are waiting")
             self._waiting.append(waits := _Waits(asked, first))
@@ -116,7 +118,7 @@ class Batches(Worker):
         """See `Server`; draws what is left."""
         self.shutdown()
 
-    def step(self) -> bool:
+    def _work(self) -> bool:
         """Draw a batch, if one may begin."""
         with self._changed:
             self._drawn = drawn = self._next()

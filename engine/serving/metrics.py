@@ -11,7 +11,7 @@ class Metrics:
 
     Attributes:
         slots, live_slots: in all, and held now.
-        live, waiting: requests being drawn, and in the queue.
+        live, waiting: requests being drawn (their prompts, too), and in the queue.
         submitted, refused: requests taken, and turned away (queue full, can never fit, closed).
         admitted, finished, cancelled, expired, failed: what became of those taken; expired ones
             ran out of their time.

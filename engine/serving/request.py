@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import operator
 import threading
+import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -38,6 +40,11 @@ class Order:
     on_partial: Callable[[Partial], None] | None = None
 
     def __post_init__(self) -> None:
+        # What is no number would break the queue's order, in the thread that draws for all.
+        for name in ("seed", "samples", "priority", "every"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        if self.draws is not None:
+            object.__setattr__(self, "draws", [_whole("draw", draw) for draw in self.draws])
         if self.samples < 1:
             raise ValueError(f"samples = {self.samples}; it must be at least 1")
         if self.draws is not None and len(self.draws) != self.samples:
@@ -53,6 +60,13 @@ class Order:
             raise ValueError(f"timeout = {self.timeout}; it must be above 0 seconds")
         if self.every < 0:
             raise ValueError(f"every = {self.every}; it must be 0 (only the whole) or more")
+
+
+def _whole(name: str, value: int) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} = {value!r}; it must be a whole number") from None
 
 
 class Request:
@@ -83,11 +97,14 @@ class Request:
     ) -> None:
         self.prompts, self.priority, self.deadline = prompts, order.priority, deadline
         self.rows, self.overtaken, self.drawn = len(prompts) * len(codes), 0, 0
-        self._sampler, self._codes, self._pictures = sampler, codes, pictures
+        news = threading.Condition()
+        self._sampler: Sampler | None = sampler
+        self._codes, self._pictures = codes, pictures
         self._every, self._on_partial = order.every, order.on_partial
-        self._news, self._told = threading.Condition(), 0
+        self._news, self._told = news, 0
         self.future: Future[Tensor] = Future()
-        self.future.add_done_callback(self._wake)
+        # Not a method of this object: the two would hold each other until garbage is collected.
+        self.future.add_done_callback(lambda _: _notify(news))
 
     # --- for who made it ------------------------------------------------------------------------
 
@@ -143,23 +160,26 @@ class Request:
 
     def draw(self, logits: Tensor) -> Tensor:
         """Draw the next code of every image from logits [rows, V]; the codes, int64 [N]."""
+        assert self._sampler is not None, "it has ended"
         code = self._sampler(logits, self.drawn)
         self._codes[:, self.drawn] = code
         self.drawn += 1
         return code
 
     def tell(self) -> None:
-        """Tell who listens, where there is something to tell. Raises what ``on_partial`` raises."""
+        """Tell who listens, where there is something to tell, and nobody who cancelled. Raises what
+        ``on_partial`` raises."""
         if self.drawn < self.tokens and (not self._every or self.drawn % self._every):
             return
         with self._news:
             self._told = self.drawn
             self._news.notify_all()
-        if self._on_partial is not None:
+        if self._on_partial is not None and not self.future.cancelled():
             self._on_partial(self._part(self.drawn))
 
     def finish(self) -> bool:
         """Hand over the codes; False where it was cancelled before."""
+        self._let_go()
         if not self.future.set_running_or_notify_cancel():
             return False
         self.future.set_result(self._kept(self.tokens))
@@ -167,10 +187,22 @@ class Request:
 
     def fail(self, error: BaseException) -> bool:
         """Hand over an error; False where it was cancelled before."""
+        self._let_go()
+        # Who keeps the error would keep what its frames hold, activations and all: after running
+        # out of memory just what is needed.
+        traceback.clear_frames(error.__traceback__)
+        if isinstance(error, StopIteration):  # cannot be awaited: who did would wait for ever
+            told = RuntimeError(f"drawing ended with {type(error).__name__}: {error}")
+            told.__cause__ = error
+            error = told
         if not self.future.set_running_or_notify_cancel():
             return False
         self.future.set_exception(error)
         return True
+
+    def _let_go(self) -> None:
+        """Of what only drawing needs: the noise is megabytes, and a request may be kept long."""
+        self._sampler = self._on_partial = None
 
     def _part(self, drawn: int) -> Partial:
         return Partial(self._kept(drawn), self.tokens, self._pictures)
@@ -180,6 +212,7 @@ class Request:
         with torch.inference_mode(False):
             return self._codes[:, :drawn].clone()
 
-    def _wake(self, _: Future[Tensor]) -> None:
-        with self._news:
-            self._news.notify_all()
+
+def _notify(news: threading.Condition) -> None:
+    with news:
+        news.notify_all()

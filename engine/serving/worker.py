@@ -17,15 +17,17 @@ class Worker(ABC):
 
     ``_changed`` is held while something changes that other threads see, and is told of it;
     ``_closed`` says why nothing more is taken, ``_cancelling`` that the rest is not to be drawn.
+    One thread steps at a time: it holds ``_turn``, and ``_stepping`` is its identity.
     """
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
+        self._changed, self._turn = threading.Condition(), threading.Lock()
         self._closed, self._cancelling = "", False
         self._thread: threading.Thread | None = None
+        self._stepping: int | None = None
 
     @abstractmethod
-    def step(self) -> bool:
+    def _work(self) -> bool:
         """Do a piece of the work; False: nothing to do."""
 
     @abstractmethod
@@ -34,10 +36,33 @@ class Worker(ABC):
 
     @abstractmethod
     def _abandon(self, error: BaseException) -> None:
-        """The worker died of ``error``: tell everybody who waits for it."""
+        """The worker died of ``error``: tell everybody who waits for it. May come again, when
+        nobody is left."""
+
+    def step(self) -> bool:
+        """Do a piece of the work, in the caller's thread; False: nothing to do.
+
+        Raises:
+            RuntimeError: called within a step, by what that calls back.
+            BaseException: what no request answers for, Ctrl-C too. It is the end: everybody who
+                waits is told (of what is no `Exception` as the cause of `SchedulerClosed`), and
+                nothing more is taken.
+        """
+        if self._stepping == threading.get_ident():
+            raise RuntimeError("step() within a step; a callback must leave that to who drew")
+        with self._turn:
+            self._stepping = threading.get_ident()
+            try:
+                return self._work()
+            except BaseException as error:
+                self._die(error)
+                raise
+            finally:
+                self._stepping = None
 
     def run(self) -> None:
-        """Step until ``shutdown``; for a thread of the caller's own (``start`` makes one)."""
+        """Step until ``shutdown``; for a thread of the caller's own (``start`` makes one). Raises
+        as ``step`` does."""
         try:
             while True:
                 with self._changed:
@@ -45,28 +70,43 @@ class Worker(ABC):
                     if self._closed and not self._busy():
                         return
                 self.step()
-        except BaseException as error:
-            self._close(f"the scheduler died of {type(error).__name__}: {error}")
-            self._abandon(error)
+        except BaseException as error:  # Ctrl-C while it waits for work
+            self._die(error)
             raise
 
     def start(self) -> Self:
         """Run in a thread of its own."""
         if self._thread is not None:
             raise RuntimeError("the scheduler was started already")
-        self._thread = threading.Thread(target=self.run, name="echogen-scheduler", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=self.run, name="echogen-scheduler", daemon=True)
+        thread.start()
+        self._thread = thread
         return self
 
     def shutdown(self, cancel: bool = False) -> None:
-        """Take no more requests, draw those there are (or ``cancel`` them), and end the thread."""
+        """Take no more requests, draw those there are (or ``cancel`` them), and end the thread.
+
+        Waits for that, so in an event loop call ``await asyncio.to_thread(scheduler.shutdown)``.
+        From within a step, called back, it returns at once, and who steps goes on to the end.
+        """
         self._cancelling = self._cancelling or cancel
         self._close("the scheduler was shut down; make a new one")
+        if self._stepping == threading.get_ident():
+            return
         if self._thread is None:
             while self.step():
                 pass
         elif self._thread is not threading.current_thread():
             self._thread.join()
+
+    def _die(self, error: BaseException) -> None:
+        reason = f"the scheduler died of {type(error).__name__}: {error}"
+        self._close(reason)
+        if not isinstance(error, Exception):  # another thread is not to end of this one's Ctrl-C
+            told = SchedulerClosed(reason)
+            told.__cause__ = error
+            error = told
+        self._abandon(error)
 
     def _close(self, reason: str) -> None:
         with self._changed:

@@ -1,0 +1,307 @@
+"""What goes wrong while many are served reaches whom it concerns; nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import weakref
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from echogen.engine.cache import Prefix
+from echogen.engine.engine import Engine
+from echogen.engine.layout import Layout, LayoutObject
+from echogen.engine.prompt import LocationCodec, Prompts
+from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.scheduler import Scheduler
+from echogen.engine.serving.worker import SchedulerClosed
+from echogen.engine.weights import load_checkpoint
+
+TOKENS = 16
+PLAIN, GUIDED = Sampling(), Sampling(cfg=5.0, temperature=0.5)
+LAYOUT = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, janus_config, random_janus, small_tokenizer) -> Engine:
+    """A small engine with random weights."""
+    config = janus_config(
+        vocab_size=len(small_tokenizer), max_position_embeddings=160, num_key_value_heads=1
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    random_janus(config, seed=30).save_pretrained(folder)
+    made = load_checkpoint(folder)
+    prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
+    return Engine(made.config, made.transformer.eval(), made.vq, made.siglip, prompts)
+
+
+@pytest.fixture
+def scheduler(engine) -> Scheduler:
+    return Scheduler(engine, slots=4, prompt_tokens=80)
+
+
+@pytest.fixture
+def uncollected() -> Iterator[None]:
+    """Nothing is freed but by its last reference."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def finish(scheduler: Scheduler) -> int:
+    """Step by hand to the end; the steps."""
+    return sum(1 for _ in iter(scheduler.step, False))
+
+
+def once(monkeypatch, owner, name, error) -> None:
+    """Let a method raise the first time."""
+    right, left = getattr(owner, name), [error]
+
+    def broken(*arguments, **more):
+        if left:
+            raise left.pop()
+        return right(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, broken)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["take", "feed"])
+def test_slots_that_cannot_be_filled_fail_one_request(scheduler, monkeypatch, name):
+    """An allocation may fail behind the prompt, too."""
+    once(monkeypatch, scheduler._slots, name, RuntimeError("out of memory"))
+    bad, good = (scheduler.submit(LAYOUT, seed, PLAIN) for seed in (1, 2))
+    finish(scheduler)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bad.result(0)
+    assert good.result(0).shape == (1, TOKENS)
+    m = scheduler.metrics()
+    assert (m.admitted, m.failed, m.finished, m.live, m.live_slots) == (2, 1, 1, 0, 0)
+    assert scheduler.submit(LAYOUT, 3, PLAIN, samples=4) and finish(scheduler)  # none is lost
+
+
+def test_slots_half_filled_are_free_again(scheduler):
+    slots = scheduler._slots
+    with torch.inference_mode():
+        right = slots.run_prompt([1, 2, 3])
+        wrong = Prefix(right.keys_values[:, :, :, :, 1:], right.logits)
+        with pytest.raises(RuntimeError):
+            slots.take([right, wrong])
+        assert (slots.free, slots.tokens) == (4, 0)
+        assert slots.take([right] * 4).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_device_that_is_gone_leaves_nobody_waiting(scheduler, monkeypatch):
+    """Whatever is asked of it fails from then on, slots given back as well."""
+
+    def sick(*_):
+        raise RuntimeError("the device is gone")
+
+    drawn = [scheduler.submit(LAYOUT, seed, PLAIN, 2) for seed in (1, 2)]
+    waits = scheduler.submit(LAYOUT, 3, PLAIN)
+    scheduler.step()
+    once(monkeypatch, scheduler._slots, "step", RuntimeError("illegal memory access"))
+    monkeypatch.setattr(scheduler._slots, "release", sick)
+    scheduler.start()
+    for request in drawn:
+        with pytest.raises(RuntimeError, match="illegal memory access"):
+            request.result(30)
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        waits.result(30)
+    scheduler.shutdown()
+    with pytest.raises(SchedulerClosed, match="died of RuntimeError: the device is gone"):
+        scheduler.submit(LAYOUT)
+    m = scheduler.metrics()
+    assert (m.failed, m.waiting, m.live, m.live_slots) == (3, 0, 0, 0)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("name", ["release", "step"])
+def test_who_ends_as_the_device_goes_is_told(scheduler, monkeypatch, name):
+    request = scheduler.submit(LAYOUT, 1, PLAIN)
+    once(monkeypatch, scheduler._slots, name, RuntimeError("gone"))
+    scheduler.start()
+    with pytest.raises(RuntimeError, match="gone"):
+        request.result(30)
+    scheduler.shutdown()
+
+
+@pytest.mark.parametrize("name", ["run_prompt", "step"])
+def test_an_interrupt_by_hand_ends_it_for_all(scheduler, monkeypatch, name):
+    """Nobody knows how far the step came; going on could draw another image and not say so."""
+    requests = [scheduler.submit(LAYOUT, seed, PLAIN, 3) for seed in (1, 2)]
+    once(monkeypatch, scheduler._slots, name, KeyboardInterrupt())
+    with pytest.raises(KeyboardInterrupt):
+        scheduler.step()
+    for request in requests:
+        error = request.future.exception(0)  # another thread is not to end of this one's Ctrl-C
+        assert isinstance(error, SchedulerClosed)
+        assert isinstance(error.__cause__, KeyboardInterrupt)
+    with pytest.raises(SchedulerClosed, match="died of KeyboardInterrupt"):
+        scheduler.submit(LAYOUT)
+    scheduler.shutdown()
+
+
+def test_an_error_does_not_hold_what_was_being_computed(scheduler, monkeypatch, uncollected):
+    """After running out of memory it is needed for the others."""
+    held = []
+
+    def broken():
+        activations = torch.zeros(1000)
+        held.append(weakref.ref(activations))
+        raise RuntimeError("out of memory")
+
+    request = scheduler.submit(LAYOUT, 1, PLAIN)
+    monkeypatch.setattr(scheduler._slots, "step", broken)
+    scheduler.step()
+    assert "out of memory" in str(request.future.exception(0)) and held[0]() is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"priority": "high"}, "priority = 'high'; it must be a whole number"),
+        ({"seed": 1.5}, "seed = 1.5; it"),
+        ({"samples": 1.0}, "samples = 1.0; it"),
+        ({"draws": [0.5]}, "draw = 0.5; it"),
+    ],
+)
+def test_what_would_break_the_queue_is_refused(scheduler, asked, message):
+    good = scheduler.submit(LAYOUT, 1, PLAIN)
+    with pytest.raises(ValueError, match=message):
+        scheduler.submit(LAYOUT, **asked)
+    finish(scheduler)
+    assert good.result(0).shape == (1, TOKENS)
+
+
+# --- called back ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cancel", [True, False])
+def test_a_callback_may_shut_down_who_steps_by_hand(scheduler, cancel):
+    def stop(_):
+        scheduler.shutdown(cancel)
+
+    first = scheduler.submit(LAYOUT, 1, PLAIN, 4, every=3, on_partial=stop)
+    second = scheduler.submit(LAYOUT, 2, PLAIN)
+    by_hand = threading.Thread(target=finish, args=(scheduler,), daemon=True)
+    by_hand.start()
+    by_hand.join(30)
+    assert not by_hand.is_alive()
+    assert first.future.cancelled() == second.future.cancelled() == cancel
+    assert first.future.done() and second.future.done()
+
+
+def test_what_cannot_be_awaited_is_told_all_the_same(scheduler):
+    """Where an iterator runs out in a callback: asyncio takes no StopIteration and tells nobody."""
+    parts = iter(())
+
+    async def wait() -> torch.Tensor:
+        request = scheduler.submit(LAYOUT, 1, PLAIN, every=4, on_partial=lambda _: next(parts))
+        return await asyncio.wait_for(request, 5)
+
+    with scheduler, pytest.raises(RuntimeError, match="ended with StopIteration"):
+        asyncio.run(wait())
+
+
+def test_a_callback_cannot_step(scheduler):
+    request = scheduler.submit(LAYOUT, 1, PLAIN, every=3, on_partial=lambda _: scheduler.step())
+    by_hand = threading.Thread(target=finish, args=(scheduler,), daemon=True)
+    by_hand.start()
+    by_hand.join(30)
+    assert not by_hand.is_alive()
+    with pytest.raises(RuntimeError, match="within a step"):
+        request.result(0)
+
+
+def test_who_cancelled_is_told_no_more(scheduler):
+    """Not in the step that was under way, either."""
+    heard = []
+    first = scheduler.submit(LAYOUT, 1, PLAIN, every=4, on_partial=lambda _: second.cancel())
+    second = scheduler.submit(LAYOUT, 2, PLAIN, every=4, on_partial=heard.append)
+    finish(scheduler)
+    assert first.future.done() and second.future.cancelled() and not heard
+    assert not first.cancel() and second.cancel()
+
+
+def test_cancelling_at_the_last_code(scheduler):
+    def last(partial):
+        if partial.codes.shape[1] == TOKENS:
+            assert request.cancel()
+
+    request = scheduler.submit(LAYOUT, 1, PLAIN, every=4, on_partial=last)
+    finish(scheduler)
+    assert request.future.cancelled()
+    m = scheduler.metrics()
+    assert (m.finished, m.cancelled, m.live_slots) == (0, 1, 0)
+
+
+# --- what is held and counted ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", ["finish", "cancel", "fail"])
+def test_a_request_that_ended_holds_no_noise(scheduler, monkeypatch, uncollected, end):
+    """Of a large codebook it is 8 MB a request, and a service may keep many for their codes."""
+    made, right = [], Sampler._block
+
+    def block(self, index):
+        noise = right(self, index)
+        made.append(weakref.ref(noise))
+        return noise
+
+    monkeypatch.setattr(Sampler, "_block", block)
+
+    def heard(_):
+        if end == "fail":
+            raise RuntimeError("the listener broke")
+        if end == "cancel":
+            request.cancel()
+
+    request = scheduler.submit(LAYOUT, 1, GUIDED, every=4, on_partial=heard)
+    finish(scheduler)
+    assert request.future.done() and made and not any(ref() is not None for ref in made)
+    assert request.partial().codes.shape[1] == (TOKENS if end == "finish" else 4)
+
+
+def test_a_request_goes_with_its_last_reference(scheduler, uncollected):
+    request = scheduler.submit(LAYOUT, 1, PLAIN)
+    finish(scheduler)
+    gone = weakref.ref(request)
+    del request
+    assert gone() is None
+
+
+def test_a_request_whose_prompt_is_run_is_counted(scheduler, monkeypatch):
+    seen, right = [], scheduler._slots.run_prompt
+
+    def run_prompt(*arguments, **more):
+        seen.append(scheduler.metrics())
+        return right(*arguments, **more)
+
+    monkeypatch.setattr(scheduler._slots, "run_prompt", run_prompt)
+    scheduler.submit(LAYOUT, 1, PLAIN, 2)
+    finish(scheduler)
+    (m,) = seen
+    assert (m.submitted, m.waiting, m.live, m.live_slots) == (1, 0, 1, 2)
+    assert scheduler.metrics().steps == TOKENS - 1  # the prompt gives the first code
+
+
+def test_who_has_nothing_to_do_does_not_step(scheduler, monkeypatch):
+    steps, right = [], scheduler._work
+
+    def work():
+        steps.append(None)
+        return right()
+
+    monkeypatch.setattr(scheduler, "_work", work)
+    with scheduler:
+        scheduler.submit(LAYOUT, 1, PLAIN).result(30)
+        threading.Event().wait(0.05)
+        assert len(steps) == TOKENS - 1
