@@ -7,6 +7,9 @@ comes: those who come at random moments find what there is on average.
 
 Loads are shares of the scheduler's own capacity, measured in the same run by a queue that is never
 empty. Fixed batches have another one (`echogen.bench.speed.serving`).
+
+Nothing is counted before queue and slots are as full as the load makes them: the first ``SETTLING``
+of a trace meets a machine that was idle. A quantile is given where enough requests lie beyond it.
 """
 
 from __future__ import annotations
@@ -26,7 +29,15 @@ from torch import Tensor
 
 from echogen.bench.harness import WrongResult, seconds, threads
 from echogen.bench.speed.servers import Batches, Continuous, Server
-from echogen.bench.speed.serving import MOST_DIFFERENT, SAMPLES, SCHEDULER, STATIC, Asked, mixed
+from echogen.bench.speed.serving import (
+    MOST_DIFFERENT,
+    SAMPLES,
+    SCHEDULER,
+    STATIC,
+    Asked,
+    in_batches,
+    mixed,
+)
 from echogen.engine.decode import Progress
 from echogen.engine.engine import Engine
 from echogen.engine.scheduler import Scheduler
@@ -41,6 +52,13 @@ before has ended."""
 PARTS = 4
 """The first part of an image is so many times smaller than the whole."""
 SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
+SETTLING = 0.2
+"""Share of a trace that is played and not counted. At a load of 0.8 a queue forgets that it began
+empty in about a hundred requests."""
+BEYOND = 5
+"""Requests that must lie beyond a quantile: 500 for p99."""
+WARMING = 50
+"""Requests that fixed batches draw before they are timed."""
 
 
 @dataclass
@@ -49,6 +67,7 @@ class Fate:
 
     Attributes:
         due: when it came.
+        asked: when it was sent: as soon as the one before had been taken, if later.
         waiting, held: requests that waited and slots that were held, as it found them.
         first, ended: when the first part of its images was there, and all; None where refused.
         future: of its codes; None where refused.
@@ -56,6 +75,7 @@ class Fate:
     """
 
     due: float
+    asked: float
     waiting: int
     held: int
     first: float | None = None
@@ -87,7 +107,7 @@ def play(server: Server, asked: Sequence[Asked], moments: Sequence[float]) -> li
     began, fates = time.perf_counter(), list[Fate]()
     for each, moment in zip(asked, moments, strict=True):
         time.sleep(max(0.0, began + moment - time.perf_counter()))
-        fates.append(fate := Fate(began + moment, *server.load()))
+        fates.append(fate := Fate(began + moment, time.perf_counter(), *server.load()))
         try:
             fate.future = server.ask(each, fate.note_first)
         except QueueFull:
@@ -127,7 +147,8 @@ def measure(
 
     Args:
         engine: draws; in float32.
-        requests: that come at each load, of all kinds (`serving.mixed`).
+        requests: that come at each load, of all kinds (`serving.mixed`); the first ``SETTLING`` of
+            them are not counted.
         slots: rows of the scheduler and of a batch.
         queue: requests that may wait; who comes then is refused.
         loads: shares of the scheduler's capacity.
@@ -136,8 +157,9 @@ def measure(
         progress: called with (traces played, traces in all).
 
     Returns:
-        ``capacity_per_s`` (requests) and ``capacity_images_per_s`` of the scheduler, and
-        ``results``, one object a load and provider: see ``_row``.
+        ``capacity_per_s`` (requests) and ``capacity_images_per_s`` of the scheduler, ``settling``,
+        the requests of a trace that are not counted, and ``results``, one object a load and
+        provider: see ``_row``.
 
     Raises:
         WrongResult: other pictures at some load than with a full queue.
@@ -147,11 +169,12 @@ def measure(
     asked, moments = mixed(requests, seed), poisson(requests, seed)
     part = max(1, engine.transformer.config.image_tokens // PARTS)
     longest = max(len(engine.prompts.l2i(a.layout)) for a in asked)
-    rows = list[dict[str, Any]]()
+    rows, settling = list[dict[str, Any]](), int(SETTLING * requests)
     with threads(1):
         scheduler = Scheduler(engine, slots, queue, prompt_tokens=longest)
         wanted = saturated(scheduler, asked, queue)  # prompts that come again are kept from here on
         capacity = requests / seconds(lambda: saturated(scheduler, asked, queue))
+        in_batches(engine, asked[:WARMING], slots)
         points = [(load, load * capacity) for load in loads]
         points += [(rate / capacity, rate) for rate in rates]
         with scheduler:
@@ -162,13 +185,14 @@ def measure(
                         fates = play(server, asked, due)
                     different = check_codes(name, fates, wanted)
                     said = {"load": load, "rate_per_s": rate, "provider": name}
-                    rows.append(said | _row(asked, fates, slots) | {"different": different})
+                    found = _row(asked[settling:], fates[settling:], slots)
+                    rows.append(said | found | {"different": different})
                     if progress is not None:
                         progress(len(rows), len(points) * len(PROVIDERS))
     images = sum(a.samples for a in asked)
     return {
-        "requests": requests, "images": images, "slots": slots, "queue": queue, "seed": seed,
-        "part_tokens": part, "capacity_per_s": capacity,
+        "requests": requests, "settling": settling, "images": images, "slots": slots,
+        "queue": queue, "seed": seed, "part_tokens": part, "capacity_per_s": capacity,
         "capacity_images_per_s": capacity * images / requests, "results": rows,
     }  # fmt: skip
 
@@ -209,10 +233,12 @@ def check_codes(name: str, fates: Sequence[Fate], wanted: Sequence[Tensor]) -> i
 
 
 def _row(asked: Sequence[Asked], fates: Sequence[Fate], slots: int) -> dict[str, Any]:
-    """Of one trace: requests ``finished`` and ``refused``; ``images_per_s`` from the first arrival
-    to the last end; quantiles of the seconds to the first part (``first_p50_s`` …) and to the end
-    (``latency_p50_s`` …) of those taken; and as arrivals found them, requests waiting on average
-    and at most, and the mean share of the slots that were held."""
+    """Of what is counted of a trace: requests ``finished`` and ``refused``; ``images_per_s`` from
+    the first arrival to the last end; quantiles of the seconds to the first part (``first_p50_s``
+    …) and to the end (``latency_p50_s`` …) of those taken, and of those by which requests were sent
+    late (``late_p50_s`` …, part of the other two); and as arrivals found them, requests waiting on
+    average and at most, and the mean share of the slots that were held. A quantile is None where
+    fewer than ``BEYOND`` lie beyond it."""
     taken = [(a, f) for a, f in zip(asked, fates, strict=True) if f.future is not None]
     images = sum(a.samples for a, _ in taken)
     ends = [f.ended for _, f in taken if f.ended is not None]
@@ -222,27 +248,35 @@ def _row(asked: Sequence[Asked], fates: Sequence[Fate], slots: int) -> dict[str,
     return {
         "finished": len(taken),
         "refused": len(fates) - len(taken),
-        "images_per_s": images / (max(ends) - fates[0].due),
+        "images_per_s": images / (max(ends) - fates[0].due) if ends else 0.0,
         **_quantiles("first", firsts),
         **_quantiles("latency", latencies),
+        **_quantiles("late", [f.asked - f.due for f in fates]),
         "waiting_mean": sum(waiting) / len(waiting),
         "waiting_most": max(waiting),
         "slots_used": sum(f.held for f in fates) / (slots * len(fates)),
     }
 
 
-def _quantiles(what: str, values: Sequence[float]) -> dict[str, float]:
-    found = torch.tensor(values, dtype=torch.float64)
-    return {f"{what}_{name}_s": float(found.quantile(share)) for name, share in SHARES.items()}
+def _quantiles(what: str, values: Sequence[float]) -> dict[str, float | None]:
+    return {f"{what}_{name}_s": _quantile(values, share) for name, share in SHARES.items()}
+
+
+def _quantile(values: Sequence[float], share: float) -> float | None:
+    if len(values) * (1 - share) < BEYOND:
+        return None
+    return float(torch.tensor(values, dtype=torch.float64).quantile(share))
 
 
 def table(result: dict[str, Any]) -> Table:
     """What ``measure`` found, for people."""
     shown = Table(
-        title=f"{result['requests']} requests that come over time, {result['slots']} slots, a "
-        f"queue of {result['queue']}; the scheduler can draw {result['capacity_per_s']:.1f} "
-        f"requests/s, {result['capacity_images_per_s']:.1f} images/s",
-        caption="ms from a request's arrival; waiting and slots as arrivals find them",
+        title=f"{result['requests']} requests that come over time, the first {result['settling']} "
+        f"not counted, {result['slots']} slots, a queue of {result['queue']}; the scheduler can "
+        f"draw {result['capacity_per_s']:.1f} requests/s, "
+        f"{result['capacity_images_per_s']:.1f} images/s",
+        caption="ms from a request's arrival, – where too few requests say; waiting and slots as "
+        "arrivals find them",
     )
     shown.add_column("load")
     shown.add_column("provider")
@@ -268,4 +302,5 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def _milliseconds(row: dict[str, Any], what: str) -> str:
-    return ", ".join(f"{1e3 * row[f'{what}_{name}_s']:.0f}" for name in SHARES)
+    found = [row[f"{what}_{name}_s"] for name in SHARES]
+    return ", ".join("–" if value is None else f"{1e3 * value:.0f}" for value in found)

@@ -105,6 +105,8 @@ def measure(
     with threads(1):
         draws = contestants(engine, asked, slots)
         different = check({n: draw for n, draw in draws.items() if n not in SINGLE})
+        for name in SINGLE:
+            draws[name]()  # the others were warmed up by the check
         total, done = repeats * len(draws), itertools.count(1)
         times = alternate(draws, repeats, lambda: progress(next(done), total) if progress else None)
     images, tokens = sum(a.samples for a in asked), engine.transformer.config.image_tokens

@@ -22,6 +22,7 @@ from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.serving.waiting import QueueFull
+from echogen.engine.serving.worker import SchedulerClosed
 
 LAYOUT = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
 PLAIN, GUIDED = KINDS[0], KINDS[1]
@@ -39,6 +40,12 @@ def engine() -> Engine:
     made.transformer.initialise(0)
     made.refresh()
     return made
+
+
+@pytest.fixture
+def few_suffice(monkeypatch) -> None:
+    """Quantiles of traces that are short, for the tests' sake."""
+    monkeypatch.setattr(arrivals, "BEYOND", 0)
 
 
 def asked(sampling=PLAIN, samples: int = 1, seed: int = 0) -> Asked:
@@ -82,7 +89,7 @@ class Slow:
         self.ended = True
 
 
-def test_times_count_from_when_a_request_was_due():
+def test_times_count_from_when_a_request_was_due(few_suffice):
     """A server that is slow to take requests keeps the later ones waiting outside."""
     server, requests = Slow(), [asked(samples=n) for n in (1, 2, 1, 1)]
     fates = play(server, requests, [0.0, 0.0, 0.01, 0.3])
@@ -96,6 +103,23 @@ def test_times_count_from_when_a_request_was_due():
     assert (row["waiting_mean"], row["waiting_most"]) == (1.5, 3)
     assert row["slots_used"] == pytest.approx((0 + 2 + 4 + 6) / 32)
     assert row["latency_p50_s"] >= row["first_p50_s"] >= 0.05
+    late = [f.asked - f.due for f in fates]
+    assert late[1] >= 0.05 and late[2] >= 0.09 and row["late_p99_s"] <= max(late)
+
+
+def test_a_quantile_needs_requests_beyond_it():
+    given = {n: [*arrivals._quantiles("late", [1.0] * n).values()] for n in (0, 9, 99, 499, 500)}
+    assert given == {
+        0: [None] * 3, 9: [None] * 3, 99: [1.0, None, None], 499: [1.0, 1.0, None], 500: [1.0] * 3
+    }  # fmt: skip
+
+
+def test_nobody_taken_is_a_row_too():
+    """All that is counted may be refused, by a queue that filled before."""
+    fates = [arrivals.Fate(float(i), float(i), 1, 2) for i in range(3)]
+    row = arrivals._row([asked()] * 3, fates, slots=2)
+    assert (row["finished"], row["refused"], row["images_per_s"]) == (0, 3, 0)
+    assert row["latency_p50_s"] is None and row["slots_used"] == 1
 
 
 # --- fixed batches --------------------------------------------------------------------------------
@@ -153,12 +177,14 @@ def test_who_waits_for_batches_that_break_is_told(monkeypatch):
         for future in futures:
             future.result(60)
     assert all(future.exception(60) for future in futures)
+    with pytest.raises(SchedulerClosed, match="died of ZeroDivisionError"):
+        server.ask(asked(), lambda: None)
 
 
 # --- the whole ------------------------------------------------------------------------------------
 
 
-def test_measure_plays_every_load_to_everybody(engine):
+def test_measure_plays_every_load_to_everybody(engine, few_suffice):
     threads, seen = torch.get_num_threads(), []
     result = arrivals.measure(
         engine, requests=6, slots=6, queue=6, loads=(2.0,), rates=(80.0,),
@@ -172,13 +198,31 @@ def test_measure_plays_every_load_to_everybody(engine):
     assert rows[0]["load"] == 2.0 and rows[3]["rate_per_s"] == 80.0
     for r in rows:
         assert r["rate_per_s"] == pytest.approx(r["load"] * result["capacity_per_s"])
-        assert (r["finished"], r["refused"], r["different"]) == (6, 0, 0)
+        assert (r["finished"], r["refused"], r["different"]) == (5, 0, 0)  # one settles
         assert 0 < r["first_p50_s"] <= r["first_p95_s"] <= r["first_p99_s"]
         assert r["first_p50_s"] < r["latency_p50_s"] <= r["latency_p95_s"] <= r["latency_p99_s"]
         assert 0 <= r["waiting_mean"] <= r["waiting_most"] <= 6 and 0 <= r["slots_used"] <= 1
-        assert r["images_per_s"] > 0
-    assert result["part_tokens"] == 4
+        assert r["images_per_s"] > 0 and r["late_p99_s"] >= 0
+    assert (result["part_tokens"], result["settling"]) == (4, 1)
     Console(quiet=True).print(arrivals.table(result))
+
+
+def test_what_settles_is_not_counted(engine, monkeypatch):
+    """A trace begins with an idle machine; batches are warm as the scheduler is."""
+    counted, right = [], arrivals._row
+
+    def row(requests, fates, slots):
+        counted.append([a.seed for a in requests])
+        return right(requests, fates, slots)
+
+    warmed = []
+    monkeypatch.setattr(arrivals, "_row", row)
+    monkeypatch.setattr(arrivals, "in_batches", lambda _, requests, slots: warmed.append(requests))
+    result = arrivals.measure(engine, requests=10, slots=6, queue=10, loads=(2.0,))
+    wanted = serving.mixed(10, 0)
+    assert counted == [[a.seed for a in wanted[2:]]] * 3 and warmed == [wanted]
+    Console(quiet=True).print(arrivals.table(result))  # too few for any quantile
+    assert result["results"][0]["first_p50_s"] is None
 
 
 def test_another_picture_under_load_is_refused(engine, monkeypatch):
