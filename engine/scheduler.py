@@ -225,6 +225,7 @@ class Scheduler(Worker):
     def _admit(self) -> None:
         """Run the prompts of who fits, in turn, and draw their first codes."""
         while True:
+            self._drop()  # prompts take their time: who left meanwhile needs none
             with self._changed:
                 request = self._waiting.take(self._slots.free)
                 if request is None:

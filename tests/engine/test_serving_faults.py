@@ -205,7 +205,7 @@ def test_what_cannot_be_awaited_is_told_all_the_same(scheduler):
 
     async def wait() -> torch.Tensor:
         request = scheduler.submit(LAYOUT, 1, PLAIN, every=4, on_partial=lambda _: next(parts))
-        return await asyncio.wait_for(request, 5)
+        return await asyncio.wait_for(request, 30)
 
     with scheduler, pytest.raises(RuntimeError, match="ended with StopIteration"):
         asyncio.run(wait())
@@ -229,6 +229,28 @@ def test_who_cancelled_is_told_no_more(scheduler):
     finish(scheduler)
     assert first.future.done() and second.future.cancelled() and not heard
     assert not first.cancel() and second.cancel()
+
+
+@pytest.mark.parametrize("leaves", ["cancelled", "expired"])
+def test_who_leaves_while_another_prompt_is_run_needs_none(engine, monkeypatch, leaves):
+    now, run = [0.0], []
+    scheduler = Scheduler(engine, slots=4, prompt_tokens=80, clock=lambda: now[0])
+    right = scheduler._slots.run_prompt
+
+    def run_prompt(prompt, keep):
+        run.append(prompt)
+        now[0] = 5.0
+        if leaves == "cancelled":
+            second.cancel()
+        return right(prompt, keep)
+
+    monkeypatch.setattr(scheduler._slots, "run_prompt", run_prompt)
+    first = scheduler.submit(LAYOUT, 1, PLAIN)
+    second = scheduler.submit(LAYOUT, 2, PLAIN, timeout=5 if leaves == "expired" else None)
+    finish(scheduler)
+    assert first.result(0).shape == (1, TOKENS) and len(run) == 1 and second.drawn == 0
+    m = scheduler.metrics()
+    assert (m.admitted, getattr(m, leaves)) == (1, 1)
 
 
 def test_cancelling_at_the_last_code(scheduler):
