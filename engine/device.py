@@ -248,6 +248,18 @@ class DeviceTransformer:
                 linear.refresh()
         return True
 
+    def release(self) -> None:
+        """Forget what was recorded and give back the memory of drawings; the next drawing records
+        anew. It does not suffice to drop this object: its steps refer to it, so that it would stay
+        until Python looks for cycles."""
+        with self.lock:
+            self.steps.clear()
+            self.memory.release()
+            if self.table.is_cuda:
+                # Left in torch's cache, tensors that stay would be cut from it, and then there
+                # would be no room for as much in one piece again.
+                torch.cuda.empty_cache()
+
     def logits(self, x: Tensor, places: Places) -> Tensor:
         """One token a row, [R, D] (overwritten) → image logits [R, V]; writes the cache."""
         rotation = self._rope.index_select(1, places.positions).unsqueeze(2)
@@ -264,7 +276,7 @@ class Memory:
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self._dtype, self._device = dtype, device
-        self._held = torch.empty(0, dtype=dtype, device=device)
+        self.release()
 
     @property
     def nbytes(self) -> int:
@@ -278,8 +290,12 @@ class Memory:
     def grow(self, *shapes: tuple[int, ...]) -> None:
         """Make room for them; whatever lay here before is gone."""
         size = sum(map(_numbers, shapes))
-        self._held = torch.empty(0, dtype=self._dtype, device=self._device)  # freed first
+        self.release()  # first, as both may not fit
         self._held = torch.empty(size, dtype=self._dtype, device=self._device)
+
+    def release(self) -> None:
+        """Hold nothing."""
+        self._held = torch.empty(0, dtype=self._dtype, device=self._device)
 
     def views(self, *shapes: tuple[int, ...]) -> list[Tensor]:
         """Tensors of these shapes, side by side from its beginning on."""

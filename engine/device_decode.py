@@ -26,8 +26,8 @@ TOGETHER = 32
 
 class DeviceDecoding:
     """One drawing on the device; see `decode.Decoding` for driving it code by code from outside.
-    The memory is that of all drawings on one model: hold ``model.lock``, and finish one drawing
-    before the next begins.
+    The memory is that of all drawings on one model: hold ``model.lock``, finish one drawing before
+    the next begins, and draw all of them on one stream, whose order keeps them apart.
 
     Args:
         model: what runs the steps.

@@ -18,6 +18,7 @@ from echogen.engine.device import DeviceTransformer, Places, Prefixes
 from echogen.engine.graphs import Step as Run
 from echogen.engine.graphs import bucket
 from echogen.engine.sampler import Drawn, Sampler
+from echogen.kernels.checks import device_seed
 from echogen.kernels.decode_attention import decode_members
 from echogen.kernels.reference.sampling import COLDEST, branches, mixed, truncated
 from echogen.kernels.sampling import cfg_sample
@@ -159,9 +160,13 @@ class DeviceStep:
         prefixes.lengths.copy_(torch.tensor([*lengths, *[0] * (shape.prompts - len(lengths))]))
 
     def choose(self, sampler: Sampler) -> None:
-        """Take a sampler's numbers."""
+        """Take a sampler's numbers.
+
+        Raises:
+            ValueError: a seed that is no key, or guidance asked for behind the last code.
+        """
         s, images = sampler.sampling, len(sampler.draws)
-        self._seed.fill_(sampler.seed)
+        self._seed.copy_(device_seed(sampler.seed, self._seed.device))
         self._draws.zero_()
         self._draws[:images].copy_(sampler.draws)
         scales = s.scales(self.codes.shape[1])

@@ -11,10 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Hashable
 from typing import Any, Generic, Protocol, TypeVar
+from weakref import WeakSet
 
 import torch
+from torch.torch_version import TorchVersion
 
-from echogen.kernels.dispatch import FORCE_REFERENCE
+from echogen.kernels.dispatch import FORCE_REFERENCE, INTERPRETED
 
 Step = Callable[[], None]
 T = TypeVar("T")
@@ -24,6 +26,15 @@ WARM_UPS = 2
 none of which a capture allows."""
 MOST_KEPT = 8
 """Recorded steps kept; each is some hundred nodes of a graph and buffers of a few megabytes."""
+
+
+LEFT_OPEN = TorchVersion(torch.__version__) < "2.13"
+"""Whether torch's allocator goes on counting a capture that ended in an error: from then on
+``torch.cuda.empty_cache`` fails, and with it every later capture."""
+
+
+class CaptureError(RuntimeError):
+    """A step that cannot be recorded; says why, and how to run it all the same."""
 
 
 class Recorder(Protocol):
@@ -44,35 +55,82 @@ class Eager:
 
 class CudaGraphs:
     """A step is a CUDA graph. All graphs of one recorder share their memory, as only one of them
-    runs at a time and none leaves anything in it that another run reads."""
+    runs at a time and none leaves anything in it that another run reads. So one stream captures
+    them all, since torch's allocator gives what one stream freed to that stream alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
+        self._graphs = WeakSet[torch.cuda.CUDAGraph]()
 
     def record(self, step: Step) -> Step:
-        """See `Recorder`. Launches already made on the current stream come before the step's."""
+        """See `Recorder`. Launches already made on the current stream come before the step's.
+
+        Raises:
+            CaptureError: the step waits for the device, or does what else no capture allows. The
+                current stream is as before, and other steps can be recorded and run.
+        """
+        if eager():  # asked here too, so that it helps an engine whose steps were refused
+            return step
         with torch.cuda.device(self._device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(WARM_UPS):
-                    step()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # Thread-local: what other threads ask of the device meanwhile does not end the capture.
-            with torch.cuda.graph(
-                graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"
-            ):
-                step()
-            self._pool = graph.pool()
+            outside = torch.cuda.current_stream()
+            own = self._stream = self._stream or torch.cuda.Stream()
+            own.wait_stream(outside)
+            try:
+                with torch.cuda.stream(own):
+                    for _ in range(WARM_UPS):
+                        step()
+                    graph = self._capture(step)
+            finally:
+                outside.wait_stream(own)
         return graph.replay
+
+    def _capture(self, step: Step) -> torch.cuda.CUDAGraph:
+        """What ``step`` launches on the current stream. Not by ``torch.cuda.graph``, which leaves
+        its own stream the current one where a capture ends in an error."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # within a capture the allocator cannot give anything back
+        if not self._graphs:  # torch refuses the pool of graphs that are gone
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Thread-local: what other threads ask of the device meanwhile does not end the capture.
+        graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        try:
+            try:
+                step()
+            finally:
+                self._end(graph)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            # Where both the step and the end of its capture failed, the step says why.
+            why = str(error.__context__ or error).partition("\n")[0]
+            raise CaptureError(
+                f"a step of drawing cannot be recorded as a CUDA graph ({why}); set "
+                f"ECHOGEN_EAGER=1 to launch its operators one by one, for the same codes"
+            ) from error
+        self._graphs.add(graph)
+        return graph
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_end()
+        except RuntimeError:
+            if LEFT_OPEN:
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+            raise
+
+
+def eager() -> bool:
+    """Whether ``ECHOGEN_EAGER=1`` is set."""
+    return os.environ.get("ECHOGEN_EAGER") == "1"
 
 
 def recorder(device: torch.device) -> Recorder:
-    """CUDA graphs on a GPU, unless ``ECHOGEN_EAGER=1`` is set or operators run on their references,
-    which wait for the device."""
-    if device.type != "cuda" or FORCE_REFERENCE or os.environ.get("ECHOGEN_EAGER") == "1":
+    """CUDA graphs on a GPU, unless ``ECHOGEN_EAGER=1`` is set or operators run on their references
+    or interpreted, which wait for the device."""
+    if device.type != "cuda" or FORCE_REFERENCE or INTERPRETED or eager():
         return Eager()
     return CudaGraphs(device)
 

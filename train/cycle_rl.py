@@ -350,6 +350,10 @@ class CycleRLStage(WorldStage):
         table = cycle_table(scenes, layouts, boxes, [detect(i) for i in images])
         # Of the weights that are trained; the table's is of equal ones, as models are compared by.
         values["reward"] = float(rollout.score.reward.mean())
+        # That was a drawing of many more rows than a step's, and on a GPU its caches would stay. A
+        # step's own do stay through its update: recording anew in every step costs time, and the
+        # memory is seldom missed.
+        self.engine.release()
         values |= {name: table[name] for name in ("self_iou", "gap")}
         return values | {"cycle_iou": table["judge_iou"]}
 

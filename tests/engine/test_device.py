@@ -5,19 +5,23 @@ in for a CUDA graph (`tape.py`)."""
 
 from __future__ import annotations
 
+import gc
+from collections import Counter
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
-from echogen.engine import decode, device
+from echogen.engine import decode, device, graphs
 from echogen.engine.config import ModelConfig
 from echogen.engine.decode import PlainDecoding, decode_image, left_padded
 from echogen.engine.device import DeviceTransformer, misfit
 from echogen.engine.device_decode import DeviceDecoding
 from echogen.engine.engine import Engine, on_operators
-from echogen.engine.graphs import Eager, Kept, bucket, recorder
+from echogen.engine.graphs import CaptureError, CudaGraphs, Eager, Kept, bucket, recorder
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.rollout import RecordingSampler
 from echogen.engine.sampler import Sampler, Sampling
@@ -263,6 +267,42 @@ def test_refresh_keeps_what_was_recorded(fp8):
     assert not made.refresh(model.code_table().detach()), "its steps read the old place"
 
 
+def test_release_gives_the_memory_of_drawings_back():
+    made, sampling = operators(build()), Sampling(cfg=3.0)
+    before = codes(made, RAGGED, sampler(Sampler, sampling, 3))
+    assert made.memory.nbytes and len(made.steps) == 1
+    made.release()
+    assert not made.memory.nbytes and not len(made.steps)
+    assert torch.equal(codes(made, RAGGED, sampler(Sampler, sampling, 3)), before)
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["release", "weights moved"])
+def test_an_engine_leaves_no_memory_behind(moved):
+    """At once, not when Python next looks for cycles: what follows may need as much again."""
+    engine = Engine.from_pretrained("tiny")
+    engine._decoder = operators(engine.transformer, Eager())
+    with torch.inference_mode():
+        DeviceDecoding(engine.decoder, [[1, 2]], guided=False)
+    held = StorageWeakRef(engine.decoder.memory._held.untyped_storage())
+    norm = engine.transformer.norm
+    gc.disable()
+    try:
+        if moved:
+            norm.weight = nn.Parameter(norm.weight.detach().clone())
+            engine.refresh()
+        else:
+            engine.release()
+        assert held.expired()
+    finally:
+        gc.enable()
+
+
+def test_a_seed_that_is_no_key_is_refused_as_elsewhere():
+    made = operators(build(), Eager())
+    with pytest.raises(ValueError, match="seed = -1; it must be in 0"):
+        codes(made, RAGGED, sampler(Sampler, Sampling(), 3, seed=-1))
+
+
 # --- what a step is made of -----------------------------------------------------------------------
 
 
@@ -301,6 +341,130 @@ def test_what_records(monkeypatch):
     assert isinstance(recorder(torch.device("cpu")), Eager)
     monkeypatch.setenv("ECHOGEN_EAGER", "1")
     assert isinstance(recorder(torch.device("cuda", 0)), Eager)
+
+
+class Cuda:
+    """The rules of torch.cuda that recording has to keep: nothing else is the current stream
+    behind a capture that failed, a pool is its graphs' alone and gone with them, and on some
+    versions of torch a capture that ends in an error stays open.
+
+    Attributes:
+        now: the current stream.
+        capturing: the graph that is being captured.
+        broken: what is captured is worth nothing any more.
+        captures: (stream, pool) of every graph captured.
+    """
+
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    def __init__(self, monkeypatch, leaves_open):
+        self.now = self.outside = Cuda.Stream()
+        self.capturing, self.broken, self.captures = None, False, []
+        self.leaves_open, self._open = leaves_open, set()
+        self._handles, self._users = 0, Counter()
+        cuda = self
+
+        class Graph:
+            def capture_begin(self, pool, capture_error_mode):
+                if pool in cuda._users and not cuda._users[pool]:
+                    raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
+                assert cuda.now is not cuda.outside
+                cuda._users[pool] += 1
+                cuda._open.add(pool)
+                cuda.capturing, cuda.broken, self.pool = self, False, pool
+
+            def capture_end(self):
+                cuda.capturing = None
+                if not (cuda.broken and leaves_open):
+                    cuda._open.remove(self.pool)
+                if cuda.broken:
+                    raise RuntimeError("CUDA error: failed due to a previous error during capture")
+                cuda.captures.append((cuda.now, self.pool))
+
+            def replay(self):
+                pass
+
+            def __del__(self):
+                cuda._users[self.pool] -= 1
+
+        for name, stub in {
+            "device": nullcontext, "Stream": Cuda.Stream, "stream": self.stream,
+            "current_stream": lambda: self.now, "current_device": lambda: 0,
+            "synchronize": lambda: None, "empty_cache": self.empty_cache,
+            "graph_pool_handle": self.handle, "CUDAGraph": Graph,
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stub)
+        monkeypatch.setattr(graphs, "LEFT_OPEN", leaves_open)
+        monkeypatch.setattr(
+            torch._C,
+            "_cuda_endAllocateToPool",
+            lambda device, pool: self._open.remove(pool),
+            raising=False,
+        )
+
+    @contextmanager
+    def stream(self, stream):
+        before, self.now = self.now, stream
+        try:
+            yield
+        finally:
+            self.now = before
+
+    def empty_cache(self):
+        if self._open:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
+
+    def handle(self):
+        self._handles += 1
+        return 0, self._handles
+
+    def waits(self):
+        """A step that waits for the device."""
+        if self.capturing:
+            self.broken = True
+            raise RuntimeError("CUDA error: not permitted when stream is capturing\nmore of it")
+
+
+@pytest.mark.parametrize("leaves_open", [False, True])
+def test_a_step_that_cannot_be_recorded(monkeypatch, leaves_open):
+    """One error says why and what to do, and everything else goes on."""
+    cuda = Cuda(monkeypatch, leaves_open)
+    record = CudaGraphs(torch.device("cuda", 0)).record
+    told = r"CUDA graph \(CUDA error: not permitted when stream is capturing\); set ECHOGEN_EAGER=1"
+    for _ in range(2):
+        with pytest.raises(CaptureError, match=told):
+            record(cuda.waits)
+        assert cuda.now is cuda.outside and cuda.capturing is None
+        cuda.empty_cache()
+    assert record(lambda: None) is not None and len(cuda.captures) == 1
+    monkeypatch.setenv("ECHOGEN_EAGER", "1")
+    assert record(cuda.waits) == cuda.waits
+
+
+def test_what_is_no_fault_of_recording_is_told_as_it_is(monkeypatch):
+    cuda = Cuda(monkeypatch, False)
+    record = CudaGraphs(torch.device("cuda", 0)).record
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()):
+
+        def step(error=error):
+            if cuda.capturing:
+                raise error
+
+        with pytest.raises(type(error)) as raised:
+            record(step)
+        assert raised.value is error and cuda.now is cuda.outside and not cuda._open
+
+
+def test_graphs_share_their_memory_while_there_are_any(monkeypatch):
+    cuda = Cuda(monkeypatch, False)
+    record = CudaGraphs(torch.device("cuda", 0)).record
+    held = [record(lambda: None) for _ in range(3)]
+    assert len(set(cuda.captures)) == 1, "one stream and one pool"
+    held.clear()
+    record(lambda: None)
+    assert cuda.captures[3] != cuda.captures[0]
 
 
 class OnCuda(Tensor):
@@ -362,3 +526,33 @@ def test_graphs_draw_the_plain_loops_codes(name):
     wanted = plain_codes(model, GROUPS, sampler(Sampler, SAMPLINGS[name], 9, where="cuda"))
     found = codes(made, GROUPS, sampler(Sampler, SAMPLINGS[name], 9, where="cuda"))
     assert torch.equal(found, wanted)
+
+
+@GPU
+def test_a_step_that_waits_is_refused_on_a_gpu_and_others_are_recorded():
+    record = recorder(torch.device("cuda", 0)).record
+    held, stream = torch.zeros(1, device="cuda"), torch.cuda.current_stream()
+    for _ in range(2):
+        with pytest.raises(CaptureError, match="ECHOGEN_EAGER=1"):
+            record(lambda: held.fill_(held.item() + 1))
+        assert torch.cuda.current_stream() == stream
+        torch.cuda.empty_cache()
+        run = record(lambda: held.add_(1))
+        held.zero_()
+        run()
+        assert held.item() == 1
+
+
+@GPU
+@torch.inference_mode()
+def test_release_gives_a_gpus_memory_back():
+    model = build(torch.bfloat16, "cuda")
+    made = operators(model, recorder(torch.device("cuda", 0)))
+    found, held = [], []
+    for _ in range(3):
+        drawer = sampler(Sampler, SAMPLINGS["guided"], len(GROUPS), where="cuda")
+        found.append(codes(made, GROUPS, drawer))
+        made.release()
+        held.append(torch.cuda.memory_reserved())
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+    assert held[2] <= held[1] and not made.memory.nbytes

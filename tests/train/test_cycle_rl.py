@@ -152,6 +152,7 @@ def test_the_reward_validated_is_the_reward_trained(rl_stage, w_iou, w_l1) -> No
     """Written out from METHOD's definition on the boxes found in the evaluation's own images."""
     rl = rl_stage(w_iou=w_iou, w_l1=w_l1)
     found = rl.evaluate()
+    assert rl.engine._decoder is None, "what drew so many images at once is not kept for training"
     scenes = load_scenes("val", cycle_rl.VAL_LAYOUTS)
     layouts, draws = layouts_of(scenes, 0), list(range(len(scenes)))
     key = keys.noise_key(0, keys.RL_JUDGED)
