@@ -194,7 +194,8 @@ def decode_image(
     """
     guided = sampler.sampling.guided
     if isinstance(model, DeviceTransformer):
-        with model.lock:
+        # In the weights' own type, as a step recorded under autocast would stay under it.
+        with model.lock, torch.autocast(code_table.device.type, enabled=False):
             own = sampler if sampler.on_device else None
             on_device = DeviceDecoding(model, prompts, guided, share, own)
             if own is not None:

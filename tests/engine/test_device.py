@@ -191,6 +191,16 @@ def test_one_recorded_step_serves_other_prompts_scales_and_seeds(model):
     assert tape.recorded == len(made.steps) == 1
 
 
+def test_autocast_changes_no_step(model):
+    """A recorded one could not follow it, and is run without it later."""
+    made, sampling = operators(model), Sampling(cfg=3.0)
+    wanted = codes(operators(model), GROUPS, sampler(Sampler, sampling, 9))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [codes(made, GROUPS, sampler(Sampler, sampling, 9))]
+    found.append(codes(made, GROUPS, sampler(Sampler, sampling, 9)))
+    assert all(torch.equal(codes, wanted) for codes in found)
+
+
 def test_larger_drawings_take_the_memory_over(model):
     tape, sampling = Tape(), Sampling(cfg=3.0)
     made = operators(model, tape)
