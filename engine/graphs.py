@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Hashable
+from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakSet
 
@@ -31,6 +32,9 @@ MOST_KEPT = 8
 LEFT_OPEN = TorchVersion(torch.__version__) < "2.13"
 """Whether torch's allocator goes on counting a capture that ended in an error: from then on
 ``torch.cuda.empty_cache`` fails, and with it every later capture."""
+
+ONE = Lock()
+"""Held while a step is recorded: torch takes one capture at a time, whatever thread it is in."""
 
 
 class CaptureError(RuntimeError):
@@ -73,7 +77,7 @@ class CudaGraphs:
         """
         if eager():  # asked here too, so that it helps an engine whose steps were refused
             return step
-        with torch.cuda.device(self._device):
+        with ONE, torch.cuda.device(self._device):
             outside = torch.cuda.current_stream()
             own = self._stream = self._stream or torch.cuda.Stream()
             own.wait_stream(outside)
