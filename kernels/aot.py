@@ -127,6 +127,12 @@ class Source:
         options = {k: v for k, v in launch.constants.items() if k in OPTIONS}
         return Source(kernel.__module__, kernel.__name__, signature, constants, attributes, options)
 
+    def runs_on(self, arch: str) -> bool:
+        """Whether an architecture has its types: only NVIDIA's from sm_89 on have float8_e4m3fn."""
+        target = target_of(arch)
+        has = target.backend == "cuda" and target.arch >= 89
+        return has or "*fp8e4nv" not in self.signature.values()
+
     def compile(self, arch: str, kernel: Any = None) -> Compiled:
         """For one architecture; ``kernel`` where its name cannot be imported.
 
@@ -178,8 +184,9 @@ def compile_all(
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Compiled]:
-    """Every source for every architecture, source by source, in that many processes."""
-    asked = [(source, arch) for source in sources for arch in arches]
+    """Every source for every architecture that has its types, source by source, in that many
+    processes."""
+    asked = [(source, arch) for source in sources for arch in arches if source.runs_on(arch)]
     found: dict[int, Compiled] = {}
     if processes < 2 or len(asked) < 2:
         for i, (source, arch) in enumerate(asked):

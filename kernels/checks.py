@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FP8 = torch.float8_e4m3fn
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
@@ -37,6 +38,29 @@ def check_integers(**tensors: Tensor | None) -> None:
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"{name} is {tensor.dtype}; it must be int64 or int32")
+
+
+def check_scales(name: str, scales: Tensor | None, **caches: Tensor | None) -> None:
+    """Caches [B, H, S, K] in a float type, or in float8_e4m3fn with scales float32 [2, B, H, S].
+
+    Raises:
+        ValueError: scales of another shape.
+        TypeError: other types, 8 bits without scales, or scales without 8 bits.
+    """
+    if scales is None:
+        for one, cache in caches.items():
+            if cache is not None and cache.dtype == FP8:
+                raise TypeError(f"{one} is {FP8}, which needs {name}")
+        check_floats(**caches)
+        return
+    if scales.dtype != torch.float32:
+        raise TypeError(f"{name} is {scales.dtype}; it must be torch.float32")
+    for one, cache in caches.items():
+        if cache is None or cache.dtype != FP8:
+            kind = "missing" if cache is None else cache.dtype
+            raise TypeError(f"{one} is {kind}; with {name} it must be {FP8}")
+        if cache.dim() == 4:
+            check_shape(name, scales, (2, *cache.shape[:3]))
 
 
 def check_bools(**tensors: Tensor | None) -> None:

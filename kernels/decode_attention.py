@@ -12,8 +12,11 @@ once for many calls (`decode_members`).
 A partial is the maximum m of the scores (base 2), the sum l of 2^(s − m), and the sum a of
 2^(s − m)·v, in float32; partials merge as ``Σ 2^(mᵢ − m)·aᵢ / Σ 2^(mᵢ − m)·lᵢ`` with m = max mᵢ.
 
+Caches may hold 8 bits a number, with a scale for every token and head (`rope.rope_cache` writes
+them): a key's scales its scores, a value's its weights, so that nothing wider is ever stored.
+
 Kernels see a flat list of query rows (sequence · H + head), and read a cache in one place
-(`_attend`), which is where rows of a window or scaled 8-bit caches would come in.
+(`_attend`).
 """
 
 from __future__ import annotations
@@ -72,6 +75,9 @@ SINGLE, SINGLE_NARROW = Tiles(16, 4, 3), Tiles(32, 4, 3)
 # takes. With 32 for prefixes two programs fit a multiprocessor instead of three (78 KB of shared
 # memory instead of 72, 128 wide); larger groups read their prefix again, out of the L2 cache.
 ROWS = 16
+# Times the weight and scale of a value: scales are a 448th of numbers that are about 1, and what is
+# small beside that should not vanish in float16.
+WEIGHED = tl.constexpr(64.0)
 MERGED = 8  # partials in flight a row while merging
 SCANNED = 1024  # sequences looked at in one go when members are gathered
 MOST_WIDE, MOST_SHARED = 128, ROWS
@@ -86,7 +92,8 @@ def _dot(a, b, WIDE: tl.constexpr):
 
 @triton.jit
 def _attend(
-    query_ptr, keys_ptr, values_ptr, row, inside, start, end, scale,
+    query_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, row, inside, start, end,
+    scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -95,6 +102,12 @@ def _attend(
     within = (c < WIDTH)[None, :]
     place = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
     query = tl.load(query_ptr + place, mask=inside[:, None] & within, other=0.0)
+    if key_scales_ptr is not None:
+        # One instruction makes two numbers of 8 bits float16, and two more each bfloat16 (sm_90).
+        # Its range is enough for a query divided by its largest number.
+        most = tl.max(tl.abs(query.to(tl.float32)), 1)
+        most = tl.where(most == 0, 1.0, most)[:, None]
+        query, scale = (query / most).to(tl.float16), scale * most
     tile = j[:, None] * WIDTH + c[None, :]
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, PADDED], tl.float32)
@@ -102,15 +115,22 @@ def _attend(
         there = first + j < end
         keep = there[:, None] & within
         keys = tl.load(keys_ptr + first * WIDTH + tile, mask=keep, other=0.0)
-        scores = _dot(query, tl.trans(keys), WIDE) * scale
+        scores = _dot(query, tl.trans(keys.to(query.dtype)), WIDE) * scale
+        if key_scales_ptr is not None:
+            scores *= tl.load(key_scales_ptr + first + j, mask=there, other=0.0)[None, :]
         scores = tl.where(there[None, :], scores, float("-inf"))
         # A tile has one key at least, so that the maximum is a number.
         now = tl.maximum(top, tl.max(scores, 1))
         p, shrink = tl.exp2(scores - now[:, None]), tl.exp2(top - now)
         total = total * shrink + tl.sum(p, 1)
         values = tl.load(values_ptr + first * WIDTH + tile, mask=keep, other=0.0)
-        sums = sums * shrink[:, None] + _dot(p.to(query.dtype), values, WIDE)
+        if value_scales_ptr is not None:
+            by = tl.load(value_scales_ptr + first + j, mask=there, other=0.0)
+            p *= (by * WEIGHED)[None, :]
+        sums = sums * shrink[:, None] + _dot(p.to(query.dtype), values.to(query.dtype), WIDE)
         top = now
+    if value_scales_ptr is not None:
+        sums /= WEIGHED
     return top, total, sums
 
 
@@ -177,32 +197,42 @@ def _decode_members_kernel(
 @triton.jit
 def _own(
     lengths_ptr, place, split, splits, capacity,
-    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    KEYS: tl.constexpr,
+    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One sequence and head of its keys: query rows, and one split of its own cache."""
+    """One sequence and head of its keys: query rows, one split of its own cache, and the first of
+    its tokens among all."""
     r = tl.arange(0, ROWS)
     length = _held(lengths_ptr + place // KV_HEADS, capacity)
     start, end = _part_of(length, split, splits, KEYS)
-    return place * SHARED + r, r < SHARED, start, end, place.to(tl.int64) * capacity * WIDTH
+    return place * SHARED + r, r < SHARED, start, end, place.to(tl.int64) * capacity
+
+
+@triton.jit
+def _scales_of(scales_ptr, apart, token):
+    """Scales of keys and of values from a token on, ``apart`` from one another; None without."""
+    keys, values = scales_ptr, scales_ptr
+    if scales_ptr is not None:
+        keys, values = scales_ptr + token, scales_ptr + apart + token
+    return keys, values
 
 
 @triton.jit
 def _decode_own_kernel(
-    query_ptr, keys_ptr, values_ptr, lengths_ptr, out_ptr,
+    query_ptr, keys_ptr, values_ptr, scales_ptr, apart, lengths_ptr, out_ptr,
     sums_ptr, tops_ptr, totals_ptr, capacity, parts, scale,
     KV_HEADS: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Sequences without prefixes; the result where one split is the whole."""
     split = tl.program_id(1)
-    row, inside, start, end, base = _own(
+    row, inside, start, end, token = _own(
         lengths_ptr, tl.program_id(0), split, tl.num_programs(1), capacity,
-        KV_HEADS, SHARED, WIDTH, ROWS, KEYS,
+        KV_HEADS, SHARED, ROWS, KEYS,
     )  # fmt: skip
+    key_scales, value_scales = _scales_of(scales_ptr, apart, token)
     top, total, sums = _attend(
-        query_ptr, keys_ptr + base, values_ptr + base, row, inside, start, end, scale,
-        WIDTH, PADDED, ROWS, KEYS, WIDE,
+        query_ptr, keys_ptr + token * WIDTH, values_ptr + token * WIDTH, key_scales, value_scales,
+        row, inside, start, end, scale, WIDTH, PADDED, ROWS, KEYS, WIDE,
     )  # fmt: skip
     if WHOLE:
         c = tl.arange(0, PADDED)
@@ -218,9 +248,9 @@ def _decode_own_kernel(
 
 @triton.jit
 def _decode_shared_kernel(
-    query_ptr, keys_ptr, values_ptr, lengths_ptr, prefix_keys_ptr, prefix_values_ptr,
-    prefix_lengths_ptr, order_ptr, sums_ptr, tops_ptr, totals_ptr, capacity, prefix_capacity,
-    sequences, slots, before, parts, scale,
+    query_ptr, keys_ptr, values_ptr, scales_ptr, apart, lengths_ptr, prefix_keys_ptr,
+    prefix_values_ptr, prefix_scales_ptr, prefix_apart, prefix_lengths_ptr, order_ptr, sums_ptr,
+    tops_ptr, totals_ptr, capacity, prefix_capacity, sequences, slots, before, parts, scale,
     KV_HEADS: tl.constexpr, SHARED: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr,
     PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -241,18 +271,21 @@ def _decode_shared_kernel(
             length = _held(prefix_lengths_ptr + prefix, prefix_capacity)
         length = tl.where(first < last, length, 0)
         start, end = _part_of(length, part, before, KEYS)
-        base = (prefix * KV_HEADS + head) * prefix_capacity * WIDTH
+        token = (prefix * KV_HEADS + head) * prefix_capacity
         keys_ptr, values_ptr = prefix_keys_ptr, prefix_values_ptr
+        if scales_ptr is not None:
+            scales_ptr, apart = prefix_scales_ptr, prefix_apart
     else:
         own, places = program - of_prefixes, sequences * KV_HEADS
         part = before + own // places
-        row, inside, start, end, base = _own(
+        row, inside, start, end, token = _own(
             lengths_ptr, own % places, own // places, parts - before, capacity,
-            KV_HEADS, SHARED, WIDTH, ROWS, KEYS,
+            KV_HEADS, SHARED, ROWS, KEYS,
         )  # fmt: skip
+    key_scales, value_scales = _scales_of(scales_ptr, apart, token)
     top, total, sums = _attend(
-        query_ptr, keys_ptr + base, values_ptr + base, row, inside, start, end, scale,
-        WIDTH, PADDED, ROWS, KEYS, WIDE,
+        query_ptr, keys_ptr + token * WIDTH, values_ptr + token * WIDTH, key_scales, value_scales,
+        row, inside, start, end, scale, WIDTH, PADDED, ROWS, KEYS, WIDE,
     )  # fmt: skip
     _keep_partial(
         sums_ptr, tops_ptr, totals_ptr, row, inside, part, parts, top, total, sums, WIDTH, PADDED
@@ -291,8 +324,8 @@ def _decode_merge_kernel(
     tl.store(out_ptr + row * WIDTH + c, out, mask=c < WIDTH)
 
 
-def _tiles(query: Tensor) -> Tiles:
-    if query.element_size() == 2:
+def _tiles(query: Tensor, keys: Tensor) -> Tiles:
+    if query.element_size() == 2 or keys.dtype == checks.FP8:
         return HALF
     return SINGLE_NARROW if query.shape[-1] <= 64 else SINGLE
 
@@ -319,6 +352,11 @@ def _launch_members(groups: Tensor, prefixes: int, members: int) -> Tensor:
     return order
 
 
+def _apart(scales: Tensor | None) -> int:
+    """From a key's scale to its value's."""
+    return 0 if scales is None else scales.stride(0)
+
+
 def _launch(
     query: Tensor,
     keys: Tensor,
@@ -330,14 +368,17 @@ def _launch(
     prefix_lengths: Tensor | None,
     groups: Tensor | None,
     order: Tensor | None = None,
+    scales: Tensor | None = None,
+    prefix_scales: Tensor | None = None,
 ) -> Tensor:
     if query.dtype == torch.float64:  # not a type to decode in: kernels calculate in float32
         return reference.decode_attention(
-            query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups
-        )
+            query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups,
+            scales, prefix_scales,
+        )  # fmt: skip
     sequences, heads, width = query.shape
     _, kv_heads, capacity, _ = keys.shape
-    tiles, places = _tiles(query), sequences * kv_heads
+    tiles, places = _tiles(query, keys), sequences * kv_heads
     constants = {
         "KV_HEADS": kv_heads, "SHARED": heads // kv_heads, "WIDTH": width,
         "PADDED": max(16, triton.next_power_of_2(width)), "ROWS": ROWS, "KEYS": tiles.keys,
@@ -359,8 +400,8 @@ def _launch(
         tops, totals = sums.new_empty(2, sequences * heads, parts)
     if prefix_keys is None:
         launch(
-            _decode_own_kernel, (places, splits), query, keys, values, lengths, out, sums, tops,
-            totals, capacity, parts, scale, WHOLE=parts == 1, **constants,
+            _decode_own_kernel, (places, splits), query, keys, values, scales, _apart(scales),
+            lengths, out, sums, tops, totals, capacity, parts, scale, WHOLE=parts == 1, **constants,
         )  # fmt: skip
     else:
         if order is None:
@@ -369,9 +410,9 @@ def _launch(
         slots = sequences // members + prefixes
         launch(
             _decode_shared_kernel, (slots * kv_heads * before + places * splits,), query, keys,
-            values, lengths, prefix_keys, prefix_values, prefix_lengths, order, sums, tops, totals,
-            capacity, length, sequences, slots, before, parts, scale, MEMBERS=members,
-            **constants,
+            values, scales, _apart(scales), lengths, prefix_keys, prefix_values, prefix_scales,
+            _apart(prefix_scales), prefix_lengths, order, sums, tops, totals, capacity, length,
+            sequences, slots, before, parts, scale, MEMBERS=members, **constants,
         )  # fmt: skip
     if parts > 1:
         launch(
@@ -394,10 +435,13 @@ def _decode_attention(
     prefix_lengths: Tensor | None,
     groups: Tensor | None,
     order: Tensor | None = None,
+    scales: Tensor | None = None,
+    prefix_scales: Tensor | None = None,
 ) -> Tensor:
     return reference.decode_attention(
-        query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups
-    )
+        query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups,
+        scales, prefix_scales,
+    )  # fmt: skip
 
 
 @operator("decode_members", _launch_members)
@@ -409,7 +453,8 @@ def _decode_members(groups: Tensor, prefixes: int, members: int) -> Tensor:
 def _fake(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float,
     prefix_keys: Tensor | None, prefix_values: Tensor | None, prefix_lengths: Tensor | None,
-    groups: Tensor | None, order: Tensor | None = None,
+    groups: Tensor | None, order: Tensor | None = None, scales: Tensor | None = None,
+    prefix_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(query)
 
@@ -431,6 +476,8 @@ def decode_attention(
     prefix_lengths: Tensor | None = None,
     groups: Tensor | None = None,
     order: Tensor | None = None,
+    scales: Tensor | None = None,
+    prefix_scales: Tensor | None = None,
 ) -> Tensor:
     """Attention of one query a sequence over the prefix of its group and then its own cache.
 
@@ -444,7 +491,8 @@ def decode_attention(
 
     Args:
         query: float [B, H, K], contiguous, as are all; K up to 128.
-        keys, values: [B, Hk, S, K] of the query's type; H is Hk times 1 … 16.
+        keys, values: [B, Hk, S, K] of the query's type, or with scales float8_e4m3fn; H is Hk
+            times 1 … 16.
         lengths: int64 or int32 [B], tokens held of each sequence, the query's own among them.
         scale: of the scores; 1/√K if None.
         prefix_keys, prefix_values: [P, Hk, Sp, K], each stored once for all that share it.
@@ -453,6 +501,9 @@ def decode_attention(
             0 … P − 1: none. Needed with prefixes.
         order: `decode_members` of these groups, where several calls share it; made here if None.
             One of other groups gives wrong results, which nothing notices.
+        scales, prefix_scales: float32 [2, B, Hk, S] and [2, P, Hk, Sp] of caches in 8 bits, of keys
+            and of values, as `rope.rope_cache` and `rope.scaled_heads` make them. 8 bits need a GPU
+            of compute capability 8.9 or later.
 
     Returns:
         [B, H, K] in the query's type.
@@ -465,11 +516,19 @@ def decode_attention(
               "prefix_values": prefix_values}  # fmt: skip
     integers = {"lengths": lengths, "prefix_lengths": prefix_lengths, "groups": groups,
                 "order": order}  # fmt: skip
-    checks.check_floats(**floats)
+    checks.check_floats(query=query)
     checks.check_integers(**integers)
+    checks.check_scales("scales", scales, keys=keys, values=values)
+    if prefix_keys is not None or prefix_values is not None or prefix_scales is not None:
+        before = {"prefix_keys": prefix_keys, "prefix_values": prefix_values}
+        checks.check_scales("prefix_scales", prefix_scales, **before)
     for name, tensor in floats.items():
-        if tensor is not None and tensor.dtype != query.dtype:
+        if tensor is None or name == "query":
+            continue
+        if scales is None and tensor.dtype != query.dtype:
             raise TypeError(f"{name} is {tensor.dtype} and query {query.dtype}; make them the same")
+        if tensor.dtype != keys.dtype:
+            raise TypeError(f"{name} is {tensor.dtype} and keys {keys.dtype}; make them the same")
     checks.check_shape("query", query, (None, None, None))
     sequences, heads, width = query.shape
     checks.check_shape("keys", keys, (sequences, None, None, width))
@@ -482,14 +541,15 @@ def decode_attention(
         raise ValueError(f"query is {width} wide; the kernel holds up to {MOST_WIDE}")
     _check_prefix(prefix_keys, prefix_values, prefix_lengths, groups, query, kv_heads)
     _check_order(order, query, prefix_keys)
-    checks.check_contiguous(**floats, **integers)
-    checks.check_same_device(**floats, **integers)
+    factors = {"scales": scales, "prefix_scales": prefix_scales}
+    checks.check_contiguous(**floats, **integers, **factors)
+    checks.check_same_device(**floats, **integers, **factors)
     scale = 1 / math.sqrt(width) if scale is None else scale
     if not math.isfinite(scale):
         raise ValueError(f"scale = {scale}; it must be finite")
     return _decode_attention(
         query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups,
-        order,
+        order, scales, prefix_scales,
     )  # fmt: skip
 
 
@@ -583,4 +643,7 @@ def bytes_read(
         held = torch.full((count,), capacity) if prefix_lengths is None else prefix_lengths.cpu()
         used = torch.isin(torch.arange(count), groups.cpu())
         tokens += int(held.clamp(0, capacity)[used].sum())
-    return 2 * (tokens * keys.shape[1] * keys.shape[3] + query.numel()) * query.element_size()
+    heads, width = keys.shape[1], keys.shape[3]
+    # 8 bits come with a float32 scale for each head of a token.
+    head = width * keys.element_size() + (4 if keys.element_size() == 1 else 0)
+    return 2 * (tokens * heads * head + query.numel() * query.element_size())

@@ -2,6 +2,8 @@
 
 Eager code makes two rotated halves, two products and a sum of each; here every element is read
 once and written once, and a decoded token's key and value go straight to their place in the cache.
+That cache may hold 8 bits a number (float8_e4m3fn) with a scale for every token and head: half the
+bytes that decoding reads, and nothing to calibrate, as a head is scaled by its own largest number.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.reference import rope as reference
 
 MOST_ROWS = 65_535  # of the batch, CUDA's limit of a grid's second axis
+LARGEST = tl.constexpr(reference.LARGEST)
+LEAST = tl.constexpr(reference.LEAST)
 TILE = 1024  # pairs of elements that a program rotates at once: heads times half a head
 
 
@@ -31,11 +35,32 @@ def _table(cos_ptr, sin_ptr, place, HALF: tl.constexpr, PAIRS: tl.constexpr):
 
 
 @triton.jit
+def _eight_bits(x):
+    """float8_e4m3fn of −448 … 448, rounded to even, as uint8. By its definition and not by a cast:
+    GPUs before compute capability 8.9 have none, and the interpreter's rounds 125 to 64."""
+    size = tl.abs(x)
+    bits = size.to(tl.int32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    # Below 2⁻⁶ steps are 2⁻⁹, as those of float32 are from 2¹⁴ on.
+    small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
+    return (tl.where(size < 0.015625, small, normal) | tl.where(x < 0, 128, 0)).to(tl.uint8)
+
+
+@triton.jit
+def _keep_scales(scales_ptr, scales_stride, head, heads, x, y):
+    """Write the scales of heads, whose numbers are those of x and y; returns their inverses."""
+    scale = tl.maximum(tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 1) / LARGEST, LEAST)
+    scale += 0 * tl.sum(x + y, 1)  # maxima drop NaN; it must not be hidden
+    tl.store(scales_ptr + head.to(tl.int64) * scales_stride, scale[:, None], mask=head < heads)
+    return (1 / scale)[:, None]
+
+
+@triton.jit
 def _rotate_heads(
-    x_ptr, x_stride, out_ptr, out_stride, heads, c1, c2, s1, s2,
+    x_ptr, x_stride, out_ptr, out_stride, scales_ptr, scales_stride, heads, c1, c2, s1, s2,
     INVERSE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token, ``…_stride`` elements apart."""
+    """All heads of one token, ``…_stride`` elements apart; scaled where there are scales."""
     i = tl.arange(0, PAIRS)[None, :]
     for first in range(0, heads, HEADS):
         head = (first + tl.arange(0, HEADS))[:, None]
@@ -47,6 +72,9 @@ def _rotate_heads(
             y1, y2 = x1 * c1 + x2 * s2, x2 * c2 - x1 * s1
         else:
             y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
+        if scales_ptr is not None:
+            inverse = _keep_scales(scales_ptr, scales_stride, head, heads, y1, y2)
+            y1, y2 = _eight_bits(y1 * inverse), _eight_bits(y2 * inverse)
         out = out_ptr + head.to(tl.int64) * out_stride + i
         tl.store(out, y1, mask=keep)
         tl.store(out + HALF, y2, mask=keep)
@@ -54,15 +82,18 @@ def _rotate_heads(
 
 @triton.jit
 def _copy_heads(
-    x_ptr, x_stride, out_ptr, out_stride, heads,
+    x_ptr, x_stride, out_ptr, out_stride, scales_ptr, scales_stride, heads,
     HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token, as they are."""
+    """All heads of one token, as they are; scaled where there are scales."""
     i = tl.arange(0, 2 * PAIRS)[None, :]
     for first in range(0, heads, HEADS):
         head = (first + tl.arange(0, HEADS))[:, None]
         keep = (head < heads) & (i < 2 * HALF)
         x = tl.load(x_ptr + head.to(tl.int64) * x_stride + i, mask=keep, other=0.0)
+        if scales_ptr is not None:
+            x = x.to(tl.float32)
+            x = _eight_bits(x * _keep_scales(scales_ptr, scales_stride, head, heads, x, x))
         tl.store(out_ptr + head.to(tl.int64) * out_stride + i, x, mask=keep)
 
 
@@ -78,19 +109,19 @@ def _rope_kernel(
     c1, c2, s1, s2 = _table(cos_ptr, sin_ptr, row * table_row + token * width, HALF, PAIRS)
     _rotate_heads(
         q_ptr + row * q_row + token * q_token, q_head, q_out_ptr + place * q_heads * width, width,
-        q_heads, c1, c2, s1, s2, INVERSE, HALF, PAIRS, Q_HEADS,
+        None, 0, q_heads, c1, c2, s1, s2, INVERSE, HALF, PAIRS, Q_HEADS,
     )  # fmt: skip
     _rotate_heads(
         k_ptr + row * k_row + token * k_token, k_head, k_out_ptr + place * k_heads * width, width,
-        k_heads, c1, c2, s1, s2, INVERSE, HALF, PAIRS, K_HEADS,
+        None, 0, k_heads, c1, c2, s1, s2, INVERSE, HALF, PAIRS, K_HEADS,
     )  # fmt: skip
 
 
 @triton.jit
 def _rope_cache_kernel(
     q_ptr, q_row, q_token, q_head, k_ptr, k_row, k_token, k_head, v_ptr, v_row, v_token, v_head,
-    cos_ptr, sin_ptr, table_row, keys_ptr, values_ptr, slots_ptr, q_out_ptr, length, q_heads,
-    k_heads, capacity,
+    cos_ptr, sin_ptr, table_row, keys_ptr, values_ptr, slots_ptr, scales_ptr, apart, q_out_ptr,
+    length, q_heads, k_heads, capacity,
     HALF: tl.constexpr, PAIRS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
 ):  # fmt: skip
     token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -99,17 +130,22 @@ def _rope_cache_kernel(
     c1, c2, s1, s2 = _table(cos_ptr, sin_ptr, row * table_row + token * width, HALF, PAIRS)
     _rotate_heads(
         q_ptr + row * q_row + token * q_token, q_head, q_out_ptr + place * q_heads * width, width,
-        q_heads, c1, c2, s1, s2, False, HALF, PAIRS, Q_HEADS,
+        None, 0, q_heads, c1, c2, s1, s2, False, HALF, PAIRS, Q_HEADS,
     )  # fmt: skip
     if (slot >= 0) & (slot < capacity):
-        cached, between = (row * k_heads * capacity + slot) * width, capacity * width
+        first = row * k_heads * capacity + slot
+        key_scales_ptr, value_scales_ptr = scales_ptr, scales_ptr
+        if scales_ptr is not None:
+            key_scales_ptr += first
+            value_scales_ptr += apart + first
         _rotate_heads(
-            k_ptr + row * k_row + token * k_token, k_head, keys_ptr + cached, between, k_heads,
-            c1, c2, s1, s2, False, HALF, PAIRS, K_HEADS,
+            k_ptr + row * k_row + token * k_token, k_head, keys_ptr + first * width,
+            capacity * width, key_scales_ptr, capacity, k_heads, c1, c2, s1, s2,
+            False, HALF, PAIRS, K_HEADS,
         )  # fmt: skip
         _copy_heads(
-            v_ptr + row * v_row + token * v_token, v_head, values_ptr + cached, between, k_heads,
-            HALF, PAIRS, K_HEADS,
+            v_ptr + row * v_row + token * v_token, v_head, values_ptr + first * width,
+            capacity * width, value_scales_ptr, capacity, k_heads, HALF, PAIRS, K_HEADS,
         )  # fmt: skip
 
 
@@ -139,15 +175,17 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
 
 def _launch_cache(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    slots: Tensor,
+    slots: Tensor, scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     rows, length, q_heads, width = q.shape
     k_heads = k.shape[2]
-    q_out = q.new_empty(q.shape)
+    q_out, apart = q.new_empty(q.shape), 0
+    if scales is not None:
+        keys, values, apart = keys.view(torch.uint8), values.view(torch.uint8), scales.stride(0)
     launch(
         _rope_cache_kernel, (length, rows), q, *_strides(q), k, *_strides(k), v, *_strides(v),
-        cos, sin, length * width if len(cos) > 1 else 0, keys, values, slots, q_out, length,
-        q_heads, k_heads, keys.shape[2], **_tiles(q_heads, k_heads, width),
+        cos, sin, length * width if len(cos) > 1 else 0, keys, values, slots, scales,
+        apart, q_out, length, q_heads, k_heads, keys.shape[2], **_tiles(q_heads, k_heads, width),
     )  # fmt: skip
     return q_out
 
@@ -157,12 +195,12 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tupl
     return reference.rope(q, k, cos, sin, inverse)
 
 
-@operator("rope_cache", _launch_cache, mutates=("keys", "values"))
+@operator("rope_cache", _launch_cache, mutates=("keys", "values", "scales"))
 def _rope_cache(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    slots: Tensor,
+    slots: Tensor, scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    return reference.rope_cache(q, k, v, cos, sin, keys, values, slots)
+    return reference.rope_cache(q, k, v, cos, sin, keys, values, slots, scales)
 
 
 @_rope.register_fake
@@ -171,7 +209,7 @@ def _fake(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tupl
 
 
 @_rope_cache.register_fake
-def _fake_cache(q: Tensor, *_: Tensor) -> Tensor:
+def _fake_cache(q: Tensor, *_: Tensor | None) -> Tensor:
     return q.new_empty(q.shape)
 
 
@@ -246,15 +284,19 @@ def rope_cache(
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
+    scales: Tensor | None = None,
 ) -> Tensor:
     """`rope` for decoding: returns q rotated and writes k, rotated, and v into the caches.
 
     Args:
         q, k, cos, sin: as for `rope`; no gradients.
         v: float [B, L, H_k, K], strides as for q.
-        keys, values: float [B, H_k, S, K], contiguous; written in their own type.
+        keys, values: float [B, H_k, S, K], contiguous; written in their own type. With scales
+            float8_e4m3fn.
         slots: int64 [B, L], where in S each token goes. A slot outside 0 … S − 1 writes nothing
             (padding); one that occurs twice in a row holds either token.
+        scales: float32 [2, B, H_k, S], contiguous, of keys and of values; written: what the 8 bits
+            of a token's head are to be multiplied by (`scaled_heads`).
 
     Returns:
         q rotated, [B, L, H, K], contiguous.
@@ -264,14 +306,30 @@ def rope_cache(
         TypeError: types that do not fit.
     """
     _check(q, k, cos, sin, v)
-    checks.check_floats(keys=keys, values=values)
     rows, length, heads, width = k.shape
+    checks.check_scales("scales", scales, keys=keys, values=values)
     checks.check_shape("keys", keys, (rows, heads, None, width))
     checks.check_shape("values", values, keys.shape)
     if slots.dtype != torch.int64:
         raise TypeError(f"slots is {slots.dtype}; it must be int64")
     checks.check_shape("slots", slots, (rows, length))
-    checks.check_contiguous(keys=keys, values=values, slots=slots)
-    checks.check_same_device(q=q, keys=keys, values=values, slots=slots)
-    out: Tensor = _rope_cache(q, k, v, cos, sin, keys, values, slots)
+    checks.check_contiguous(keys=keys, values=values, slots=slots, scales=scales)
+    checks.check_same_device(q=q, keys=keys, values=values, slots=slots, scales=scales)
+    out: Tensor = _rope_cache(q, k, v, cos, sin, keys, values, slots, scales)
     return out
+
+
+def scaled_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads as a cache of 8 bits holds them: the largest number of each becomes 448.
+
+    Args:
+        x: float [..., K].
+
+    Returns:
+        float8_e4m3fn [..., K], and float32 [...] to multiply it by.
+
+    Raises:
+        TypeError: x is no float tensor.
+    """
+    checks.check_floats(x=x)
+    return reference.scaled_heads(x)

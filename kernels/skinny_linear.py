@@ -18,7 +18,7 @@ from echogen.kernels.cuda.loader import CudaKernel, Gpu, gpu
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.reference import skinny_linear as reference
 
-FP8 = torch.float8_e4m3fn
+FP8 = checks.FP8
 MAX_ROWS, TEMPLATES = 16, (16, 8, 4, 2, 1)
 WARPS, CHUNK, STAGE_BYTES = 8, 64, 8192  # as in skinny_linear.cu
 STAGES = (8, 4)  # bytes under way: 56 KB an SM, or what large rows leave room for

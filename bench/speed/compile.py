@@ -66,7 +66,7 @@ def run(
     unique = [source for source, _ in found.values()]
     processes = os.cpu_count() or 1 if processes is None else processes
     compiled = aot.compile_all(unique, arches, processes, progress)
-    labels = [about for _, about in found.values() for _ in arches]
+    labels = [about for source, about in found.values() for a in arches if source.runs_on(a)]
     rows = [one.to_dict() | about for one, about in zip(compiled, labels, strict=True)]
     rows += _in_cuda({case.operator for case in asked}, arches, note)
     return {"arches": list(arches), "kernels": rows} | environment()

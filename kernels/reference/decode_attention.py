@@ -14,6 +14,11 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _scaled(x: Tensor, scales: Tensor | None) -> Tensor:
+    """Heads [..., K] in float32 at least, times their scales [...]."""
+    return _wide(x) if scales is None else _wide(x) * scales[..., None]
+
+
 def decode_attention(
     query: Tensor,
     keys: Tensor,
@@ -24,6 +29,8 @@ def decode_attention(
     prefix_values: Tensor | None,
     prefix_lengths: Tensor | None,
     groups: Tensor | None,
+    scales: Tensor | None = None,
+    prefix_scales: Tensor | None = None,
 ) -> Tensor:
     """[B, H, K]; see `echogen.kernels.decode_attention`."""
     out = torch.empty_like(query)
@@ -36,11 +43,15 @@ def decode_attention(
         if prefix_keys is not None and prefix_values is not None and prefix >= 0:
             end = prefix_keys.shape[2] if prefix_lengths is None else int(prefix_lengths[prefix])
             end = max(end, 0)
-            shared = _wide(prefix_keys[prefix, :, :end]), _wide(prefix_values[prefix, :, :end])
+            by = (None, None) if prefix_scales is None else prefix_scales[:, prefix, :, :end]
+            shared = (
+                _scaled(prefix_keys[prefix, :, :end], by[0]),
+                _scaled(prefix_values[prefix, :, :end], by[1]),
+            )
         members = (groups.clamp(min=-1) == prefix).nonzero()[:, 0]
         for rows in members.split(CHUNK) if len(members) else ():
             out[rows] = _attend(
-                _wide(query[rows]), keys, values, rows, lengths[rows], scale, shared
+                _wide(query[rows]), keys, values, rows, lengths[rows], scale, shared, scales
             ).to(out.dtype)
     return out
 
@@ -53,6 +64,7 @@ def _attend(
     lengths: Tensor,
     scale: float,
     shared: tuple[Tensor, Tensor] | None,
+    scales: Tensor | None,
 ) -> Tensor:
     """Sequences ``rows``, all of one prefix; heads are [kv heads, heads of a group] within."""
     count, heads, width = query.shape
@@ -60,9 +72,10 @@ def _attend(
     grouped = query.reshape(count, kv_heads, heads // kv_heads, width)
     longest = min(max(int(lengths.max()), 0), keys.shape[2])
     keep = torch.arange(longest, device=query.device) < lengths[:, None]
-    own_keys = _wide(keys[rows, :, :longest])
+    by = (None, None) if scales is None else scales[:, rows, :, :longest]
+    own_keys = _scaled(keys[rows, :, :longest], by[0])
     # What lies behind a sequence's length was never written: NaN there must not reach the sum.
-    own_values = _wide(values[rows, :, :longest]).masked_fill_(~keep[:, None, :, None], 0)
+    own_values = _scaled(values[rows, :, :longest], by[1]).masked_fill_(~keep[:, None, :, None], 0)
     scores = (grouped @ own_keys.mT).masked_fill(~keep[:, None, None], float("-inf"))
     if shared is not None:
         by_head = grouped.transpose(0, 1).reshape(kv_heads, -1, width)

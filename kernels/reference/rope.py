@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LARGEST = 448.0  # of float8_e4m3fn
+LEAST = 1e-30  # of a scale, so that a head of zeros has one, too
+
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     """x [B, L, H, K] by tables [B or 1, L, K], in float32 at least, contiguous, in x's type."""
@@ -34,11 +37,22 @@ def rope_cache(
     keys: Tensor,
     values: Tensor,
     slots: Tensor,
+    scales: Tensor | None,
 ) -> Tensor:
-    """q rotated; k, rotated, and v written into the caches at ``slots``."""
-    rotated = _rotate(k, cos, sin, False)
+    """q rotated; k, rotated, and v written into the caches at ``slots``, scaled with scales."""
+    rotated = _rotate(k, cos, sin, False) if scales is None else _rotate(k.float(), cos, sin, False)
     row, token = torch.nonzero((slots >= 0) & (slots < keys.shape[2]), as_tuple=True)
     slot = slots[row, token]
-    keys[row, :, slot] = rotated[row, token].to(keys.dtype)
-    values[row, :, slot] = v[row, token].to(values.dtype)
+    for i, (cache, new) in enumerate(((keys, rotated), (values, v))):
+        heads = new[row, token]
+        if scales is None:
+            cache[row, :, slot] = heads.to(cache.dtype)
+        else:
+            cache[row, :, slot], scales[i, row, :, slot] = scaled_heads(heads)
     return _rotate(q, cos, sin, False)
+
+
+def scaled_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """float8_e4m3fn [..., K] and float32 [...]; see `echogen.kernels.rope`."""
+    scale = (x.float().abs().amax(-1) / LARGEST).clamp(min=LEAST)
+    return (x.float() / scale[..., None]).to(torch.float8_e4m3fn), scale

@@ -16,8 +16,10 @@ from echogen.kernels.decode_attention import (
     decode_attention,
     decode_members,
 )
+from echogen.kernels.rope import scaled_heads
 
 HEADS = [(1, 1), (3, 3), (6, 2)]
+EIGHT = torch.float8_e4m3fn
 GROUPS = {
     "uneven": [3, 0, -1, 3, 3, 0, 3, 3, 4, 3, 9],  # nobody continues 1 and 2
     "one": [0] * 11,
@@ -101,6 +103,49 @@ def test_shared_prefixes(heads, groups, splits, cut, generator, device, relative
     found = decode_attention(*inputs, None, *shared)
     assert relative_error(found, wanted) < 2e-6
     assert torch.equal((found == 0).all(-1), (wanted == 0).all(-1))
+
+
+def in_8_bits(keys, values, lengths):
+    """A cache in 8 bits with its scales, both NaN behind the lengths, and what it stands for."""
+    held, scales = zip(*(scaled_heads(t.nan_to_num()) for t in (keys, values)), strict=True)
+    meant = [h.float() * s[..., None] for h, s in zip(held, scales, strict=True)]
+    scales = torch.stack(scales)
+    for row, length in enumerate(lengths):
+        scales[:, row, :, length:] = float("nan")
+        for tensor in (*held, *meant):
+            tensor[row, :, length:] = float("nan")
+    return held, scales, meant
+
+
+@pytest.mark.parametrize("heads", HEADS[1:])
+@pytest.mark.parametrize("splits", [1, 3])
+def test_8_bits(heads, splits, cut, generator, device, relative_error):
+    """Exact, but for products in float16, for what the 8 bits and their scales stand for, which is
+    near what was scaled."""
+    cut(splits)
+    lengths = [5, 0, 0, 71, 1, 33, 0, 2, 16, 3, 1]
+    query, keys, values, *rest = own(lengths, heads, 71, 32, generator, device)
+    before = prefix([109, 7, 0, 97, 1], GROUPS["uneven"], heads, 109, 32, generator, device)
+    held, scales, meant = in_8_bits(keys, values, lengths)
+    prefix_held, prefix_scales, prefix_meant = in_8_bits(*before[:2], [109, 7, 0, 97, 1])
+    found = decode_attention(query, *held, *rest, scales=scales)
+    assert relative_error(found, oracle(query, *meant, *rest)) < 2e-3
+    assert relative_error(found, oracle(query, keys, values, *rest)) < 0.08
+    more = {"scales": scales, "prefix_scales": prefix_scales}
+    found = decode_attention(query, *held, *rest, None, *prefix_held, *before[2:], **more)
+    wanted = oracle(query, *meant, *rest, (*prefix_meant, *before[2:]))
+    assert relative_error(found, wanted) < 2e-3
+    assert torch.equal((found == 0).all(-1), (wanted == 0).all(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_8_bits_of_half_types(dtype, cut, generator, device, relative_error):
+    cut(3)
+    inputs = own([71, 5], (6, 2), 71, 64, generator, device, dtype)
+    held, scales, meant = in_8_bits(*inputs[1:3], [71, 5])
+    found = decode_attention(inputs[0], *held, inputs[3], scales=scales)
+    wanted = oracle(inputs[0], *meant, inputs[3])
+    assert found.dtype == dtype and relative_error(found, wanted) < 1e-2
 
 
 @pytest.mark.parametrize("splits", [1, 3])
@@ -234,6 +279,12 @@ def test_opcheck(generator, device):
     torch.library.opcheck(operator, (*inputs, 0.25, None, None, None, None))
     order = decode_members(shared[3], inputs[0], shared[0])
     torch.library.opcheck(operator, (*inputs, 0.25, *shared, order))
+    held, scales, _ = in_8_bits(*inputs[1:3], [9, 9, 9])
+    before, more, _ = in_8_bits(*shared[:2], [5, 5])
+    rest = (*before, *shared[2:], order, scales, more)
+    # The schema's test multiplies what it is given, which no CPU does in 8 bits.
+    eight = (inputs[0], *held, inputs[3], 0.25, *rest)
+    torch.library.opcheck(operator, eight, test_utils="test_faketensor")
     # Entries that nothing continues are not written; those of one full tile all are.
     full = torch.zeros(16, dtype=torch.int64, device=device)
     torch.library.opcheck(torch.ops.echogen.decode_members.default, (full, 1, 15))
@@ -268,6 +319,8 @@ def test_bytes_read():
     assert found == 21 * token + rows
     halves = bytes_read(query.half(), keys.half(), lengths)
     assert halves == (18 * token + rows) // 2
+    eighth = bytes_read(query.half(), keys.to(torch.float8_e4m3fn), lengths)
+    assert eighth == 18 * 2 * 2 * (16 + 4) + rows // 2, "a number is one byte, a scale four"
 
 
 def test_bad_arguments(device):
@@ -288,6 +341,11 @@ def test_bad_arguments(device):
         decode_members(rows[:1], good["query"], good["prefix_keys"])
     with pytest.raises(TypeError, match=r"groups is torch\.float32"):
         decode_members(rows.float(), good["query"], good["prefix_keys"])
+    names = ("keys", "values", "prefix_keys", "prefix_values")
+    eight = {name: good[name].to(EIGHT) for name in names}
+    eight["scales"] = torch.zeros(2, 2, 2, 5, device=device)
+    eight["prefix_scales"] = torch.zeros(2, 3, 2, 7, device=device)
+    decode_attention(**good | eight)
     wide = {name: torch.zeros(2, 2, 5, 130, device=device) for name in ("keys", "values")}
     crossed = torch.zeros(2, 5, 2, 16, device=device).transpose(1, 2)
     for change, match in [
@@ -321,6 +379,14 @@ def test_bad_arguments(device):
         ({"order": order.long()}, "order is torch.int64"),
         ({"order": order, "prefix_keys": None, "prefix_values": None, "prefix_lengths": None,
           "groups": None}, "order is given without a prefix"),
+        ({"keys": good["keys"].to(EIGHT)}, "keys is torch.float8_e4m3fn, which needs scales"),
+        ({"scales": torch.zeros(2, 2, 2, 5, device=device)}, "with scales it must be"),
+        (eight | {"scales": eight["scales"][:1]}, "scales has shape"),
+        (eight | {"scales": eight["scales"].double()}, "scales is torch.float64"),
+        (eight | {"prefix_scales": None}, "prefix_keys is .*, which needs prefix_scales"),
+        (eight | {"prefix_scales": eight["prefix_scales"][:, 1:]}, "prefix_scales has shape"),
+        ({"scales": eight["scales"], "keys": eight["keys"], "values": eight["values"]},
+         "prefix_keys is torch.float32 and keys torch.float8"),
     ]:  # fmt: skip
         with pytest.raises((ValueError, TypeError), match=match):
             decode_attention(**good | change)

@@ -135,6 +135,58 @@ def test_cache(shape, dtype, blocks, generator, device):
     assert torch.equal(keys, wanted_keys) and torch.equal(values, wanted_values)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cache_in_8_bits(shape, blocks, generator, device):
+    """Every head of a token, times its scale, is within half a step of the format of what a wider
+    cache would hold; its largest number is exact to rounding, as it becomes the format's."""
+    q, k, v, angle = inputs(shape, generator, device)
+    rows, length, _, heads, width = shape
+    capacity = length + 4
+    k[0, 0, 0] = 0  # its scale must not divide by zero
+    wide, held = (
+        [torch.zeros(rows, heads, capacity, width, device=device, dtype=d) for _ in range(2)]
+        for d in (torch.float32, torch.float8_e4m3fn)
+    )
+    slots = torch.stack([torch.randperm(capacity, generator=generator)[:length]] * rows).to(device)
+    rope.rope_cache(q, k, v, *tables(angle), *wide, slots)
+    scales = torch.zeros(2, rows, heads, capacity, device=device)
+    found = rope.rope_cache(q, k, v, *tables(angle), *held, slots, scales)
+    assert torch.equal(found, rope.rope(q, k, *tables(angle))[0])
+    for exact, eight, scale in zip(wide, held, scales, strict=True):
+        near = eight.float() * scale[..., None]
+        top = exact.abs().amax(-1, keepdim=True)
+        assert ((near - exact).abs() <= exact.abs() / 15.9 + top / 448 / 1000).all()
+        torch.testing.assert_close(near.abs().amax(-1, keepdim=True), top)
+    written = torch.zeros(rows, heads, capacity, dtype=torch.bool, device=device)
+    written.scatter_(2, slots[:, None].expand(-1, heads, -1), True)
+    assert ((scales != 0) == written).all(), "scales are written where keys and values are"
+
+
+def test_every_number_of_8_bits(device):
+    """Numbers of the format stay, those between go to the nearer one, halves to the even."""
+    format = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    between = (format[1:] + format[:-1]) / 2
+    nudged = torch.cat((format, between, between * (1 + 1e-6), between * (1 - 1e-6)))
+    v = torch.cat((nudged, -nudged, torch.tensor([448.0]))).to(device)
+    v = torch.nn.functional.pad(v, (0, len(v) % 2)).view(1, 1, 1, -1)
+    slots, table = torch.zeros(1, 1, dtype=torch.int64, device=device), torch.ones_like(v[0])
+    held = torch.zeros(2, *v.shape, device=device).to(torch.float8_e4m3fn)
+    scales = torch.zeros(2, 1, 1, 1, device=device)
+    rope.rope_cache(v, v, v, table, table, *held, slots, scales)
+    assert scales[1] == 1 and torch.equal(held[1].float(), v.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy says what it sees
+def test_8_bits_hide_no_nan(device):
+    x = torch.tensor([[1.0, float("nan"), 2.0, 3.0], [float("inf"), 1, 2, 3]], device=device)
+    x = x.view(1, 1, 2, 4)
+    slots, table = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1, 4, device=device)
+    held = torch.zeros(2, 1, 2, 1, 4, device=device).to(torch.float8_e4m3fn)
+    scales = torch.zeros(2, 1, 2, 1, device=device)
+    rope.rope_cache(x, x, x, table, table, *held, slots.to(device), scales)
+    assert not (held.float() * scales[..., None]).isfinite().all(-1).any()
+
+
 def test_slots_outside_the_cache_write_nothing(generator, device):
     q, k, v, angle = inputs((1, 4, 2, 1, 4), generator, device)
     keys, values = torch.zeros(2, 1, 1, 3, 4, device=device)
@@ -164,6 +216,11 @@ def test_opcheck(generator, device):
     torch.library.opcheck(
         torch.ops.echogen.rope_cache.default, (q, k, v, cos, sin, cache[0], cache[1], slots)
     )
+    eight = cache.to(torch.float8_e4m3fn)
+    more = (eight[0], eight[1], slots, torch.zeros(2, 2, 1, 6, device=device))
+    operator = torch.ops.echogen.rope_cache.default
+    # The schema's test multiplies what it is given, which no CPU does in 8 bits.
+    torch.library.opcheck(operator, (q, k, v, cos, sin, *more), test_utils="test_faketensor")
     q.requires_grad_()
     k.requires_grad_()
     torch.library.opcheck(torch.ops.echogen.rope.default, (q, k, cos, sin, False))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 
-from echogen.bench.registry import Case, Dims, Floor, Inputs, Make, Outputs, Pass, wide
+from echogen.bench.registry import BOUNDS, Case, Dims, Floor, Inputs, Make, Outputs, Pass, wide
 from echogen.kernels.decode_attention import decode_attention
+from echogen.kernels.rope import scaled_heads
 from echogen.kernels.skinny_linear import FP8, fp8_weight, skinny_linear
 
 # Janus-Pro: 16 heads of 128 without grouping; prompts of 128 tokens, images of 576. Halfway
@@ -42,10 +45,22 @@ def _attention_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
     return made
 
 
+def _eight_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
+    made = _attention_inputs(make, dims, dtype)
+    for before in ("", "prefix_"):
+        (keys, by), (values, and_by) = (scaled_heads(made[before + n]) for n in ("keys", "values"))
+        made |= {f"{before}keys": keys, f"{before}values": values}
+        made[f"{before}scales"] = torch.stack((by, and_by))
+    return made
+
+
 def _attention(i: Inputs) -> Outputs:
     shared = {}
     if i["prefix_keys"].shape[2]:
-        shared = {name: i[name] for name in ("prefix_keys", "prefix_values", "groups")}
+        names = ("prefix_keys", "prefix_values", "prefix_scales", "groups")
+        shared = {name: i[name] for name in names if name in i}
+    if "scales" in i:
+        shared["scales"] = i["scales"]
     return (decode_attention(i["query"], i["keys"], i["values"], i["lengths"], **shared),)
 
 
@@ -63,6 +78,15 @@ def _attention_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     pairs = rows * (dims["held"] + dims["prefix"]) * dims["heads"]
     token = dims["heads"] * dims["width"] * size
     return Floor(2 * (tokens + rows) * token, 4 * pairs * dims["width"], 4 * pairs, pairs)
+
+
+def _eight_floor(dims: Dims, size: int, mode: Pass) -> Floor:
+    """A byte a number held, and 4 a scale of each head."""
+    plain = _attention_floor(dims, size, mode)
+    rows, heads, width = dims["groups"] * dims["samples"], dims["heads"], dims["width"]
+    tokens = rows * dims["held"] + dims["groups"] * dims["prefix"]
+    moved = 2 * tokens * heads * (width + 4) + 2 * rows * heads * width * size
+    return replace(plain, bytes=moved)
 
 
 # --- linear layers ------------------------------------------------------------------------------
@@ -167,6 +191,17 @@ CASES: tuple[Case, ...] = (
         eager=_eager_attention,
         outputs=("out",),
         floor=_attention_floor,
+    ),
+    Case(
+        operator="decode_attention",
+        variant="8 bits",
+        sizes=_SHARED,
+        inputs=_eight_inputs,
+        run=_attention,
+        eager=_eager_attention,
+        outputs=("out",),
+        floor=_eight_floor,
+        bounds=dict.fromkeys(BOUNDS, 0.08),  # eager has what was rounded to 8 bits
     ),
     Case(
         operator="skinny_linear",
