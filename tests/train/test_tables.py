@@ -100,3 +100,12 @@ def test_frechet_distance_of_shifted_gaussians() -> None:
     a = rng.normal(size=(4000, 3))
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-6)
     assert frechet_distance(a, a + np.array([3.0, 0.0, 0.0])) == pytest.approx(9, rel=1e-6)
+
+
+def test_frechet_distance_of_fewer_samples_than_features() -> None:
+    """Along one axis each, the covariances are singular: (3 − 1)² and 2², apart at right angles."""
+    line = np.array([-1.0, 0.0, 1.0])[:, None]
+    x, y = np.eye(5)[:2]
+    assert frechet_distance(3 * line * x, line * x) == pytest.approx(4)
+    assert frechet_distance(line * x, line * y) == pytest.approx(2)
+    assert frechet_distance(line * x, line * x + 2 * y) == pytest.approx(4)

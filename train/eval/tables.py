@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.linalg import sqrtm
 from torch import Tensor
 from transformers import JanusVQVAE
 
@@ -56,11 +55,20 @@ def judge_boxes(pixels: Tensor, scenes: list[Scene]) -> dict[str, float]:
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Fréchet distance of two feature sets [N, F] as Gaussians (Heusel et al. 2017)."""
+    """Fréchet distance of two feature sets [N, F] as Gaussians (Heusel et al. 2017).
+
+    The trace of the root of C₁·C₂ is taken as the sum of the singular values of √C₁·√C₂, as the
+    product itself has no root that is safe to compute where there are fewer samples than features.
+    """
     mean = a.mean(0) - b.mean(0)
-    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
-    root = np.real(sqrtm(covariances[0] @ covariances[1]))
-    return float(mean @ mean + np.trace(covariances[0] + covariances[1] - 2 * root))
+    roots, spread = [], 0.0
+    for x in (a, b):
+        values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(x, rowvar=False)))
+        values = np.maximum(values, 0)  # rounding leaves zeros a little below it
+        roots.append(vectors * np.sqrt(values) @ vectors.T)
+        spread += values.sum()
+    shared = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
+    return float(mean @ mean + spread - 2 * shared)
 
 
 @torch.no_grad()
