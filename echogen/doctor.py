@@ -56,6 +56,7 @@ def examine() -> dict[str, Any]:
         "libraries": {name: version(name) for name in LIBRARIES},
         "devices": devices(),
         "threads": _threads(),
+        "bf16_slowdown": bf16_slowdown(),
         "models": bundled(),
         "operators": operators(),
         "force_reference": os.environ.get("ECHOGEN_FORCE_REFERENCE") == "1",
@@ -95,6 +96,13 @@ def _threads() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+def bf16_slowdown() -> float:
+    """Times as long as in float32 that products take in bfloat16 on this CPU."""
+    from echogen.train.precision import bf16_slowdown
+
+    return bf16_slowdown()
 
 
 def bundled() -> dict[str, int]:
@@ -161,6 +169,7 @@ def _show(data: dict[str, Any]) -> None:
     if len(here) == 1:
         here.append(("cuda", "none: everything runs on the CPU"))
     here.append(("threads", str(data["threads"])))
+    here.append(("bfloat16 on the CPU", f"{data['bf16_slowdown']:.1f} × the time of float32"))
     cache = data["cache"]
     state = f"cannot be made ({cache['error']})" if "error" in cache else ""
     state = state or ("" if cache["writable"] else "cannot be written to")

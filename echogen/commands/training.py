@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from echogen.commands.options import Json, ModelOptions
-from echogen.commands.output import Failure, InputError, make_folder, print_json, show
+from echogen.commands.output import Failure, InputError, make_folder, print_json, show, warn
 
 if TYPE_CHECKING:
     from transformers import JanusVQVAE
@@ -42,6 +42,8 @@ class RunOptions:
     """Run each decoder block again in the backward pass instead of keeping what it made."""
     ema: float | None = None
     """Decay (0.999, say) of an average of the weights, which is then evaluated and exported."""
+    float32: bool = False
+    """Multiply in float32 where the recipe says bfloat16: for CPUs without instructions for it."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run, as some do on a GPU."""
     device: str = "cpu"
@@ -90,6 +92,8 @@ class RunOptions:
         asked: dict[str, Any] = {name: getattr(self, name) for name in names}
         asked = {k: v for k, v in asked.items() if v is not None and v is not False}
         asked["parallel"] = self.parallel
+        if self.float32:
+            asked["bf16"] = False
         if self.lora:  # Muon is for whole matrices
             asked |= {"lora": self.lora, "muon_lr": None}
         try:
@@ -102,6 +106,11 @@ class RunOptions:
         if self.repeat is not None:
             repeat(stage, loop, self.repeat, self.json)
         else:
+            if loop.bf16 and self.device == "cpu":
+                from echogen.train.precision import advice, bf16_slowdown
+
+                if told := advice(bf16_slowdown()):
+                    warn(told)
             train(stage, loop, self.out, self.resume, self.json)
 
 

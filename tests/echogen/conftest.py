@@ -94,3 +94,14 @@ def run(capfd: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
         return Outcome(code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture(autouse=True)
+def bf16_slowdown(monkeypatch):
+    """``bf16_slowdown(times)``: what this CPU takes in bfloat16; as long as in float32."""
+
+    def takes(times):
+        monkeypatch.setattr("echogen.train.precision.bf16_slowdown", lambda: times)
+
+    takes(1.0)
+    return takes

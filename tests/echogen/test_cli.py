@@ -357,7 +357,7 @@ def test_doctor(run, model):
     assert (done.code, done.err) == (0, "")
     assert set(done.data["operators"]) >= {"box_reward", "grpo_loss", "skinny_linear"}
     assert done.data["model"]["image_size"] == 64
-    assert done.data["libraries"]["torch"]
+    assert done.data["libraries"]["torch"] and done.data["bf16_slowdown"] > 0
 
 
 def test_profile(run, model, tmp_path):

@@ -54,6 +54,14 @@ def test_how_steps_are_taken_reaches_the_loop(djo, monkeypatch):
     )
 
 
+def test_a_cpu_without_bfloat16_is_told_and_float32_chosen(djo, bf16_slowdown):
+    assert djo(None).err == ""
+    bf16_slowdown(28.4)
+    assert "28 times as long" in djo(None).err
+    assert djo(None, "--float32").err == ""
+    assert [loop.bf16 for loop in djo.loops] == [True, True, False]
+
+
 def test_settings_that_cannot_be_are_refused(djo):
     assert djo(None, "--accumulate", "0").refused("--accumulate = 0", "at least 1")
     assert djo(None, "--ema", "1.5").refused("--ema = 1.5", "between 0 and 1")
