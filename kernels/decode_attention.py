@@ -92,17 +92,19 @@ def _dot(a, b, WIDE: tl.constexpr):
 
 @triton.jit
 def _attend(
-    query_ptr, keys_ptr, values_ptr, key_scales_ptr, value_scales_ptr, row, inside, start, end,
-    scale,
+    query_ptr, keys_ptr, values_ptr, scales_ptr, apart, token, row, inside, start, end, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Partial softmax of query rows over keys start … end of the cache at the pointers."""
+    """Partial softmax of query rows over keys start … end of the cache that begins with ``token``
+    of all; with scales a value's is ``apart`` from its key's."""
     c, j = tl.arange(0, PADDED), tl.arange(0, KEYS)
     within = (c < WIDTH)[None, :]
     place = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
     query = tl.load(query_ptr + place, mask=inside[:, None] & within, other=0.0)
-    if key_scales_ptr is not None:
+    keys_ptr, values_ptr = keys_ptr + token * WIDTH, values_ptr + token * WIDTH
+    if scales_ptr is not None:
+        scales_ptr += token
         # One instruction makes two numbers of 8 bits float16, and two more each bfloat16 (sm_90).
         # Its range is enough for a query divided by its largest number.
         most = tl.max(tl.abs(query.to(tl.float32)), 1)
@@ -116,20 +118,20 @@ def _attend(
         keep = there[:, None] & within
         keys = tl.load(keys_ptr + first * WIDTH + tile, mask=keep, other=0.0)
         scores = _dot(query, tl.trans(keys.to(query.dtype)), WIDE) * scale
-        if key_scales_ptr is not None:
-            scores *= tl.load(key_scales_ptr + first + j, mask=there, other=0.0)[None, :]
+        if scales_ptr is not None:
+            scores *= tl.load(scales_ptr + first + j, mask=there, other=0.0)[None, :]
         scores = tl.where(there[None, :], scores, float("-inf"))
         # A tile has one key at least, so that the maximum is a number.
         now = tl.maximum(top, tl.max(scores, 1))
         p, shrink = tl.exp2(scores - now[:, None]), tl.exp2(top - now)
         total = total * shrink + tl.sum(p, 1)
         values = tl.load(values_ptr + first * WIDTH + tile, mask=keep, other=0.0)
-        if value_scales_ptr is not None:
-            by = tl.load(value_scales_ptr + first + j, mask=there, other=0.0)
+        if scales_ptr is not None:
+            by = tl.load(scales_ptr + apart + first + j, mask=there, other=0.0)
             p *= (by * WEIGHED)[None, :]
         sums = sums * shrink[:, None] + _dot(p.to(query.dtype), values.to(query.dtype), WIDE)
         top = now
-    if value_scales_ptr is not None:
+    if scales_ptr is not None:
         sums /= WEIGHED
     return top, total, sums
 
@@ -208,15 +210,6 @@ def _own(
 
 
 @triton.jit
-def _scales_of(scales_ptr, apart, token):
-    """Scales of keys and of values from a token on, ``apart`` from one another; None without."""
-    keys, values = scales_ptr, scales_ptr
-    if scales_ptr is not None:
-        keys, values = scales_ptr + token, scales_ptr + apart + token
-    return keys, values
-
-
-@triton.jit
 def _decode_own_kernel(
     query_ptr, keys_ptr, values_ptr, scales_ptr, apart, lengths_ptr, out_ptr,
     sums_ptr, tops_ptr, totals_ptr, capacity, parts, scale,
@@ -229,10 +222,9 @@ def _decode_own_kernel(
         lengths_ptr, tl.program_id(0), split, tl.num_programs(1), capacity,
         KV_HEADS, SHARED, ROWS, KEYS,
     )  # fmt: skip
-    key_scales, value_scales = _scales_of(scales_ptr, apart, token)
     top, total, sums = _attend(
-        query_ptr, keys_ptr + token * WIDTH, values_ptr + token * WIDTH, key_scales, value_scales,
-        row, inside, start, end, scale, WIDTH, PADDED, ROWS, KEYS, WIDE,
+        query_ptr, keys_ptr, values_ptr, scales_ptr, apart, token, row, inside, start, end, scale,
+        WIDTH, PADDED, ROWS, KEYS, WIDE,
     )  # fmt: skip
     if WHOLE:
         c = tl.arange(0, PADDED)
@@ -282,10 +274,9 @@ def _decode_shared_kernel(
             lengths_ptr, own % places, own // places, parts - before, capacity,
             KV_HEADS, SHARED, ROWS, KEYS,
         )  # fmt: skip
-    key_scales, value_scales = _scales_of(scales_ptr, apart, token)
     top, total, sums = _attend(
-        query_ptr, keys_ptr + token * WIDTH, values_ptr + token * WIDTH, key_scales, value_scales,
-        row, inside, start, end, scale, WIDTH, PADDED, ROWS, KEYS, WIDE,
+        query_ptr, keys_ptr, values_ptr, scales_ptr, apart, token, row, inside, start, end, scale,
+        WIDTH, PADDED, ROWS, KEYS, WIDE,
     )  # fmt: skip
     _keep_partial(
         sums_ptr, tops_ptr, totals_ptr, row, inside, part, parts, top, total, sums, WIDTH, PADDED
