@@ -20,6 +20,7 @@ from echogen.engine.graphs import bucket
 from echogen.engine.sampler import Drawn, Sampler
 from echogen.kernels.checks import device_seed
 from echogen.kernels.decode_attention import decode_members
+from echogen.kernels.overlap import overlapping
 from echogen.kernels.reference.sampling import COLDEST, branches, mixed, truncated
 from echogen.kernels.sampling import cfg_sample
 
@@ -212,7 +213,9 @@ class DeviceStep:
 
     def run(self) -> None:
         """One code more of every image."""
-        self.sample(self.layers())
+        # The first launch of a step, of torch, takes no part: whatever wrote weights has ended.
+        with overlapping(self._x.device):
+            self.sample(self.layers())
 
     def drawn(self, images: int) -> Drawn:
         """What was drawn of the leading images."""

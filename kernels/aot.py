@@ -35,7 +35,7 @@ TYPES = {
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
     torch.uint8: "u8", torch.bool: "i1", torch.float8_e4m3fn: "fp8e4nv",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion", "launch_pdl")
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class Source:
         constants: dict[tuple[int, ...], Any] = {}
         attributes: dict[tuple[int, ...], list[list[Any]]] = {}
         for i, parameter in enumerate(kernel.params):
-            value = values[parameter.name]
+            value = values.get(parameter.name, parameter.default)
             aligned = isinstance(value, Tensor)
             if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
                 signature[parameter.name] = "constexpr"

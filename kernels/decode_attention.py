@@ -31,6 +31,7 @@ from torch import Tensor
 
 from echogen.kernels import checks
 from echogen.kernels.dispatch import INTERPRETED, launch, operator
+from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.reference import decode_attention as reference
 
 
@@ -215,8 +216,10 @@ def _decode_own_kernel(
     sums_ptr, tops_ptr, totals_ptr, capacity, parts, scale,
     KV_HEADS: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """Sequences without prefixes; the result where one split is the whole."""
+    wait_for_earlier(DEPENDENT)
     split = tl.program_id(1)
     row, inside, start, end, token = _own(
         lengths_ptr, tl.program_id(0), split, tl.num_programs(1), capacity,
@@ -245,9 +248,11 @@ def _decode_shared_kernel(
     tops_ptr, totals_ptr, capacity, prefix_capacity, sequences, slots, before, parts, scale,
     KV_HEADS: tl.constexpr, SHARED: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr,
     PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """Either one tile of a prefix's sequences, one head of its keys and one split of them, or the
     same of a sequence's own cache."""
+    wait_for_earlier(DEPENDENT)
     program, of_prefixes = tl.program_id(0), slots * KV_HEADS * before
     if program < of_prefixes:
         head, part = program // slots % KV_HEADS, program // (slots * KV_HEADS)
@@ -287,8 +292,10 @@ def _decode_shared_kernel(
 def _decode_merge_kernel(
     sums_ptr, tops_ptr, totals_ptr, groups_ptr, out_ptr, prefixes, before, parts,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, MERGED: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """One query row: its partials in their order, those of the prefix first."""
+    wait_for_earlier(DEPENDENT)
     row, i, c = tl.program_id(0).to(tl.int64), tl.arange(0, MERGED), tl.arange(0, PADDED)
     begin = 0
     if groups_ptr is not None:  # a sequence without a prefix has nothing written there

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch.library import CustomOpDef
 
+from echogen.kernels import overlap
 from echogen.kernels.cuda import loader
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -48,8 +49,11 @@ _recorded: list[Launch] | None = None
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a Triton kernel on the current stream; every launch of the project goes through here.
 
-    An empty grid launches nothing, as CUDA refuses it.
+    An empty grid launches nothing, as CUDA refuses it. Kernels that take part in it overlap with
+    the launch before where that is on (`echogen.kernels.overlap`).
     """
+    if overlap.active() and "DEPENDENT" in getattr(kernel, "arg_names", ()):
+        constants |= {"DEPENDENT": True, "launch_pdl": True}
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants))
         return

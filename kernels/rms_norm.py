@@ -14,6 +14,7 @@ from torch import Tensor
 
 from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
+from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.reference import rms_norm as reference
 
 TILE = 2048  # elements of a program's tile at least: narrow rows share a program
@@ -26,11 +27,13 @@ SUM_ROWS, SUM_COLUMNS = 128, 16
 def _rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, summed_ptr, rstd_ptr, eps, rows, width,
     ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     row, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     keep = (row < rows)[:, None] & (column < width)[None, :]
     place = row.to(tl.int64)[:, None] * width + column[None, :]
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0).to(tl.float32)
+    wait_for_earlier(DEPENDENT)
     x = tl.load(x_ptr + place, mask=keep, other=0.0).to(tl.float32)
     if ADD:
         x += tl.load(residual_ptr + place, mask=keep, other=0.0).to(tl.float32)

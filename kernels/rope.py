@@ -15,6 +15,7 @@ from torch import Tensor
 
 from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
+from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.reference import rope as reference
 
 MOST_ROWS = 65_535  # of the batch, CUDA's limit of a grid's second axis
@@ -123,7 +124,9 @@ def _rope_cache_kernel(
     cos_ptr, sin_ptr, table_row, keys_ptr, values_ptr, slots_ptr, scales_ptr, apart, q_out_ptr,
     length, q_heads, k_heads, capacity,
     HALF: tl.constexpr, PAIRS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_earlier(DEPENDENT)
     token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     place, width = row * length + token, 2 * HALF
     slot = tl.load(slots_ptr + place)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
+from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.philox import gumbel_tile
 from echogen.kernels.reference import sampling as reference
 
@@ -102,8 +103,9 @@ def _cfg_sample_kernel(
     token_ptr, logprob_ptr, embed_ptr, rows, columns, width, stride, apart, top_k,
     MIXED: tl.constexpr, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
     TABLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
-    EMBED: tl.constexpr,
+    EMBED: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    wait_for_earlier(DEPENDENT)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < rows
     scale, cfg = 1.0, 1.0

@@ -24,8 +24,8 @@ WARPS, CHUNK, STAGE_BYTES = 8, 64, 8192  # as in skinny_linear.cu
 STAGES = (8, 4)  # bytes under way: 56 KB an SM, or what large rows leave room for
 
 _KERNELS = {
-    (fp8, rows): CudaKernel("skinny_linear", f"skinny_linear_{'fp8' if fp8 else 'bf16'}_{rows}")
-    for fp8 in (False, True)
+    (fp8, rows): CudaKernel("skinny_linear", f"skinny_linear_{kind}_{rows}", overlaps=True)
+    for fp8, kind in ((False, "bf16"), (True, "fp8"))
     for rows in TEMPLATES
 }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
+from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.reference import swiglu as reference
 
 ROWS, COLUMNS = 4, 512
@@ -35,8 +36,10 @@ def _sigmoid(x):
 
 @triton.jit
 def _swiglu_forward_kernel(
-    gate_ptr, up_ptr, stride, out_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
+    gate_ptr, up_ptr, stride, out_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    DEPENDENT: tl.constexpr = False,
+):  # fmt: skip
+    wait_for_earlier(DEPENDENT)
     row, column, keep = _tile(rows, columns, ROWS, COLUMNS)
     gate = tl.load(gate_ptr + row * stride + column, mask=keep, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride + column, mask=keep, other=0.0).to(tl.float32)

@@ -46,6 +46,14 @@ DEVICE void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
 }
 
+// See kernels/overlap.py. Launched the ordinary way, neither does anything.
+DEVICE void wait_for_earlier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 // c [16, 8] += a [16, 16] · b [16, 8] of a warp, bfloat16 in and float32 out, fragments as the PTX
 // manual lays them out ("mma.m16n8k16").
 DEVICE void mma(float (&c)[4], unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0,

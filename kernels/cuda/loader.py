@@ -7,6 +7,7 @@ every operator and runs its reference.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -21,6 +22,11 @@ from torch import Tensor
 FOLDER = Path(__file__).parent
 NVRTC_OPTIONS = ("--std=c++17", f"-I{FOLDER}")
 INSTALL = "pip install 'echogen[cuda]'"
+CTYPES: dict[type, Any] = {
+    np.uint64: ctypes.c_void_p,
+    np.float32: ctypes.c_float,
+    np.int64: ctypes.c_longlong,
+}
 
 
 @dataclass(frozen=True)
@@ -86,22 +92,64 @@ class CudaKernel:
     Args:
         source: the file's name without ``.cu``.
         name: the kernel's, ``extern "C"``.
+        overlaps: it takes part in `echogen.kernels.overlap`.
     """
 
-    def __init__(self, source: str, name: str) -> None:
+    def __init__(self, source: str, name: str, overlaps: bool = False) -> None:
         self.source, self.__name__ = source, name
+        self.arg_names = ("DEPENDENT",) if overlaps else ()
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, grid)
 
-    def _launch(self, grid: tuple[int, ...], *arguments: Any, block: int, shared: int = 0) -> None:
+    def _launch(
+        self,
+        grid: tuple[int, ...],
+        *arguments: Any,
+        block: int,
+        shared: int = 0,
+        DEPENDENT: bool = False,
+        launch_pdl: bool = False,
+    ) -> None:
         device = next(a.device for a in arguments if isinstance(a, Tensor))
         with torch.cuda.device(device):
             import cupy
 
             function = _function(self.source, self.__name__, device)
-            with cupy.cuda.Stream.from_external(torch.cuda.current_stream(device)):
-                function(grid, (block,), tuple(map(_argument, arguments)), shared_mem=shared)
+            stream, values = torch.cuda.current_stream(device), tuple(map(_argument, arguments))
+            if DEPENDENT:
+                _launch_dependent(function, stream, grid, block, shared, values)
+                return
+            with cupy.cuda.Stream.from_external(stream):
+                function(grid, (block,), values, shared_mem=shared)
+
+
+def _launch_dependent(
+    function: Any,
+    stream: torch.cuda.Stream,
+    grid: tuple[int, ...],
+    block: int,
+    shared: int,
+    values: tuple[np.generic, ...],
+) -> None:
+    """A launch that may begin while the one before it runs, which CuPy has no words for."""
+    from cuda.bindings import driver
+
+    overlap = driver.CUlaunchAttribute()
+    overlap.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    allowed = driver.CUlaunchAttributeValue()
+    allowed.programmaticStreamSerializationAllowed = 1
+    overlap.value = allowed
+    config = driver.CUlaunchConfig()
+    config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+    config.blockDimX, config.blockDimY, config.blockDimZ = block, 1, 1
+    config.sharedMemBytes, config.hStream = shared, stream.cuda_stream
+    config.attrs, config.numAttrs = [overlap], 1
+    kinds = tuple(CTYPES[type(value)] for value in values)
+    passed = (tuple(value.item() for value in values), kinds)
+    (error,) = driver.cuLaunchKernelEx(config, driver.CUfunction(function.kernel.ptr), passed, 0)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"cuLaunchKernelEx: {error.name}")
 
 
 def _argument(value: Any) -> np.generic:

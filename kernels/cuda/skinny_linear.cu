@@ -253,6 +253,8 @@ DEVICE void linear(const void* x_from, const void* weight, const float* scale, c
     ahead.enter(p, block());
     int filled = 0, read = 0, half = 0;
     for (; filled < ring - STAGE; filled += STAGE) ahead.fetch(p, slots + filled);
+    // Weights are there from the beginning; all else that is read may just have been written.
+    wait_for_earlier();
     stage_rows<ROWS, FP8>(static_cast<const unsigned char*>(x_from),
                           static_cast<const unsigned char*>(gain), eps, p, x, x_stride, parts);
 

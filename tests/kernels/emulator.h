@@ -231,6 +231,8 @@ DEVICE void copies_wait() {
             for (const emulator::Copy& copy : fiber.groups.front()) emulator::land(copy);
 }
 
+DEVICE void wait_for_earlier() {}  // nothing runs beside a kernel here
+
 DEVICE unsigned pack_bf16x2(float low, float high) {
     unsigned halves[2];
     for (int i = 0; i < 2; ++i) {
