@@ -15,16 +15,20 @@ With more rows, or in another type, torch multiplies: ``rms_norm`` and ``swiglu`
 of their own and a layer takes ten (a product of torch counted as one). Whatever the rows, a step
 adds the lookup of its rotations, the image head, sampling and one addition to its counters.
 
+Where asked for, caches hold 8 bits a number, with a scale for every head of a token: launch 2
+rounds what it writes, and launch 3 multiplies the scales back.
+
 Nothing is copied but what is derived: the code table, the rotations and, where asked for, the
 weights in fp8. ``refresh`` renews those in place, so that what was recorded stays right.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -53,6 +57,7 @@ class Prefixes:
         lengths: int64 [P].
         groups: int64 [R], which prompt each row continues; −1: none.
         order: `kernels.decode_attention.decode_members` of the groups.
+        scales: float32 [layers, 2, P, Hk, Sp] of keys and values in 8 bits; None: they are not.
     """
 
     keys: Tensor
@@ -60,6 +65,7 @@ class Prefixes:
     lengths: Tensor
     groups: Tensor
     order: Tensor
+    scales: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,7 @@ class Places:
         positions: int64 [R], of RoPE.
         keys, values: [layers, R, Hk, S, K], the rows' own caches.
         prefixes: what the rows see before them.
+        scales: float32 [layers, 2, R, Hk, S] of caches in 8 bits; None: they are not.
     """
 
     slots: Tensor
@@ -80,13 +87,22 @@ class Places:
     keys: Tensor
     values: Tensor
     prefixes: Prefixes | None = None
+    scales: Tensor | None = None
 
-    def shared(self, layer: int) -> tuple[Tensor | None, ...]:
-        """What `decode_attention` is told of prefixes."""
+    def attended(self, query: Tensor, layer: int) -> Tensor:
+        """[R, H, K] → [R, H, K]: attention of one query a row over all that it sees."""
+        keys, values, scales = self.keys[layer], self.values[layer], _of_layer(self.scales, layer)
         p = self.prefixes
         if p is None:
-            return ()
-        return p.keys[layer], p.values[layer], p.lengths, p.groups, p.order
+            return decode_attention(query, keys, values, self.lengths, scales=scales)
+        return decode_attention(
+            query, keys, values, self.lengths, None, p.keys[layer], p.values[layer], p.lengths,
+            p.groups, p.order, scales, _of_layer(p.scales, layer),
+        )  # fmt: skip
+
+
+def _of_layer(scales: Tensor | None, layer: int) -> Tensor | None:
+    return None if scales is None else scales[layer]
 
 
 class DeviceLinear:
@@ -168,15 +184,12 @@ class DeviceBlock:
         """Residual stream x [R, D] → the same, perhaps in place; cos, sin [R, 1, K]; the places'
         slots as [R, 1]."""
         rows, h, kv = len(x), self._heads, self._kv_heads
-        keys, values = places.keys[layer], places.values[layer]
         heads = self._qkv(x).view(rows, 1, h + 2 * kv, self._dim)
         query = rope_cache(
-            heads[:, :, :h], heads[:, :, h : h + kv], heads[:, :, h + kv :], cos, sin, keys, values,
-            slots,
+            heads[:, :, :h], heads[:, :, h : h + kv], heads[:, :, h + kv :], cos, sin,
+            places.keys[layer], places.values[layer], slots, _of_layer(places.scales, layer),
         )  # fmt: skip
-        attended = decode_attention(
-            query[:, 0], keys, values, places.lengths, None, *places.shared(layer)
-        )
+        attended = places.attended(query[:, 0], layer)
         x = self._out(attended.view(rows, h * self._dim), residual=x)
         return self._down(self._gate_up(x, gated=True), residual=x)
 
@@ -189,6 +202,7 @@ class DeviceTransformer:
             operators take it.
         code_table: [V, D], ``plain.code_table()``; copied.
         fp8: multiply the layers' and the image head's weights in fp8 (see ``fp8_weight``).
+        fp8_cache: keep keys and values in fp8, a scale for each head of a token.
         record: how steps are made to run again; None: `graphs.recorder`.
 
     Attributes:
@@ -203,11 +217,13 @@ class DeviceTransformer:
         plain: UnifiedTransformer,
         code_table: Tensor,
         fp8: bool = False,
+        fp8_cache: bool = False,
         record: Recorder | None = None,
     ) -> None:
-        self.config, self.plain, self.lock, self.fp8 = plain.config, plain, RLock(), fp8
+        self.config, self.plain, self.lock = plain.config, plain, RLock()
+        self.fp8, self.fp8_cache = fp8, fp8_cache
         self.recorder = record or recorder(code_table.device)
-        self.memory = Memory(code_table.dtype, code_table.device)
+        self.memory = Memory(code_table.device)
         self.steps = Kept[Any]()
         into, out = plain.image_head[0], plain.image_head[2]
         assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
@@ -270,12 +286,24 @@ class DeviceTransformer:
         return self._out(F.gelu(self._into(x)))
 
 
+class Piece(NamedTuple):
+    """A tensor to be."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes, filled up so that the next piece begins at a multiple of 16."""
+        return -(-math.prod(self.shape) * self.dtype.itemsize // 16) * 16
+
+
 class Memory:
     """One piece of memory for the caches of whatever is drawn, one drawing at a time: as large as
     the largest needs, and not the sum of all."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype, self._device = dtype, device
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
         self.release()
 
     @property
@@ -283,34 +311,28 @@ class Memory:
         """Bytes held."""
         return self._held.nbytes
 
-    def fits(self, *shapes: tuple[int, ...]) -> bool:
-        """Whether tensors of these shapes lie in it side by side."""
-        return sum(map(_numbers, shapes)) <= len(self._held)
+    def fits(self, *pieces: Piece) -> bool:
+        """Whether they lie in it side by side."""
+        return sum(piece.nbytes for piece in pieces) <= self.nbytes
 
-    def grow(self, *shapes: tuple[int, ...]) -> None:
+    def grow(self, *pieces: Piece) -> None:
         """Make room for them; whatever lay here before is gone."""
-        size = sum(map(_numbers, shapes))
+        size = sum(piece.nbytes for piece in pieces)
         self.release()  # first, as both may not fit
-        self._held = torch.empty(size, dtype=self._dtype, device=self._device)
+        self._held = torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def release(self) -> None:
         """Hold nothing."""
-        self._held = torch.empty(0, dtype=self._dtype, device=self._device)
+        self._held = torch.empty(0, dtype=torch.uint8, device=self._device)
 
-    def views(self, *shapes: tuple[int, ...]) -> list[Tensor]:
-        """Tensors of these shapes, side by side from its beginning on."""
-        ends = torch.tensor([0, *map(_numbers, shapes)]).cumsum(0).tolist()
-        pieces = zip(shapes, ends[:-1], strict=True)
-        return [self._held[end : end + _size(shape)].view(shape) for shape, end in pieces]
-
-
-def _size(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _numbers(shape: tuple[int, ...]) -> int:
-    """Numbers of a tensor, filled up so that the next one begins at a multiple of 16 bytes."""
-    return -(-_size(shape) // 16) * 16
+    def views(self, *pieces: Piece) -> list[Tensor]:
+        """The tensors, side by side from its beginning on."""
+        found, begin = list[Tensor](), 0
+        for piece in pieces:
+            size = math.prod(piece.shape) * piece.dtype.itemsize
+            found.append(self._held[begin : begin + size].view(piece.dtype).view(piece.shape))
+            begin += piece.nbytes
+        return found
 
 
 def misfit(model: UnifiedTransformer) -> str | None:

@@ -86,8 +86,7 @@ class DeviceDecoding:
                 cache = KVCache(model.config, len(ids), longest, table.dtype, table.device)
                 hidden = model(model.embed_text(ids), slot, mask, cache)
                 found.append(model.image_head(hidden[torch.arange(len(ids)), ends]))
-                held = self._step.prompts[:, :, first : first + len(ids), :, :longest]
-                held.copy_(cache.block)
+                self._step.keep_prompts(first, cache.block)
         return torch.cat(found)
 
     def prefill(self) -> Tensor:

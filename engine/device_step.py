@@ -14,14 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from echogen.engine.device import DeviceTransformer, Places, Prefixes
+from echogen.engine.device import DeviceTransformer, Piece, Places, Prefixes
 from echogen.engine.graphs import Step as Run
 from echogen.engine.graphs import bucket
 from echogen.engine.sampler import Drawn, Sampler
-from echogen.kernels.checks import device_seed
+from echogen.kernels.checks import FP8, device_seed
 from echogen.kernels.decode_attention import decode_members
 from echogen.kernels.overlap import overlapping
 from echogen.kernels.reference.sampling import COLDEST, branches, mixed, truncated
+from echogen.kernels.rope import scaled_heads
 from echogen.kernels.sampling import cfg_sample
 
 EDGE = 64
@@ -96,7 +97,9 @@ class DeviceStep:
         self._model, self.shape, self.choice = model, shape, choice
         c, device = model.config, model.table.device
         self._x = torch.zeros(shape.rows, c.width, dtype=model.table.dtype, device=device)
-        self.prompts, self.own = model.memory.views(*cache_shapes(model, shape))
+        self.prompts, self.own, *scales = model.memory.views(*caches(model, shape))
+        self._prompt_scales: Tensor | None = scales[0] if scales else None
+        self._own_scales: Tensor | None = scales[1] if scales else None
         self._count(device)
         self._prepare_prefixes(device)
         self._prepare_sampling(c.image_tokens, device)
@@ -117,9 +120,11 @@ class DeviceStep:
         lengths = torch.zeros(shape.prompts, dtype=torch.int64, device=device)
         keys, values = self.prompts.unbind(0)
         order = self._order(groups)
-        prefixes = Prefixes(keys, values, lengths, groups, order)
-        own = self.own[0], self.own[1]
-        self.places = Places(self._slots, self._lengths, self._positions, *own, prefixes)
+        prefixes = Prefixes(keys, values, lengths, groups, order, self._prompt_scales)
+        keys, values = self.own.unbind(0)
+        self.places = Places(
+            self._slots, self._lengths, self._positions, keys, values, prefixes, self._own_scales
+        )
 
     def _order(self, groups: Tensor) -> Tensor:
         c, kind = self._model.config, self._model.table.dtype
@@ -159,6 +164,15 @@ class DeviceStep:
         prefixes.groups.copy_(torch.tensor(group))
         prefixes.order.copy_(self._order(prefixes.groups))
         prefixes.lengths.copy_(torch.tensor([*lengths, *[0] * (shape.prompts - len(lengths))]))
+
+    def keep_prompts(self, first: int, keys_values: Tensor) -> None:
+        """Keep what prompts ``first`` … left behind, [2, layers, n, Hk, L, K], keys first."""
+        _, _, count, _, length, _ = keys_values.shape
+        prompts = slice(first, first + count)
+        if self._prompt_scales is not None:
+            keys_values, scales = scaled_heads(keys_values)
+            self._prompt_scales[:, :, prompts, :, :length] = scales.transpose(0, 1)
+        self.prompts[:, :, prompts, :, :length] = keys_values
 
     def choose(self, sampler: Sampler) -> None:
         """Take a sampler's numbers.
@@ -223,24 +237,25 @@ class DeviceStep:
         return Drawn(self.codes[:images].clone(), self.logprob[:images].clone(), kept)
 
 
-def cache_shapes(model: DeviceTransformer, shape: Shape) -> tuple[tuple[int, ...], ...]:
-    """Keys and values of the prompts and of the rows' own codes, [2, layers, …] each, keys first.
-    The last code of an image is never fed."""
+def caches(model: DeviceTransformer, shape: Shape) -> list[Piece]:
+    """Keys and values of the prompts and of the rows' own codes, [2, layers, …] each, keys first;
+    in 8 bits with their scales, [layers, 2, …]. The last code of an image is never fed."""
     c = model.config
-    own = max(1, c.image_tokens - 1)
-    return (
-        (2, c.layers, shape.prompts, c.kv_heads, shape.prompt_tokens, c.head_dim),
-        (2, c.layers, shape.rows, c.kv_heads, own, c.head_dim),
-    )
+    own, kind = max(1, c.image_tokens - 1), FP8 if model.fp8_cache else model.table.dtype
+    held = ((shape.prompts, c.kv_heads, shape.prompt_tokens), (shape.rows, c.kv_heads, own))
+    found = [Piece((2, c.layers, *heads, c.head_dim), kind) for heads in held]
+    if model.fp8_cache:
+        found += [Piece((c.layers, 2, *heads), torch.float32) for heads in held]
+    return found
 
 
 def recorded(model: DeviceTransformer, shape: Shape, choice: Choice) -> tuple[DeviceStep, Run]:
     """The step for a shape and a choice, and what runs it; made and recorded at first use. What
     lies in its caches is overwritten, and so is that of every other step."""
-    shapes = cache_shapes(model, shape)
-    if not model.memory.fits(*shapes):
+    pieces = caches(model, shape)
+    if not model.memory.fits(*pieces):
         model.steps.clear()  # they stand on memory that is about to go
-        model.memory.grow(*shapes)
+        model.memory.grow(*pieces)
 
     def make() -> tuple[DeviceStep, Run]:
         step = DeviceStep(model, shape, choice)

@@ -57,9 +57,10 @@ class Engine:
         sampling: the default of ``generate`` and ``cycle``.
         pixels_trained: whether the SigLIP path was trained (False for the bundled model).
         fp8: draw with the weights of decoder layers and image head in 8 bits (see ``decoder``).
+        fp8_cache: draw with keys and values in 8 bits.
 
     Raises:
-        ValueError: fp8 where drawing cannot run on the operators of a GPU; says why.
+        ValueError: either of them where drawing cannot run on the operators of a GPU; says why.
     """
 
     def __init__(
@@ -72,8 +73,10 @@ class Engine:
         sampling: Sampling | None = None,
         pixels_trained: bool = True,
         fp8: bool = False,
+        fp8_cache: bool = False,
     ) -> None:
-        self.config, self.prompts, self.fp8 = config, prompts, fp8
+        self.config, self.prompts = config, prompts
+        self.fp8, self.fp8_cache = fp8, fp8_cache
         self.transformer, self.siglip = transformer, siglip.eval()
         # Channels last: the tiny model's tokenizer decodes 1.35 times as fast on a CPU
         # (bench/NSIGHT.md tells how that was found).
@@ -83,8 +86,7 @@ class Engine:
         self._code_table = torch.empty(0)
         self._decoder: Decoder | None = None
         self.refresh()
-        if fp8:
-            check_fp8(transformer, self._code_table)
+        check_fp8(transformer, self._code_table, fp8, fp8_cache)
 
     # --- loading and saving ---------------------------------------------------------------------
 
@@ -97,6 +99,7 @@ class Engine:
         codec: Literal["location", "textual"] | None = None,
         bins: int = 1000,
         fp8: bool = False,
+        fp8_cache: bool = False,
     ) -> Engine:
         """Load a checkpoint.
 
@@ -112,6 +115,10 @@ class Engine:
             fp8: draw on a GPU with weights rounded to float8_e4m3fn, a scale for each output
                 channel: half the bytes a step for up to 16 rows, and other codes than in ``dtype``.
                 Prompts and grounding are run on the weights as they are.
+            fp8_cache: draw on a GPU (of compute capability 8.9 or later) with keys and values
+                rounded to float8_e4m3fn, a scale for each head of a token: half the memory of a
+                drawing, half of what many rows read a step, and other codes. Grounding, and the
+                slots of a `Scheduler`, keep theirs in ``dtype``.
 
         Raises:
             CheckpointError: nothing there, or a broken checkpoint; names the file and the key.
@@ -138,6 +145,7 @@ class Engine:
             Sampling(**meta.get("sampling", {})),
             meta.get("pixels_trained", True),
             fp8,
+            fp8_cache,
         )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
@@ -196,10 +204,13 @@ class Engine:
         ``refresh`` (`echogen bench engine` reports what making it takes as ``pack_ms``), on a GPU
         the operators' steps on its own weights. A model that neither takes is run as it is, on a
         GPU with a warning that says why. With ``fp8`` the operators multiply by copies of the
-        weights in 8 bits, which ``refresh`` renews."""
+        weights in 8 bits, which ``refresh`` renews; with ``fp8_cache`` drawings keep keys and
+        values in 8 bits."""
         if self._decoder is None:
             with torch.inference_mode():
-                self._decoder = on_operators(self.transformer, self._code_table, self.fp8)
+                self._decoder = on_operators(
+                    self.transformer, self._code_table, self.fp8, self.fp8_cache
+                )
         return self._decoder
 
     @property
@@ -385,28 +396,38 @@ class Engine:
         )
 
 
-def check_fp8(model: UnifiedTransformer, code_table: Tensor) -> None:
-    """Refuse weights in 8 bits where nothing multiplies by them.
+def check_fp8(model: UnifiedTransformer, code_table: Tensor, weights: bool, cache: bool) -> None:
+    """Refuse weights, or keys and values, in 8 bits where nothing multiplies by them.
 
     Raises:
         ValueError: says why.
     """
-    device = code_table.device.type
-    if device != "cuda":
+    asked = " and ".join(name for name, on in (("fp8", weights), ("fp8_cache", cache)) if on)
+    if not asked:
+        return
+    device = code_table.device
+    if device.type != "cuda":
         raise ValueError(
-            f"fp8 weights on {device}: the operators multiply by them on a GPU alone; leave fp8 "
-            f"out, or load the model with device='cuda'"
+            f"{asked} on {device.type}: the operators multiply by 8 bits on a GPU alone; leave "
+            f"{asked} out, or load the model with device='cuda'"
         )
     why = misfit(model)
     if why is not None:
-        raise ValueError(f"fp8 weights need the operators: {why}; leave fp8 out")
+        raise ValueError(f"{asked} needs the operators: {why}; leave {asked} out")
+    if cache and (found := torch.cuda.get_device_capability(device)) < (8, 9):
+        raise ValueError(
+            f"fp8_cache on a GPU of compute capability {'.'.join(map(str, found))}: it takes 8.9 "
+            f"or later; leave fp8_cache out"
+        )
 
 
-def on_operators(model: UnifiedTransformer, code_table: Tensor, fp8: bool = False) -> Decoder:
+def on_operators(
+    model: UnifiedTransformer, code_table: Tensor, fp8: bool = False, fp8_cache: bool = False
+) -> Decoder:
     """The model as drawing runs it where it lies; see `Engine.decoder`."""
-    if fp8:
-        check_fp8(model, code_table)
-        return DeviceTransformer(model, code_table, fp8=True)
+    if fp8 or fp8_cache:
+        check_fp8(model, code_table, fp8, fp8_cache)
+        return DeviceTransformer(model, code_table, fp8, fp8_cache)
     if packable(model):
         return PackedTransformer(model)
     if code_table.device.type != "cuda":

@@ -29,8 +29,9 @@ Told = Callable[[], None] | None
 """Called when each code of a batch is drawn (of the port: when its logits are there)."""
 EAGER, PORT = "eager", "transformers"
 STATIC, COMPILED = "transformers:static", "transformers:compile"
-COPIES, FP8 = "echogen:copies", "echogen:fp8"
-PEERS = (PORT, STATIC, COMPILED, EAGER, COPIES, FP8)
+COPIES = "echogen:copies"
+FP8, FP8_CACHE = "echogen:fp8", "echogen:fp8-cache"
+PEERS = (PORT, STATIC, COMPILED, EAGER, COPIES, FP8, FP8_CACHE)
 CACHES: dict[str, CacheKind] = {PORT: "dynamic", STATIC: "static", COMPILED: "static"}
 
 
@@ -69,15 +70,16 @@ class Contestants:
     ) -> None:
         self._subject, self._peers, self._about, self._leave = subject, peers, about, leave
         self._broken, self._ceilings = set[str](), dict[int, Roofline]()
-        self._models = dict[bool, Decoder]()
+        self._models = dict[tuple[bool, bool], Decoder]()
 
-    def _model(self, fp8: bool = False) -> Decoder:
+    def _model(self, name: str = OURS) -> Decoder:
         """What this engine draws with, made at first use."""
-        if fp8 not in self._models:
+        eight = name == FP8, name == FP8_CACHE  # weights, caches
+        if eight not in self._models:
             s = self._subject
             with torch.inference_mode():
-                self._models[fp8] = on_operators(s.transformer, s.code_table, fp8)
-        return self._models[fp8]
+                self._models[eight] = on_operators(s.transformer, s.code_table, *eight)
+        return self._models[eight]
 
     @property
     def exact(self) -> bool:
@@ -94,7 +96,7 @@ class Contestants:
         there = {EAGER} | ({COPIES} if self._shares(asked) else set())
         there |= set(CACHES) if asked.cfg > 1 else set()
         rounded = isinstance(self._model(), DeviceTransformer) and not self.exact
-        there |= {FP8} if rounded else set()
+        there |= {FP8, FP8_CACHE} if rounded else set()
         return [OURS, *(p for p in self._peers if p in there - self._broken)]
 
     def _shares(self, asked: Asked) -> bool:
@@ -152,7 +154,7 @@ class Contestants:
     def _own(self, name: str, asked: Asked, sampling: Sampling, told: Told) -> Tensor:
         sampler, s = self._sampler(asked, sampling), self._subject
         rows, progress = self._rows(asked), None if told is None else lambda *_: told()
-        model, share = self._model(name == FP8), name != COPIES
+        model, share = self._model(name), name != COPIES
         return decode_image(model, s.code_table, rows, sampler, s.pad, progress, share)
 
     @torch.inference_mode()
@@ -185,11 +187,12 @@ class Contestants:
         return self._ceilings[threads]
 
     def floor(self, asked: Asked, name: str = OURS) -> Floor:
-        """Least cost of a step of such a batch, with the weights that a provider has."""
+        """Least cost of a step of such a batch, with what a provider holds in 8 bits."""
         rows = self._rows(asked)
         different = len({tuple(row) for row in rows})
         c, itemsize = self._subject.transformer.config, self._subject.code_table.element_size()
-        return step_floor(c, len(rows), different, len(rows[0]), itemsize, name == FP8)
+        eight = name == FP8, name == FP8_CACHE
+        return step_floor(c, len(rows), different, len(rows[0]), itemsize, *eight)
 
 
 def _waited(draw: Draw) -> Tensor:

@@ -70,7 +70,13 @@ def floor(config: ModelConfig, row: Row, itemsize: int) -> Floor | None:
 
 
 def step_floor(
-    c: ModelConfig, rows: int, prompts: int, length: int, itemsize: int, fp8: bool = False
+    c: ModelConfig,
+    rows: int,
+    prompts: int,
+    length: int,
+    itemsize: int,
+    fp8: bool = False,
+    fp8_cache: bool = False,
 ) -> Floor:
     """Least cost of a step, the mean over an image.
 
@@ -86,13 +92,15 @@ def step_floor(
         length: of a prompt.
         itemsize: bytes of a number.
         fp8: of a weight's numbers it is one.
+        fp8_cache: of the caches' numbers it is one, and four more for each head of a token.
     """
     weights, own = Weights.of(c), (c.image_tokens - 1) / 2
     held = prompts * length + rows * own
     met = rows * (length + own)
     shared = c.heads // c.kv_heads
     read = (1 if fp8 else itemsize) * (weights.body + weights.image_head)
+    number = 1 + 4 / c.head_dim if fp8_cache else itemsize
     return Floor(
-        round(read + itemsize * held * weights.cached),
+        round(read + number * held * weights.cached),
         round(2 * rows * (weights.body + weights.image_head) + 2 * met * weights.cached * shared),
     )

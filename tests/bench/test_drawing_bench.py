@@ -165,6 +165,9 @@ def test_the_floor_counts_a_prompt_once_and_every_rows_codes():
     rounded = step_floor(c, rows=8, prompts=2, length=60, itemsize=2, fp8=True)
     assert floor.bytes - rounded.bytes == weights.body + weights.image_head
     assert rounded.flops == floor.flops
+    cached = step_floor(c, rows=8, prompts=2, length=60, itemsize=2, fp8_cache=True)
+    saved = held * weights.cached * (1 - 4 / c.head_dim)  # a byte of two, less a scale a head
+    assert floor.bytes - cached.bytes == pytest.approx(saved, abs=1)
     made = Contestants(subject, (), "", lambda line: None)
     four = contestants.Asked(subject.prompts.repeat_interleave(2, 0), 5.0, False, 0)
     # Two prompts, and one that is unconditional for all.

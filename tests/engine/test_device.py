@@ -18,8 +18,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from echogen.engine import decode, device, graphs
 from echogen.engine.config import ModelConfig
 from echogen.engine.decode import PlainDecoding, decode_image, left_padded
-from echogen.engine.device import DeviceTransformer, misfit
+from echogen.engine.device import DeviceTransformer, Piece, misfit
 from echogen.engine.device_decode import DeviceDecoding
+from echogen.engine.device_step import DeviceStep
 from echogen.engine.engine import Engine, on_operators
 from echogen.engine.graphs import CaptureError, CudaGraphs, Eager, Kept, bucket, recorder
 from echogen.engine.model import UnifiedTransformer
@@ -27,6 +28,7 @@ from echogen.engine.rollout import RecordingSampler
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.slots import Slots
 from echogen.kernels.dispatch import recorded
+from echogen.kernels.rope import rope, rope_cache, scaled_heads
 from echogen.kernels.skinny_linear import fp8_weight
 
 from .tape import Tape, written
@@ -120,8 +122,9 @@ def test_logits_are_those_of_the_plain_loop(
     rows = rows_of(prompts, True)
     ids, pads = left_padded(rows, PAD)
     made = operators(model)
-    made.memory.grow((1 << 20,))
-    made.memory.views((1 << 20,))[0].fill_(float("nan"))  # nobody reads what was not written
+    whole = Piece((1 << 20,), dtype)
+    made.memory.grow(whole)
+    made.memory.views(whole)[0].fill_(float("nan"))  # nobody reads what was not written
     both = (
         PlainDecoding(model, model.code_table(), ids, pads, CONFIG.image_tokens),
         DeviceDecoding(made, rows, guided=True),
@@ -254,6 +257,54 @@ def test_rows_of_a_scheduler(model, relative_error):
                 slots.feed(torch.arange(3), torch.tensor([code, 2, 5]))
             wanted, found = (slots.step() for slots in both)
             assert relative_error(found[:3], wanted[:3]) < 1e-5
+
+
+def test_caches_in_fp8_are_recorded_and_smaller():
+    model, tape, sampling = build(head_dim=64), Tape(), Sampling(cfg=3.0)
+    wide, made = operators(model), operators(model, tape, fp8_cache=True)
+    drawn = [sampler(RecordingSampler, sampling, 9) for _ in range(3)]
+    for which, drawer in zip((wide, made, made), drawn, strict=True):
+        codes(which, GROUPS, drawer)
+    exact, first, second = (drawer.logprob for drawer in drawn)
+    assert torch.equal(first, second) and not torch.equal(first, exact)
+    assert tape.replayed == 2 * (CONFIG.image_tokens - 1)
+    # A byte for four, and a scale for 64 of them.
+    assert made.memory.nbytes == wide.memory.nbytes / 4 * (1 + 4 / 64)
+
+
+@pytest.mark.parametrize("prompts", [RAGGED, GROUPS[3:]], ids=["ragged", "groups"])
+@torch.inference_mode()
+def test_caches_in_fp8(model, relative_error, monkeypatch, prompts):
+    """Keys and values are those that fp8 holds, of prompts and of codes, and near the true ones."""
+    rows = rows_of(prompts, True)
+
+    def logits(made):
+        made.memory.grow(whole := Piece((1 << 20,), torch.float32))
+        made.memory.views(whole)[0].fill_(float("nan"))
+        decoding = DeviceDecoding(made, rows, guided=True)
+        decoding.prefill()
+        fed = ([code % 24] * len(prompts) for code in range(5, 5 + CONFIG.image_tokens - 1))
+        return [decoding.step(torch.tensor(codes)) for codes in fed]
+
+    found, exact = logits(operators(model, fp8_cache=True)), logits(operators(model))
+
+    def rounded(x):
+        held, scale = scaled_heads(x)
+        return held.float() * scale[..., None]
+
+    def write(q, k, v, cos, sin, keys, values, slots, scales):
+        turned, none = rope(q, k, cos, sin), (torch.ones_like(cos), torch.zeros_like(sin))
+        heads = rounded(turned[1]), rounded(v)
+        return rope_cache(turned[0], *heads, *none, keys, values, slots)
+
+    monkeypatch.setattr(device, "rope_cache", write)
+    monkeypatch.setattr(
+        DeviceStep, "keep_prompts",
+        lambda self, first, block, keep=DeviceStep.keep_prompts: keep(self, first, rounded(block)),
+    )  # fmt: skip
+    for a, b, c in zip(found, logits(operators(model)), exact, strict=True):
+        assert relative_error(a, b) < 1e-5
+        assert 1e-4 < relative_error(a, c) < 0.1
 
 
 # --- weights that change --------------------------------------------------------------------------
@@ -501,12 +552,17 @@ def test_what_does_not_fit_runs_on_plain_torch_and_says_why(monkeypatch):
     assert isinstance(on_operators(build(), torch.zeros(1)), UnifiedTransformer)  # no GPU
 
 
-def test_weights_in_fp8_are_refused_where_nothing_multiplies_by_them():
-    with pytest.raises(ValueError, match=r"fp8 weights on cpu: .* leave fp8 out, or load"):
+def test_8_bits_are_refused_where_nothing_multiplies_by_them(monkeypatch):
+    with pytest.raises(ValueError, match=r"fp8 on cpu: .* leave fp8 out, or load"):
         Engine.from_pretrained("tiny", fp8=True)
+    with pytest.raises(ValueError, match=r"fp8 and fp8_cache on cpu: .* leave fp8 and fp8_cache"):
+        Engine.from_pretrained("tiny", fp8=True, fp8_cache=True)
     there = torch.zeros(1).as_subclass(OnCuda)
     with pytest.raises(ValueError, match=r"its weights are torch\.float64.*leave fp8 out"):
         on_operators(build().double(), there, fp8=True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(ValueError, match=r"capability 8\.0: it takes 8\.9"):
+        on_operators(build(), there, fp8_cache=True)
 
 
 # --- on a GPU -------------------------------------------------------------------------------------
@@ -526,6 +582,17 @@ def test_graphs_draw_what_eager_steps_draw(dtype, name, prompts):
             drawn.append((codes(made, prompts, drawer), drawer.logprob))
     for graph, eager in zip(drawn[:2], drawn[2:], strict=True):
         assert all(torch.equal(a, b) for a, b in zip(graph, eager, strict=True))
+
+
+@GPU
+@pytest.mark.parametrize("fp8", [False, True])
+def test_graphs_draw_from_caches_in_fp8_what_eager_steps_draw(fp8):
+    model, drawn = build(torch.bfloat16, "cuda", head_width=48, mlp_width=96), []
+    for record in (recorder(torch.device("cuda", 0)), Eager()):
+        made = operators(model, record, fp8=fp8, fp8_cache=True)
+        drawer = sampler(RecordingSampler, SAMPLINGS["guided"], len(GROUPS), 3, "cuda")
+        drawn.append((codes(made, GROUPS, drawer), drawer.logprob))
+    assert all(torch.equal(a, b) for a, b in zip(*drawn, strict=True))
 
 
 @GPU
