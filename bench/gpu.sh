@@ -78,6 +78,14 @@ for file in "${files[@]}"; do
   while [ "$(jobs -rp | wc -l)" -ge 4 ]; do wait -n; done
 done
 wait
+# A step of drawing in a graph and without, then the same with launches that overlap.
+gpu test_device 150 "$PYTHON" -m pytest tests/engine/test_device.py
+gpu test_device_overlap 150 env ECHOGEN_PDL=1 "$PYTHON" -m pytest tests/engine/test_device.py
+for mode in latency rollout; do
+  gpu "$mode" 150 "$PYTHON" -m echogen bench engine --mode "$mode" --device cuda --dtype bfloat16 --json
+done
+gpu latency_overlap 150 env ECHOGEN_PDL=1 "$PYTHON" -m echogen bench engine --mode latency \
+  --device cuda --dtype bfloat16 --json
 for operator in $("$PYTHON" -c '
 from echogen.bench.registry import cases
 print(*dict.fromkeys(c.operator for c in cases().values()))'); do
@@ -90,9 +98,6 @@ gpu cycle 120 "$PYTHON" -m echogen cycle --layout examples/overlap.json --out "$
   --device cuda --json
 for model in tiny random:100m; do
   gpu "engine_${model//:/_}" 120 "$PYTHON" -m echogen bench engine --model "$model" --device cuda --json
-done
-for mode in latency rollout; do
-  gpu "$mode" 240 "$PYTHON" -m echogen bench engine --mode "$mode" --device cuda --dtype bfloat16 --json
 done
 for stage in pmtp djo cycle-rl; do
   gpu "train_$stage" 90 "$PYTHON" -m echogen bench train --stage "$stage" --device cuda --json

@@ -25,6 +25,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
         ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy"),
         "operators in CUDA C++ run on plain torch (pip install 'echogen[cuda]')",
     ),
+    "cuda-bindings": (("cuda-bindings",), "launches do not overlap: ECHOGEN_PDL=1 is refused"),
     "nvtx": (("nvtx",), "profiling ranges are left out"),
     "flash-attn": (("flash-attn",), "attention uses PyTorch's own"),
 }
