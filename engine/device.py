@@ -12,8 +12,11 @@ shared:
 7. ``skinny_linear``: the product with down, added to the residual stream.
 
 With more rows, or in another type, torch multiplies: ``rms_norm`` and ``swiglu`` are then launches
-of their own and a layer takes ten (a product of torch counted as one). Whatever the rows, a step
-adds the lookup of its rotations, the image head, sampling and one addition to its counters.
+of their own and a layer takes ten (a product of torch counted as one). With weights in fp8, or with
+``ECHOGEN_FUSED=1`` in bfloat16 too, ``wide_linear`` takes the place of ``skinny_linear``, and a
+layer is seven launches again: off in bfloat16 until it has been timed against torch's product on a
+GPU (`echogen bench kernels --operator wide_linear`). Whatever the rows, a step adds the lookup of
+its rotations, the image head, sampling and one addition to its counters.
 
 Where asked for, caches hold 8 bits a number, with a scale for every head of a token: launch 2
 rounds what it writes, and launch 3 multiplies the scales back.
@@ -25,6 +28,7 @@ weights in fp8. ``refresh`` renews those in place, so that what was recorded sta
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from threading import RLock
@@ -42,8 +46,9 @@ from echogen.kernels.decode_attention import decode_attention
 from echogen.kernels.dispatch import implementation
 from echogen.kernels.rms_norm import rms_norm
 from echogen.kernels.rope import rope_cache
-from echogen.kernels.skinny_linear import FP8, MAX_ROWS, fp8_weight, skinny_linear
+from echogen.kernels.skinny_linear import MAX_ROWS, fp8_weight, skinny_linear
 from echogen.kernels.swiglu import swiglu
+from echogen.kernels.wide_linear import wide_linear
 
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -128,15 +133,25 @@ class DeviceLinear:
         if fp8:
             self._weight, self._scale = fp8_weight(self._live)
         self._few = MAX_ROWS if self._fits_skinny() else 0
+        self._fused = self._fits_wide() and (fp8 or os.environ.get("ECHOGEN_FUSED") == "1")
 
     def _fits_skinny(self) -> bool:
-        w, device = self._weight, self._live.device.type
-        if device == "cuda":
-            there = implementation("skinny_linear", "cuda").startswith("CUDA C++")
-            if not there or self._live.dtype != torch.bfloat16:
-                return False
-        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (w, self._gain))
-        return aligned and w.shape[1] % (16 if w.dtype == FP8 else 8) == 0
+        on_gpu = self._live.is_cuda
+        if on_gpu and not implementation("skinny_linear", "cuda").startswith("CUDA C++"):
+            return False
+        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (self._weight, self._gain))
+        return aligned and self._fits()
+
+    def _fits_wide(self) -> bool:
+        eight = self._scale is not None and self._live.is_cuda
+        if eight and torch.cuda.get_device_capability(self._live.device) < (8, 9):
+            return False
+        return self._fits()
+
+    def _fits(self) -> bool:
+        if self._live.is_cuda and self._live.dtype != torch.bfloat16:
+            return False
+        return self._weight.shape[1] % (16 if self._scale is not None else 8) == 0
 
     def refresh(self) -> None:
         """Renew what is derived from the weight."""
@@ -148,12 +163,11 @@ class DeviceLinear:
     def __call__(self, x: Tensor, residual: Tensor | None = None, gated: bool = False) -> Tensor:
         """x [R, K] → [R, N], added to ``residual`` [R, N] (perhaps in place) where there is one, or
         [R, N/2] with SwiGLU where ``gated``."""
-        if len(x) <= self._few:
+        if len(x) <= self._few or self._fused:
             if self._bias is not None:
                 residual = self._bias.repeat(len(x), 1)
-            return skinny_linear(
-                x, self._weight, self._scale, self._gain, self._eps, residual, gated
-            )
+            product = skinny_linear if len(x) <= self._few else wide_linear
+            return product(x, self._weight, self._scale, self._gain, self._eps, residual, gated)
         if self._gain is not None:
             x = rms_norm(x, self._gain, self._eps)
         if self._scale is not None:

@@ -153,7 +153,9 @@ def skinny_linear(
         ValueError: shapes, devices, strides or numbers that do not fit.
         TypeError: types that do not fit.
     """
-    _check(x, weight, scale, gain, eps, residual, swiglu)
+    check_linear(x, weight, scale, gain, eps, residual, swiglu)
+    if len(x) > MAX_ROWS:
+        raise ValueError(f"x has {len(x)} rows; the kernel takes up to {MAX_ROWS}")
     made: Tensor = _skinny_linear(x, weight, scale, gain, eps, residual, swiglu)
     return made
 
@@ -179,18 +181,17 @@ def fp8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight.float() / scale[:, None]).to(FP8), scale
 
 
-def _check(
+def check_linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor | None, eps: float,
     residual: Tensor | None, swiglu: bool,
 ) -> None:  # fmt: skip
+    """What `skinny_linear` and `wide_linear` ask of their arguments. Raises as they do."""
     checks.check_shape("x", x, (None, None))
     checks.check_floats(x=x)
     rows, depth = x.shape
     checks.check_shape("weight", weight, (None, depth))
     channels = len(weight)
     checks.check_not_empty(x=x, weight=weight)
-    if rows > MAX_ROWS:
-        raise ValueError(f"x has {rows} rows; the kernel takes up to {MAX_ROWS}")
     if weight.dtype not in (x.dtype, FP8):
         raise TypeError(f"weight is {weight.dtype}; it must be {x.dtype} or {FP8}")
     multiple = 16 if weight.dtype == FP8 else 8

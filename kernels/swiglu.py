@@ -28,7 +28,7 @@ def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _sigmoid(x):
+def sigmoid_of(x):
     """1/(1 + e⁻ˣ), without the exponential that overflows."""
     e = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
@@ -43,7 +43,7 @@ def _swiglu_forward_kernel(
     row, column, keep = _tile(rows, columns, ROWS, COLUMNS)
     gate = tl.load(gate_ptr + row * stride + column, mask=keep, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride + column, mask=keep, other=0.0).to(tl.float32)
-    tl.store(out_ptr + row * columns + column, gate * _sigmoid(gate) * up, mask=keep)
+    tl.store(out_ptr + row * columns + column, gate * sigmoid_of(gate) * up, mask=keep)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def _swiglu_backward_kernel(
     d = tl.load(d_out_ptr + row * columns + column, mask=keep, other=0.0).to(tl.float32)
     gate = tl.load(gate_ptr + place, mask=keep, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + place, mask=keep, other=0.0).to(tl.float32)
-    sigmoid = _sigmoid(gate)
+    sigmoid = sigmoid_of(gate)
     tl.store(d_gate_ptr + place, d * up * sigmoid * (1 + gate * (1 - sigmoid)), mask=keep)
     tl.store(d_up_ptr + place, d * gate * sigmoid, mask=keep)
 

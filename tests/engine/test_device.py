@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from echogen.engine import decode, device, graphs
 from echogen.engine.config import ModelConfig
 from echogen.engine.decode import PlainDecoding, decode_image, left_padded
-from echogen.engine.device import DeviceTransformer, Piece, misfit
+from echogen.engine.device import DeviceLinear, DeviceTransformer, Piece, misfit
 from echogen.engine.device_decode import DeviceDecoding
 from echogen.engine.device_step import DeviceStep
 from echogen.engine.engine import Engine, on_operators
@@ -110,14 +110,17 @@ def codes(made, prompts, drawer, share=True, progress=None) -> Tensor:
 # --- logits -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("few", [0, 16], ids=["torch multiplies", "skinny_linear"])
+@pytest.mark.parametrize("who", ["torch", "wide_linear", "skinny_linear"])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
 @pytest.mark.parametrize("prompts", [RAGGED, GROUPS[3:]], ids=["ragged", "groups"])
 @torch.inference_mode()
 def test_logits_are_those_of_the_plain_loop(
-    model, relative_error, monkeypatch, few, dtype, bound, prompts
+    model, relative_error, monkeypatch, who, dtype, bound, prompts
 ):
-    monkeypatch.setattr(device, "MAX_ROWS", few)
+    if who != "skinny_linear":
+        monkeypatch.setattr(device, "MAX_ROWS", 0)
+    if who == "wide_linear":
+        monkeypatch.setenv("ECHOGEN_FUSED", "1")
     model = build(dtype, **{n: getattr(model.config, n) for n in ("heads", "kv_heads", "head_dim")})
     rows = rows_of(prompts, True)
     ids, pads = left_padded(rows, PAD)
@@ -138,11 +141,14 @@ def test_logits_are_those_of_the_plain_loop(
         assert relative_error(found, wanted) < bound
 
 
-@pytest.mark.parametrize("few", [0, 16], ids=["torch multiplies", "skinny_linear"])
+@pytest.mark.parametrize("who", ["torch", "wide_linear", "skinny_linear"])
 @torch.inference_mode()
-def test_weights_in_fp8(relative_error, monkeypatch, few):
+def test_weights_in_fp8(relative_error, monkeypatch, who):
     """The products are those of the weights that fp8 holds, whoever multiplies."""
-    monkeypatch.setattr(device, "MAX_ROWS", few)
+    if who != "skinny_linear":
+        monkeypatch.setattr(device, "MAX_ROWS", 0)
+    if who == "torch":
+        monkeypatch.setattr(DeviceLinear, "_fits_wide", lambda linear: False)
     shape = {"head_width": 48, "mlp_width": 96}  # multiples of 16
     model, rounded = build(**shape), build(**shape)
     for name, p in rounded.named_parameters():
@@ -367,14 +373,20 @@ def test_a_seed_that_is_no_key_is_refused_as_elsewhere():
 # --- what a step is made of -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("images", "most"), [(8, 7), (9, 10)], ids=["16 rows", "more rows"])
+@pytest.mark.parametrize(
+    ("images", "fused", "fp8", "most"),
+    [(8, "0", False, 7), (9, "0", False, 10), (9, "1", False, 7), (9, "0", True, 7)],
+    ids=["16 rows", "more rows", "more rows, fused", "more rows, fp8"],
+)
 @torch.inference_mode()
-def test_launches_a_layer(images, most):
+def test_launches_a_layer(images, fused, fp8, most, monkeypatch):
     """What the module says, with guidance and shared prefixes: kernels of the project as they would
     be launched, and products of torch."""
+    monkeypatch.setenv("ECHOGEN_FUSED", fused)
     counted = []
     for layers in (2, 3):
-        made = operators(build(torch.bfloat16, layers=layers), Eager())
+        model = build(torch.bfloat16, layers=layers, head_width=48, mlp_width=96)
+        made = operators(model, Eager(), fp8=fp8, fp8_cache=fp8)
         decoding = DeviceDecoding(made, rows_of([prompt(5, 1)] * images, True), guided=True)
         with recorded() as kernels:
             calls = written(decoding._step.layers).launches

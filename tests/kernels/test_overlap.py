@@ -25,6 +25,7 @@ from echogen.kernels.rope import rope_cache
 from echogen.kernels.sampling import cfg_sample
 from echogen.kernels.skinny_linear import skinny_linear
 from echogen.kernels.swiglu import swiglu
+from echogen.kernels.wide_linear import wide_linear
 
 
 @pytest.fixture
@@ -68,6 +69,7 @@ STEP = {
     "decode_attention": lambda: attend(False),
     "decode_attention, shared": lambda: attend(True),
     "cfg_sample": sample,
+    "wide_linear": lambda: wide_linear(zeros(30, 64), zeros(32, 64), gain=zeros(64)),
     "skinny_linear": lambda: skinny_linear(zeros(3, 64), zeros(32, 64)),
 }
 """What a step of drawing launches."""

@@ -11,6 +11,7 @@ from echogen.bench.registry import BOUNDS, Case, Dims, Floor, Inputs, Make, Outp
 from echogen.kernels.decode_attention import decode_attention
 from echogen.kernels.rope import scaled_heads
 from echogen.kernels.skinny_linear import FP8, fp8_weight, skinny_linear
+from echogen.kernels.wide_linear import wide_linear
 
 # Janus-Pro: 16 heads of 128 without grouping; prompts of 128 tokens, images of 576. Halfway
 # through an image a sequence holds 128 + 288.
@@ -108,6 +109,20 @@ _DOWN = {
 }
 
 
+_MANY = {
+    "tiny": {"rows": 40, "depth": 64, "channels": 48},
+    "decoding": {"rows": 256, "depth": 2048, "channels": 3 * 2048},
+}
+_MANY_GATE_UP = {
+    "tiny": {"rows": 40, "depth": 64, "channels": 96},
+    "decoding": {"rows": 256, "depth": 2048, "channels": 2 * 5632},
+}
+_MANY_DOWN = {
+    "tiny": {"rows": 40, "depth": 96, "channels": 64},
+    "decoding": {"rows": 256, "depth": 5632, "channels": 2048},
+}
+
+
 def _linear_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
     rows, depth, channels = dims["rows"], dims["depth"], dims["channels"]
     return {
@@ -136,6 +151,14 @@ def _residual_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
 
 def _linear(i: Inputs) -> Outputs:
     return (skinny_linear(**i, eps=EPS),)
+
+
+def _many(i: Inputs) -> Outputs:
+    return (wide_linear(**i, eps=EPS),)
+
+
+def _many_gated(i: Inputs) -> Outputs:
+    return (wide_linear(**i, eps=EPS, swiglu=True),)
 
 
 def _gated(i: Inputs) -> Outputs:
@@ -241,6 +264,49 @@ CASES: tuple[Case, ...] = (
         sizes=_DOWN,
         inputs=_residual_inputs,
         run=_linear,
+        eager=_eager_linear,
+        outputs=("y",),
+        floor=_linear_floor,
+        only=torch.bfloat16,
+    ),
+    Case(
+        operator="wide_linear",
+        sizes=_MANY,
+        inputs=_normed_inputs,
+        run=_many,
+        eager=_eager_linear,
+        outputs=("y",),
+        floor=_linear_floor,
+        only=torch.bfloat16,
+    ),
+    Case(
+        operator="wide_linear",
+        variant="fp8",
+        sizes=_MANY,
+        inputs=_fp8_inputs,
+        run=_many,
+        eager=_eager_linear,
+        outputs=("y",),
+        floor=_fp8_floor,
+        only=torch.bfloat16,
+    ),
+    Case(
+        operator="wide_linear",
+        variant="SwiGLU",
+        sizes=_MANY_GATE_UP,
+        inputs=_normed_inputs,
+        run=_many_gated,
+        eager=_eager_gated,
+        outputs=("y",),
+        floor=_linear_floor,
+        only=torch.bfloat16,
+    ),
+    Case(
+        operator="wide_linear",
+        variant="residual",
+        sizes=_MANY_DOWN,
+        inputs=_residual_inputs,
+        run=_many,
         eager=_eager_linear,
         outputs=("y",),
         floor=_linear_floor,

@@ -1,0 +1,155 @@
+"""y = x·Wᵀ for the rows of a large batch of decoding, with the norm before it and the residual or
+SwiGLU behind it in one launch; `skinny_linear` is for 16 rows and fewer.
+
+From some 17 rows on the tensor cores have enough to do for tiles of x and W, and what is left to
+save is what torch's product leaves to others: the launch of the norm and its copy of x, that of
+SwiGLU and the 2·M numbers a row in front of it, and, with fp8 weights, a whole wider copy of W.
+
+The norm needs no pass of its own: ``(x/rms ⊙ g)·Wᵀ = (x ⊙ g)·Wᵀ / rms``, and the sum of squares is
+collected from the tiles that the product reads anyway. So x ⊙ g is rounded to bfloat16 once, before
+the division, where Llama's norm rounds on both sides of the gain: a rounding less.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from echogen.kernels.cuda.loader import gpu
+from echogen.kernels.dispatch import INTERPRETED, launch, operator
+from echogen.kernels.overlap import wait_for_earlier
+from echogen.kernels.reference import skinny_linear as reference
+from echogen.kernels.skinny_linear import check_linear
+from echogen.kernels.swiglu import sigmoid_of
+
+ROWS, MORE_ROWS = 64, 128  # of a tile; the larger where they still give every multiprocessor one
+COLUMNS, DEPTH = 64, 64
+STAGES = 4
+
+
+@triton.jit
+def _product(x, w, sums, WIDE: tl.constexpr):
+    """x [ROWS, DEPTH] · w [DEPTH, COLUMNS] added to the sums."""
+    w = w.to(x.dtype)
+    if WIDE:  # the interpreter, whose bfloat16 are integers, and multiplied as such
+        x, w = x.to(tl.float32), w.to(tl.float32)
+    return tl.dot(x, w, sums, input_precision="ieee")
+
+
+@triton.jit
+def _wide_linear_kernel(
+    x_ptr, weight_ptr, scale_ptr, gain_ptr, residual_ptr, out_ptr, rows, depth, outputs, eps,
+    SWIGLU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
+    WIDE: tl.constexpr, DEPENDENT: tl.constexpr = False,
+):  # fmt: skip
+    """One tile of outputs. Programs side by side have the same columns, so that W comes from memory
+    once, and for the others out of the L2 cache."""
+    wait_for_earlier(DEPENDENT)
+    tiles = tl.cdiv(rows, ROWS)
+    row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) // tiles * COLUMNS + tl.arange(0, COLUMNS)
+    real, inside = row < rows, column < outputs
+    x_place = row.to(tl.int64)[:, None] * depth
+    w_place = column.to(tl.int64)[None, :] * depth
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    ups, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS], tl.float32)
+    for first in range(0, depth, DEPTH):
+        k = first + tl.arange(0, DEPTH)
+        there = k < depth
+        x = tl.load(x_ptr + x_place + k[None, :], mask=real[:, None] & there[None, :], other=0.0)
+        if gain_ptr is not None:
+            wide = x.to(tl.float32)
+            squares += tl.sum(wide * wide, 1)
+            gain = tl.load(gain_ptr + k, mask=there, other=0.0).to(tl.float32)
+            x = (wide * gain[None, :]).to(x.dtype)
+        keep = there[:, None] & inside[None, :]
+        w = tl.load(weight_ptr + w_place + k[:, None], mask=keep, other=0.0)
+        sums = _product(x, w, sums, WIDE)
+        if SWIGLU:
+            up = weight_ptr + outputs.to(tl.int64) * depth + w_place + k[:, None]
+            ups = _product(x, tl.load(up, mask=keep, other=0.0), ups, WIDE)
+    if gain_ptr is not None:
+        inverse = tl.rsqrt(squares / depth + eps)[:, None]
+        sums, ups = sums * inverse, ups * inverse
+    if scale_ptr is not None:
+        sums *= tl.load(scale_ptr + column, mask=inside, other=0.0)[None, :]
+        if SWIGLU:
+            ups *= tl.load(scale_ptr + outputs + column, mask=inside, other=0.0)[None, :]
+    if SWIGLU:
+        sums = sums * sigmoid_of(sums) * ups
+    place = row.to(tl.int64)[:, None] * outputs + column[None, :]
+    stored = real[:, None] & inside[None, :]
+    if residual_ptr is not None:
+        sums += tl.load(residual_ptr + place, mask=stored, other=0.0).to(tl.float32)
+    tl.store(out_ptr + place, sums, mask=stored)
+
+
+def _launch(
+    x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor | None, eps: float,
+    residual: Tensor | None, swiglu: bool,
+) -> Tensor:  # fmt: skip
+    rows, depth = x.shape
+    if x.dtype != torch.bfloat16:
+        raise TypeError(
+            f"x is {x.dtype}; the kernel multiplies bfloat16 by bfloat16 or float8_e4m3fn"
+        )
+    outputs = len(weight) // 2 if swiglu else len(weight)
+    out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
+    columns = triton.cdiv(outputs, COLUMNS)
+    many = triton.cdiv(rows, MORE_ROWS) * columns >= gpu(x.device).sms
+    # Two sums of 128 rows would take all registers of a thread.
+    tile = MORE_ROWS if many and not swiglu else ROWS
+    launch(
+        _wide_linear_kernel, (triton.cdiv(rows, tile) * columns,), x, weight, scale, gain, residual,
+        out, rows, depth, outputs, eps, SWIGLU=swiglu, ROWS=tile, COLUMNS=COLUMNS, DEPTH=DEPTH,
+        WIDE=INTERPRETED, num_warps=4 if tile == ROWS else 8, num_stages=STAGES,
+    )  # fmt: skip
+    return out
+
+
+@operator("wide_linear", _launch)
+def _wide_linear(
+    x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor | None, eps: float,
+    residual: Tensor | None, swiglu: bool,
+) -> Tensor:  # fmt: skip
+    return reference.linear(x, weight, scale, gain, eps, residual, swiglu)
+
+
+@_wide_linear.register_fake
+def _fake(
+    x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor | None, eps: float,
+    residual: Tensor | None, swiglu: bool,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(len(x), len(weight) // 2 if swiglu else len(weight))
+
+
+def wide_linear(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    swiglu: bool = False,
+) -> Tensor:
+    """`skinny_linear` for any number of rows; the same formula, sums in float32, without a
+    gradient. The reference rounds the norm as Llama does, the kernel once less (see the module).
+
+    Args:
+        x: [R, K], contiguous; bfloat16 on CUDA, any float type on the CPU.
+        weight: [N, K], contiguous, of x's type, or float8_e4m3fn (see `skinny_linear.fp8_weight`;
+            on CUDA from compute capability 8.9 on), without NaN. K as there.
+        scale, gain, eps, residual, swiglu: as there.
+
+    Returns:
+        [R, N], or [R, N/2] with ``swiglu``, of x's type.
+
+    Raises:
+        ValueError: shapes, devices, strides or numbers that do not fit.
+        TypeError: types that do not fit.
+    """
+    check_linear(x, weight, scale, gain, eps, residual, swiglu)
+    made: Tensor = _wide_linear(x, weight, scale, gain, eps, residual, swiglu)
+    return made
