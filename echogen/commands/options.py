@@ -26,9 +26,15 @@ class ModelOptions:
     """A bundled model, a folder, or a hub id in the Janus format."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of the weights; a GPU is quickest in bfloat16."""
+    fp8: bool = False
+    """Draw with weights rounded to 8 bits (on a GPU alone)."""
+    fp8_cache: bool = False
+    """Draw with keys and values rounded to 8 bits (on a GPU alone)."""
 
     def check(self) -> None:
-        """Refuse a device that is not there."""
+        """Refuse a device that is not there, and 8 bits where nothing multiplies by them."""
         import torch
 
         kind, _, index = self.device.partition(":")
@@ -37,16 +43,31 @@ class ModelOptions:
         if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
             count = torch.cuda.device_count()
             raise InputError(f"--device {self.device}: PyTorch sees {count} CUDA devices; use cpu")
+        for option, on in (("--fp8", self.fp8), ("--fp8-cache", self.fp8_cache)):
+            if on and kind == "cpu":
+                raise InputError(
+                    f"{option} with --device cpu: a GPU alone multiplies by 8 bits; leave it out"
+                )
 
     def load(self) -> Engine:
-        """The engine. Raises CheckpointError where there is no such model."""
+        """The engine. Raises CheckpointError where there is no such model, and InputError where its
+        drawing cannot run in 8 bits."""
         self.check()
+        import torch
         from transformers.utils import logging
 
         logging.disable_progress_bar()
         from echogen.engine.engine import Engine
 
-        return Engine.from_pretrained(self.model, self.device)
+        dtype = getattr(torch, self.dtype)
+        try:
+            return Engine.from_pretrained(
+                self.model, self.device, dtype, fp8=self.fp8, fp8_cache=self.fp8_cache
+            )
+        except ValueError as error:
+            if self.fp8 or self.fp8_cache:
+                raise InputError(str(error)) from None
+            raise
 
 
 @dataclass(frozen=True)

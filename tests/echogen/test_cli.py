@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -16,6 +17,8 @@ from PIL import Image
 import echogen
 from echogen import __version__
 from echogen.cli import main
+from echogen.commands.options import ModelOptions
+from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutError
 
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.json"))
@@ -184,6 +187,8 @@ def test_layouts_that_no_prompt_can_hold(run, model, tmp_path, expr, word):
         (["bench", "engine", "--repeats", "0"], ["--repeats 0"]),
         (["bench", "engine", "--cfg", "nan"], ["--cfg nan"]),
         (["doctor", "--model", "enormous"], ["enormous"]),
+        (["eval", "--fp8"], ["--fp8 with --device cpu", "leave it out"]),
+        (["eval", "--fp8-cache"], ["--fp8-cache with --device cpu"]),
     ],
 )
 def test_commands_refuse(run, model, layout, tmp_path, monkeypatch, argv, words):
@@ -350,6 +355,14 @@ def test_eval(run, model, tmp_path, monkeypatch):
     assert {"i2l", "cycle", "judge_ceiling", "sampling", "model"} <= set(done.data)
     assert done.data["count"] == 3 and done.data["sampling"]["cfg"] == 3
     assert json.loads(out.read_text()) == done.data
+
+
+def test_options_of_the_weights_reach_the_engine(monkeypatch):
+    told = []
+    monkeypatch.setattr(Engine, "from_pretrained", lambda *where, **how: told.append((where, how)))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    ModelOptions("tiny", "cuda", "bfloat16", fp8=True, fp8_cache=True).load()
+    assert told == [(("tiny", "cuda", torch.bfloat16), {"fp8": True, "fp8_cache": True})]
 
 
 def test_doctor(run, model):
