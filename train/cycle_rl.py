@@ -42,6 +42,7 @@ from echogen.train.rollouts import Rollout, roll_out, targets
 from echogen.train.scoring import box_logprob, image_logprob
 from echogen.train.shares import places
 from echogen.train.start import Start
+from echogen.train.whole import WholeEngine
 from echogen.train.world import WorldStage
 
 VAL_LAYOUTS = 256  # as many as the other numbers of an evaluation are of
@@ -62,7 +63,11 @@ class CycleRLStage(WorldStage):
 
     def __init__(self, config: CycleRLConfig, start: Start) -> None:
         locations(start.engine.prompts)
+        if config.rollout_dtype != "float32":
+            self.engine_dtype = getattr(torch, config.rollout_dtype)
         super().__init__(start.engine, config.loop, start.stages)
+        if self.engine_dtype is not None and not isinstance(self.engine, WholeEngine):
+            self.gather()
         self.config = replace(config, start=start.fingerprint)
         self._key = keys.noise_key(config.loop.seed, keys.RL_NOISE)
         # What adapters are beside is the reference, unless it is trained in part.

@@ -84,13 +84,7 @@ def small() -> Recipe:
     )  # fmt: skip
     on = replace(loop, steps=10_000, lr=5e-4, muon_lr=1e-3, decay=0.8)
     late = replace(loop, steps=5000, lr=5e-5, muon_lr=1e-4, eval_every=500, save_every=500)
-    rl = replace(
-        late, steps=1000, lr=2e-5, muon_lr=None, warmup=20, eval_every=100, save_every=100,
-        # The sampler runs in float32, and so the trainer scores in it: under bfloat16 its
-        # log-probabilities would be off by the rounding (`sampler_gap` in the metrics says how
-        # far; in float32 tests/train/test_scoring.py allows 5e-6).
-        bf16=False,
-    )  # fmt: skip
+    rl = replace(late, steps=1000, lr=2e-5, muon_lr=None, warmup=20, eval_every=100, save_every=100)
     return Recipe(
         name="small",
         vq=VQConfig(
@@ -100,7 +94,8 @@ def small() -> Recipe:
         pmtp=pmtp,
         pmtp_on=replace(pmtp, loop=on),
         djo=DJOConfig(loop=late, scenes=200_000, batch=128, loop_weight=0.2),
-        cycle_rl=CycleRLConfig(loop=rl, scenes=200_000, batch=16),
+        # Drawn and scored in bfloat16: `sampler_gap` in the metrics says how far the two are apart.
+        cycle_rl=CycleRLConfig(loop=rl, scenes=200_000, batch=16, rollout_dtype="bfloat16"),
         notes="train vq and the stages with --device cuda",
     )  # fmt: skip
 
@@ -122,7 +117,7 @@ def janus_pro_1b() -> Recipe:
         loop=loop, width=2048, layers=24, heads=16, mlp_width=5632, rope_theta=10_000.0,
         bins=1000, scenes=200_000, batch=32,
     )  # fmt: skip
-    rl = replace(loop, steps=50_000, warmup=20, eval_every=500, save_every=500, bf16=False)
+    rl = replace(loop, steps=50_000, warmup=20, eval_every=500, save_every=500)
     return Recipe(
         name="janus_pro_1b",
         vq=VQConfig(
@@ -132,7 +127,9 @@ def janus_pro_1b() -> Recipe:
         pmtp=pmtp,
         pmtp_on=pmtp,
         djo=DJOConfig(loop=replace(loop, steps=60_000), scenes=200_000, batch=32),
-        cycle_rl=CycleRLConfig(loop=rl, scenes=200_000, batch=1, group=8),
+        cycle_rl=CycleRLConfig(
+            loop=rl, scenes=200_000, batch=1, group=8, rollout_dtype="bfloat16"
+        ),
         notes="begins with a Janus-Pro-1B checkpoint: train pmtp --pretrained FOLDER",
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """A module's weights as the engine reads them, whatever they are trained as.
 
-In a sharded run each process holds a slice of every weight, and with adapters (LoRA) a weight is a
-frozen one and a product beside it. The engine draws and grounds with whole, plain weights: there it
+In a sharded run each process holds a slice of every weight, with adapters (LoRA) a weight is a
+frozen one and a product beside it, and float32 is what an optimizer needs, but twice the bytes that
+drawing should read. The engine draws and grounds with whole, plain weights of its type: there it
 runs on a copy in a fixed buffer, filled anew when the weights have changed. What is trained as it
 is shares its memory with the copy.
 """
@@ -55,18 +56,21 @@ class WholeEngine(Engine):
     Args:
         engine: whose tokenizer, configuration and image tokenizer it takes.
         module: the transformer that is trained.
+        dtype: of the engine's weights; None: as they are trained.
 
     Attributes:
         adapter: the adapters' weights, whole, as of the last ``refresh``.
     """
 
-    def __init__(self, engine: Engine, module: UnifiedTransformer) -> None:
+    def __init__(
+        self, engine: Engine, module: UnifiedTransformer, dtype: torch.dtype | None = None
+    ) -> None:
         self._module, self._seen = module, -1
         self.adapter: dict[str, Tensor] = {}
         self._sharded = any(isinstance(p, DTensor) for p in module.parameters())
         with torch.device("meta"):
             copy = UnifiedTransformer(module.config)
-        self._allocate(copy, module)
+        self._allocate(copy, module, dtype)
         super().__init__(
             engine.config,
             copy.eval().requires_grad_(False),
@@ -103,12 +107,15 @@ class WholeEngine(Engine):
                 into[name].copy_(weight)
         self.adapter = {name: whole(w).clone() for name, w in adapter_weights(self._module).items()}
 
-    def _allocate(self, copy: UnifiedTransformer, module: UnifiedTransformer) -> None:
+    def _allocate(
+        self, copy: UnifiedTransformer, module: UnifiedTransformer, dtype: torch.dtype | None
+    ) -> None:
         self._shared: set[str] = set()
         for name, weight, itself in plain_weights(module):
-            if itself:
+            shared = itself and dtype in (None, weight.dtype)
+            if shared:
                 self._shared.add(name)
-            held = nn.Parameter(weight if itself else torch.empty_like(weight))
+            held = nn.Parameter(weight if shared else torch.empty_like(weight, dtype=dtype))
             path, _, last = name.rpartition(".")
             setattr(copy.get_submodule(path), last, held)
         if copy.config.tied:

@@ -62,6 +62,8 @@ class WorldStage:
     """
 
     name = "world"
+    engine_dtype: torch.dtype | None = None
+    """Of the weights that the engine runs on where it has its own (see ``gather``)."""
 
     def __init__(self, engine: Engine, loop: LoopConfig, stages: tuple[str, ...] = ()) -> None:
         check_world(engine, "the model", IMAGE_SIZE)
@@ -131,8 +133,8 @@ class WorldStage:
 
     def gather(self) -> None:
         """From here on the engine runs on whole weights of its own, see `WholeEngine`: the trained
-        ones are sharded, or have adapters beside them."""
-        self.engine = WholeEngine(self.engine, self.module)
+        ones are sharded, have adapters beside them, or are of another type."""
+        self.engine = WholeEngine(self.engine, self.module, self.engine_dtype)
 
     @torch.no_grad()
     def pictures(self) -> list[tuple[str, Image.Image]]:

@@ -88,6 +88,29 @@ def test_codes_equal_to_the_last_one_kept_are_kept_by_all(top_k, top_p, kept, sp
     assert torch.allclose(drawn.logprob, wanted, atol=1e-6, rtol=0)
 
 
+def test_rollouts_in_bfloat16_follow_the_weights_in_float32(rl_stage) -> None:
+    rl = rl_stage(rollout_dtype="bfloat16")
+
+    def rounded() -> bool:
+        pairs = zip(rl.engine.transformer.parameters(), rl.module.parameters(), strict=True)
+        return all(torch.equal(copy, trained.bfloat16()) for copy, trained in pairs)
+
+    held = rl._hold(0)
+    assert rounded() and all(p.dtype == torch.float32 for p in rl.module.parameters())
+    codes = [held.rollout.drawing.codes]
+    rl.loss(0)[0].backward()
+    with torch.no_grad():
+        for p in rl.module.parameters():
+            if p.grad is not None:
+                p -= 0.1 * p.grad.sign()
+    assert not rounded(), "what is drawn with is a copy"
+    codes.append(rl._hold(1).rollout.drawing.codes)
+    assert rounded() and not torch.equal(*codes)
+    # It is near: the trainer, in float32, finds what was drawn as likely as the sampler did.
+    again = rl_stage(wild=False, rollout_dtype="bfloat16")
+    assert again.loss(0)[1]["sampler_gap"] < 0.05
+
+
 def test_rollouts_draw_what_the_engine_draws(rl_stage) -> None:
     rl = rl_stage(sampling=SAMPLINGS["all"], beta=0.0)
     held = rl._hold(0)
