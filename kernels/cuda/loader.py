@@ -22,6 +22,7 @@ from torch import Tensor
 FOLDER = Path(__file__).parent
 NVRTC_OPTIONS = ("--std=c++17", f"-I{FOLDER}")
 INSTALL = "pip install 'echogen[cuda]'"
+WAITS = 90  # architecture from which code waits where it says so (device.cuh)
 CTYPES: dict[type, Any] = {
     np.uint64: ctypes.c_void_p,
     np.float32: ctypes.c_float,
@@ -117,7 +118,8 @@ class CudaKernel:
 
             function = _function(self.source, self.__name__, device)
             stream, values = torch.cuda.current_stream(device), tuple(map(_argument, arguments))
-            if DEPENDENT:
+            # Code of an older one, which the driver translates for this device, would not wait.
+            if DEPENDENT and function.ptx_version >= WAITS:
                 _launch_dependent(function, stream, grid, block, shared, values)
                 return
             with cupy.cuda.Stream.from_external(stream):

@@ -8,6 +8,7 @@ import ctypes
 import importlib
 import re
 import sys
+from contextlib import nullcontext
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -129,6 +130,29 @@ def ptx(launch) -> str:
     asked = ASTSource(kernel, source.signature, source.constants, source.attributes)
     options = {"enable_fp_fusion": True} | source.options
     return triton.compile(asked, target=aot.target_of("sm_90"), options=options).asm["ptx"]
+
+
+@pytest.mark.parametrize(("made_for", "early"), [(80, False), (90, True), (120, True)])
+def test_code_that_does_not_wait_is_not_launched_early(made_for, early, monkeypatch):
+    """That of sm_80 has no such instruction, and a newer GPU runs it where nothing else fits."""
+    launched = []
+    cupy = ModuleType("cupy")
+    cupy.cuda = SimpleNamespace(Stream=SimpleNamespace(from_external=nullcontext))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(loader, "_launch_dependent", lambda *_: launched.append("early"))
+
+    class Function:
+        ptx_version = made_for
+
+        def __call__(self, *_, **__):
+            launched.append("in its turn")
+
+    monkeypatch.setattr(loader, "_function", lambda *_: Function())
+    kernel = loader.CudaKernel("skinny_linear", "skinny_linear_bf16_1", overlaps=True)
+    kernel[(1,)](torch.zeros(1), block=256, DEPENDENT=True, launch_pdl=True)
+    assert launched == ["early" if early else "in its turn"]
 
 
 def test_a_launch_in_cuda_cpp_says_that_it_may_begin_early(monkeypatch):
