@@ -1,9 +1,9 @@
 """y = x·Wᵀ for the rows of a large batch of decoding, with the norm before it and the residual or
 SwiGLU behind it in one launch; `skinny_linear` is for 16 rows and fewer.
 
-From some 17 rows on the tensor cores have enough to do for tiles of x and W, and what is left to
-save is what torch's product leaves to others: the launch of the norm and its copy of x, that of
-SwiGLU and the 2·M numbers a row in front of it, and, with fp8 weights, a whole wider copy of W.
+Above 16 rows torch multiplies well, and what is left to save is what its product leaves to others:
+the launch of the norm and its copy of x, that of SwiGLU and the 2·M numbers a row in front of it,
+and, with fp8 weights, a whole wider copy of W.
 
 The norm needs no pass of its own: ``(x/rms ⊙ g)·Wᵀ = (x ⊙ g)·Wᵀ / rms``, and the sum of squares is
 collected from the tiles that the product reads anyway. So x ⊙ g is rounded to bfloat16 once, before
@@ -68,8 +68,9 @@ def _wide_linear_kernel(
         w = tl.load(weight_ptr + w_place + k[:, None], mask=keep, other=0.0)
         sums = _product(x, w, sums, WIDE)
         if SWIGLU:
-            up = weight_ptr + outputs.to(tl.int64) * depth + w_place + k[:, None]
-            ups = _product(x, tl.load(up, mask=keep, other=0.0), ups, WIDE)
+            up_place = (column + outputs).to(tl.int64)[None, :] * depth
+            up = tl.load(weight_ptr + up_place + k[:, None], mask=keep, other=0.0)
+            ups = _product(x, up, ups, WIDE)
     if gain_ptr is not None:
         inverse = tl.rsqrt(squares / depth + eps)[:, None]
         sums, ups = sums * inverse, ups * inverse
@@ -99,7 +100,7 @@ def _launch(
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     columns = triton.cdiv(outputs, COLUMNS)
     many = triton.cdiv(rows, MORE_ROWS) * columns >= gpu(x.device).sms
-    # Two sums of 128 rows would take all registers of a thread.
+    # With the tiles of two weights one program of 128 rows fits an sm_90, two of 64 do; not timed.
     tile = MORE_ROWS if many and not swiglu else ROWS
     launch(
         _wide_linear_kernel, (triton.cdiv(rows, tile) * columns,), x, weight, scale, gain, residual,

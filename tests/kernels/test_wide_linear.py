@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from echogen.kernels import dispatch
+from echogen.kernels import aot, dispatch
 from echogen.kernels import wide_linear as module
 from echogen.kernels.wide_linear import wide_linear
 
@@ -87,6 +87,16 @@ def test_opcheck(fp8, generator, device):
 def test_one_launch(generator, device, launched):
     wide_linear(**inputs(70, 32, 24, generator, device, True, end="swiglu"))
     assert launched == {"_wide_linear_kernel": 1}
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="interpreted kernels cannot be compiled")
+def test_one_output_compiles(monkeypatch, generator):
+    """Triton makes constants of ones among the arguments."""
+    for name in ("ROWS", "MORE_ROWS", "COLUMNS", "DEPTH"):
+        monkeypatch.setattr(module, name, 16)
+    with dispatch.recorded() as found:
+        wide_linear(**inputs(1, 16, 1, generator, "cpu", end="swiglu"))
+    assert aot.compile_launch(found[0], "sm_90").error is None
 
 
 def test_tiles_grow_where_there_are_enough_of_them(generator):
