@@ -113,7 +113,7 @@ class Engine:
             bins: location tokens, when ``codec="location"`` is asked of a checkpoint without them:
                 they are added, each starting at the mean embedding of its number's digits.
             fp8: draw on a GPU with weights rounded to float8_e4m3fn, a scale for each output
-                channel: half the bytes a step for up to 16 rows, and other codes than in ``dtype``.
+                channel: half the bytes of weights a step, and other codes than in ``dtype``.
                 Prompts and grounding are run on the weights as they are.
             fp8_cache: draw on a GPU (of compute capability 8.9 or later) with keys and values
                 rounded to float8_e4m3fn, a scale for each head of a token: half the memory of a

@@ -501,7 +501,8 @@ def decode_attention(
             One of other groups gives wrong results, which nothing notices.
         scales, prefix_scales: float32 [2, B, Hk, S] and [2, P, Hk, Sp] of caches in 8 bits, of keys
             and of values, as `rope.rope_cache` and `rope.scaled_heads` make them. 8 bits need a GPU
-            of compute capability 8.9 or later.
+            of compute capability 8.9 or later, which multiplies in float16: a value above 458,000
+            gives infinities or NaN, and heads of values that are all below 1e-4 lose digits.
 
     Returns:
         [B, H, K] in the query's type.

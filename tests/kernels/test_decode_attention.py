@@ -138,6 +138,15 @@ def test_8_bits(heads, splits, cut, generator, device, relative_error):
     assert torch.equal((found == 0).all(-1), (wanted == 0).all(-1))
 
 
+@pytest.mark.parametrize("size", [1e-3, 4e5])
+def test_8_bits_of_values_far_from_one(size, generator, device, relative_error):
+    query, keys, values, lengths = own([71, 5], (6, 2), 71, 64, generator, device)
+    values *= size / values.nan_to_num().abs().amax()
+    held, scales, meant = in_8_bits(keys, values, [71, 5])
+    found = decode_attention(query, *held, lengths, scales=scales)
+    assert relative_error(found, oracle(query, *meant, lengths)) < 2e-3
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_8_bits_of_half_types(dtype, cut, generator, device, relative_error):
     cut(3)
