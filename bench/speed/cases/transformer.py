@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echogen.bench.registry import Case, Dims, Floor, Inputs, Make, Outputs, Pass, Peer, Run, wide
+from echogen.kernels.checks import FP8
 from echogen.kernels.rms_norm import add_rms_norm, rms_norm
 from echogen.kernels.rope import rope, rope_cache
 from echogen.kernels.swiglu import swiglu
@@ -145,6 +146,35 @@ def _eager_cache(i: Inputs) -> Outputs:
     return _rotated(i["q"], i), i["keys"], i["values"]
 
 
+def _eight_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
+    made = _cache_inputs(make, dims, dtype)
+    made |= {name: made[name].to(FP8) for name in ("keys", "values")}
+    shape = 2, dims["rows"], dims["heads"], dims["capacity"]
+    return made | {"scales": make.floats(*shape, dtype=torch.float32)}
+
+
+def _eight(i: Inputs) -> Outputs:
+    """Queries alone: what is cached is tested with the operator, and eager rounds otherwise."""
+    written = (i["keys"], i["values"], i["slots"], i["scales"])
+    return (rope_cache(i["q"], i["k"], i["v"], i["cos"], i["sin"], *written),)
+
+
+def _eager_eight(i: Inputs) -> Outputs:
+    row = torch.arange(len(i["q"]), device=i["q"].device)[:, None]
+    for n, (cache, new) in enumerate((("keys", _rotated(i["k"], i)), ("values", i["v"]))):
+        scale = new.abs().amax(-1).to(i["scales"].dtype) / 448
+        i["scales"][n, row, :, i["slots"]] = scale
+        i[cache][row, :, i["slots"]] = (new / scale[..., None]).to(i[cache].dtype)
+    return (_rotated(i["q"], i),)
+
+
+def _eight_floor(dims: Dims, size: int, mode: Pass) -> Floor:
+    n = dims["rows"] * dims["heads"]
+    # Four are read or written in full, two written in 8 bits, each with a scale for a head.
+    moved = n * dims["width"] * (4 * size + 2) + 8 * n
+    return Floor(moved + 2 * dims["width"] * size + 8 * dims["rows"], 0, 8 * n * dims["width"])
+
+
 def _cache_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     n = dims["rows"] * dims["heads"] * dims["width"]
     return Floor((6 * n + 2 * dims["width"]) * size + 8 * dims["rows"], 0, 6 * n)
@@ -226,6 +256,16 @@ CASES = (
         eager=_eager_cache,
         outputs=("q", "keys", "values"),
         floor=_cache_floor,
+    ),
+    Case(
+        operator="rope_cache",
+        variant="8 bits",
+        sizes=_CACHES,
+        inputs=_eight_inputs,
+        run=_eight,
+        eager=_eager_eight,
+        outputs=("q",),
+        floor=_eight_floor,
     ),
     Case(
         operator="swiglu",
