@@ -169,10 +169,14 @@ class DeviceStep:
         """Keep what prompts ``first`` … left behind, [2, layers, n, Hk, L, K], keys first."""
         _, _, count, _, length, _ = keys_values.shape
         prompts = slice(first, first + count)
-        if self._prompt_scales is not None:
-            keys_values, scales = scaled_heads(keys_values)
-            self._prompt_scales[:, :, prompts, :, :length] = scales.transpose(0, 1)
-        self.prompts[:, :, prompts, :, :length] = keys_values
+        if self._prompt_scales is None:
+            self.prompts[:, :, prompts, :, :length] = keys_values
+            return
+        # One layer at a time, as float32 takes several times the memory that is saved.
+        for layer, block in enumerate(keys_values.unbind(1)):
+            held, scales = scaled_heads(block)
+            self.prompts[:, layer, prompts, :, :length] = held
+            self._prompt_scales[layer, :, prompts, :, :length] = scales
 
     def choose(self, sampler: Sampler) -> None:
         """Take a sampler's numbers.

@@ -25,8 +25,8 @@ COLUMNS, SIDE, EDGE, LEFT = 10, 64, 4, 72
 
 
 def plot(name: str, table: Table, folder: Path) -> Path | None:
-    """Bars with standard errors of a table's arms, at T = 1 and at the best settings; None where no
-    cell is there.
+    """Means with standard errors of a table's arms, at T = 1 and at the best settings; None where no
+    cell is there. Points and not bars, as what arms differ by is small beside what they share.
 
     Raises:
         ImportError: there is no matplotlib.
@@ -44,8 +44,11 @@ def plot(name: str, table: Table, folder: Path) -> Path | None:
             places = [j + 0.4 * i for j, f in enumerate(found) if f["mean"] is not None]
             means = [f["mean"] for f in found if f["mean"] is not None]
             errors = [f["stderr"] or 0.0 for f in found if f["mean"] is not None]
-            axes.barh(places, means, 0.38, xerr=errors, label="T = 1" if i == 0 else "best T, CFG")
+            label = "T = 1" if i == 0 else "best T, CFG"
+            axes.errorbar(means, places, xerr=errors, fmt="os"[i], capsize=3, label=label)
         axes.set_title(measure)
+        axes.grid(axis="x", alpha=0.4)
+        axes.margins(0.1, 0.15)
     panels[0].set_yticks([j + 0.2 for j in range(len(rows))], [_label(row) for row in rows])
     panels[0].invert_yaxis()
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._pytree import tree_leaves
 
 from echogen.engine import decode, device, graphs
 from echogen.engine.config import ModelConfig
@@ -311,6 +312,20 @@ def test_caches_in_fp8(model, relative_error, monkeypatch, prompts):
     for a, b, c in zip(found, logits(operators(model)), exact, strict=True):
         assert relative_error(a, b) < 1e-5
         assert 1e-4 < relative_error(a, c) < 0.1
+
+
+@torch.inference_mode()
+def test_prompts_are_rounded_a_layer_at_a_time():
+    """What float32 takes meanwhile does not grow with the layers."""
+    largest = []
+    for layers in (2, 3):
+        made = operators(build(layers=layers), Eager(), fp8_cache=True)
+        step = DeviceDecoding(made, RAGGED, guided=False)._step
+        block = torch.zeros(2, layers, 3, CONFIG.kv_heads, 9, CONFIG.head_dim)
+        calls = written(lambda step=step, block=block: step.keep_prompts(0, block)).calls
+        new = [out for func, *_, out in calls if func._schema.returns[0].alias_info is None]
+        largest.append(max(tensor.nbytes for tensor in tree_leaves(new)))
+    assert largest[0] == largest[1]
 
 
 # --- weights that change --------------------------------------------------------------------------
