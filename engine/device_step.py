@@ -172,7 +172,7 @@ class DeviceStep:
         if self._prompt_scales is None:
             self.prompts[:, :, prompts, :, :length] = keys_values
             return
-        # One layer at a time, as float32 takes several times the memory that is saved.
+        # A layer at a time: float32 copies of them all would be several times what is saved.
         for layer, block in enumerate(keys_values.unbind(1)):
             held, scales = scaled_heads(block)
             self.prompts[:, layer, prompts, :, :length] = held
