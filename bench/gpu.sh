@@ -84,6 +84,8 @@ gpu test_device_overlap 150 env ECHOGEN_PDL=1 "$PYTHON" -m pytest tests/engine/t
 for mode in latency rollout; do
   gpu "$mode" 150 "$PYTHON" -m echogen bench engine --mode "$mode" --device cuda --dtype bfloat16 --json
 done
+gpu rollout_fused 150 env ECHOGEN_FUSED=1 "$PYTHON" -m echogen bench engine --mode rollout \
+  --device cuda --dtype bfloat16 --json
 gpu latency_overlap 150 env ECHOGEN_PDL=1 "$PYTHON" -m echogen bench engine --mode latency \
   --device cuda --dtype bfloat16 --json
 for operator in $("$PYTHON" -c '

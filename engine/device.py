@@ -165,7 +165,9 @@ class DeviceLinear:
         [R, N/2] with SwiGLU where ``gated``."""
         if len(x) <= self._few or self._fused:
             if self._bias is not None:
-                residual = self._bias.repeat(len(x), 1)
+                # A product, as a copy of one row is no kernel, and only behind one can the next
+                # launch begin early (`kernels.overlap`).
+                residual = self._bias.expand(len(x), -1) * 1
             product = skinny_linear if len(x) <= self._few else wide_linear
             return product(x, self._weight, self._scale, self._gain, self._eps, residual, gated)
         if self._gain is not None:

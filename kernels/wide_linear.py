@@ -25,7 +25,8 @@ from echogen.kernels.skinny_linear import check_linear
 from echogen.kernels.swiglu import sigmoid_of
 
 ROWS, MORE_ROWS = 64, 128  # of a tile; the larger where they still give every multiprocessor one
-COLUMNS, DEPTH = 64, 64
+# Of a tile: narrower where else more than half of the multiprocessors would read nothing of W.
+COLUMNS, LEAST_COLUMNS, DEPTH = 64, 16, 64
 STAGES = 4
 
 
@@ -98,16 +99,25 @@ def _launch(
         )
     outputs = len(weight) // 2 if swiglu else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    columns = triton.cdiv(outputs, COLUMNS)
-    many = triton.cdiv(rows, MORE_ROWS) * columns >= gpu(x.device).sms
-    # With the tiles of two weights one program of 128 rows fits an sm_90, two of 64 do; not timed.
-    tile = MORE_ROWS if many and not swiglu else ROWS
+    tile, columns = tiles(rows, outputs, swiglu, gpu(x.device).sms)
+    grid = (triton.cdiv(rows, tile) * triton.cdiv(outputs, columns),)
     launch(
-        _wide_linear_kernel, (triton.cdiv(rows, tile) * columns,), x, weight, scale, gain, residual,
-        out, rows, depth, outputs, eps, SWIGLU=swiglu, ROWS=tile, COLUMNS=COLUMNS, DEPTH=DEPTH,
-        WIDE=INTERPRETED, num_warps=4 if tile == ROWS else 8, num_stages=STAGES,
+        _wide_linear_kernel, grid, x, weight, scale, gain, residual, out, rows, depth, outputs, eps,
+        SWIGLU=swiglu, ROWS=tile, COLUMNS=columns, DEPTH=DEPTH, WIDE=INTERPRETED,
+        num_warps=4 if tile == ROWS else 8, num_stages=STAGES,
     )  # fmt: skip
     return out
+
+
+def tiles(rows: int, outputs: int, swiglu: bool, sms: int) -> tuple[int, int]:
+    """Rows and columns of a tile."""
+    # With the tiles of two weights one program of 128 rows fits an sm_90, two of 64 do; not timed.
+    many = triton.cdiv(rows, MORE_ROWS) * triton.cdiv(outputs, COLUMNS) >= sms
+    tile, columns = MORE_ROWS if many and not swiglu else ROWS, COLUMNS
+    high = triton.cdiv(rows, tile)
+    while columns > LEAST_COLUMNS and 2 * high * triton.cdiv(outputs, columns) <= sms:
+        columns //= 2
+    return tile, columns
 
 
 @operator("wide_linear", _launch)

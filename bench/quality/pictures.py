@@ -25,8 +25,8 @@ COLUMNS, SIDE, EDGE, LEFT = 10, 64, 4, 72
 
 
 def plot(name: str, table: Table, folder: Path) -> Path | None:
-    """Means with standard errors of a table's arms, at T = 1 and at the best settings; None where no
-    cell is there. Points and not bars, as what arms differ by is small beside what they share.
+    """Means with standard errors of a table's arms, at T = 1 and at the best settings; None where
+    no cell is there. Points and not bars, as arms differ by little beside what they share.
 
     Raises:
         ImportError: there is no matplotlib.

@@ -99,12 +99,18 @@ def test_one_output_compiles(monkeypatch, generator):
     assert aot.compile_launch(found[0], "sm_90").error is None
 
 
-def test_tiles_grow_where_there_are_enough_of_them(generator):
-    with dispatch.recorded() as found:
-        for channels, end in ((8, "plain"), (132 * 64, "plain"), (132 * 64, "swiglu")):
-            wide_linear(**inputs(128, 8, channels, generator, "cpu", end=end))
-    assert [launch.constants["ROWS"] for launch in found] == [64, 128, 64]
-    assert [launch.grid for launch in found] == [(2,), (132,), (264,)]
+@pytest.mark.parametrize(
+    ("rows", "outputs", "swiglu", "wanted"),
+    [
+        (256, 6144, False, (128, 64)),
+        (256, 5632, True, (64, 64)),
+        (256, 2048, False, (64, 64)),  # 128 programs: nearly all of an H200's 132
+        (64, 2048, False, (64, 16)),
+        (20, 8, False, (64, 16)),
+    ],
+)
+def test_tiles_are_as_large_as_leaves_the_device_busy(rows, outputs, swiglu, wanted):
+    assert module.tiles(rows, outputs, swiglu, 132) == wanted
 
 
 def test_bad_arguments(generator, device):

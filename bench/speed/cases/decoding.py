@@ -117,6 +117,10 @@ _MANY_GATE_UP = {
     "tiny": {"rows": 40, "depth": 64, "channels": 96},
     "decoding": {"rows": 256, "depth": 2048, "channels": 2 * 5632},
 }
+_FEWER_DOWN = {
+    "tiny": {"rows": 20, "depth": 96, "channels": 64},
+    "decoding": {"rows": 32, "depth": 5632, "channels": 2048},
+}
 _MANY_DOWN = {
     "tiny": {"rows": 40, "depth": 96, "channels": 64},
     "decoding": {"rows": 256, "depth": 5632, "channels": 2048},
@@ -283,6 +287,17 @@ CASES: tuple[Case, ...] = (
         operator="wide_linear",
         variant="fp8",
         sizes=_MANY,
+        inputs=_fp8_inputs,
+        run=_many,
+        eager=_eager_linear,
+        outputs=("y",),
+        floor=_fp8_floor,
+        only=torch.bfloat16,
+    ),
+    Case(
+        operator="wide_linear",
+        variant="fp8, 32 rows",
+        sizes=_FEWER_DOWN,
         inputs=_fp8_inputs,
         run=_many,
         eager=_eager_linear,
