@@ -20,7 +20,7 @@ from torch import Tensor
 from echogen.kernels.cuda.loader import gpu
 from echogen.kernels.dispatch import INTERPRETED, launch, operator
 from echogen.kernels.overlap import wait_for_earlier
-from echogen.kernels.reference import skinny_linear as reference
+from echogen.kernels.reference import wide_linear as reference
 from echogen.kernels.skinny_linear import check_linear
 from echogen.kernels.swiglu import sigmoid_of
 
