@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -106,7 +107,7 @@ def _of_cpu(dtype: torch.dtype, working_set: int) -> Roofline:
 
     target.copy_(source)
     # Either way round: without instructions for bfloat16 one is four times as quick as the other.
-    multiplied = min(best(lambda w=w: torch.mm(a, w, out=product)) for w in (b, b.t()))
+    multiplied = min(best(partial(torch.mm, a, w, out=product)) for w in (b, b.t()))
     return Roofline(
         bytes_per_s=2 * source.nbytes / best(lambda: target.copy_(source), 15),
         flops_per_s=2 * side**3 / multiplied,
