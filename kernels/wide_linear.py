@@ -21,7 +21,7 @@ from echogen.kernels.cuda.loader import gpu
 from echogen.kernels.dispatch import INTERPRETED, launch, operator
 from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.reference import wide_linear as reference
-from echogen.kernels.skinny_linear import check_linear
+from echogen.kernels.skinny_linear import check_linear, fake_linear
 from echogen.kernels.swiglu import sigmoid_of
 
 ROWS, MORE_ROWS = 64, 128  # of a tile; the larger where they still give every multiprocessor one
@@ -128,12 +128,7 @@ def _wide_linear(
     return reference.linear(x, weight, scale, gain, eps, residual, swiglu)
 
 
-@_wide_linear.register_fake
-def _fake(
-    x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor | None, eps: float,
-    residual: Tensor | None, swiglu: bool,
-) -> Tensor:  # fmt: skip
-    return x.new_empty(len(x), len(weight) // 2 if swiglu else len(weight))
+_wide_linear.register_fake(fake_linear)
 
 
 def wide_linear(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -153,22 +154,6 @@ def _residual_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
     return made | {"residual": make.floats(dims["rows"], dims["channels"], dtype=dtype)}
 
 
-def _linear(i: Inputs) -> Outputs:
-    return (skinny_linear(**i, eps=EPS),)
-
-
-def _many(i: Inputs) -> Outputs:
-    return (wide_linear(**i, eps=EPS),)
-
-
-def _many_gated(i: Inputs) -> Outputs:
-    return (wide_linear(**i, eps=EPS, swiglu=True),)
-
-
-def _gated(i: Inputs) -> Outputs:
-    return (skinny_linear(**i, eps=EPS, swiglu=True),)
-
-
 def _eager_linear(i: Inputs) -> Outputs:
     x, weight = i["x"], i["weight"].to(i["x"].dtype)
     if "gain" in i:
@@ -197,6 +182,28 @@ def _fp8_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     rows, depth, channels = dims["rows"], dims["depth"], dims["channels"]
     moved = channels * depth + 4 * channels + rows * (depth + channels) * size
     return Floor(moved, 2 * rows * depth * channels)
+
+
+def _product(
+    linear: Callable[..., torch.Tensor],
+    variant: str,
+    sizes: Mapping[str, Dims],
+    inputs: Callable[[Make, Dims, torch.dtype], Inputs],
+    floor: Callable[[Dims, int, Pass], Floor] = _linear_floor,
+    swiglu: bool = False,
+) -> Case:
+    """A case of one of the two linear layers, which take the same arguments."""
+    return Case(
+        operator=linear.__name__,
+        variant=variant,
+        sizes=sizes,
+        inputs=inputs,
+        run=lambda i: (linear(**i, eps=EPS, swiglu=swiglu),),
+        eager=_eager_gated if swiglu else _eager_linear,
+        outputs=("y",),
+        floor=floor,
+        only=torch.bfloat16,
+    )
 
 
 CASES: tuple[Case, ...] = (
@@ -230,101 +237,13 @@ CASES: tuple[Case, ...] = (
         floor=_eight_floor,
         bounds=dict.fromkeys(BOUNDS, 0.08),  # eager has what was rounded to 8 bits
     ),
-    Case(
-        operator="skinny_linear",
-        sizes=_QKV,
-        inputs=_normed_inputs,
-        run=_linear,
-        eager=_eager_linear,
-        outputs=("y",),
-        floor=_linear_floor,
-        only=torch.bfloat16,
-    ),
-    Case(
-        operator="skinny_linear",
-        variant="fp8",
-        sizes=_QKV,
-        inputs=_fp8_inputs,
-        run=_linear,
-        eager=_eager_linear,
-        outputs=("y",),
-        floor=_fp8_floor,
-        only=torch.bfloat16,
-    ),
-    Case(
-        operator="skinny_linear",
-        variant="SwiGLU",
-        sizes=_GATE_UP,
-        inputs=_normed_inputs,
-        run=_gated,
-        eager=_eager_gated,
-        outputs=("y",),
-        floor=_linear_floor,
-        only=torch.bfloat16,
-    ),
-    Case(
-        operator="skinny_linear",
-        variant="residual, 16 rows",
-        sizes=_DOWN,
-        inputs=_residual_inputs,
-        run=_linear,
-        eager=_eager_linear,
-        outputs=("y",),
-        floor=_linear_floor,
-        only=torch.bfloat16,
-    ),
-    Case(
-        operator="wide_linear",
-        sizes=_MANY,
-        inputs=_normed_inputs,
-        run=_many,
-        eager=_eager_linear,
-        outputs=("y",),
-        floor=_linear_floor,
-        only=torch.bfloat16,
-    ),
-    Case(
-        operator="wide_linear",
-        variant="fp8",
-        sizes=_MANY,
-        inputs=_fp8_inputs,
-        run=_many,
-        eager=_eager_linear,
-        outputs=("y",),
-        floor=_fp8_floor,
-        only=torch.bfloat16,
-    ),
-    Case(
-        operator="wide_linear",
-        variant="fp8, 32 rows",
-        sizes=_FEWER_DOWN,
-        inputs=_fp8_inputs,
-        run=_many,
-        eager=_eager_linear,
-        outputs=("y",),
-        floor=_fp8_floor,
-        only=torch.bfloat16,
-    ),
-    Case(
-        operator="wide_linear",
-        variant="SwiGLU",
-        sizes=_MANY_GATE_UP,
-        inputs=_normed_inputs,
-        run=_many_gated,
-        eager=_eager_gated,
-        outputs=("y",),
-        floor=_linear_floor,
-        only=torch.bfloat16,
-    ),
-    Case(
-        operator="wide_linear",
-        variant="residual",
-        sizes=_MANY_DOWN,
-        inputs=_residual_inputs,
-        run=_many,
-        eager=_eager_linear,
-        outputs=("y",),
-        floor=_linear_floor,
-        only=torch.bfloat16,
-    ),
+    _product(skinny_linear, "", _QKV, _normed_inputs),
+    _product(skinny_linear, "fp8", _QKV, _fp8_inputs, _fp8_floor),
+    _product(skinny_linear, "SwiGLU", _GATE_UP, _normed_inputs, swiglu=True),
+    _product(skinny_linear, "residual, 16 rows", _DOWN, _residual_inputs),
+    _product(wide_linear, "", _MANY, _normed_inputs),
+    _product(wide_linear, "fp8", _MANY, _fp8_inputs, _fp8_floor),
+    _product(wide_linear, "fp8, 32 rows", _FEWER_DOWN, _fp8_inputs, _fp8_floor),
+    _product(wide_linear, "SwiGLU", _MANY_GATE_UP, _normed_inputs, swiglu=True),
+    _product(wide_linear, "residual", _MANY_DOWN, _residual_inputs),
 )
