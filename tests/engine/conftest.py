@@ -17,6 +17,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from echogen.engine.engine import Engine
+from echogen.engine.prompt import LocationCodec, Prompts
+from echogen.engine.weights import load_checkpoint
 from echogen.train.tokenizer import train_tokenizer
 
 
@@ -123,3 +126,16 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
         "[10, 25]",
     ]
     return train_tokenizer(texts * 3, bins=33, merges=60)
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory, janus_config, random_janus, small_tokenizer) -> Engine:
+    """A small engine with random weights and 33 bins, for schedulers."""
+    config = janus_config(
+        vocab_size=len(small_tokenizer), max_position_embeddings=160, num_key_value_heads=1
+    )
+    folder = tmp_path_factory.mktemp("checkpoint")
+    random_janus(config, seed=30).save_pretrained(folder)
+    made = load_checkpoint(folder)
+    prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
+    return Engine(made.config, made.transformer.eval(), made.vq, made.siglip, prompts)

@@ -18,7 +18,6 @@ from torch.utils._pytree import tree_leaves
 
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutError, LayoutObject
-from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.engine.ranges import listening
 from echogen.engine.sampler import Sampling
 from echogen.engine.scheduler import Scheduler
@@ -28,7 +27,6 @@ from echogen.engine.serving.request import Request
 from echogen.engine.serving.waiting import QueueFull, Waiting
 from echogen.engine.serving.worker import SchedulerClosed
 from echogen.engine.slots import PackedRows, row_counts
-from echogen.engine.weights import load_checkpoint
 
 TOKENS = 16
 PLAIN, GUIDED = Sampling(), Sampling(cfg=4.0, temperature=0.8)
@@ -50,19 +48,6 @@ TWO = Layout(
 )
 THREE = Layout("a blue square in front of a red circle", (*TWO.objects, *ONE.objects))
 LAYOUTS = (ONE, TWO, THREE)
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory, janus_config, random_janus, small_tokenizer) -> Engine:
-    """A small engine with random weights: three layouts, prompts of three lengths."""
-    config = janus_config(
-        vocab_size=len(small_tokenizer), max_position_embeddings=160, num_key_value_heads=1
-    )
-    folder = tmp_path_factory.mktemp("checkpoint")
-    random_janus(config, seed=30).save_pretrained(folder)
-    made = load_checkpoint(folder)
-    prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
-    return Engine(made.config, made.transformer.eval(), made.vq, made.siglip, prompts)
 
 
 @dataclass(frozen=True)

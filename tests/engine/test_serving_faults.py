@@ -12,30 +12,14 @@ import pytest
 import torch
 
 from echogen.engine.cache import Prefix
-from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutObject
-from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.worker import SchedulerClosed
-from echogen.engine.weights import load_checkpoint
 
 TOKENS = 16
 PLAIN, GUIDED = Sampling(), Sampling(cfg=5.0, temperature=0.5)
 LAYOUT = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory, janus_config, random_janus, small_tokenizer) -> Engine:
-    """A small engine with random weights."""
-    config = janus_config(
-        vocab_size=len(small_tokenizer), max_position_embeddings=160, num_key_value_heads=1
-    )
-    folder = tmp_path_factory.mktemp("checkpoint")
-    random_janus(config, seed=30).save_pretrained(folder)
-    made = load_checkpoint(folder)
-    prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
-    return Engine(made.config, made.transformer.eval(), made.vq, made.siglip, prompts)
 
 
 @pytest.fixture
