@@ -8,13 +8,14 @@ import torch
 from torch import nn
 
 from echogen.train.config import LoopConfig
+from echogen.train.muon import Muon
 
 
 def build_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices of decoder blocks and AdamW for the rest.
 
-    AdamW (Loshchilov & Hutter 2019) decays matrices and kernels only. Muon (Jordan et al. 2024,
-    `torch.optim.Muon`) orthogonalises the update of a matrix.
+    AdamW (Loshchilov & Hutter 2019) decays matrices and kernels only. Muon's products are in the
+    type of the step's others.
     """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     use_muon = config.muon_lr is not None
@@ -34,11 +35,11 @@ def build_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.
     ]
     if config.muon_lr is not None:
         optimizers.append(
-            torch.optim.Muon(
+            Muon(
                 hidden,
                 lr=config.muon_lr,
                 weight_decay=config.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
+                dtype=torch.bfloat16 if config.bf16 else torch.float32,
             )
         )
     for optimizer in optimizers:

@@ -20,7 +20,7 @@ from echogen.bench.quality.cells import (
     scaled,
     settings,
 )
-from echogen.bench.quality.records import QualityError, differences, read_record
+from echogen.bench.quality.records import QualityError, differences, precision, read_record
 from echogen.engine.engine import Engine
 from echogen.train.config import CycleRLConfig, Recipe, to_json
 from echogen.train.data.samples import module_hash
@@ -42,6 +42,9 @@ class Lab:
         llm_layouts: file with one LLM-written layout a line, for the arm that needs one.
         scale: of steps and scenes.
         force: begin Cycle RL however little its reward agrees with the judge.
+        float32: multiply in float32 where the recipe says bfloat16. It is a cell's machine rather
+            than its experiment: a finished cell stands in whichever it was trained, and the tables
+            name those of a kind.
         tell: called with a line about what is being done.
     """
 
@@ -53,6 +56,7 @@ class Lab:
     llm_layouts: Path | None = None
     scale: float = 1.0
     force: bool = False
+    float32: bool = False
     tell: Callable[[str], None] = print
     cells: dict[str, Cell] = field(init=False)
     environment: dict[str, Any] = field(init=False, default_factory=environment)
@@ -99,6 +103,8 @@ class Lab:
     def config(self, cell: Cell) -> Config:
         """The configuration of a cell's stage."""
         config = settings(cell, self.recipe, self.scale, self.steps(cell))
+        if self.float32:
+            config = replace(config, loop=replace(config.loop, bf16=False))
         if isinstance(config, CycleRLConfig):
             there = config.layouts == LLM_LAYOUTS and self.llm_layouts is not None
             layouts = str(self.llm_layouts) if there else config.layouts
@@ -146,6 +152,22 @@ class Lab:
                 f"of stage 1, so name one with --start (`echogen train pmtp` makes it)"
             )
 
+    def check_pace(self, cell: Cell) -> None:
+        """Refuse to spend seconds that were measured in one type at the pace of another, or in
+        another. Raises QualityError."""
+        if not cell.budget:
+            return
+        found = {name: read_record(self.results, name) for name in (cell.pace, *cell.budget)}
+        types = {name: precision(record) for name, record in found.items() if record is not None}
+        own = "bfloat16" if self.config(cell).loop.bf16 else "float32"
+        if set(types.values()) - {own}:
+            told = ", ".join(f"{name} in {kind}" for name, kind in types.items())
+            raise QualityError(
+                f"{cell.name}: it spends the seconds of others in {own}, and they were trained "
+                f"otherwise ({told}); give or leave out --float32 as they did, or run them anew "
+                f"with --cell NAME --again"
+            )
+
     # --- how it stands --------------------------------------------------------------------------
 
     def state(self, cell: Cell) -> tuple[str, str]:
@@ -160,6 +182,8 @@ class Lab:
         if cell.budget and self.steps(cell) is None:
             # What its seconds were measured on is not here; its record says what they came to.
             new["settings"]["config"] = old["settings"]["config"]
+        elif cell.stage != "none":
+            new["settings"]["config"]["loop"]["bf16"] = old["settings"]["config"]["loop"]["bf16"]
         changed = differences(old, new)
         begun = self.fingerprint(cell)
         if begun is not None and begun != record["start"]["fingerprint"]:

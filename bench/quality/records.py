@@ -50,6 +50,12 @@ def read_record(folder: Path, name: str) -> Record | None:
     return record
 
 
+def precision(record: Record) -> str | None:
+    """What a cell's training multiplied in, "bfloat16" or "float32"; None: it had none."""
+    config = record["settings"].get("config")
+    return config and ("bfloat16" if config["loop"]["bf16"] else "float32")
+
+
 def write_record(folder: Path, record: Record, log: Path | None) -> None:
     """Keep a finished cell: its log first, so that a record that is there has its log. A number
     that JSON cannot hold (NaN, infinity) becomes None, as in every result of the command line."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from echogen.bench.quality.cells import COMPARED, RENAMED, ROWS, Cell, cells
-from echogen.bench.quality.records import Record, read_record
+from echogen.bench.quality.records import Record, precision, read_record
 
 TITLES = {
     "ablation": "Ablation: does each stage help?",
@@ -38,6 +38,7 @@ MEASURES: dict[str, tuple[tuple[str, str], str]] = {
     "self IoU": (("cycle", "self_iou"), "both"),
     "gap": (("cycle", "gap"), "both"),
 }
+TYPES = ("bfloat16", "float32")
 DIFFERING = ("AP", "AP50", "judge acc50", "mAcc")
 
 Table = dict[str, Any]
@@ -168,6 +169,10 @@ def _notes(some: list[Record], records: dict[str, Record]) -> list[str]:
     }.items():
         if len(seen) > 1:
             notes.append(f"the cells are of several {what}: {', '.join(map(str, sorted(seen)))}")
+    types = {kind: [r["cell"] for r in some if precision(r) == kind] for kind in TYPES}
+    if all(types.values()):
+        fewer = min(TYPES, key=lambda kind: len(types[kind]))
+        notes.append(f"trained in {fewer}, the others not: {', '.join(types[fewer])}")
     if any(r["scale"] != 1 for r in some):
         notes.append("scaled down: made to try the experiments out, they mean nothing")
     for r in some:

@@ -81,6 +81,7 @@ def run_cell(lab: Lab, cell: Cell, again: bool = False) -> None:
     for name in cell.needs:
         if lab.state(lab.find(name))[0] != "done":
             run_cell(lab, lab.find(name))
+    lab.check_pace(cell)
     with held(lab, cell):
         if again:
             record_path(lab.results, cell.name).unlink(missing_ok=True)

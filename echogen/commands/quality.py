@@ -61,6 +61,8 @@ class BenchQuality:
     """Of steps and scenes, to try things out (then --out has to be named)."""
     force: bool = False
     """Begin Cycle RL even if the self-reward hardly agrees with the judge."""
+    float32: bool = False
+    """Train in float32 where the recipe says bfloat16: for CPUs without instructions for it."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -98,7 +100,8 @@ class BenchQuality:
         models = cache_folder() / "quality" / f"{recipe.name}-{self.scale:g}"
         return Lab(
             recipe, self.out or usual, self.models or models, tuple(range(self.seeds)), self.start,
-            self.llm_layouts, self.scale, self.force, lambda line: print(line, flush=True),
+            self.llm_layouts, self.scale, self.force, self.float32,
+            lambda line: print(line, flush=True),
         )  # fmt: skip
 
     def _chosen(self, lab: Lab) -> list[Cell]:
