@@ -69,6 +69,8 @@ def put_back(path: Path) -> None:
     """Let the state before the last be the last, which is torn or missing."""
     if path.is_dir():
         shutil.rmtree(path)
+    elif previous(path).is_dir():  # no folder replaces a file
+        path.unlink(missing_ok=True)
     os.replace(previous(path), path)
 
 

@@ -249,8 +249,10 @@ class CycleRLConfig:
         gate_bound: the least within-group rank correlation to begin with, over at least a quarter
             of the layouts.
         force: begin below it all the same.
-        loop: the step loop; ``save_every`` is a multiple of ``updates``.
+        loop: the step loop; ``save_every`` and ``eval_every`` are multiples of ``updates``.
         start: fingerprint of the model that the run began with; filled in by the stage.
+        layouts_hash: of the bytes of a file of layouts, without which an edited one would pass for
+            the same run; filled in by the stage.
     """
 
     loop: LoopConfig
@@ -275,6 +277,7 @@ class CycleRLConfig:
     force: bool = False
     start: str = ""
     rollout_dtype: Literal["float32", "bfloat16"] = later("float32")
+    layouts_hash: str = later("")
 
     @property
     def truncated(self) -> bool:
@@ -294,11 +297,12 @@ class CycleRLConfig:
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be at least {least}")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta = {self.beta}; it must be finite and 0 or more")
-        if self.loop.save_every % self.updates:
-            raise ValueError(
-                f"save_every = {self.loop.save_every}; with updates = {self.updates} it must be a "
-                f"multiple of it, since a rollout cannot be repeated from weights that moved on"
-            )
+        for name in ("save_every", "eval_every"):
+            if (every := getattr(self.loop, name)) % self.updates:
+                raise ValueError(
+                    f"{name} = {every}; with updates = {self.updates} it must be a multiple of it, "
+                    f"since a rollout cannot be repeated from weights that moved on"
+                )
         self._check_scorable()
 
     def _check_scorable(self) -> None:

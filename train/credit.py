@@ -30,11 +30,14 @@ class Credit(NamedTuple):
         image: int64 [R], the image whose tokens a row has.
         mask: bool [R, S], which of them.
         advantage: float32 [R].
+        flat: bool, of every group that rewards were compared in, whether all in it were equal, so
+            that nothing is learnt from it.
     """
 
     image: Tensor
     mask: Tensor
     advantage: Tensor
+    flat: Tensor
 
     def rows(self, logprob: Tensor) -> Tensor:
         """Log-probabilities [N, S] of images → [R, S] of rows."""
@@ -59,7 +62,7 @@ def cells(boxes: Tensor, rows: int, columns: int) -> Tensor:
 def by_image(score: CycleReward, mask: Tensor) -> Credit:
     """One row an image. Args: score of [B, G] images; mask bool [N, S] of the policy's tokens."""
     image = torch.arange(len(mask), device=mask.device)
-    return Credit(image, mask, score.advantage.flatten())
+    return Credit(image, mask, score.advantage.flatten(), score.flat)
 
 
 def object_tokens(
@@ -99,11 +102,15 @@ def by_object(
     count, group, most = score.iou.shape
     reward = -(w_iou * (1 - score.iou) + w_l1 * score.l1)
     each = reward.transpose(1, 2).reshape(count * most, group).contiguous()
-    advantage = group_advantage(each, mode=mode, eps=EPS).advantage.view(count, most, group)
+    compared = group_advantage(each, mode=mode, eps=EPS)
+    advantage = compared.advantage.view(count, most, group)
     advantage = torch.cat([advantage * there[..., None], advantage.new_zeros(count, 1, group)], 1)
     layout, image, which = (
         tokens.any(-1)[:, None].expand(count, group, most + 1).nonzero(as_tuple=True)
     )
     return Credit(
-        layout * group + image, tokens[layout, which], advantage[layout, which, image].contiguous()
+        layout * group + image,
+        tokens[layout, which],
+        advantage[layout, which, image].contiguous(),
+        compared.flat.view(count, most)[there],
     )

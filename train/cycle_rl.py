@@ -9,8 +9,10 @@ needed, only texts and boxes.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +48,7 @@ from echogen.train.whole import WholeEngine
 from echogen.train.world import WorldStage
 
 VAL_LAYOUTS = 256  # as many as the other numbers of an evaluation are of
+DECODED = 32  # images that the image tokenizer makes at once: 7 GB at 384×384
 
 
 class CycleRLStage(WorldStage):
@@ -81,6 +84,9 @@ class CycleRLStage(WorldStage):
             self._scenes = load_scenes("train", config.scenes) if real else []
         named = config.layouts in ("real", "random")
         self._read = [] if named else read_layouts(config.layouts)
+        if self._read:
+            digest = hashlib.blake2b(Path(config.layouts).read_bytes(), digest_size=6)
+            self.config = replace(self.config, layouts_hash=digest.hexdigest())
         for number, layout in enumerate(self._read, 1):
             self._check_room(layout, f"{config.layouts}: layout {number}")
 
@@ -295,6 +301,8 @@ class CycleRLStage(WorldStage):
         numbers = {
             "loss": loss,
             **_of(held.rollout, portion),
+            "flat": credit.flat.float().mean()
+            * (portion.layouts if c.credit == "image" else portion.boxes),
             **{name: mean * portion.row_tokens for name, mean in per_token.items()},
             "sampler_gap": held.gap * portion.tokens,
         }
@@ -351,14 +359,18 @@ class CycleRLStage(WorldStage):
             [tuple(box) for box in row[0][: len(y.objects)]]
             for y, row in zip(layouts, rollout.score.boxes.tolist(), strict=True)
         ]
-        images = to_images(decode_codes(self.vq, rollout.drawing.codes))
-        table = cycle_table(scenes, layouts, boxes, [detect(i) for i in images])
-        # Of the weights that are trained; the table's is of equal ones, as models are compared by.
-        values["reward"] = float(rollout.score.reward.mean())
         # That was a drawing of many more rows than a step's, and on a GPU its caches would stay. A
         # step's own do stay through its update: recording anew in every step costs time, and the
         # memory is seldom missed.
         self.engine.release()
+        detected = [
+            detect(image)
+            for codes in rollout.drawing.codes.split(DECODED)
+            for image in to_images(decode_codes(self.vq, codes))
+        ]
+        table = cycle_table(scenes, layouts, boxes, detected)
+        # Of the weights that are trained; the table's is of equal ones, as models are compared by.
+        values["reward"] = float(rollout.score.reward.mean())
         values |= {name: table[name] for name in ("self_iou", "gap")}
         return values | {"cycle_iou": table["judge_iou"]}
 
@@ -372,5 +384,4 @@ def _of(rollout: Rollout, portion: Portion) -> dict[str, Tensor]:
         "spread": score.reward.std(1, correction=0).mean() * portion.layouts,
         "iou": score.iou.sum() / boxes * portion.boxes,
         "l1": score.l1.sum() / boxes * portion.boxes,
-        "flat": score.flat.float().mean() * portion.layouts,
     }

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from echogen.train.checkpoint import StateError, load_state, save_state
 from echogen.train.config import LoopConfig
 from echogen.train.processes import Processes
-from echogen.train.stage import Stage, identity
-from echogen.train.update import gradients, torch_seed
+from echogen.train.runtime import only_deterministic
+from echogen.train.stage import Stage, identity, resumable
+from echogen.train.update import check, gradients
 
 
 def write_dump(
@@ -28,13 +29,11 @@ def write_dump(
     """Write ``dump-stepN.pt`` into a run's folder; its path.
 
     It holds: ``stage`` and ``config`` of the run, ``step``, the ``error``, the module's ``weights``
-    before the step, whole, and their ``fingerprint``, the ``inputs`` of the loss (where the stage
-    tells them), and the ``seeds`` of torch's random state in each part of it that one process has.
+    before the step, whole, and their ``fingerprint``, and the ``inputs`` of the loss (where the
+    stage tells them) in this process.
     """
     path = folder / f"dump-step{step}.pt"
     inputs = getattr(stage, "inputs", None)
-    loop = stage.config.loop
-    shares = Processes().shares(loop.accumulate)
     found = {
         **identity(stage),
         "step": step,
@@ -42,7 +41,6 @@ def write_dump(
         "module": weights,
         "fingerprint": fingerprint(weights),
         "inputs": {} if inputs is None else inputs(step),
-        "seeds": [torch_seed(loop.seed, step, *share) for share in shares],
     }
     save_state(path, found)
     return path
@@ -101,14 +99,19 @@ def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
     if fingerprint(found["module"]) != found["fingerprint"]:
         raise StateError(f"{path}: its weights are not those of its fingerprint; it is damaged")
     step, named = int(found["step"]), dict(stage.module.named_parameters())
-    if step % (updates := getattr(stage.config, "updates", 1)):
+    if not resumable(stage, step):
+        updates = stage.config.updates
         raise StateError(
             f"{path}: step {step} is update {step % updates + 1} of {updates} on its rollout, "
             f"which was drawn with weights that are gone; look at the file's inputs instead"
         )
     stage.module.load_state_dict(found["module"])
     trained = [p for p in named.values() if p.requires_grad]
-    loss, numbers = gradients(stage, config, trained, step, Processes())
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    check(stage, config, Processes())
+    with only_deterministic(config.deterministic):
+        loss, numbers = gradients(stage, config, trained, step, Processes())
     grads = {n: p.grad for n, p in named.items() if p.grad is not None}
     inputs = getattr(stage, "inputs", None)
     return Repeated(
@@ -127,10 +130,11 @@ def _finite(x: Tensor) -> bool:
 
 
 def _same(a: Any, b: Any) -> bool:
-    """Whether two containers of tensors hold the same bits."""
+    """Whether two containers of tensors hold the same numbers, NaN at the same places."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         same = a.shape == b.shape and a.dtype == b.dtype
-        return same and bool(a.cpu().eq(b.cpu()).logical_or(a.cpu() != a.cpu()).all())
+        a, b = a.cpu(), b.cpu()
+        return same and bool(((a == b) | ((a != a) & (b != b))).all())
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):

@@ -12,7 +12,8 @@ import json
 import os
 import shutil
 import signal
-from contextlib import AbstractContextManager, closing, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from echogen.train.progress import Pace, note, progress_bar
 from echogen.train.runtime import keep_pages, only_deterministic
 from echogen.train.selection import Best
 from echogen.train.stage import BeginRefused as BeginRefused
-from echogen.train.stage import NotFinite, Stage, TrainingError, identity
+from echogen.train.stage import NotFinite, Stage, TrainingError, identity, resumable
 from echogen.train.start import note_chosen
 from echogen.train.stop import Stop, Stopped
 from echogen.train.update import check, update
@@ -69,7 +70,7 @@ def run(
     stop = Stop()
     with stop.listening(), only_deterministic(config.deterministic):
         started = Run(stage, config, folder, resume, processes or start(config), stop)
-        with closing(started.board):
+        with closing(started.board), started.settled():
             started.to_its_end()
 
 
@@ -117,10 +118,11 @@ class Run:
         # A run may have been killed behind its state and before that step's validation was written.
         if self.start and self._due(self.start) and not self.metrics.validated(self.start):
             self._evaluate(self.start)
-        pace = Pace(getattr(self.stage, "images", None))
+        pace = Pace(getattr(self.stage, "images", None), self.processes.count)
         with progress_bar(self.console, self.stage.name, self.config.steps, self.start) as bar:
             for step in range(self.start, self.config.steps):
-                if self.processes.any(self.stop.asked):
+                # Between the updates on one rollout nothing could go on from, so they are made.
+                if resumable(self.stage, step) and self.processes.any(self.stop.asked):
                     self._leave(step)
                 self._step(step, pace, bar)
         self._finish()
@@ -134,15 +136,18 @@ class Run:
         self.stage.after_step(step)
         if self.trained.average is not None:
             self.trained.average.update(done)
-        pace.stop()
-        bar.update(bar.task_ids[0], completed=done, note=note(numbers, pace.rates()))
-        if done % c.log_every == 0 or last:
+        logged = done % c.log_every == 0 or last
+        # To look at a number is to wait for the device, so it is part of the step's time.
+        told = note(numbers, pace.rates()) if self.console.is_terminal else ""
+        pace.stop(wait=logged)
+        bar.update(bar.task_ids[0], completed=done, note=told)
+        if logged:
             row = {**_rounded(numbers), "lr": rate * c.lr, "grad_norm": round(norm, 4)}
             self.metrics.write(step=done, **row, seconds_per_step=round(pace.step, 4))
             self.board.numbers(done, "train", row | pace.rates())
             if not self.console.is_terminal:
-                told = {"step": done, **row}
-                self._say(f"{self.stage.name} {told} {pace.step:.3f} s/step")
+                line = {"step": done, **row}
+                self._say(f"{self.stage.name} {line} {pace.step:.3f} s/step")
         # Saved first: a failing evaluation costs no training.
         if done % c.save_every == 0 or last:
             self._save(done)
@@ -159,8 +164,7 @@ class Run:
             told, weights = str(error), self.processes.weights(stage.module)
             if self.processes.writes:
                 told += self._dumped(step, told, weights)
-            if self.saved:
-                told += f"; the state of step {self.saved} is kept in {self.state_path}"
+            told += self._kept()
             raise TrainingError(f"{told} (try a lower lr)") from None
 
     def _dumped(self, step: int, told: str, weights: dict[str, Tensor]) -> str:
@@ -171,6 +175,14 @@ class Run:
             return f"; it is not dumped: {error}"
         return f"; what it was computed from is in {path} (--repeat {path})"
 
+    def _kept(self) -> str:
+        """What a run that breaks off can be gone on with from."""
+        try:
+            self.processes.settle()
+        except StateError as error:
+            return f"; {error}"
+        return f"; the state of step {self.saved} is kept in {self.state_path}" * bool(self.saved)
+
     def _due(self, done: int) -> bool:
         """Is there an evaluation behind ``done`` steps?"""
         return done % self.config.eval_every == 0 or done == self.config.steps
@@ -178,7 +190,8 @@ class Run:
     def _evaluate(self, done: int) -> None:
         with span(f"train/{self.stage.name}/evaluate", step=done - 1), self._averaged():
             broken_off = self._validate(done)
-        if broken_off:  # behind the average: the state is of the weights themselves
+        # Behind the average: the state is of the weights themselves.
+        if broken_off and resumable(self.stage, done):
             self._leave(done)
 
     def _validate(self, done: int) -> bool:
@@ -211,6 +224,19 @@ class Run:
             head = {**identity(self.stage), "step": done}
             self.processes.save(self.state_path, head, self.trained)
         self.saved = done
+
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """However the block ends, what was begun to be written is on the disk behind it."""
+        try:
+            yield
+        except BaseException:
+            try:
+                self.processes.settle()
+            except StateError as error:  # beside the one that is under way
+                self._say(f"{self.stage.name}: {error}")
+            raise
+        self.processes.settle()
 
     def _restore(self) -> int:
         """Go back to the last checkpoint; its step, 0 where there is none."""

@@ -74,7 +74,7 @@ class Muon(torch.optim.Optimizer):
         self.dtype = dtype
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """One update of every parameter that has a gradient; no closure is taken."""
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:

@@ -34,10 +34,11 @@ class Pace:
 
     Args:
         images: images a step, over all processes; None where that is not known.
+        processes: how many; tokens are counted in this one, and the others take as many.
     """
 
-    def __init__(self, images: int | None) -> None:
-        self._images, self._meter = images, Meter()
+    def __init__(self, images: int | None, processes: int = 1) -> None:
+        self._images, self._processes, self._meter = images, processes, Meter()
         self._steps, self._seconds, self._tokens = 0, 0.0, 0
         self._began = 0.0
 
@@ -50,8 +51,11 @@ class Pace:
         """A step begins."""
         self._began, self._meter.tokens = time.perf_counter(), 0
 
-    def stop(self) -> None:
-        """And ends."""
+    def stop(self, wait: bool = False) -> None:
+        """And ends. A step that is logged waits for the device, or the work still queued there
+        would pass for none; the others need not, since the next one waits for them."""
+        if wait and torch.cuda.is_available() and torch.cuda.is_initialized():
+            torch.cuda.synchronize()
         self._seconds += time.perf_counter() - self._began
         self._steps += 1
         self._tokens += self._meter.tokens
@@ -62,10 +66,11 @@ class Pace:
         return self._seconds / max(1, self._steps)
 
     def rates(self) -> dict[str, float]:
-        """Per second: steps' images and, padding and frozen passes included, tokens of this
-        process; and the memory at its highest."""
+        """Per second: steps' images and, padding and frozen passes included, tokens; and the memory
+        of this process at its highest."""
         each = max(self.step, 1e-9)
-        found = {"tokens_per_s": self._tokens / max(1, self._steps) / each}
+        tokens = self._tokens * self._processes / max(1, self._steps)
+        found = {"tokens_per_s": tokens / each}
         if self._images is not None:
             found["images_per_s"] = self._images / each
         found["memory_mib"] = peak_memory() / 2**20

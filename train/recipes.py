@@ -107,7 +107,8 @@ def janus_pro_1b() -> Recipe:
     hence 32, 32 and 1 a step; groups of 8. The rest of AdamW, and a constant rate, are its
     predecessor's (PlanGen), as the sources at hand do not say. The image tokenizer and the first
     weights are the checkpoint's (`train pmtp --pretrained`), and ``vq`` only describes it. Until
-    real images can be loaded, the world is ShapesWorld at 384×384. No run of it has been made.
+    real images can be loaded, the world is ShapesWorld at 384×384. A step of stage 3 is one layout,
+    and so one process's; several need a larger batch (`--batch`). No run of it has been made.
     """
     loop = LoopConfig(
         steps=125_000, lr=5e-5, warmup=1000, decay=0.0, betas=(0.9, 0.999), eval_every=5000,

@@ -23,8 +23,10 @@ def keep_pages() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc; musl has none and does not need it
         m_trim_threshold, m_mmap_threshold = -1, -3
-        libc.mallopt(m_mmap_threshold, 1 << 30)
-        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+        # Some versions refuse more than 32 MiB (half of HEAP_MAX_SIZE). Where neither is taken the
+        # other call would do harm: it ends the adjustment that is on by default.
+        if libc.mallopt(m_mmap_threshold, 1 << 30) or libc.mallopt(m_mmap_threshold, 1 << 25):
+            libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 @contextmanager

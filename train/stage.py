@@ -21,9 +21,12 @@ class Stage(Protocol):
             the step's batch, beginning with sample ``part``. Losses, gradients and numbers of the
             parts add up to those of ``loss(step)``: a mean over the batch is divided by what the
             batch has, not by what the part has. Needed where a batch is accumulated or shared out.
-        images: images a step, for the rate that is shown.
+        images: images a step, over all processes, for the rate that is shown.
         pictures() → [(name, picture)]: samples for people, drawn at each evaluation.
         inputs(step) → tensors (in dictionaries and lists) that the step's loss reads, for a dump.
+        engine, gather(): the engine that evaluates, and the request that it run on whole weights of
+            its own (`WholeEngine`). Needed for adapters and sharded weights.
+        frozen: models beside the trained one, to be sharded like it.
     """
 
     @property
@@ -38,7 +41,8 @@ class Stage(Protocol):
 
     @property
     def config(self) -> Any:
-        """The stage's configuration, a dataclass."""
+        """The stage's configuration, a dataclass with the `LoopConfig` as its ``loop``. Where it
+        has ``updates``, a state is resumable behind multiples of so many steps only."""
         ...
 
     def begin(self) -> dict[str, float]:
@@ -79,6 +83,12 @@ class BeginRefused(TrainingError):
 
 class NotFinite(TrainingError):
     """A loss or a gradient that is NaN or infinite; the weights are as before the step."""
+
+
+def resumable(stage: Stage, step: int) -> bool:
+    """Whether a run can go on from a state behind ``step`` steps: not between the updates on one
+    rollout, which was drawn with weights that are gone."""
+    return step % getattr(stage.config, "updates", 1) == 0
 
 
 HOW = ("parallel", "accumulate", "checkpoint_activations", "deterministic")

@@ -67,6 +67,8 @@ def update(
     with span(f"train/{stage.name}/optimizer", step=step):
         for optimizer in optimizers:
             optimizer.step()
+    for p in parameters:  # now, and not before the next step: evaluations need the memory
+        p.grad = None
     return numbers, norm
 
 

@@ -68,6 +68,14 @@ def group_means(features: Tensor, group: Tensor) -> Tensor:
     return features.new_zeros(len(count), features.shape[1]).index_add(0, group, features) / count
 
 
+def nearest(points: Tensor, table: Tensor) -> Tensor:
+    """Codes int64 [N] of unit vectors [N, C] in a codebook [V, C], as drawing and grounding find
+    them: in float32, whatever the training multiplies in. In bfloat16 one distinct patch in ten
+    got another code."""
+    with torch.autocast(points.device.type, enabled=False):
+        return (points @ table.T).argmax(-1)
+
+
 def disagreement(features: Tensor, mean: Tensor) -> Tensor:
     """Share of the variance of features [N, D] that is spread around the ``mean`` [N, D] of each
     one's group of equal patches. 0: a feature depends on its patch alone. As it is a share,
@@ -158,7 +166,7 @@ class VQStage:
                 self._seed_codebook()
             table = vq.quantize.embedding.weight
             means = F.normalize(mean.detach(), dim=-1)
-            codes = (means @ table.T).argmax(-1)
+            codes = nearest(means, table)
             self._votes = means, codes
             b, _, h, w = features.shape
             quantised = table[codes[group]].view(b, h, w, -1).permute(0, 3, 1, 2)
@@ -190,9 +198,9 @@ class VQStage:
         picks = torch.randperm(len(points), generator=generator)
         table = points[picks[: self.config.codes]].clone()
         for _ in range(20):
-            nearest = (points @ table.T).argmax(-1)
-            total = torch.zeros_like(table).index_add_(0, nearest, points)
-            count = torch.bincount(nearest, minlength=len(table))
+            codes = nearest(points, table)
+            total = torch.zeros_like(table).index_add_(0, codes, points)
+            count = torch.bincount(codes, minlength=len(table))
             total = torch.where(count[:, None] > 0, total, table)  # an empty cluster stays
             table = F.normalize(total, dim=-1)
         self._set_codebook(table, table.new_ones(len(table)))

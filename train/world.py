@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 from echogen.engine.cycle import score
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
+from echogen.engine.model import UnifiedTransformer
 from echogen.engine.picture import overlay
 from echogen.train import keys
 from echogen.train.config import LoopConfig
@@ -33,8 +35,12 @@ from echogen.train.passes import box_loss, hidden_states, image_loss
 from echogen.train.start import check_world, write_record
 from echogen.train.whole import WholeEngine
 
+Loss = Callable[[UnifiedTransformer, Tensor, Batch, int | None], Tensor]
+
 VAL_SAMPLES = 256
 PICTURES = 6
+VAL_TREES = 64
+"""Trees validated at once."""
 BRANCHES = 6
 """Questions about one image when losses are validated, the same in every stage."""
 
@@ -115,21 +121,26 @@ class WorldStage:
         from echogen.train.eval.tables import quick_scores
 
         rng = keys.generator(self._seed, keys.VALIDATION)
-        trees = [self.drawing(self.prompt(s.layout(rng)), s.codes) for s in self._val]
-        trees += [self.grounding(s.codes, ask(s, BRANCHES, rng)) for s in self._val]
+        drawn = [self.drawing(self.prompt(s.layout(rng)), s.codes) for s in self._val]
+        found = [self.grounding(s.codes, ask(s, BRANCHES, rng)) for s in self._val]
         self.module.eval()
         self.engine.refresh()
-        image, text = self._validation(self.pack(trees))
+        image, text = self._validation(drawn, image_loss), self._validation(found, box_loss)
         scenes = load_scenes("val", len(self._val))
         codes = np.stack([s.codes for s in self._val])
         scores = quick_scores(self.engine.transformer, self.vq, self.prompts, codes, scenes)
         self.module.train()
-        return {"l2i": float(image), "i2l": float(text), **scores}
+        return {"l2i": image, "i2l": text, **scores}
 
-    def _validation(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        model = self.engine.transformer
-        hidden = hidden_states(model, batch)
-        return image_loss(model, hidden, batch), box_loss(model, hidden, batch)
+    def _validation(self, trees: list[Tree], loss: Loss) -> float:
+        """The mean over the targets of trees, which go through the model in pieces: in one, those
+        of a large model would need more memory than its training."""
+        model, mean = self.engine.transformer, 0.0
+        batches = [self.pack(trees[i : i + VAL_TREES]) for i in range(0, len(trees), VAL_TREES)]
+        total = sum(int(((b.codes >= 0) | (b.texts >= 0)).sum()) for b in batches)
+        for batch in batches:
+            mean += float(loss(model, hidden_states(model, batch), batch, total))
+        return mean
 
     def gather(self) -> None:
         """From here on the engine runs on whole weights of its own, see `WholeEngine`: the trained

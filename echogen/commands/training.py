@@ -6,19 +6,29 @@ import json
 import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from echogen.commands.options import Json, ModelOptions
+from echogen.commands.options import Json, ModelOptions, check_range
 from echogen.commands.output import Failure, InputError, make_folder, print_json, show, warn
 
 if TYPE_CHECKING:
     from transformers import JanusVQVAE
 
-    from echogen.train.config import LoopConfig, Recipe
+    from echogen.train.config import (
+        CycleRLConfig,
+        DJOConfig,
+        LoopConfig,
+        PMTPConfig,
+        Recipe,
+        VQConfig,
+    )
     from echogen.train.loop import Stage
 
+    StageConfig = TypeVar("StageConfig", VQConfig, PMTPConfig, DJOConfig, CycleRLConfig)
+
+MOST_SAMPLES = 1_000_000
 RUN_FILES = ("state.pt", "state.prev.pt", "best.pt", "config.json", "metrics.jsonl", "model")
 
 
@@ -36,6 +46,8 @@ class RunOptions:
     """Which configuration."""
     steps: int | None = None
     """Optimizer steps, in place of the recipe's."""
+    batch: int | None = None
+    """Samples a step over all processes (in cycle-rl layouts), in place of the recipe's."""
     accumulate: int | None = None
     """Parts in which a step's batch goes through the model: less memory, the same step."""
     checkpoint_activations: bool = False
@@ -101,8 +113,19 @@ class RunOptions:
         except ValueError as error:
             raise InputError(f"--{error}") from None
 
-    def train(self, stage: Stage, loop: LoopConfig) -> None:
+    def sized(self, config: StageConfig, **changes: Any) -> StageConfig:
+        """A stage's configuration with the step loop and the batch asked for. Raises InputError."""
+        if self.batch is not None:
+            check_range("batch", self.batch, 1, MOST_SAMPLES)
+            changes["batch"] = self.batch
+        try:
+            return replace(config, loop=self.loop(config.loop), **changes)
+        except ValueError as error:
+            raise InputError(f"--{error}") from None
+
+    def train(self, stage: Stage) -> None:
         """Run the stage, or repeat a step of it."""
+        loop = stage.config.loop
         if self.repeat is not None:
             repeat(stage, loop, self.repeat, self.json)
         else:
@@ -121,14 +144,14 @@ class TrainVQ(RunOptions):
     def run(self) -> None:
         self.check()
         recipe = find_recipe(self.recipe)
-        loop = self.loop(recipe.vq.loop)
+        config = self.sized(recipe.vq)
         self.make_folder()
         from echogen.train.vq import VQStage
 
-        stage = VQStage(replace(recipe.vq, loop=loop), recipe.pmtp.width)
+        stage = VQStage(config, recipe.pmtp.width)
         if self.device != "cpu":
             stage.module.to(self.place())
-        self.train(stage, loop)
+        self.train(stage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,8 +174,7 @@ class TrainPMTP(RunOptions):
                 "this stage to go on with) and --pretrained (a Janus checkpoint)"
             )
         recipe = find_recipe(self.recipe)
-        config = recipe.pmtp if self.begin is None else recipe.pmtp_on
-        loop = self.loop(config.loop)
+        config = self.sized(recipe.pmtp if self.begin is None else recipe.pmtp_on)
         from echogen.train.pmtp import PMTPStage
         from echogen.train.start import load_start
 
@@ -160,19 +182,19 @@ class TrainPMTP(RunOptions):
             from echogen.train.vocabulary import pretrained_start
 
             start = pretrained_start(self.pretrained, config.bins, self.place())
-            stage = PMTPStage(replace(config, loop=loop), start)
+            stage = PMTPStage(config, start)
         elif self.begin is not None:
             start = load_start(self.begin, "pmtp", device=self.place())
-            stage = PMTPStage(replace(config, loop=loop), start)
+            stage = PMTPStage(config, start)
         elif self.vq is not None:
             if not (self.vq / "config.json").is_file():
                 raise InputError(
                     f"--vq {self.vq}: no config.json there; name the model/ of `train vq`"
                 )
             vq = load_vq(self.vq, config.width, self.place())
-            stage = PMTPStage(replace(config, loop=loop), vq)
+            stage = PMTPStage(config, vq)
         self.make_folder()
-        self.train(stage, loop)
+        self.train(stage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,14 +209,14 @@ class TrainDJO(RunOptions):
     def run(self) -> None:
         self.check()
         recipe = find_recipe(self.recipe)
-        loop = self.loop(recipe.djo.loop)
+        config = self.sized(recipe.djo)
         from echogen.train.djo import DJOStage
         from echogen.train.start import load_start
 
         start = load_start(self.begin, "pmtp", self.any_stage, self.place())
         self.make_folder()
-        stage = DJOStage(replace(recipe.djo, loop=loop), start)
-        self.train(stage, loop)
+        stage = DJOStage(config, start)
+        self.train(stage)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,15 +237,14 @@ class TrainCycleRL(RunOptions):
         if self.layouts not in ("real", "random") and not Path(self.layouts).is_file():
             raise InputError(f"--layouts {self.layouts}: no such file; name one, real or random")
         recipe = find_recipe(self.recipe)
-        loop = self.loop(recipe.cycle_rl.loop)
+        config = self.sized(recipe.cycle_rl, layouts=self.layouts, force=self.force)
         from echogen.train.cycle_rl import CycleRLStage
         from echogen.train.start import load_start
 
         start = load_start(self.begin, "djo", self.any_stage, self.place())
-        config = replace(recipe.cycle_rl, loop=loop, layouts=self.layouts, force=self.force)
         stage = CycleRLStage(config, start)
         self.make_folder()
-        self.train(stage, loop)
+        self.train(stage)
 
 
 @dataclass(frozen=True)

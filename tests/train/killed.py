@@ -9,6 +9,7 @@ on stdout one that says how it ended: {"signal": …, "code": …}.
     after: seconds after which this process sends it ``signal`` (SIGKILL).
     full: step at which the disk becomes full (nothing above 20 kB can be written any more).
     nan: step whose loss is NaN.
+    updates: steps on one rollout, between which no run can be resumed.
 
 A run that comes to its end leaves in passed.json how often it came by each place.
 """
@@ -45,6 +46,7 @@ CONFIG = LoopConfig(
 @dataclass(frozen=True)
 class ToyConfig:
     loop: LoopConfig
+    updates: int = 1
 
 
 class Toy:
@@ -54,7 +56,11 @@ class Toy:
 
     def __init__(self, order: dict[str, Any]) -> None:
         torch.manual_seed(0)
-        self.config, self.order, self.passed = ToyConfig(CONFIG), order, Counter[str]()
+        self.config, self.order, self.passed = (
+            ToyConfig(CONFIG, order.get("updates", 1)),
+            order,
+            Counter[str](),
+        )
         self.module = nn.Sequential()
         self.module.blocks = nn.ModuleList([nn.Linear(48, 48), nn.Linear(48, 1)])
 

@@ -318,6 +318,8 @@ def test_a_model_with_boxes_as_text_is_refused(pmtp_run, loop) -> None:
 def test_what_could_not_be_scored_exactly_is_refused(loop, wrong, words) -> None:
     with pytest.raises(ValueError, match=words):
         CycleRLConfig(loop=loop, **wrong)
+    with pytest.raises(ValueError, match="eval_every = 3; with updates = 2"):
+        CycleRLConfig(loop=dataclasses.replace(loop, eval_every=3), updates=2)
     CycleRLConfig(loop=loop, policy="boxes", sampling=Sampling(temperature=0))
     CycleRLConfig(loop=loop, policy="boxes", sampling=Sampling(top_k=5))
     CycleRLConfig(loop=loop, beta=0.0, sampling=Sampling(top_k=5, top_p=0.9))

@@ -13,7 +13,7 @@ import torch
 from echogen.train.checkpoint import StateError, load_state
 from echogen.train.config import DJOConfig, LoopConfig, PMTPConfig, VQConfig
 from echogen.train.djo import DJOStage
-from echogen.train.dump import fingerprint, repeat_dump
+from echogen.train.dump import _same, fingerprint, repeat_dump
 from echogen.train.loop import TrainingError, run
 from echogen.train.pmtp import PMTPStage
 from echogen.train.start import load_start
@@ -109,3 +109,10 @@ def test_a_second_update_on_a_rollout_is_not_repeated(
     again = rl_stage(batch=4, updates=2, force=True)
     with pytest.raises(StateError, match=r"step 3 is update 2 of 2 on its rollout"):
         repeat_dump(again, again.config.loop, tmp_path / "dump-step3.pt")
+
+
+def test_nan_is_the_same_as_nan_only() -> None:
+    """In the file of a run that broke there is often one, where the repeat has a number."""
+    nan, one = torch.tensor([float("nan"), 1.0]), torch.tensor([3.0, 1.0])
+    assert _same({"x": nan}, {"x": nan.clone()}) and _same([one], [one.clone()])
+    assert not _same(nan, one) and not _same(one, nan)

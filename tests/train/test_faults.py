@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from echogen.train.checkpoint import StateError, load_state, previous, save_state
+from echogen.train.checkpoint import StateError, load_state, previous, put_back, save_state
 from echogen.train.dump import repeat_dump
 from echogen.train.stop import Stop
 
@@ -158,6 +158,12 @@ def test_sigterm_saves_at_the_end_of_the_step_and_says_so(
     same_run(tmp_path, whole)
 
 
+def test_a_run_stops_where_it_can_be_gone_on_with(order: Order, tmp_path: Path) -> None:
+    ended = order(tmp_path, term=["loss", 7], updates=3)  # in step 4
+    assert ended["code"] == 143 and load_state(tmp_path / "state.pt")["step"] == 6
+    assert order(tmp_path, resume=True, updates=3)["code"] == 0
+
+
 def test_signals_at_any_time_lose_nothing(order: Order, whole: Path, tmp_path: Path) -> None:
     draw = random.Random(SEED)
     for _ in range(5):
@@ -218,6 +224,22 @@ def test_what_is_no_fault_of_the_disk_is_not_called_one(tmp_path: Path) -> None:
     with pytest.raises((RuntimeError, TypeError, AttributeError)) as caught:
         save_state(tmp_path / "state.pt", {"step": 1, "bad": lambda: 0})
     assert not isinstance(caught.value, StateError)
+
+
+@pytest.mark.parametrize("last", ["file", "folder", "missing"])
+@pytest.mark.parametrize("before", ["file", "folder"])
+def test_the_state_before_is_put_back(tmp_path: Path, last: str, before: str) -> None:
+    """Runs of one process keep a file, runs of several a folder, and one may go on as the other."""
+    path = tmp_path / "state.pt"
+    for place, kind in ((path, last), (previous(path), before)):
+        if kind == "folder":
+            place.mkdir()
+            (place / "name").write_text(place.name)
+        elif kind == "file":
+            place.write_text(place.name)
+    put_back(path)
+    found = path / "name" if before == "folder" else path
+    assert found.read_text() == "state.prev.pt" and not previous(path).exists()
 
 
 @pytest.mark.parametrize("damage", ["torn", "missing", "empty"])

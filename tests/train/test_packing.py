@@ -19,7 +19,6 @@ from echogen.train.data.packing import (
     Tree,
     block_mask,
     i2l_tree,
-    l2i_prompt,
     l2i_tree,
     pack,
     row_budget,
@@ -144,15 +143,6 @@ def test_packing_loses_and_invents_nothing(prompts, row_tokens):
     assert (batch.codes[padding] == NO_TARGET).all() and (batch.texts[padding] == NO_TARGET).all()
     if row_tokens == 10_000:
         assert len(batch.ids) == 1
-
-
-def test_prompt_dropout_takes_the_unconditional_prompt_as_often_as_asked(prompts):
-    rng, whole = np.random.default_rng(0), prompts.l2i(LAYOUT)
-    drawn = [l2i_prompt(prompts, LAYOUT, 0.1, rng) for _ in range(2000)]
-    dropped = [ids for ids in drawn if ids != whole]
-    assert all(ids == prompts.unconditional(whole) for ids in dropped)
-    assert 150 < len(dropped) < 250
-    assert all(l2i_prompt(prompts, LAYOUT, 0.0, rng) == whole for _ in range(20))
 
 
 # --- who sees whom --------------------------------------------------------------------------------

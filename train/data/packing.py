@@ -141,22 +141,19 @@ def pack(trees: list[Tree], row_tokens: int, pad: int) -> Batch:
         rows[fitting[0]].append(i)
         room[fitting[0]] -= len(trees[i])
     fills = {"ids": pad, "positions": 0, "branch": 0, "codes": NO_TARGET, "texts": NO_TARGET}
-    fields = {
-        name: torch.tensor(
-            [
-                [v for i in row for v in getattr(trees[i], name)] + [fill] * free
-                for row, free in zip(rows, room, strict=True)
-            ]
-        )
-        for name, fill in fills.items()
-    }
-    tree = torch.tensor(
-        [
-            [i for i in row for _ in range(len(trees[i]))] + [-1] * n
-            for row, n in zip(rows, room, strict=True)
-        ]
-    )
-    return Batch(tree=tree, **fields)
+    shape = len(rows), row_tokens
+    fields = {name: np.full(shape, fill, np.int64) for name, fill in fills.items()}
+    tree = np.full(shape, -1, np.int64)
+    for r, row in enumerate(rows):
+        first = 0
+        for i in row:
+            here = slice(first, first + len(trees[i]))
+            tree[r, here] = i
+            for name, field in fields.items():
+                field[r, here] = getattr(trees[i], name)
+            first = here.stop
+    tensors = {name: torch.from_numpy(field) for name, field in fields.items()}
+    return Batch(tree=torch.from_numpy(tree), **tensors)
 
 
 def row_budget(trees: list[Tree]) -> int:
@@ -212,10 +209,3 @@ def prompt_or_none(prompts: Prompts, layout: Layout, dropped: bool) -> list[int]
     """The L2I prompt of a layout, or its unconditional form."""
     ids = prompts.l2i(layout)
     return prompts.unconditional(ids) if dropped else ids
-
-
-def l2i_prompt(
-    prompts: Prompts, layout: Layout, dropout: float, rng: np.random.Generator
-) -> list[int]:
-    """The L2I prompt, or with probability ``dropout`` its unconditional form."""
-    return prompt_or_none(prompts, layout, bool(rng.random() < dropout))
