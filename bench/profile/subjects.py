@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 
@@ -15,8 +15,11 @@ from echogen.engine.layout import Layout, LayoutObject
 
 if TYPE_CHECKING:
     from echogen.engine.engine import Engine
+    from echogen.train.config import CycleRLConfig, DJOConfig, PMTPConfig
     from echogen.train.loop import Stage
     from echogen.train.start import Start
+
+    StageConfig = TypeVar("StageConfig", PMTPConfig, DJOConfig, CycleRLConfig)
 
 Work = Callable[[], object]
 
@@ -46,11 +49,13 @@ class Asked:
         model: as `Engine.from_pretrained` takes it.
         device: "cpu" or "cuda".
         batch: pictures at once, or samples of the one layout.
+        float32: train in float32 where the recipe says bfloat16.
     """
 
     model: str = "tiny"
     device: str = "cpu"
     batch: int = 8
+    float32: bool = False
 
 
 def _engine(asked: Asked) -> Engine:
@@ -105,7 +110,7 @@ def pmtp(asked: Asked) -> Subject:
     from echogen.train.pmtp import PMTPStage
     from echogen.train.recipes import tiny
 
-    config = replace(tiny().pmtp, scenes=FEW_SCENES, batch=asked.batch)
+    config = _few(tiny().pmtp, asked)
     stage = PMTPStage(config, _engine(asked).vq)
     return _training(stage, stage.module.config, asked.batch)
 
@@ -115,7 +120,7 @@ def djo(asked: Asked) -> Subject:
     from echogen.train.djo import DJOStage
     from echogen.train.recipes import tiny
 
-    config = replace(tiny().djo, scenes=FEW_SCENES, batch=asked.batch)
+    config = _few(tiny().djo, asked)
     stage = DJOStage(config, _start(asked))
     return _training(stage, stage.module.config, asked.batch)
 
@@ -125,9 +130,15 @@ def cycle_rl(asked: Asked) -> Subject:
     from echogen.train.cycle_rl import CycleRLStage
     from echogen.train.recipes import tiny
 
-    config = replace(tiny().cycle_rl, scenes=FEW_SCENES, batch=asked.batch)
+    config = _few(tiny().cycle_rl, asked)
     stage = CycleRLStage(config, _start(asked))
     return _training(stage, stage.module.config, asked.batch * config.group)
+
+
+def _few(config: StageConfig, asked: Asked) -> StageConfig:
+    """A stage's configuration on few scenes, and as asked for."""
+    loop = replace(config.loop, bf16=config.loop.bf16 and not asked.float32)
+    return replace(config, loop=loop, scenes=FEW_SCENES, batch=asked.batch)
 
 
 def _start(asked: Asked) -> Start:

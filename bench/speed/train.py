@@ -28,6 +28,7 @@ def run(
     batch: int = 8,
     repeats: int = 5,
     device: str = "cpu",
+    float32: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Time optimizer steps of a stage with the recipe ``tiny``; JSON-ready.
@@ -38,6 +39,7 @@ def run(
         batch: samples a step; layouts a rollout in Cycle RL.
         repeats: steps timed, after one to warm up.
         device: "cpu" or "cuda".
+        float32: multiply in float32 where the recipe says bfloat16.
         progress: called with (steps done, steps in all).
 
     Returns:
@@ -52,7 +54,7 @@ def run(
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage}: unknown; choose {', '.join(STAGES)}")
-    subject = warmed(stage, Asked(model, device, batch))
+    subject = warmed(stage, Asked(model, device, batch, float32))
     watch, times = Stopwatch(clock(device)), []
     with listening(watch):
         for done in range(repeats):
@@ -66,7 +68,7 @@ def run(
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
     loop = getattr(tiny(), stage.replace("-", "_")).loop
-    dtype = torch.bfloat16 if loop.bf16 else torch.float32
+    dtype = torch.bfloat16 if loop.bf16 and not float32 else torch.float32
     ceiling = measure(torch.device(device), dtype).flops_per_s
     return {
         "stage": stage,

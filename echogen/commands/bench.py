@@ -171,6 +171,8 @@ class BenchTrain:
     """Timed steps."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to train."""
+    float32: bool = False
+    """Multiply in float32 where the recipe says bfloat16: for CPUs without instructions for it."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -181,7 +183,9 @@ class BenchTrain:
         from echogen.bench.speed import train
 
         with progress("timing") as update:
-            r = train.run(self.stage, self.model, self.batch, self.repeats, self.device, update)
+            r = train.run(
+                self.stage, self.model, self.batch, self.repeats, self.device, self.float32, update
+            )
         show(
             f"{self.stage}: {r['images']} images a step",
             ("ms a step", "images/s", "tokens/s", "utilisation", "peak MiB"),

@@ -9,10 +9,15 @@ import pytest
 from echogen.bench.speed import train
 
 
-@pytest.mark.parametrize("stage", train.STAGES)
-def test_run(stage):
+@pytest.mark.parametrize(
+    ("stage", "float32"), [*((name, False) for name in train.STAGES), ("pmtp", True)]
+)
+def test_run(stage, float32):
     seen = []
-    result = train.run(stage, batch=2, repeats=1, progress=lambda *done: seen.append(done))
+    result = train.run(
+        stage, batch=2, repeats=1, float32=float32, progress=lambda *done: seen.append(done)
+    )
+    assert result["dtype"] == ("float32" if float32 else "bfloat16")
     assert json.loads(json.dumps(result)) == result and seen == [(1, 1)]
     assert result["images"] == (16 if stage == "cycle-rl" else 2)
     assert result["images_per_s"] == pytest.approx(result["images"] / result["ms_per_step"] * 1e3)
