@@ -36,8 +36,9 @@ def load_image(source: str | Image.Image, size: int) -> Image.Image:
             reason = getattr(error, "strerror", None) or "no picture that Pillow reads"
             raise ImageError(f"{source}: cannot be opened ({reason})") from None
     if image.width != image.height:
+        named = "the picture" if isinstance(source, Image.Image) else source
         raise ImageError(
-            f"the picture is {image.width}x{image.height}; boxes refer to the whole picture, "
+            f"{named} is {image.width}x{image.height}; boxes refer to the whole picture, "
             "so make it square first (crop or pad)"
         )
     image = image.convert("RGB")

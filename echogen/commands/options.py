@@ -102,7 +102,7 @@ class SamplingOptions:
         try:
             Sampling(**given)
         except ValueError as error:
-            raise InputError(f"--{error}") from None
+            raise InputError(flagged(error)) from None
 
     def over(self, engine: Engine) -> Sampling:
         """The model's defaults with the given options in their place; InputError where the two do
@@ -113,7 +113,7 @@ class SamplingOptions:
             sampling = Sampling(**asdict(engine.sampling) | self._given())
             sampling.scales(engine.transformer.config.image_tokens)
         except ValueError as error:
-            raise InputError(f"--{error}") from None
+            raise InputError(flagged(error)) from None
         return sampling
 
 
@@ -134,6 +134,12 @@ def check_seed(seed: int) -> None:
     """Refuse a seed that is no key of the noise."""
     if not 0 <= seed <= SEED_MAX:
         raise InputError(f"--seed {seed}: it must be in 0 … 2^63 - 1")
+
+
+def flagged(error: Exception) -> str:
+    """What is wrong with a setting, "top_p = 0; …", said of its option: "--top-p = 0; …"."""
+    name, _, rest = str(error).partition(" ")
+    return f"--{name.replace('_', '-')} {rest}"
 
 
 def check_range(name: str, value: int, low: int, high: int) -> None:

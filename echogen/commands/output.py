@@ -47,7 +47,14 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -
     )
     for i, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], (int, float)) for row in rows)
-        table.add_column(Text(name), justify="right" if numeric else "left", no_wrap=i > 0)
+        # In a narrow terminal the first and the last column fold, the first to a word at least.
+        cells = [str(row[0]) for row in rows] if i == 0 else []
+        table.add_column(
+            Text(name),
+            justify="right" if numeric else "left",
+            no_wrap=0 < i < len(columns) - 1,
+            min_width=min(20, max(map(len, cells), default=0)),
+        )
     for row in rows:
         table.add_row(*(Text(f"{v:.3f}" if isinstance(v, float) else str(v)) for v in row))
     Console().print(table)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from echogen.commands.options import Json, ModelOptions, check_range
+from echogen.commands.options import Json, ModelOptions, check_range, flagged
 from echogen.commands.output import Failure, InputError, make_folder, print_json, show, warn
 
 if TYPE_CHECKING:
@@ -75,6 +75,8 @@ class RunOptions:
         """Refuse a folder or a file that is not what it has to be. Raises InputError."""
         if self.repeat is None:
             check_run_folder(self.out, self.resume)
+            if self.out.exists() and not self.out.is_dir():
+                raise InputError(f"--out {self.out}: is a file; name a folder for the run")
         elif not self.repeat.is_file():
             raise InputError(f"--repeat {self.repeat}: no such file; name a dump-stepN.pt of a run")
         if self.deterministic:  # read when CUDA starts, which a stage may do that is only built
@@ -111,7 +113,7 @@ class RunOptions:
         try:
             return replace(with_steps(recipe, self.steps), **asked)
         except ValueError as error:
-            raise InputError(f"--{error}") from None
+            raise InputError(flagged(error)) from None
 
     def sized(self, config: StageConfig, **changes: Any) -> StageConfig:
         """A stage's configuration with the step loop and the batch asked for. Raises InputError."""
@@ -121,7 +123,7 @@ class RunOptions:
         try:
             return replace(config, loop=self.loop(config.loop), **changes)
         except ValueError as error:
-            raise InputError(f"--{error}") from None
+            raise InputError(flagged(error)) from None
 
     def train(self, stage: Stage) -> None:
         """Run the stage, or repeat a step of it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,7 +33,8 @@ def test_train_vq_runs_the_recipe(run, tmp_path, monkeypatch):
         name = "vq"
 
         def __init__(self, config, width):
-            calls.append((config.loop.steps, config.codes, width))
+            self.config = config
+            calls.append((config.loop.steps, config.codes, width, config.batch))
 
     def loop(stage, config, folder, resume):
         calls.append((config.steps, folder, resume))
@@ -44,11 +46,15 @@ def test_train_vq_runs_the_recipe(run, tmp_path, monkeypatch):
     out = tmp_path / "runs" / "vq"
     done = run("train", "vq", "--out", out, "--steps", "7", "--json")
     assert done.code == 0, done.err
-    assert calls == [(7, 1024, tiny().pmtp.width), (7, out, False)]
+    assert calls == [(7, 1024, tiny().pmtp.width, tiny().vq.batch), (7, out, False)]
     assert done.data["step"] == 7 and done.data["loss"] == 0.5 and done.data["val"] == 1
     assert run("train", "vq", "--out", out, "--steps", "7").refused("--resume")
     assert run("train", "vq", "--out", out, "--steps", "7", "--resume").code == 0
     assert calls[-1] == (7, out, True)
+    assert run("train", "vq", "--out", tmp_path / "more", "--batch", "3").code == 0
+    assert calls[-2][3] == 3
+    assert run("train", "vq", "--out", tmp_path / "none", "--batch", "0").refused("--batch 0")
+    assert run("train", "vq", "--out", out / "state.pt").refused("is a file")
 
 
 @pytest.fixture
@@ -202,8 +208,11 @@ def test_a_run_is_placed_on_the_device_asked_for(run, model, vq, tmp_path, hande
     monkeypatch.setattr("torch.cuda.set_device", placed.append)
     asked = []
     monkeypatch.setattr("echogen.train.start.load_start", lambda *a, **k: asked.append((a, k)))
-    stage = type("Stage", (), {"name": "djo", "config": None})
-    monkeypatch.setattr("echogen.train.djo.DJOStage", lambda config, start: stage())
+
+    def stage(config, start):
+        return SimpleNamespace(name="djo", config=config)
+
+    monkeypatch.setattr("echogen.train.djo.DJOStage", stage)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert run(*begin, "--device", "cuda").code == 0
     assert asked[-1][0][-1] == "cuda:3" == placed[-1]
