@@ -92,6 +92,11 @@ class CycleRLStage(WorldStage):
 
     # --- layouts and rollouts -------------------------------------------------------------------
 
+    @property
+    def reward_boxes(self) -> int:
+        """How many boxes of each object are sampled: one where they are the policy's own."""
+        return self.config.reward_boxes if self.config.policy == "image" else 1
+
     def _check_room(self, layout: Layout, what: str) -> None:
         try:
             check_room(layout, self.prompts, self.module.config)
@@ -133,7 +138,7 @@ class CycleRLStage(WorldStage):
             c.sampling,
             self._key,
             draws[list(here)].flatten(),
-            c.policy != "image",
+            self.reward_boxes,
             c.w_iou,
             c.w_l1,
             c.advantage,
@@ -320,8 +325,9 @@ class CycleRLStage(WorldStage):
         c = self.config
         key = keys.noise_key(c.loop.seed, keys.RL_JUDGED)
         found = self_agreement(
-            self.engine, c.gate_scenes, c.gate_group, c.sampling, key, c.w_iou, c.w_l1
-        )
+            self.engine, c.gate_scenes, c.gate_group, c.sampling, key, c.reward_boxes, c.w_iou,
+            c.w_l1,
+        )  # fmt: skip
         least = math.ceil(c.gate_scenes / 4)
         if found.groups < least and not c.force:
             raise BeginRefused(
@@ -331,13 +337,16 @@ class CycleRLStage(WorldStage):
                 f"the same with --force"
             )
         if not found.correlation >= c.gate_bound and not c.force:  # NaN is refused too
+            unsure = found.correlation + 2 * found.stderr >= c.gate_bound
             raise BeginRefused(
                 f"within groups the self-reward's rank correlation with the judge is "
                 f"{found.correlation:.3f} ± {found.stderr:.3f} (over the {found.groups} of "
                 f"{found.of} groups of {c.gate_group} validation images that the judge tells "
                 f"apart), below {c.gate_bound}: it would "
-                f"reinforce the grounder's mistakes. Train grounding further, or begin all the "
-                f"same with --force"
+                f"reinforce the grounder's mistakes. "
+                + ("That is within its noise: a larger gate_scenes measures it better. " * unsure)
+                + "Train grounding further, let the reward be the mean over several sampled boxes "
+                "(reward_boxes), or begin all the same with --force"
             )
         names = ("rank_correlation", "rank_correlation_stderr", "groups")
         told = dict(zip(names, found[:3], strict=True))
@@ -345,9 +354,10 @@ class CycleRLStage(WorldStage):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """What every stage watches, and on validation layouts, drawn as in training, the reward
-        beside the judge: ``gap`` is self-judged minus independently judged IoU. A gap that grows
-        is a private language between the two halves."""
+        """What every stage watches, and on validation layouts, drawn as in training, the reward (of
+        the most likely boxes, whatever ``reward_boxes``) beside the judge: ``gap`` is self-judged
+        minus independently judged IoU. A gap that grows is a private language between the two
+        halves."""
         values = super().evaluate()
         scenes = load_scenes("val", VAL_LAYOUTS)
         c, layouts = self.config, layouts_of(scenes, 0)

@@ -23,7 +23,7 @@ class Rollout:
     Attributes:
         layouts: the B layouts.
         drawing: N images and how they were drawn.
-        answers: the boxes found in them, [N, K, 4].
+        answers: the boxes found in them, [N, K, 4]; of several an object, the first.
         mask: bool [B, K], False where a layout has fewer than K objects.
         score: reward and advantage [B, G], and what they are made of.
     """
@@ -38,6 +38,13 @@ class Rollout:
     def group(self) -> int:
         """G, images a layout."""
         return len(self.drawing.codes) // len(self.layouts)
+
+
+def _expected(score: CycleReward, boxes: int) -> CycleReward:
+    """A score of K·n answers, ``boxes`` = n to each of K questions, → of the K questions: mean IoU
+    and L1 of each, and the first of its boxes. The reward, a mean over all, stays what it is."""
+    iou, l1, box = (x.unflatten(2, (-1, boxes)) for x in (score.iou, score.l1, score.boxes))
+    return score._replace(iou=iou.mean(-1), l1=l1.mean(-1), boxes=box[:, :, :, 0])
 
 
 def targets(layouts: list[Layout]) -> tuple[Tensor, Tensor]:
@@ -58,7 +65,7 @@ def roll_out(
     sampling: Sampling,
     key: int,
     draws: Tensor,
-    sample_boxes: bool = False,
+    boxes: int = 0,
     w_iou: float = 0.5,
     w_l1: float = 0.5,
     mode: Mode = "grpo",
@@ -73,7 +80,9 @@ def roll_out(
     Args:
         group: G.
         key, draws: of the noise; draw ids int64 [B·G].
-        sample_boxes: draw the boxes too, instead of taking the most likely ones.
+        boxes: 0 takes the most likely box of each object; n ≥ 1 samples n of them, and the object's
+            IoU and L1 are the mean over these: an unbiased estimate of what they are expected to be
+            under the grounder's distribution.
         w_iou, w_l1, mode: see `cycle_reward`.
     """
     # What the trainer's autocast would do to the engine's products is not what users run.
@@ -85,11 +94,15 @@ def roll_out(
         engine.refresh()
         repeated = [layout for layout in layouts for _ in range(group)]
         drawing = draw(engine, repeated, sampling, key, draws)
-        asked = [[o.expr for o in layout.objects] for layout in repeated]
-        answers = ground(engine, drawing.codes, asked, (key, draws) if sample_boxes else None)
+        each = max(boxes, 1)
+        asked = [[o.expr for o in layout.objects for _ in range(each)] for layout in repeated]
+        answers = ground(engine, drawing.codes, asked, (key, draws) if boxes else None)
         box, mask = (t.to(engine.device) for t in targets(layouts))
+        target, there = (t.repeat_interleave(each, 1) for t in (box, mask))
         first, bins = locations(engine.prompts)
         tokens = answers.tokens.unflatten(0, (len(layouts), group))
         with span("train/cycle-rl/reward", batch=images):
-            score = cycle_reward(tokens, box, mask, first, bins, w_iou, w_l1, mode)
+            score = cycle_reward(tokens, target, there, first, bins, w_iou, w_l1, mode)
+    if each > 1:
+        score, answers = _expected(score, each), Answers(*(x[:, ::each] for x in answers))
     return Rollout(layouts, drawing, answers, mask, score)

@@ -64,17 +64,18 @@ def self_agreement(
     group: int,
     sampling: Sampling,
     key: int,
+    boxes: int = 0,
     w_iou: float = 0.5,
     w_l1: float = 0.5,
 ) -> Agreement:
     """Agreement of the self-reward with the judge's mean IoU on ``count`` validation layouts, each
-    drawn ``group`` times."""
+    drawn ``group`` times; ``boxes``: see `roll_out`."""
     scenes = load_scenes("val", count)
     layouts, reward, judged = layouts_of(scenes, 0), [], []
     for i in range(0, count, BATCH):
         some = layouts[i : i + BATCH]
         draws = torch.arange(i * group, (i + len(some)) * group)
-        rollout = roll_out(engine, some, group, sampling, key, draws, w_iou=w_iou, w_l1=w_l1)
+        rollout = roll_out(engine, some, group, sampling, key, draws, boxes, w_iou, w_l1)
         reward.append(rollout.score.reward.cpu().numpy())
         images = to_images(decode_codes(engine.vq, rollout.drawing.codes))
         ious = [class_ious(scenes[i + n // group], detect(x)).mean() for n, x in enumerate(images)]
