@@ -12,6 +12,7 @@ from torch import Tensor
 from echogen.engine.cache import KVCache, WindowCache
 from echogen.engine.device import DeviceTransformer
 from echogen.engine.device_decode import DeviceDecoding
+from echogen.engine.layout import LayoutError
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.packed_decode import PackedDecoding, PackedWindows
@@ -142,6 +143,27 @@ def left_padded(prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
     return ids, torch.tensor([longest - len(p) for p in prompts])
 
 
+def check_drawing(model: Decoder, prompts: list[list[int]], sampler: Sampler) -> None:
+    """Refuse what would draw something else than is asked for.
+
+    Raises:
+        LayoutError: a prompt that leaves no room for the image.
+        ValueError: another number of prompts than the sampler draws images of.
+    """
+    c, images, each = model.config, len(sampler.draws), 1 + sampler.sampling.guided
+    if len(prompts) != images * each:
+        raise ValueError(
+            f"{len(prompts)} prompts for {images} draws; an image takes one of each"
+            f"{', and with guidance two prompts' if each > 1 else ''}"
+        )
+    longest = max(map(len, prompts), default=0)
+    if longest + c.image_tokens > c.max_positions:
+        raise LayoutError(
+            f"the layout takes {longest} tokens; this model has room for "
+            f"{c.max_positions - c.image_tokens}, so shorten its texts or name fewer objects"
+        )
+
+
 def prepared(
     model: Decoder, code_table: Tensor, prompts: list[list[int]], pad: int
 ) -> tuple[UnifiedTransformer | PackedTransformer, Tensor, Tensor]:
@@ -191,7 +213,13 @@ def decode_image(
 
     Returns:
         Image codes int64 [N, T].
+
+    Raises:
+        LayoutError: a prompt that leaves no room for the image.
+        ValueError: another number of prompts than the sampler draws images of.
+        RuntimeError: on a GPU, within another drawing of the same thread.
     """
+    check_drawing(model, prompts, sampler)
     guided = sampler.sampling.guided
     if isinstance(model, DeviceTransformer):
         # In the weights' own type, as a step recorded under autocast would stay under it.

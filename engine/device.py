@@ -31,7 +31,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from threading import RLock
+from threading import Lock, get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -210,6 +210,28 @@ class DeviceBlock:
         return self._down(self._gate_up(x, gated=True), residual=x)
 
 
+class Turn:
+    """A lock whose own thread is refused instead of let in again, or left to wait for itself: what
+    a drawing calls back (``progress``) would draw into the caches of that very drawing."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._holder: int | None = None
+
+    def __enter__(self) -> None:
+        if self._holder == get_ident():
+            raise RuntimeError(
+                "a drawing is under way in this thread, in memory that is all drawings'; draw, "
+                "refresh or release when it has ended, not from its progress"
+            )
+        self._lock.acquire()
+        self._holder = get_ident()
+
+    def __exit__(self, *error: object) -> None:
+        self._holder = None
+        self._lock.release()
+
+
 class DeviceTransformer:
     """A step of `UnifiedTransformer` on the project's operators.
 
@@ -225,7 +247,7 @@ class DeviceTransformer:
         config, plain: of the model.
         table: [V, D], the code table, at one place for ever.
         memory, steps: of drawings (`echogen.engine.device_step`).
-        lock: held while a drawing uses that memory.
+        lock: held while a drawing uses that memory, and by what renews or gives it back.
     """
 
     def __init__(
@@ -236,7 +258,7 @@ class DeviceTransformer:
         fp8_cache: bool = False,
         record: Recorder | None = None,
     ) -> None:
-        self.config, self.plain, self.lock = plain.config, plain, RLock()
+        self.config, self.plain, self.lock = plain.config, plain, Turn()
         self.fp8, self.fp8_cache = fp8, fp8_cache
         self.recorder = record or recorder(code_table.device)
         self.memory = Memory(code_table.device)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from echogen.engine.cache import KVCache
 from echogen.engine.device import DeviceTransformer
-from echogen.engine.device_step import Choice, Shape, recorded
+from echogen.engine.device_step import Choice, Shape, recorded, unrecorded
+from echogen.engine.graphs import Step as Run
 from echogen.engine.model import additive_mask
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampler
@@ -55,8 +56,11 @@ class DeviceDecoding:
             groups,
         )
         shape = Shape.of(len(prompts), guided, self._different)
-        choice = Choice() if sampler is None else Choice.of(sampler)
-        self._step, self._run = recorded(model, shape, choice)
+        self._run: Run | None = None
+        if sampler is None:
+            self._step = unrecorded(model, shape)
+        else:
+            self._step, self._run = recorded(model, shape, Choice.of(sampler))
         # An unconditional row is as far behind the conditional ones as there are images, idle ones
         # among them.
         self._places = [
@@ -106,7 +110,8 @@ class DeviceDecoding:
                 is then waited for each time, so that it is true.
         """
         sampler, step, steps = self._sampler, self._step, self._model.config.image_tokens
-        assert sampler is not None, "made with the sampler that draws"
+        run = self._run
+        assert sampler is not None and run is not None, "made with the sampler that draws"
         step.choose(sampler)
         with span("engine/prefill", rows=self._rows):
             found = self.prefill()
@@ -121,7 +126,7 @@ class DeviceDecoding:
                 held += self._rows
                 about = {"rows": self._rows, "tokens": self._rows, "held": held}
                 with span("engine/decode/step", step=done - 2, **about):
-                    self._run()
+                    run()
             if tell is not None:
                 if logits.is_cuda:
                     torch.cuda.current_stream(logits.device).synchronize()

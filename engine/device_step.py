@@ -253,13 +253,24 @@ def caches(model: DeviceTransformer, shape: Shape) -> list[Piece]:
     return found
 
 
-def recorded(model: DeviceTransformer, shape: Shape, choice: Choice) -> tuple[DeviceStep, Run]:
-    """The step for a shape and a choice, and what runs it; made and recorded at first use. What
-    lies in its caches is overwritten, and so is that of every other step."""
+def _make_room(model: DeviceTransformer, shape: Shape) -> None:
     pieces = caches(model, shape)
     if not model.memory.fits(*pieces):
         model.steps.clear()  # they stand on memory that is about to go
         model.memory.grow(*pieces)
+
+
+def unrecorded(model: DeviceTransformer, shape: Shape) -> DeviceStep:
+    """A step for a shape, to be run operator by operator by who samples otherwise. What lies in the
+    caches of every other step is overwritten."""
+    _make_room(model, shape)
+    return DeviceStep(model, shape, Choice())
+
+
+def recorded(model: DeviceTransformer, shape: Shape, choice: Choice) -> tuple[DeviceStep, Run]:
+    """The step for a shape and a choice, and what runs it; made and recorded at first use. What
+    lies in its caches is overwritten, and so is that of every other step."""
+    _make_room(model, shape)
 
     def make() -> tuple[DeviceStep, Run]:
         step = DeviceStep(model, shape, choice)

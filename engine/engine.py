@@ -2,53 +2,50 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import copy
 import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import (
-    AutoTokenizer,
-    JanusConfig,
-    JanusVisionModel,
-    JanusVQVAE,
-    PreTrainedTokenizerBase,
-)
+from transformers import JanusConfig, JanusVisionModel, JanusVQVAE
 
 from echogen.engine.cycle import CycleResult, score
 from echogen.engine.decode import Decoder, Progress, decode_image
 from echogen.engine.device import DeviceTransformer, misfit
 from echogen.engine.ground import ground_images
 from echogen.engine.jacobi import Method, decode_windows, wins
-from echogen.engine.layout import Box, Layout, LayoutError
+from echogen.engine.layout import Box, Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.packed import PackedTransformer, packable
-from echogen.engine.prompt import QUESTION, BoxCodec, LocationCodec, Prompts, TextualCodec
-from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.tokens import add_box_tokens
+from echogen.engine.pretrained import Meta, load_prompts, resolve
+from echogen.engine.prompt import LocationCodec, Prompts
+from echogen.engine.sampler import Sampler, Sampling, check_draws
 from echogen.engine.vision import (
     decode_codes,
+    decoding_bytes,
     encode_image,
     load_image,
     pixel_features,
     to_images,
     to_pixels,
 )
-from echogen.engine.weights import CheckpointError, load_checkpoint, save_checkpoint
+from echogen.engine.weights import load_checkpoint, save_checkpoint
 
-BUNDLED = Path(__file__).parent / "models"
-META = "echogen.json"
-"""Beside a checkpoint's config.json: box codec, question, default sampling, provenance."""
+MOST_DECODED = 1 << 32
+"""Bytes of passing tensors while pictures are decoded; more of them go one part after another."""
 
 
 class Engine:
     """One set of weights for drawing, grounding and (shared with the trainer) training.
+
+    Any thread may draw and ground; on a GPU drawings wait for each other. Nothing may while the
+    weights change, up to ``refresh``.
 
     Args:
         config: the `transformers` configuration of the checkpoint.
@@ -85,6 +82,7 @@ class Engine:
         self.pixels_trained = pixels_trained
         self._code_table = torch.empty(0)
         self._decoder: Decoder | None = None
+        self._making = Lock()
         self.refresh()
         check_fp8(transformer, self._code_table, fp8, fp8_cache)
 
@@ -97,7 +95,7 @@ class Engine:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         codec: Literal["location", "textual"] | None = None,
-        bins: int = 1000,
+        bins: int | None = None,
         fp8: bool = False,
         fp8_cache: bool = False,
     ) -> Engine:
@@ -110,8 +108,9 @@ class Engine:
             device, dtype: where and in what precision the weights live.
             codec: how boxes are written; None reads it from the checkpoint (``echogen.json``), and
                 takes PlanGen's textual codec where it says nothing.
-            bins: location tokens, when ``codec="location"`` is asked of a checkpoint without them:
-                they are added, each starting at the mean embedding of its number's digits.
+            bins: location tokens, when ``codec="location"`` is asked of a checkpoint without them
+                (None: 1000): they are added, each starting at the mean embedding of its number's
+                digits.
             fp8: draw on a GPU with weights rounded to float8_e4m3fn, a scale for each output
                 channel: half the bytes of weights a step, and other codes than in ``dtype``.
                 Prompts and grounding are run on the weights as they are.
@@ -122,63 +121,55 @@ class Engine:
 
         Raises:
             CheckpointError: nothing there, or a broken checkpoint; names the file and the key.
-            ValueError: fp8 where drawing cannot run on the operators of a GPU; says why.
+            ValueError: an unknown codec, or bins that are not the checkpoint's; fp8 where drawing
+                cannot run on the operators of a GPU, says why.
         """
         folder = resolve(model)
         checkpoint = load_checkpoint(folder, dtype, device)
-        tokenizer = _tokenizer(folder)
-        meta = read_meta(folder)
-        name = codec or meta.get("codec", {}).get("name", "textual")
-        bins = meta.get("codec", {}).get("bins", bins)
-        add_box_tokens(tokenizer, checkpoint.transformer, bins if name == "location" else 0)
-        box_codec: BoxCodec
-        box_codec = (
-            LocationCodec(tokenizer, bins) if name == "location" else TextualCodec(tokenizer)
-        )
-        prompts = Prompts(tokenizer, box_codec, meta.get("question", QUESTION))
+        meta = Meta.read(folder)
+        prompts = load_prompts(folder, meta, checkpoint.transformer, codec, bins)
         return cls(
             checkpoint.config,
             checkpoint.transformer.eval(),
             checkpoint.vq,
             checkpoint.siglip,
             prompts,
-            Sampling(**meta.get("sampling", {})),
-            meta.get("pixels_trained", True),
+            meta.sampling,
+            meta.pixels_trained,
             fp8,
             fp8_cache,
         )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that this engine and ``JanusForConditionalGeneration`` both load."""
-        folder, prompts = Path(folder), self.prompts
+        """Write a folder that this engine and ``JanusForConditionalGeneration`` both load; where
+        that is interrupted, what was there before stays (`save_checkpoint`)."""
+        prompts, codec = self.prompts, self.prompts.codec
+        bins = codec.scale + 1 if isinstance(codec, LocationCodec) else None
+        meta = Meta(codec.name, bins, prompts.question, self.sampling, self.pixels_trained)
+
+        def beside(staging: Path) -> None:
+            prompts.tokenizer.save_pretrained(staging)
+            meta.write(staging)
+
         generation = {
             "bos_token_id": prompts.bos,
             "eos_token_id": prompts.eos,
             "pad_token_id": prompts.pad,
             "generation_kwargs": {"boi_token_id": prompts.begin_image},
         }
-        text: Any = self.config.text_config
+        config = copy.deepcopy(self.config)
+        text: Any = config.text_config
         text.vocab_size = self.transformer.config.vocab_size
         save_checkpoint(
             folder,
-            self.config,
+            config,
             self.transformer,
             self.vq,
             self.siglip,
             dtype,
             generation=generation,
+            beside=beside,
         )
-        prompts.tokenizer.save_pretrained(folder)
-        codec: dict[str, Any] = {"name": prompts.codec.name}
-        if isinstance(prompts.codec, LocationCodec):
-            codec["bins"] = prompts.codec.scale + 1
-        meta = {
-            "codec": codec,
-            "question": prompts.question,
-            "sampling": dataclasses.asdict(self.sampling),
-            "pixels_trained": self.pixels_trained,
-        }
-        (folder / META).write_text(json.dumps(meta, indent=2) + "\n")
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -194,7 +185,8 @@ class Engine:
         packed copy, on a GPU recorded steps and caches. Those are as large as the largest drawing
         so far needs, 2·layers·rows·kv_heads·(T − 1)·head_dim numbers without its prompts: 27 GiB
         for 256 rows of Janus-Pro-1B in bfloat16."""
-        held, self._decoder = self._decoder, None
+        with self._making:
+            held, self._decoder = self._decoder, None
         if isinstance(held, DeviceTransformer):
             held.release()
 
@@ -206,12 +198,13 @@ class Engine:
         GPU with a warning that says why. With ``fp8`` the operators multiply by copies of the
         weights in 8 bits, which ``refresh`` renews; with ``fp8_cache`` drawings keep keys and
         values in 8 bits."""
-        if self._decoder is None:
-            with torch.inference_mode():
-                self._decoder = on_operators(
-                    self.transformer, self._code_table, self.fp8, self.fp8_cache
-                )
-        return self._decoder
+        with self._making:
+            if self._decoder is None:
+                with torch.inference_mode():
+                    self._decoder = on_operators(
+                        self.transformer, self._code_table, self.fp8, self.fp8_cache
+                    )
+            return self._decoder
 
     @property
     def code_table(self) -> Tensor:
@@ -299,20 +292,17 @@ class Engine:
 
         Raises:
             LayoutError: a layout that leaves no room for the image, or holds a reserved token.
-            ValueError: a negative layout without guidance; guidance behind the last position.
+            ValueError: a negative layout without guidance; guidance behind the last position;
+                draws that are not one 32-bit word for each layout.
         """
         if decoding not in get_args(Method):
             raise ValueError(f"decoding = {decoding!r}; choose one of {get_args(Method)}")
         sampling = sampling or self.sampling
         prompts = self.prompt_rows(layouts, sampling, negative)
-        ids = torch.tensor(draws if draws is not None else range(len(layouts)), device=self.device)
+        ids = torch.tensor(check_draws(draws, len(layouts)), dtype=torch.int64, device=self.device)
         c = self.transformer.config
-        longest = max(map(len, prompts), default=0)
-        if longest + c.image_tokens > c.max_positions:
-            raise LayoutError(
-                f"the layout takes {longest} tokens; this model has room for "
-                f"{c.max_positions - c.image_tokens}, so shorten its texts or name fewer objects"
-            )
+        if not layouts:
+            return ids.new_zeros(0, c.image_tokens)
         sampler = Sampler(sampling, seed, ids, c.codebook_size, c.image_tokens)
         model, table, pad = self.decoder, self._code_table, self.prompts.pad
         faster = wins(model, table.dtype, layouts)
@@ -321,8 +311,10 @@ class Engine:
         return decode_image(model, table, prompts, sampler, pad, progress)
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
-        """Image codes [N, T] → pictures."""
-        return to_images(decode_codes(self.vq, codes))
+        """Image codes int64 [N, T] → pictures, as many at once as ``MOST_DECODED`` holds."""
+        together = max(1, MOST_DECODED // decoding_bytes(self.vq, self.image_size))
+        parts = codes.to(self.device).split(together) if len(codes) else ()
+        return [image for some in parts for image in to_images(decode_codes(self.vq, some))]
 
     # --- image → layout -------------------------------------------------------------------------
 
@@ -341,8 +333,13 @@ class Engine:
 
         Raises:
             ImageError, LayoutError: a picture or expression that cannot be used.
-            ValueError: ``pixels`` on a checkpoint whose SigLIP path was not trained.
+            ValueError: ``pixels`` on a checkpoint whose SigLIP path was not trained; one text where
+                a list is wanted.
         """
+        if isinstance(expressions, str):
+            raise ValueError(f"expressions = {expressions!r}; write a list of texts")
+        if features not in ("tokens", "pixels"):
+            raise ValueError(f"features = {features!r}; choose 'tokens' or 'pixels'")
         if not expressions:
             return []
         pixels = to_pixels([load_image(image, self.image_size)])
@@ -350,28 +347,26 @@ class Engine:
             return self.ground_codes(encode_image(self.vq, pixels), [expressions])[0]
         if not self.pixels_trained:
             raise ValueError("this checkpoint's SigLIP path was not trained; use features='tokens'")
-        self._check_branches([expressions])
         with torch.no_grad():
             embedded = self.transformer.embed_pixels(pixel_features(self.siglip, pixels))
         return ground_images(self.transformer, self.prompts, embedded, [expressions])[0]
 
     def ground_codes(self, codes: Tensor, expressions: list[list[str]]) -> list[list[Box]]:
-        """Boxes of every expression in images given as codes [B, T]."""
-        self._check_branches(expressions)
+        """Boxes of every expression in images given as codes int64 [B, T].
+
+        Raises:
+            LayoutError: an expression that cannot be used.
+            ValueError: an image without expressions, or another number of them.
+        """
+        if len(codes) != len(expressions) or not all(expressions):
+            counts = [len(row) for row in expressions]
+            raise ValueError(
+                f"{len(codes)} images and expressions of {len(counts)}, {counts} of each; give "
+                f"every image its list of at least one"
+            )
         return ground_images(
             self.transformer, self.prompts, self._code_table[codes.to(self.device)], expressions
         )
-
-    def _check_branches(self, expressions: list[list[str]]) -> None:
-        c, (before, after) = self.transformer.config, self.prompts.i2l()
-        steps = self.prompts.codec.steps
-        room = c.max_positions - c.image_tokens - len(before) - len(after) - steps
-        for expr in {e for row in expressions for e in row}:
-            if (length := len(self.prompts.branch(expr))) > room:
-                raise LayoutError(
-                    f"an expression takes {length} tokens; this model has room for {room}, "
-                    f"so shorten it ({expr[:30]!r}...)"
-                )
 
     # --- the cycle ------------------------------------------------------------------------------
 
@@ -437,55 +432,3 @@ def on_operators(
         return DeviceTransformer(model, code_table)
     warnings.warn(f"drawing runs on plain torch, code by code: {why}", stacklevel=2)
     return model
-
-
-def resolve(model: str | Path) -> Path:
-    """Folder of a bundled name, a folder, or a hub id (downloaded once into the hub's cache).
-
-    Raises CheckpointError where there is nothing to load.
-    """
-    if Path(model).is_dir():
-        return Path(model)
-    if (BUNDLED / str(model) / "config.json").is_file():
-        return BUNDLED / str(model)
-    text = str(model)
-    if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        names = sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
-        raise CheckpointError(
-            f"{text}: no such folder; bundled models: {', '.join(names) or 'none'}"
-        )
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(
-            snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model"])
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(
-            f"{text}: neither a folder nor a hub id that loads ({reason})"
-        ) from None
-
-
-def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder}: its tokenizer does not load ({reason})") from None
-    return tokenizer
-
-
-def read_meta(folder: Path) -> dict[str, Any]:
-    """The checkpoint's ``echogen.json``, or {} where there is none."""
-    path = folder / META
-    if not path.exists():
-        return {}
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(meta, dict):
-        raise CheckpointError(f"{path}: not an object")
-    return meta

@@ -108,6 +108,8 @@ class CudaGraphs:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
+            if isinstance(error.__context__, torch.OutOfMemoryError):
+                raise error.__context__ from None  # the end of the capture failed for it
             # Where both the step and the end of its capture failed, the step says why.
             why = str(error.__context__ or error).partition("\n")[0]
             raise CaptureError(

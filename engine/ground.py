@@ -9,14 +9,37 @@ spaces), and `</box>` is never run.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from echogen.engine.cache import KVCache
-from echogen.engine.layout import Box
-from echogen.engine.model import UnifiedTransformer, additive_mask, tree_visibility
-from echogen.engine.prompt import BoxCodec, Prompts
+from echogen.engine.branches import Branches
+from echogen.engine.layout import Box, LayoutError
+from echogen.engine.model import UnifiedTransformer
+from echogen.engine.prompt import BoxCodec, LocationCodec, PromptError, Prompts
 from echogen.engine.ranges import span
+from echogen.kernels.parse_boxes import allowed_location_mask
+from echogen.kernels.philox import gumbel_noise
+
+MOST_HELD = 1 << 32
+"""Bytes of keys and values while images are grounded; more images go one part after another."""
+BOX_STREAM = 1
+"""Word of the noise that tells a sample's boxes from its image codes, whose stream is 0."""
+
+
+class Answers(NamedTuple):
+    """Boxes found, in location tokens.
+
+    Attributes:
+        tokens: int64 [N, K, 4]; what stands at padding (k ≥ K_n) means nothing.
+        logprob: float32 [N, K, 4], of each token under the grammar-constrained distribution.
+    """
+
+    tokens: Tensor
+    logprob: Tensor
 
 
 @torch.inference_mode()
@@ -36,14 +59,159 @@ def ground_images(
 
     Returns:
         For each image one normalised box an expression; a constrained decode always parses.
+
+    Raises:
+        LayoutError: an expression that cannot be used, or for which the model has no room.
     """
-    with span("engine/ground", batch=len(expressions), branches=sum(map(len, expressions))):
-        return _ground(model, prompts, image, expressions)
+    if isinstance(prompts.codec, LocationCodec) and in_one_piece(prompts.codec):
+        answers = ground_tokens(model, prompts, image, expressions).tokens.tolist()
+    else:
+        with span("engine/ground", batch=len(expressions), branches=sum(map(len, expressions))):
+            answers = [
+                answer
+                for some in parts(model, prompts, image, expressions)
+                for answer in _spelled(model, prompts, image[some], expressions[some])
+            ]
+    boxes = [
+        [prompts.codec.parse(answer) for answer in row[: len(asked)]]
+        for row, asked in zip(answers, expressions, strict=True)
+    ]
+    assert all(box is not None for row in boxes for box in row), "the grammar let a non-box through"
+    return [[box for box in row if box is not None] for row in boxes]
 
 
-def _ground(
+def parts(
     model: UnifiedTransformer, prompts: Prompts, image: Tensor, expressions: list[list[str]]
-) -> list[list[Box]]:
+) -> Iterator[slice]:
+    """Which of embedded images [B, T, D] are grounded at once, that keys and values stay below
+    ``MOST_HELD``.
+
+    Raises:
+        LayoutError: an expression that cannot be used, or for which the model has no room.
+    """
+    c, (before, after) = model.config, prompts.i2l()
+    trunk, steps = len(before) + image.shape[1] + len(after), prompts.codec.steps
+    lengths = {e: len(prompts.branch(e)) for row in expressions for e in row}
+    for expr, length in lengths.items():
+        if length > (room := c.max_positions - trunk - steps):
+            raise LayoutError(
+                f"an expression takes {length} tokens; this model has room for {room}, "
+                f"so shorten it ({expr[:30]!r}...)"
+            )
+    most = max((sum(lengths[e] + steps for e in row) for row in expressions), default=0)
+    size = 2 * c.layers * c.kv_heads * c.head_dim * image.element_size()
+    together = max(1, MOST_HELD // (size * (trunk + most)))
+    for first in range(0, len(expressions), together):
+        yield slice(first, first + together)
+
+
+# --- boxes as location tokens -----------------------------------------------------------------
+
+
+def in_one_piece(codec: LocationCodec) -> bool:
+    """Whether the ids of the location tokens follow each other."""
+    return codec.ids == list(range(codec.ids[0], codec.ids[0] + len(codec.ids)))
+
+
+def locations(prompts: Prompts) -> tuple[int, int]:
+    """(id of ``<loc_0>``, number of location tokens).
+
+    Raises:
+        PromptError: another codec, or location tokens that do not follow each other.
+    """
+    codec = prompts.codec
+    if not isinstance(codec, LocationCodec):
+        raise PromptError(
+            f"boxes are written with the {codec.name} codec; rollouts need the location codec"
+        )
+    if not in_one_piece(codec):
+        raise PromptError(
+            f"<loc_0> is token {codec.ids[0]}, but the ids of its {len(codec.ids)} location tokens "
+            "have gaps; add them to the tokenizer in one piece"
+        )
+    return codec.ids[0], len(codec.ids)
+
+
+def constrained(logits: Tensor, tokens: Tensor, step: int, prompts: Prompts) -> Tensor:
+    """Scores [N, bins] of coordinate ``step`` over the location tokens, from text logits [N, vocab]
+    and the box so far, tokens [N, 4]: −inf where no box could follow."""
+    first, bins = locations(prompts)
+    lengths = torch.full((len(tokens),), step, device=tokens.device)
+    allowed = allowed_location_mask(tokens, lengths, first, bins, prompts.box_end, logits.shape[-1])
+    here = slice(first, first + bins)
+    scores = logits[:, here]
+    scores = scores if scores.dtype == torch.float64 else scores.float()
+    return scores.masked_fill(~allowed[:, here], float("-inf"))
+
+
+@torch.inference_mode()
+def ground_tokens(
+    model: UnifiedTransformer,
+    prompts: Prompts,
+    image: Tensor,
+    expressions: list[list[str]],
+    noise: tuple[int, Tensor] | None = None,
+) -> Answers:
+    """Find the box of every expression, by grammar-constrained decoding, in tokens; the device is
+    waited for by nothing.
+
+    Args:
+        model, prompts, image, expressions: as for `ground_images`.
+        noise: (seed, draw ids int64 [B]) to sample at temperature 1; None takes the most likely.
+
+    Raises:
+        PromptError: the model's boxes are not location tokens (see `locations`).
+        LayoutError: an expression that cannot be used, or for which the model has no room.
+    """
+    found, width = list[Answers](), max(map(len, expressions), default=0)
+    with span("engine/ground", batch=len(expressions), branches=sum(map(len, expressions))):
+        for some in parts(model, prompts, image, expressions):
+            here = None if noise is None else (noise[0], noise[1][some])
+            found.append(_located(model, prompts, image[some], expressions[some], here))
+    if not found:
+        empty = image.new_zeros(0, width, 4, dtype=torch.float32)
+        return Answers(empty.long(), empty)
+    even = [[F.pad(x, (0, 0, 0, width - x.shape[1])) for x in part] for part in found]
+    tokens, logprob = (torch.cat(x) for x in zip(*even, strict=True))
+    return Answers(tokens, logprob)
+
+
+def _located(
+    model: UnifiedTransformer,
+    prompts: Prompts,
+    image: Tensor,
+    expressions: list[list[str]],
+    noise: tuple[int, Tensor] | None,
+) -> Answers:
+    branches = [[prompts.branch(e) for e in row] for row in expressions]
+    state = Branches(model, prompts, image, branches)
+    (first, bins), rows, width = locations(prompts), len(branches), max(map(len, branches))
+    tokens = torch.full((rows * width, 4), first, device=image.device)
+    logprob = torch.zeros(rows * width, 4, device=image.device)
+    logits = state.prefill()
+    for step in range(4):
+        scores = constrained(logits.flatten(0, 1), tokens, step, prompts)
+        noisy = scores
+        if noise is not None:
+            seed, draws = noise
+            draw_id = draws.to(image.device).repeat_interleave(width)
+            place = 4 * torch.arange(width, device=image.device).repeat(rows) + step
+            noisy = scores + gumbel_noise(seed, draw_id, place, bins, BOX_STREAM)
+        chosen = noisy.argmax(-1)
+        logprob[:, step] = scores.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
+        tokens[:, step] = first + chosen
+        if step < 3:
+            logits = state.step(tokens[:, step].view(rows, width), step)
+    return Answers(tokens.view(rows, width, 4), logprob.view(rows, width, 4))
+
+
+# --- boxes as any tokens ------------------------------------------------------------------------
+
+
+def _spelled(
+    model: UnifiedTransformer, prompts: Prompts, image: Tensor, expressions: list[list[str]]
+) -> list[list[list[int]]]:
+    """The answer to every expression, token by token as the codec's grammar allows."""
     codec = prompts.codec
     forced = _forced(codec, [])
     branches = [[prompts.branch(e) + forced for e in row] for row in expressions]
@@ -55,9 +223,7 @@ def _ground(
         if not any(codec.allowed(tuple(a)) for row in answers for a in row):
             break
         logits = state.feed(new)
-    boxes = [[codec.parse(a) for a in row] for row in answers]
-    assert all(box is not None for row in boxes for box in row), "the grammar let a non-box through"
-    return [[box for box in row if box is not None] for row in boxes]
+    return answers
 
 
 def _forced(codec: BoxCodec, answer: list[int]) -> list[int]:
@@ -84,132 +250,3 @@ def _extend(
             answer += new
             added[-1].append(new)
     return added
-
-
-class Branches:
-    """The cache of B trunks with K branches each, and what every cached token belongs to.
-
-    Args:
-        model, prompts: the transformer, and what builds the trunk.
-        image: embedded images [B, T, D].
-        branches: for each image, the ids of its K_b questions; K is the most of them.
-    """
-
-    def __init__(
-        self,
-        model: UnifiedTransformer,
-        prompts: Prompts,
-        image: Tensor,
-        branches: list[list[list[int]]],
-    ) -> None:
-        self._model, self._image = model, image
-        self._before, self._after = prompts.i2l()
-        self._rows, self._width = len(branches), max(map(len, branches))
-        trunk = len(self._before) + image.shape[1] + len(self._after)
-        longest = max(sum(map(len, row)) for row in branches)
-        ids, branch, position, self._last = [], [], [], []
-        for row in branches:
-            pads = longest - sum(map(len, row))
-            ids.append([t for q in row for t in q] + [prompts.pad] * pads)
-            branch.append([0] * trunk + [k for k, q in enumerate(row, 1) for _ in q] + [-1] * pads)
-            where = [trunk + i for q in row for i in range(len(q))]
-            position.append(list(range(trunk)) + where + [0] * pads)
-            ends = torch.tensor([len(q) for q in row]).cumsum(0) + trunk - 1
-            self._last.append(ends.tolist() + [0] * (self._width - len(row)))
-        device = image.device
-        self._ids = torch.tensor(ids, device=device)
-        self._branch = torch.tensor(branch, device=device)
-        self._position = torch.tensor(position, device=device)
-        lengths = [
-            [trunk + len(q) for q in row] + [0] * (self._width - len(row)) for row in branches
-        ]
-        self._next = torch.tensor(lengths, device=device)
-        self._pad, self._fed = prompts.pad, torch.zeros_like(self._next)
-        capacity = trunk + longest + self._width * prompts.codec.steps
-        self._cache = KVCache(model.config, self._rows, capacity, image.dtype, device)
-
-    def prefill(self) -> Tensor:
-        """Run trunk and questions; text logits at the end of every branch [B, K, vocab]."""
-        count, tokens = self._rows * self._width, self._position.numel()
-        with span("engine/ground/prefill", rows=count, tokens=tokens):
-            return self._prefill()
-
-    def _prefill(self) -> Tensor:
-        before, after = (
-            self._model.embed_text(torch.tensor(ids, device=self._image.device)).expand(
-                self._rows, -1, -1
-            )
-            for ids in (self._before, self._after)
-        )
-        questions = self._model.embed_text(self._ids)
-        embedded = torch.cat((before, self._image, after, questions), 1)
-        length = embedded.shape[1]
-        causal = torch.ones(length, length, dtype=torch.bool, device=embedded.device).tril()
-        hidden = self._run(embedded, self._position, self._branch, causal)
-        last = torch.tensor(self._last, device=hidden.device)
-        rows = torch.arange(self._rows, device=hidden.device)[:, None]
-        return self._model.text_head(hidden[rows, last])
-
-    def step(self, tokens: Tensor, step: int) -> Tensor:
-        """Feed one token [B, K] to every branch; text logits [B, K, vocab]."""
-        fed, held = tokens.numel(), self._branch.numel() + tokens.numel()
-        with span("engine/ground/step", rows=fed, tokens=fed, held=held, step=step):
-            return self._step(tokens.unsqueeze(-1), torch.ones_like(tokens))
-
-    def feed(self, new: list[list[list[int]]]) -> Tensor:
-        """Feed each branch its own tokens, as many as it has; text logits [B, K, vocab] behind the
-        last of each (those of a branch that has none mean nothing)."""
-        most = max(len(tokens) for row in new for tokens in row)
-        device = self._ids.device
-        tokens = torch.full((self._rows, self._width, most), self._pad)
-        counts = torch.zeros(self._rows, self._width, dtype=torch.int64)
-        for i, row in enumerate(new):
-            for j, mine in enumerate(row):
-                tokens[i, j, : len(mine)] = torch.tensor(mine, dtype=torch.int64)
-                counts[i, j] = len(mine)
-        fed, held = tokens.numel(), self._branch.numel() + tokens.numel()
-        rows = self._rows * self._width
-        with span("engine/ground/step", rows=rows, tokens=fed, held=held):
-            return self._step(tokens.to(device), counts.to(device))
-
-    def _step(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Tokens [B, K, n], the first ``counts`` [B, K] of each branch's n, → logits [B, K, V]."""
-        _, width, most = tokens.shape
-        place = torch.arange(most, device=tokens.device)
-        number = torch.arange(1, width + 1, device=tokens.device)[:, None]
-        branch = torch.where(place < counts[..., None], number, -1).flatten(1)
-        position = ((self._next + self._fed)[..., None] + place).flatten(1)
-        # A pad is read by nobody, but it needs a position all the same.
-        position = position.clamp(max=self._model.config.max_positions - 1)
-        cached, new = self._branch.shape[1], width * most
-        self._branch = torch.cat((self._branch, branch), 1)
-        self._fed = self._fed + counts
-        self._make_room(new)
-        here = torch.ones(new, new, dtype=torch.bool, device=tokens.device).tril()
-        old = torch.ones(new, cached, dtype=torch.bool, device=tokens.device)
-        embedded = self._model.embed_text(tokens.flatten(1))
-        hidden = self._run(embedded, position, branch, torch.cat((old, here), 1))
-        last = (counts - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, hidden.shape[-1])
-        return self._model.text_head(hidden.unflatten(1, (width, most)).gather(2, last).squeeze(2))
-
-    def _make_room(self, tokens: int) -> None:
-        """A larger cache where branches were fed unequal numbers of tokens, padded to the most."""
-        old = self._cache
-        if old.length + tokens <= old.capacity:
-            return
-        dtype, device = old.keys[0].dtype, old.keys[0].device
-        capacity = 2 * (old.length + tokens)
-        self._cache = KVCache(self._model.config, self._rows, capacity, dtype, device)
-        for held, new in ((old.keys, self._cache.keys), (old.values, self._cache.values)):
-            for one, other in zip(held, new, strict=True):
-                other[:, :, : old.length] = one[:, :, : old.length]
-        self._cache.advance(old.length)
-
-    def _run(self, embedded: Tensor, position: Tensor, branch: Tensor, causal: Tensor) -> Tensor:
-        one_tree = torch.zeros((), dtype=torch.int64, device=embedded.device)
-        seen = tree_visibility(
-            one_tree.expand(branch.shape), branch, one_tree.expand(self._branch.shape),
-            self._branch, causal,
-        )  # fmt: skip
-        mask = additive_mask(seen, embedded.dtype)
-        return self._model(embedded, position, mask, self._cache)

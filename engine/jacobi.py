@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from echogen.engine.decode import Decoder, Progress, open_windows
+from echogen.engine.decode import Decoder, Progress, check_drawing, open_windows
 from echogen.engine.layout import Layout
 from echogen.engine.packed import PackedTransformer
 from echogen.engine.ranges import span
@@ -83,7 +83,7 @@ def covered(layout: Layout, raster: int = 64) -> float:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class WindowDrawing:
     """What `decode_windows` drew, and how.
 
     Attributes:
@@ -138,7 +138,7 @@ def decode_windows(
     window: int | None = None,
     draft: Draft = "above",
     progress: Progress | None = None,
-) -> Drawing:
+) -> WindowDrawing:
     """Draw one image for each prompt, several codes a step.
 
     The codes are those of `decode_image` unless two stand within rounding of each other: products
@@ -158,8 +158,11 @@ def decode_windows(
         progress: called after every step with the codes of the image that has the fewest.
 
     Raises:
-        ValueError: a window below 1 or an unknown draft.
+        LayoutError: a prompt that leaves no room for the image.
+        ValueError: a window below 1, an unknown draft, or another number of prompts than the
+            sampler draws images of.
     """
+    check_drawing(model, prompts, sampler)
     guided, tokens = sampler.sampling.guided, model.config.image_tokens
     window = default_window(guided) if window is None else window
     if window < 1:
@@ -196,7 +199,7 @@ def decode_windows(
             image.take(start, row)
     if progress is not None:
         progress(tokens, tokens)
-    return Drawing(
+    return WindowDrawing(
         torch.tensor([image.codes for image in images], device=device),
         torch.tensor([image.drafted for image in images], device=device),
         [image.steps for image in images],

@@ -14,6 +14,7 @@ I2L, the trunk all questions about one image share, and one branch for each expr
 from __future__ import annotations
 
 from functools import lru_cache
+from threading import Lock
 from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
@@ -218,9 +219,11 @@ class Prompts:
         control = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, USER, ASSISTANT}
         self._reserved = sorted(t for t in control if t.strip() and not t.startswith(_LOCATION))
         self._encode = lru_cache(maxsize=65536)(self._encode_text)
+        self._turn = Lock()
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        with self._turn:  # tokenizers lend themselves to one thread at a time
+            return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _checked(self, text: str, what: str) -> str:
         for token in self._reserved:

@@ -14,18 +14,10 @@ from torch import Tensor
 
 from echogen.engine.decode import decode_image
 from echogen.engine.engine import Engine
-from echogen.engine.ground import Branches
+from echogen.engine.ground import Answers, ground_tokens
 from echogen.engine.layout import Layout
-from echogen.engine.model import UnifiedTransformer
-from echogen.engine.prompt import LocationCodec, PromptError, Prompts
-from echogen.engine.ranges import span
 from echogen.engine.sampler import Drawn, Sampler, Sampling, truncated
-from echogen.kernels.parse_boxes import allowed_location_mask
-from echogen.kernels.philox import gumbel_noise
 from echogen.kernels.sampling import cfg_sample
-
-BOX_STREAM = 1
-"""Word of the noise that tells a sample's boxes from its image codes, whose stream is 0."""
 
 
 class Drawing(NamedTuple):
@@ -40,18 +32,6 @@ class Drawing(NamedTuple):
     codes: Tensor
     logprob: Tensor
     kept: Tensor | None
-
-
-class Answers(NamedTuple):
-    """Boxes found, in location tokens.
-
-    Attributes:
-        tokens: int64 [N, K, 4]; what stands at padding (k ≥ K_n) means nothing.
-        logprob: float32 [N, K, 4], of each token under the grammar-constrained distribution.
-    """
-
-    tokens: Tensor
-    logprob: Tensor
 
 
 def kept_codes(scores: Tensor, top_k: int, top_p: float) -> Tensor:
@@ -102,12 +82,7 @@ class RecordingSampler(Sampler):
         )
         self.logprob[:, step] = drawn.logprob
         if self.kept is not None:
-            scores = logits.float()
-            if s.guided:
-                cond, uncond = scores.chunk(2)
-                scores = cond if scale == 1 else uncond + scale * (cond - uncond)
-            scores = scores * (1 / max(s.temperature, 1e-6))
-            self.kept[:, step] = kept_codes(scores, s.top_k, s.top_p)
+            self.kept[:, step] = kept_codes(self.tempered(logits, step), s.top_k, s.top_p)
         return drawn.token
 
 
@@ -132,68 +107,6 @@ def draw(
     return Drawing(codes.clone(), sampler.logprob, sampler.kept)
 
 
-def locations(prompts: Prompts) -> tuple[int, int]:
-    """(id of ``<loc_0>``, number of location tokens).
-
-    Raises:
-        PromptError: another codec, or location tokens that do not follow each other.
-    """
-    codec = prompts.codec
-    if not isinstance(codec, LocationCodec):
-        raise PromptError(
-            f"boxes are written with the {codec.name} codec; rollouts need the location codec"
-        )
-    first, bins = codec.ids[0], len(codec.ids)
-    if codec.ids != list(range(first, first + bins)):
-        raise PromptError(
-            f"<loc_0> is token {first}, but the ids of its {bins} location tokens have gaps; "
-            "add them to the tokenizer in one piece"
-        )
-    return first, bins
-
-
-def constrained(logits: Tensor, tokens: Tensor, step: int, prompts: Prompts) -> Tensor:
-    """Scores [N, bins] of coordinate ``step`` over the location tokens, from text logits [N, vocab]
-    and the box so far, tokens [N, 4]: −inf where no box could follow."""
-    first, bins = locations(prompts)
-    lengths = torch.full((len(tokens),), step, device=tokens.device)
-    allowed = allowed_location_mask(tokens, lengths, first, bins, prompts.box_end, logits.shape[-1])
-    here = slice(first, first + bins)
-    scores = logits[:, here]
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    return scores.masked_fill(~allowed[:, here], float("-inf"))
-
-
-@torch.inference_mode()
-def _ground(
-    model: UnifiedTransformer,
-    prompts: Prompts,
-    image: Tensor,
-    expressions: list[list[str]],
-    noise: tuple[int, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
-    branches = [[prompts.branch(e) for e in row] for row in expressions]
-    state = Branches(model, prompts, image, branches)
-    (first, bins), rows, width = locations(prompts), len(branches), max(map(len, branches))
-    tokens = torch.full((rows * width, 4), first, device=image.device)
-    logprob = torch.zeros(rows * width, 4, device=image.device)
-    logits = state.prefill()
-    for step in range(4):
-        scores = constrained(logits.flatten(0, 1), tokens, step, prompts)
-        noisy = scores
-        if noise is not None:
-            seed, draws = noise
-            draw_id = draws.to(image.device).repeat_interleave(width)
-            place = 4 * torch.arange(width, device=image.device).repeat(rows) + step
-            noisy = scores + gumbel_noise(seed, draw_id, place, bins, BOX_STREAM)
-        chosen = noisy.argmax(-1)
-        logprob[:, step] = scores.log_softmax(-1).gather(1, chosen[:, None])[:, 0]
-        tokens[:, step] = first + chosen
-        if step < 3:
-            logits = state.step(tokens[:, step].view(rows, width), step)
-    return tokens.view(rows, width, 4), logprob.view(rows, width, 4)
-
-
 def ground(
     engine: Engine,
     codes: Tensor,
@@ -209,8 +122,9 @@ def ground(
 
     Raises:
         PromptError: the model's boxes are not location tokens (see `locations`).
+        LayoutError: an expression that cannot be used, or for which the model has no room.
     """
     image = engine.code_table[codes.to(engine.device)]
-    with span("engine/ground", batch=len(codes), branches=sum(map(len, expressions))):
-        tokens, logprob = _ground(engine.transformer, engine.prompts, image, expressions, noise)
-    return Answers(tokens.clone(), logprob.clone())
+    found = ground_tokens(engine.transformer, engine.prompts, image, expressions, noise)
+    # Copies, because a tensor of inference mode cannot be kept for a backward pass.
+    return Answers(found.tokens.clone(), found.logprob.clone())

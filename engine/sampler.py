@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -12,9 +14,35 @@ from torch import Tensor
 from echogen.engine.prompt import Unconditional
 from echogen.kernels.philox import gumbel_noise
 from echogen.kernels.reference import sampling as reference
+from echogen.kernels.reference.sampling import COLDEST
 
 Schedule = Literal["constant", "linear", "cosine"]
 """How the guidance scale moves from the first guided position to the last."""
+
+
+def whole_number(name: str, value: int) -> int:
+    """A whole number, of any type that is one. Raises ValueError; names ``name`` and the value."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} = {value!r}; it must be a whole number") from None
+
+
+def check_draws(draws: Sequence[int] | None, images: int) -> list[int]:
+    """The draw id of each of so many images; 0 … images − 1 where None.
+
+    Raises:
+        ValueError: another number of them, or one that is no 32-bit word, as the noise takes it.
+    """
+    if draws is None:
+        return list(range(images))
+    found = [whole_number("draw", draw) for draw in draws]
+    if len(found) != images:
+        raise ValueError(f"{len(found)} draws for {images} images; give one to each")
+    for draw in found:
+        if not 0 <= draw < 2**32:
+            raise ValueError(f"draw {draw}; it must be in 0 … 2^32 - 1")
+    return found
 
 
 @dataclass(frozen=True)
@@ -50,6 +78,7 @@ class Sampling:
             raise ValueError(f"temperature = {self.temperature}; it must be 0 or more")
         if not math.isfinite(self.cfg) or self.cfg < 0:
             raise ValueError(f"cfg = {self.cfg}; it must be 0 or more (1 is off)")
+        object.__setattr__(self, "top_k", whole_number("top_k", self.top_k))
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k}; it must be 0 (off) or more")
         if not 0 < self.top_p <= 1:
@@ -219,13 +248,16 @@ class Sampler:
         """Logits [N, ..., V], or [2N, ..., V] with guidance → float32 [N, ..., V], guided, over the
         temperature and truncated: all that comes before the noise. ``positions`` int64 [N, ...], or
         one for all, says where they stand; only a schedule of guidance needs it."""
+        s, scores = self.sampling, self.tempered(logits, positions)
+        return scores if s.temperature == 0 else truncated(scores, s.top_k, s.top_p)
+
+    def tempered(self, logits: Tensor, positions: Tensor | int | None = None) -> Tensor:
+        """``scores`` before the truncation; at temperature 0 it divides by 1."""
         s = self.sampling
         logits = logits.float()
         if s.guided:
             logits = self._guided(logits, positions)
-        if s.temperature == 0:
-            return logits
-        return truncated(logits / s.temperature, s.top_k, s.top_p)
+        return logits if s.temperature == 0 else logits * (1 / max(s.temperature, COLDEST))
 
     def pick(self, scores: Tensor, positions: Tensor) -> Tensor:
         """The codes int64 [N, W] that ``scores`` [N, W, V] give at ``positions`` int64 [N, W],

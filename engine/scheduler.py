@@ -12,23 +12,24 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
+from echogen.engine.packed import PackedTransformer
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampling
 from echogen.engine.serving.budget import plan
-from echogen.engine.serving.intake import Intake
+from echogen.engine.serving.intake import OUTDATED, Intake
 from echogen.engine.serving.metrics import Metrics
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Order, Request
 from echogen.engine.serving.waiting import Waiting
 from echogen.engine.serving.worker import SchedulerClosed, Worker
-from echogen.engine.slots import Slots
+from echogen.engine.slots import Rows, Slots
+from echogen.engine.vision import decoding_bytes
 
 
 @dataclass
@@ -37,7 +38,7 @@ class _Live:
     leads away from; None while its prompts are run."""
 
     request: Request
-    rows: Tensor | None = None
+    rows: Rows | None = None
 
 
 class Scheduler(Worker):
@@ -50,13 +51,17 @@ class Scheduler(Worker):
             images = request.images()  # or await request, or for part in request.partials()
 
     Args:
-        engine: its weights as they are now; after ``engine.refresh()`` make a new scheduler.
+        engine: its weights as they are now; after ``engine.refresh()`` make a new scheduler. This
+            one then takes no more. On a CPU's packed weights, a copy, it goes on with what it has;
+            elsewhere it would draw one image with two models, and everybody is told
+            `SchedulerClosed`.
         slots: rows that are drawn at once, two an image with guidance; None: as many as the memory
             holds, at most `serving.budget.MOST`.
         queue: requests that may wait.
         memory: bytes to plan with; None: most of what is free (`serving.budget.SHARE`).
-        prompt_tokens: the longest prompt; None: what the model has room for. Slots are made for
-            it, and batch-invariant steps read all of them.
+        prompt_tokens: the longest prompt; None: what the model has room for, at most
+            `serving.budget.PROMPT_TOKENS`. Slots are made for it, and batch-invariant steps read
+            all of them.
         invariant: batch-invariant mode: every step has one shape, all slots and all their places,
             so that a request draws the same codes, bit for bit, alone or in any crowd of this
             scheduler (the number of slots and their length decide how sums are rounded). What it
@@ -87,14 +92,16 @@ class Scheduler(Worker):
             raise ValueError(f"queue = {queue}, patience = {patience}; from 1 and from 0 on")
         super().__init__()
         decoder, table = engine.decoder, engine.code_table
-        vision: Any = engine.config.vq_config
         self.plan = plan(
-            decoder.config, table.dtype, table.device, vision.base_channels, slots, memory,
-            prompt_tokens,
+            decoder.config, table.dtype, table.device,
+            decoding_bytes(engine.vq, engine.image_size), slots, memory, prompt_tokens,
         )  # fmt: skip
         self._sampling, self._clock = engine.sampling, clock
         self._intake = Intake(engine, self.plan)
-        self._slots = Slots(decoder, table, self.plan.slots, self.plan.capacity, invariant)
+        self._copied = isinstance(decoder, PackedTransformer)
+        self._slots = Slots(
+            decoder, table, self.plan.slots, self.plan.capacity, invariant, self.plan.prefix_bytes
+        )
         with torch.inference_mode():
             self._slots.warm_up(self.plan.prompt_tokens, engine.prompts.pad)
             if invariant and not self._slots.rows_agree([engine.prompts.bos, *range(16)]):
@@ -170,6 +177,9 @@ class Scheduler(Worker):
         began = time.perf_counter()
         self._drop()
         self._leave()
+        if self._mixed():
+            self._close(OUTDATED)
+            self._abandon(SchedulerClosed(OUTDATED))
         waiting = len(self._waiting)
         if not waiting and not self._live:
             return False
@@ -178,6 +188,10 @@ class Scheduler(Worker):
             self._draw()
         self._count(busy_s=time.perf_counter() - began)
         return True
+
+    def _mixed(self) -> bool:
+        """Whether what is being drawn would go on with other weights than it was begun with."""
+        return self._intake.outdated and not self._copied
 
     def _drop(self) -> None:
         """Take out of the queue who was cancelled or ran out of time."""
@@ -266,7 +280,7 @@ class Scheduler(Worker):
         self._count(steps=1)
         for live in list(self._live):
             assert live.rows is not None
-            self._advance(live, logits, live.rows)
+            self._advance(live, logits, live.rows.index)
 
     def _advance(self, live: _Live, logits: Tensor, at: Tensor | slice) -> None:
         """Draw a request's next codes from the rows ``at`` of logits [R, V], and see to what
@@ -281,11 +295,14 @@ class Scheduler(Worker):
                 assert live.rows is not None
                 self._slots.feed(live.rows, codes)
                 return
+            if self._mixed():  # refreshed during this very step
+                raise SchedulerClosed(OUTDATED)
+            whole = request.whole()
         except Exception as error:
             self._fail([live], error)
             return
         self._release(live)
-        self._count_outcome("finished", request.finish())
+        self._count_outcome("finished", request.finish(whole))
 
     def _fail(self, lives: list[_Live], error: BaseException) -> None:
         """Hand an error to requests being drawn; to all before slots are freed, for on a device

@@ -7,12 +7,12 @@ and from then on a step runs all rows together, each at its own place.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from echogen.engine.cache import KVCache, Prefix, PrefixCache, WindowCache
+from echogen.engine.cache import PREFIX_BYTES, KVCache, Prefix, PrefixCache, WindowCache
 from echogen.engine.decode import Decoder
 from echogen.engine.device import DeviceTransformer, Places
 from echogen.engine.model import UnifiedTransformer, additive_mask
@@ -32,10 +32,18 @@ def up_to_edge(keys: int) -> int:
 
 def row_counts(rows: int, invariant: bool) -> list[int]:
     """The numbers of rows that steps are made for: one shape for all in batch-invariant mode, else
-    1 to 4 and multiples of 4, so that no step runs more than three rows that nobody needs."""
+    1 to 4 and multiples of 4, so that a step runs at most three rows behind the last one held."""
     if invariant:
         return [rows]
     return sorted({*range(1, min(rows, 4) + 1), *range(4, rows, 4), rows})
+
+
+class Rows(NamedTuple):
+    """Slots that somebody holds: their ``numbers`` on the host, and as an ``index`` int64 [N] on
+    the device, which nobody then waits for."""
+
+    numbers: list[int]
+    index: Tensor
 
 
 class Runner(Protocol):
@@ -73,7 +81,7 @@ class Slots:
         rows: int,
         capacity: int,
         invariant: bool = False,
-        prefix_bytes: int = 1 << 26,
+        prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
         dtype, device = code_table.dtype, code_table.device
         self.rows, self.capacity, self.invariant = rows, capacity, invariant
@@ -118,7 +126,7 @@ class Slots:
         rows = self.take([self.run_prompt(prompt)] * self.rows)
         agreed = True
         for code in range(steps):
-            self.feed(rows, torch.tensor([code], device=rows.device))
+            self.feed(rows, torch.tensor([code], device=rows.index.device))
             logits = self.step()
             agreed = agreed and torch.equal(logits, logits[:1].expand_as(logits))
         self.release(rows)
@@ -134,8 +142,8 @@ class Slots:
                 self._prefixes.put(key, found)
         return found
 
-    def take(self, prefixes: list[Prefix]) -> Tensor:
-        """Fill a free slot with each of ``prefixes``; the slots, int64 [len(prefixes)].
+    def take(self, prefixes: list[Prefix]) -> Rows:
+        """Fill a free slot with each of ``prefixes``; the slots.
 
         The lowest are taken: a step runs the leading rows up to the last one held. Where this fails
         they are as free as before.
@@ -154,20 +162,21 @@ class Slots:
         self._free = self._free[len(rows) :]
         for row, length in zip(rows, lengths, strict=True):
             self._ends[row] = length
-        return taken
+        return Rows(rows, taken)
 
-    def release(self, rows: Tensor) -> None:
+    def release(self, rows: Rows) -> None:
         """Give slots back."""
-        for row in rows.tolist():
+        for row in rows.numbers:
             self._ends[row] = 0
             self._free.append(row)
         self._free.sort()
-        self._at[rows] = self._held[rows] = self._codes[rows] = 0
+        for held in (self._at, self._held, self._codes):
+            held[rows.index] = 0
 
-    def feed(self, rows: Tensor, codes: Tensor) -> None:
+    def feed(self, rows: Rows, codes: Tensor) -> None:
         """Image codes int64 [N] that the next step appends to slots ``rows``, once round for each
         half of 2N rows with guidance."""
-        self._codes[rows] = codes.repeat(len(rows) // len(codes))
+        self._codes[rows.index] = codes.repeat(len(rows.numbers) // len(codes))
 
     def step(self) -> Tensor:
         """Append the codes fed, a token to every slot held; image logits [R, V] of the leading R.

@@ -6,10 +6,12 @@ port's `encode` leaves the normalisation out (both agree when codebook rows have
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import JanusVisionModel, JanusVQVAE
 
@@ -21,11 +23,14 @@ class ImageError(ValueError):
 
 
 def load_image(source: str | Image.Image, size: int) -> Image.Image:
-    """Open a picture as RGB, ``size`` × ``size`` pixels (bicubic where it has another size).
+    """Open a picture as RGB, ``size`` × ``size`` pixels (bicubic where it has another size), turned
+    as its EXIF data say it is shown. 16-bit greys keep their upper 8 bits.
 
     Raises:
-        ImageError: unreadable, or not square (a crop would move the boxes: crop it yourself).
+        ImageError: unreadable, of pixels whose black and white are not known, or not square (a crop
+            would move the boxes: crop it yourself).
     """
+    named = "the picture" if isinstance(source, Image.Image) else source
     if isinstance(source, Image.Image):
         image = source
     else:
@@ -35,8 +40,15 @@ def load_image(source: str | Image.Image, size: int) -> Image.Image:
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             reason = getattr(error, "strerror", None) or "no picture that Pillow reads"
             raise ImageError(f"{source}: cannot be opened ({reason})") from None
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ImageError(
+            f"{named} has pixels of mode {image.mode}, which do not say what is black and white; "
+            f"scale them to 0 … 255 and make it mode L or RGB"
+        )
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.width != image.height:
-        named = "the picture" if isinstance(source, Image.Image) else source
         raise ImageError(
             f"{named} is {image.width}x{image.height}; boxes refer to the whole picture, "
             "so make it square first (crop or pad)"
@@ -69,6 +81,13 @@ def encode_image(vq: JanusVQVAE, pixels: Tensor) -> Tensor:
     weight = vq.quant_conv.weight
     with span("engine/vq/encode", batch=len(pixels)):
         return nearest_codes(vq, vq.quant_conv(vq.encoder(pixels.to(weight.device, weight.dtype))))
+
+
+def decoding_bytes(vq: JanusVQVAE, image_size: int) -> int:
+    """Bytes of passing tensors, about, while one picture is decoded: a residual block at full size,
+    and to spare."""
+    vision: Any = vq.config
+    return int(6 * image_size**2 * vision.base_channels * 4)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -148,12 +148,13 @@ def save_checkpoint(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = 5_000_000_000,
     generation: Mapping[str, Any] | None = None,
+    beside: Callable[[Path], None] | None = None,
 ) -> None:
     """Write a checkpoint that this module and transformers' ``from_pretrained`` load.
 
     Everything is first written and synced beside the present checkpoint, then renamed over it; an
     interrupted save leaves either the previous checkpoint or the new one, never a mixture. Other
-    files in the folder (a tokenizer) stay.
+    files in the folder stay.
 
     Args:
         folder: made if absent.
@@ -164,6 +165,8 @@ def save_checkpoint(
         generation: entries of generation_config.json, over bos, eos and pad ids of the text
             config; image generation in transformers wants
             ``{"generation_kwargs": {"boi_token_id": ...}}``.
+        beside: writes what else belongs to the checkpoint (a tokenizer) into the folder that it is
+            given, from where it comes into place with the weights.
 
     Raises:
         CheckpointError: the config does not describe the transformer.
@@ -189,6 +192,8 @@ def save_checkpoint(
         write_weights(staging, _port_state(transformer, vq, siglip), dtype, max_shard_bytes)
         write_json(staging / "config.json", json.loads(config.to_json_string()))
         write_json(staging / "generation_config.json", ids | dict(generation or {}))
+        if beside is not None:
+            beside(staging)
 
 
 def _sources(shards: list[Shard], original: bool) -> tuple[dict[str, _Source], dict[str, Tensor]]:

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echogen.engine.ground import locations
 from echogen.engine.layout import Layout, LayoutError
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.ranges import span
-from echogen.engine.rollout import locations
 from echogen.engine.vision import decode_codes, to_images
 from echogen.kernels.grpo import grpo_loss
 from echogen.train import keys

@@ -27,11 +27,11 @@ from transformers import (
 
 from echogen.engine.config import ModelConfig
 from echogen.engine.engine import Engine
+from echogen.engine.ground import locations
 from echogen.engine.layout import Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.engine.ranges import span
-from echogen.engine.rollout import locations
 from echogen.engine.sampler import Sampling
 from echogen.train import keys
 from echogen.train.checkpoint import StateError

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from echogen.engine.engine import Engine
+from echogen.engine.ground import Answers, locations
 from echogen.engine.layout import Layout
 from echogen.engine.ranges import span
-from echogen.engine.rollout import Answers, Drawing, draw, ground, locations
+from echogen.engine.rollout import Drawing, draw, ground
 from echogen.engine.sampler import Sampling
 from echogen.kernels.cycle_reward import CycleReward, cycle_reward
 from echogen.kernels.grpo import Mode

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from echogen.engine.ground import constrained, locations
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import Prompts
-from echogen.engine.rollout import constrained, locations
 from echogen.engine.sampler import Sampling
 from echogen.kernels.logprob import guided_linear_logprob, linear_logprob
 from echogen.train.data.packing import Batch

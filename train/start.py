@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
-from echogen.engine.engine import Engine, resolve
+from echogen.engine.engine import Engine
 from echogen.engine.keymap import CheckpointError
+from echogen.engine.pretrained import resolve
 from echogen.train.checkpoint import StateError
 from echogen.train.data.samples import module_hash
 

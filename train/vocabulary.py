@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 
-from echogen.engine.engine import Engine, resolve
-from echogen.engine.rollout import locations
+from echogen.engine.engine import Engine
+from echogen.engine.ground import locations
+from echogen.engine.pretrained import resolve
 from echogen.train.checkpoint import StateError
 from echogen.train.data.samples import module_hash
 from echogen.train.start import RECORD, Start, read_record

@@ -22,7 +22,7 @@ from torch import Tensor
 from echogen.bench.harness import environment, seconds
 from echogen.engine.decode import Progress, decode_image
 from echogen.engine.engine import Engine
-from echogen.engine.jacobi import Draft, Drawing, decode_windows, default_window
+from echogen.engine.jacobi import Draft, WindowDrawing, decode_windows, default_window
 from echogen.engine.layout import Layout
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.train.data.scenes import load_scenes
@@ -192,7 +192,7 @@ class _Tally:
         self.seen = dict[int, _Seen]()
 
     def add(
-        self, pictures: _Pictures, reference: _Reference, drawing: Drawing, spent: float
+        self, pictures: _Pictures, reference: _Reference, drawing: WindowDrawing, spent: float
     ) -> None:
         """Count one group, drawn in ``spent`` seconds."""
         self.different += int((drawing.codes != reference.codes).any(1).sum())

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from echogen.engine.cache import PREFIX_BYTES
 from echogen.engine.config import ModelConfig
 from echogen.engine.sampler import Sampler
 from echogen.engine.slots import up_to_edge
@@ -21,7 +22,20 @@ SHARE = 0.8
 MOST = {"cpu": 16, "cuda": 256}
 """Slots where memory has room for more and nobody asked for a number: more rows give a step little
 speed and every image a longer wait."""
+PROMPT_TOKENS = 1024
+"""Of the longest prompt where nobody asked for a number and the model has room for more: some fifty
+objects. Janus-Pro's room, 15,808, would make a slot of 3 GiB."""
 FLOAT, WORD = 4, 8  # bytes of a float32, and of an int64 or a float64
+
+CGROUPS = (
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
+    (
+        Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)  # fmt: skip
+"""Folder and files of a container's limit, what it uses, and what of that are files; of both
+versions of Linux's control groups."""
 
 
 class BudgetError(ValueError):
@@ -36,6 +50,7 @@ class Plan:
         slots: rows of the cache.
         capacity: tokens a slot holds.
         prompt_tokens: the longest prompt, ``capacity`` less the image.
+        prefix_bytes: for the prefixes of prompts that come again.
         slot_bytes: of a slot's cache and of its share in a step.
         shared_bytes: of what there is once: a prompt being run, prefixes kept, a picture decoded.
         memory: bytes planned with.
@@ -44,6 +59,7 @@ class Plan:
     slots: int
     capacity: int
     prompt_tokens: int
+    prefix_bytes: int
     slot_bytes: int
     shared_bytes: int
     memory: int
@@ -58,36 +74,41 @@ def plan(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device,
-    picture_channels: int,
+    picture_bytes: int,
     slots: int | None = None,
     memory: int | None = None,
     prompt_tokens: int | None = None,
-    prefix_bytes: int = 1 << 26,
+    prefix_bytes: int | None = None,
 ) -> Plan:
     """Slots and bytes for a model.
 
     Args:
         config, dtype, device: of the weights.
-        picture_channels: of the image tokenizer's decoder where its pictures are full size.
+        picture_bytes: while one is decoded, `vision.decoding_bytes`.
         slots: None: as many as fit, ``MOST`` at most.
         memory: bytes to plan with; None: ``SHARE`` of what is free now.
-        prompt_tokens: the longest prompt; None: what the model has room for.
-        prefix_bytes: for the prefixes of prompts that come again.
+        prompt_tokens: the longest prompt; None: what the model has room for, at most
+            ``PROMPT_TOKENS``.
+        prefix_bytes: for the prefixes of prompts that come again; None: ``PREFIX_BYTES``, or as
+            much as two of the longest need.
 
     Raises:
         BudgetError: fewer slots fit than asked for, or none; a prompt the model has no room for.
     """
     c, room = config, config.max_positions - config.image_tokens
-    longest = room if prompt_tokens is None else prompt_tokens
+    longest = min(room, PROMPT_TOKENS) if prompt_tokens is None else prompt_tokens
     if not 1 <= longest <= room:
         raise BudgetError(f"prompt_tokens = {longest}; this model has room for 1 … {room}")
     if slots is not None and slots < 1:
         raise BudgetError(f"slots = {slots}; it must be at least 1")
     # The image's last code is drawn and not appended.
     capacity = up_to_edge(longest + c.image_tokens - 1)
-    each = _slot(c, dtype.itemsize, capacity)
-    shared = _prompt(c, dtype.itemsize, longest) + prefix_bytes
-    shared += 6 * c.image_size**2 * picture_channels * FLOAT  # a residual block, and to spare
+    most = MOST.get(device.type, 16)
+    each = _slot(c, dtype.itemsize, capacity, (slots or most) if device.type == "cpu" else 1)
+    if prefix_bytes is None:
+        one = 2 * c.layers * c.kv_heads * longest * c.head_dim * dtype.itemsize
+        prefix_bytes = max(PREFIX_BYTES, 2 * (one + c.codebook_size * dtype.itemsize))
+    shared = _prompt(c, dtype.itemsize, longest) + prefix_bytes + picture_bytes
     budget = int(SHARE * free_bytes(device)) if memory is None else memory
     fitting = max(0, (budget - shared) // each)
     if fitting < (slots or 1):
@@ -96,17 +117,19 @@ def plan(
             f"and {_mib(budget)} are to be used, in which {fitting} fit; ask for fewer slots, "
             f"shorter prompts (prompt_tokens, now {longest}) or more memory"
         )
-    count = min(fitting, MOST[device.type]) if slots is None else slots
-    return Plan(count, capacity, longest, each, shared, budget)
+    count = min(fitting, most) if slots is None else slots
+    return Plan(count, capacity, longest, prefix_bytes, each, shared, budget)
 
 
-def _slot(c: ModelConfig, size: int, capacity: int) -> int:
-    """Bytes of a slot: cache, a row's part of a step, of its sampling and of its noise."""
+def _slot(c: ModelConfig, size: int, capacity: int, rows: int) -> int:
+    """Bytes of one of ``rows`` slots: cache, a row's part of a step, of its sampling and of its
+    noise."""
     cache = 2 * c.layers * c.kv_heads * capacity * c.head_dim * size
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
-    # A row goes through one layer at a time; buffers are made for several numbers of rows, which
-    # add up to a row's own times (rows/8 + 2), 4 for the 16 slots of a CPU.
-    step = 4 * (8 * c.width + 3 * heads + 4 * c.mlp_width + 4 * c.head_width) * FLOAT
+    # A row goes through one layer at a time; on a CPU buffers are made for several numbers of rows,
+    # which add up to a row's own times (rows/8 + 2), 4 for 16 slots.
+    row = (8 * c.width + 3 * heads + 4 * c.mlp_width + 4 * c.head_width) * FLOAT
+    step = int(max(4, rows / 8 + 2) * row)
     attention = 3 * (c.heads + c.kv_heads) * capacity * FLOAT
     sampling = c.codebook_size * (6 * FLOAT + 3 * WORD)  # guided, sorted with places, added up
     noise = min(Sampler.BLOCK, c.codebook_size * c.image_tokens)
@@ -144,11 +167,18 @@ def _available() -> int | None:
 
 
 def _container() -> int | None:
-    """What is left below the limit of a container; None where there is none."""
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if not limit.exists() or not used.exists() or (most := limit.read_text().strip()) == "max":
-        return None
-    return max(1, int(most) - int(used.read_text()))
+    """What is left below the limit of a container; None where there is none. Files that were read
+    and would be given back (a checkpoint, just loaded) are not counted as used."""
+    for folder, limit, used, files in CGROUPS:
+        if not (folder / limit).exists() or not (folder / used).exists():
+            continue
+        if (most := (folder / limit).read_text().strip()) == "max":
+            return None
+        stat = folder / "memory.stat"
+        lines = [line.split() for line in stat.read_text().splitlines()] if stat.exists() else []
+        cached = sum(int(value) for name, value in lines if name == files)
+        return max(1, int(most) - int((folder / used).read_text()) + cached)
+    return None
 
 
 def _mib(count: int) -> str:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import threading
-
 import torch
 
 from echogen.engine.engine import Engine
 from echogen.engine.layout import LayoutError
-from echogen.engine.sampler import Sampler
+from echogen.engine.sampler import Sampler, check_draws
 from echogen.engine.serving.budget import Plan
 from echogen.engine.serving.partial import Pictures
 from echogen.engine.serving.request import Order, Request
+
+OUTDATED = "the engine's weights were refreshed; make a new scheduler"
 
 
 class Intake:
@@ -20,7 +20,11 @@ class Intake:
     def __init__(self, engine: Engine, plan: Plan) -> None:
         self._engine, self._plan, self._table = engine, plan, engine.code_table
         self._pictures = Pictures(engine)
-        self._prompting = threading.Lock()  # tokenizers lend themselves to one thread at a time
+
+    @property
+    def outdated(self) -> bool:
+        """Whether the engine's weights were refreshed since."""
+        return self._engine.code_table is not self._table
 
     def request(self, order: Order, now: float) -> Request:
         """An order at time ``now``, its prompts built.
@@ -30,14 +34,12 @@ class Intake:
             ValueError: more rows than there are slots, guidance that does not fit the image, or
                 weights that changed since the scheduler was made.
         """
-        if self._engine.code_table is not self._table:
-            raise ValueError("the engine's weights were refreshed; make a new scheduler")
-        with self._prompting:
-            prompts = self._engine.prompt_rows([order.layout], order.sampling, order.negative)
+        if self.outdated:
+            raise ValueError(OUTDATED)
+        prompts = self._engine.prompt_rows([order.layout], order.sampling, order.negative)
         self._check_fit(prompts, order.samples)
         c, device = self._engine.transformer.config, self._table.device
-        draws = order.draws if order.draws is not None else range(order.samples)
-        ids = torch.tensor(list(draws), device=device)
+        ids = torch.tensor(check_draws(order.draws, order.samples), device=device)
         sampler = Sampler(order.sampling, order.seed, ids, c.codebook_size, c.image_tokens)
         codes = torch.zeros(len(ids), c.image_tokens, dtype=torch.int64, device=device)
         deadline = None if order.timeout is None else now + order.timeout

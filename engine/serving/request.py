@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import operator
 import threading
 import traceback
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -16,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from echogen.engine.layout import Layout
-from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.sampler import Sampler, Sampling, check_draws, whole_number
 from echogen.engine.serving.partial import Partial, Pictures
 
 
@@ -42,31 +41,16 @@ class Order:
     def __post_init__(self) -> None:
         # What is no number would break the queue's order, in the thread that draws for all.
         for name in ("seed", "samples", "priority", "every"):
-            object.__setattr__(self, name, _whole(name, getattr(self, name)))
-        if self.draws is not None:
-            object.__setattr__(self, "draws", [_whole("draw", draw) for draw in self.draws])
+            object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.samples < 1:
             raise ValueError(f"samples = {self.samples}; it must be at least 1")
-        if self.draws is not None and len(self.draws) != self.samples:
-            raise ValueError(
-                f"{len(self.draws)} draws for {self.samples} samples; give one to each"
-            )
-        for draw in self.draws or ():
-            if not 0 <= draw < 2**32:
-                raise ValueError(f"draw {draw}; it must be in 0 … 2^32 - 1")
+        check_draws(self.draws, self.samples)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed = {self.seed}; it must be in 0 … 2^63 - 1")
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout = {self.timeout}; it must be above 0 seconds")
         if self.every < 0:
             raise ValueError(f"every = {self.every}; it must be 0 (only the whole) or more")
-
-
-def _whole(name: str, value: int) -> int:
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} = {value!r}; it must be a whole number") from None
 
 
 class Request:
@@ -177,12 +161,17 @@ class Request:
         if self._on_partial is not None and not self.future.cancelled():
             self._on_partial(self._part(self.drawn))
 
-    def finish(self) -> bool:
-        """Hand over the codes; False where it was cancelled before."""
+    def whole(self) -> Tensor:
+        """The codes of whole images, to ``finish`` with."""
+        return self._kept(self.tokens)
+
+    def finish(self, codes: Tensor) -> bool:
+        """Hand over the codes; False where it was cancelled before. Nothing here can fail: who is
+        told that it runs is told of an end."""
         self._let_go()
         if not self.future.set_running_or_notify_cancel():
             return False
-        self.future.set_result(self._kept(self.tokens))
+        self.future.set_result(codes)
         return True
 
     def fail(self, error: BaseException) -> bool:

@@ -170,7 +170,7 @@ def test_a_cached_forward_in_pieces_is_the_whole(model, relative_error):
         )
     assert relative_error(torch.cat(pieces, 1), wanted) < 1e-5
     with pytest.raises(ValueError, match="larger capacity"):
-        cache.advance(1)
+        model(embedded[:, :1], torch.arange(1), None, cache)
 
 
 @pytest.mark.parametrize("small_weight", [0, 1 << 30])
@@ -219,11 +219,15 @@ def test_kept_prefixes_change_nothing(model):
         assert torch.equal(*(d.prefill() for d in decodings))
         assert torch.equal(*(d.step(torch.tensor([1, 2])) for d in decodings))
 
-    held = PrefixCache(budget=3 * 64)
+    held = PrefixCache(budget=3 * 72)
     for i in range(5):
         held.put((i,), Prefix(torch.zeros(16), torch.zeros(2)))
-    held.put((5,), Prefix(torch.zeros(49), torch.zeros(2)))
-    assert [held.get((i,)) is not None for i in range(6)] == [False, False, True, True, True, False]
+    held.put((5,), Prefix(torch.zeros(53), torch.zeros(2)))
+    there = [False, False, True, True, True, False]
+    assert [held.get((i,)) is not None for i in range(6)] == there
+    assert held.get((2,)) is not None
+    held.put((6,), Prefix(torch.zeros(16), torch.zeros(2)))
+    assert held.get((3,)) is None and held.get((2,)) is not None, "the one used longest ago goes"
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(cfg=4.0), Sampling(top_k=5)])

@@ -27,7 +27,7 @@ from echogen.engine.graphs import CaptureError, CudaGraphs, Eager, Kept, bucket,
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.rollout import RecordingSampler
 from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.slots import Slots
+from echogen.engine.slots import Rows, Slots
 from echogen.kernels.dispatch import recorded
 from echogen.kernels.rope import rope, rope_cache, scaled_heads
 from echogen.kernels.skinny_linear import fp8_weight
@@ -240,7 +240,22 @@ def test_a_sampler_of_its_own_is_asked_code_by_code(model):
     sampling = Sampling(cfg=3.0)
     found = codes(operators(model, tape), RAGGED, sampler(Second, sampling, 3))
     assert torch.equal(found, plain_codes(model, RAGGED, sampler(Second, sampling, 3)))
-    assert tape.replayed == 0
+    assert (tape.recorded, tape.replayed) == (0, 0)
+
+
+@pytest.mark.parametrize("shape", ["the same", "another"])
+def test_a_drawing_within_a_drawing_is_refused(model, shape):
+    """They would share one memory."""
+    made, inner = operators(model), RAGGED if shape == "the same" else RAGGED[:1]
+
+    def draws(done: int, steps: int) -> None:
+        codes(made, inner, sampler(Sampler, Sampling(), len(inner)))
+
+    for callback in (draws, lambda *_: made.release(), lambda *_: made.refresh(made.table)):
+        with pytest.raises(RuntimeError, match="a drawing is under way in this thread"):
+            codes(made, RAGGED, sampler(Sampler, Sampling(), 3), progress=callback)
+    wanted = plain_codes(model, RAGGED, sampler(Sampler, Sampling(), 3))
+    assert torch.equal(codes(made, RAGGED, sampler(Sampler, Sampling(), 3)), wanted)
 
 
 def test_prompts_are_kept_once_unless_copies_are_asked_for(model):
@@ -261,7 +276,7 @@ def test_rows_of_a_scheduler(model, relative_error):
             slots.take([slots.run_prompt(p) for p in RAGGED])
         for code in (3, 21, 9):
             for slots in both:
-                slots.feed(torch.arange(3), torch.tensor([code, 2, 5]))
+                slots.feed(Rows([0, 1, 2], torch.arange(3)), torch.tensor([code, 2, 5]))
             wanted, found = (slots.step() for slots in both)
             assert relative_error(found[:3], wanted[:3]) < 1e-5
 
@@ -543,6 +558,16 @@ def test_what_is_no_fault_of_recording_is_told_as_it_is(monkeypatch):
         with pytest.raises(type(error)) as raised:
             record(step)
         assert raised.value is error and cuda.now is cuda.outside and not cuda._open
+    error = torch.OutOfMemoryError("CUDA out of memory")
+
+    def fails_twice():
+        if cuda.capturing:
+            cuda.broken = True  # so that the end of the capture fails as well
+            raise error
+
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        record(fails_twice)
+    assert raised.value is error
 
 
 def test_graphs_share_their_memory_while_there_are_any(monkeypatch):

@@ -17,7 +17,7 @@ from echogen.engine.decode import (
     open_windows,
 )
 from echogen.engine.engine import Engine
-from echogen.engine.jacobi import Drawing, decode_windows
+from echogen.engine.jacobi import WindowDrawing, decode_windows
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.packed import PackedTransformer, packable
@@ -79,7 +79,7 @@ def sampler(model, sampling: Sampling, images: int, seed: int = 3) -> Sampler:
     return Sampler(sampling, seed, torch.arange(images) + 40, c.codebook_size, c.image_tokens)
 
 
-def windows(model, lengths, sampling, window, draft="above", **others) -> Drawing:
+def windows(model, lengths, sampling, window, draft="above", **others) -> WindowDrawing:
     table = others.pop("table")
     made = sampler(model, sampling, len(lengths))
     rows = rows_of(lengths, sampling)
@@ -342,7 +342,7 @@ def test_images_of_a_batch_advance_by_themselves(tiny):
     """Each needs the steps it needs alone."""
     p, c, sampling = tiny.prompts, tiny.transformer.config, Sampling(temperature=0.3)
 
-    def drawn(layouts: list[Layout], draws: list[int]) -> Drawing:
+    def drawn(layouts: list[Layout], draws: list[int]) -> WindowDrawing:
         made = Sampler(sampling, 7, torch.tensor(draws), c.codebook_size, c.image_tokens)
         rows = [p.l2i(layout) for layout in layouts]
         return decode_windows(tiny.decoder, tiny._code_table, rows, made, p.pad, 16)

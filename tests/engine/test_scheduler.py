@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from echogen.engine.config import ModelConfig
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutError, LayoutObject
 from echogen.engine.ranges import listening
@@ -425,7 +426,7 @@ def test_a_full_queue_refuses(engine):
         ({"samples": 5}, "samples = 5 take 5 slots, and there are 4; ask for 4"),
         ({"samples": 3, "sampling": GUIDED}, "take 6 slots, two each .* ask for 2"),
         ({"samples": 0}, "samples = 0"),
-        ({"samples": 2, "draws": [1]}, "1 draws for 2 samples"),
+        ({"samples": 2, "draws": [1]}, "1 draws for 2 images"),
         ({"draws": [-1]}, "draw -1"),
         ({"seed": -1}, "seed = -1"),
         ({"timeout": 0}, "timeout = 0"),
@@ -625,6 +626,34 @@ def test_free_memory_is_the_devices(monkeypatch, tmp_path):
     monkeypatch.setattr(budget, "_available", lambda: None)
     with pytest.raises(BudgetError, match="name memory in bytes"):
         budget.free_bytes(cpu)
+
+
+@pytest.mark.parametrize("version", [0, 1], ids=["cgroup v2", "cgroup v1"])
+def test_a_container_has_its_limit_less_what_is_used(monkeypatch, tmp_path, version):
+    _, limit, used, files = budget.CGROUPS[1 - version]
+    empty = (tmp_path / "none", *budget.CGROUPS[version][1:])
+    there = (tmp_path, limit, used, files)
+    monkeypatch.setattr(budget, "CGROUPS", (empty, there))
+    assert budget._container() is None
+    (tmp_path / limit).write_text("1000\n")
+    (tmp_path / used).write_text("700\n")
+    assert budget._container() == 300
+    (tmp_path / "memory.stat").write_text(f"cache 400\n{files} 250\nshmem 1\n")
+    assert budget._container() == 550, "files that were read give way"
+
+
+def test_slots_of_a_long_model_are_made_for_prompts_of_some_length():
+    config = ModelConfig(
+        vocab_size=102_400, codebook_size=16_384, code_dim=8, width=2048, layers=24, heads=16,
+        kv_heads=16, head_dim=128, mlp_width=5632, head_width=2048, aligner_depth=2,
+        pixel_dim=1024, pixel_aligner_depth=2, rope_theta=1e4, norm_eps=1e-6, image_tokens=576,
+        image_size=384, max_positions=16_384, tied=False,
+    )  # fmt: skip
+    card = budget.plan(config, torch.bfloat16, torch.device("cuda"), 1 << 29, memory=60 << 30)
+    assert card.prompt_tokens == budget.PROMPT_TOKENS and card.slots > 64
+    assert card.prefix_bytes > 2 * (192 << 10) * card.prompt_tokens  # 192 KiB a token
+    host = budget.plan(config, torch.bfloat16, torch.device("cpu"), 1 << 29, memory=60 << 30)
+    assert host.slots == budget.MOST["cpu"]
 
 
 # --- threads --------------------------------------------------------------------------------------

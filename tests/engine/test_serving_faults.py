@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import threading
 import weakref
@@ -78,7 +79,7 @@ def test_slots_half_filled_are_free_again(scheduler):
         with pytest.raises(RuntimeError):
             slots.take([right, wrong])
         assert (slots.free, slots.tokens) == (4, 0)
-        assert slots.take([right] * 4).tolist() == [0, 1, 2, 3]
+        assert slots.take([right] * 4).numbers == [0, 1, 2, 3]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -115,6 +116,38 @@ def test_who_ends_as_the_device_goes_is_told(scheduler, monkeypatch, name):
     with pytest.raises(RuntimeError, match="gone"):
         request.result(30)
     scheduler.shutdown()
+
+
+def test_codes_that_cannot_be_handed_over_fail_one_request(scheduler, monkeypatch):
+    bad, good = (scheduler.submit(LAYOUT, seed, PLAIN) for seed in (1, 2))
+    once(monkeypatch, bad, "_kept", RuntimeError("out of memory"))
+    finish(scheduler)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bad.result(0)
+    assert good.result(0).shape == (1, TOKENS) and scheduler.metrics().live_slots == 0
+
+
+@pytest.mark.parametrize("kind", ["packed", "plain"])
+def test_no_image_is_drawn_with_two_models(engine, monkeypatch, kind):
+    """A copy of the weights goes on as it is; what reads the engine's own ends."""
+    engine = copy.copy(engine)
+    if kind == "plain":
+        monkeypatch.setattr("echogen.engine.engine.packable", lambda model: False)
+        engine.release()
+    scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
+    wanted = engine.generate_codes([LAYOUT], 1, sampling=PLAIN, decoding="sequential")
+    live, waits = (scheduler.submit(LAYOUT, 1, PLAIN, n) for n in (1, 2))
+    for _ in range(3):
+        scheduler.step()
+    engine.refresh()
+    finish(scheduler)
+    if kind == "packed":
+        assert torch.equal(live.result(0), wanted) and len(waits.result(0)) == 2
+        return
+    for request in (live, waits):
+        with pytest.raises(SchedulerClosed, match="weights were refreshed; make a new scheduler"):
+            request.result(0)
+    assert scheduler.metrics().failed == 2
 
 
 @pytest.mark.parametrize("name", ["run_prompt", "step"])

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from echogen.engine.ground import locations
 from echogen.engine.layout import LayoutError
 from echogen.engine.prompt import PromptError, TextualCodec
-from echogen.engine.rollout import ground, locations
+from echogen.engine.rollout import ground
 from echogen.engine.sampler import Sampling
 from echogen.kernels.grpo import group_advantage
 from echogen.train import cycle_rl, keys

@@ -1,0 +1,166 @@
+"""What makes a checkpoint an engine's: where it lies, its tokenizer, and `echogen.json`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from echogen.engine.model import UnifiedTransformer
+from echogen.engine.prompt import QUESTION, BoxCodec, LocationCodec, Prompts, TextualCodec
+from echogen.engine.sampler import Sampling
+from echogen.engine.shards import one_line, read_json, write_json
+from echogen.engine.tokens import add_box_tokens
+from echogen.engine.weights import CheckpointError
+
+BUNDLED = Path(__file__).parent / "models"
+META = "echogen.json"
+"""Beside a checkpoint's config.json: box codec, question, default sampling, provenance."""
+CODECS = (LocationCodec.name, TextualCodec.name)
+BINS = 1000
+"""Location tokens of a checkpoint that gets its first, as in the paper."""
+
+
+def resolve(model: str | Path) -> Path:
+    """Folder of a bundled name, a folder, or a hub id (downloaded once into the hub's cache).
+
+    Raises CheckpointError where there is nothing to load.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    if (BUNDLED / str(model) / "config.json").is_file():
+        return BUNDLED / str(model)
+    text = str(model)
+    if text.count("/") != 1 or text.startswith((".", "/", "~")):
+        names = sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
+        raise CheckpointError(
+            f"{text}: no such folder; bundled models: {', '.join(names) or 'none'}"
+        )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(
+            snapshot_download(text, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model"])
+        )
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{text}: neither a folder nor a hub id that loads ({one_line(error)})"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Meta:
+    """`echogen.json`; what a checkpoint does not say is at its default.
+
+    Attributes:
+        codec: "location" or "textual", how boxes are written; PlanGen's textual one by default.
+        bins: location tokens; None: the checkpoint has none.
+        question: the constant text of I2L.
+        sampling: the default of ``generate`` and ``cycle``.
+        pixels_trained: whether the SigLIP path was trained.
+    """
+
+    codec: str = TextualCodec.name
+    bins: int | None = None
+    question: str = QUESTION
+    sampling: Sampling = field(default_factory=Sampling)
+    pixels_trained: bool = True
+
+    @classmethod
+    def read(cls, folder: Path) -> Meta:
+        """Of a checkpoint's folder. Raises CheckpointError; names the file, the key and the
+        value."""
+        path = folder / META
+        if not path.exists():
+            return cls()
+        stated = read_json(path)
+        codec = _expect(path, "codec", stated.get("codec", {}), dict)
+        name = _expect(path, "codec.name", codec.get("name", TextualCodec.name), str)
+        if name not in CODECS:
+            raise CheckpointError(f"{path}: codec.name is {name!r}; choose one of {CODECS}")
+        bins = codec.get("bins")
+        if name == LocationCodec.name:
+            bins = _expect(path, "codec.bins", bins, int)
+        sampling = _expect(path, "sampling", stated.get("sampling", {}), dict)
+        known = {f.name for f in fields(Sampling)}
+        for key in sampling.keys() - known:
+            raise CheckpointError(f"{path}: sampling.{key} is unknown; there are {sorted(known)}")
+        try:
+            made = Sampling(**sampling)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: sampling: {one_line(error)}") from None
+        return cls(
+            name,
+            bins,
+            _expect(path, "question", stated.get("question", QUESTION), str),
+            made,
+            _expect(path, "pixels_trained", stated.get("pixels_trained", True), bool),
+        )
+
+    def write(self, folder: Path) -> None:
+        """Into a checkpoint's folder."""
+        codec: dict[str, Any] = {"name": self.codec}
+        if self.bins is not None:
+            codec["bins"] = self.bins
+        stated = asdict(self) | {"codec": codec}
+        del stated["bins"]
+        write_json(folder / META, stated)
+
+
+def _expect(path: Path, key: str, value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise CheckpointError(f"{path}: {key} is {value!r}; it must be of type {kind.__name__}")
+    return value
+
+
+def load_prompts(
+    folder: Path, meta: Meta, transformer: UnifiedTransformer, codec: str | None, bins: int | None
+) -> Prompts:
+    """A checkpoint's tokenizer with the box codec that is asked for, or its own where none is. The
+    tokens that the codec lacks are added, to the transformer too.
+
+    Raises:
+        CheckpointError: a tokenizer that does not load, or has more tokens than the transformer.
+        ValueError: an unknown codec; bins for another codec, or other than the checkpoint's.
+    """
+    tokenizer = _tokenizer(folder)
+    _check_ids(folder, tokenizer, transformer)
+    name = meta.codec if codec is None else codec
+    if name not in CODECS:
+        raise ValueError(f"codec = {codec!r}; choose one of {CODECS}")
+    if bins is not None and name != LocationCodec.name:
+        raise ValueError(f"bins = {bins} with the {name} codec, which has none; leave bins out")
+    held = meta.bins if meta.codec == LocationCodec.name else None
+    if bins is not None and held is not None and bins != held:
+        raise ValueError(f"bins = {bins}; {folder} was trained with {held}, so leave bins out")
+    count = held or bins or BINS
+    location = name == LocationCodec.name
+    add_box_tokens(tokenizer, transformer, count if location else 0)
+    made: BoxCodec = LocationCodec(tokenizer, count) if location else TextualCodec(tokenizer)
+    return Prompts(tokenizer, made, meta.question)
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: its tokenizer does not load ({one_line(error)})"
+        ) from None
+    return tokenizer
+
+
+def _check_ids(
+    folder: Path, tokenizer: PreTrainedTokenizerBase, transformer: UnifiedTransformer
+) -> None:
+    """A token without an embedding would end in an index error, and on a GPU in that of the whole
+    process."""
+    name, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= transformer.config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: its tokenizer has token {name!r} with id {largest}, and the weights have "
+            f"{transformer.config.vocab_size} embeddings; they do not belong together"
+        )
