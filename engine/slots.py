@@ -7,7 +7,8 @@ and from then on a step runs all rows together, each at its own place.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -38,7 +39,8 @@ def row_counts(rows: int, invariant: bool) -> list[int]:
     return sorted({*range(1, min(rows, 4) + 1), *range(4, rows, 4), rows})
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True)
+class Rows:
     """Slots that somebody holds: their ``numbers`` on the host, and as an ``index`` int64 [N] on
     the device, which nobody then waits for."""
 
