@@ -95,22 +95,27 @@ def by_object(
 
     Args:
         score: of [B, G] images.
-        tokens: of `object_tokens`, [B, K + 1, S].
-        there: bool [B, K].
+        tokens: of `object_tokens`, [B, K + 1, S], on the host: which rows there are is then known
+            without waiting for the images.
+        there: bool [B, K], on the host.
         w_iou, w_l1, mode: as for `cycle_reward`.
     """
     count, group, most = score.iou.shape
+    device = score.iou.device
+    layout, image, which = (
+        at.to(device)
+        for at in tokens.any(-1)[:, None].expand(count, group, most + 1).nonzero(as_tuple=True)
+    )
+    objects = there.flatten().nonzero()[:, 0].to(device)
+    tokens, there = tokens.to(device), there.to(device)
     reward = -(w_iou * (1 - score.iou) + w_l1 * score.l1)
     each = reward.transpose(1, 2).reshape(count * most, group).contiguous()
     compared = group_advantage(each, mode=mode, eps=EPS)
     advantage = compared.advantage.view(count, most, group)
     advantage = torch.cat([advantage * there[..., None], advantage.new_zeros(count, 1, group)], 1)
-    layout, image, which = (
-        tokens.any(-1)[:, None].expand(count, group, most + 1).nonzero(as_tuple=True)
-    )
     return Credit(
         layout * group + image,
         tokens[layout, which],
         advantage[layout, which, image].contiguous(),
-        compared.flat.view(count, most)[there],
+        compared.flat[objects],
     )

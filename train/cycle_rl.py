@@ -175,8 +175,8 @@ class CycleRLStage(WorldStage):
         c, score = self.config, rollout.score
         if c.credit == "image":
             return by_image(score, mask)
-        tokens = self._tokens(rollout.layouts).to(mask.device)
-        return by_object(score, tokens, rollout.mask, c.w_iou, c.w_l1, c.advantage)
+        tokens, there = self._tokens(rollout.layouts), targets(rollout.layouts)[1]
+        return by_object(score, tokens, there, c.w_iou, c.w_l1, c.advantage)
 
     def _packed(self, index: int, rollout: Rollout) -> Held:
         policy, group = self.config.policy, rollout.group
@@ -296,7 +296,8 @@ class CycleRLStage(WorldStage):
             tokens,
         )
         if held.gap is None:
-            held.gap = (logp.detach() - held.sampled).abs()[held.mask].mean()
+            off = (logp.detach() - held.sampled).abs()
+            held.gap = torch.where(held.mask, off, 0.0).sum() / held.mask.sum()
             held.old = logp.detach() if c.updates > 1 else None
         portion = held.portion
         all_rows = portion.layouts if c.credit == "image" else portion.rows

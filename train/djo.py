@@ -28,7 +28,6 @@ from echogen.train.data.samples import Sample, load_samples
 from echogen.train.distributed import one_goes_first
 from echogen.train.passes import (
     box_loss,
-    by_tree,
     hidden_states,
     image_features,
     image_loss,
@@ -96,10 +95,10 @@ def draw_codes(
         given: the batch's codes are the samples (drawn with the same noise).
         freeze_codes: no gradient for the code embedding's rows.
     """
-    here, count = batch.codes >= 0, len(noise.draws)
-    tree, targets = batch.tree[here], batch.codes[here]
-    position = torch.arange(model.config.image_tokens, device=hidden.device).repeat(count)
-    features, weight, bias = image_features(model, hidden[here])
+    count, tokens = len(noise.draws), model.config.image_tokens
+    targets = batch.at("codes", batch.code_at)
+    position = torch.arange(tokens, device=hidden.device).repeat(count)
+    features, weight, bias = image_features(model, hidden.flatten(0, 1)[batch.code_at])
     codebook = model.code_embedding.weight
     sample = head_gumbel_st_embed(
         features,
@@ -107,13 +106,13 @@ def draw_codes(
         codebook.detach() if freeze_codes else codebook,
         tau,
         noise.key,
-        noise.draws.to(hidden.device)[tree],
+        noise.draws.to(hidden.device, non_blocking=True).repeat_interleave(tokens),
         position,
         bias,
         index=targets if given else None,
         targets=targets,
     )
-    return Drawn(*(by_tree(x, tree, count) for x in sample))
+    return Drawn(*(x.unflatten(0, (count, tokens)) for x in sample))
 
 
 class LoopPass(nn.Module):
@@ -126,12 +125,11 @@ class LoopPass(nn.Module):
     def forward(self, batch: Batch, images: Tensor, total: int | None = None) -> Tensor:
         """Args: batch of I2L trees 0 … N−1, images [N, T, C], ``total`` as in `box_loss`. Returns
         the mean over box tokens."""
-        model, vocab = self.model, self.model.config.vocab_size
-        here = batch.ids >= vocab
-        order = batch.tree[here][:: images.shape[1]]  # an image's tokens lie together
-        lifted = model.code_aligner(images[order].flatten(0, 1))
-        text = model.embed_text(batch.ids.masked_fill(here, 0))
-        embedded = text.index_put((here,), lifted.to(text.dtype))
+        model, here = self.model, batch.image_at
+        lifted = model.code_aligner(images.flatten(0, 1))
+        ids = batch.ids.flatten().index_fill(0, here, 0)  # what is no text has no embedding there
+        text = model.embed_text(ids)
+        embedded = text.index_put((here,), lifted.to(text.dtype)).view(*batch.ids.shape, -1)
         return box_loss(model, hidden_states(model, batch, embedded), batch, total)
 
 

@@ -41,24 +41,27 @@ def image_loss(
 ) -> Tensor:
     """Mean cross entropy of a batch's image codes; 0 where it has none. ``total``: how many there
     are in all shares of the batch, of whose mean this is then the share's part."""
-    return _cross_entropy(model.image_head, hidden, batch.codes, total)
+    targets = batch.at("codes", batch.code_at)
+    return _cross_entropy(model.image_head, hidden, batch.code_at, targets, total)
 
 
 def box_loss(
     model: UnifiedTransformer, hidden: Tensor, batch: Batch, total: int | None = None
 ) -> Tensor:
     """Mean cross entropy of a batch's box tokens; 0 where it has none. ``total``: see above."""
-    return _cross_entropy(model.text_head, hidden, batch.texts, total)
+    targets = batch.at("texts", batch.text_at)
+    return _cross_entropy(model.text_head, hidden, batch.text_at, targets, total)
 
 
-def _cross_entropy(head: nn.Module, hidden: Tensor, targets: Tensor, total: int | None) -> Tensor:
-    here = targets >= 0
-    if not here.any():
+def _cross_entropy(
+    head: nn.Module, hidden: Tensor, places: Tensor, targets: Tensor, total: int | None
+) -> Tensor:
+    if not len(places):
         if not total:
             return hidden.new_zeros((), dtype=torch.float32)
         # Other parts have some. A sharded run needs all processes to pass through the same weights.
         return head(hidden[:1, 0]).float().sum() * 0
-    logits, targets = head(hidden[here]), targets[here]
+    logits = head(hidden.flatten(0, 1)[places])
     mean = F.cross_entropy(logits if logits.dtype == torch.float64 else logits.float(), targets)
     return part_of_mean(mean, len(targets), total)
 
@@ -70,13 +73,6 @@ def image_features(model: UnifiedTransformer, hidden: Tensor) -> tuple[Tensor, T
     assert isinstance(out, nn.Linear)
     features = activation(into(hidden))
     return features, out.weight.to(features.dtype), out.bias.to(features.dtype)
-
-
-def by_tree(rows: Tensor, tree: Tensor, count: int) -> Tensor:
-    """Rows [N·n, …], n for each tree, in the packed order in which ``tree`` [N·n] names their
-    tree → [N, n, …] in the order of the trees 0 … N−1 = ``count``−1."""
-    each = len(rows) // count
-    return rows.unflatten(0, (count, each))[tree[::each].argsort()]
 
 
 def worth_logging(numbers: dict[str, Tensor]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from echogen.engine.prompt import Prompts
 from echogen.engine.sampler import Sampling
 from echogen.kernels.logprob import guided_linear_logprob, linear_logprob
 from echogen.train.data.packing import Batch
-from echogen.train.passes import by_tree, hidden_states, image_features
+from echogen.train.passes import hidden_states, image_features
 
 CHUNK = 1024  # rows whose truncated logits exist at once
 
@@ -48,11 +48,11 @@ def image_logprob(
             f"cfg_schedule = {sampling.cfg_schedule!r}, cfg_span = {sampling.cfg_span}: image "
             f"tokens are scored at one guidance scale"
         )
-    rows, targets = _code_rows(model, drawn, count)
+    rows, targets = _code_rows(model, drawn)
     features, weight, bias = image_features(model, rows)
     free = features
     if unconditional is not None:
-        free = image_features(model, _code_rows(model, unconditional, count)[0])[0]
+        free = image_features(model, _code_rows(model, unconditional)[0])[0]
     temperature = sampling.temperature
     if kept is not None:
         mixed = free + sampling.cfg * (features - free) if unconditional is not None else features
@@ -66,12 +66,10 @@ def image_logprob(
     return logp.view(count, -1)
 
 
-def _code_rows(model: UnifiedTransformer, batch: Batch, count: int) -> tuple[Tensor, Tensor]:
+def _code_rows(model: UnifiedTransformer, batch: Batch) -> tuple[Tensor, Tensor]:
     """Hidden states [N·T, D] that predict the codes [N·T], in the order of the trees."""
-    here = batch.codes >= 0
-    tree, hidden = batch.tree[here], hidden_states(model, batch)[here]
-    rows, codes = (by_tree(x, tree, count).flatten(0, 1) for x in (hidden, batch.codes[here]))
-    return rows, codes
+    hidden = hidden_states(model, batch).flatten(0, 1)
+    return hidden[batch.code_at], batch.at("codes", batch.code_at)
 
 
 def _truncated(
@@ -108,12 +106,12 @@ def box_logprob(
     """
     first, _ = locations(prompts)
     # The </box> behind a box is forced, and so no decision.
-    here = (asked.texts >= 0) & (asked.texts != prompts.box_end)
-    logits = model.text_head(hidden_states(model, asked)[here])
-    tokens = asked.texts[here].view(-1, 4)
+    here = asked.text_at.view(-1, 5)[:, :4].flatten()
+    logits = model.text_head(hidden_states(model, asked).flatten(0, 1)[here])
+    tokens = asked.at("texts", here).view(-1, 4)
     scores = torch.stack(
         [constrained(logits[step::4], tokens, step, prompts) for step in range(4)], 1
     )
     logp = scores.log_softmax(-1).gather(2, (tokens - first)[..., None])[..., 0]
-    place = asked.tree[here][::4], asked.branch[here][::4] - 1
+    place = asked.at("tree", here[::4]), asked.at("branch", here[::4]) - 1
     return logp.new_zeros(count, most, 4).index_put(place, logp)

@@ -137,7 +137,7 @@ class WorldStage:
         of a large model would need more memory than its training."""
         model, mean = self.engine.transformer, 0.0
         batches = [self.pack(trees[i : i + VAL_TREES]) for i in range(0, len(trees), VAL_TREES)]
-        total = sum(int(((b.codes >= 0) | (b.texts >= 0)).sum()) for b in batches)
+        total = sum(len(b.code_at) + len(b.text_at) for b in batches)
         for batch in batches:
             mean += float(loss(model, hidden_states(model, batch), batch, total))
         return mean

@@ -22,6 +22,15 @@ _ANSWERS = {  # what only looks at a tensor's place
     Tensor.is_cpu.__get__: False,  # type: ignore[attr-defined]
 }
 
+WAITING = (
+    Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.nonzero, Tensor.masked_select, Tensor.__bool__,
+    Tensor.__int__, Tensor.__float__, Tensor.__index__, torch.nonzero, torch.masked_select,
+    torch.where, torch.unique,
+)  # fmt: skip
+"""What ends only when the device has come so far; ``where`` with a condition alone."""
+waited: list[str] = []
+"""The calls that would have waited."""
+
 
 class Misplaced(AssertionError):
     """A call with tensors of two devices."""
@@ -57,6 +66,11 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return args[0]
     if func is Tensor.numpy and there:
         raise Misplaced("numpy() of a tensor that is away; bring it to the CPU first")
+    masks = func in (Tensor.__getitem__, Tensor.__setitem__) and tree_flatten(args[1])[0]
+    if any(isinstance(x, Away) and x.dtype == torch.bool for x in masks or ()) or (
+        there and func in WAITING and (func is not torch.where or len(args) == 1)
+    ):
+        waited.append(getattr(func, "__name__", str(func)))
     asked = [
         x for x in flat if isinstance(x, (torch.device, str)) and str(x)[:4] in ("cuda", "cpu")
     ]

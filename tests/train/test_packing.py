@@ -20,6 +20,7 @@ from echogen.train.data.packing import (
     block_mask,
     i2l_tree,
     l2i_tree,
+    lay,
     pack,
     row_budget,
     shared_tree,
@@ -138,6 +139,12 @@ def test_packing_loses_and_invents_nothing(prompts, row_tokens):
             assert getattr(batch, name)[here].tolist() == getattr(tree, name)
         assert here.any(1).sum() == 1  # in one row, in one piece
         assert here.sum() == len(tree)
+    for name, at in (("codes", batch.code_at), ("texts", batch.text_at)):
+        wanted = [(i, v) for i, t in enumerate(trees) for v in getattr(t, name) if v != NO_TARGET]
+        assert list(zip(batch.at("tree", at).tolist(), batch.at(name, at).tolist())) == wanted  # noqa: B905
+    images = [(i, v) for i, t in enumerate(trees) for v in t.ids if v >= len(prompts.tokenizer)]
+    at = batch.image_at
+    assert list(zip(batch.at("tree", at).tolist(), batch.at("ids", at).tolist())) == images  # noqa: B905
     padding = batch.tree == -1
     assert (batch.ids[padding] == prompts.pad).all()
     assert (batch.codes[padding] == NO_TARGET).all() and (batch.texts[padding] == NO_TARGET).all()
@@ -286,14 +293,7 @@ def test_the_image_carries_the_layout_prompt_to_the_questions(model, prompts):
 
 def in_one_row(trees: list[Tree]) -> Batch:
     """Trees one behind the other in the order given, which `pack` decides by length."""
-
-    def row(name: str) -> Tensor:
-        return torch.tensor([[v for tree in trees for v in getattr(tree, name)]])
-
-    number = torch.tensor([[i for i, tree in enumerate(trees) for _ in tree.ids]])
-    return Batch(
-        tree=number, **{n: row(n) for n in ("ids", "positions", "branch", "codes", "texts")}
-    )
+    return lay(trees, [list(range(len(trees)))], sum(map(len, trees)), pad=0)
 
 
 # --- on a device ----------------------------------------------------------------------------------

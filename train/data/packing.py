@@ -37,6 +37,8 @@ class Tree:
         branch: 0 on the trunk, k on branch k; SHARED_PROMPT and SHARED_IMAGE in a `shared_tree`.
         codes: the image code to predict here, or NO_TARGET.
         texts: the text id to predict here, or NO_TARGET.
+
+    And: ``image``, the places whose ids are image codes.
     """
 
     ids: list[int]
@@ -44,6 +46,7 @@ class Tree:
     branch: list[int]
     codes: list[int]
     texts: list[int]
+    image: range
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -55,7 +58,8 @@ def l2i_tree(prompt: list[int], codes: np.ndarray, vocab_size: int) -> Tree:
     ids = prompt + (codes[:-1] + vocab_size).tolist()
     targets = [NO_TARGET] * (n - 1) + codes.tolist()
     length = n + t - 1
-    return Tree(ids, list(range(length)), [0] * length, targets, [NO_TARGET] * length)
+    places = range(n, length)
+    return Tree(ids, list(range(length)), [0] * length, targets, [NO_TARGET] * length, places)
 
 
 def i2l_tree(
@@ -66,7 +70,8 @@ def i2l_tree(
     before, after = prompts.i2l()
     ids = before + (codes + vocab_size).tolist() + after
     length = len(ids)
-    trunk = Tree(ids, list(range(length)), [0] * length, *[[NO_TARGET] * length] * 2)
+    image = range(len(before), len(before) + len(codes))
+    trunk = Tree(ids, list(range(length)), [0] * length, *[[NO_TARGET] * length] * 2, image)
     return _with_branches(trunk, prompts, questions)
 
 
@@ -83,7 +88,8 @@ def shared_tree(
     ids = prompt + (codes + vocab_size).tolist() + after
     branch = [SHARED_PROMPT] * n + [SHARED_IMAGE] * t + [0] * len(after)
     targets = [NO_TARGET] * (n - 1) + codes.tolist() + [NO_TARGET] * (1 + len(after))
-    trunk = Tree(ids, list(range(len(ids))), branch, targets, [NO_TARGET] * len(ids))
+    image = range(n, n + t)
+    trunk = Tree(ids, list(range(len(ids))), branch, targets, [NO_TARGET] * len(ids), image)
     return _with_branches(trunk, prompts, questions)
 
 
@@ -98,12 +104,20 @@ def _with_branches(tree: Tree, prompts: Prompts, questions: list[tuple[str, Box]
         branch += [k] * length
         texts += [NO_TARGET] * (len(question) - 1) + answer
     codes = tree.codes + [NO_TARGET] * (len(ids) - trunk)
-    return Tree(ids, positions, branch, codes, texts)
+    return Tree(ids, positions, branch, codes, texts, tree.image)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Packed rows, int64 [R, L] each; ``tree`` is -1 at padding."""
+    """Packed rows, int64 [R, L] each; ``tree`` is -1 at padding.
+
+    And where in them, flattened, something stands, int64 [n] each, in the order of the trees and
+    from left to right in each: found by a mask on a GPU, it would have to be waited for.
+
+    Attributes:
+        code_at, text_at: that predict an image code, or a text id.
+        image_at: that hold an image code.
+    """
 
     ids: Tensor
     positions: Tensor
@@ -111,6 +125,14 @@ class Batch:
     branch: Tensor
     codes: Tensor
     texts: Tensor
+    code_at: Tensor
+    text_at: Tensor
+    image_at: Tensor
+
+    def at(self, name: str, places: Tensor) -> Tensor:
+        """Of the rows called ``name``, what stands at flattened ``places``."""
+        rows: Tensor = getattr(self, name)
+        return rows.flatten()[places]
 
     def to(self, device: torch.device) -> Batch:
         """The same on a device. A GPU gets it from pinned memory, without being waited for."""
@@ -140,20 +162,34 @@ def pack(trees: list[Tree], row_tokens: int, pad: int) -> Batch:
             room.append(row_tokens)
         rows[fitting[0]].append(i)
         room[fitting[0]] -= len(trees[i])
+    return lay(trees, rows, row_tokens, pad)
+
+
+def lay(trees: list[Tree], rows: list[list[int]], row_tokens: int, pad: int) -> Batch:
+    """Rows of ``row_tokens`` with the trees that each is to hold, by their number."""
     fills = {"ids": pad, "positions": 0, "branch": 0, "codes": NO_TARGET, "texts": NO_TARGET}
     shape = len(rows), row_tokens
     fields = {name: np.full(shape, fill, np.int64) for name, fill in fills.items()}
-    tree = np.full(shape, -1, np.int64)
+    fields["tree"] = np.full(shape, -1, np.int64)
+    begins = [0] * len(trees)
     for r, row in enumerate(rows):
         first = 0
         for i in row:
             here = slice(first, first + len(trees[i]))
-            tree[r, here] = i
-            for name, field in fields.items():
-                field[r, here] = getattr(trees[i], name)
+            begins[i] = r * row_tokens + first
+            for name in fills:
+                fields[name][r, here] = getattr(trees[i], name)
+            fields["tree"][r, here] = i
             first = here.stop
-    tensors = {name: torch.from_numpy(field) for name, field in fields.items()}
-    return Batch(tree=torch.from_numpy(tree), **tensors)
+    codes, texts = fields["codes"].ravel(), fields["texts"].ravel()
+    spans = [np.arange(b, b + len(tree)) for b, tree in zip(begins, trees, strict=True)]
+    place = np.concatenate(spans)
+    fields["code_at"] = place[codes[place] != NO_TARGET]
+    fields["text_at"] = place[texts[place] != NO_TARGET]
+    fields["image_at"] = np.concatenate(
+        [span[tree.image.start : tree.image.stop] for span, tree in zip(spans, trees, strict=True)]
+    )
+    return Batch(**{name: torch.from_numpy(field) for name, field in fields.items()})
 
 
 def row_budget(trees: list[Tree]) -> int:
