@@ -1,29 +1,32 @@
 """How much of a gradient is signal, and does it lead where the judge would have it lead?
 
-The gradients of m batches each are s + noise, with the same s. The cosine between two such means is
-near |s|² / (|s|² + n²/m), n² being one batch's noise; so n²/|s|², the number of batches whose mean
-is as much signal as noise, is m·(1 − cosine)/cosine.
+The gradient of a batch is s + noise, with the same s for all. The product of two batches' gradients
+is |s|² on the mean, and that of one with itself |s|² plus the noise n². So all pairs of R batches
+say what share of a batch's squared gradient is signal, |s|²/(|s|² + n²), and thereby how many of
+them have as much signal as noise in their mean, n²/|s|². How exact that is says the jackknife, by
+leaving out one batch after another (Efron & Stein 1981).
 
 What is compared: Cycle RL's gradient with an image's reward credited to all of its tokens, or an
-object's to those in its box; the same, object by object, with the exact judge's IoU in place of the
-self-reward; and stage 2's, of the loop's cross entropy through soft samples at some temperatures.
-The judge's is where training should lead, so each is held against it too, every half against the
-half of it that was made from other batches.
+object's to those in its box, judged by one decoded box or by several sampled ones; the same, object
+by object, with the exact judge's IoU in place of the self-reward; and stage 2's, of the loop's
+cross entropy through soft samples at some temperatures. The judge's is where training should lead,
+so each is held against it: the cosine between the two signals, from pairs of other batches.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from echogen.bench.harness import environment
 from echogen.engine.vision import decode_codes, to_images
-from echogen.train.config import CycleRLConfig
+from echogen.train.config import DJOConfig
 from echogen.train.credit import Credit
 from echogen.train.cycle_rl import CycleRLStage
 from echogen.train.djo import DJOStage, Noise
@@ -33,8 +36,17 @@ from echogen.train.recipes import tiny
 from echogen.train.rollouts import Rollout
 from echogen.train.start import Start, load_start
 
-TEMPERATURES = (1.0, 0.3)
+JUDGE = "judge"
+REWARDS: dict[str, dict[str, Any]] = {
+    "image": {"credit": "image", "reward_boxes": 0},
+    "object": {"credit": "object", "reward_boxes": 0},
+    "object, 2 boxes": {"credit": "object", "reward_boxes": 2},
+    "object, 4 boxes": {"credit": "object", "reward_boxes": 4},
+    JUDGE: {"credit": "object", "reward_boxes": 0, "w_iou": 1.0, "w_l1": 0.0},
+}
+LOOPS = {f"loop, τ = {tau}": tau for tau in (1.0, 0.3)}
 """Where τ begins and ends by default (METHOD, stage 2)."""
+GRADIENTS = (*REWARDS, *LOOPS)
 
 
 class JudgedRL(CycleRLStage):
@@ -70,78 +82,123 @@ def run(
     rollouts: int = 64,
     batch: int = 8,
     seed: int = 0,
+    gradients: Iterable[str] = GRADIENTS,
+    float32: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """The agreement of halves for each gradient, and with the judge's; JSON-ready.
+    """The share of signal in each gradient, and its agreement with the judge's; JSON-ready.
+
+    All gradients of two kinds are held at once, 8 bytes a parameter and rollout.
 
     Args:
         model: whose gradients, of whatever stage; its weights stay as they are.
-        rollouts: in all, half of them in each half; stage 2 gets as many batches of as many images.
+        rollouts: R; stage 2 gets as many batches of as many images.
         batch: layouts a rollout, in groups of the recipe's size.
-        seed: of layouts and noise.
+        seed: of layouts and noise; rewards are compared on the same images.
+        gradients: of `GRADIENTS`.
+        float32: multiply in float32, and not in bfloat16 as the recipe trains.
         progress: called with (batches done, batches in all).
 
     Returns:
-        ``results``, for each gradient: ``cosine`` between the halves, ``rollouts_for_half``, the
-        batches whose mean gradient is as much signal as noise (None: no signal was seen), and
-        ``judge_cosine``, the mean cosine between a half and the other half of the judge's.
+        ``results``, for each gradient: ``signal`` and ``signal_stderr``, the share of signal in a
+        batch's squared gradient; ``batches_for_half``, those whose mean gradient is as much signal
+        as noise (None: no signal was seen); ``judge_cosine`` and ``judge_cosine_stderr``, between
+        the signal and the judge's (None: one of them was not seen, or not asked for).
 
     Raises:
-        ValueError: an odd number of rollouts.
+        ValueError: too few rollouts, or an unknown gradient.
     """
-    if rollouts < 2 or rollouts % 2:
-        raise ValueError(f"rollouts = {rollouts}; it must be even and at least 2")
+    asked = list(dict.fromkeys(gradients))
+    if rollouts < 3:
+        raise ValueError(f"rollouts = {rollouts}; it must be at least 3")
+    if unknown := [name for name in asked if name not in GRADIENTS]:
+        raise ValueError(f"gradient {unknown[0]!r} is unknown; choose of {', '.join(GRADIENTS)}")
     start = load_start(model, "", any_stage=True)
-    stages = _stages(start, batch, seed)
-    halves: dict[str, list[Tensor]] = {}
-    for done, (name, stage) in enumerate(stages.items()):
-        sums = [torch.zeros(()), torch.zeros(())]
-        for step in range(rollouts):
-            sums[step % 2] = sums[step % 2] + _gradient(stage, step)
-            progress(done * rollouts + step + 1, len(stages) * rollouts)
-        halves[name] = sums
-    judge, found = halves["judge"], []
-    for name, (a, b) in halves.items():
-        cosine = float(cosine_similarity(a, b, 0))
-        least = rollouts / 2 * (1 - cosine) / cosine if cosine > 0 else None
-        across = (cosine_similarity(a, judge[1], 0) + cosine_similarity(b, judge[0], 0)) / 2
-        row = {"gradient": name, "cosine": cosine, "rollouts_for_half": least}
-        found.append(row | {"judge_cosine": float(across)})
+    # The judge's first: all others are held against them.
+    asked.sort(key=lambda name: (name != JUDGE, GRADIENTS.index(name)))
+    judged: Tensor | None = None
+    found = []
+    for done, name in enumerate(asked):
+        stage = _stage(name, start, batch, seed)
+        made = torch.stack([
+            _gradient(stage, step, float32)
+            for step in _counted(rollouts, done * rollouts, len(asked) * rollouts, progress)
+        ])  # fmt: skip
+        if name == JUDGE:
+            judged = made
+        found.append({"gradient": name, **compared(made, judged)})
+    found.sort(key=lambda row: GRADIENTS.index(row["gradient"]))
     told = {"model": model, "rollouts": rollouts, "batch": batch, "group": tiny().cycle_rl.group}
-    return {**told, "seed": seed, "results": found} | environment()
+    told |= {"precision": "float32" if float32 else "bfloat16", "seed": seed}
+    return {**told, "results": found} | environment()
 
 
-def _stages(start: Start, batch: int, seed: int) -> dict[str, CycleRLStage | DJOStage]:
-    rl, djo = tiny().cycle_rl, tiny().djo
+def _counted(
+    rollouts: int, before: int, total: int, progress: Callable[[int, int], None]
+) -> Iterable[int]:
+    for step in range(rollouts):
+        yield step
+        progress(before + step + 1, total)
+
+
+def compared(made: Tensor, judged: Tensor | None) -> dict[str, float | None]:
+    """What `run` says of the gradients [R, P] of R batches, beside the judge's of the same ones."""
+    own = _products(made, made)
+    share = _jackknife(lambda left: _apart(own, left) / own[left, left].mean(), len(made))
+    half = 1 / share[0] - 1 if share[0] > 0 else None
+    told = {"signal": share[0], "signal_stderr": share[1], "batches_for_half": half}
+    cosine: tuple[float | None, float | None] = None, None
+    if judged is not None:
+        across, other = _products(made, judged), _products(judged, judged)
+
+        def aligned(left: np.ndarray) -> float:
+            ours, theirs = _apart(own, left), _apart(other, left)
+            if min(ours, theirs) <= 0:
+                return float("nan")
+            return float(_apart(across, left) / (ours * theirs) ** 0.5)
+
+        mean, error = _jackknife(aligned, len(made))
+        cosine = (mean, error) if np.isfinite(mean) and np.isfinite(error) else (None, None)
+    return {**told, "judge_cosine": cosine[0], "judge_cosine_stderr": cosine[1]}
+
+
+def _products(a: Tensor, b: Tensor) -> np.ndarray:
+    """Of each gradient with each, [R, R]."""
+    return np.asarray((a @ b.T).double())
+
+
+def _apart(products: np.ndarray, left: np.ndarray) -> float:
+    """The mean product of different batches, of those ``left``."""
+    some = products[np.ix_(left, left)]
+    return float((some.sum() - np.trace(some)) / (len(left) * (len(left) - 1)))
+
+
+def _jackknife(of: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
+    """A statistic of all batches, and its standard error."""
+    every = np.arange(count)
+    without = np.array([of(np.delete(every, i)) for i in every])
+    return float(of(every)), float(((count - 1) * without.var()) ** 0.5)
+
+
+def _stage(name: str, start: Start, batch: int, seed: int) -> CycleRLStage | DJOStage:
+    rl = tiny().cycle_rl
     rl = replace(rl, loop=replace(rl.loop, seed=seed), batch=batch, beta=0.0)
-    by_image, by_object = replace(rl, credit="image"), replace(rl, credit="object")
-    exact: CycleRLConfig = replace(by_object, w_iou=1.0, w_l1=0.0)
-    djo = replace(
-        djo,
-        loop=replace(djo.loop, seed=seed),
-        batch=batch * rl.group,
-        prompt_dropout=0.0,
-        grounding_weight=0.0,
-        loop_weight=1.0,
-        prefix="sampled",
-        freeze_grounder=True,
-    )
-    loops = {
-        f"loop, τ = {tau}": LoopAlone(replace(djo, tau_start=tau, tau_end=tau), start)
-        for tau in TEMPERATURES
-    }
-    return {
-        "image": CycleRLStage(by_image, start),
-        "object": CycleRLStage(by_object, start),
-        "judge": JudgedRL(exact, start),
-        **loops,
-    }
+    if name in REWARDS:
+        kind = JudgedRL if name == JUDGE else CycleRLStage
+        return kind(replace(rl, **REWARDS[name]), start)
+    djo, tau = tiny().djo, LOOPS[name]
+    config: DJOConfig = replace(
+        djo, loop=replace(djo.loop, seed=seed), batch=batch * rl.group, prompt_dropout=0.0,
+        grounding_weight=0.0, loop_weight=1.0, prefix="sampled", freeze_grounder=True,
+        tau_start=tau, tau_end=tau,
+    )  # fmt: skip
+    return LoopAlone(config, start)
 
 
-def _gradient(stage: CycleRLStage | DJOStage, step: int) -> Tensor:
+def _gradient(stage: CycleRLStage | DJOStage, step: int, float32: bool) -> Tensor:
     """The gradient of a step's loss, all parameters in one row; 0 where none arrives."""
     stage.module.zero_grad(set_to_none=True)
-    with torch.autocast("cpu", torch.bfloat16):
+    with nullcontext() if float32 else torch.autocast("cpu", torch.bfloat16):
         loss, _ = stage.loss(step)
     loss.backward()
     grads = [

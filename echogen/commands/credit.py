@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated, Any
+
+import tyro
 
 from echogen.commands.options import Json, check_range, check_seed
 from echogen.commands.output import InputError, print_json, progress, show
@@ -10,41 +13,54 @@ from echogen.commands.output import InputError, print_json, progress, show
 
 @dataclass(frozen=True)
 class BenchCredit:
-    """Whether the gradients of two halves of some batches agree, and with the judge's: Cycle RL's,
-    an image's reward credited to all of its tokens or an object's to those in its box, and that of
-    stage 2's loop."""
+    """How much of a batch's gradient is signal, and whether it leads where the judge's does: Cycle
+    RL's, an image's reward credited to all of its tokens or an object's to those in its box, by one
+    decoded box or several sampled ones, and that of stage 2's loop."""
 
     model: str = "tiny"
     """Whose gradients: a bundled model, a run, a folder, or a hub id."""
     rollouts: int = 64
-    """In all; half of them in each half."""
+    """Of each gradient."""
     batch: int = 8
     """Layouts a rollout, each drawn eight times."""
+    gradient: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Of these alone, by the names in the table; may be given several times."""
+    float32: bool = False
+    """Multiply in float32, for CPUs without bfloat16 instructions."""
     seed: int = 0
     """Of layouts and noise."""
     json: Json = False
     """End with one JSON object on stdout."""
 
     def run(self) -> None:
-        check_range("rollouts", self.rollouts, 2, 100_000)
+        check_range("rollouts", self.rollouts, 3, 100_000)
         check_range("batch", self.batch, 1, 4096)
         check_seed(self.seed)
-        if self.rollouts % 2:
-            raise InputError(f"--rollouts {self.rollouts}: name an even number")
         from echogen.bench.quality import credit
 
+        asked = self.gradient or credit.GRADIENTS
+        if unknown := [name for name in asked if name not in credit.GRADIENTS]:
+            names = "; ".join(credit.GRADIENTS)
+            raise InputError(f"--gradient {unknown[0]!r}: unknown; there are {names}")
         with progress("batches") as update:
-            result = credit.run(self.model, self.rollouts, self.batch, self.seed, update)
+            result = credit.run(
+                self.model, self.rollouts, self.batch, self.seed, asked, self.float32, update
+            )
+
+        def pair(row: dict[str, Any], name: str) -> str:
+            value, error = row[name], row[f"{name}_stderr"]
+            return "" if value is None else f"{value:.3f} ± {error:.3f}"
+
         rows = []
         for row in result["results"]:
-            least = row["rollouts_for_half"]
+            least = row["batches_for_half"]
             needed = f"{least:.0f}" if least else ""
-            rows.append((row["gradient"], f"{row['cosine']:.3f}", needed,
-                         f"{row['judge_cosine']:.3f}"))  # fmt: skip
+            rows.append((row["gradient"], pair(row, "signal"), needed, pair(row, "judge_cosine")))
         show(
-            f"Gradients of {self.rollouts // 2} batches and of as many others",
-            ("gradient", "cosine", "batches for as much signal as noise", "with the judge's"),
+            f"Gradients of {self.rollouts} batches each ({result['precision']})",
+            ("gradient", "signal's share of a batch's", "batches for as much signal as noise",
+             "cosine with the judge's"),
             rows,
-        )
+        )  # fmt: skip
         if self.json:
             print_json(result)

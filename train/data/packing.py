@@ -71,7 +71,8 @@ def i2l_tree(
     ids = before + (codes + vocab_size).tolist() + after
     length = len(ids)
     image = range(len(before), len(before) + len(codes))
-    trunk = Tree(ids, list(range(length)), [0] * length, *[[NO_TARGET] * length] * 2, image)
+    nothing = [NO_TARGET] * length
+    trunk = Tree(ids, list(range(length)), [0] * length, nothing, nothing, image)
     return _with_branches(trunk, prompts, questions)
 
 
