@@ -108,6 +108,11 @@ class Sampling:
                 f"the second (which is the first that is not guided any more)"
             )
         object.__setattr__(self, "cfg_span", span)
+        if not self.guided:
+            raise ValueError(
+                f"cfg_span = {span} with cfg = {self.cfg}, which guides nothing; set cfg to another "
+                f"scale than 1, or leave cfg_span out"
+            )
 
     @property
     def guided(self) -> bool:

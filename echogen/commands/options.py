@@ -97,8 +97,10 @@ class SamplingOptions:
         from echogen.engine.sampler import Sampling
 
         given = self._given()
-        if self.cfg_schedule is None:  # the model's default may be one that has a start
+        if self.cfg_schedule is None:  # the model's default may be one that has a start,
             given.pop("cfg_start", None)
+        if self.cfg is None and self.cfg_start is None:  # nor one that guides
+            given["cfg"] = 2.0
         try:
             Sampling(**given)
         except ValueError as error:

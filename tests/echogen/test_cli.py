@@ -123,6 +123,7 @@ def test_interruption(run, monkeypatch):
         (["--top-p", "0"], ["--top-p", "0.0"]),
         (["--cfg-start", "2"], ["--cfg-start = 2.0", "linear"]),
         (["--cfg-span", "9", "9"], ["--cfg-span = (9, 9)"]),
+        (["--cfg-span", "9", "20", "--cfg", "1"], ["--cfg-span = (9, 20)", "guides nothing"]),
         (["--cfg-span", "9", "65"], ["--cfg-span = (9, 65)", "64 positions"]),
         (["--negative", "absent.json"], ["absent.json"]),
         (["--negative", "{layout}", "--cfg", "1"], ["--negative", "give --cfg above 1"]),

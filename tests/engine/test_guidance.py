@@ -227,6 +227,7 @@ def test_the_probability_recorded_is_that_of_the_scale_at_its_position(pair, nam
     {"cfg_schedule": "square"}, {"cfg_start": -1.0, "cfg_schedule": "linear"},
     {"cfg_start": float("nan"), "cfg_schedule": "linear"}, {"cfg_start": 2.0},
     {"cfg_span": (3, 3)}, {"cfg_span": (-1, 3)}, {"cfg_span": (1, 2, 3)}, {"cfg_span": (0.5, 2)},
+    {"cfg_span": (0, 4)}, {"cfg_span": (0, 4), "cfg": 1.0, "cfg_schedule": "linear"},
 ])  # fmt: skip
 def test_schedules_that_mean_nothing_are_refused(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
