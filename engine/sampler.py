@@ -110,8 +110,8 @@ class Sampling:
         object.__setattr__(self, "cfg_span", span)
         if not self.guided:
             raise ValueError(
-                f"cfg_span = {span} with cfg = {self.cfg}, which guides nothing; set cfg to another "
-                f"scale than 1, or leave cfg_span out"
+                f"cfg_span = {span} with cfg = {self.cfg}, which guides nothing; set cfg to "
+                f"another scale than 1, or leave cfg_span out"
             )
 
     @property

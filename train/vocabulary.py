@@ -10,14 +10,15 @@ import torch
 
 from echogen.engine.engine import Engine
 from echogen.engine.ground import locations
-from echogen.engine.pretrained import resolve
+from echogen.engine.pretrained import Meta, resolve
 from echogen.train.checkpoint import StateError
 from echogen.train.data.samples import module_hash
 from echogen.train.start import RECORD, Start, read_record
 
 
 def pretrained_start(path: str | Path, bins: int, device: str | torch.device = "cpu") -> Start:
-    """Load a Janus checkpoint that no stage has trained yet, with ``bins`` location tokens.
+    """Load a Janus checkpoint that no stage has trained yet, with ``bins`` location tokens; one
+    that says how many it has (``echogen.json``) keeps those.
 
     What the tokenizer lacks is added (`add_box_tokens`): the row of ``<loc_i>``, in the embedding
     and in the text head, starts at the mean of the rows of i's digits. Old rows stay as they are,
@@ -39,6 +40,7 @@ def pretrained_start(path: str | Path, bins: int, device: str | torch.device = "
             f"{path}: this model comes from stage {stages[-1]} ({RECORD}), and is not one to begin "
             f"anew from; go on with it through --from"
         )
-    engine = Engine.from_pretrained(folder, device, codec="location", bins=bins)
+    asked = bins if Meta.read(folder).bins is None else None
+    engine = Engine.from_pretrained(folder, device, codec="location", bins=asked)
     locations(engine.prompts)
     return Start(engine, (), module_hash(engine.transformer))

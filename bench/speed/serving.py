@@ -178,6 +178,7 @@ class Together(Sampler):
 
     def __init__(self, samplers: list[Sampler], counts: list[int]) -> None:
         self.sampling, self._samplers, self._counts = samplers[0].sampling, samplers, counts
+        self.draws = torch.cat([sampler.draws for sampler in samplers])
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:
         """See `Sampler`."""
