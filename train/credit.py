@@ -4,8 +4,8 @@ An image's reward is the mean over its objects, and one advantage for all of its
 circle reinforce the square that failed beside it. Yet the answer about an object is, above all, a
 matter of the tokens that lie in its box: here every object is compared with the same object in the
 group's other images, and the advantage goes to these tokens alone. For the rest of the image there
-is the KL term. What it changes is the noise: `echogen bench credit` measures how far the gradients
-of two halves of some rollouts agree.
+is the KL term. What it is to change is the noise: `echogen bench credit` measures what share of a
+gradient is signal.
 """
 
 from __future__ import annotations

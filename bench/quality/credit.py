@@ -113,6 +113,7 @@ def run(
         raise ValueError(f"rollouts = {rollouts}; it must be at least 3")
     if unknown := [name for name in asked if name not in GRADIENTS]:
         raise ValueError(f"gradient {unknown[0]!r} is unknown; choose of {', '.join(GRADIENTS)}")
+    machine = environment()  # now: the checkout may be another commit's when this has ended
     start = load_start(model, "", any_stage=True)
     # The judge's first: all others are held against them.
     asked.sort(key=lambda name: (name != JUDGE, GRADIENTS.index(name)))
@@ -130,7 +131,7 @@ def run(
     found.sort(key=lambda row: GRADIENTS.index(row["gradient"]))
     told = {"model": model, "rollouts": rollouts, "batch": batch, "group": tiny().cycle_rl.group}
     told |= {"precision": "float32" if float32 else "bfloat16", "seed": seed}
-    return {**told, "results": found} | environment()
+    return {**told, "results": found} | machine
 
 
 def _counted(
