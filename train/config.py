@@ -233,9 +233,9 @@ class CycleRLConfig:
             likely) or "both".
         w_iou, w_l1: weights of the reward's terms.
         reward_boxes: boxes sampled of each object, over which its IoU and L1 are averaged; 0 takes
-            the most likely box alone. Two tell more of how sure the grounder is than one answer
-            can, and cost the grounding of twice as many. Reinforced boxes are sampled once each,
-            and this is then 0.
+            the most likely box alone. Several say how sure the grounder is, and cost the grounding
+            of as many; that training gains by it is not shown. Reinforced boxes are sampled once
+            each, and this is then 0.
         credit: whose tokens an advantage goes to: "image", all of an image's, by its mean reward;
             "object", those in an object's box, by that object's (see `credit`).
         advantage: "grpo", "dr_grpo" or "rloo", see `group_advantage`.

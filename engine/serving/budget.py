@@ -23,8 +23,8 @@ MOST = {"cpu": 16, "cuda": 256}
 """Slots where memory has room for more and nobody asked for a number: more rows give a step little
 speed and every image a longer wait."""
 PROMPT_TOKENS = 1024
-"""Of the longest prompt where nobody asked for a number and the model has room for more: some fifty
-objects. Janus-Pro's room, 15,808, would make a slot of 3 GiB."""
+"""Of the longest prompt where nobody asked for a number and the model has room for more:
+Janus-Pro's 15,808 would make a slot of 3 GiB."""
 FLOAT, WORD = 4, 8  # bytes of a float32, and of an int64 or a float64
 
 CGROUPS = (

@@ -31,8 +31,9 @@ class Intake:
 
         Raises:
             LayoutError: a prompt too long for the slots, or with reserved tokens.
-            ValueError: more rows than there are slots, guidance that does not fit the image, or
-                weights that changed since the scheduler was made.
+            ValueError: more rows than there are slots, draws that are not one 32-bit word for each
+                image, guidance that does not fit the image, or weights that changed since the
+                scheduler was made.
         """
         if self.outdated:
             raise ValueError(OUTDATED)

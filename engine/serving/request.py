@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from echogen.engine.layout import Layout
-from echogen.engine.sampler import Sampler, Sampling, check_draws, whole_number
+from echogen.engine.sampler import Sampler, Sampling, whole_number
 from echogen.engine.serving.partial import Partial, Pictures
 
 
@@ -44,7 +44,6 @@ class Order:
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.samples < 1:
             raise ValueError(f"samples = {self.samples}; it must be at least 1")
-        check_draws(self.draws, self.samples)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed = {self.seed}; it must be in 0 … 2^63 - 1")
         if self.timeout is not None and not self.timeout > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -139,3 +140,13 @@ def engine(tmp_path_factory, janus_config, random_janus, small_tokenizer) -> Eng
     made = load_checkpoint(folder)
     prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
     return Engine(made.config, made.transformer.eval(), made.vq, made.siglip, prompts)
+
+
+@pytest.fixture(params=["packed", "plain"])
+def either(request, engine, monkeypatch) -> Engine:
+    """The engine on packed weights, which are a copy, and on the transformer as it is."""
+    made = copy.copy(engine)
+    if request.param == "plain":
+        monkeypatch.setattr("echogen.engine.engine.packable", lambda model: False)
+    made.refresh()
+    return made

@@ -570,12 +570,8 @@ class Held(TorchDispatchMode):
         self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
 
 
-@pytest.mark.parametrize("kind", ["packed", "plain"])
-def test_memory_is_planned_and_made_once(engine, monkeypatch, kind):
-    engine = copy.copy(engine)
-    if kind == "plain":
-        monkeypatch.setattr("echogen.engine.engine.packable", lambda model: False)
-    engine.refresh()
+def test_memory_is_planned_and_made_once(either):
+    engine = either
     engine.decoder  # noqa: B018  # its weights are there before
     with Held() as held:
         scheduler = Scheduler(engine, slots=8)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import copy
 import gc
 import threading
 import weakref
@@ -14,6 +13,7 @@ import torch
 
 from echogen.engine.cache import Prefix
 from echogen.engine.layout import Layout, LayoutObject
+from echogen.engine.packed import PackedTransformer
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.worker import SchedulerClosed
@@ -127,13 +127,9 @@ def test_codes_that_cannot_be_handed_over_fail_one_request(scheduler, monkeypatc
     assert good.result(0).shape == (1, TOKENS) and scheduler.metrics().live_slots == 0
 
 
-@pytest.mark.parametrize("kind", ["packed", "plain"])
-def test_no_image_is_drawn_with_two_models(engine, monkeypatch, kind):
+def test_no_image_is_drawn_with_two_models(either):
     """A copy of the weights goes on as it is; what reads the engine's own ends."""
-    engine = copy.copy(engine)
-    if kind == "plain":
-        monkeypatch.setattr("echogen.engine.engine.packable", lambda model: False)
-        engine.release()
+    engine, copied = either, isinstance(either.decoder, PackedTransformer)
     scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
     wanted = engine.generate_codes([LAYOUT], 1, sampling=PLAIN, decoding="sequential")
     live, waits = (scheduler.submit(LAYOUT, 1, PLAIN, n) for n in (1, 2))
@@ -141,7 +137,7 @@ def test_no_image_is_drawn_with_two_models(engine, monkeypatch, kind):
         scheduler.step()
     engine.refresh()
     finish(scheduler)
-    if kind == "packed":
+    if copied:
         assert torch.equal(live.result(0), wanted) and len(waits.result(0)) == 2
         return
     for request in (live, waits):

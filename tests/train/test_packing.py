@@ -141,10 +141,12 @@ def test_packing_loses_and_invents_nothing(prompts, row_tokens):
         assert here.sum() == len(tree)
     for name, at in (("codes", batch.code_at), ("texts", batch.text_at)):
         wanted = [(i, v) for i, t in enumerate(trees) for v in getattr(t, name) if v != NO_TARGET]
-        assert list(zip(batch.at("tree", at).tolist(), batch.at(name, at).tolist())) == wanted  # noqa: B905
+        found = batch.at("tree", at).tolist(), batch.at(name, at).tolist()
+        assert list(zip(*found, strict=True)) == wanted
     images = [(i, v) for i, t in enumerate(trees) for v in t.ids if v >= len(prompts.tokenizer)]
     at = batch.image_at
-    assert list(zip(batch.at("tree", at).tolist(), batch.at("ids", at).tolist())) == images  # noqa: B905
+    found = batch.at("tree", at).tolist(), batch.at("ids", at).tolist()
+    assert list(zip(*found, strict=True)) == images
     padding = batch.tree == -1
     assert (batch.ids[padding] == prompts.pad).all()
     assert (batch.codes[padding] == NO_TARGET).all() and (batch.texts[padding] == NO_TARGET).all()
