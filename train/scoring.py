@@ -33,7 +33,7 @@ def image_logprob(
     """Log-probability of every image code, float32 [N, T].
 
     Args:
-        drawn: L2I trees 0 … N−1 = ``count``−1, whose codes were drawn.
+        drawn: L2I trees in the order of the N = ``count`` images, whose codes were drawn.
         unconditional: the same images behind unconditional prompts, where there is guidance.
         sampling: what drew them.
         kept: int64 [N, T], how many codes truncation left (see `Drawing`). The codes kept are the

@@ -21,6 +21,7 @@ from echogen.train.data.packing import (
     Batch,
     Tree,
     i2l_tree,
+    l2i_group_tree,
     l2i_tree,
     pack,
     prompt_or_none,
@@ -88,6 +89,10 @@ class WorldStage:
     def drawing(self, prompt: list[int], codes: np.ndarray) -> Tree:
         """The L2I tree of a prompt and an image."""
         return l2i_tree(prompt, codes, self.module.config.vocab_size)
+
+    def drawings(self, prompt: list[int], codes: np.ndarray) -> Tree:
+        """The L2I tree of a prompt and several images of it, [G, T]."""
+        return l2i_group_tree(prompt, codes, self.module.config.vocab_size)
 
     def grounding(self, codes: np.ndarray, questions: list[tuple[str, tuple]]) -> Tree:
         """The I2L tree of an image and questions."""

@@ -19,6 +19,7 @@ from echogen.train.data.packing import (
     Tree,
     block_mask,
     i2l_tree,
+    l2i_group_tree,
     l2i_tree,
     lay,
     pack,
@@ -104,6 +105,21 @@ def test_l2i_targets_are_the_image_codes_and_nothing_else(prompts):
     assert tree.codes[: len(prompt) - 1] == [NO_TARGET] * (len(prompt) - 1)
     assert tree.codes[len(prompt) - 1 :] == z.tolist()
     assert prompt[-1] == prompts.begin_image
+
+
+def test_images_of_one_prompt_share_it(prompts, model):
+    """One tree of three images says of each what its own sequence says."""
+    v, prompt = len(prompts.tokenizer), prompts.l2i(LAYOUT)
+    images = np.stack([codes(i) for i in range(3)])
+    group = l2i_group_tree(prompt, images, v)
+    alone = [l2i_tree(prompt, z, v) for z in images]
+    assert len(group) == len(prompt) - 1 + 3 * T
+    batch = pack([group, *alone], 0, prompts.pad)
+    together, apart = logits(model, batch)[0].flatten(0, 1)[batch.code_at].chunk(2)
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    for name, places in (("codes", batch.code_at), ("ids", batch.image_at)):
+        first, second = batch.at(name, places).chunk(2)
+        assert first.tolist() == second.tolist()
 
 
 def test_i2l_targets_are_coordinates_and_the_end_of_the_box(prompts):

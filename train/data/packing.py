@@ -1,14 +1,15 @@
 """The packed training sequence: trees of segments laid into rows, with their targets.
 
-A tree is a trunk and branches. L2I is a trunk alone (prompt and image codes); I2L is a trunk
-(image prefix) with one branch for each expression. `visibility` turns the tree and branch numbers
+A tree is a trunk and branches. L2I is a trunk alone (prompt and image codes), or, where one prompt
+was drawn several times, a trunk (prompt) with one branch for each image; I2L is a trunk (image
+prefix) with one branch for each expression. `visibility` turns the tree and branch numbers
 of a row into its mask: nothing passes from one tree to another, which is the `isolated` mask of
 METHOD. Its `shared` mask is a third kind of tree, in which both tasks read one image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -38,7 +39,7 @@ class Tree:
         codes: the image code to predict here, or NO_TARGET.
         texts: the text id to predict here, or NO_TARGET.
 
-    And: ``image``, the places whose ids are image codes.
+    And: ``image``, the places whose ids are image codes, from left to right.
     """
 
     ids: list[int]
@@ -46,7 +47,7 @@ class Tree:
     branch: list[int]
     codes: list[int]
     texts: list[int]
-    image: range
+    image: Sequence[int]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -60,6 +61,24 @@ def l2i_tree(prompt: list[int], codes: np.ndarray, vocab_size: int) -> Tree:
     length = n + t - 1
     places = range(n, length)
     return Tree(ids, list(range(length)), [0] * length, targets, [NO_TARGET] * length, places)
+
+
+def l2i_group_tree(prompt: list[int], codes: np.ndarray, vocab_size: int) -> Tree:
+    """A prompt and several images of it, codes [G, T]: the sequences of G `l2i_tree`, in which the
+    prompt stands once.
+
+    Its last token predicts each image's first code, and so begins every branch.
+    """
+    trunk, last = len(prompt) - 1, prompt[-1:]
+    t = codes.shape[1]
+    ids, positions, branch = prompt[:-1], list(range(trunk)), [0] * trunk
+    for g, row in enumerate(codes, 1):
+        ids += last + (row[:-1] + vocab_size).tolist()
+        positions += range(trunk, trunk + t)
+        branch += [g] * t
+    targets = [NO_TARGET] * trunk + codes.ravel().tolist()
+    image = [i for i in range(trunk, len(ids)) if (i - trunk) % t]
+    return Tree(ids, positions, branch, targets, [NO_TARGET] * len(ids), image)
 
 
 def i2l_tree(
@@ -188,7 +207,7 @@ def lay(trees: list[Tree], rows: list[list[int]], row_tokens: int, pad: int) -> 
     fields["code_at"] = place[codes[place] != NO_TARGET]
     fields["text_at"] = place[texts[place] != NO_TARGET]
     fields["image_at"] = np.concatenate(
-        [span[tree.image.start : tree.image.stop] for span, tree in zip(spans, trees, strict=True)]
+        [span[np.array(tree.image, np.int64)] for span, tree in zip(spans, trees, strict=True)]
     )
     return Batch(**{name: torch.from_numpy(field) for name, field in fields.items()})
 
