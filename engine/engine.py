@@ -102,9 +102,9 @@ class Engine:
         """Load a checkpoint.
 
         Args:
-            model: ``"tiny"`` (bundled), a folder, or a hub id such as
-                ``deepseek-community/Janus-Pro-1B``; the transformers Janus format or the original
-                deepseek-ai layout.
+            model: bundled (``"tiny"``, or ``"tiny-stage1"``, which it was trained from), a folder,
+                or a hub id such as ``deepseek-community/Janus-Pro-1B``; the transformers Janus
+                format or the original deepseek-ai layout.
             device, dtype: where and in what precision the weights live.
             codec: how boxes are written; None reads it from the checkpoint (``echogen.json``), and
                 takes PlanGen's textual codec where it says nothing.

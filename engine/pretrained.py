@@ -23,18 +23,25 @@ BINS = 1000
 """Location tokens of a checkpoint that gets its first, as in the paper."""
 
 
+def bundled() -> list[str]:
+    """Names of the models that come with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob("*/config.json"))
+
+
 def resolve(model: str | Path) -> Path:
     """Folder of a bundled name, a folder, or a hub id (downloaded once into the hub's cache).
 
+    A name means the same model in every directory: where a folder is called as a bundled model is,
+    it is ``./name``.
+
     Raises CheckpointError where there is nothing to load.
     """
+    text, names = str(model), bundled()
+    if text in names:
+        return BUNDLED / text
     if Path(model).is_dir():
         return Path(model)
-    if (BUNDLED / str(model) / "config.json").is_file():
-        return BUNDLED / str(model)
-    text = str(model)
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
-        names = sorted(p.parent.name for p in BUNDLED.glob("*/config.json"))
         raise CheckpointError(
             f"{text}: no such folder; bundled models: {', '.join(names) or 'none'}"
         )

@@ -35,7 +35,7 @@ def tiny() -> Recipe:
             ),
             scenes=80_000,
             # Best judge IoU of `echogen eval --split val --count 96` over temperatures 0.3, 0.5,
-            # 0.7, 1 and CFG 1, 1.5, 2, 3 (engine/models/tiny/training/sampling_on_validation.json).
+            # 0.7, 1 and CFG 1, 1.5, 2, 3 (sampling_on_validation.json of the bundled tiny-stage1).
             temperature=0.5,
             cfg=3.0,
         ),

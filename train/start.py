@@ -16,7 +16,7 @@ import torch
 
 from echogen.engine.engine import Engine
 from echogen.engine.keymap import CheckpointError
-from echogen.engine.pretrained import resolve
+from echogen.engine.pretrained import bundled, resolve
 from echogen.train.checkpoint import StateError
 from echogen.train.data.samples import module_hash
 
@@ -45,6 +45,8 @@ def model_folder(path: str | Path) -> Path:
         StateError: a run that has not come to its end.
         CheckpointError: nothing there.
     """
+    if str(path) in bundled():  # as `resolve` has it, in a folder with a run of that name too
+        return resolve(path)
     path = Path(path)
     if (path / "metrics.jsonl").is_file() or (path / "state.pt").is_file():
         if not (path / "model" / "config.json").is_file():

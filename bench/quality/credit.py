@@ -11,6 +11,7 @@ object's to those in its box, judged by one decoded box or by several sampled on
 by object, with the exact judge's IoU in place of the self-reward; and stage 2's, of the loop's
 cross entropy through soft samples at some temperatures. The judge's is where training should lead,
 so each is held against it: the cosine between the two signals, from pairs of other batches.
+The parts of the network are asked one by one too: where the signal lies is what is worth training.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from echogen.bench.harness import environment
 from echogen.engine.vision import decode_codes, to_images
@@ -47,6 +48,15 @@ REWARDS: dict[str, dict[str, Any]] = {
 LOOPS = {f"loop, τ = {tau}": tau for tau in (1.0, 0.3)}
 """Where τ begins and ends by default (METHOD, stage 2)."""
 GRADIENTS = (*REWARDS, *LOOPS)
+
+PARTS = {
+    "attention": ("qkv", "out", "attn_norm"),
+    "MLPs": ("gate_up", "down", "mlp_norm"),
+    "image head": ("image_head", "norm"),
+    "embeddings": ("text_embedding", "code_embedding", "code_aligner"),
+}
+"""Parts of the network by the modules that a parameter's name has in it; the other modules take no
+part in drawing."""
 
 
 class JudgedRL(CycleRLStage):
@@ -88,7 +98,8 @@ def run(
 ) -> dict[str, Any]:
     """The share of signal in each gradient, and its agreement with the judge's; JSON-ready.
 
-    All gradients of two kinds are held at once, 8 bytes a parameter and rollout.
+    All gradients of two kinds are held at once, 8 bytes a parameter and rollout, and a part's own
+    again.
 
     Args:
         model: whose gradients, of whatever stage; its weights stay as they are.
@@ -103,7 +114,8 @@ def run(
         ``results``, for each gradient: ``signal`` and ``signal_stderr``, the share of signal in a
         batch's squared gradient; ``batches_for_half``, those whose mean gradient is as much signal
         as noise (None: no signal was seen); ``judge_cosine`` and ``judge_cosine_stderr``, between
-        the signal and the judge's (None: one of them was not seen, or not asked for).
+        the signal and the judge's (None: one of them was not seen, or not asked for); ``parts``,
+        the same of each of `PARTS` alone.
 
     Raises:
         ValueError: too few rollouts, or an unknown gradient.
@@ -127,11 +139,28 @@ def run(
         ])  # fmt: skip
         if name == JUDGE:
             judged = made
-        found.append({"gradient": name, **compared(made, judged)})
+        told = {"gradient": name, **compared(made, judged), "parts": {}}
+        for part, columns in _columns(stage.module).items():
+            own = None if judged is None else judged[:, columns]
+            told["parts"][part] = compared(made[:, columns], own)
+        found.append(told)
     found.sort(key=lambda row: GRADIENTS.index(row["gradient"]))
     told = {"model": model, "rollouts": rollouts, "batch": batch, "group": tiny().cycle_rl.group}
     told |= {"precision": "float32" if float32 else "bfloat16", "seed": seed}
     return {**told, "results": found} | machine
+
+
+def _columns(module: nn.Module) -> dict[str, Tensor]:
+    """Where in a row of all parameters those of each part are, int64 [n]."""
+    found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
+    first = 0
+    for name, p in module.named_parameters():
+        here, modules = torch.arange(first, first + p.numel()), name.split(".")
+        for part, known in PARTS.items():
+            if any(module in known for module in modules):
+                found[part].append(here)
+        first += p.numel()
+    return {part: torch.cat(columns) for part, columns in found.items()}
 
 
 def _counted(

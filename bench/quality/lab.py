@@ -52,7 +52,7 @@ class Lab:
     results: Path
     models: Path
     seeds: tuple[int, ...]
-    start: str = "tiny"
+    start: str = "tiny-stage1"
     llm_layouts: Path | None = None
     scale: float = 1.0
     force: bool = False

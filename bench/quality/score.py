@@ -19,7 +19,7 @@ from echogen.train.data.scenes import load_scenes
 from echogen.train.eval.tables import BATCH, evaluate, judge_boxes, layouts_of
 
 PLAIN = Sampling(temperature=1.0, cfg=1.0)
-# The grid on which the recipe's own default was chosen (engine/models/tiny/training).
+# The grid on which the recipe's own default was chosen (engine/models/tiny-stage1/training).
 GRID = tuple(
     Sampling(temperature=t, cfg=s) for t in (0.3, 0.5, 0.7, 1.0) for s in (1.0, 1.5, 2.0, 3.0)
 )

@@ -15,7 +15,8 @@ from echogen.commands.output import InputError, print_json, progress, show
 class BenchCredit:
     """How much of a batch's gradient is signal, and whether it leads where the judge's does: Cycle
     RL's, an image's reward credited to all of its tokens or an object's to those in its box, by one
-    decoded box or several sampled ones, and that of stage 2's loop."""
+    decoded box or several sampled ones, and that of stage 2's loop; of each, the parts of the
+    network it lies in."""
 
     model: str = "tiny"
     """Whose gradients: a bundled model, a run, a folder, or a hub id."""
@@ -53,13 +54,15 @@ class BenchCredit:
 
         rows = []
         for row in result["results"]:
-            least = row["batches_for_half"]
-            needed = f"{least:.0f}" if least else ""
-            rows.append((row["gradient"], pair(row, "signal"), needed, pair(row, "judge_cosine")))
+            for name, told in {row["gradient"]: row, **row["parts"]}.items():
+                least = told["batches_for_half"]
+                needed = f"{least:.0f}" if least else ""
+                shown = name if told is row else f"  {name}"
+                rows.append((shown, pair(told, "signal"), needed, pair(told, "judge_cosine")))
         show(
             f"Gradients of {self.rollouts} batches each ({result['precision']})",
-            ("gradient", "signal's share of a batch's", "batches for as much signal as noise",
-             "cosine with the judge's"),
+            ("gradient, and its parts", "signal's share of a batch's",
+             "batches for as much signal as noise", "cosine with the judge's"),
             rows,
         )  # fmt: skip
         if self.json:

@@ -53,7 +53,7 @@ class BenchQuality:
     """Folder of the finished cells: bench/results/quality of the checkout if left out."""
     models: Path | None = None
     """Folder of the runs and models, outside the repository: below the cache if left out."""
-    start: str = "tiny"
+    start: str = "tiny-stage1"
     """The model of stage 1 that the ablation begins with; {seed} in it stands for the seed."""
     llm_layouts: Path | None = None
     """File with one LLM-written JSON layout a line, for the arm of RL data that needs one."""

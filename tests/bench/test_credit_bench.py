@@ -24,6 +24,8 @@ def test_gradients_are_compared_with_each_other_and_with_the_judges() -> None:
     for row in rows.values():
         assert row["signal"] <= 1 and row["signal_stderr"] > 0
         assert (row["batches_for_half"] is None) == (row["signal"] <= 0)
+        assert list(row["parts"]) == list(credit.PARTS)
+        assert all(part["signal"] <= 1 for part in row["parts"].values())
     assert judge["judge_cosine"] in (None, pytest.approx(1.0))
     assert seen == [(i, 9) for i in range(1, 10)]
 
@@ -47,6 +49,14 @@ def test_the_share_of_a_signal_that_is_known() -> None:
     assert np.mean(told["judge_cosine"]) == pytest.approx(0.6, abs=0.05)
     for name in ("signal", "judge_cosine"):
         assert np.mean(told[f"{name}_stderr"]) == pytest.approx(np.std(told[name]), rel=0.4)
+
+
+def test_every_parameter_that_draws_is_of_one_part() -> None:
+    module = load_start("tiny", "", any_stage=True).engine.transformer
+    columns = credit._columns(module)
+    every = torch.cat(list(columns.values()))
+    others = sum(p.numel() for n, p in module.named_parameters() if n.startswith(("text_h", "pix")))
+    assert len(every) == len(every.unique()) == sum(p.numel() for p in module.parameters()) - others
 
 
 def test_noise_alone_has_no_signal() -> None:

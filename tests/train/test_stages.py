@@ -14,6 +14,7 @@ from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.train import vq as vq_module
 from echogen.train import world
+from echogen.train.checkpoint import StateError
 from echogen.train.config import LoopConfig, PMTPConfig, VQConfig
 from echogen.train.data import samples, scenes
 from echogen.train.data.scenes import load_scenes, world_version
@@ -227,3 +228,16 @@ def test_a_model_of_a_larger_canvas_goes_through_its_stages(tmp_path: Path) -> N
     assert engine.generate(layout).size == (128, 128)
     cached = [p.name for p in (tmp_path / "cache").glob("codes-*")]
     assert cached and all("-128-" in name for name in cached)
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"), [("tiny-stage1", ("pmtp",)), ("tiny", ("pmtp", "djo"))]
+)
+def test_every_stage_can_begin_with_a_bundled_model(tmp_path, monkeypatch, name, stages):
+    """Also where a run or a folder has its name."""
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "metrics.jsonl").touch()
+    monkeypatch.chdir(tmp_path)
+    assert load_start(name, stages[-1]).stages == stages
+    with pytest.raises(StateError, match="no model yet"):
+        load_start(f"./{name}", stages[-1])
