@@ -48,6 +48,10 @@ class Recorder(Protocol):
         """What does the same as ``step``; ``step`` itself may be run for that, several times."""
         ...
 
+    def apart(self) -> Recorder:
+        """One whose steps may run between any two launches of this one's."""
+        ...
+
 
 class Eager:
     """A step is run as it is."""
@@ -55,6 +59,10 @@ class Eager:
     def record(self, step: Step) -> Step:
         """See `Recorder`."""
         return step
+
+    def apart(self) -> Eager:
+        """See `Recorder`."""
+        return self
 
 
 class CudaGraphs:
@@ -89,6 +97,10 @@ class CudaGraphs:
             finally:
                 outside.wait_stream(own)
         return graph.replay
+
+    def apart(self) -> CudaGraphs:
+        """See `Recorder`; with memory of its own."""
+        return CudaGraphs(self._device)
 
     def _capture(self, step: Step) -> torch.cuda.CUDAGraph:
         """What ``step`` launches on the current stream. Not by ``torch.cuda.graph``, which leaves

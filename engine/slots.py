@@ -8,6 +8,7 @@ and from then on a step runs all rows together, each at its own place.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,10 +17,12 @@ from torch import Tensor
 from echogen.engine.cache import PREFIX_BYTES, KVCache, Prefix, PrefixCache, WindowCache
 from echogen.engine.decode import Decoder
 from echogen.engine.device import DeviceTransformer, Places
+from echogen.engine.graphs import bucket
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.packed import Frame, PackedTransformer, Stream, attend
 from echogen.engine.packed_decode import run_prompts
 from echogen.engine.ranges import span
+from echogen.kernels.overlap import overlapping
 
 EDGE = 32
 """Keys are read up to a multiple of this, and a cache ends at one: a row's sums then end where a
@@ -31,11 +34,14 @@ def up_to_edge(keys: int) -> int:
     return -(-keys // EDGE) * EDGE
 
 
-def row_counts(rows: int, invariant: bool) -> list[int]:
+def row_counts(rows: int, invariant: bool, recorded: bool = False) -> list[int]:
     """The numbers of rows that steps are made for: one shape for all in batch-invariant mode, else
-    1 to 4 and multiples of 4, so that a step runs at most three rows behind the last one held."""
+    1 to 4 and multiples of 4, so that a step runs at most three rows behind the last one held; and
+    the fewer `graphs.bucket` knows where each is ``recorded``."""
     if invariant:
         return [rows]
+    if recorded:
+        return sorted({min(bucket(count), rows) for count in range(1, rows + 1)})
     return sorted({*range(1, min(rows, 4) + 1), *range(4, rows, 4), rows})
 
 
@@ -57,7 +63,7 @@ class Runner(Protocol):
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """Append image codes int64 [R] at places ``at`` int64 [R] of the leading R rows, all below
-        ``read``; image logits [R, V]."""
+        ``read``; image logits [R, V], which the next step may overwrite."""
         ...
 
 
@@ -88,12 +94,13 @@ class Slots:
         dtype, device = code_table.dtype, code_table.device
         self.rows, self.capacity, self.invariant = rows, capacity, invariant
         self.cache = WindowCache(model.config, rows, capacity, dtype, device)
-        self._counts = row_counts(rows, invariant)
+        on_device = isinstance(model, DeviceTransformer)
+        self._counts = row_counts(rows, invariant, recorded=on_device)
         self._runner: Runner
         if isinstance(model, PackedTransformer):
             self._runner = PackedRows(model, code_table, self.cache, self._counts)
         elif isinstance(model, DeviceTransformer):
-            self._runner = DeviceRows(model, code_table, self.cache)
+            self._runner = DeviceRows(model, self.cache, self._counts)
         else:
             self._runner = PlainRows(model, code_table, self.cache)
         # Unconditional prompts come again and again; see `PrefixCache`.
@@ -223,17 +230,47 @@ class PlainRows:
 
 
 class DeviceRows(PlainRows):
-    """`Runner` whose steps run on a GPU's operators, one after another."""
+    """`Runner` whose steps run on a GPU's operators, each recorded and replayed.
 
-    def __init__(self, model: DeviceTransformer, code_table: Tensor, cache: WindowCache) -> None:
-        super().__init__(model.plain, code_table, cache)
+    They are recorded at once, for every number of rows: later a request would wait for it, and
+    memory that is not there is to be missed now. The largest comes first, so that the others find
+    all they need in what it took.
+
+    Args:
+        model: what runs the layers.
+        cache: of the rows.
+        counts: the numbers of rows steps come in.
+    """
+
+    def __init__(self, model: DeviceTransformer, cache: WindowCache, counts: list[int]) -> None:
+        super().__init__(model.plain, model.table, cache)
         self._operators = model
+        rows, device = max(counts), model.table.device
+        self._codes, self._at = torch.zeros(2, rows, dtype=torch.int64, device=device).unbind(0)
+        self._logits = model.table.new_zeros(rows, model.config.codebook_size)
+        # Drawings of the same model run between these steps, in the memory of its own recorder.
+        recorder = model.recorder.apart()
+        with torch.inference_mode():
+            self._runs = {
+                count: recorder.record(partial(self._launch, count))
+                for count in sorted(counts, reverse=True)
+            }
+
+    def _launch(self, count: int) -> None:
+        """The step of the leading ``count`` rows, on what lies in the buffers."""
+        codes, at = self._codes[:count], self._at[:count]
+        keys, values = self._cache.block[:, :, :count].unbind(0)
+        with overlapping(codes.device):  # from the lookup on, which takes no part
+            embedded = self._table.index_select(0, codes)
+            places = Places(at, at + 1, at, keys, values)
+            self._logits[:count] = self._operators.logits(embedded, places)
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """See `Runner`; a row reads what it holds, whatever ``read`` is."""
-        keys, values = self._cache.block[:, :, : len(codes)].unbind(0)
-        embedded = self._table.index_select(0, codes)
-        return self._operators.logits(embedded, Places(at, at + 1, at, keys, values))
+        count = len(codes)
+        self._codes[:count], self._at[:count] = codes, at
+        self._runs[count]()
+        return self._logits[:count]
 
 
 class PackedRows:

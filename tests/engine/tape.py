@@ -58,6 +58,10 @@ class Tape:
     def __init__(self) -> None:
         self.recorded = self.replayed = 0
 
+    def apart(self) -> Tape:
+        """See `graphs.Recorder`; a tape has no memory to share."""
+        return self
+
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
         """As `graphs.CudaGraphs`: run to warm up, then written down."""
         step()

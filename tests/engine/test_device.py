@@ -269,16 +269,26 @@ def test_prompts_are_kept_once_unless_copies_are_asked_for(model):
 
 
 def test_rows_of_a_scheduler(model, relative_error):
-    made, table = operators(model), model.code_table().detach()
+    """Recorded beforehand, a step for each number of rows, and replayed; a drawing between two of
+    them takes nothing from them."""
+    tape = Tape()
+    made, table = operators(model, tape), model.code_table().detach()
     with torch.inference_mode():
-        both = [Slots(m, table, 4, 32) for m in (model, made)]
-        for slots in both:
-            slots.take([slots.run_prompt(p) for p in RAGGED])
+        both = [Slots(m, table, 5, 32) for m in (model, made)]
+        assert tape.recorded == len({1, 2, 4, 5})
+        rows = [slots.take([slots.run_prompt(p) for p in RAGGED]) for slots in both]
         for code in (3, 21, 9):
-            for slots in both:
-                slots.feed(Rows([0, 1, 2], torch.arange(3)), torch.tensor([code, 2, 5]))
+            for slots, held in zip(both, rows, strict=True):
+                slots.feed(held, torch.tensor([code, 2, 5]))
             wanted, found = (slots.step() for slots in both)
             assert relative_error(found[:3], wanted[:3]) < 1e-5
+            codes(made, GROUPS, sampler(Sampler, Sampling(), len(GROUPS)))
+        for slots, held in zip(both, rows, strict=True):
+            slots.release(held)
+            slots.feed(slots.take([slots.run_prompt(RAGGED[1])]), torch.tensor([7]))
+        wanted, found = (slots.step() for slots in both)
+        assert found.shape == wanted.shape and relative_error(found, wanted) < 1e-5
+    assert tape.recorded == 4 + 1 and tape.replayed >= 4
 
 
 def test_caches_in_fp8_are_recorded_and_smaller():
