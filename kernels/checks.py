@@ -104,22 +104,28 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} = {value!r}; choose {', '.join(map(repr, choices))}")
 
 
-def device_scalar(name: str, value: float | Tensor, device: torch.device, low: float) -> Tensor:
-    """A number as float32 [1] on ``device``, where a CUDA graph reads it afresh at every replay.
+def device_scalar(
+    name: str, value: float | Tensor, device: torch.device, low: float, rows: int = 1
+) -> Tensor:
+    """A number as float32 [1] on ``device``, where a CUDA graph reads it afresh at every replay; a
+    tensor may hold one for each of ``rows`` too, and gives [rows].
 
     A Python number is checked against ``low`` (exclusive), as the float32 that it becomes; where
     ``low`` is 0, 1/value is finite too. A tensor's value is not looked at, as that would stop the
     host until the device is done.
 
     Raises:
-        ValueError: not finite, not above ``low``, or a tensor of several elements or on another
+        ValueError: not finite, not above ``low``, or a tensor of another shape or on another
             device (a copy of it would be a stop too, and a graph would not read it afresh).
     """
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; it must hold one number")
+        if value.numel() != 1 and value.shape != (rows,):
+            raise ValueError(
+                f"{name} has shape {tuple(value.shape)}; it must hold one number"
+                f"{f', or one for each of {rows} rows' if rows > 1 else ''}"
+            )
         _check_on(name, value, device)
-        return value.reshape(1).to(torch.float32)
+        return value.reshape(-1).to(torch.float32)
     least = max(low, float(np.finfo(np.float32).tiny)) if low == 0 else low
     if not low < value <= float(np.finfo(np.float32).max) or value < least:
         raise ValueError(f"{name} = {value}; it must be finite and above {low:g} in float32")
@@ -131,17 +137,21 @@ def _check_on(name: str, tensor: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name} is on {tensor.device}; it must be on {device}, as the rest")
 
 
-def device_seed(seed: int | Tensor, device: torch.device) -> Tensor:
-    """A 64-bit key as int64 [1] on ``device``.
+def device_seed(seed: int | Tensor, device: torch.device, rows: int = 1) -> Tensor:
+    """A 64-bit key as int64 [1] on ``device``; a tensor may hold one for each of ``rows`` too, and
+    gives [rows].
 
     Raises:
         ValueError: outside 0 … 2⁶³ − 1, or a tensor that is not one int64 on that device.
     """
     if isinstance(seed, Tensor):
-        if seed.numel() != 1 or seed.dtype != torch.int64:
-            raise ValueError(f"seed is {seed.dtype} {tuple(seed.shape)}; it must be one int64")
+        if (seed.numel() != 1 and seed.shape != (rows,)) or seed.dtype != torch.int64:
+            raise ValueError(
+                f"seed is {seed.dtype} {tuple(seed.shape)}; it must be one int64"
+                f"{f', or one for each of {rows} rows' if rows > 1 else ''}"
+            )
         _check_on("seed", seed, device)
-        return seed.reshape(1)
+        return seed.reshape(-1).contiguous()
     if not 0 <= seed < 1 << 63:
         raise ValueError(f"seed = {seed}; it must be in 0 … 2^63 - 1")
     return torch.full((1,), seed, dtype=torch.int64, device=device)

@@ -39,7 +39,8 @@ Guided = Literal["none", "blocked", "interleaved"]
 def _scores(
     logits_ptr, row, column, columns, inside, stride, apart, cfg, scale, MIXED: tl.constexpr
 ):  # fmt: skip
-    """x/T of the elements (row, column), −inf outside and where either branch is −inf."""
+    """x/T of the elements (row, column), −inf outside and where either branch is −inf; ``cfg`` and
+    ``scale`` (1/T) broadcast with row."""
     first = row.to(tl.int64) * stride
     place = first * columns + column
     x = tl.load(logits_ptr + place, mask=inside, other=float("-inf")).to(tl.float32)
@@ -76,8 +77,14 @@ def _threshold(key, weight, target):
 
 
 @triton.jit
+def _of_row(pointer, row, each, real, other):
+    """A number of every row, or with ``each`` = 0 the one that there is."""
+    return tl.load(pointer + row * each, mask=real, other=other)
+
+
+@triton.jit
 def _lowest_kept(
-    logits_ptr, top_p_ptr, row, real, columns, stride, apart, top_k, cfg, scale,
+    logits_ptr, share, row, real, columns, stride, apart, top_k, cfg, scale,
     MIXED: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Key [rows] of the least likely code that top-k, then top-p keep."""
@@ -92,15 +99,17 @@ def _lowest_kept(
     if TOP_P:
         most = tl.where(most == float("-inf"), 0.0, most)
         p = tl.where(key >= lowest[:, None], tl.exp(x - most[:, None]), 0.0)
-        share = tl.maximum(tl.load(top_p_ptr), SMALLEST)
-        lowest = tl.maximum(lowest, _threshold(key, p, share * tl.sum(p, 1)))
+        lowest = tl.maximum(lowest, _threshold(key, p, tl.maximum(share, SMALLEST) * tl.sum(p, 1)))
     return lowest
 
 
-@triton.jit(do_not_specialize=["top_k", "apart"])
+@triton.jit(
+    do_not_specialize=["top_k", "apart", "seed_each", "cfg_each", "temperature_each", "top_p_each"]
+)
 def _cfg_sample_kernel(
     logits_ptr, seed_ptr, draw_ptr, position_ptr, table_ptr, cfg_ptr, temperature_ptr, top_p_ptr,
     token_ptr, logprob_ptr, embed_ptr, rows, columns, width, stride, apart, top_k,
+    seed_each, cfg_each, temperature_each, top_p_each,
     MIXED: tl.constexpr, GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr,
     TABLE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
     EMBED: tl.constexpr, DEPENDENT: tl.constexpr = False,
@@ -108,20 +117,23 @@ def _cfg_sample_kernel(
     wait_for_earlier(DEPENDENT)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < rows
-    scale, cfg = 1.0, 1.0
+    scale, cfg = tl.full([ROWS], 1.0, tl.float32), tl.full([ROWS], 1.0, tl.float32)
     if MIXED:
-        cfg = tl.load(cfg_ptr)
+        cfg = _of_row(cfg_ptr, row, cfg_each, real, 1.0)
     if not GREEDY:
-        temperature = tl.load(temperature_ptr)
+        temperature = _of_row(temperature_ptr, row, temperature_each, real, 1.0)
         # A maximum would drop NaN.
         scale = 1.0 / tl.where(temperature < COLDEST, COLDEST, temperature)
-        seed = tl.load(seed_ptr)
+        seed = _of_row(seed_ptr, row, seed_each, real, 0)
         draw = tl.load(draw_ptr + row, mask=real, other=0)
         position = tl.load(position_ptr + row, mask=real, other=0)
     if TOP_K or TOP_P:
+        share = cfg
+        if TOP_P:
+            share = _of_row(top_p_ptr, row, top_p_each, real, 1.0)
         lowest = _lowest_kept(
-            logits_ptr, top_p_ptr, row[:, None], real[:, None], columns, stride, apart, top_k, cfg,
-            scale, MIXED, TOP_K, TOP_P, BLOCK,
+            logits_ptr, share, row[:, None], real[:, None], columns, stride, apart, top_k,
+            cfg[:, None], scale[:, None], MIXED, TOP_K, TOP_P, BLOCK,
         )  # fmt: skip
     best = tl.full([ROWS], float("-inf"), tl.float32)
     token, broken = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
@@ -130,8 +142,9 @@ def _cfg_sample_kernel(
         column = first + tl.arange(0, COLUMNS)[None, :]
         inside = real[:, None] & (column < columns)
         x = _scores(
-            logits_ptr, row[:, None], column, columns, inside, stride, apart, cfg, scale, MIXED
-        )
+            logits_ptr, row[:, None], column, columns, inside, stride, apart, cfg[:, None],
+            scale[:, None], MIXED,
+        )  # fmt: skip
         if TOP_K or TOP_P:
             x = tl.where(_ordered(x) >= lowest[:, None], x, float("-inf"))
         noisy = x
@@ -139,7 +152,7 @@ def _cfg_sample_kernel(
             broken += tl.sum((x != x).to(tl.int32), 1)
         else:
             word = tl.full([1, 1], 0, tl.int32)
-            noisy = x + gumbel_tile(seed, draw, position, word, first, COLUMNS)
+            noisy = x + gumbel_tile(seed[:, None], draw, position, word, first, COLUMNS)
             now = tl.maximum(top, tl.max(x, 1))
             # A tile of nothing but −inf must not make −inf − −inf.
             safe = tl.where(now == float("-inf"), 0.0, now)
@@ -195,6 +208,7 @@ def _launch(
         _cfg_sample_kernel, (triton.cdiv(rows, ROWS),), logits, seed, draw, position, table, cfg,
         temperature, top_p, token, logprob, embed, rows, columns, width,
         2 if guided == "interleaved" else 1, rows if guided == "blocked" else 1, top_k,
+        *(int(t is not None and len(t) > 1) for t in (seed, cfg, temperature, top_p)),
         MIXED=cfg is not None, GREEDY=temperature is None, TOP_K=truncated and top_k > 0,
         TOP_P=truncated and top_p is not None, TABLE=width > 0, ROWS=ROWS, COLUMNS=tile,
         BLOCK=row if truncated else 0, EMBED=EMBED,
@@ -247,11 +261,13 @@ class CfgSample(NamedTuple):
 
 
 def _number(
-    name: str, value: float | Tensor, off: float, low: float, words: str, device: torch.device
-) -> Tensor | None:
-    """On the device; None for the number ``off``, whose step is then left out of the kernel."""
+    name: str, value: float | Tensor, off: float, low: float, words: str, device: torch.device,
+    rows: int,
+) -> Tensor | None:  # fmt: skip
+    """On the device, [1] or one for each of ``rows``; None for the number ``off``, whose step is
+    then left out of the kernel."""
     if isinstance(value, Tensor):
-        return checks.device_scalar(name, value, device, 0)
+        return checks.device_scalar(name, value, device, 0, rows)
     high = 1.0 if name == "top_p" else float(np.finfo(np.float32).max)
     if not low <= value <= high:
         raise ValueError(f"{name} = {value}; it must be {words}")
@@ -273,20 +289,19 @@ def cfg_sample(
     """Draw one code a sample from guided, tempered, truncated logits.
 
     ``x = u + s·(c − u)`` (classifier-free guidance, Ho & Salimans 2022) over float32, exactly c
-    where s is 1; a code at
-    −inf in either branch has no probability. x/T is cut to the ``top_k`` largest, then to the
-    smallest set of most likely codes whose probability, renormalised after top-k, reaches
-    ``top_p`` (Holtzman et al. 2020); codes equal to the last one kept are kept too. The token is
-    ``argmax(x/T + g)`` over what is left, with g of `echogen.kernels.philox`: a row's result
-    depends on its logits and its key alone, not on its place in the batch. Nothing here has a
-    gradient.
+    where s is 1; a code at −inf in either branch has no probability. x/T is cut to the ``top_k``
+    largest, then to the smallest set of most likely codes whose probability, renormalised after
+    top-k, reaches ``top_p`` (Holtzman et al. 2020); codes equal to the last one kept are kept too.
+    The token is ``argmax(x/T + g)`` over what is left, with g of `echogen.kernels.philox`: a row's
+    result depends on its logits, its key and its numbers alone, not on its place in the batch.
+    Nothing here has a gradient.
 
     Temperature 0 takes the most likely code (the first of equals), with log-probability 0. A row
     of nothing but −inf, or with a NaN, gives some code in range and log-probability NaN.
 
     Args:
         logits: [N, V] where ``guided`` is "none", else [2N, V]; any float type.
-        seed: 64-bit noise key, or an int64 tensor of one element.
+        seed: 64-bit noise key, or an int64 tensor of one, or of one for each sample.
         draw: int64 [N], unique to a sample over the whole run.
         position: int64 [N], which token of the sample.
         cfg: guidance scale s, 0 or more. The number 1 reads no unconditional row.
@@ -298,8 +313,9 @@ def cfg_sample(
             (transformers); "interleaved", each after its conditional one (Janus).
         table: [V, D], the codes' next input embeddings; None for none.
 
-    A tensor in place of the number for ``seed``, ``cfg``, ``temperature`` or ``top_p`` is read on
-    the device, afresh at every replay of a CUDA graph, and its value is not checked.
+    A tensor in place of the number for ``seed``, ``cfg``, ``temperature`` or ``top_p``, of one
+    element or of N, one for each sample, is read on the device, afresh at every replay of a CUDA
+    graph, and its values are not checked.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit, an odd number of rows with
@@ -330,14 +346,14 @@ def cfg_sample(
         raise ValueError(f"top_k = {top_k}; it must be 0 (all) or more")
     top_k = top_k if top_k < columns else 0
     on = logits.device
-    scale = _number("cfg", cfg, 1, 0, "finite and 0 or more", on)
-    tempered = _number("temperature", temperature, 0, 0, "finite and 0 or more", on)
-    share = _number("top_p", top_p, 1, math.ulp(0.0), "above 0 and at most 1", on)
+    scale = _number("cfg", cfg, 1, 0, "finite and 0 or more", on, rows)
+    tempered = _number("temperature", temperature, 0, 0, "finite and 0 or more", on, rows)
+    share = _number("top_p", top_p, 1, math.ulp(0.0), "above 0 and at most 1", on, rows)
     if columns > LONGEST and tempered is not None and (top_k > 0 or share is not None):
         raise ValueError(f"logits has {columns} columns; top_k and top_p take up to {LONGEST}")
     found = _cfg_sample(
         logits.detach(),
-        checks.device_seed(seed, on),
+        checks.device_seed(seed, on, rows),
         draw.long(),
         position.long(),
         table,

@@ -25,31 +25,37 @@ def branches(logits: Tensor, guided: str) -> tuple[Tensor, Tensor]:
 
 def mixed(cond: Tensor, uncond: Tensor, cfg: Tensor | None) -> Tensor:
     """u + s·(c − u) in float32 at least, and c itself where s is 1; −inf where either branch is. Of
-    c alone where s is None."""
+    c alone where s, [1] or [N], is None."""
     cond = cond if cond.dtype == torch.float64 else cond.float()
     if cfg is None:
         return cond
     uncond = uncond.to(cond.dtype)
     dead = (cond == float("-inf")) | (uncond == float("-inf"))
+    cfg = cfg.view(-1, 1)
     # u + 1·(c − u) is c only up to rounding.
     moved = torch.where(cfg == 1, cond, uncond + cfg * (cond - uncond))
     return moved.masked_fill(dead, float("-inf"))
 
 
 def truncated(scores: Tensor, top_k: int, top_p: Tensor | None) -> Tensor:
-    """Scores [N, V] with everything outside top-k, then top-p, at −inf. Ties with the last code
-    kept are kept."""
+    """Scores [N, V] with everything outside top-k, then top-p ([1] or [N]), at −inf. Ties with the
+    last code kept are kept."""
     if 0 < top_k < scores.shape[-1]:
         floor = scores.topk(top_k, -1).values[:, -1:]
         scores = scores.masked_fill(scores < floor, float("-inf"))
     if top_p is not None:
         ordered = scores.sort(-1, descending=True).values
         mass = (ordered - ordered[:, :1]).exp().cumsum(-1, dtype=torch.float64)
-        short = mass < top_p.clamp(min=SMALLEST) * mass[:, -1:]
+        short = mass < top_p.clamp(min=SMALLEST).view(-1, 1) * mass[:, -1:]
         last = short.sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
         floor = ordered.gather(1, last)
         scores = scores.masked_fill(scores < floor, float("-inf"))
     return scores
+
+
+def _taken(numbers: Tensor, rows: slice) -> Tensor:
+    """Of numbers [N] those of some rows; [1] is everybody's."""
+    return numbers if len(numbers) == 1 else numbers[rows]
 
 
 def cfg_sample(
@@ -70,14 +76,18 @@ def cfg_sample(
     logprob = torch.zeros(len(draw), dtype=torch.float32, device=logits.device)
     for i in range(0, len(draw), CHUNK):
         rows = slice(i, i + CHUNK)
-        x = mixed(cond[rows], uncond[rows], cfg)
+        x = mixed(cond[rows], uncond[rows], None if cfg is None else _taken(cfg, rows))
         if temperature is None:
             token[rows] = x.argmax(-1)
             none = x.isnan().any(-1) | (x == float("-inf")).all(-1)
             logprob[rows] = torch.where(none, torch.nan, 0.0)
             continue
-        scores = truncated(x * (1 / temperature.clamp(min=COLDEST)), top_k, top_p)
-        noise = philox.gumbel(seed, draw[rows], position[rows], logits.shape[1])
+        scale = 1 / _taken(temperature, rows).clamp(min=COLDEST)
+        scores = truncated(
+            x * scale.view(-1, 1), top_k, None if top_p is None else _taken(top_p, rows)
+        )
+        key = _taken(seed, rows).view(-1, 1)
+        noise = philox.gumbel(key, draw[rows], position[rows], logits.shape[1])
         token[rows] = (scores + noise).argmax(-1)
         logprob[rows] = scores.log_softmax(-1).gather(1, token[rows, None])[:, 0].float()
     return token, logprob, logits.new_empty(len(draw), 0) if table is None else table[token]

@@ -27,7 +27,7 @@ from echogen.engine.graphs import CaptureError, CudaGraphs, Eager, Kept, bucket,
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.rollout import RecordingSampler
 from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.slots import Rows, Slots
+from echogen.engine.slots import Slots
 from echogen.kernels.dispatch import recorded
 from echogen.kernels.rope import rope, rope_cache, scaled_heads
 from echogen.kernels.skinny_linear import fp8_weight

@@ -319,6 +319,40 @@ def test_numbers_may_be_tensors(generator, device):
     assert torch.equal(cold.token, logits[0].argmax(-1)) and (cold.logprob == 0).all()
 
 
+@pytest.mark.parametrize("top_k", [0, 5])
+@pytest.mark.parametrize("nucleus", [False, True])
+def test_every_row_may_have_numbers_of_its_own(nucleus, top_k, generator, device, small_blocks):
+    """In one launch what as many give, to the bit."""
+    count = 11
+    logits, table, draw, position = inputs((count, 300, 3), generator, device)
+    numbers = {
+        "seed": torch.randint(0, 2**62, (count,), generator=generator),
+        "cfg": 4 * torch.rand(count, generator=generator).round(decimals=1),
+        "temperature": 0.2 + torch.rand(count, generator=generator),
+    }
+    if nucleus:
+        numbers["top_p"] = 0.1 + 0.8 * torch.rand(count, generator=generator)
+    numbers = {name: t.to(device) for name, t in numbers.items()}
+    numbers["cfg"][3] = 1.0
+    rows = logits.flatten(0, 1)
+    key = {"draw": draw, "position": position}
+    found = cfg_sample(rows, **key, guided="blocked", top_k=top_k, table=table, **numbers)
+    for n in range(count):
+        own = {name: t[n : n + 1] for name, t in (numbers | key).items()}
+        alone = cfg_sample(
+            logits[:, n].contiguous(), guided="blocked", top_k=top_k, table=table, **own
+        )
+        assert all(torch.equal(a[n : n + 1], b) for a, b in zip(found, alone, strict=True))
+
+
+def test_as_many_numbers_as_rows(generator, device):
+    logits, _, draw, position = inputs((5, 67, 1), generator, device)
+    for numbers in ({"temperature": 1 + torch.rand(3)}, {"seed": torch.arange(4)}):
+        numbers = {name: t.to(device) for name, t in numbers.items()}
+        with pytest.raises(ValueError, match="one for each of 5 rows"):
+            sample(logits, draw, position, **numbers)
+
+
 def test_more_than_two_to_the_31_elements(device):
     if device != "cuda":
         pytest.skip("needs 5 GB of GPU memory")
