@@ -192,6 +192,7 @@ class Sampler:
 
     Attributes:
         counts: it wants to know how many codes a truncation leaves.
+        scales: float32 [T], the guidance scale of every position, where the draws are.
 
     Raises:
         ValueError: guidance asked for behind the last position (`Sampling.scales`).
@@ -212,7 +213,7 @@ class Sampler:
         self._samples = torch.arange(len(draws), device=draws.device)[:, None]
         # In float32 like the logits, so that one position and several round the same scale.
         scales = torch.tensor(sampling.scales(steps), dtype=torch.float32)
-        self._scales, self._scale_at = scales.tolist(), scales.to(draws.device)
+        self._scales, self.scales = scales.tolist(), scales.to(draws.device)
 
     def _block(self, index: int) -> Tensor:
         """Noise [chunk, N, V] of positions ``index·chunk`` and on."""
@@ -245,7 +246,7 @@ class Sampler:
         if isinstance(positions, int):
             scale = self.scale(positions)
             return cond if scale == 1 else guided(logits, scale)
-        scales = self._scale_at[positions].unsqueeze(-1)
+        scales = self.scales[positions].unsqueeze(-1)
         # u + 1·(c − u) is c only up to rounding.
         return torch.where(scales == 1, cond, guided(logits, scales))
 

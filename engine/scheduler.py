@@ -11,34 +11,27 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from echogen.engine.device import DeviceTransformer
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
 from echogen.engine.packed import PackedTransformer
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampling
 from echogen.engine.serving.budget import plan
+from echogen.engine.serving.crowd import Drawer, Live, drawers
 from echogen.engine.serving.intake import OUTDATED, Intake
 from echogen.engine.serving.metrics import Metrics
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Order, Request
 from echogen.engine.serving.waiting import Waiting
 from echogen.engine.serving.worker import SchedulerClosed, Worker
-from echogen.engine.slots import Rows, Slots
+from echogen.engine.slots import Slots
 from echogen.engine.vision import decoding_bytes
-
-
-@dataclass
-class _Live:
-    """A request being drawn, in slots ``rows``: conditional ones, then with guidance as many it
-    leads away from; None while its prompts are run."""
-
-    request: Request
-    rows: Rows | None = None
 
 
 class Scheduler(Worker):
@@ -99,6 +92,7 @@ class Scheduler(Worker):
         self._sampling, self._clock = engine.sampling, clock
         self._intake = Intake(engine, self.plan)
         self._copied = isinstance(decoder, PackedTransformer)
+        self._on_operators = isinstance(decoder, DeviceTransformer)
         self._slots = Slots(
             decoder, table, self.plan.slots, self.plan.capacity, invariant, self.plan.prefix_bytes
         )
@@ -110,7 +104,8 @@ class Scheduler(Worker):
                     f"here, so this is not batch-invariant; take another number (4 or more will "
                     f"mostly do)"
                 )
-        self._waiting, self._live = Waiting[Request](queue, patience), list[_Live]()
+        self._waiting, self._live = Waiting[Request](queue, patience), list[Live]()
+        self._drawers: list[Drawer] | None = None  # of all that live; None: somebody came or went
         self._metrics = Metrics(slots=self.plan.slots)
 
     # --- submitting -----------------------------------------------------------------------------
@@ -230,11 +225,14 @@ class Scheduler(Worker):
         """Count what became of a request; who cancelled before it was told is counted as such."""
         self._count(**{outcome if told else "cancelled": 1})
 
-    def _release(self, live: _Live) -> None:
+    def _release(self, live: Live) -> None:
         # In this order: on a device that is gone this fails, and who is live is told of that.
-        assert live.rows is not None
-        self._slots.release(live.rows)
+        self._slots.release(live.held)
+        self._remove(live)
+
+    def _remove(self, live: Live) -> None:
         self._live.remove(live)
+        self._drawers = None
 
     def _admit(self) -> None:
         """Run the prompts of who fits, in turn, and draw their first codes."""
@@ -244,21 +242,23 @@ class Scheduler(Worker):
                 request = self._waiting.take(self._slots.free)
                 if request is None:
                     return
-                self._live.append(live := _Live(request))
+                self._live.append(live := Live(request))
                 self._metrics.admitted += 1
             with span("engine/serve/admit", rows=request.rows):
                 self._enter(live)
 
-    def _enter(self, live: _Live) -> None:
+    def _enter(self, live: Live) -> None:
         """Put a request in its slots and draw its first codes."""
         try:
             logits = self._fill(live)
+            self._drawers = None
+            drawer = drawers([live], self._on_operators)[0]
         except Exception as error:
             self._fail([live], error)
             return
-        self._advance(live, logits, slice(None))
+        self._advance(drawer, logits)
 
-    def _fill(self, live: _Live) -> Tensor:
+    def _fill(self, live: Live) -> Tensor:
         """Put a request's prompts, each run once, in its slots; their logits [rows, V]."""
         request, run = live.request, self._slots.run_prompt
         # What guidance leads away from is mostly the same for many requests.
@@ -274,26 +274,37 @@ class Scheduler(Worker):
             return
         try:
             logits = self._slots.step()
+            if self._drawers is None:
+                self._drawers = drawers(self._live, self._on_operators)
         except Exception as error:  # nobody's in particular
             self._fail(list(self._live), error)
             return
         self._count(steps=1)
-        for live in list(self._live):
-            assert live.rows is not None
-            self._advance(live, logits, live.rows.index)
+        for drawer in self._drawers:
+            self._advance(drawer, logits[drawer.rows.index])
 
-    def _advance(self, live: _Live, logits: Tensor, at: Tensor | slice) -> None:
-        """Draw a request's next codes from the rows ``at`` of logits [R, V], and see to what
+    def _advance(self, drawer: Drawer, logits: Tensor) -> None:
+        """Draw the next codes of some requests from the logits of their rows, and see to what
         follows from them."""
+        steps = min(live.request.drawn for live in drawer.lives)
+        try:
+            with span("engine/sample", rows=len(logits), step=steps):
+                drawn = drawer.draw(logits)
+            self._slots.feed(drawer.rows, torch.cat(drawn))
+        except Exception as error:
+            self._fail(drawer.lives, error)
+            return
+        for live, codes in zip(drawer.lives, drawn, strict=True):
+            self._take(live, codes)
+
+    def _take(self, live: Live, codes: Tensor) -> None:
+        """Keep the codes that were drawn of a request; at its end hand it over."""
         request = live.request
         try:
-            with span("engine/sample", rows=request.rows, step=request.drawn):
-                codes = request.draw(logits[at])
+            request.put(codes)
             self._count(codes=len(codes))
             request.tell()
             if request.drawn < request.tokens:
-                assert live.rows is not None
-                self._slots.feed(live.rows, codes)
                 return
             if self._mixed():  # refreshed during this very step
                 raise SchedulerClosed(OUTDATED)
@@ -304,11 +315,11 @@ class Scheduler(Worker):
         self._release(live)
         self._count_outcome("finished", request.finish(whole))
 
-    def _fail(self, lives: list[_Live], error: BaseException) -> None:
+    def _fail(self, lives: list[Live], error: BaseException) -> None:
         """Hand an error to requests being drawn; to all before slots are freed, for on a device
         that is gone that fails as well, and with another error."""
         for live in lives:
-            self._live.remove(live)
+            self._remove(live)
             self._count_outcome("failed", live.request.fail(error))
         for live in lives:
             if live.rows is not None:
@@ -323,7 +334,7 @@ class Scheduler(Worker):
         """Hand an error to everybody who is left."""
         with self._changed:
             left = [live.request for live in self._live] + self._waiting
-            self._live, self._waiting[:] = [], []
+            self._live, self._waiting[:], self._drawers = [], [], None
         for request in left:
             self._count_outcome("failed", request.fail(error))
 

@@ -139,11 +139,11 @@ def run(
         ])  # fmt: skip
         if name == JUDGE:
             judged = made
-        told = {"gradient": name, **compared(made, judged), "parts": {}}
-        for part, columns in _columns(stage.module).items():
-            own = None if judged is None else judged[:, columns]
-            told["parts"][part] = compared(made[:, columns], own)
-        found.append(told)
+        parts = {
+            part: compared(made[:, columns], None if judged is None else judged[:, columns])
+            for part, columns in _columns(stage.module).items()
+        }
+        found.append({"gradient": name, **compared(made, judged), "parts": parts})
     found.sort(key=lambda row: GRADIENTS.index(row["gradient"]))
     told = {"model": model, "rollouts": rollouts, "batch": batch, "group": tiny().cycle_rl.group}
     told |= {"precision": "float32" if float32 else "bfloat16", "seed": seed}

@@ -141,13 +141,16 @@ class Request:
 
     # --- for the scheduler ----------------------------------------------------------------------
 
-    def draw(self, logits: Tensor) -> Tensor:
-        """Draw the next code of every image from logits [rows, V]; the codes, int64 [N]."""
+    @property
+    def sampler(self) -> Sampler:
+        """What draws its codes, until it ends."""
         assert self._sampler is not None, "it has ended"
-        code = self._sampler(logits, self.drawn)
-        self._codes[:, self.drawn] = code
+        return self._sampler
+
+    def put(self, codes: Tensor) -> None:
+        """Keep the next code of every image, int64 [N]."""
+        self._codes[:, self.drawn] = codes
         self.drawn += 1
-        return code
 
     def tell(self) -> None:
         """Tell who listens, where there is something to tell, and nobody who cancelled. Raises what

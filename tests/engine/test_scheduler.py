@@ -17,17 +17,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from echogen.engine.config import ModelConfig
+from echogen.engine.device import DeviceTransformer
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutError, LayoutObject
 from echogen.engine.ranges import listening
 from echogen.engine.sampler import Sampling
 from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving import budget
+from echogen.engine.serving import crowd as serving_crowd
 from echogen.engine.serving.budget import BudgetError
+from echogen.engine.serving.crowd import Alone
 from echogen.engine.serving.request import Request
 from echogen.engine.serving.waiting import QueueFull, Waiting
 from echogen.engine.serving.worker import SchedulerClosed
 from echogen.engine.slots import PackedRows, row_counts
+
+from .tape import Tape
 
 TOKENS = 16
 PLAIN, GUIDED = Sampling(), Sampling(cfg=4.0, temperature=0.8)
@@ -115,6 +120,35 @@ def test_a_crowd_draws_what_each_request_draws_alone(engine):
     assert len(torch.cat([r.result() for r in requests]).unique()) > 12
 
 
+def test_a_crowd_on_a_gpu_s_operators(engine, monkeypatch):
+    """Steps that were recorded beforehand, and all of one kind drawn at once: what each request
+    draws alone, in a drawing with a sampler of its own."""
+    tape, engine, launches = Tape(), copy.copy(engine), []
+    with torch.inference_mode():
+        made = DeviceTransformer(engine.transformer, engine.code_table, record=tape)
+    asked = crowd(24, seed=1)
+    wanted = [each.alone(engine) for each in asked]
+    monkeypatch.setattr(Engine, "decoder", property(lambda self: made))
+    right = serving_crowd.cfg_sample
+
+    def draw(logits, seed, *others):
+        launches.append(len(seed))
+        return right(logits, seed, *others)
+
+    monkeypatch.setattr(serving_crowd, "cfg_sample", draw)
+    monkeypatch.setattr(Alone, "draw", lambda *_: pytest.fail("they are drawn together"))
+    scheduler = Scheduler(engine, slots=12, prompt_tokens=80)
+    recorded = tape.recorded
+    requests = staggered(scheduler, asked, random.Random(1))
+    assert tape.recorded == recorded == len(row_counts(12, False, recorded=True))
+    assert tape.replayed == scheduler.metrics().steps + 1  # one to warm up
+    for request, codes in zip(requests, wanted, strict=True):
+        assert torch.equal(request.result(), codes)
+    images = sum(each.samples for each in asked)
+    assert sum(launches) == images * TOKENS
+    assert len(launches) < sum(launches) / 1.5
+
+
 def test_given_draws_and_negative_layouts(engine):
     scheduler = Scheduler(engine, slots=8, prompt_tokens=80)
     request = scheduler.submit(TWO, 5, GUIDED, 2, draws=[9, 4], negative=ONE)
@@ -129,13 +163,13 @@ def test_given_draws_and_negative_layouts(engine):
 @pytest.fixture
 def logits_of(monkeypatch):
     """Logits of every step of every request, as its sampler saw them."""
-    seen, right = weakref.WeakKeyDictionary(), Request.draw
+    seen, right = weakref.WeakKeyDictionary(), Alone.draw
 
     def draw(self, logits):
-        seen.setdefault(self, []).append(logits.clone())
+        seen.setdefault(self.lives[0].request, []).append(logits.clone())
         return right(self, logits)
 
-    monkeypatch.setattr(Request, "draw", draw)
+    monkeypatch.setattr(Alone, "draw", draw)
     return seen
 
 

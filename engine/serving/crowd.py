@@ -1,0 +1,125 @@
+"""Whose codes are drawn at once from a step's logits.
+
+On a CPU everybody's sampler draws for itself: it holds its noise for many codes at a time. On a
+GPU's operators that would be some ten launches a request, while `cfg_sample` draws for all whose
+sampling is of one kind in a single one, whatever their seeds, positions, scales, temperatures and
+top-p are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from echogen.engine.device_step import Choice
+from echogen.engine.serving.request import Request
+from echogen.engine.slots import Rows
+from echogen.kernels.sampling import cfg_sample
+
+
+@dataclass
+class Live:
+    """A request being drawn, in slots ``rows``: conditional ones, then with guidance as many it
+    leads away from; None while its prompts are run."""
+
+    request: Request
+    rows: Rows | None = None
+
+    @property
+    def held(self) -> Rows:
+        """The slots, which it has by now."""
+        assert self.rows is not None, "its prompts are not run yet"
+        return self.rows
+
+
+class Drawer(Protocol):
+    """Draws the next code of every image of some requests.
+
+    Attributes:
+        lives: the requests.
+        rows: their slots, the conditional ones of all first.
+    """
+
+    lives: list[Live]
+    rows: Rows
+
+    def draw(self, logits: Tensor) -> list[Tensor]:
+        """The codes int64 [N] of each request, from the logits [R, V] of ``rows``, or of the first
+        request's prompts where there is no other."""
+        ...
+
+
+class Alone:
+    """One request, whose sampler draws."""
+
+    def __init__(self, live: Live) -> None:
+        self.lives, self.rows = [live], live.held
+
+    def draw(self, logits: Tensor) -> list[Tensor]:
+        """See `Drawer`."""
+        request = self.lives[0].request
+        return [request.sampler(logits, request.drawn)]
+
+
+def _kind(live: Live) -> tuple[bool, Choice]:
+    """What requests of one crowd have in common."""
+    sampler = live.request.sampler
+    return sampler.sampling.guided, Choice.of(sampler)
+
+
+class Crowd:
+    """Requests of one kind on a device, with all that differs between them in tensors, an element
+    an image; made anew when somebody comes or goes."""
+
+    def __init__(self, lives: list[Live]) -> None:
+        self.lives, (self._guided, self._choice) = lives, _kind(lives[0])
+        images = [live.request.samples for live in lives]
+        held = list(zip(lives, images, strict=True))
+        numbers = [row for live, n in held for row in live.held.numbers[:n]]
+        numbers += [row for live, n in held for row in live.held.numbers[n:]]
+        self._images = images
+        samplers = [live.request.sampler for live in lives]
+        self._draws = torch.cat([sampler.draws for sampler in samplers])
+        device = self._draws.device
+        self.rows = Rows(numbers, torch.tensor(numbers, device=device))
+
+        def of_images(values: Sequence[float], dtype: torch.dtype) -> Tensor:
+            repeated = [v for v, n in zip(values, images, strict=True) for _ in range(n)]
+            return torch.tensor(repeated, dtype=dtype, device=device)
+
+        self._seeds = of_images([sampler.seed for sampler in samplers], torch.int64)
+        self._positions = of_images([live.request.drawn for live in lives], torch.int64)
+        asked = [sampler.sampling for sampler in samplers]
+        self._temperatures = of_images([s.temperature for s in asked], torch.float32)
+        self._top_ps = of_images([s.top_p for s in asked], torch.float32)
+        scales = [sampler.scales.expand(n, -1) for sampler, n in zip(samplers, images, strict=True)]
+        self._scales = torch.cat(scales)
+
+    def draw(self, logits: Tensor) -> list[Tensor]:
+        """See `Drawer`."""
+        cfg: Tensor | float = 1.0
+        if self._guided:
+            cfg = self._scales.gather(1, self._positions[:, None])[:, 0]
+        drawn = cfg_sample(
+            logits, self._seeds, self._draws, self._positions, cfg,
+            0.0 if self._choice.greedy else self._temperatures, self._choice.top_k,
+            self._top_ps if self._choice.nucleus else 1.0, "blocked" if self._guided else "none",
+        )  # fmt: skip
+        self._positions += 1
+        return list(drawn.token.split(self._images))
+
+
+def drawers(lives: list[Live], on_operators: bool) -> list[Drawer]:
+    """Who draws for whom; ``on_operators``: in crowds, except for samplers that have a call of
+    their own."""
+    alone = [live for live in lives if not (on_operators and live.request.sampler.on_device)]
+    crowded = [live for live in lives if live not in alone]
+    # Sorted by a kind's representation, as kinds have no order; it only brings equals together.
+    crowded.sort(key=lambda live: repr(_kind(live)))
+    crowds = [Crowd(list(alike)) for _, alike in groupby(crowded, _kind)]
+    return [*(Alone(live) for live in alone), *crowds]
