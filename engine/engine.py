@@ -116,8 +116,8 @@ class Engine:
                 Prompts and grounding are run on the weights as they are.
             fp8_cache: draw on a GPU (of compute capability 8.9 or later) with keys and values
                 rounded to float8_e4m3fn, a scale for each head of a token: half the memory of a
-                drawing, half of what many rows read a step, and other codes. Grounding, and the
-                slots of a `Scheduler`, keep theirs in ``dtype``.
+                drawing and of a `Scheduler`'s slots, half of what many rows read a step, and other
+                codes. Grounding keeps its own in ``dtype``.
 
         Raises:
             CheckpointError: nothing there, or a broken checkpoint; names the file and the key.

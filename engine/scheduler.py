@@ -88,6 +88,7 @@ class Scheduler(Worker):
         self.plan = plan(
             decoder.config, table.dtype, table.device,
             decoding_bytes(engine.vq, engine.image_size), slots, memory, prompt_tokens,
+            fp8_cache=isinstance(decoder, DeviceTransformer) and decoder.fp8_cache,
         )  # fmt: skip
         self._sampling, self._clock = engine.sampling, clock
         self._intake = Intake(engine, self.plan)

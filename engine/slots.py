@@ -22,7 +22,9 @@ from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.packed import Frame, PackedTransformer, Stream, attend
 from echogen.engine.packed_decode import run_prompts
 from echogen.engine.ranges import span
+from echogen.kernels.checks import FP8
 from echogen.kernels.overlap import overlapping
+from echogen.kernels.rope import scaled_heads
 
 EDGE = 32
 """Keys are read up to a multiple of this, and a cache ends at one: a row's sums then end where a
@@ -80,6 +82,8 @@ class Slots:
 
     Attributes:
         cache: made here, once; nothing else of its size is made later.
+        scales: float32 [layers, 2, rows, Hk, capacity] of keys and values in 8 bits; None: they
+            are not (``DeviceTransformer.fp8_cache``).
     """
 
     def __init__(
@@ -91,16 +95,20 @@ class Slots:
         invariant: bool = False,
         prefix_bytes: int = PREFIX_BYTES,
     ) -> None:
-        dtype, device = code_table.dtype, code_table.device
+        c, dtype, device = model.config, code_table.dtype, code_table.device
         self.rows, self.capacity, self.invariant = rows, capacity, invariant
-        self.cache = WindowCache(model.config, rows, capacity, dtype, device)
+        self.scales: Tensor | None = None
+        if isinstance(model, DeviceTransformer) and model.fp8_cache:
+            held = c.layers, 2, rows, c.kv_heads, capacity
+            self.scales, dtype = torch.zeros(held, device=device), FP8
+        self.cache = WindowCache(c, rows, capacity, dtype, device)
         on_device = isinstance(model, DeviceTransformer)
         self._counts = row_counts(rows, invariant, recorded=on_device)
         self._runner: Runner
         if isinstance(model, PackedTransformer):
             self._runner = PackedRows(model, code_table, self.cache, self._counts)
         elif isinstance(model, DeviceTransformer):
-            self._runner = DeviceRows(model, self.cache, self._counts)
+            self._runner = DeviceRows(model, self.cache, self.scales, self._counts)
         else:
             self._runner = PlainRows(model, code_table, self.cache)
         # Unconditional prompts come again and again; see `PrefixCache`.
@@ -164,7 +172,11 @@ class Slots:
         for row, length, prefix in zip(rows, lengths, prefixes, strict=True):
             # What the last holder left is masked, but a weight of 0 on its NaN would be NaN.
             block[:, :, row, :, length:].zero_()
-            block[:, :, row, :, :length].copy_(prefix.keys_values)
+            keys_values = prefix.keys_values
+            if self.scales is not None:
+                keys_values, scales = scaled_heads(keys_values)
+                self.scales[:, :, row, :, :length] = scales.transpose(0, 1)
+            block[:, :, row, :, :length].copy_(keys_values)
         taken = torch.tensor(rows, device=self._at.device)
         self._at[taken] = torch.tensor(lengths, device=taken.device)
         self._held[taken] = 1
@@ -238,13 +250,19 @@ class DeviceRows(PlainRows):
 
     Args:
         model: what runs the layers.
-        cache: of the rows.
+        cache, scales: of the rows, see `Slots`.
         counts: the numbers of rows steps come in.
     """
 
-    def __init__(self, model: DeviceTransformer, cache: WindowCache, counts: list[int]) -> None:
+    def __init__(
+        self,
+        model: DeviceTransformer,
+        cache: WindowCache,
+        scales: Tensor | None,
+        counts: list[int],
+    ) -> None:
         super().__init__(model.plain, model.table, cache)
-        self._operators = model
+        self._operators, self._scales = model, scales
         rows, device = max(counts), model.table.device
         self._codes, self._at = torch.zeros(2, rows, dtype=torch.int64, device=device).unbind(0)
         self._logits = model.table.new_zeros(rows, model.config.codebook_size)
@@ -262,7 +280,8 @@ class DeviceRows(PlainRows):
         keys, values = self._cache.block[:, :, :count].unbind(0)
         with overlapping(codes.device):  # from the lookup on, which takes no part
             embedded = self._table.index_select(0, codes)
-            places = Places(at, at + 1, at, keys, values)
+            scales = None if self._scales is None else self._scales[:, :, :count]
+            places = Places(at, at + 1, at, keys, values, scales=scales)
             self._logits[:count] = self._operators.logits(embedded, places)
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:

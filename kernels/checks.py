@@ -63,6 +63,12 @@ def check_scales(name: str, scales: Tensor | None, **caches: Tensor | None) -> N
             check_shape(name, scales, (2, *cache.shape[:3]))
 
 
+def halves(name: str, scales: Tensor | None) -> dict[str, Tensor]:
+    """The scales of keys and of values by name, each of which is to be contiguous: those of the
+    leading rows of a cache are not so together."""
+    return {} if scales is None else {f"{name}[{i}]": scales[i] for i in range(2)}
+
+
 def check_bools(**tensors: Tensor | None) -> None:
     """Raises TypeError for a tensor that is not bool."""
     for name, tensor in tensors.items():

@@ -504,9 +504,10 @@ def decode_attention(
         order: `decode_members` of these groups, where several calls share it; made here if None.
             One of other groups gives wrong results, which nothing notices.
         scales, prefix_scales: float32 [2, B, Hk, S] and [2, P, Hk, Sp] of caches in 8 bits, of keys
-            and of values, as `rope.rope_cache` and `rope.scaled_heads` make them. 8 bits need a GPU
-            of compute capability 8.9 or later, which multiplies in float16: a value above 458,000
-            gives infinities or NaN, and heads of values that are all below 1e-4 lose digits.
+            and of values, each contiguous, as `rope.rope_cache` and `rope.scaled_heads` make them.
+            8 bits need a GPU of compute capability 8.9 or later, which multiplies in float16: a
+            value above 458,000 gives infinities or NaN, and heads of values that are all below 1e-4
+            lose digits.
 
     Returns:
         [B, H, K] in the query's type.
@@ -544,7 +545,7 @@ def decode_attention(
         raise ValueError(f"query is {width} wide; the kernel holds up to {MOST_WIDE}")
     _check_prefix(prefix_keys, prefix_values, prefix_lengths, groups, query, kv_heads)
     _check_order(order, query, prefix_keys)
-    factors = {"scales": scales, "prefix_scales": prefix_scales}
+    factors = checks.halves("scales", scales) | checks.halves("prefix_scales", prefix_scales)
     checks.check_contiguous(**floats, **integers, **factors)
     checks.check_same_device(**floats, **integers, **factors)
     scale = 1 / math.sqrt(width) if scale is None else scale

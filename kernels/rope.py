@@ -298,8 +298,8 @@ def rope_cache(
             float8_e4m3fn.
         slots: int64 [B, L], where in S each token goes. A slot outside 0 … S − 1 writes nothing
             (padding); one that occurs twice in a row holds either token.
-        scales: float32 [2, B, H_k, S], contiguous, of keys and of values; written: what the 8 bits
-            of a token's head are to be multiplied by (`scaled_heads`).
+        scales: float32 [2, B, H_k, S], of keys and of values, each contiguous; written: what the 8
+            bits of a token's head are to be multiplied by (`scaled_heads`).
 
     Returns:
         q rotated, [B, L, H, K], contiguous.
@@ -316,7 +316,9 @@ def rope_cache(
     if slots.dtype != torch.int64:
         raise TypeError(f"slots is {slots.dtype}; it must be int64")
     checks.check_shape("slots", slots, (rows, length))
-    checks.check_contiguous(keys=keys, values=values, slots=slots, scales=scales)
+    checks.check_contiguous(
+        keys=keys, values=values, slots=slots, **checks.halves("scales", scales)
+    )
     checks.check_same_device(q=q, keys=keys, values=values, slots=slots, scales=scales)
     out: Tensor = _rope_cache(q, k, v, cos, sin, keys, values, slots, scales)
     return out

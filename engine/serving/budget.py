@@ -79,6 +79,7 @@ def plan(
     memory: int | None = None,
     prompt_tokens: int | None = None,
     prefix_bytes: int | None = None,
+    fp8_cache: bool = False,
 ) -> Plan:
     """Slots and bytes for a model.
 
@@ -91,6 +92,7 @@ def plan(
             ``PROMPT_TOKENS``.
         prefix_bytes: for the prefixes of prompts that come again; None: ``PREFIX_BYTES``, or as
             much as two of the longest need.
+        fp8_cache: slots hold 8 bits a number, and a scale for each head of a token.
 
     Raises:
         BudgetError: fewer slots fit than asked for, or none; a prompt the model has no room for.
@@ -104,7 +106,8 @@ def plan(
     # The image's last code is drawn and not appended.
     capacity = up_to_edge(longest + c.image_tokens - 1)
     most = MOST.get(device.type, 16)
-    each = _slot(c, dtype.itemsize, capacity, (slots or most) if device.type == "cpu" else 1)
+    head = c.head_dim + FLOAT if fp8_cache else c.head_dim * dtype.itemsize
+    each = _slot(c, head, capacity, (slots or most) if device.type == "cpu" else 1)
     if prefix_bytes is None:
         one = 2 * c.layers * c.kv_heads * longest * c.head_dim * dtype.itemsize
         prefix_bytes = max(PREFIX_BYTES, 2 * (one + c.codebook_size * dtype.itemsize))
@@ -121,10 +124,10 @@ def plan(
     return Plan(count, capacity, longest, prefix_bytes, each, shared, budget)
 
 
-def _slot(c: ModelConfig, size: int, capacity: int, rows: int) -> int:
-    """Bytes of one of ``rows`` slots: cache, a row's part of a step, of its sampling and of its
-    noise."""
-    cache = 2 * c.layers * c.kv_heads * capacity * c.head_dim * size
+def _slot(c: ModelConfig, head: int, capacity: int, rows: int) -> int:
+    """Bytes of one of ``rows`` slots: cache, with ``head`` bytes a head of a token, a row's part of
+    a step, of its sampling and of its noise."""
+    cache = 2 * c.layers * c.kv_heads * capacity * head
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
     # A row goes through one layer at a time; on a CPU buffers are made for several numbers of rows,
     # which add up to a row's own times (rows/8 + 2), 4 for 16 slots.

@@ -110,6 +110,8 @@ def in_8_bits(keys, values, lengths):
     held, scales = zip(*(scaled_heads(t.nan_to_num()) for t in (keys, values)), strict=True)
     meant = [h.float() * s[..., None] for h, s in zip(held, scales, strict=True)]
     scales = torch.stack(scales)
+    # Of the leading rows of a cache that has one more.
+    scales = torch.cat([scales, scales[:, :1]], 1)[:, :-1]
     for row, length in enumerate(lengths):
         scales[:, row, :, length:] = float("nan")
         for tensor in (*held, *meant):
