@@ -291,7 +291,7 @@ class Scheduler(Worker):
         try:
             with span("engine/sample", rows=len(logits), step=steps):
                 drawn = drawer.draw(logits)
-            self._slots.feed(drawer.rows, torch.cat(drawn))
+            self._slots.feed(drawer.rows, drawn[0] if len(drawn) == 1 else torch.cat(drawn))
         except Exception as error:
             self._fail(drawer.lives, error)
             return
