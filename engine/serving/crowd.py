@@ -22,7 +22,7 @@ from echogen.engine.slots import Rows
 from echogen.kernels.sampling import cfg_sample
 
 
-@dataclass
+@dataclass(eq=False)  # itself and nobody else
 class Live:
     """A request being drawn, in slots ``rows``: conditional ones, then with guidance as many it
     leads away from; None while its prompts are run."""
@@ -117,8 +117,10 @@ class Crowd:
 def drawers(lives: list[Live], on_operators: bool) -> list[Drawer]:
     """Who draws for whom; ``on_operators``: in crowds, except for samplers that have a call of
     their own."""
-    alone = [live for live in lives if not (on_operators and live.request.sampler.on_device)]
-    crowded = [live for live in lives if live not in alone]
+    alone, crowded = list[Live](), list[Live]()
+    for live in lives:
+        together = on_operators and live.request.sampler.on_device
+        (crowded if together else alone).append(live)
     # Sorted by a kind's representation, as kinds have no order; it only brings equals together.
     crowded.sort(key=lambda live: repr(_kind(live)))
     crowds = [Crowd(list(alike)) for _, alike in groupby(crowded, _kind)]
