@@ -31,16 +31,18 @@ def bundled() -> list[str]:
 def resolve(model: str | Path) -> Path:
     """Folder of a bundled name, a folder, or a hub id (downloaded once into the hub's cache).
 
-    A name means the same model in every directory: where a folder is called as a bundled model is,
-    it is ``./name``.
+    A string means the same model in every directory: where a folder is called as a bundled model
+    is, it is ``"./name"``, or a `Path`.
 
     Raises CheckpointError where there is nothing to load.
     """
     text, names = str(model), bundled()
-    if text in names:
+    if text in names and isinstance(model, str):
         return BUNDLED / text
     if Path(model).is_dir():
         return Path(model)
+    if text in names:
+        return BUNDLED / text
     if text.count("/") != 1 or text.startswith((".", "/", "~")):
         raise CheckpointError(
             f"{text}: no such folder; bundled models: {', '.join(names) or 'none'}"

@@ -68,6 +68,7 @@ class Scheduler(Worker):
         BudgetError: what is asked for does not fit the memory or the model.
         ValueError: a queue that holds nobody; batch-invariant mode with a number of slots that it
             does not hold for on this machine.
+        CaptureError: on a GPU, steps that cannot be recorded (`echogen.engine.graphs`).
     """
 
     def __init__(

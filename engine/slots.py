@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -168,15 +169,12 @@ class Slots:
         assert len(prefixes) <= self.free, "the scheduler admits what fits"
         rows = self._free[: len(prefixes)]
         lengths = [prefix.keys_values.shape[-2] for prefix in prefixes]
-        block = self.cache.block
-        for row, length, prefix in zip(rows, lengths, prefixes, strict=True):
+        for row, length in zip(rows, lengths, strict=True):
             # What the last holder left is masked, but a weight of 0 on its NaN would be NaN.
-            block[:, :, row, :, length:].zero_()
-            keys_values = prefix.keys_values
-            if self.scales is not None:
-                keys_values, scales = scaled_heads(keys_values)
-                self.scales[:, :, row, :, :length] = scales.transpose(0, 1)
-            block[:, :, row, :, :length].copy_(keys_values)
+            self.cache.block[:, :, row, :, length:].zero_()
+        for _, alike in groupby(zip(prefixes, rows, strict=True), lambda pair: id(pair[0])):
+            some = list(alike)
+            self._keep(some[0][0], [row for _, row in some])
         taken = torch.tensor(rows, device=self._at.device)
         self._at[taken] = torch.tensor(lengths, device=taken.device)
         self._held[taken] = 1
@@ -184,6 +182,20 @@ class Slots:
         for row, length in zip(rows, lengths, strict=True):
             self._ends[row] = length
         return Rows(rows, taken)
+
+    def _keep(self, prefix: Prefix, rows: list[int]) -> None:
+        """Copy a prefix into some slots."""
+        block, length = self.cache.block, prefix.keys_values.shape[-2]
+        if self.scales is None:
+            for row in rows:
+                block[:, :, row, :, :length].copy_(prefix.keys_values)
+            return
+        # A layer at a time: float32 copies of them all would be several times what is saved.
+        for layer, keys_values in enumerate(prefix.keys_values.unbind(1)):
+            held, scales = scaled_heads(keys_values)
+            for row in rows:
+                block[:, layer, row, :, :length].copy_(held)
+                self.scales[layer, :, row, :, :length] = scales
 
     def release(self, rows: Rows) -> None:
         """Give slots back."""
@@ -262,27 +274,28 @@ class DeviceRows(PlainRows):
         counts: list[int],
     ) -> None:
         super().__init__(model.plain, model.table, cache)
-        self._operators, self._scales = model, scales
-        rows, device = max(counts), model.table.device
-        self._codes, self._at = torch.zeros(2, rows, dtype=torch.int64, device=device).unbind(0)
-        self._logits = model.table.new_zeros(rows, model.config.codebook_size)
+        rows, device, table = max(counts), model.table.device, model.table
+        every = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        logits = table.new_zeros(rows, model.config.codebook_size)
+        (self._codes, self._at), self._logits = every.unbind(0), logits
+
+        # Of tensors alone: with this object in it, steps that are not recorded would keep it.
+        def launch(count: int) -> None:
+            codes, at = every[:, :count].unbind(0)
+            keys, values = cache.block[:, :, :count].unbind(0)
+            own = None if scales is None else scales[:, :, :count]
+            with overlapping(device):  # from the lookup on, which takes no part
+                embedded = table.index_select(0, codes)
+                places = Places(at, at + 1, at, keys, values, scales=own)
+                logits[:count] = model.logits(embedded, places)
+
         # Drawings of the same model run between these steps, in the memory of its own recorder.
         recorder = model.recorder.apart()
         with torch.inference_mode():
             self._runs = {
-                count: recorder.record(partial(self._launch, count))
+                count: recorder.record(partial(launch, count))
                 for count in sorted(counts, reverse=True)
             }
-
-    def _launch(self, count: int) -> None:
-        """The step of the leading ``count`` rows, on what lies in the buffers."""
-        codes, at = self._codes[:count], self._at[:count]
-        keys, values = self._cache.block[:, :, :count].unbind(0)
-        with overlapping(codes.device):  # from the lookup on, which takes no part
-            embedded = self._table.index_select(0, codes)
-            scales = None if self._scales is None else self._scales[:, :, :count]
-            places = Places(at, at + 1, at, keys, values, scales=scales)
-            self._logits[:count] = self._operators.logits(embedded, places)
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """See `Runner`; a row reads what it holds, whatever ``read`` is."""

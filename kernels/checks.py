@@ -131,7 +131,7 @@ def device_scalar(
                 f"{f', or one for each of {rows} rows' if rows > 1 else ''}"
             )
         _check_on(name, value, device)
-        return value.reshape(-1).to(torch.float32)
+        return value.reshape(-1).to(torch.float32).contiguous()
     least = max(low, float(np.finfo(np.float32).tiny)) if low == 0 else low
     if not low < value <= float(np.finfo(np.float32).max) or value < least:
         raise ValueError(f"{name} = {value}; it must be finite and above {low:g} in float32")
@@ -148,7 +148,7 @@ def device_seed(seed: int | Tensor, device: torch.device, rows: int = 1) -> Tens
     gives [rows].
 
     Raises:
-        ValueError: outside 0 … 2⁶³ − 1, or a tensor that is not one int64 on that device.
+        ValueError: outside 0 … 2⁶³ − 1, or a tensor of another type or shape or on another device.
     """
     if isinstance(seed, Tensor):
         if (seed.numel() != 1 and seed.shape != (rows,)) or seed.dtype != torch.int64:

@@ -209,12 +209,12 @@ class CycleRLStage(WorldStage):
         """L2I sequences of B prompts and the B·G images drawn of them. As many of a prompt's images
         as a row has room for share it: at 64 codes, groups of 8 and prompts of 50 tokens the pass
         and its backward take two thirds of the time of one sequence an image."""
-        together = max(1, ROW_TOKENS // codes.shape[1])
-        return self.pack([
-            self.drawings(prompt, images[first : first + together])
-            for prompt, images in zip(prompts, np.split(codes, len(prompts)), strict=True)
-            for first in range(0, len(images), together)
-        ])  # fmt: skip
+        trees, tokens = [], codes.shape[1]
+        for prompt, images in zip(prompts, np.split(codes, len(prompts)), strict=True):
+            together = max(1, (ROW_TOKENS + 1 - len(prompt)) // tokens)
+            for first in range(0, len(images), together):
+                trees.append(self.drawings(prompt, images[first : first + together]))
+        return self.pack(trees)
 
     def _questions(self, layouts: list[Layout], codes: np.ndarray, tokens: Tensor) -> Batch:
         """I2L sequences whose answers are the tokens found."""

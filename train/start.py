@@ -45,7 +45,7 @@ def model_folder(path: str | Path) -> Path:
         StateError: a run that has not come to its end.
         CheckpointError: nothing there.
     """
-    if str(path) in bundled():  # as `resolve` has it, in a folder with a run of that name too
+    if isinstance(path, str) and path in bundled():  # `resolve` has the rule; runs follow it
         return resolve(path)
     path = Path(path)
     if (path / "metrics.jsonl").is_file() or (path / "state.pt").is_file():

@@ -53,13 +53,15 @@ class Tape:
     Attributes:
         recorded: steps so far.
         replayed: runs of what was recorded.
+        asked_apart: how often memory of its own was asked for, which a tape does not have.
     """
 
     def __init__(self) -> None:
-        self.recorded = self.replayed = 0
+        self.recorded = self.replayed = self.asked_apart = 0
 
     def apart(self) -> Tape:
-        """See `graphs.Recorder`; a tape has no memory to share."""
+        """See `graphs.Recorder`."""
+        self.asked_apart += 1
         return self
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:

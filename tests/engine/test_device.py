@@ -269,13 +269,13 @@ def test_prompts_are_kept_once_unless_copies_are_asked_for(model):
 
 
 def test_rows_of_a_scheduler(model, relative_error):
-    """Recorded beforehand, a step for each number of rows, and replayed; a drawing between two of
-    them takes nothing from them."""
+    """Recorded beforehand, a step for each number of rows, in memory apart from that of drawings,
+    of which there are some in between; and replayed."""
     tape = Tape()
     made, table = operators(model, tape), model.code_table().detach()
     with torch.inference_mode():
         both = [Slots(m, table, 5, 32) for m in (model, made)]
-        assert tape.recorded == len({1, 2, 4, 5})
+        assert tape.recorded == len({1, 2, 4, 5}) and tape.asked_apart == 1
         rows = [slots.take([slots.run_prompt(p) for p in RAGGED]) for slots in both]
         for code in (3, 21, 9):
             for slots, held in zip(both, rows, strict=True):

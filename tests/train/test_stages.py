@@ -12,6 +12,7 @@ import torch
 
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutObject
+from echogen.engine.pretrained import resolve
 from echogen.train import vq as vq_module
 from echogen.train import world
 from echogen.train.checkpoint import StateError
@@ -22,7 +23,7 @@ from echogen.train.data.shapes import sample_scene
 from echogen.train.loop import run
 from echogen.train.passes import worth_logging
 from echogen.train.pmtp import PMTPStage
-from echogen.train.start import load_start
+from echogen.train.start import load_start, model_folder
 from echogen.train.vq import (
     VQStage,
     background_nats,
@@ -241,3 +242,6 @@ def test_every_stage_can_begin_with_a_bundled_model(tmp_path, monkeypatch, name,
     assert load_start(name, stages[-1]).stages == stages
     with pytest.raises(StateError, match="no model yet"):
         load_start(f"./{name}", stages[-1])
+    (tmp_path / name / "metrics.jsonl").unlink()  # then it is no run, but a model's folder
+    for folder in (f"./{name}", Path(name)):
+        assert resolve(folder).resolve() == model_folder(folder).resolve() == tmp_path / name
