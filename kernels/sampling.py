@@ -124,9 +124,6 @@ def _cfg_sample_kernel(
         temperature = _of_row(temperature_ptr, row, temperature_each, real, 1.0)
         # A maximum would drop NaN.
         scale = 1.0 / tl.where(temperature < COLDEST, COLDEST, temperature)
-        seed = _of_row(seed_ptr, row, seed_each, real, 0)
-        draw = tl.load(draw_ptr + row, mask=real, other=0)
-        position = tl.load(position_ptr + row, mask=real, other=0)
     if TOP_K or TOP_P:
         share = cfg
         if TOP_P:
@@ -135,6 +132,10 @@ def _cfg_sample_kernel(
             logits_ptr, share, row[:, None], real[:, None], columns, stride, apart, top_k,
             cfg[:, None], scale[:, None], MIXED, TOP_K, TOP_P, BLOCK,
         )  # fmt: skip
+    if not GREEDY:  # not before the truncation, whose registers they would take
+        seed = _of_row(seed_ptr, row, seed_each, real, 0)
+        draw = tl.load(draw_ptr + row, mask=real, other=0)
+        position = tl.load(position_ptr + row, mask=real, other=0)
     best = tl.full([ROWS], float("-inf"), tl.float32)
     token, broken = tl.zeros([ROWS], tl.int32), tl.zeros([ROWS], tl.int32)
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
