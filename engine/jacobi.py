@@ -56,9 +56,10 @@ def default_window(guided: bool) -> int:
 
 MOST_COVER = 0.45
 """Share of the canvas in boxes up to which windows win in float32. ShapesWorld's test layouts stay
-below and are drawn 1.16 to 1.29 times as fast as code by code on Zen 5, 1.56 to 1.73 on Zen 3;
-crowded ones, 0.6 and more, 0.76 to 0.86 and 1.04 to 1.12 times: 20 to 28 of 64 steps, each as long
-as two or three. (`echogen bench engine --mode jacobi`; `bench/results/jacobi-tiny-cpu.json`.)"""
+below and are drawn 1.56 to 1.73 times as fast as code by code on Zen 3
+(`bench/results/jacobi-tiny-cpu.json`), 1.15 to 1.23 on a quicker EPYC (that file at bc84d3fb9);
+crowded ones, 0.6 and more, 1.04 to 1.12 and 0.79 to 0.86 times: 20 to 28 of 64 steps, each as long
+as two or three. (`echogen bench engine --mode jacobi`.)"""
 
 
 def wins(model: Decoder, dtype: torch.dtype, layouts: Sequence[Layout]) -> bool:

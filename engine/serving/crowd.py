@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Protocol
 
 import torch
@@ -49,8 +48,8 @@ class Drawer(Protocol):
     rows: Rows
 
     def draw(self, logits: Tensor) -> list[Tensor]:
-        """The codes int64 [N] of each request, from the logits [R, V] of ``rows``, or of the first
-        request's prompts where there is no other."""
+        """The codes int64 [N] of each request, from logits [R, V], one row for each of ``rows`` and
+        in their order."""
         ...
 
 
@@ -117,11 +116,10 @@ class Crowd:
 def drawers(lives: list[Live], on_operators: bool) -> list[Drawer]:
     """Who draws for whom; ``on_operators``: in crowds, except for samplers that have a call of
     their own."""
-    alone, crowded = list[Live](), list[Live]()
+    alone, crowds = list[Drawer](), dict[tuple[bool, Choice], list[Live]]()
     for live in lives:
-        together = on_operators and live.request.sampler.on_device
-        (crowded if together else alone).append(live)
-    # Sorted by a kind's representation, as kinds have no order; it only brings equals together.
-    crowded.sort(key=lambda live: repr(_kind(live)))
-    crowds = [Crowd(list(alike)) for _, alike in groupby(crowded, _kind)]
-    return [*(Alone(live) for live in alone), *crowds]
+        if on_operators and live.request.sampler.on_device:
+            crowds.setdefault(_kind(live), []).append(live)
+        else:
+            alone.append(Alone(live))
+    return [*alone, *map(Crowd, crowds.values())]
