@@ -12,7 +12,7 @@ $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --upgrade pip
 	$(RUN)/pip install --quiet torch==2.13.0 "triton>=3.7,<3.10"
-	$(RUN)/pip install --quiet -e ".[dev,train,nvtx]"
+	$(RUN)/pip install --quiet -e ".[dev,train,nvtx,serve]"
 	touch $@
 
 demo: $(VENV)/.installed

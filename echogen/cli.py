@@ -17,6 +17,7 @@ from echogen.commands.layouts import Layouts
 from echogen.commands.output import Failure, InputError, fail
 from echogen.commands.pictures import Cycle, Generate, Ground
 from echogen.commands.profile import Profile
+from echogen.commands.serve import Serve
 from echogen.commands.training import Train
 from echogen.doctor import Doctor
 
@@ -26,6 +27,7 @@ Command = (
     | Annotated[Generate, subcommand("generate")]
     | Annotated[Ground, subcommand("ground")]
     | Annotated[Cycle, subcommand("cycle")]
+    | Annotated[Serve, subcommand("serve")]
     | Annotated[Eval, subcommand("eval")]
     | Annotated[Layouts, subcommand("layouts")]
     | Annotated[Train, subcommand("train")]

@@ -26,6 +26,11 @@ class Worker(ABC):
         self._thread: threading.Thread | None = None
         self._stepping: int | None = None
 
+    @property
+    def closed(self) -> str:
+        """Why nothing more is taken; empty while it is."""
+        return self._closed
+
     @abstractmethod
     def _work(self) -> bool:
         """Do a piece of the work; False: nothing to do."""

@@ -1,0 +1,88 @@
+"""`echogen serve`, as an operator starts, asks and stops it."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from .conftest import LAYOUT
+
+
+@pytest.fixture
+def served(model) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that serves the small model, and its port."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "echogen", "serve", "--model", str(model), "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        told = re.search(r"on http://127\.0\.0\.1:(\d+): 16 slots", line)
+        assert told, line
+        yield process, int(told[1])
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_it_draws_and_ends_on_sigterm_with_what_was_begun(served):
+    process, port = served
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    body = json.dumps({"layout": LAYOUT, "samples": 8, "every": 1})
+    connection.request("POST", "/v1/images", body, {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    assert answer.status == 200
+    assert answer.readline() == b"event: partial\n", "it is being drawn"
+    process.send_signal(signal.SIGTERM)
+    rest = answer.read().decode()
+    assert "event: done" in rest and "event: error" not in rest
+    process.wait(60)
+    assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_a_port_in_use_is_told_before_the_model_is_loaded(run):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run("serve", "--model", "nothing-there", "--port", port).refused(
+            f"--port {port}", "--port 0 for a free one"
+        )
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--port", 70000), ("--port 70000", "65535")),
+        (("--queue", 0), ("--queue 0",)),
+        (("--slots", 0), ("--slots 0",)),
+        (("--timeout", 0), ("--timeout 0.0", "above 0 seconds")),
+        (("--timeout", "nan"), ("--timeout nan",)),
+        (("--host", "256.0.0.1", "--port", 0), ("--host 256.0.0.1",)),
+        (("--port", 0, "--model", "nothing-there"), ("nothing-there",)),
+        (("--port", 0, "--prompt-tokens", 100_000), ("prompt_tokens = 100000",)),
+    ],
+    ids=lambda value: str(value[0]),
+)
+def test_bad_options_are_refused(run, model, options, words):
+    given = options if "--model" in options else ("--model", model, *options)
+    assert run("serve", *given).refused(*words)
+
+
+def test_what_it_needs_is_named(run, model, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "uvicorn" else find(n))
+    found = run("serve", "--model", model)
+    assert found.refused("serve needs uvicorn", "pip install 'echogen[serve]'")
