@@ -27,7 +27,7 @@ from echogen.commands.output import (
     warn,
 )  # fmt: skip
 from echogen.commands.quality import BenchQuality
-from echogen.commands.serving import BenchServing
+from echogen.commands.serving import BenchHttp, BenchServing
 
 
 @dataclass(frozen=True)
@@ -271,6 +271,7 @@ class Bench:
         | Annotated[BenchKernels, tyro.conf.subcommand("kernels")]
         | Annotated[BenchTrain, tyro.conf.subcommand("train")]
         | Annotated[BenchServing, tyro.conf.subcommand("serving")]
+        | Annotated[BenchHttp, tyro.conf.subcommand("http")]
         | Annotated[BenchCredit, tyro.conf.subcommand("credit")]
         | Annotated[BenchQuality, tyro.conf.subcommand("quality")]
         | Annotated[BenchMemory, tyro.conf.subcommand("memory")]

@@ -12,6 +12,15 @@ from echogen.commands.output import InputError
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
+def check_installed(command: str) -> None:
+    """Refuse a command that serves where what that takes is missing."""
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(
+            f"{command} needs {', '.join(missing)}; install them: pip install 'echogen[serve]'"
+        )
+
+
 @dataclass(frozen=True)
 class Serve:
     """Draw and find over HTTP: POST /v1/images and /v1/boxes, GET /v1/model, /health, /metrics, and
@@ -43,11 +52,7 @@ class Serve:
                 check_range(name, value, 1, 1_000_000)
         if not 0 < self.timeout < float("inf"):
             raise InputError(f"--timeout {self.timeout}: it must be above 0 seconds")
-        missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
-        if missing:
-            raise InputError(
-                f"serve needs {', '.join(missing)}; install them: pip install 'echogen[serve]'"
-            )
+        check_installed("serve")
         with self._listen() as listening:
             self._serve(listening)
 

@@ -1,4 +1,4 @@
-"""The command that times many requests, at once and as they come."""
+"""The commands that time many requests, at once and as they come, and what HTTP adds."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import tyro
 
 from echogen.commands.options import Json, check_range, check_seed
 from echogen.commands.output import InputError, print_json, progress
+from echogen.commands.serve import check_installed
 
 
 @dataclass(frozen=True)
@@ -71,5 +72,40 @@ class BenchServing:
                     update,
                 )  # fmt: skip
             tables.console().print(arrivals.table(result["arrivals"]))
+        if self.json:
+            print_json(result)
+
+
+@dataclass(frozen=True)
+class BenchHttp:
+    """What HTTP adds: the same pictures from the engine, its scheduler, and over a socket, alone
+    and of many clients at once. On one thread of a CPU."""
+
+    model: str = "tiny"
+    """A bundled model, a folder, or a hub id in the Janus format."""
+    images: int = 200
+    """Layouts of the test split."""
+    clients: int = 16
+    """That ask again as soon as they are answered."""
+    repeats: int = 5
+    """Timed runs of all clients together."""
+    seed: int = 0
+    """Of the noise."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def run(self) -> None:
+        check_range("images", self.images, 1, 100_000)
+        check_range("clients", self.clients, 1, 256)
+        check_range("repeats", self.repeats, 1, 10_000)
+        check_seed(self.seed)
+        check_installed("bench http")
+        from echogen.bench.speed import http, tables
+
+        with progress("timing") as update:
+            result = http.measure(
+                self.model, self.images, self.clients, self.repeats, self.seed, update
+            )
+        tables.console().print(http.table(result))
         if self.json:
             print_json(result)

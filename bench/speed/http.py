@@ -1,0 +1,213 @@
+"""What HTTP adds: the same pictures from the engine, from its scheduler, and over a socket.
+
+Each way ends with the bytes of a PNG. Clients and server are in one process, so that what clients
+take counts as well: over HTTP the figures are an upper bound of what the server adds.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from typing import Any
+
+import uvicorn
+from rich.table import Table
+
+from echogen.bench.harness import WrongResult, alternate, environment, quantiles, threads
+from echogen.engine.decode import Progress
+from echogen.engine.engine import Engine
+from echogen.engine.http.app import make_app
+from echogen.engine.http.wire import encoded
+from echogen.engine.layout import Layout
+from echogen.engine.scheduler import Scheduler
+from echogen.train.data.scenes import load_scenes
+
+ENGINE, SCHEDULER, HTTP = "engine", "scheduler", "HTTP"
+QUEUE = 1024
+
+Draw = Callable[[Layout, int], bytes]
+"""A layout and a seed to a PNG."""
+
+
+def measure(
+    model: str = "tiny",
+    images: int = 200,
+    clients: int = 16,
+    repeats: int = 5,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Time pictures of ShapesWorld's test split, with the model's own settings, one after another
+    and of many clients at once, on one thread of a CPU in float32; JSON-ready.
+
+    Args:
+        model: what ``Engine.from_pretrained`` takes.
+        images: drawn one after another each way, in turn; and by all clients together, each way,
+            ``repeats`` times.
+        clients: that ask again as soon as they are answered; as many rows are drawn at once as
+            they need.
+        repeats: of the clients' runs.
+        seed: of the noise.
+        progress: called with (runs done, runs in all).
+
+    Returns:
+        ``alone``: of each way the seconds of a picture (median, quantiles 0.2 and 0.8); ``many``:
+        the same of all pictures, and pictures a second; ``ratio_alone`` and ``ratio_many``, of
+        HTTP's time to the scheduler's, medians over the pairs.
+
+    Raises:
+        WrongResult: other bytes over HTTP than of the scheduler; nothing was timed.
+        ValueError: images, clients or repeats out of range.
+        CheckpointError: no such checkpoint.
+    """
+    for name, value in (("images", images), ("clients", clients), ("repeats", repeats)):
+        if value < 1:
+            raise ValueError(f"{name} = {value}; it must be at least 1")
+    engine = Engine.from_pretrained(model)
+    layouts = [scene.layout() for scene in load_scenes("test", images)]
+    rows = clients * (1 + engine.sampling.guided)
+    longest = max(len(engine.prompts.l2i(layout)) for layout in layouts)
+    with threads(1):
+        scheduler = Scheduler(engine, rows, QUEUE, prompt_tokens=longest)
+        with _served(engine, scheduler) as port, _connections(port) as over_http:
+            ways: dict[str, Draw] = {
+                ENGINE: lambda layout, s: encoded(engine.generate(layout, s), "png"),
+                SCHEDULER: lambda layout, s: encoded(
+                    scheduler.submit(layout, s).images()[0], "png"
+                ),
+                HTTP: over_http,
+            }
+            _check(ways, layouts[0], seed)
+            done = itertools.count(1)
+            after = (lambda: progress(next(done), images + repeats)) if progress else lambda: None
+            alone: dict[str, list[float]] = {name: [] for name in ways}
+            for i, layout in enumerate(layouts):
+                once = alternate({n: _one(way, layout, seed + i) for n, way in ways.items()}, 1)
+                for name, values in once.items():
+                    alone[name] += values
+                after()
+            crowds = {n: _crowd(ways[n], layouts, clients, seed) for n in (SCHEDULER, HTTP)}
+            for crowd in crowds.values():
+                crowd()
+            many: dict[str, list[float]] = {name: [] for name in crowds}
+            for _ in range(repeats):
+                for name, values in alternate(crowds, 1).items():
+                    many[name] += values
+                after()
+    said = {"model": model, "dtype": "float32", "threads": 1, "images": images}
+    said |= {"clients": clients, "slots": rows, "repeats": repeats, "seed": seed}
+    return said | environment() | {
+        "alone": {name: quantiles(values) for name, values in alone.items()},
+        "many": {
+            name: quantiles(values) | {"images_per_s": images / statistics.median(values)}
+            for name, values in many.items()
+        },
+        "ratio_alone": _ratio(alone),
+        "ratio_many": _ratio(many),
+    }  # fmt: skip
+
+
+def _one(way: Draw, layout: Layout, seed: int) -> Callable[[], bytes]:
+    return lambda: way(layout, seed)
+
+
+def _ratio(times: dict[str, list[float]]) -> float:
+    pairs = zip(times[HTTP], times[SCHEDULER], strict=True)
+    return statistics.median(a / b for a, b in pairs)
+
+
+def _check(ways: dict[str, Draw], layout: Layout, seed: int) -> None:
+    """Raises WrongResult. The engine itself may differ by rounding: it runs fewer rows."""
+    drawn = {name: way(layout, seed) for name, way in ways.items()}
+    if drawn[HTTP] != drawn[SCHEDULER]:
+        raise WrongResult("another picture came over HTTP than of the scheduler; nothing was timed")
+
+
+def _crowd(way: Draw, layouts: list[Layout], clients: int, seed: int) -> Callable[[], None]:
+    """All layouts, by so many clients that ask again as soon as they are answered."""
+
+    def run() -> None:
+        with ThreadPoolExecutor(clients) as pool:
+            list(pool.map(lambda pair: way(pair[1], seed + pair[0]), enumerate(layouts)))
+
+    return run
+
+
+@contextmanager
+def _connections(port: int) -> Iterator[Draw]:
+    """Pictures over HTTP, on a connection of each thread's own that is kept open."""
+    own, made = threading.local(), list[HTTPConnection]()
+
+    def draw(layout: Layout, seed: int) -> bytes:
+        if not hasattr(own, "connection"):
+            own.connection = HTTPConnection("127.0.0.1", port, timeout=600)
+            made.append(own.connection)
+        body = json.dumps({"layout": layout.to_dict(), "seed": seed})
+        headers = {"Content-Type": "application/json", "Accept": "image/png"}
+        own.connection.request("POST", "/v1/images", body, headers)
+        answer = own.connection.getresponse()
+        data: bytes = answer.read()
+        if answer.status != 200:
+            raise WrongResult(f"{answer.status}: {data.decode()}")
+        return data
+
+    try:
+        yield draw
+    finally:
+        for connection in made:
+            connection.close()
+
+
+@contextmanager
+def _served(engine: Engine, scheduler: Scheduler) -> Iterator[int]:
+    """The port of a server that runs meanwhile, without a log of what it is asked."""
+    app = make_app(engine, scheduler, limit=600.0, searches=QUEUE)
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread.start()
+    try:
+        while not server.started:
+            if not thread.is_alive():
+                raise RuntimeError("the server did not start; its log says why")
+            time.sleep(0.01)
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+def table(result: dict[str, Any]) -> Table:
+    """What ``measure`` found, for people."""
+    shown = Table(
+        title=f"{result['images']} pictures, one after another and of {result['clients']} clients "
+        f"({result['model']}, {result['dtype']}, {result['slots']} slots); over HTTP "
+        f"{result['ratio_alone']:.2f} and {result['ratio_many']:.2f} times the scheduler's time"
+    )
+    shown.add_column("way")
+    for heading in ("ms alone", "q20 … q80", "images/s of many", "seconds", "q20 … q80"):
+        shown.add_column(heading, justify="right")
+    for name, alone in result["alone"].items():
+        many = result["many"].get(name)
+        shown.add_row(
+            name,
+            f"{1e3 * alone['median']:.2f}",
+            f"{1e3 * alone['q20']:.2f} … {1e3 * alone['q80']:.2f}",
+            *(
+                (
+                    f"{many['images_per_s']:.2f}",
+                    f"{many['median']:.2f}",
+                    f"{many['q20']:.2f} … {many['q80']:.2f}",
+                )
+                if many
+                else ("", "", "")
+            ),
+        )
+    return shown
