@@ -26,6 +26,10 @@ from echogen.kernels.philox import gumbel_noise
 
 MOST_HELD = 1 << 32
 """Bytes of keys and values while images are grounded; more images go one part after another."""
+MOST_ASKED = 2048
+"""Tokens of the branches of one image that are run at once; more go one part after another. Every
+token of the prefill has a place in every other's mask: a thousand expressions would take 1.6 GB on
+the tiny model, and five thousand 13."""
 BOX_STREAM = 1
 """Word of the noise that tells a sample's boxes from its image codes, whose stream is 0."""
 
@@ -63,6 +67,12 @@ def ground_images(
     Raises:
         LayoutError: an expression that cannot be used, or for which the model has no room.
     """
+    shares = [list(_shares(prompts, row)) for row in expressions]
+    if any(len(share) > 1 for share in shares):
+        each = [i for i, share in enumerate(shares) for _ in share]
+        some = [part for share in shares for part in share]
+        found = iter(ground_images(model, prompts, image[each], some))
+        return [[box for _ in share for box in next(found)] for share in shares]
     if isinstance(prompts.codec, LocationCodec) and in_one_piece(prompts.codec):
         answers = ground_tokens(model, prompts, image, expressions).tokens.tolist()
     else:
@@ -78,6 +88,19 @@ def ground_images(
     ]
     assert all(box is not None for row in boxes for box in row), "the grammar let a non-box through"
     return [[box for box in row if box is not None] for row in boxes]
+
+
+def _shares(prompts: Prompts, expressions: list[str]) -> Iterator[list[str]]:
+    """The expressions of an image in parts of at most ``MOST_ASKED`` tokens, or of a single one."""
+    part, total = list[str](), 0
+    for expr in expressions:
+        tokens = len(prompts.branch(expr)) + prompts.codec.steps
+        if part and total + tokens > MOST_ASKED:
+            yield part
+            part, total = [], 0
+        part.append(expr)
+        total += tokens
+    yield part
 
 
 def parts(

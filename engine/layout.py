@@ -152,18 +152,7 @@ class Layout:
     @classmethod
     def loads(cls, text: str) -> Layout:
         """Read a layout from JSON text. Raises LayoutError, as ``from_dict``."""
-        try:
-            data = json.loads(text, object_pairs_hook=_no_duplicates)
-        except json.JSONDecodeError as error:
-            where = f"line {error.lineno} column {error.colno}"
-            raise LayoutError(f"not valid JSON at {where}: {error.msg}") from None
-        except RecursionError:
-            raise LayoutError("not a layout: the JSON is nested too deeply") from None
-        except LayoutError:
-            raise
-        except ValueError as error:  # an integer of more digits than Python converts
-            raise LayoutError(f"not valid JSON: {error}") from None
-        return cls.from_dict(data)
+        return cls.from_dict(read_json(text))
 
     @classmethod
     def load(cls, path: str | Path) -> Layout:
@@ -200,6 +189,25 @@ class Layout:
     def save(self, path: str | Path) -> None:
         """Write the layout as a JSON file."""
         Path(path).write_text(self.dumps() + "\n", encoding="utf-8")
+
+
+def read_json(text: str) -> object:
+    """JSON in which no key stands twice.
+
+    Raises:
+        LayoutError: anything else, nested too deeply, or with a number that Python does not read.
+    """
+    try:
+        return json.loads(text, object_pairs_hook=_no_duplicates)
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno} column {error.colno}"
+        raise LayoutError(f"not valid JSON at {where}: {error.msg}") from None
+    except RecursionError:
+        raise LayoutError("not a layout: the JSON is nested too deeply") from None
+    except LayoutError:
+        raise
+    except ValueError as error:  # an integer of more digits than Python converts
+        raise LayoutError(f"not valid JSON: {error}") from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -26,6 +26,8 @@ BEGIN_IMAGE, END_IMAGE = "<begin_of_image>", "<end_of_image>"
 MARKS = ("<grounding>", "</grounding>", "<ref>", "</ref>", "<box>", "</box>")
 QUESTION = "Locate each object."
 _LOCATION = "<loc_"
+KEPT, SHORT = 16384, 512
+"""Texts whose ids are kept, and the characters of the longest: some 100 MB at most."""
 Unconditional = Literal["pad", "empty"]
 
 
@@ -218,10 +220,14 @@ class Prompts:
         # Text that spells a control token would be read as one: such captions are refused.
         control = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, USER, ASSISTANT}
         self._reserved = sorted(t for t in control if t.strip() and not t.startswith(_LOCATION))
-        self._encode = lru_cache(maxsize=65536)(self._encode_text)
+        self._kept = lru_cache(maxsize=KEPT)(self._tokenized)
         self._turn = Lock()
 
-    def _encode_text(self, text: str) -> tuple[int, ...]:
+    def _encode(self, text: str) -> tuple[int, ...]:
+        # Texts of strangers are not to fill the memory.
+        return (self._kept if len(text) <= SHORT else self._tokenized)(text)
+
+    def _tokenized(self, text: str) -> tuple[int, ...]:
         with self._turn:  # tokenizers lend themselves to one thread at a time
             return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 

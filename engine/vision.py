@@ -6,6 +6,7 @@ port's `encode` leaves the normalisation out (both agree when codebook rows have
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,13 @@ def load_image(source: str | Image.Image, size: int) -> Image.Image:
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             reason = getattr(error, "strerror", None) or "no picture that Pillow reads"
             raise ImageError(f"{source}: cannot be opened ({reason})") from None
-    image = ImageOps.exif_transpose(image)
+    try:
+        image = ImageOps.exif_transpose(image)
+    except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:
+        raise ImageError(
+            f"{named}: its EXIF data, which say how it is turned, cannot be read ({error}); save "
+            f"it without them"
+        ) from None
     if image.mode in ("I", "F"):
         raise ImageError(
             f"{named} has pixels of mode {image.mode}, which do not say what is black and white; "

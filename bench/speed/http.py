@@ -170,7 +170,7 @@ def _connections(port: int) -> Iterator[Draw]:
 def _served(engine: Engine, scheduler: Scheduler) -> Iterator[int]:
     """The port of a server that runs meanwhile, without a log of what it is asked."""
     app = make_app(engine, scheduler, limit=600.0, searches=QUEUE)
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_keep_alive=3600))
     thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
     thread.start()
     try:

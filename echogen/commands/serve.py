@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import socket
 from dataclasses import dataclass, field
 
@@ -29,16 +30,20 @@ class Serve:
     host: str = "127.0.0.1"
     """Address to listen on; whoever reaches it may draw: there are no keys."""
     port: int = 8000
-    """0 takes a free one; the log says which."""
+    """0 takes a free one; the line that says it listens says which."""
     slots: int | None = None
     """Rows that are drawn at once, two an image with guidance; what the memory holds, at most 16 on
     a CPU and 256 on a GPU, if left out."""
     prompt_tokens: int | None = None
     """Tokens of the longest layout; the model's room, at most 1024, if left out."""
     queue: int = 256
-    """Requests that may wait; who comes when as many do is told 503."""
+    """Requests to draw that may wait; who comes when as many do is told 503."""
+    searches: int = 16
+    """The same of pictures to find objects in, of which one is read at a time."""
     timeout: float = 60.0
-    """Seconds that a request may take, waiting included."""
+    """Seconds that an answer may take, waiting included."""
+    keep_alive: int = 75
+    """Seconds that an idle connection is kept open; more than the balancer before it does."""
     invariant: bool = False
     """A request draws the same codes, bit for bit, alone and in any crowd; images alone take
     longer."""
@@ -47,27 +52,33 @@ class Serve:
     def run(self) -> None:
         check_range("port", self.port, 0, 65535)
         check_range("queue", self.queue, 1, 1_000_000)
+        check_range("searches", self.searches, 0, 1_000_000)
+        check_range("keep-alive", self.keep_alive, 1, 86_400)
         for name, value in (("slots", self.slots), ("prompt-tokens", self.prompt_tokens)):
             if value is not None:
                 check_range(name, value, 1, 1_000_000)
         if not 0 < self.timeout < float("inf"):
             raise InputError(f"--timeout {self.timeout}: it must be above 0 seconds")
         check_installed("serve")
-        with self._listen() as listening:
-            self._serve(listening)
+        with self._bound() as place:
+            self._serve(place)
 
-    def _listen(self) -> socket.socket:
-        """Taken before the model is loaded, so that a port in use is told at once."""
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+    def _bound(self) -> socket.socket:
+        """A socket at the address, before the model is loaded, so that one in use is told at once;
+        it listens only when there is somebody to answer."""
+        place = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            return socket.create_server((self.host, self.port), family=family)
+            place.bind((self.host, self.port))
         except OSError as error:
+            place.close()
             raise InputError(
                 f"--host {self.host} --port {self.port}: cannot listen there ({error.strerror}); "
                 f"choose another, or --port 0 for a free one"
             ) from None
+        return place
 
-    def _serve(self, listening: socket.socket) -> None:
+    def _serve(self, place: socket.socket) -> None:
         import uvicorn
 
         from echogen.engine.http.app import make_app
@@ -84,12 +95,24 @@ class Serve:
             )
         except ValueError as error:  # of the budget, or rows that round by their place
             raise InputError(str(error)) from None
-        host, port = listening.getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        print(
-            f"serving {self.engine.model} on http://{shown}:{port}: {scheduler.plan.slots} slots, "
-            f"prompts up to {scheduler.plan.prompt_tokens} tokens; /docs describes it",
-            flush=True,
+        app = make_app(engine, scheduler, self.engine.model, self.timeout, self.searches)
+        host, port = place.getsockname()[:2]
+        line = (
+            f"serving {self.engine.model} on http://{f'[{host}]' if ':' in host else host}:{port}: "
+            f"{scheduler.plan.slots} slots, prompts up to {scheduler.plan.prompt_tokens} tokens"
         )
-        app = make_app(engine, scheduler, self.engine.model, self.timeout, self.queue)
-        uvicorn.Server(uvicorn.Config(app)).run([listening])
+
+        class Server(uvicorn.Server):
+            """Says when it listens."""
+
+            async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+                await super().startup(sockets)
+                print(line, flush=True)
+
+        # Beyond the time of an answer nobody has a claim on the end's waiting: a body that never
+        # comes, or an answer that is never read, would hold it for ever.
+        graceful = math.ceil(self.timeout) + 5
+        config = uvicorn.Config(
+            app, timeout_keep_alive=self.keep_alive, timeout_graceful_shutdown=graceful
+        )
+        Server(config).run([place])

@@ -1,21 +1,21 @@
 """The scheduler over HTTP: what a service puts behind its load balancer.
 
 One process serves one model. Requests of any kind share the scheduler's batch; objects are found
-one picture after another beside it. Whoever hangs up frees the slots of what he asked for.
+one picture after another beside it. Whoever hangs up frees the slots of what he asked for (unless
+he sent another request behind it: then the server does not see him go before its turn).
 """
 
 from __future__ import annotations
 
 import asyncio
-import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from fastapi import Request as Http
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
@@ -23,23 +23,32 @@ from echogen.engine.engine import Engine
 from echogen.engine.http.middleware import Limited, Watched, failure
 from echogen.engine.http.prometheus import Exposition
 from echogen.engine.http.service import Service
-from echogen.engine.http.wire import Drawing, Refused, Search, wanted, what_is_wrong
+from echogen.engine.http.wire import (
+    EVENTS,
+    JSON,
+    MEDIA,
+    Boxes,
+    Drawing,
+    Pictures,
+    Refusal,
+    Refused,
+    Search,
+    preferred,
+    read,
+)
 from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.request import Request
 
 GONE = 499
 """Status, as nginx writes it, of an answer that nobody waited for."""
-REFUSALS: dict[int | str, dict[str, Any]] = {
-    400: {"description": "refused; `error` says what to mend"},
-    503: {"description": "the queue is full, or nothing more is drawn; try again later"},
-    504: {"description": "the time is up"},
-}
+PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+"""Prometheus's text format."""
 
 T = TypeVar("T")
 
 
 def make_app(
-    engine: Engine, scheduler: Scheduler, model: str = "", limit: float = 60.0, searches: int = 256
+    engine: Engine, scheduler: Scheduler, model: str = "", limit: float = 60.0, searches: int = 16
 ) -> FastAPI:
     """The application, for an ASGI server. It starts the scheduler's thread, and when it ends draws
     what is asked for already.
@@ -48,13 +57,15 @@ def make_app(
         engine, scheduler, model, limit, searches: as of `Service`.
     """
     service = Service(engine, scheduler, model, limit, searches)
-    exposition = Exposition(scheduler.metrics)
+    exposition = Exposition(scheduler.metrics, lambda: dict(service.busy))
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
-        yield
-        await asyncio.to_thread(service.shutdown)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(service.shutdown)
 
     app = FastAPI(
         title="EchoGen",
@@ -65,61 +76,80 @@ def make_app(
     app.add_middleware(Watched, exposition=exposition)
     _add_refusals(app)
 
-    @app.post("/v1/images", responses=REFUSALS, response_model=None)
-    async def images(body: Drawing, http: Http) -> Response:
+    @app.post(
+        "/v1/images", response_model=Pictures, openapi_extra=_takes(Drawing),
+        responses=_answers(400, 406, 408, 413, 415, 500, 503, 504) | {200: {
+            "description": "the pictures; a single one as it is; or events",
+            "content": {kind: {} for kind in (*MEDIA, EVENTS)},
+        }},
+    )  # fmt: skip
+    async def images(http: Http) -> Response:
         """Draw pictures of a layout.
 
         The answer is JSON with the pictures in base64; with `every`, server-sent events: `partial`
         ones, then `done` or `error`; with `Accept: image/png` (or jpeg, webp) the picture itself,
         of several samples, which takes `check`, the one with the highest reward.
         """
-        began, kind = time.perf_counter(), wanted(http.headers.get("accept", ""))
-        if kind is not None:
-            _check_single(body, kind)
-        if body.every > 0:
+        body = await read(http, Drawing)
+        kind = preferred(http.headers.get("accept", ""), [EVENTS] if body.every else [JSON, *MEDIA])
+        if kind in MEDIA and body.samples > 1 and not body.check:
+            raise Refused(
+                400,
+                f"samples = {body.samples}: {kind} is one picture; with check = true it is the "
+                f"best of them, and {JSON} has them all",
+            )
+        if kind == EVENTS:
             news = asyncio.Event()
-            request = await service.submit(body, news)
-            return Events(service.stream(body, request, began, news), request)
-        request = await service.submit(body)
-        if kind is None:
-            return JSONResponse(await heeded(http, request, service.answer(body, request, began)))
-        picture = await heeded(http, request, service.picture(body, request, began, kind))
-        return Response(picture, media_type=f"image/{kind}")
+            job = await service.submit(body, news)
+            return Events(service.stream(job, news), job.request)
+        job = await service.submit(body)
+        try:
+            if kind == JSON:
+                return JSONResponse(await heeded(http, service.answer(job)))
+            picture = await heeded(http, service.picture(job, MEDIA[kind]))
+            return Response(picture, media_type=kind)
+        finally:
+            job.request.cancel()  # of no effect where it is done
 
-    @app.post("/v1/boxes", responses=REFUSALS)
-    async def boxes(body: Search) -> dict[str, Any]:
+    @app.post(
+        "/v1/boxes", response_model=Boxes, openapi_extra=_takes(Search),
+        responses=_answers(400, 408, 413, 415, 500, 503, 504),
+    )  # fmt: skip
+    async def boxes(http: Http) -> Response:
         """Find objects in a picture: one box an expression, be it there or not."""
-        return await service.find(body, time.perf_counter())
+        body = await read(http, Search)
+        return JSONResponse(await heeded(http, service.find(body)))
 
     @app.get("/v1/model")
     async def about() -> dict[str, Any]:
         """What the model is: its name, pictures and defaults, and how much is drawn at once."""
         return service.about()
 
-    @app.get("/health", responses={503: {"description": "nothing more is drawn"}})
+    @app.head("/health", include_in_schema=False)
+    @app.get("/health", responses=_answers(503))
     async def health() -> dict[str, str]:
         """Whether requests are taken."""
         if scheduler.closed:
             raise Refused(503, scheduler.closed)
         return {"status": "ok"}
 
-    @app.get("/metrics", response_model=None)
+    @app.get("/metrics", response_class=Response, responses={200: {"content": {PLAIN: {}}}})
     async def metrics() -> Response:
         """Counters, in Prometheus's text format."""
-        return Response(exposition.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(exposition.text(), media_type=PLAIN)
 
     return app
 
 
-def _check_single(body: Drawing, kind: str) -> None:
-    if body.every:
-        raise Refused(400, f"every = {body.every}: parts come with Accept: text/event-stream")
-    if body.samples > 1 and not body.check:
-        raise Refused(
-            400,
-            f"samples = {body.samples}: image/{kind} is one picture; with check = true it is the "
-            f"best of them, and application/json has them all",
-        )
+def _takes(kind: type[BaseModel]) -> dict[str, Any]:
+    """OpenAPI's word for a body that `read` reads."""
+    content = {JSON: {"schema": kind.model_json_schema()}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI's word for refusals."""
+    return {status: {"model": Refusal} for status in statuses}
 
 
 def _add_refusals(app: FastAPI) -> None:
@@ -127,26 +157,23 @@ def _add_refusals(app: FastAPI) -> None:
 
     @app.exception_handler(Refused)
     async def refused(_: Http, error: Refused) -> Response:
-        return failure(error.status, str(error))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(http: Http, error: RequestValidationError) -> Response:
-        kind = http.headers.get("content-type", "")
-        return failure(400, what_is_wrong(error.errors(), kind))
+        return failure(error)
 
     @app.exception_handler(HTTPException)
     async def known(http: Http, error: HTTPException) -> Response:
-        if error.status_code == 404:
-            return failure(404, f"there is no {http.url.path}; see /docs")
-        return failure(error.status_code, str(error.detail))
+        where = http.url.path
+        told = f"there is no {where}; see /docs" if error.status_code == 404 else error.detail
+        answer = failure(Refused(error.status_code, str(told)))
+        answer.headers.update(error.headers or {})
+        return answer
 
     @app.exception_handler(Exception)
     async def unknown(_: Http, error: Exception) -> Response:  # the server logs its traceback
-        return failure(500, f"{type(error).__name__}: {error}")
+        return failure(Refused(500, f"{type(error).__name__}: {error}"))
 
 
-async def heeded(http: Http, request: Request, answer: Coroutine[Any, Any, T]) -> T:
-    """Wait for an answer unless who asked hangs up, which cancels the drawing. Raises Refused."""
+async def heeded(http: Http, answer: Coroutine[Any, Any, T]) -> T:
+    """Wait for an answer unless who asked hangs up. Raises Refused."""
 
     async def left() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -161,20 +188,20 @@ async def heeded(http: Http, request: Request, answer: Coroutine[Any, Any, T]) -
     finally:  # of no effect on what is done
         answering.cancel()
         leaving.cancel()
-        request.cancel()
 
 
 class Events(StreamingResponse):
     """A stream of events about a request, which ends with it."""
 
-    media_type = "text/event-stream"
+    media_type = EVENTS
 
-    def __init__(self, content: AsyncIterator[str], request: Request) -> None:
+    def __init__(self, content: AsyncGenerator[str, None], request: Request) -> None:
         super().__init__(content, headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        self._request = request
+        self._content, self._request = content, request
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
+            await self._content.aclose()
             self._request.cancel()

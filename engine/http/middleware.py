@@ -1,50 +1,77 @@
-"""What stands before every route: a limit of bodies, and a watch of answers."""
+"""What stands before every route: limits of bodies, and a watch of answers."""
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from echogen.engine.http.prometheus import Exposition
+from echogen.engine.http.wire import Refused
 
-BODY = 16 << 20
-"""Bytes of the largest body: a picture to find objects in, in base64."""
+BODIES = {"/v1/boxes": 4 << 20}
+"""Bytes of the largest body of a route: a picture in base64."""
+BODY = 128 << 10
+"""The same of other routes: a layout is a few thousand."""
+HELD = 64 << 20
+"""Bytes of the bodies of all requests together."""
+SLOWEST = 30.0
+"""Seconds in which a body comes."""
 
 
-def failure(status: int, message: str) -> JSONResponse:
+def failure(error: Refused) -> JSONResponse:
     """An answer that says in one line what is wrong."""
-    later = {"Retry-After": "1"} if status == 503 else None
-    return JSONResponse({"error": message}, status, later)
+    later = {"Retry-After": "1"} if error.again else None
+    return JSONResponse({"error": str(error)}, error.status, later)
 
 
 class Limited:
-    """Refuses bodies above ``BODY`` bytes before they are held."""
+    """Refuses bodies that are too large, too slow or too many, before they are held."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+        self._app, self._held = app, 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        size, told = 0, f"the body is larger than {BODY >> 20} MiB; send a smaller picture"
+        most, size, whole = BODIES.get(scope["path"], BODY), 0, False
 
         async def limited() -> Message:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
-            if size > BODY:
-                raise HTTPException(413, told)
+            nonlocal size, whole
+            if whole:  # what comes now is that who asked hung up
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), SLOWEST)
+            except TimeoutError:
+                raise Refused(
+                    408, f"{size} bytes of the body came in time; send it at once"
+                ) from None
+            more = len(message.get("body", b""))
+            self._held, size = self._held + more, size + more
+            whole = not message.get("more_body", False)
+            self._check(size, most)
             return message
 
-        length = dict(scope["headers"]).get(b"content-length", b"0")
-        if length.isdigit() and int(length) > BODY:
-            await failure(413, told)(scope, receive, send)
-        else:
+        try:
+            length = dict(scope["headers"]).get(b"content-length", b"0")
+            if length.isdigit():
+                self._check(int(length), most)
+        except Refused as error:
+            await failure(error)(scope, receive, send)
+            return
+        try:
             await self._app(scope, limited, send)
+        finally:
+            self._held -= size
+
+    def _check(self, size: int, most: int) -> None:
+        if size > most:
+            raise Refused(413, f"the body is larger than {most >> 10} KiB; send a smaller one")
+        if self._held > HELD:
+            raise Refused(503, "the bodies of others fill the room; try again later", again=True)
 
 
 class Watched:

@@ -1,8 +1,8 @@
-"""A scheduler's counters as Prometheus reads them."""
+"""A service's counters as Prometheus reads them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -26,18 +26,20 @@ OUTCOMES = ("refused", "finished", "cancelled", "expired", "failed")
 
 
 class Exposition(Collector):
-    """What ``GET /metrics`` tells: counters of the scheduler, read as they are asked for, and the
-    time of what was answered.
+    """What ``GET /metrics`` tells: counters read as they are asked for, and the time of answers.
 
     Args:
         metrics: of the scheduler.
+        busy: how much waits or is done beside it, by kind.
 
     Attributes:
         seconds: histogram of answers by route and status, to ``observe`` in.
     """
 
-    def __init__(self, metrics: Callable[[], Metrics]) -> None:
-        self._metrics, self._registry = metrics, CollectorRegistry()
+    def __init__(
+        self, metrics: Callable[[], Metrics], busy: Callable[[], Mapping[str, int]]
+    ) -> None:
+        self._metrics, self._busy, self._registry = metrics, busy, CollectorRegistry()
         self.seconds = Histogram(
             "echogen_http_request_seconds", "From a request's head to the end of its answer",
             ("route", "status"), buckets=SECONDS, registry=self._registry,
@@ -58,6 +60,12 @@ class Exposition(Collector):
         for outcome in OUTCOMES:
             ended.add_metric((outcome,), getattr(now, outcome))
         yield ended
+        beside = GaugeMetricFamily(
+            "echogen_beside", "What waits or is done beside the drawing", labels=("kind",)
+        )
+        for kind, count in self._busy().items():
+            beside.add_metric((kind,), count)
+        yield beside
 
     def text(self) -> bytes:
         """All of it, in Prometheus's text format."""

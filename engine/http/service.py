@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import AsyncIterator, Callable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+import threading
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
@@ -15,6 +17,8 @@ from PIL import Image
 from echogen.engine.cycle import CycleResult, score
 from echogen.engine.engine import Engine
 from echogen.engine.http.wire import Drawing, Refused, Search, encoded, texts
+from echogen.engine.layout import Layout
+from echogen.engine.sampler import Sampling
 from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Request
@@ -24,8 +28,24 @@ from echogen.engine.serving.worker import SchedulerClosed
 BEAT = 15.0
 """Seconds of silence after which a stream says that it is still there: proxies hang up on who says
 nothing (nginx after 60)."""
+POOLS = {"read": 2, "decode": 1, "sketch": 1, "search": 1}
+"""Threads beside the scheduler's: of prompts and pictures sent, of whole pictures, of partial ones
+(whom whole ones shall not wait for) and of finding. One each of what takes much memory: that is
+planned for one."""
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A drawing that was asked for; ``began`` and ``deadline`` are on the event loop's clock."""
+
+    body: Drawing
+    layout: Layout
+    sampling: Sampling
+    request: Request
+    began: float
+    deadline: float
 
 
 class Drawn(NamedTuple):
@@ -33,7 +53,6 @@ class Drawn(NamedTuple):
 
     images: list[Image.Image]
     cycle: CycleResult | None
-    seconds: float
 
 
 class Service:
@@ -42,17 +61,20 @@ class Service:
     Args:
         engine, scheduler: of one model; the scheduler's thread runs while this is used.
         model: name to tell who asks.
-        limit: seconds that a request may take, waiting included.
-        searches: that may wait for the one being made. One is made at a time: the memory is
-            planned for the scheduler.
+        limit: seconds that an answer may take, waiting included.
+        searches: that may wait for the one being made.
+
+    Attributes:
+        busy: how much is done, or waits, in each of ``POOLS``.
     """
 
     def __init__(
         self, engine: Engine, scheduler: Scheduler, model: str, limit: float, searches: int
     ) -> None:
         self.engine, self.scheduler, self.model, self.limit = engine, scheduler, model, limit
-        self._finder = ThreadPoolExecutor(1, "echogen-finder")
-        self._searches, self._searching = searches, 0
+        self.busy, self._counting = Counter(dict.fromkeys(POOLS, 0)), threading.Lock()
+        self._searches, self._finding = searches, 0
+        self._pools = {n: ThreadPoolExecutor(k, f"echogen-{n}") for n, k in POOLS.items()}
 
     def about(self) -> dict[str, Any]:
         """What the model is, and how much is drawn at once."""
@@ -70,40 +92,47 @@ class Service:
 
     def shutdown(self) -> None:
         """Draw and find what is asked for already, and end."""
-        self._finder.shutdown()
         self.scheduler.shutdown()
+        for pool in self._pools.values():
+            pool.shutdown()
 
     # --- drawing --------------------------------------------------------------------------------
 
-    async def submit(self, body: Drawing, news: asyncio.Event | None = None) -> Request:
+    async def submit(self, body: Drawing, news: asyncio.Event | None = None) -> Job:
         """Queue what is asked for; ``news`` is set whenever more of it is drawn. Raises Refused."""
-        timeout = self.limit if body.timeout is None else min(body.timeout, self.limit)
         loop = asyncio.get_running_loop()
+        began = loop.time()
+        seconds = self.limit if body.timeout is None else min(body.timeout, self.limit)
+        if not seconds > 0:
+            raise Refused(400, f"timeout = {body.timeout}; it must be above 0 seconds")
 
         def tell(_: Partial) -> None:
             if news is not None:
                 loop.call_soon_threadsafe(news.set)
 
-        def submitted() -> Request:
+        def submitted() -> Job:
             layout, negative = body.layouts()
             sampling = body.sampling(self.engine.sampling)
-            return self.scheduler.submit(
+            left = max(1e-9, began + seconds - loop.time())
+            request = self.scheduler.submit(
                 layout, body.seed, sampling, body.samples, body.draws, negative, body.priority,
-                timeout, body.every, tell,
+                left, body.every, tell,
             )  # fmt: skip
+            return Job(body, layout, sampling, request, began, began + seconds)
 
         try:
-            # Beside the event loop: prompts are tokenized, and noise is prepared.
-            return await asyncio.to_thread(submitted)
-        except (QueueFull, SchedulerClosed) as error:
+            return await self._do("read", submitted)
+        except QueueFull as error:
+            raise Refused(503, str(error), again=True) from None
+        except SchedulerClosed as error:
             raise Refused(503, str(error)) from None
         except ValueError as error:
             raise Refused(400, str(error)) from None
 
-    async def answer(self, body: Drawing, request: Request, began: float) -> dict[str, Any]:
+    async def answer(self, job: Job) -> dict[str, Any]:
         """Wait for the pictures, and for what is found in them. Raises Refused."""
-        drawn = await self._drawn(body, request, began)
-        pictures = await asyncio.to_thread(texts, drawn.images, body.format)
+        body, drawn = job.body, await self._drawn(job)
+        pictures = await self._do("decode", partial(texts, drawn.images, body.format), job.deadline)
         draws = body.draws or range(len(pictures))
         images: list[dict[str, Any]] = [
             {"draw": draw, "image": picture} for draw, picture in zip(draws, pictures, strict=True)
@@ -117,49 +146,53 @@ class Service:
         return told | {
             "format": body.format,
             "seed": body.seed,
-            "sampling": asdict(body.sampling(self.engine.sampling)),
-            "seconds": round(drawn.seconds, 4),
+            "sampling": asdict(job.sampling),
+            "seconds": _since(job.began),
         }
 
-    async def picture(self, body: Drawing, request: Request, began: float, kind: str) -> bytes:
+    async def picture(self, job: Job, kind: str) -> bytes:
         """Wait for the picture, the best where several were checked, as the bytes of a file.
         Raises Refused."""
-        drawn = await self._drawn(body, request, began)
+        drawn = await self._drawn(job)
         best = 0 if drawn.cycle is None else drawn.cycle.best
-        return await asyncio.to_thread(encoded, drawn.images[best], kind)
+        return await self._do("decode", partial(encoded, drawn.images[best], kind), job.deadline)
 
-    async def stream(
-        self, body: Drawing, request: Request, began: float, news: asyncio.Event
-    ) -> AsyncIterator[str]:
+    async def stream(self, job: Job, news: asyncio.Event) -> AsyncGenerator[str, None]:
         """Partial pictures, each time ``news`` says that there is more (who is slow skips some),
         then the whole answer, as server-sent events."""
-        loop = asyncio.get_running_loop()
-        request.future.add_done_callback(lambda _: loop.call_soon_threadsafe(news.set))
-        while not request.future.done():
-            try:
-                await asyncio.wait_for(news.wait(), BEAT)
-            except TimeoutError:
-                yield ": waiting\n\n"
-                continue
-            news.clear()
-            part = request.partial()
-            drawn = part.codes.shape[1]
-            if request.future.done() or drawn in (0, part.tokens):
-                continue
-            pictures = await asyncio.to_thread(lambda p: texts(p.images(), body.format), part)
-            yield event("partial", {"drawn": drawn, "codes": part.tokens, "images": pictures})
+        answer = asyncio.create_task(self.answer(job))
         try:
-            yield event("done", await self.answer(body, request, began))
+            while not answer.done():
+                more = asyncio.create_task(news.wait())
+                await asyncio.wait(
+                    (answer, more), timeout=BEAT, return_when=asyncio.FIRST_COMPLETED
+                )
+                more.cancel()
+                if not news.is_set():
+                    if not answer.done():
+                        yield ": waiting\n\n"
+                    continue
+                news.clear()
+                part = job.request.partial()
+                drawn = part.codes.shape[1]
+                if job.request.future.done() or drawn == part.tokens:
+                    continue
+                sketched = partial(_sketched, part, job.body.format)
+                pictures = await self._do("sketch", sketched, job.deadline)
+                yield event("partial", {"drawn": drawn, "codes": part.tokens, "images": pictures})
+            yield event("done", answer.result())
         except Refused as error:
             yield event("error", {"error": str(error), "status": error.status})
         except Exception as error:
-            yield event("error", {"error": f"{type(error).__name__}: {error}", "status": 500})
+            told = {"error": " ".join(f"{type(error).__name__}: {error}".split()), "status": 500}
+            yield event("error", told)
             raise
+        finally:
+            answer.cancel()
 
-    async def _drawn(self, body: Drawing, request: Request, began: float) -> Drawn:
+    async def _drawn(self, job: Job) -> Drawn:
         try:
-            codes = await request
-            images = await asyncio.to_thread(request.images)
+            codes = await job.request
         except TimeoutError as error:
             raise Refused(504, f"{error}; ask for less, or with a longer timeout") from None
         except SchedulerClosed as error:
@@ -168,46 +201,79 @@ class Service:
             task = asyncio.current_task()
             if task is not None and task.cancelling():  # this answer, not the drawing
                 raise
-            raise Refused(503, "the drawing was cancelled; ask again") from None
-        cycle = None
-        if body.check:
-            layout = body.layouts()[0]
-            asked = [[o.expr for o in layout.objects]] * len(images)
-            boxes = await self._search(lambda: self.engine.ground_codes(codes, asked))
-            took = time.perf_counter() - began
-            cycle = CycleResult(layout, images, codes, boxes, *score(layout, boxes), seconds=took)
-        return Drawn(images, cycle, time.perf_counter() - began)
+            raise Refused(503, "the drawing was cancelled; ask again", again=True) from None
+        images = await self._do("decode", job.request.images, job.deadline)
+        if not job.body.check:
+            return Drawn(images, None)
+        asked = [[o.expr for o in job.layout.objects]] * len(images)
+        find = partial(self.engine.ground_codes, codes, asked)
+        boxes = await self._do("search", find, job.deadline)
+        scores = score(job.layout, boxes)
+        return Drawn(
+            images,
+            CycleResult(job.layout, images, codes, boxes, *scores, seconds=_since(job.began)),
+        )
 
     # --- finding --------------------------------------------------------------------------------
 
-    async def find(self, body: Search, began: float) -> dict[str, Any]:
+    async def find(self, body: Search) -> dict[str, Any]:
         """Boxes of what is asked for. Raises Refused."""
+        if self._finding > self._searches:
+            raise Refused(
+                503, f"{self._searches} searches wait, as many as may; try again later", again=True
+            )
+        self._finding += 1
+        try:
+            return await self._found(body)
+        finally:
+            self._finding -= 1
 
-        def found() -> list[tuple[float, float, float, float]]:
-            picture = body.picture(self.engine.image_size)
-            return self.engine.ground(picture, body.expressions, body.features)
-
-        boxes = await self._search(found)
+    async def _found(self, body: Search) -> dict[str, Any]:
+        began = asyncio.get_running_loop().time()
+        deadline = began + self.limit
+        try:
+            picture = await self._do(
+                "read", partial(body.picture, self.engine.image_size), deadline
+            )
+            find = partial(self.engine.ground, picture, body.expressions, body.features)
+            boxes = await self._do("search", find, deadline)
+        except ValueError as error:
+            raise Refused(400, str(error)) from None
         objects = [
             {"expr": expr, "box": list(box)}
             for expr, box in zip(body.expressions, boxes, strict=True)
         ]
-        return {"objects": objects, "seconds": round(time.perf_counter() - began, 4)}
+        return {"objects": objects, "seconds": _since(began)}
 
-    async def _search(self, work: Callable[[], T]) -> T:
-        """Find something when it is its turn. Raises Refused."""
-        if self._searching > self._searches:
-            raise Refused(503, f"{self._searches} searches wait, as many as may; try again later")
-        self._searching += 1
+    async def _do(self, pool: str, work: Callable[[], T], deadline: float | None = None) -> T:
+        """Do something in a thread of a pool when it is its turn; what nobody waits for any more is
+        not begun. Raises Refused."""
+
+        def ended(_: Future[T]) -> None:
+            with self._counting:
+                self.busy[pool] -= 1
+
+        with self._counting:
+            self.busy[pool] += 1
+        doing = self._pools[pool].submit(work)
+        doing.add_done_callback(ended)
+        turn, now = asyncio.wrap_future(doing), asyncio.get_running_loop().time()
         try:
-            turn = asyncio.get_running_loop().run_in_executor(self._finder, work)
-            return await asyncio.wait_for(turn, self.limit)
-        except TimeoutError:
-            raise Refused(504, f"nothing was found within {self.limit:g} seconds") from None
-        except ValueError as error:
-            raise Refused(400, str(error)) from None
+            left = None if deadline is None else max(0.0, deadline - now)
+            if not (await asyncio.wait((turn,), timeout=left))[0]:
+                told = f"the time is up, with a turn to {pool} still to come or to end"
+                raise Refused(504, f"{told}; ask for less, or with a longer timeout")
+            return turn.result()
         finally:
-            self._searching -= 1
+            turn.cancel()  # of no effect where it is done
+
+
+def _sketched(part: Partial, kind: str) -> list[str]:
+    return texts(part.images(), kind)
+
+
+def _since(began: float) -> float:
+    return round(asyncio.get_running_loop().time() - began, 4)
 
 
 def event(name: str, data: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What is spoken over HTTP: bodies, refusals and pictures as bytes."""
+"""What is spoken over HTTP: bodies, answers, refusals, and pictures as bytes."""
 
 from __future__ import annotations
 
@@ -7,31 +7,46 @@ import binascii
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from fastapi import Request as Http
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from echogen.engine.layout import Layout, LayoutError
+from echogen.engine.layout import Layout, LayoutError, read_json
 from echogen.engine.sampler import Sampling, Schedule
 from echogen.engine.vision import ImageError, load_image
 
 Format = Literal["png", "jpeg", "webp"]
-MEDIA = {f"image/{name}": name for name in ("png", "jpeg", "webp")}
+JSON, EVENTS = "application/json", "text/event-stream"
+MEDIA: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+MOST_PIXELS = 4096**2
+"""Of a picture to find objects in: one of 0.6 MB may be 13,000 × 13,000 large, 2.7 GB to open."""
+MOST_EXPRESSIONS = 64
 
 
 class Refused(Exception):
-    """A request that is answered with an error: its status, and one line that says what to mend."""
+    """A request that is answered with an error: its status, one line that says what to mend, and
+    whether the same may be asked again in a moment."""
 
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
+    def __init__(self, status: int, message: str, again: bool = False) -> None:
+        super().__init__(" ".join(message.split()))
+        self.status, self.again = status, again
+
+
+class Refusal(BaseModel):
+    """What is wrong."""
+
+    error: str
+
+
+# --- bodies -----------------------------------------------------------------------------------
 
 
 class Body(BaseModel):
-    """Fields of JSON's own types, and no others than are named."""
+    """Fields of JSON's own types."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(strict=True)
 
 
 LAYOUT = {
@@ -41,37 +56,58 @@ LAYOUT = {
         {"expr": "a red circle", "box": [0.1, 0.2, 0.45, 0.6]},
     ],
 }
+# Of a bad list the first fault alone: pydantic would collect a hundred thousand in the event loop.
+LIST: Any = {"fail_fast": True}
 
 
 class Drawing(Body):
-    """Pictures to draw; what is left out is the model's own default."""
+    """Pictures to draw. Of what decides how codes are drawn, what is left out is the model's own
+    default, which /v1/model tells."""
 
-    layout: dict[str, Any] = Field(description="a layout, as in a layout file", examples=[LAYOUT])
+    layout: dict[str, Any] = Field(
+        description="what to draw, as in a layout file: caption, objects, and size where boxes are "
+        "in pixels",
+        examples=[LAYOUT],
+    )
     negative: dict[str, Any] | None = Field(
         None, description="a layout that guidance leads away from; needs cfg above 1"
     )
-    seed: int = Field(0, description="the same seed draws the same picture")
-    samples: int = Field(1, description="pictures")
+    seed: int = Field(0, description="0 … 2^63 − 1; the same draws the same picture")
+    samples: int = Field(1, description="pictures; each takes a slot, two with guidance")
     draws: list[int] | None = Field(
-        None, description="number of the noise of each picture; 0, 1, … where left out"
+        None, **LIST, description="number of each picture's noise; 0, 1, … where left out"
     )
-    temperature: float | None = None
-    cfg: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    unconditional: Literal["pad", "empty"] | None = None
-    cfg_schedule: Schedule | None = None
-    cfg_start: float | None = None
-    cfg_span: list[int] | None = None
+    temperature: float | None = Field(
+        None, description="divides the logits; 0 takes the most likely code"
+    )
+    cfg: float | None = Field(
+        None, description="scale of classifier-free guidance; 1 is off, and half the work"
+    )
+    top_k: int | None = Field(None, description="keep the k most likely codes; 0 keeps all")
+    top_p: float | None = Field(
+        None, description="keep the smallest set of codes with this probability; 1 keeps all"
+    )
+    unconditional: Literal["pad", "empty"] | None = Field(
+        None, description="what guidance leads away from: Janus's padding or PlanGen's empty layout"
+    )
+    cfg_schedule: Schedule | None = Field(
+        None, description="how the scale moves over the image, from cfg_start to cfg"
+    )
+    cfg_start: float | None = Field(None, description="where a schedule begins")
+    cfg_span: list[int] | None = Field(
+        None, **LIST, description="two positions: guide from the first to before the second alone"
+    )
     priority: int = Field(0, description="the higher are drawn first")
-    timeout: float | None = Field(None, description="seconds; at most the server's own limit")
+    timeout: float | None = Field(
+        None, description="seconds until the answer is made; at most the server's own limit"
+    )
     check: bool = Field(
         False, description="find the layout in every picture: boxes, IoU, L1 and reward"
     )
     every: int = Field(
         0, description="codes between two partial results, sent as they come; 0: only the whole"
     )
-    format: Format = Field("png", description="of the pictures in an answer of JSON")
+    format: Format = Field("png", description="of the pictures in JSON and in events")
 
     def layouts(self) -> tuple[Layout, Layout | None]:
         """What to draw, and what to lead away from. Raises LayoutError."""
@@ -87,39 +123,140 @@ class Drawing(Body):
         """How to draw. Raises ValueError for values out of range."""
         names = asdict(usual)
         given = {name: getattr(self, name) for name in names}
-        if given["cfg_span"] is not None:
-            given["cfg_span"] = tuple(given["cfg_span"])
         return Sampling(**names | {k: v for k, v in given.items() if v is not None})
 
 
 class Search(Body):
     """Objects to find in a picture."""
 
-    image: str = Field(description="a square picture: the file's bytes in base64")
+    image: str = Field(description="a square PNG, JPEG or WebP: the file's bytes in base64")
     expressions: list[str] = Field(
-        min_length=1, description="what to find; one box each", examples=[["a red circle"]]
+        **LIST,
+        min_length=1,
+        max_length=MOST_EXPRESSIONS,
+        description="what to find; one box each, be it there or not",
+        examples=[["a red circle"]],
     )
     features: Literal["tokens", "pixels"] = Field(
         "tokens", description="read the picture as image tokens, or as pixels through SigLIP"
     )
 
     def picture(self, size: int) -> Image.Image:
-        """The picture, ``size`` × ``size``. Raises ImageError."""
+        """The picture, ``size`` × ``size``; looked at before it is opened. Raises ImageError."""
         try:
             data = base64.b64decode(self.image, validate=True)
         except (binascii.Error, ValueError):
             raise ImageError(
-                f"image = {_short(self.image)}: not base64; send the file's bytes so encoded"
+                f"image = {short(self.image)}: not base64; send the file's bytes so encoded"
             ) from None
         try:
-            opened = Image.open(io.BytesIO(data))
-            opened.load()
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+            opened = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ImageError(
+                    f"image: it is {opened.width}x{opened.height}; send at most "
+                    f"{MOST_PIXELS} pixels"
+                )
+            if opened.width == opened.height:  # otherwise refused below, without being opened
+                opened.load()
+        except ImageError:
+            raise
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
             raise ImageError(
-                f"image: its {len(data)} bytes are no picture that Pillow reads; send a PNG, JPEG "
-                f"or WebP"
+                f"image: its {len(data)} bytes cannot be opened ({error}); send a PNG, JPEG or WebP"
             ) from None
         return load_image(opened, size)
+
+
+B = TypeVar("B", bound=Body)
+
+
+async def read(http: Http, kind: type[B]) -> B:
+    """The body of a request. Raises Refused."""
+    content = http.headers.get("content-type", "")
+    if content.partition(";")[0].strip().lower() != JSON:
+        raise Refused(415, f"Content-Type: {short(content)}; send JSON, as {JSON}")
+    data = await http.body()
+    try:
+        found = read_json(data.decode())
+    except UnicodeDecodeError as error:
+        raise Refused(400, f"not UTF-8 at byte {error.start}; send JSON in UTF-8") from None
+    except LayoutError as error:
+        raise Refused(400, str(error)) from None
+    if not isinstance(found, dict):
+        raise Refused(400, f"the body is {short(found)}; send an object")
+    for name in found:  # here, and not in pydantic, which would list them all
+        if name not in kind.model_fields:
+            raise Refused(
+                400, f"{short(name)} is no field; there are {', '.join(kind.model_fields)}"
+            )
+    try:
+        return kind.model_validate(found)
+    except ValidationError as error:
+        raise Refused(400, what_is_wrong(error.errors(include_url=False))) from None
+
+
+def what_is_wrong(errors: Sequence[Mapping[str, Any]]) -> str:
+    """One line of pydantic's errors: the first, and how many more."""
+    first = errors[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "missing":
+        message = f"{name} is missing; add it"
+    else:
+        message = f"{name} = {short(first.get('input'))}: {first['msg'].lower()}"
+    return message + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
+
+
+def short(value: object) -> str:
+    """A value in at most 60 characters of one line."""
+    text = repr(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+# --- answers ----------------------------------------------------------------------------------
+
+
+class Found(BaseModel):
+    """An object of a layout and where it was found again."""
+
+    expr: str
+    box: list[float]
+    recovered: list[float]
+    iou: float
+    l1: float
+
+
+class Picture(BaseModel):
+    """A picture; the rest with `check`."""
+
+    draw: int
+    image: str = Field(description="base64")
+    reward: float | None = None
+    objects: list[Found] | None = None
+
+
+class Pictures(BaseModel):
+    """What was drawn."""
+
+    images: list[Picture]
+    best: int | None = Field(None, description="index of the highest reward, with `check`")
+    format: Format
+    seed: int
+    sampling: dict[str, Any]
+    seconds: float
+
+
+class Boxed(BaseModel):
+    """An expression and its box."""
+
+    expr: str
+    box: list[float]
+
+
+class Boxes(BaseModel):
+    """What was found."""
+
+    objects: list[Boxed]
+    seconds: float
 
 
 def encoded(image: Image.Image, kind: str) -> bytes:
@@ -134,24 +271,27 @@ def texts(images: Sequence[Image.Image], kind: str) -> list[str]:
     return [base64.b64encode(encoded(image, kind)).decode() for image in images]
 
 
-def wanted(accept: str) -> str | None:
-    """The format of a picture that an Accept header asks for; None: JSON. Of kinds named with the
-    same weight the first.
+def preferred(accept: str, offers: Sequence[str]) -> str:
+    """Of the media types there are the one that an Accept header (RFC 9110, 12.5.1) prefers, the
+    first it names among those of one weight.
 
     Raises:
-        Refused: it allows nothing that there is (406).
+        Refused: it allows none of them (406).
     """
-    best, found, weight = False, None, 0.0
+    best, weight = None, 0.0
     for part in accept.split(",") if accept.strip() else ["*/*"]:
         kind, _, rest = part.strip().partition(";")
-        kind, q = kind.strip().lower(), _weight(rest)
-        json = kind in ("*/*", "application/*", "application/json", "text/event-stream")
-        if q > weight and (json or kind in MEDIA or kind == "image/*"):
-            best, weight = True, q
-            found = None if json else MEDIA.get(kind, "png")
-    if not best:
-        raise Refused(406, f"Accept: {accept}; there is application/json, {', '.join(MEDIA)}")
-    return found
+        family, _, own = kind.strip().lower().partition("/")
+        for offer in offers:
+            fits = family in ("*", offer.partition("/")[0]) and own in (
+                "*",
+                offer.partition("/")[2],
+            )
+            if fits and (q := _weight(rest)) > weight:
+                best, weight = offer, q
+    if best is None:
+        raise Refused(406, f"Accept: {short(accept)}; there is {', '.join(offers)}")
+    return best
 
 
 def _weight(parameters: str) -> float:
@@ -163,26 +303,3 @@ def _weight(parameters: str) -> float:
             except ValueError:
                 return 0.0
     return 1.0
-
-
-def what_is_wrong(errors: Sequence[Mapping[str, Any]], content_type: str) -> str:
-    """One line of pydantic's errors: the first, and how many more."""
-    first = errors[0]
-    kind, where = first["type"], [str(part) for part in first["loc"][1:]]
-    if not where and "json" not in content_type.lower():
-        return f"Content-Type: {content_type or '(none)'}; send JSON, as application/json"
-    if kind == "json_invalid":
-        return f"not valid JSON at byte {first['loc'][-1]}: {first['ctx']['error']}"
-    name = ".".join(where) or "the body"
-    if kind == "missing":
-        message = f"{name} is missing; add it"
-    elif kind == "extra_forbidden":
-        message = f"{name} is no field; see /docs for those there are"
-    else:
-        message = f"{name} = {_short(first.get('input'))}: {first['msg'].lower()}"
-    return message + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

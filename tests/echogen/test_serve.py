@@ -21,7 +21,10 @@ from .conftest import LAYOUT
 def served(model) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A process that serves the small model, and its port."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "echogen", "serve", "--model", str(model), "--port", "0"],
+        [
+            *(sys.executable, "-m", "echogen", "serve", "--model", str(model), "--port", "0"),
+            *("--timeout", "1", "--queue", "3"),
+        ],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
@@ -54,6 +57,18 @@ def test_it_draws_and_ends_on_sigterm_with_what_was_begun(served):
         socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
+def test_who_sends_half_a_body_does_not_hold_the_end(served):
+    process, port = served
+    with socket.create_connection(("127.0.0.1", port)) as stalled:
+        head = "POST /v1/images HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        stalled.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+        connection.request("GET", "/health")
+        assert connection.getresponse().read() == b'{"status":"ok"}'
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
 def test_a_port_in_use_is_told_before_the_model_is_loaded(run):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -67,6 +82,8 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(run):
     [
         (("--port", 70000), ("--port 70000", "65535")),
         (("--queue", 0), ("--queue 0",)),
+        (("--searches", -1), ("--searches -1",)),
+        (("--keep-alive", 0), ("--keep-alive 0",)),
         (("--slots", 0), ("--slots 0",)),
         (("--timeout", 0), ("--timeout 0.0", "above 0 seconds")),
         (("--timeout", "nan"), ("--timeout nan",)),

@@ -181,6 +181,13 @@ def test_a_photo_is_read_as_it_is_shown(tmp_path):
     assert (found[:4, :, 0] == 255).all() and not found[4:].any()
 
 
+def test_a_photo_that_is_said_to_be_turned_somehow_is_refused(tmp_path):
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (8, 8)).save(path, exif=b"Exif\0\0garbage")
+    with pytest.raises(ImageError, match=r"photo\..*EXIF data.*save it without them"):
+        load_image(str(path), 8)
+
+
 # --- what a checkpoint says of itself -------------------------------------------------------------
 
 

@@ -83,6 +83,23 @@ def test_answers_depend_on_neither_order_nor_number(small, prompts, images):
         assert ground_images(small, prompts, images[:1], [asked]) == [[wanted[i] for i in order]]
 
 
+def test_many_expressions_go_part_after_part(small, prompts, images, monkeypatch):
+    """A mask of all branches at once grows with the square of their tokens."""
+    wanted, longest = ground_images(small, prompts, images, EXPRESSIONS), []
+    made = Branches.__init__
+
+    def counted(self, model, prompts, image, branches):
+        longest.append(max(sum(map(len, row)) for row in branches))
+        made(self, model, prompts, image, branches)
+
+    monkeypatch.setattr(Branches, "__init__", counted)
+    monkeypatch.setattr("echogen.engine.ground.MOST_ASKED", 40)
+    assert ground_images(small, prompts, images, EXPRESSIONS) == wanted
+    assert max(longest) <= 40
+    monkeypatch.setattr("echogen.engine.ground.MOST_ASKED", 1)
+    assert ground_images(small, prompts, images, EXPRESSIONS) == wanted, "one by one"
+
+
 def test_answers_do_not_depend_on_the_batch(small, prompts, images):
     together = ground_images(small, prompts, images, EXPRESSIONS)
     order = [2, 0, 1]

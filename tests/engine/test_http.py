@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,10 +21,10 @@ from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
 
 from echogen.engine.engine import Engine
-from echogen.engine.http import service
+from echogen.engine.http import middleware, service
 from echogen.engine.http.app import make_app
-from echogen.engine.http.middleware import BODY
-from echogen.engine.http.wire import Refused, wanted
+from echogen.engine.http.middleware import BODIES, BODY
+from echogen.engine.http.wire import EVENTS, JSON, MEDIA, Refused, preferred
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.sampler import Sampling
 from echogen.engine.scheduler import Scheduler
@@ -228,18 +229,27 @@ BAD = [
     ({"layout": LAYOUT, "negative": {"caption": 3}}, "negative: "),
     ({"layout": LAYOUT, "seed": "1"}, "seed = '1': input should be a valid integer"),
     ({"layout": LAYOUT, "seed": -1}, "seed = -1; it must be in 0"),
-    ({"layout": LAYOUT, "steps": 3}, "steps is no field"),
+    ({"layout": LAYOUT, "steps": 3}, "'steps' is no field; there are layout, negative"),
     ({"layout": LAYOUT, "samples": 9}, "ask for 8 at most"),
     ({"layout": LAYOUT, "top_p": 0}, "top_p = 0.0; it must be in (0, 1]"),
     ({"layout": LAYOUT, "cfg": 1, "negative": LAYOUT}, "set cfg above 1"),
     ({"layout": LAYOUT, "timeout": 0}, "timeout = 0.0; it must be above 0 seconds"),
     ({"layout": LAYOUT, "every": -1}, "every = -1; it must be 0"),
     ({"layout": LAYOUT, "draws": [1, 2]}, "2 draws for 1 images"),
-    (b"{", "not valid JSON at byte 1"),
+    ({"layout": LAYOUT, "timeout": float("nan")}, "timeout = nan; it must be above 0 seconds"),
+    ({"layout": LAYOUT, "draws": ["x"] * 3000}, "draws.0 = 'x': input should be a valid integer"),
+    ({"layout": LAYOUT, "a\nb" * 100: 1}, "is no field"),
+    ({"layout": {"caption": "x" * 100_000, "objects": LAYOUT["objects"]}}, "shorten its texts"),
+    ([1], "the body is [1]; send an object"),
+    (b"{", "not valid JSON at line 1 column 2"),
+    (b"\xff", "not UTF-8 at byte 0"),
+    (b"[" * 100_000, "nested too deeply"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    (b'{"seed": 1, "seed": 2}', 'key "seed" stands twice'),
 ]
 
 
-@pytest.mark.parametrize(("body", "why"), BAD, ids=[why[:24] for _, why in BAD])
+@pytest.mark.parametrize(("body", "why"), BAD, ids=range(len(BAD)))
 def test_bad_requests_are_told_what_to_mend(client, body, why):
     found = client.ask("POST", "/v1/images", body)
     assert (found.status, list(found.json)) == (400, ["error"])
@@ -249,50 +259,70 @@ def test_bad_requests_are_told_what_to_mend(client, body, why):
 def test_what_is_asked_of_a_single_picture(client):
     several = client.ask("POST", "/v1/images", {"layout": LAYOUT, "samples": 2}, Accept="image/png")
     assert several.status == 400 and "with check = true" in several.json["error"]
-    parts = client.ask("POST", "/v1/images", {"layout": LAYOUT, "every": 4}, Accept="image/png")
-    assert parts.status == 400 and "text/event-stream" in parts.json["error"]
-    text = client.ask("POST", "/v1/images", {"layout": LAYOUT}, Accept="text/html")
-    assert text.status == 406 and "application/json" in text.json["error"]
+    for fields, accept in (({"every": 4}, "image/png"), ({}, EVENTS), ({}, "text/html")):
+        found = client.ask("POST", "/v1/images", {"layout": LAYOUT} | fields, Accept=accept)
+        assert found.status == 406 and f"Accept: '{accept}'; there is" in found.json["error"]
 
 
 @pytest.mark.parametrize(
     ("accept", "kind"),
     [
-        ("", None), ("*/*", None), ("application/json", None), ("text/html, */*;q=0.1", None),
-        ("image/*", "png"), ("image/webp", "webp"), ("image/jpeg;q=0.5, image/webp", "webp"),
-        ("image/avif,image/webp,image/png,*/*;q=0.8", "webp"), ("image/png;q=0, */*", None),
+        ("", JSON), ("*/*", JSON), ("application/json", JSON), ("text/html, */*;q=0.1", JSON),
+        ("image/*", "image/png"), ("image/webp", "image/webp"), ("Image/JPEG", "image/jpeg"),
+        ("image/jpeg;q=0.5, image/webp", "image/webp"), ("image/png;q=0, */*", JSON),
+        ("image/avif,image/webp,image/png,*/*;q=0.8", "image/webp"),
     ],
 )  # fmt: skip
 def test_the_kind_of_answer_is_the_one_preferred(accept, kind):
-    assert wanted(accept) == kind
+    assert preferred(accept, [JSON, *MEDIA]) == kind
 
 
 @pytest.mark.parametrize("accept", ["text/html", "image/avif", "image/png;q=0", "image/png;q=x"])
 def test_what_there_is_not_is_not_accepted(accept):
-    with pytest.raises(Refused, match="Accept: "):
-        wanted(accept)
+    with pytest.raises(Refused, match=r"Accept: .*there is application/json, image/png"):
+        preferred(accept, [JSON, *MEDIA])
 
 
 def test_a_form_is_told_to_be_json(client):
     found = client.ask("POST", "/v1/images", b"layout=1", Content_Type="text/plain")
-    assert found.status == 400 and "as application/json" in found.json["error"]
+    assert found.status == 415 and "as application/json" in found.json["error"]
 
 
 def test_unknown_places_are_told(client):
     assert client.ask("GET", "/v2").json == {"error": "there is no /v2; see /docs"}
-    assert client.ask("GET", "/v1/images").status == 405
+    other = client.ask("GET", "/v1/images")
+    assert (other.status, other.headers["allow"]) == (405, "POST")
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "chunked"])
-def test_bodies_have_a_limit(client, told):
-    body = b"x" * (BODY + 1)
+@pytest.mark.parametrize("path", ["/v1/boxes", "/v1/images"])
+def test_bodies_have_a_limit(client, told, path):
+    most = BODIES.get(path, BODY)
+    body = b"x" * (most + 1)
+    parts: Any = body if told else iter([body[:most], body[most:]])
     connection = client.connect()
-    parts: Any = body if told else iter([body[:BODY], body[BODY:]])
-    connection.request(
-        "POST", "/v1/boxes", parts, {"Content-Type": "application/json"}, encode_chunked=not told
-    )
+    connection.request("POST", path, parts, {"Content-Type": JSON}, encode_chunked=not told)
     answer = connection.getresponse()
-    assert answer.status == 413 and b"16 MiB" in answer.read()
+    assert answer.status == 413 and f"{most >> 10} KiB".encode() in answer.read()
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch):
+    monkeypatch.setattr(middleware, "SLOWEST", 0.05)
+    connection = client.connect()
+    connection.putrequest("POST", "/v1/images")
+    connection.putheader("Content-Type", JSON)
+    connection.putheader("Content-Length", "10")
+    connection.endheaders(b"{")
+    answer = connection.getresponse()
+    assert answer.status == 408 and b"1 bytes of the body came" in answer.read()
+
+
+def test_bodies_have_a_limit_together(client, monkeypatch):
+    monkeypatch.setattr(middleware, "HELD", 100)
+    full = client.draw()
+    assert (full.status, full.headers["retry-after"]) == (503, "1")
+    monkeypatch.undo()
+    assert client.draw().status == 200
 
 
 # --- load -------------------------------------------------------------------------------------
@@ -301,19 +331,65 @@ def test_bodies_have_a_limit(client, told):
 @pytest.mark.parametrize("every", [0, 16], ids=["whole", "stream"])
 def test_who_hangs_up_frees_his_slots(held, every):
     client, going = held
+    asked = {"layout": LAYOUT, "samples": 2, "every": every}
     connection = client.connect()
-    send(connection, "POST", "/v1/images", {"layout": LAYOUT, "samples": 2, "every": every})
+    send(connection, "POST", "/v1/images", asked)
     client.until(lambda: client.scheduler.metrics().live == 1)
-    connection.close() if connection.sock else connection.getresponse().close()
-    client.until(lambda: _cancelled(client))
+    behind = client.connect()
+    send(behind, "POST", "/v1/images", asked)
+    client.until(lambda: client.scheduler.metrics().waiting == 1)
+    requests = [live.request for live in client.scheduler._live] + client.scheduler._waiting
+    for open_one in (connection, behind):
+        hang_up(open_one)
+    client.until(lambda: all(request.future.cancelled() for request in requests))
     going.set()
-    client.until(lambda: client.scheduler.metrics().live_slots == 0)
-    assert client.scheduler.metrics().cancelled == 1
+    client.until(lambda: client.scheduler.metrics().cancelled == 2)
+    assert client.scheduler.metrics().live_slots == 0
     assert client.draw().status == 200
 
 
-def _cancelled(client: Client) -> bool:
-    return all(live.request.future.cancelled() for live in client.scheduler._live)
+def hang_up(connection: HTTPConnection) -> None:
+    assert connection.sock is not None, "it is being answered"
+    connection.sock.shutdown(socket.SHUT_RDWR)
+    connection.close()
+
+
+def test_who_hangs_up_is_not_searched_for(engine, monkeypatch):
+    going, searched = threading.Event(), []
+    ground = engine.ground
+
+    def slow(picture: Any, expressions: list[str], features: str) -> Any:
+        searched.append(expressions[0])
+        going.wait(30)
+        return ground(picture, expressions, features)
+
+    monkeypatch.setattr(engine, "ground", slow)
+    with serving(engine) as client:
+        connections = {}
+        for name in ("a red circle", "a blue square"):
+            connections[name] = client.connect()
+            body = {"image": _picture(8, 8), "expressions": [name]}
+            send(connections[name], "POST", "/v1/boxes", body)
+            client.until(lambda: searched == ["a red circle"])
+        client.until(lambda: beside(client, "search") == 2)
+        hang_up(connections["a blue square"])
+        client.until(lambda: beside(client, "search") == 1)
+        going.set()
+        assert connections["a red circle"].getresponse().status == 200
+    assert searched == ["a red circle"]
+
+
+def beside(client: Client, kind: str) -> float:
+    return counters(client)["echogen_beside", (("kind", kind),)]
+
+
+def test_a_check_has_no_time_of_its_own(engine, monkeypatch):
+    going = threading.Event()
+    monkeypatch.setattr(engine, "ground_codes", lambda *_: going.wait(30))
+    with serving(engine) as client:
+        late = client.draw(check=True, timeout=0.5)
+        assert late.status == 504 and "a turn to search still to come" in late.json["error"]
+        going.set()
 
 
 def test_a_full_queue_is_told_to_come_later(held):
@@ -362,6 +438,21 @@ def _broken(*_: Any) -> None:
     raise RuntimeError("no decoder")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_scheduler_that_died_is_not_healthy(held, monkeypatch):
+    client, going = held
+    connection = client.connect()
+    send(connection, "POST", "/v1/images", {"layout": LAYOUT})
+    client.until(lambda: client.scheduler.metrics().live == 1)
+    monkeypatch.setattr(client.scheduler, "_leave", _broken)
+    going.set()
+    answer = connection.getresponse()
+    assert answer.status in (500, 503) and b"no decoder" in answer.read()
+    for found in (client.ask("GET", "/health"), client.draw()):
+        assert found.status == 503 and "died of RuntimeError: no decoder" in found.json["error"]
+        assert "retry-after" not in found.headers, "it will not come back"
+
+
 def test_a_scheduler_that_ended_is_not_healthy(engine):
     with serving(engine) as client:
         assert client.ask("GET", "/health").json == {"status": "ok"}
@@ -386,18 +477,22 @@ def test_boxes_are_those_that_the_engine_finds(client, engine):
     ]  # fmt: skip
     for body, why in (
         ({"image": "é", "expressions": names}, "not base64"),
-        ({"image": "aaaa", "expressions": names}, "no picture that Pillow reads"),
-        ({"image": text, "expressions": []}, "expressions = []"),
-        ({"image": text, "expressions": [""]}, "expr"),
+        ({"image": "aaaa", "expressions": names}, "send a PNG, JPEG or WebP"),
+        ({"image": _picture(8, 8, "bmp"), "expressions": names}, "send a PNG, JPEG or WebP"),
         ({"image": _picture(8, 4), "expressions": names}, "make it square"),
+        ({"image": _picture(5000, 5000), "expressions": names}, "it is 5000x5000; send at most"),
+        ({"image": text, "expressions": []}, "expressions = []"),
+        ({"image": text, "expressions": [""]}, "an expression is empty"),
+        ({"image": text, "expressions": [1] * 9}, "expressions.0 = 1: input should be a valid"),
+        ({"image": text, "expressions": ["x"] * 65}, "at most 64 items"),
     ):
         refused = client.ask("POST", "/v1/boxes", body)
         assert refused.status == 400 and why in refused.json["error"], refused.json
 
 
-def _picture(width: int, height: int) -> str:
+def _picture(width: int, height: int, kind: str = "png") -> str:
     buffer = io.BytesIO()
-    Image.new("RGB", (width, height)).save(buffer, "png")
+    Image.new("RGB", (width, height)).save(buffer, kind)
     return base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -423,22 +518,28 @@ def test_searches_wait_in_a_queue_of_their_own(engine, monkeypatch):
         assert sorted(answer.status for answer in answers) == [200, 200, 503]
 
 
+def counters(client: Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    found = client.ask("GET", "/metrics")
+    assert found.headers["content-type"].startswith("text/plain; version=0.0.4")
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(found.body.decode())
+        for sample in family.samples
+    }
+
+
 def test_counters_are_told_to_prometheus(engine):
     with serving(engine) as client:
         client.draw(samples=2, cfg=1)
         client.draw(seed=-1)
         client.ask("GET", "/made/up")
-        found = client.ask("GET", "/metrics")
-        assert found.headers["content-type"].startswith("text/plain; version=0.0.4")
-        read = {
-            (s.name, tuple(sorted(s.labels.items()))): s.value
-            for family in text_string_to_metric_families(found.body.decode())
-            for s in family.samples
-        }
+        client.until(lambda: client.scheduler.metrics().finished == 1)
+        read = counters(client)
         assert read["echogen_slots", ()] == 8 and read["echogen_waiting", ()] == 0
         assert read["echogen_codes_total", ()] == 32
         assert read["echogen_requests_total", (("outcome", "finished"),)] == 1
         assert read["echogen_requests_total", (("outcome", "refused"),)] == 1
+        assert read["echogen_beside", (("kind", "search"),)] == 0
         seconds = "echogen_http_request_seconds_count"
         assert read[seconds, (("route", "/v1/images"), ("status", "200"))] == 1
         assert read[seconds, (("route", "/v1/images"), ("status", "400"))] == 1
@@ -449,7 +550,17 @@ def test_a_model_tells_what_it_is(client, engine):
     found = client.ask("GET", "/v1/model").json
     assert found["model"] == "small" and found["codes"] == 16 and found["slots"] == 8
     assert found["sampling"]["temperature"] == engine.sampling.temperature
-    described = client.ask("GET", "/openapi.json").json
-    assert {"/v1/images", "/v1/boxes", "/v1/model", "/health", "/metrics"} <= set(
-        described["paths"]
-    )
+    assert client.ask("HEAD", "/health").status == 200
+
+
+def test_every_field_and_answer_is_described(client):
+    paths = client.ask("GET", "/openapi.json").json["paths"]
+    assert set(paths) == {"/v1/images", "/v1/boxes", "/v1/model", "/health", "/metrics"}
+    for path in ("/v1/images", "/v1/boxes"):
+        told = paths[path]["post"]
+        fields = told["requestBody"]["content"][JSON]["schema"]["properties"]
+        assert all("description" in field for field in fields.values())
+        assert {"200", "400", "413", "415", "503", "504"} <= set(told["responses"])
+        assert "422" not in told["responses"], "that is how others refuse"
+    kinds = paths["/v1/images"]["post"]["responses"]["200"]["content"]
+    assert set(kinds) == {JSON, EVENTS, *MEDIA}

@@ -323,6 +323,14 @@ def test_reserved_tokens_are_refused(prompts, token):
         prompts.branch(text)
 
 
+def test_texts_of_strangers_do_not_fill_the_memory(prompts):
+    short, long = "a red circle", "a red circle " * 1000
+    kept = prompts._kept.cache_info().currsize
+    for text in (short, long, long + "!"):
+        assert prompts.branch(text) == prompts.branch(text)
+    assert prompts._kept.cache_info().currsize <= kept + 1
+
+
 @pytest.mark.parametrize("expr", ["", "  "])
 def test_an_empty_expression_is_refused(prompts, expr):
     with pytest.raises(LayoutError, match="empty"):
