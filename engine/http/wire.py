@@ -44,7 +44,8 @@ class Refusal(BaseModel):
 
 
 class Body(BaseModel):
-    """Fields of JSON's own types."""
+    """Fields of JSON's own types. Lists fail fast: of a hundred thousand faults pydantic would make
+    a list of its own, in the event loop."""
 
     model_config = ConfigDict(strict=True)
 
@@ -56,8 +57,6 @@ LAYOUT = {
         {"expr": "a red circle", "box": [0.1, 0.2, 0.45, 0.6]},
     ],
 }
-# Of a bad list the first fault alone: pydantic would collect a hundred thousand in the event loop.
-LIST: Any = {"fail_fast": True}
 
 
 class Drawing(Body):
@@ -75,7 +74,7 @@ class Drawing(Body):
     seed: int = Field(0, description="0 … 2^63 − 1; the same draws the same picture")
     samples: int = Field(1, description="pictures; each takes a slot, two with guidance")
     draws: list[int] | None = Field(
-        None, **LIST, description="number of each picture's noise; 0, 1, … where left out"
+        None, fail_fast=True, description="number of each picture's noise; 0, 1, … where left out"
     )
     temperature: float | None = Field(
         None, description="divides the logits; 0 takes the most likely code"
@@ -95,7 +94,9 @@ class Drawing(Body):
     )
     cfg_start: float | None = Field(None, description="where a schedule begins")
     cfg_span: list[int] | None = Field(
-        None, **LIST, description="two positions: guide from the first to before the second alone"
+        None,
+        fail_fast=True,
+        description="two positions: guide from the first to before the second alone",
     )
     priority: int = Field(0, description="the higher are drawn first")
     timeout: float | None = Field(
@@ -131,7 +132,7 @@ class Search(Body):
 
     image: str = Field(description="a square PNG, JPEG or WebP: the file's bytes in base64")
     expressions: list[str] = Field(
-        **LIST,
+        fail_fast=True,
         min_length=1,
         max_length=MOST_EXPRESSIONS,
         description="what to find; one box each, be it there or not",
