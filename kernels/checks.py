@@ -122,9 +122,12 @@ def device_scalar(
 
     Raises:
         ValueError: not finite, not above ``low``, or a tensor of another shape or on another
-            device (a copy of it would be a stop too, and a graph would not read it afresh).
+            device (a copy of it would be a stop too, and a graph would not read it afresh), or one
+            that waits for a gradient: it would get none.
     """
     if isinstance(value, Tensor):
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} requires a gradient, which is not calculated; detach it")
         if value.numel() != 1 and value.shape != (rows,):
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; it must hold one number"

@@ -212,7 +212,9 @@ def _own(
     return place * SHARED + r, r < SHARED, start, end, place.to(tl.int64) * capacity
 
 
-@triton.jit
+# A number that changes with the batch is one of many: Triton would compile the kernel anew where it
+# is 1 or divisible by 16, half a second each, while somebody waits for a picture.
+@triton.jit(do_not_specialize=["apart", "parts"])
 def _decode_own_kernel(
     query_ptr, keys_ptr, values_ptr, scales_ptr, apart, lengths_ptr, out_ptr,
     sums_ptr, tops_ptr, totals_ptr, capacity, parts, scale,
@@ -243,7 +245,7 @@ def _decode_own_kernel(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["apart", "prefix_apart", "sequences", "slots", "before", "parts"])
 def _decode_shared_kernel(
     query_ptr, keys_ptr, values_ptr, scales_ptr, apart, lengths_ptr, prefix_keys_ptr,
     prefix_values_ptr, prefix_scales_ptr, prefix_apart, prefix_lengths_ptr, order_ptr, sums_ptr,
@@ -255,6 +257,7 @@ def _decode_shared_kernel(
     """Either one tile of a prefix's sequences, one head of its keys and one split of them, or the
     same of a sequence's own cache."""
     wait_for_earlier(DEPENDENT)
+    apart, prefix_apart = apart.to(tl.int64), prefix_apart.to(tl.int64)  # one type for both
     program, of_prefixes = tl.program_id(0), slots * KV_HEADS * before
     if program < of_prefixes:
         head, part = program // slots % KV_HEADS, program // (slots * KV_HEADS)
@@ -290,7 +293,7 @@ def _decode_shared_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["prefixes", "before", "parts"])
 def _decode_merge_kernel(
     sums_ptr, tops_ptr, totals_ptr, groups_ptr, out_ptr, prefixes, before, parts,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, MERGED: tl.constexpr,

@@ -156,20 +156,23 @@ def _token_terms(
     if old_ptr is not None:
         old = tl.load(old_ptr + place, mask=inside, other=0.0).to(tl.float32)
         old = tl.where(keep, old, 0.0)
-    ratio = tl.exp(_held(new - old))
+    change = new - old
+    ratio = tl.exp(_held(change))
     held = tl.minimum(tl.maximum(ratio, 1.0 - clip_low), 1.0 + clip_high) * advantage
     plain = ratio * advantage
     clipped = keep & (held < plain)
     loss = -tl.where(clipped, held, plain)
-    grad = -tl.where(clipped, 0.0, plain)
+    # What is held has no slope; that of exp(60) would make the norm of all gradients infinite.
+    grad = -tl.where(clipped | (tl.abs(change) > _RATIO_LIMIT), 0.0, plain)
     kl = tl.zeros([TOKENS], tl.float32)
     if ref_ptr is not None:
         ref = tl.load(ref_ptr + place, mask=inside, other=0.0).to(tl.float32)
-        d = _held(tl.where(keep, ref, 0.0) - new)
+        apart = tl.where(keep, ref, 0.0) - new
+        d = _held(apart)
         kl = tl.where(keep, _k3(d), 0.0)
         if PENALISED:  # else a reference that is NaN is only measured, as it is asked to be
             loss += beta * kl
-            grad -= beta * (kl + d)
+            grad -= tl.where(tl.abs(apart) > _RATIO_LIMIT, 0.0, beta * (kl + d))
     return tl.where(keep, loss, 0.0), clipped, kl, tl.where(keep, grad, 0.0), keep, place
 
 
@@ -516,7 +519,7 @@ def grpo_loss(
     Per token, with ``r = exp(new − old)`` and ``d = ref − new``:
     ``−min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) + β·k3``, ``k3 = exp(d) − d − 1`` (GRPO,
     arXiv 2402.03300; k3: Schulman, "Approximating KL divergence", 2020). Log-ratios are held
-    within ±60. Sums over tokens become a loss by
+    within ±60, and have no gradient beyond. Sums over tokens become a loss by
 
     - ``sequence``: the mean over a sequence's tokens, then over sequences with any (GRPO);
     - ``token``: the mean over all tokens of the batch;

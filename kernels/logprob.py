@@ -57,7 +57,9 @@ def _logprob_forward_kernel(
         shift = tl.where(top == float("-inf"), 0.0, top - safe)
         shrink, below = tl.exp(shift), z - safe
         e = tl.exp(below)
-        moment = (moment + total * shift) * shrink + e * tl.maximum(below, -1e4)
+        # Bounded, as a tile of finfo.min makes the shift so large that its product is −inf, and
+        # that times the shrink of 0 no number.
+        moment = (moment + total * tl.maximum(shift, -1e4)) * shrink + e * tl.maximum(below, -1e4)
         total = total * shrink + e
         top = now
     total, moment = tl.sum(total, 0), tl.sum(moment, 0)
@@ -92,6 +94,7 @@ def _logprob_backward_kernel(
     place, keep = logits_ptr + row * columns + column, column < columns
     logp = tl.load(place, mask=keep, other=float("-inf")).to(tl.float32) * scale - lse
     spread = d_entropy * (tl.maximum(logp, -1e4) + entropy)  # 0·log 0 is 0
+    spread = tl.where(d_entropy == 0, 0.0, spread)
     grad = tl.where(column == target, d_logprob, 0.0) - tl.exp(logp) * (d_logprob + spread)
     tl.store(place, grad * scale, mask=keep)
 
@@ -104,7 +107,9 @@ def _launch_forward(
     bias: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    logprob = torch.empty(len(hidden), dtype=wide(hidden.dtype), device=hidden.device)
+    if hidden.dtype == torch.float64:  # not a type to train in: kernels calculate in float32
+        return reference.forward(hidden, weight, targets, temperature, bias, chunk)
+    logprob = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     entropy, lse = torch.empty_like(logprob), torch.empty_like(logprob)
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         launch(
@@ -130,6 +135,11 @@ def _launch_backward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     needs, columns = (need_hidden, need_weight, need_bias), len(weight)
+    if hidden.dtype == torch.float64:
+        return reference.backward(
+            hidden, weight, targets, temperature, bias, lse, entropy, d_logprob, d_entropy, needs,
+            chunk,
+        )  # fmt: skip
     grads = HeadGradients(hidden, weight, needs, triton.cdiv(len(hidden), chunk))
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         launch(

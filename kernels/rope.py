@@ -297,7 +297,7 @@ def rope_cache(
         keys, values: float [B, H_k, S, K], contiguous; written in their own type. With scales
             float8_e4m3fn.
         slots: int64 [B, L], where in S each token goes. A slot outside 0 … S − 1 writes nothing
-            (padding); one that occurs twice in a row holds either token.
+            (padding); of one that occurs twice in a row what it holds is undefined.
         scales: float32 [2, B, H_k, S], of keys and of values, each contiguous; written: what the 8
             bits of a token's head are to be multiplied by (`scaled_heads`).
 

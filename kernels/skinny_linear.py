@@ -1,8 +1,10 @@
 """y = x·Wᵀ for the 1 to 16 rows of decoding, at the speed at which memory delivers W.
 
 A step of decoding multiplies every weight of the model by a handful of rows: it costs what reading
-the weights once costs, and nothing else should. The norm before the product, and the residual
+the weights once costs, and little else should. The norm before the product, and the residual
 addition or SwiGLU behind it, are done on the way; with fp8 weights there is half as much to read.
+What else there is: every block brings the rows in before its first product, which for 16 rows of
+5632 numbers is as much out of the L2 cache as W is out of memory.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from echogen.kernels.cuda.loader import gpu
+from echogen.kernels.cuda.loader import Gpu, gpu
 from echogen.kernels.dispatch import INTERPRETED, launch, operator
 from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.reference import wide_linear as reference
@@ -27,7 +27,12 @@ from echogen.kernels.swiglu import sigmoid_of
 ROWS, MORE_ROWS = 64, 128  # of a tile; the larger where they still give every multiprocessor one
 # Of a tile: narrower where else more than half of the multiprocessors would read nothing of W.
 COLUMNS, LEAST_COLUMNS, DEPTH = 64, 16, 64
-STAGES = 4
+STAGES, MOST_STAGES = 4, 12
+"""Tiles of the inputs under way. Memory answers after some 700 ns, so that an H200 at full rate has
+3.4 MB under way; 4 tiles of every program are less than 1 MB of W where each multiprocessor has one
+program. More of them do nothing but help there (by arithmetic: not timed), and no register of them
+spills."""
+SPARE = 16 << 10  # bytes of shared memory that tiles under way leave to the rest
 
 
 @triton.jit
@@ -100,13 +105,21 @@ def _launch(
     outputs = len(weight) // 2 if swiglu else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
     tile, columns = tiles(rows, outputs, swiglu, gpu(x.device).sms)
-    grid = (triton.cdiv(rows, tile) * triton.cdiv(outputs, columns),)
+    programs = triton.cdiv(rows, tile) * triton.cdiv(outputs, columns)
+    held = DEPTH * (tile * x.element_size() + columns * weight.element_size() * (1 + swiglu))
     launch(
-        _wide_linear_kernel, grid, x, weight, scale, gain, residual, out, rows, depth, outputs, eps,
-        SWIGLU=swiglu, ROWS=tile, COLUMNS=columns, DEPTH=DEPTH, WIDE=INTERPRETED,
-        num_warps=4 if tile == ROWS else 8, num_stages=STAGES,
+        _wide_linear_kernel, (programs,), x, weight, scale, gain, residual, out, rows, depth,
+        outputs, eps, SWIGLU=swiglu, ROWS=tile, COLUMNS=columns, DEPTH=DEPTH, WIDE=INTERPRETED,
+        num_warps=4 if tile == ROWS else 8, num_stages=stages(programs, held, gpu(x.device)),
     )  # fmt: skip
     return out
+
+
+def stages(programs: int, held: int, on: Gpu) -> int:
+    """Tiles under way of ``held`` bytes each."""
+    if programs > on.sms:  # several share a multiprocessor, and its shared memory
+        return STAGES
+    return max(STAGES, min(MOST_STAGES, (on.shared_bytes - SPARE) // held))
 
 
 def tiles(rows: int, outputs: int, swiglu: bool, sms: int) -> tuple[int, int]:

@@ -8,6 +8,7 @@ every operator and runs its reference.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
@@ -20,7 +21,12 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-NVRTC_OPTIONS = ("--std=c++17", f"-I{FOLDER}")
+SOURCES = sorted(path for kind in ("*.cu", "*.cuh") for path in FOLDER.glob(kind))
+DIGEST = hashlib.blake2b(b"".join(path.read_bytes() for path in SOURCES), digest_size=8).hexdigest()
+NVRTC_OPTIONS = ("--std=c++17", f"-I{FOLDER}", f"-DECHOGEN_SOURCES=0x{DIGEST}")
+"""The sources' digest is of no use to them: CuPy keeps what it compiled by options and source, and
+would not see that a header changed. It adds -arch and -ftz=true, as CMakeLists.txt does, so that
+both builds calculate alike."""
 INSTALL = "pip install 'echogen[cuda]'"
 WAITS = 90  # architecture from which code waits where it says so (device.cuh)
 CTYPES: dict[type, Any] = {

@@ -87,17 +87,20 @@ def _tokens(
     new = torch.where(keep, wide(logp[rows]), 0.0)
     old = new if old_logp is None else torch.where(keep, old_logp[rows].to(new.dtype), 0.0)
     a = advantage[rows, None].to(new.dtype)
-    ratio = _held(new - old).exp()
+    change = new - old
+    ratio = _held(change).exp()
     plain, held = ratio * a, ratio.clamp(1 - clip_low, 1 + clip_high) * a
     clipped = keep & (held < plain)
     loss = -torch.where(clipped, held, plain)
-    grad = -torch.where(clipped, 0.0, plain)
+    grad = -torch.where(clipped | (change.abs() > RATIO_LIMIT), 0.0, plain)
     kl = torch.zeros_like(loss)
     if ref_logp is not None:
-        d = _held(torch.where(keep, ref_logp[rows].to(new.dtype), 0.0) - new)
+        apart = torch.where(keep, ref_logp[rows].to(new.dtype), 0.0) - new
+        d = _held(apart)
         kl = torch.where(keep, _k3(d), 0.0)
         if beta:
-            loss, grad = loss + beta * kl, grad - beta * (kl + d)
+            loss = loss + beta * kl
+            grad = grad - torch.where(apart.abs() > RATIO_LIMIT, 0.0, beta * (kl + d))
     return torch.where(keep, loss, 0.0), clipped, kl, torch.where(keep, grad, 0.0)
 
 

@@ -105,12 +105,12 @@ NVRTC = _nvrtc()
 @pytest.mark.skipif(NVRTC is None, reason="NVRTC is not installed")
 @pytest.mark.parametrize("source", nvcc.sources())
 def test_nvrtc_takes_the_same_source(source):
-    """With the options that CuPy is given, and the architecture that it adds."""
+    """With the options that CuPy is given, and those that it adds."""
     assert NVRTC is not None
     program = ctypes.c_void_p()
     code = (loader.FOLDER / f"{source}.cu").read_bytes()
     made = NVRTC.nvrtcCreateProgram(ctypes.byref(program), code, b"k.cu", 0, None, None)
-    options = [o.encode() for o in (*loader.NVRTC_OPTIONS, "-arch=sm_90")]
+    options = [o.encode() for o in (*loader.NVRTC_OPTIONS, "-arch=sm_90", "-ftz=true")]
     array = (ctypes.c_char_p * len(options))(*options)
     done = NVRTC.nvrtcCompileProgram(program, len(options), array)
     size = ctypes.c_size_t()

@@ -312,6 +312,22 @@ def test_distant_policies_do_not_overflow(device):
         found = grpo_loss(logp, old, torch.full((1,), a, device=device), mask, old, beta=0.1)
         (grad,) = torch.autograd.grad(found.loss, logp)
         assert all(torch.isfinite(x).all() for x in (*found, grad))
+        assert (grad == 0).all(), "a ratio that is held has no slope, and no say in a clipped norm"
+
+
+@pytest.mark.parametrize("apart", [59.0, 61.0])
+@pytest.mark.parametrize("a", [1.0, -1.0])
+def test_held_ratios_have_the_gradient_of_the_loss(apart, a, device):
+    new = torch.tensor([[0.0, apart, 0.0, -3.0]], device=device, dtype=torch.float32)
+    old = torch.tensor([[0.0, 0.0, apart, -3.5]], device=device)
+    ours, truth = new.clone().requires_grad_(), new.double().requires_grad_()
+    mask = torch.ones(1, 4, dtype=torch.bool, device=device)
+    grpo_loss(ours, old, torch.tensor([a], device=device), mask, old, beta=0.1).loss.backward()
+    change = (truth - old.double()).clamp(-60, 60)
+    ratio = change.exp()
+    policy = torch.minimum(ratio * a, ratio.clamp(0.8, 1.2) * a)
+    (-policy + 0.1 * ((-change).exp() + change - 1)).mean().backward()
+    torch.testing.assert_close(ours.grad.double(), truth.grad, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalise", grpo.NORMALISERS)

@@ -82,7 +82,7 @@ def test_other_types(dtype, chunk, generator, device, relative_error):
     found = linear_logprob(*ours[:2], targets, ours[2], chunk)
     wanted = oracle(*truth, targets)
     assert found.logprob.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    bound = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-5}[dtype]
+    bound = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-13}[dtype]
     for a, b in zip(found, wanted, strict=True):
         assert relative_error(a, b) < bound / 3
     (found.logprob + 0.5 * found.entropy).sum().backward()
@@ -146,6 +146,36 @@ def test_peaked_and_masked_rows(generator, device):
     (found.logprob + found.entropy).sum().backward()
     assert all(torch.isfinite(t.grad).all() for t in ours)
     assert (ours[1].grad[~allowed] == 0).all() and (ours[2].grad[~allowed] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_masked_by_the_least_number(dtype, generator, device):
+    """The other way to mask: tiles of finfo.min before one of logits, and behind it."""
+    columns = 3 * logprob.COLUMNS + 5
+    hidden, weight, bias, _ = inputs((3, columns, 4), generator, device, dtype)
+    allowed = torch.zeros(columns, dtype=torch.bool, device=device)
+    allowed[2 * logprob.COLUMNS + 7 : 2 * logprob.COLUMNS + 40] = True
+    bias = torch.where(allowed, bias, torch.finfo(dtype).min)
+    targets = torch.full((3,), 2 * logprob.COLUMNS + 9, device=device)
+    ours = leaves(hidden, weight, bias)
+    found = linear_logprob(ours[0], ours[1], targets, ours[2], CHUNK)
+    logits = (hidden.double() @ weight.double().T + bias.double())[:, allowed]
+    entropy = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1)
+    torch.testing.assert_close(found.entropy.double(), entropy, rtol=2e-2, atol=2e-2)
+    found.logprob.sum().backward(retain_graph=True)
+    assert all(torch.isfinite(t.grad).all() for t in ours)
+    found.entropy.sum().backward()
+    assert all(torch.isfinite(t.grad).all() for t in ours)
+
+
+def test_a_temperature_that_waits_for_a_gradient_is_refused(generator, device):
+    *tensors, targets = inputs((3, 9, 4), generator, device)
+    learnt = torch.ones(1, device=device, requires_grad=True)
+    with pytest.raises(ValueError, match=r"temperature requires a gradient.*detach it"):
+        linear_logprob(*tensors[:2], targets, temperature=learnt)
+    linear_logprob(*tensors[:2], targets, temperature=learnt.detach())
+    with torch.no_grad():
+        linear_logprob(*tensors[:2], targets, temperature=learnt)
 
 
 def test_targets_that_are_none_or_do_not_exist(generator, device):

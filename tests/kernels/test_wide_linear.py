@@ -7,6 +7,7 @@ import torch
 
 from echogen.kernels import aot, dispatch
 from echogen.kernels import wide_linear as module
+from echogen.kernels.cuda.loader import Gpu
 from echogen.kernels.wide_linear import wide_linear
 
 from .test_skinny_linear import BF16, ENDS, FP8, TYPES, inputs, oracle
@@ -111,6 +112,16 @@ def test_one_output_compiles(monkeypatch, generator):
 )
 def test_tiles_are_as_large_as_leaves_the_device_busy(rows, outputs, swiglu, wanted):
     assert module.tiles(rows, outputs, swiglu, 132) == wanted
+
+
+@pytest.mark.parametrize("shared", [101_376, 166_912, 232_448])
+@pytest.mark.parametrize(("programs", "held"), [(32, 9216), (132, 10_240), (132, 16_384)])
+def test_who_is_alone_has_more_under_way_and_room_for_it(programs, held, shared):
+    on = Gpu(132, shared)
+    found = module.stages(programs, held, on)
+    assert module.STAGES <= found <= module.MOST_STAGES and found * held < shared
+    assert found > module.STAGES or shared < 6 * held
+    assert module.stages(133, held, on) == module.STAGES, "several share a multiprocessor"
 
 
 def test_bad_arguments(generator, device):
