@@ -19,6 +19,7 @@ from torch import Tensor
 from echogen.engine.branches import Branches
 from echogen.engine.layout import Box, LayoutError
 from echogen.engine.model import UnifiedTransformer
+from echogen.engine.parts import in_parts
 from echogen.engine.prompt import BoxCodec, LocationCodec, PromptError, Prompts
 from echogen.engine.ranges import span
 from echogen.kernels.parse_boxes import allowed_location_mask
@@ -27,9 +28,9 @@ from echogen.kernels.philox import gumbel_noise
 MOST_HELD = 1 << 32
 """Bytes of keys and values while images are grounded; more images go one part after another."""
 MOST_ASKED = 2048
-"""Tokens of the branches of one image that are run at once; more go one part after another. Every
-token of the prefill has a place in every other's mask: a thousand expressions would take 1.6 GB on
-the tiny model, and five thousand 13."""
+"""Tokens of the branches of one image that are run at once; more go one part after another. The
+prefill's mask has a place for every pair of them: of five thousand expressions of ten tokens 2.5
+billion."""
 BOX_STREAM = 1
 """Word of the noise that tells a sample's boxes from its image codes, whose stream is 0."""
 
@@ -67,7 +68,11 @@ def ground_images(
     Raises:
         LayoutError: an expression that cannot be used, or for which the model has no room.
     """
-    shares = [list(_shares(prompts, row)) for row in expressions]
+
+    def tokens(expr: str) -> int:
+        return len(prompts.branch(expr)) + prompts.codec.steps
+
+    shares = [list(in_parts(row, tokens, MOST_ASKED)) for row in expressions]
     if any(len(share) > 1 for share in shares):
         each = [i for i, share in enumerate(shares) for _ in share]
         some = [part for share in shares for part in share]
@@ -88,19 +93,6 @@ def ground_images(
     ]
     assert all(box is not None for row in boxes for box in row), "the grammar let a non-box through"
     return [[box for box in row if box is not None] for row in boxes]
-
-
-def _shares(prompts: Prompts, expressions: list[str]) -> Iterator[list[str]]:
-    """The expressions of an image in parts of at most ``MOST_ASKED`` tokens, or of a single one."""
-    part, total = list[str](), 0
-    for expr in expressions:
-        tokens = len(prompts.branch(expr)) + prompts.codec.steps
-        if part and total + tokens > MOST_ASKED:
-            yield part
-            part, total = [], 0
-        part.append(expr)
-        total += tokens
-    yield part
 
 
 def parts(

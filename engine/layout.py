@@ -203,7 +203,7 @@ def read_json(text: str) -> object:
         where = f"line {error.lineno} column {error.colno}"
         raise LayoutError(f"not valid JSON at {where}: {error.msg}") from None
     except RecursionError:
-        raise LayoutError("not a layout: the JSON is nested too deeply") from None
+        raise LayoutError("the JSON is nested too deeply; write a plain object") from None
     except LayoutError:
         raise
     except ValueError as error:  # an integer of more digits than Python converts

@@ -26,8 +26,8 @@ BEGIN_IMAGE, END_IMAGE = "<begin_of_image>", "<end_of_image>"
 MARKS = ("<grounding>", "</grounding>", "<ref>", "</ref>", "<box>", "</box>")
 QUESTION = "Locate each object."
 _LOCATION = "<loc_"
-KEPT, SHORT = 16384, 512
-"""Texts whose ids are kept, and the characters of the longest: some 100 MB at most."""
+KEPT, SHORT = 8192, 256
+"""Texts whose ids are kept, and the characters of the longest: 75 MB at an id a character."""
 Unconditional = Literal["pad", "empty"]
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from echogen.engine.keymap import CheckpointError
+from echogen.engine.parts import in_parts
 
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _STAGING, _COMMITTED, _MANIFEST = ".saving", ".saved", "manifest.json"
@@ -128,7 +129,7 @@ def write_weights(
 
     ``dtype`` is that of the written tensors; None: as they are.
     """
-    shards = list(_split(state, dtype, max_bytes))
+    shards = list(in_parts(state, lambda key: _bytes(state[key], dtype), max_bytes))
     names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [_SINGLE]
@@ -139,21 +140,6 @@ def write_weights(
         total = sum(_bytes(tensor, dtype) for tensor in state.values())
         weight_map = {key: n for n, keys in zip(names, shards, strict=True) for key in keys}
         write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-
-
-def _split(
-    state: Mapping[str, Tensor], dtype: torch.dtype | None, max_bytes: int
-) -> Iterator[list[str]]:
-    keys: list[str] = []
-    used = 0
-    for key, tensor in state.items():
-        size = _bytes(tensor, dtype)
-        if keys and used + size > max_bytes:
-            yield keys
-            keys, used = [], 0
-        keys.append(key)
-        used += size
-    yield keys
 
 
 def _bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:

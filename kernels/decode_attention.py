@@ -212,8 +212,8 @@ def _own(
     return place * SHARED + r, r < SHARED, start, end, place.to(tl.int64) * capacity
 
 
-# A number that changes with the batch is one of many: Triton would compile the kernel anew where it
-# is 1 or divisible by 16, half a second each, while somebody waits for a picture.
+# Numbers that change with the batch: Triton would compile the kernel anew where one is 1 or
+# divisible by 16, while somebody waits for a picture.
 @triton.jit(do_not_specialize=["apart", "parts"])
 def _decode_own_kernel(
     query_ptr, keys_ptr, values_ptr, scales_ptr, apart, lengths_ptr, out_ptr,

@@ -30,8 +30,7 @@ COLUMNS, LEAST_COLUMNS, DEPTH = 64, 16, 64
 STAGES, MOST_STAGES = 4, 12
 """Tiles of the inputs under way. Memory answers after some 700 ns, so that an H200 at full rate has
 3.4 MB under way; 4 tiles of every program are less than 1 MB of W where each multiprocessor has one
-program. More of them do nothing but help there (by arithmetic: not timed), and no register of them
-spills."""
+program. More should help there (by arithmetic: not timed); no register spills."""
 SPARE = 16 << 10  # bytes of shared memory that tiles under way leave to the rest
 
 

@@ -6,7 +6,6 @@ take counts as well: over HTTP the figures are an upper bound of what the server
 
 from __future__ import annotations
 
-import asyncio
 import itertools
 import json
 import statistics
@@ -19,6 +18,7 @@ from http.client import HTTPConnection
 from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 from rich.table import Table
 
 from echogen.bench.harness import WrongResult, alternate, environment, quantiles, threads
@@ -77,7 +77,8 @@ def measure(
     longest = max(len(engine.prompts.l2i(layout)) for layout in layouts)
     with threads(1):
         scheduler = Scheduler(engine, rows, QUEUE, prompt_tokens=longest)
-        with _served(engine, scheduler) as port, _connections(port) as over_http:
+        app = make_app(engine, scheduler, limit=600.0, searches=QUEUE)
+        with running(app) as port, _connections(port) as over_http:
             ways: dict[str, Draw] = {
                 ENGINE: lambda layout, s: encoded(engine.generate(layout, s), "png"),
                 SCHEDULER: lambda layout, s: encoded(
@@ -167,11 +168,10 @@ def _connections(port: int) -> Iterator[Draw]:
 
 
 @contextmanager
-def _served(engine: Engine, scheduler: Scheduler) -> Iterator[int]:
-    """The port of a server that runs meanwhile, without a log of what it is asked."""
-    app = make_app(engine, scheduler, limit=600.0, searches=QUEUE)
+def running(app: FastAPI) -> Iterator[int]:
+    """The port of a server that runs meanwhile in a thread, without a log of what it is asked."""
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_keep_alive=3600))
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve()))
+    thread = threading.Thread(target=server.run)
     thread.start()
     try:
         while not server.started:
@@ -181,7 +181,9 @@ def _served(engine: Engine, scheduler: Scheduler) -> Iterator[int]:
         yield server.servers[0].sockets[0].getsockname()[1]
     finally:
         server.should_exit = True
-        thread.join()
+        thread.join(60)
+        if thread.is_alive():
+            raise RuntimeError("the server did not end within 60 seconds of being told to")
 
 
 def table(result: dict[str, Any]) -> Table:

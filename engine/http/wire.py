@@ -21,8 +21,10 @@ Format = Literal["png", "jpeg", "webp"]
 JSON, EVENTS = "application/json", "text/event-stream"
 MEDIA: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 MOST_PIXELS = 4096**2
-"""Of a picture to find objects in: one of 0.6 MB may be 13,000 × 13,000 large, 2.7 GB to open."""
+"""Of a picture to find objects in: a file of a megabyte can hold 13,000 × 13,000 of them, half
+a gigabyte in each of the copies that are made of it."""
 MOST_EXPRESSIONS = 64
+"""Of a search, which cannot be stopped once it is begun, and has others behind it."""
 
 
 class Refused(Exception):

@@ -21,12 +21,9 @@ import torch
 from torch import Tensor
 
 FOLDER = Path(__file__).parent
-SOURCES = sorted(path for kind in ("*.cu", "*.cuh") for path in FOLDER.glob(kind))
-DIGEST = hashlib.blake2b(b"".join(path.read_bytes() for path in SOURCES), digest_size=8).hexdigest()
-NVRTC_OPTIONS = ("--std=c++17", f"-I{FOLDER}", f"-DECHOGEN_SOURCES=0x{DIGEST}")
-"""The sources' digest is of no use to them: CuPy keeps what it compiled by options and source, and
-would not see that a header changed. It adds -arch and -ftz=true, as CMakeLists.txt does, so that
-both builds calculate alike."""
+NVRTC_OPTIONS = ("--std=c++17", f"-I{FOLDER}")
+"""To which CuPy adds -arch and -ftz=true; CMakeLists.txt has the latter too, so that both builds
+calculate alike."""
 INSTALL = "pip install 'echogen[cuda]'"
 WAITS = 90  # architecture from which code waits where it says so (device.cuh)
 CTYPES: dict[type, Any] = {
@@ -175,7 +172,15 @@ def _module(source: str) -> Any:
     built = fatbin(source)
     if built is not None:
         return cupy.RawModule(path=str(built))
-    return cupy.RawModule(code=(FOLDER / f"{source}.cu").read_text(), options=NVRTC_OPTIONS)
+    code = (FOLDER / f"{source}.cu").read_text()
+    return cupy.RawModule(code=code, options=(*NVRTC_OPTIONS, f"-DECHOGEN_HEADERS={_headers()}"))
+
+
+def _headers() -> str:
+    """A digest of what sources include, for CuPy keeps what it compiled by source and options, and
+    would not see that a header changed."""
+    headers = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.cuh")))
+    return hashlib.blake2b(headers, digest_size=8).hexdigest()
 
 
 @cache

@@ -26,8 +26,16 @@ def test_each_way_is_timed_alone_and_in_a_crowd(result):
     for many in result["many"].values():
         assert many["images_per_s"] == pytest.approx(3 / many["median"])
     assert result["slots"] == 4, "two rows an image: the model's own sampling is guided"
-    assert 0.5 < result["ratio_alone"] < 50
     Console(quiet=True).print(http.table(result))
+
+
+def test_ratios_are_of_http_to_the_scheduler(monkeypatch):
+    taken = {http.ENGINE: 5.0, http.SCHEDULER: 2.0, http.HTTP: 3.0}
+    monkeypatch.setattr(http, "alternate", lambda calls, _: {n: [taken[n]] for n in calls})
+    found = http.measure("tiny", 2, 1, 3)
+    assert (found["ratio_alone"], found["ratio_many"]) == (1.5, 1.5)
+    assert found["alone"][http.ENGINE]["median"] == 5.0
+    assert found["many"][http.HTTP]["images_per_s"] == pytest.approx(2 / 3)
 
 
 def test_other_pictures_are_not_timed(monkeypatch):

@@ -18,12 +18,12 @@ from .conftest import LAYOUT
 
 
 @pytest.fixture
-def served(model) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A process that serves the small model, and its port."""
+def served(model, request) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that serves the small model, and its port; its --timeout is the parameter."""
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "echogen", "serve", "--model", str(model), "--port", "0"),
-            *("--timeout", "1", "--queue", "3"),
+            *("--timeout", str(request.param)),
         ],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -40,6 +40,7 @@ def served(model) -> Iterator[tuple[subprocess.Popen[str], int]]:
         process.wait()
 
 
+@pytest.mark.parametrize("served", [60], indirect=True)
 def test_it_draws_and_ends_on_sigterm_with_what_was_begun(served):
     process, port = served
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
@@ -57,6 +58,7 @@ def test_it_draws_and_ends_on_sigterm_with_what_was_begun(served):
         socket.create_connection(("127.0.0.1", port), timeout=5)
 
 
+@pytest.mark.parametrize("served", [1], indirect=True)
 def test_who_sends_half_a_body_does_not_hold_the_end(served):
     process, port = served
     with socket.create_connection(("127.0.0.1", port)) as stalled:

@@ -1,0 +1,187 @@
+"""A server under load: who waits, who leaves, whose time is up, and what goes wrong."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from echogen.engine.http import service
+
+from .served import LAYOUT, Answer, Client, beside, hang_up, next_event, picture, send, serving
+
+
+@pytest.fixture
+def held(engine, monkeypatch) -> Iterator[tuple[Client, threading.Event]]:
+    """A server whose steps wait for an event, so that who is drawn stays so."""
+    going = threading.Event()
+    with serving(engine, slots=2, queue=1) as made:
+        step = made.scheduler._slots.step
+
+        def stepping() -> Any:
+            going.wait(30)
+            return step()
+
+        monkeypatch.setattr(made.scheduler._slots, "step", stepping)
+        yield made, going
+        going.set()
+
+
+def test_a_silent_stream_says_that_it_is_there(held, monkeypatch):
+    client, going = held
+    monkeypatch.setattr(service, "BEAT", 0.05)
+    connection = client.connect()
+    send(connection, "POST", "/v1/images", {"layout": LAYOUT, "cfg": 1, "every": 16})
+    answer = connection.getresponse()
+    assert answer.readline() == b": waiting\n"
+    going.set()
+    assert b"event: done" in answer.read()
+
+
+@pytest.mark.parametrize("every", [0, 16], ids=["whole", "stream"])
+def test_who_hangs_up_frees_his_slots(held, every):
+    client, going = held
+    asked = {"layout": LAYOUT, "samples": 2, "every": every}
+    connection = client.connect()
+    send(connection, "POST", "/v1/images", asked)
+    client.until(lambda: client.scheduler.metrics().live == 1)
+    behind = client.connect()
+    send(behind, "POST", "/v1/images", asked)
+    client.until(lambda: client.scheduler.metrics().waiting == 1)
+    requests = [live.request for live in client.scheduler._live] + client.scheduler._waiting
+    for open_one in (connection, behind):
+        hang_up(open_one)
+    client.until(lambda: all(request.future.cancelled() for request in requests))
+    going.set()
+    client.until(lambda: client.scheduler.metrics().cancelled == 2)
+    assert client.scheduler.metrics().live_slots == 0
+    assert client.draw().status == 200
+
+
+def test_who_hangs_up_is_not_searched_for(engine, monkeypatch):
+    going, searched = threading.Event(), []
+    ground = engine.ground
+
+    def slow(picture: Any, expressions: list[str], features: str) -> Any:
+        searched.append(expressions[0])
+        going.wait(30)
+        return ground(picture, expressions, features)
+
+    monkeypatch.setattr(engine, "ground", slow)
+    with serving(engine) as client:
+        connections = {}
+        for name in ("a red circle", "a blue square"):
+            connections[name] = client.connect()
+            body = {"image": picture(8, 8), "expressions": [name]}
+            send(connections[name], "POST", "/v1/boxes", body)
+            client.until(lambda: searched == ["a red circle"])
+        client.until(lambda: beside(client, "search") == 2)
+        hang_up(connections["a blue square"])
+        client.until(lambda: beside(client, "search") == 1)
+        going.set()
+        assert connections["a red circle"].getresponse().status == 200
+    assert searched == ["a red circle"]
+
+
+def test_a_check_has_no_time_of_its_own(engine, monkeypatch):
+    going = threading.Event()
+    monkeypatch.setattr(engine, "ground_codes", lambda *_: going.wait(30))
+    with serving(engine) as client:
+        late = client.draw(check=True, timeout=0.5)
+        assert late.status == 504 and "a turn to search still to come" in late.json["error"]
+        going.set()
+
+
+def test_a_full_queue_is_told_to_come_later(held):
+    client, going = held
+    answers: list[Answer] = []
+
+    def ask() -> None:
+        answers.append(client.draw(samples=2))
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    threads[0].start()
+    client.until(lambda: client.scheduler.metrics().live == 1)
+    threads[1].start()
+    client.until(lambda: client.scheduler.metrics().waiting == 1)
+    full = client.draw()
+    assert (full.status, full.headers["retry-after"]) == (503, "1")
+    assert "queue" in full.json["error"]
+    going.set()
+    for thread in threads:
+        thread.join()
+    assert [answer.status for answer in answers] == [200, 200], "who had a place is drawn"
+
+
+def test_time_is_limited_by_who_asks_and_by_the_server(engine):
+    with serving(engine, limit=0.2) as client:
+        step = client.scheduler._slots.step
+        client.scheduler._slots.step = lambda: time.sleep(0.05) or step()
+        for fields in ({"timeout": 0.1}, {"timeout": 100}, {}):
+            late = client.draw(**fields)
+            assert late.status == 504 and "of 16 codes drawn" in late.json["error"]
+        connection = client.connect()
+        send(connection, "POST", "/v1/images", {"layout": LAYOUT, "every": 15})
+        name, data = next_event(connection.getresponse())
+        assert (name, data["status"]) == ("error", 504)
+
+
+def test_an_error_is_of_who_it_is_of(engine, monkeypatch):
+    with serving(engine) as client:
+        monkeypatch.setattr(client.scheduler._intake._pictures, "decode", _broken)
+        found = client.draw()
+        assert (found.status, found.json["error"]) == (500, "RuntimeError: no decoder")
+        monkeypatch.undo()
+        assert client.draw().status == 200
+
+
+def _broken(*_: Any) -> None:
+    raise RuntimeError("no decoder")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_scheduler_that_died_is_not_healthy(held, monkeypatch):
+    client, going = held
+    connection = client.connect()
+    send(connection, "POST", "/v1/images", {"layout": LAYOUT})
+    client.until(lambda: client.scheduler.metrics().live == 1)
+    monkeypatch.setattr(client.scheduler, "_leave", _broken)
+    going.set()
+    answer = connection.getresponse()
+    assert answer.status in (500, 503) and b"no decoder" in answer.read()
+    for found in (client.ask("GET", "/health"), client.draw()):
+        assert found.status == 503 and "died of RuntimeError: no decoder" in found.json["error"]
+        assert "retry-after" not in found.headers, "it will not come back"
+
+
+def test_a_scheduler_that_ended_is_not_healthy(engine):
+    with serving(engine) as client:
+        assert client.ask("GET", "/health").json == {"status": "ok"}
+        client.scheduler.shutdown()
+        for found in (client.ask("GET", "/health"), client.draw()):
+            assert found.status == 503 and "shut down" in found.json["error"]
+
+
+def test_searches_wait_in_a_queue_of_their_own(engine, monkeypatch):
+    going = threading.Event()
+    ground = engine.ground
+    monkeypatch.setattr(engine, "ground", lambda *a: going.wait(30) and ground(*a))
+    body = {"image": picture(8, 8), "expressions": ["a red circle"]}
+    with serving(engine, searches=1) as client:
+        answers: list[Answer] = []
+
+        def ask() -> None:
+            answers.append(client.ask("POST", "/v1/boxes", body))
+
+        threads = [threading.Thread(target=ask) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        client.until(lambda: len(answers) == 1)
+        assert answers[0].status == 503 and "searches wait" in answers[0].json["error"]
+        going.set()
+        for thread in threads:
+            thread.join()
+        assert sorted(answer.status for answer in answers) == [200, 200, 503]
