@@ -73,6 +73,11 @@ def wins(model: Decoder, dtype: torch.dtype, layouts: Sequence[Layout]) -> bool:
     return dtype == torch.bfloat16 or covered(layouts[0]) <= MOST_COVER
 
 
+def columns_of(tokens: int) -> int:
+    """Codes in a row of a square image of so many."""
+    return round(tokens**0.5)
+
+
 def covered(layout: Layout, raster: int = 64) -> float:
     """Share of the canvas inside boxes, by the centres of ``raster``² cells."""
     centres = (torch.arange(raster) + 0.5) / raster
@@ -98,19 +103,35 @@ class WindowDrawing:
     steps: list[int]
 
 
-class _Image:
-    """One image: ``done`` codes that are final, a draft behind them."""
+class Drafted:
+    """One image on its way: the codes that are final, and a draft behind them.
 
-    def __init__(self, first: int, tokens: int, columns: int) -> None:
-        self.codes, self.done, self.steps = [first], 1, 1
+    Args:
+        drawn: the codes drawn so far, one at least.
+        tokens: codes T of the image.
+        columns: how far back the draft looks where no step has sampled yet: a row of the image for
+            the code above, 1 for the code left of it.
+
+    Attributes:
+        codes: those of ``drawn`` and what was taken since, and the draft.
+        done: how many of ``codes`` are final.
+        drafted: whether each position's code was taken over from a draft.
+        steps: forwards it has needed, the prompt's among them.
+    """
+
+    def __init__(self, drawn: list[int], tokens: int, columns: int) -> None:
+        self.codes, self.done, self.steps = list(drawn), len(drawn), 1
         self.drafted = [False] * tokens
         self._columns = columns
 
-    def extend(self, end: int) -> None:
-        """Draft up to position ``end``."""
-        codes = self.codes
-        while len(codes) < end:
+    def ahead(self, width: int) -> tuple[int, list[int]]:
+        """The next window: the position of the first code it samples, and the ``width`` codes to
+        run for it, which begin one before that. Nearer to the end than a window it goes back, and
+        runs codes again."""
+        start, codes = min(self.done, len(self.drafted) - width), self.codes
+        while len(codes) < start + width:
             codes.append(codes[-self._columns if len(codes) >= self._columns else -1])
+        return start, codes[start - 1 : start - 1 + width]
 
     def take(self, start: int, samples: list[int]) -> None:
         """What a step sampled at positions ``start`` and on, from the codes before each."""
@@ -170,7 +191,7 @@ def decode_windows(
         raise ValueError(f"window = {window}; it must be at least 1")
     if draft not in ("above", "left"):
         raise ValueError(f"draft = {draft!r}; choose 'above' or 'left'")
-    columns = round(tokens**0.5) if draft == "above" else 1
+    columns = columns_of(tokens) if draft == "above" else 1
     decoding = open_windows(model, code_table, prompts, pad, guided)
     asked = sum(map(len, prompts))
     with span("engine/prefill", rows=len(prompts)):
@@ -179,16 +200,12 @@ def decode_windows(
     origin = places[:1].expand(len(prompts) // (2 if guided else 1), 1)
     with span("engine/sample", rows=len(origin), step=0):
         first = sampler.pick(sampler.scores(logits.unsqueeze(1), origin), origin)
-    images = [_Image(code, tokens, columns) for code in first[:, 0].tolist()]
+    images = [Drafted(code, tokens, columns) for code in first.tolist()]
     while (fewest := min(image.done for image in images)) < tokens:
         if progress is not None:
             progress(fewest, tokens)
         width = min(window, tokens - fewest)
-        starts = [min(image.done, tokens - width) for image in images]
-        for image, start in zip(images, starts, strict=True):
-            image.extend(start + width)
-        # The code at p gives the logits of p + 1.
-        ran = [i.codes[s - 1 : s - 1 + width] for i, s in zip(images, starts, strict=True)]
+        starts, ran = map(list, zip(*(image.ahead(width) for image in images), strict=True))
         fed = len(prompts) * width
         held = asked + len(prompts) * fewest  # in the cache at least, over all rows
         with span("engine/decode/window", rows=fed, tokens=fed, held=held, step=fewest):

@@ -29,6 +29,7 @@ from echogen.engine.serving.metrics import Metrics
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Order, Request
 from echogen.engine.serving.waiting import Waiting
+from echogen.engine.serving.windows import Windowed, window_shapes
 from echogen.engine.serving.worker import SchedulerClosed, Worker
 from echogen.engine.slots import Slots
 from echogen.engine.vision import decoding_bytes
@@ -61,6 +62,9 @@ class Scheduler(Worker):
             stands on is tried at once (`Slots.rows_agree`). Otherwise a step runs the rows and
             reads the places it needs, and codes within rounding of each other may be drawn
             otherwise in another crowd.
+        windows: on a CPU's packed weights an image that is drawn alone is drawn several codes a
+            step where `jacobi.wins`, until somebody comes; False: always code by code.
+            Batch-invariant steps always are.
         patience: how often a request may be overtaken, see `Waiting`.
         clock: seconds; for tests.
 
@@ -79,6 +83,7 @@ class Scheduler(Worker):
         memory: int | None = None,
         prompt_tokens: int | None = None,
         invariant: bool = False,
+        windows: bool = True,
         patience: int = 8,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -86,18 +91,20 @@ class Scheduler(Worker):
             raise ValueError(f"queue = {queue}, patience = {patience}; from 1 and from 0 on")
         super().__init__()
         decoder, table = engine.decoder, engine.code_table
+        self._copied = isinstance(decoder, PackedTransformer)
+        windows = windows and self._copied and not invariant
         self.plan = plan(
             decoder.config, table.dtype, table.device,
             decoding_bytes(engine.vq, engine.image_size), slots, memory, prompt_tokens,
-            fp8_cache=isinstance(decoder, DeviceTransformer) and decoder.fp8_cache,
+            fp8_cache=isinstance(decoder, DeviceTransformer) and decoder.fp8_cache, windows=windows,
         )  # fmt: skip
         self._sampling, self._clock = engine.sampling, clock
         self._intake = Intake(engine, self.plan)
-        self._copied = isinstance(decoder, PackedTransformer)
         self._on_operators = isinstance(decoder, DeviceTransformer)
         self._slots = Slots(
-            decoder, table, self.plan.slots, self.plan.capacity, invariant, self.plan.prefix_bytes
-        )
+            decoder, table, self.plan.slots, self.plan.capacity, invariant, self.plan.prefix_bytes,
+            self.plan.windows,
+        )  # fmt: skip
         with torch.inference_mode():
             self._slots.warm_up(self.plan.prompt_tokens, engine.prompts.pad)
             if invariant and not self._slots.rows_agree([engine.prompts.bos, *range(16)]):
@@ -271,19 +278,31 @@ class Scheduler(Worker):
         return logits
 
     def _draw(self) -> None:
-        """One batched step, and from its logits one code of every image."""
+        """One step, and from its logits the next code of every image, or several of one alone."""
         if not self._live:
             return
         try:
-            logits = self._slots.step()
             if self._drawers is None:
-                self._drawers = drawers(self._live, self._on_operators)
+                self._drawers = self._who_draws()
+            alone = self._drawers[0]
+            if isinstance(alone, Windowed):
+                ready = [(alone, alone.step(self._slots))]
+            else:
+                logits = self._slots.step()
+                ready = [(drawer, logits[drawer.rows.index]) for drawer in self._drawers]
         except Exception as error:  # nobody's in particular
             self._fail(list(self._live), error)
             return
         self._count(steps=1)
-        for drawer in self._drawers:
-            self._advance(drawer, logits[drawer.rows.index])
+        for drawer, logits in ready:
+            self._advance(drawer, logits)
+
+    def _who_draws(self) -> list[Drawer]:
+        first = self._live[0]
+        alone = len(self._live) == 1 and first.request.windows
+        if alone and self._slots.holds_windows(first.held):
+            return [Windowed(first)]
+        return drawers(self._live, self._on_operators)
 
     def _advance(self, drawer: Drawer, logits: Tensor) -> None:
         """Draw the next codes of some requests from the logits of their rows, and see to what
@@ -304,7 +323,7 @@ class Scheduler(Worker):
         request = live.request
         try:
             request.put(codes)
-            self._count(codes=len(codes))
+            self._count(codes=codes.numel())
             request.tell()
             if request.drawn < request.tokens:
                 return

@@ -7,6 +7,7 @@ and from then on a step runs all rows together, each at its own place.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -80,6 +81,7 @@ class Slots:
         capacity: tokens a slot holds, a multiple of ``EDGE``.
         invariant: every step runs all rows and reads all places, whatever they hold.
         prefix_bytes: kept of prompts that come again (``run_prompt(keep=True)``).
+        windows: rows and codes of the windows that ``window`` runs; on packed weights only.
 
     Attributes:
         cache: made here, once; nothing else of its size is made later.
@@ -95,6 +97,7 @@ class Slots:
         capacity: int,
         invariant: bool = False,
         prefix_bytes: int = PREFIX_BYTES,
+        windows: Sequence[tuple[int, int]] = (),
     ) -> None:
         c, dtype, device = model.config, code_table.dtype, code_table.device
         self.rows, self.capacity, self.invariant = rows, capacity, invariant
@@ -106,8 +109,11 @@ class Slots:
         on_device = isinstance(model, DeviceTransformer)
         self._counts = row_counts(rows, invariant, recorded=on_device)
         self._runner: Runner
+        self._windows: PackedRows | None = None
         if isinstance(model, PackedTransformer):
-            self._runner = PackedRows(model, code_table, self.cache, self._counts)
+            shapes = [*((count, 1) for count in self._counts), *windows]
+            self._runner = packed = PackedRows(model, code_table, self.cache, shapes)
+            self._windows, self._shapes = packed if windows else None, windows
         elif isinstance(model, DeviceTransformer):
             self._runner = DeviceRows(model, self.cache, self.scales, self._counts)
         else:
@@ -135,6 +141,10 @@ class Slots:
         an allocator that keeps what it has (CUDA's) has enough from here on."""
         self._runner.run_prompt([token] * prompt_tokens)
         self._runner.step(self._codes, self._at, self.capacity)
+        if self._windows is not None:
+            for rows, width in self._shapes:
+                codes = self._codes[:rows, None].expand(-1, width)
+                self._windows.window(0, codes, self._at[:rows], self.capacity)
 
     def rows_agree(self, prompt: list[int], steps: int = 8) -> bool:
         """Whether a sequence has the same logits in every slot, bit for bit, for a few steps; all
@@ -144,7 +154,7 @@ class Slots:
         rows = self.take([self.run_prompt(prompt)] * self.rows)
         agreed = True
         for code in range(steps):
-            self.feed(rows, torch.tensor([code], device=rows.index.device))
+            self.feed(rows, torch.tensor([[code]], device=rows.index.device))
             logits = self.step()
             agreed = agreed and torch.equal(logits, logits[:1].expand_as(logits))
         self.release(rows)
@@ -207,9 +217,14 @@ class Slots:
             held[rows.index] = 0
 
     def feed(self, rows: Rows, codes: Tensor) -> None:
-        """Image codes int64 [N] that the next step appends to slots ``rows``, once round for each
-        half of 2N rows with guidance."""
-        self._codes[rows.index] = codes.repeat(len(rows.numbers) // len(codes))
+        """Image codes int64 [N, n] that come next in slots ``rows``, once round for each half of 2N
+        rows with guidance: the last, which the next step appends, and before it those that a
+        ``window`` ran already."""
+        self._codes[rows.index] = codes[:, -1].repeat(len(rows.numbers) // len(codes))
+        if (ran := codes.shape[1] - 1) > 0:
+            self._at[rows.index] += ran
+            for row in rows.numbers:
+                self._ends[row] += ran
 
     def step(self) -> Tensor:
         """Append the codes fed, a token to every slot held; image logits [R, V] of the leading R.
@@ -224,6 +239,29 @@ class Slots:
             logits = self._runner.step(self._codes[:count], self._at[:count], read)
         self._at += self._held
         self._ends = [end + 1 if end else 0 for end in self._ends]
+        return logits
+
+    def holds_windows(self, rows: Rows) -> bool:
+        """Whether ``window`` takes these slots: it was made for windows, and they lie side by side,
+        so that what they hold is a view of the cache."""
+        first, last = rows.numbers[0], rows.numbers[-1]
+        return self._windows is not None and rows.numbers == list(range(first, last + 1))
+
+    def window(self, rows: Rows, codes: Tensor, back: int = 0) -> Tensor:
+        """Run image codes int64 [1, W] in the slots of a single image; the image logits [R, W, V]
+        behind each. The code at ``back`` is the one fed, and appended as by ``step``; those before
+        it are run again, those behind it are a draft: ``feed`` says how many of them are kept, and
+        the next step overwrites the others."""
+        assert self._windows is not None, "ask holds_windows"
+        first, width, ends = rows.numbers[0], codes.shape[1], [self._ends[r] for r in rows.numbers]
+        read = min(self.capacity, up_to_edge(max(ends) - back + width))
+        ran, held = len(ends) * width, sum(ends) + len(ends)
+        with span("engine/decode/window", rows=ran, tokens=ran, held=held, read=read):
+            ran_codes, at = codes.expand(len(ends), -1), self._at[rows.index] - back
+            logits = self._windows.window(first, ran_codes, at, read)
+        self._at[rows.index] += 1
+        for row in rows.numbers:
+            self._ends[row] += 1
         return logits
 
 
@@ -310,11 +348,15 @@ class PackedRows:
     place of its own for each row.
 
     Args:
-        counts: the numbers of rows steps come in; their buffers are made beforehand.
+        shapes: rows and codes of the steps that will be run; their buffers are made beforehand.
     """
 
     def __init__(
-        self, model: PackedTransformer, code_table: Tensor, cache: WindowCache, counts: list[int]
+        self,
+        model: PackedTransformer,
+        code_table: Tensor,
+        cache: WindowCache,
+        shapes: list[tuple[int, int]],
     ) -> None:
         c, dtype = model.config, code_table.dtype
         self._model, self._table, block = model, code_table, cache.block
@@ -323,7 +365,11 @@ class PackedRows:
         heads = torch.arange(block.shape[2] * c.kv_heads).view(-1, c.kv_heads)
         self._head_slot, self._slot = heads * cache.capacity, torch.arange(cache.capacity)
         self._buffers = {
-            n: (Frame(c, n, 1, dtype), Stream(n, c.width, c.norm_eps, dtype)) for n in counts
+            (rows, codes): (
+                Frame(c, rows, codes, dtype),
+                Stream(rows * codes, c.width, c.norm_eps, dtype),
+            )
+            for rows, codes in shapes
         }
 
     def run_prompt(self, prompt: list[int]) -> Prefix:
@@ -332,17 +378,27 @@ class PackedRows:
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """See `Runner`."""
-        model, rows, at = self._model, len(codes), at[:, None]
+        return self._run(0, codes[:, None], at[:, None], read)
+
+    def window(self, first: int, codes: Tensor, at: Tensor, read: int) -> Tensor:
+        """Write image codes int64 [R, W] at places ``at`` int64 [R] and on of rows ``first`` and
+        on, all below ``read``; the image logits [R, W, V] behind each."""
+        logits = self._run(first, codes, at[:, None] + self._slot[: codes.shape[1]], read)
+        return logits.view(*codes.shape, -1)
+
+    def _run(self, first: int, codes: Tensor, at: Tensor, read: int) -> Tensor:
+        """Codes and their places [R, W] → logits [R·W, V]."""
+        model, (rows, width) = self._model, codes.shape
         kv_heads = model.config.kv_heads
-        frame, stream = self._buffers[rows]
-        stream.x.copy_(self._table.index_select(0, codes))
+        frame, stream = self._buffers[rows, width]
+        stream.x.copy_(self._table.index_select(0, codes.flatten()))
         turn = model.turns(at)
-        index = (self._head_slot[:rows] + at).flatten()
-        mask = additive_mask(self._slot[:read] <= at, self._table.dtype)
-        mask = mask.repeat_interleave(kv_heads, 0).unsqueeze(1)
-        held = rows * kv_heads
-        keys = self._keys[:, :held, :read].mT.unbind(0)
-        values = self._values[:, :held, :read].unbind(0)
+        index = (self._head_slot[first : first + rows, :, None] + at[:, None]).flatten()
+        mask = additive_mask(self._slot[:read] <= at[..., None], self._table.dtype)
+        mask = mask.repeat_interleave(kv_heads, 0)
+        held = slice(first * kv_heads, (first + rows) * kv_heads)
+        keys = self._keys[:, held, :read].mT.unbind(0)
+        values = self._values[:, held, :read].unbind(0)
         for block, place, key, value in zip(model.blocks, self._places, keys, values, strict=True):
             block.project(stream, frame, turn)
             place.index_copy_(1, index, frame.keys_values.flatten(1, 3).to(place.dtype))

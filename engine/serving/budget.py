@@ -7,6 +7,7 @@ against tensors counted while drawing (`tests/engine/test_scheduler.py`).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from echogen.engine.cache import PREFIX_BYTES
 from echogen.engine.config import ModelConfig
 from echogen.engine.sampler import Sampler
+from echogen.engine.serving.windows import window_shapes
 from echogen.engine.slots import up_to_edge
 
 SHARE = 0.8
@@ -54,6 +56,7 @@ class Plan:
         slot_bytes: of a slot's cache and of its share in a step.
         shared_bytes: of what there is once: a prompt being run, prefixes kept, a picture decoded.
         memory: bytes planned with.
+        windows: rows and codes of the steps of an image that is alone; none: it has no others.
     """
 
     slots: int
@@ -63,6 +66,7 @@ class Plan:
     slot_bytes: int
     shared_bytes: int
     memory: int
+    windows: tuple[tuple[int, int], ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -80,6 +84,7 @@ def plan(
     prompt_tokens: int | None = None,
     prefix_bytes: int | None = None,
     fp8_cache: bool = False,
+    windows: bool = False,
 ) -> Plan:
     """Slots and bytes for a model.
 
@@ -93,6 +98,7 @@ def plan(
         prefix_bytes: for the prefixes of prompts that come again; None: ``PREFIX_BYTES``, or as
             much as two of the longest need.
         fp8_cache: slots hold 8 bits a number, and a scale for each head of a token.
+        windows: an image that is alone is drawn several codes a step (`serving.windows`).
 
     Raises:
         BudgetError: fewer slots fit than asked for, or none; a prompt the model has no room for.
@@ -112,6 +118,8 @@ def plan(
         one = 2 * c.layers * c.kv_heads * longest * c.head_dim * dtype.itemsize
         prefix_bytes = max(PREFIX_BYTES, 2 * (one + c.codebook_size * dtype.itemsize))
     shared = _prompt(c, dtype.itemsize, longest) + prefix_bytes + picture_bytes
+    shapes = window_shapes(c.image_tokens) if windows else ()
+    shared += _windows(c, shapes, capacity)
     budget = int(SHARE * free_bytes(device)) if memory is None else memory
     fitting = max(0, (budget - shared) // each)
     if fitting < (slots or 1):
@@ -121,22 +129,36 @@ def plan(
             f"shorter prompts (prompt_tokens, now {longest}) or more memory"
         )
     count = min(fitting, most) if slots is None else slots
-    return Plan(count, capacity, longest, prefix_bytes, each, shared, budget)
+    held = tuple((rows, codes) for rows, codes in shapes if rows <= count)
+    return Plan(count, capacity, longest, prefix_bytes, each, shared, budget, held)
+
+
+def _row(c: ModelConfig, capacity: int) -> tuple[int, int]:
+    """Bytes of what a row of a step passes through: a layer and the image head, and what is made
+    of the keys of ``capacity`` tokens and of its logits."""
+    heads = (c.heads + 2 * c.kv_heads) * c.head_dim
+    layer = (8 * c.width + 3 * heads + 4 * c.mlp_width + 4 * c.head_width) * FLOAT
+    attention = 3 * (c.heads + c.kv_heads) * capacity * FLOAT
+    sampling = c.codebook_size * (6 * FLOAT + 3 * WORD)  # guided, sorted with places, added up
+    return layer, attention + sampling
 
 
 def _slot(c: ModelConfig, head: int, capacity: int, rows: int) -> int:
     """Bytes of one of ``rows`` slots: cache, with ``head`` bytes a head of a token, a row's part of
     a step, of its sampling and of its noise."""
     cache = 2 * c.layers * c.kv_heads * capacity * head
-    heads = (c.heads + 2 * c.kv_heads) * c.head_dim
     # A row goes through one layer at a time; on a CPU buffers are made for several numbers of rows,
     # which add up to a row's own times (rows/8 + 2), 4 for 16 slots.
-    row = (8 * c.width + 3 * heads + 4 * c.mlp_width + 4 * c.head_width) * FLOAT
-    step = int(max(4, rows / 8 + 2) * row)
-    attention = 3 * (c.heads + c.kv_heads) * capacity * FLOAT
-    sampling = c.codebook_size * (6 * FLOAT + 3 * WORD)  # guided, sorted with places, added up
+    layer, passing = _row(c, capacity)
     noise = min(Sampler.BLOCK, c.codebook_size * c.image_tokens)
-    return cache + step + attention + sampling + noise * FLOAT
+    return cache + int(max(4, rows / 8 + 2) * layer) + passing + noise * FLOAT
+
+
+def _windows(c: ModelConfig, shapes: Sequence[tuple[int, int]], capacity: int) -> int:
+    """Bytes of steps of so many rows and codes: buffers of all, and one on its way."""
+    layer, passing = _row(c, capacity)
+    counts = [rows * codes for rows, codes in shapes]
+    return sum(counts) * layer + max(counts, default=0) * (layer + passing)
 
 
 def _prompt(c: ModelConfig, size: int, length: int) -> int:

@@ -48,8 +48,8 @@ class Drawer(Protocol):
     rows: Rows
 
     def draw(self, logits: Tensor) -> list[Tensor]:
-        """The codes int64 [N] of each request, from logits [R, V], one row for each of ``rows`` and
-        in their order."""
+        """The next codes int64 [N, n] of each request, from logits [R, V], one row for each of
+        ``rows`` and in their order."""
         ...
 
 
@@ -62,7 +62,7 @@ class Alone:
     def draw(self, logits: Tensor) -> list[Tensor]:
         """See `Drawer`."""
         request = self.lives[0].request
-        return [request.sampler(logits, request.drawn)]
+        return [request.sampler(logits, request.drawn)[:, None]]
 
 
 def _kind(live: Live) -> tuple[bool, Choice]:
@@ -110,7 +110,7 @@ class Crowd:
             self._top_ps if self._choice.nucleus else 1.0, "blocked" if self._guided else "none",
         )  # fmt: skip
         self._positions += 1
-        return list(drawn.token.split(self._images))
+        return list(drawn.token[:, None].split(self._images))
 
 
 def drawers(lives: list[Live], on_operators: bool) -> list[Drawer]:

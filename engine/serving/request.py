@@ -67,6 +67,7 @@ class Request:
         deadline: when its time is up, on the scheduler's clock.
         overtaken: how often a later request went before it.
         drawn: codes t drawn of each image.
+        windows: several codes a step draw it faster while nobody else is drawn.
     """
 
     def __init__(
@@ -77,10 +78,12 @@ class Request:
         codes: Tensor,
         pictures: Pictures,
         deadline: float | None = None,
+        windows: bool = False,
     ) -> None:
         self.prompts, self.priority, self.deadline = prompts, order.priority, deadline
         self.rows, self.overtaken, self.drawn = len(prompts) * len(codes), 0, 0
         news = threading.Condition()
+        self.windows = windows
         self._sampler: Sampler | None = sampler
         self._codes, self._pictures = codes, pictures
         self._every, self._on_partial = order.every, order.on_partial
@@ -148,20 +151,28 @@ class Request:
         return self._sampler
 
     def put(self, codes: Tensor) -> None:
-        """Keep the next code of every image, int64 [N]."""
-        self._codes[:, self.drawn] = codes
-        self.drawn += 1
+        """Keep the next codes of every image, int64 [N, n]."""
+        end = self.drawn + codes.shape[1]
+        self._codes[:, self.drawn : end] = codes
+        self.drawn = end
 
     def tell(self) -> None:
-        """Tell who listens, where there is something to tell, and nobody who cancelled. Raises what
-        ``on_partial`` raises."""
-        if self.drawn < self.tokens and (not self._every or self.drawn % self._every):
-            return
-        with self._news:
-            self._told = self.drawn
-            self._news.notify_all()
-        if self._on_partial is not None and not self.future.cancelled():
-            self._on_partial(self._part(self.drawn))
+        """Tell who listens of every partial result that there is now, and nobody who cancelled.
+        Raises what ``on_partial`` raises."""
+        every = self._every or self.tokens
+        due = list(range(self._told + every, self.drawn + 1, every))
+        if self.drawn == self.tokens and self.tokens % every:
+            due.append(self.tokens)
+        for told in due:
+            with self._news:
+                self._told = told
+                self._news.notify_all()
+            if self._on_partial is not None and not self.future.cancelled():
+                self._on_partial(self._part(told))
+
+    def codes(self) -> list[int]:
+        """Those drawn of its first image."""
+        return self._codes[0, : self.drawn].tolist()
 
     def whole(self) -> Tensor:
         """The codes of whole images, to ``finish`` with."""

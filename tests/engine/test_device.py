@@ -279,13 +279,13 @@ def test_rows_of_a_scheduler(model, relative_error):
         rows = [slots.take([slots.run_prompt(p) for p in RAGGED]) for slots in both]
         for code in (3, 21, 9):
             for slots, held in zip(both, rows, strict=True):
-                slots.feed(held, torch.tensor([code, 2, 5]))
+                slots.feed(held, torch.tensor([[code], [2], [5]]))
             wanted, found = (slots.step() for slots in both)
             assert relative_error(found[:3], wanted[:3]) < 1e-5
             codes(made, GROUPS, sampler(Sampler, Sampling(), len(GROUPS)))
         for slots, held in zip(both, rows, strict=True):
             slots.release(held)
-            slots.feed(slots.take([slots.run_prompt(RAGGED[1])]), torch.tensor([7]))
+            slots.feed(slots.take([slots.run_prompt(RAGGED[1])]), torch.tensor([[7]]))
         wanted, found = (slots.step() for slots in both)
         assert found.shape == wanted.shape and relative_error(found, wanted) < 1e-5
     assert tape.recorded == 4 + 1 and tape.replayed >= 4

@@ -624,6 +624,9 @@ def test_memory_is_planned_and_made_once(either):
     with Held() as drawing:
         requests = [a.submit(scheduler) for a in crowd(12, seed=4)]
         finish(scheduler)
+        for sampling in (PLAIN, GUIDED):  # alone, in windows
+            Asked(ONE, 5, sampling, 1).submit(scheduler)
+            finish(scheduler)
         requests[0].images()
     assert scheduler._slots.cache.block.data_ptr() == place
     assert held.live + drawing.peak <= scheduler.plan.bytes

@@ -1,0 +1,172 @@
+"""An image that has the scheduler to itself is drawn several codes a step, and drawn the same."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from echogen.engine.engine import Engine
+from echogen.engine.jacobi import MOST_COVER, covered
+from echogen.engine.layout import Layout, LayoutObject
+from echogen.engine.ranges import listening
+from echogen.engine.sampler import Sampling
+from echogen.engine.scheduler import Scheduler
+from echogen.engine.slots import EDGE, Slots
+from echogen.train.data.scenes import load_scenes
+
+from .test_scheduler import KINDS, ONE, TOKENS, TWO, Asked, finish
+
+PLAIN, GUIDED = KINDS[0], KINDS[4]  # the prompts of GUIDED's two rows differ in length
+LONG = Layout(
+    "the left of the two green stars",
+    (
+        LayoutObject("the left of the two green stars", (0.0, 0.25, 0.3, 0.75)),
+        LayoutObject("a blue square", (0.5, 0.0, 1.0, 0.5)),
+    ),
+)
+CROWDED = TWO
+LAYOUTS = (ONE, LONG, CROWDED)
+
+
+class Windows:
+    """How many rows each window ran."""
+
+    def __init__(self) -> None:
+        self.rows: list[int] = []
+
+    def begin(self, category, payload):
+        if category == "engine/decode/window":
+            self.rows.append(payload["rows"])
+
+    def end(self): ...
+
+
+@pytest.mark.parametrize("sampling", KINDS)
+def test_alone_it_draws_the_same_in_fewer_steps(engine, sampling):
+    scheduler, steps = Scheduler(engine, slots=4, prompt_tokens=80), []
+    for seed, layout in enumerate(LAYOUTS[:2]):
+        asked = Asked(layout, seed, sampling, 1)
+        request = asked.submit(scheduler)
+        steps.append(finish(scheduler))
+        assert torch.equal(request.result(), asked.alone(engine))
+    assert scheduler.metrics().steps == sum(steps) < 2 * (TOKENS - 1)
+    assert scheduler.metrics().codes == 2 * TOKENS
+
+
+def test_the_bundled_model_takes_a_third_of_the_steps():
+    engine = Engine.from_pretrained("tiny")
+    scheduler = Scheduler(engine, slots=2)
+    layouts = [scene.layout() for scene in load_scenes("test", 6)]
+    assert all(covered(layout) <= MOST_COVER for layout in layouts)
+    for seed, layout in enumerate(layouts):
+        sampling = (Sampling(), Sampling(cfg=5.0))[seed % 2]
+        request = scheduler.submit(layout, seed, sampling)
+        finish(scheduler)
+        wanted = engine.generate_codes([layout], seed, sampling=sampling, decoding="sequential")
+        assert torch.equal(request.result(), wanted)
+    assert scheduler.metrics().steps <= 6 * 64 / 3
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_who_comes_and_goes_changes_nothing(engine, seed):
+    """Images turn from windows to single codes and back at any code, in any slots."""
+    rng, made = random.Random(seed), []
+    scheduler, heard = Scheduler(engine, slots=5, prompt_tokens=80), Windows()
+    with listening(heard):
+        for _ in range(24):
+            kinds, samples = rng.choice(KINDS), rng.choice((1, 1, 1, 2))
+            asked = Asked(rng.choice(LAYOUTS), rng.randrange(1 << 40), kinds, samples)
+            made.append((asked, asked.submit(scheduler)))
+            for _ in range(rng.randrange(14)):
+                scheduler.step()
+        finish(scheduler)
+    assert len(heard.rows) > 16 and scheduler.metrics().steps - len(heard.rows) > 16
+    for asked, request in made:
+        assert torch.equal(request.result(), asked.alone(engine))
+
+
+def test_who_is_left_alone_goes_on_in_windows_where_it_stands(engine):
+    scheduler, heard = Scheduler(engine, slots=4, prompt_tokens=80), Windows()
+    first, second = Asked(ONE, 1, PLAIN, 2), Asked(LONG, 2, GUIDED, 1)
+    left, stays = first.submit(scheduler), second.submit(scheduler)
+    with listening(heard):
+        for _ in range(3):
+            scheduler.step()
+        assert not heard.rows and stays.drawn == 4
+        left.cancel()
+        finish(scheduler)
+    assert heard.rows and torch.equal(stays.result(), second.alone(engine))
+
+
+def test_slots_that_lie_apart_are_drawn_code_by_code(engine):
+    scheduler, heard = Scheduler(engine, slots=3, prompt_tokens=80), Windows()
+    before = [Asked(ONE, seed, PLAIN, 1).submit(scheduler) for seed in (1, 2, 3)]
+    scheduler.step()
+    before[0].cancel()
+    before[2].cancel()
+    asked = Asked(LONG, 4, GUIDED, 1)
+    request = asked.submit(scheduler)
+    scheduler.step()
+    before[1].cancel()
+    with listening(heard):
+        finish(scheduler)
+    assert not heard.rows and torch.equal(request.result(), asked.alone(engine))
+
+
+def test_partial_results_come_at_their_codes(engine):
+    """However many codes a step draws."""
+    scheduler, called = Scheduler(engine, slots=2, prompt_tokens=80), []
+    request = scheduler.submit(ONE, 1, PLAIN, every=3, on_partial=called.append)
+    steps = finish(scheduler)
+    codes = request.result()
+    assert [p.codes.shape[1] for p in called] == [3, 6, 9, 12, 15, 16] and steps < TOKENS - 1
+    assert all(torch.equal(p.codes, codes[:, : p.codes.shape[1]]) for p in called)
+
+
+def test_who_cancels_at_a_partial_result_is_told_no_more(engine):
+    scheduler, called = Scheduler(engine, slots=2, prompt_tokens=80), []
+
+    def leave(partial):
+        called.append(partial)
+        request.cancel()
+
+    request = scheduler.submit(ONE, 1, Sampling(temperature=0), every=1, on_partial=leave)
+    finish(scheduler)
+    assert len(called) == 1 and scheduler.metrics().cancelled == 1
+
+
+@pytest.mark.parametrize("how", [{"windows": False}, {"invariant": True}])
+def test_code_by_code_where_it_is_asked_for(engine, how):
+    scheduler = Scheduler(engine, slots=4, prompt_tokens=80, **how)
+    Asked(ONE, 1, PLAIN, 1).submit(scheduler)
+    assert finish(scheduler) == TOKENS - 1 and not scheduler.plan.windows
+
+
+def test_crowded_layouts_are_drawn_code_by_code(engine):
+    assert covered(CROWDED) > MOST_COVER
+    scheduler = Scheduler(engine, slots=4, prompt_tokens=80)
+    scheduler.submit(CROWDED, 1, PLAIN)
+    assert finish(scheduler) == TOKENS - 1
+
+
+def test_a_window_ends_where_the_cache_does(engine):
+    """The longest prompt: the last code run stands in the last place of its slot."""
+    length = 2 * EDGE - (TOKENS - 1)
+    slots = Slots(engine.decoder, engine.code_table, 1, 2 * EDGE, windows=[(1, 8)])
+    with torch.inference_mode():
+        rows = slots.take([slots.run_prompt([3] * length)])
+        codes = torch.arange(TOKENS - 1)[None] % 7
+        wanted = []
+        for code in codes[0].tolist():
+            slots.feed(rows, torch.tensor([[code]]))
+            wanted.append(slots.step()[0].clone())
+        slots.release(rows)
+        rows = slots.take([slots.run_prompt([3] * length)])
+        found = slots.window(rows, codes[:, :8])[0].clone()
+        slots.feed(rows, codes[:, 1:9])  # one appended, seven of the draft, one to come
+        again = slots.window(rows, codes[:, -8:], back=1)[0]
+    wanted = torch.stack(wanted)
+    assert (found - wanted[:8]).abs().max() < 1e-4 and (again - wanted[-8:]).abs().max() < 1e-4
+    assert slots.tokens == length + 9
