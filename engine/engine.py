@@ -305,7 +305,7 @@ class Engine:
             return ids.new_zeros(0, c.image_tokens)
         sampler = Sampler(sampling, seed, ids, c.codebook_size, c.image_tokens)
         model, table, pad = self.decoder, self._code_table, self.prompts.pad
-        faster = wins(model, table.dtype, layouts)
+        faster = wins(model, table.dtype, layouts, sampling.guided)
         if decoding == "jacobi" or (decoding == "auto" and faster):
             return decode_windows(model, table, prompts, sampler, pad, progress=progress).codes
         return decode_image(model, table, prompts, sampler, pad, progress)

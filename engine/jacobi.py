@@ -35,42 +35,37 @@ Draft = Literal["above", "left"]
 """What stands in for a position no step has sampled yet: the code above it or left of it."""
 
 
-def default_window(guided: bool) -> int:
-    """Codes W of a window: 16 rows of products either way, conditional ones or both kinds.
+MOST_ROWS = 8
+"""Rows, two an image with guidance, up to which windows win. More fill the products by themselves;
+and a drawing takes as many steps as its slowest image, 1.2 times the mean among 8."""
 
-    The bundled model, 200 test layouts and 50 crowded ones, temperatures 0.3 to 1, one image at a
-    time, one thread of a busy AMD EPYC (Zen 5): mean steps of 64 on the test layouts, and the time
-    of one code a step over that of windows, of all.
 
-    | W  | without guidance       | CFG 5                  |
-    |----|------------------------|------------------------|
-    | 8  | 17.6, 1.08 … 1.15      | 19.1, **1.18 … 1.27**  |
-    | 16 | 13.5, **1.22 … 1.26**  | 15.1, 1.14 … 1.21      |
-    | 32 | 11.6, 1.05 … 1.16      | 13.5, 0.93 … 1.00      |
-
-    The draft "left" takes up to 0.8 steps more than "above". (`echogen bench engine --mode jacobi
-    --window 8 --window 16 --window 32 --draft above --draft left`.)
-    """
-    return 8 if guided else 16
+def default_window(rows: int) -> int:
+    """Codes W of a window of so many rows, two an image with guidance."""
+    return 16 if rows <= 2 else 8
 
 
 MOST_COVER = 0.45
-"""Share of the canvas in boxes up to which windows win in float32. ShapesWorld's test layouts stay
-below and are drawn 1.56 to 1.73 times as fast as code by code on Zen 3
-(`bench/results/jacobi-tiny-cpu.json`), 1.15 to 1.23 on a quicker EPYC (that file at bc84d3fb9);
-crowded ones, 0.6 and more, 1.04 to 1.12 and 0.79 to 0.86 times: 20 to 28 of 64 steps, each as long
-as two or three. (`echogen bench engine --mode jacobi`.)"""
+"""Share of the canvas in boxes up to which drafts are good enough in float32; ShapesWorld's test
+layouts stay below. Crowded ones, 0.6 and more, take 20 to 28 of 64 steps, each as long as two or
+three, and are drawn 0.79 to 1.12 times as fast as code by code
+(`bench/results/jacobi-tiny-cpu.json`, here and at bc84d3fb9)."""
 
 
-def wins(model: Decoder, dtype: torch.dtype, layouts: Sequence[Layout]) -> bool:
-    """Whether windows draw ``layouts`` faster than single codes: as measured, one image on packed
-    weights, which in float32 leaves some ground free. In bfloat16, where even one row goes through
-    blocked products (`PackedLinear`), test layouts are drawn 2.4 to 3.0 times faster and crowded
-    ones 1.3 to 2.0 (``--dtype bfloat16 --layouts 40``). More images fill the products by
-    themselves."""
-    if len(layouts) != 1 or not isinstance(model, PackedTransformer):
+def foreseeable(layout: Layout, dtype: torch.dtype) -> bool:
+    """Whether enough of a picture is drafted rightly for windows to win: as measured, where the
+    layout leaves some ground free. In bfloat16, where even one row goes through blocked products
+    (`PackedLinear`), an image of a test layout is drawn 2.4 to 3.0 times faster, and a crowded one
+    1.3 to 2.0 (``--dtype bfloat16 --layouts 40``)."""
+    return dtype == torch.bfloat16 or covered(layout) <= MOST_COVER
+
+
+def wins(model: Decoder, dtype: torch.dtype, layouts: Sequence[Layout], guided: bool) -> bool:
+    """Whether windows draw ``layouts``, an image each, faster than single codes: on packed weights,
+    up to ``MOST_ROWS``, those that are ``foreseeable``."""
+    if len(layouts) * (1 + guided) > MOST_ROWS or not isinstance(model, PackedTransformer):
         return False
-    return dtype == torch.bfloat16 or covered(layouts[0]) <= MOST_COVER
+    return all(foreseeable(layout, dtype) for layout in layouts)
 
 
 def columns_of(tokens: int) -> int:
@@ -186,7 +181,7 @@ def decode_windows(
     """
     check_drawing(model, prompts, sampler)
     guided, tokens = sampler.sampling.guided, model.config.image_tokens
-    window = default_window(guided) if window is None else window
+    window = default_window(len(prompts)) if window is None else window
     if window < 1:
         raise ValueError(f"window = {window}; it must be at least 1")
     if draft not in ("above", "left"):

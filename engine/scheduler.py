@@ -29,7 +29,7 @@ from echogen.engine.serving.metrics import Metrics
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Order, Request
 from echogen.engine.serving.waiting import Waiting
-from echogen.engine.serving.windows import Windowed, window_shapes
+from echogen.engine.serving.windows import Windowed
 from echogen.engine.serving.worker import SchedulerClosed, Worker
 from echogen.engine.slots import Slots
 from echogen.engine.vision import decoding_bytes
@@ -62,9 +62,9 @@ class Scheduler(Worker):
             stands on is tried at once (`Slots.rows_agree`). Otherwise a step runs the rows and
             reads the places it needs, and codes within rounding of each other may be drawn
             otherwise in another crowd.
-        windows: on a CPU's packed weights an image that is drawn alone is drawn several codes a
-            step where `jacobi.wins`, until somebody comes; False: always code by code.
-            Batch-invariant steps always are.
+        windows: on a CPU's packed weights draw several codes of an image a step while there are
+            at most `slots.MOST_ROWS` rows and most of them can be drafted well
+            (`jacobi.foreseeable`); False: always code by code, as batch-invariant steps are.
         patience: how often a request may be overtaken, see `Waiting`.
         clock: seconds; for tests.
 
@@ -103,7 +103,7 @@ class Scheduler(Worker):
         self._on_operators = isinstance(decoder, DeviceTransformer)
         self._slots = Slots(
             decoder, table, self.plan.slots, self.plan.capacity, invariant, self.plan.prefix_bytes,
-            self.plan.windows,
+            windows,
         )  # fmt: skip
         with torch.inference_mode():
             self._slots.warm_up(self.plan.prompt_tokens, engine.prompts.pad)
@@ -278,30 +278,30 @@ class Scheduler(Worker):
         return logits
 
     def _draw(self) -> None:
-        """One step, and from its logits the next code of every image, or several of one alone."""
+        """One batched step, and from its logits the next code of every image, or several."""
         if not self._live:
             return
         try:
             if self._drawers is None:
                 self._drawers = self._who_draws()
-            alone = self._drawers[0]
-            if isinstance(alone, Windowed):
-                ready = [(alone, alone.step(self._slots))]
-            else:
-                logits = self._slots.step()
-                ready = [(drawer, logits[drawer.rows.index]) for drawer in self._drawers]
+            width = self._slots.width
+            drafts = [each.ahead(width) for each in self._drawers if isinstance(each, Windowed)]
+            logits = self._slots.window(drafts) if drafts else self._slots.step()
         except Exception as error:  # nobody's in particular
             self._fail(list(self._live), error)
             return
         self._count(steps=1)
-        for drawer, logits in ready:
-            self._advance(drawer, logits)
+        for drawer in self._drawers:
+            self._advance(drawer, logits[drawer.rows.index])
 
     def _who_draws(self) -> list[Drawer]:
-        first = self._live[0]
-        alone = len(self._live) == 1 and first.request.windows
-        if alone and self._slots.holds_windows(first.held):
-            return [Windowed(first)]
+        """Of all that live; in windows where that is the faster way for most."""
+        rows = [(live.request.rows, live.request.foreseeable) for live in self._live]
+        most = 2 * sum(n for n, well in rows if well) >= sum(n for n, _ in rows)
+        if self._slots.width and most:
+            return [Windowed(live) for live in self._live]
+        for live in self._live:
+            live.drafts = None
         return drawers(self._live, self._on_operators)
 
     def _advance(self, drawer: Drawer, logits: Tensor) -> None:

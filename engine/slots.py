@@ -7,7 +7,7 @@ and from then on a step runs all rows together, each at its own place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -20,6 +20,7 @@ from echogen.engine.cache import PREFIX_BYTES, KVCache, Prefix, PrefixCache, Win
 from echogen.engine.decode import Decoder
 from echogen.engine.device import DeviceTransformer, Places
 from echogen.engine.graphs import bucket
+from echogen.engine.jacobi import default_window
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.packed import Frame, PackedTransformer, Stream, attend
 from echogen.engine.packed_decode import run_prompts
@@ -31,6 +32,11 @@ from echogen.kernels.rope import scaled_heads
 EDGE = 32
 """Keys are read up to a multiple of this, and a cache ends at one: a row's sums then end where a
 register does (see `packed_decode.LANES`) and every row's cache begins alike in memory."""
+
+
+MOST_ROWS = 16
+"""Rows up to which steps of several codes win; twice as many as in one drawing
+(`jacobi.MOST_ROWS`), for an image that ends leaves and makes room."""
 
 
 def up_to_edge(keys: int) -> int:
@@ -47,6 +53,29 @@ def row_counts(rows: int, invariant: bool, recorded: bool = False) -> list[int]:
     if recorded:
         return sorted({min(bucket(count), rows) for count in range(1, rows + 1)})
     return sorted({*range(1, min(rows, 4) + 1), *range(4, rows, 4), rows})
+
+
+def widths(counts: Sequence[int], tokens: int) -> dict[int, int]:
+    """Codes of the windows of so many rows, for images of ``tokens``; the last code of an image is
+    drawn and never run. Where there are more rows there are none."""
+    found = {rows: min(default_window(rows), tokens - 1) for rows in counts if rows <= MOST_ROWS}
+    return {rows: codes for rows, codes in found.items() if codes > 1}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """What a window runs of the images of one request.
+
+    Attributes:
+        rows: their slots.
+        codes: for each row the W codes to run.
+        offsets: for each row how many places before (below 0) or behind the next token's the first
+            of them stands.
+    """
+
+    rows: list[int]
+    codes: list[list[int]]
+    offsets: list[int]
 
 
 @dataclass(frozen=True)
@@ -81,7 +110,8 @@ class Slots:
         capacity: tokens a slot holds, a multiple of ``EDGE``.
         invariant: every step runs all rows and reads all places, whatever they hold.
         prefix_bytes: kept of prompts that come again (``run_prompt(keep=True)``).
-        windows: rows and codes of the windows that ``window`` runs; on packed weights only.
+        windows: there shall be steps of several codes, where there are few rows; on packed weights,
+            and in steps that may have any shape.
 
     Attributes:
         cache: made here, once; nothing else of its size is made later.
@@ -97,7 +127,7 @@ class Slots:
         capacity: int,
         invariant: bool = False,
         prefix_bytes: int = PREFIX_BYTES,
-        windows: Sequence[tuple[int, int]] = (),
+        windows: bool = False,
     ) -> None:
         c, dtype, device = model.config, code_table.dtype, code_table.device
         self.rows, self.capacity, self.invariant = rows, capacity, invariant
@@ -109,11 +139,13 @@ class Slots:
         on_device = isinstance(model, DeviceTransformer)
         self._counts = row_counts(rows, invariant, recorded=on_device)
         self._runner: Runner
-        self._windows: PackedRows | None = None
+        self._widths, self._packed = dict[int, int](), None
         if isinstance(model, PackedTransformer):
-            shapes = [*((count, 1) for count in self._counts), *windows]
-            self._runner = packed = PackedRows(model, code_table, self.cache, shapes)
-            self._windows, self._shapes = packed if windows else None, windows
+            if windows and not invariant:
+                self._widths = widths(self._counts, c.image_tokens)
+            shapes = [(count, 1) for count in self._counts] + list(self._widths.items())
+            self._packed = PackedRows(model, code_table, self.cache, shapes)
+            self._runner = self._packed
         elif isinstance(model, DeviceTransformer):
             self._runner = DeviceRows(model, self.cache, self.scales, self._counts)
         else:
@@ -141,10 +173,10 @@ class Slots:
         an allocator that keeps what it has (CUDA's) has enough from here on."""
         self._runner.run_prompt([token] * prompt_tokens)
         self._runner.step(self._codes, self._at, self.capacity)
-        if self._windows is not None:
-            for rows, width in self._shapes:
-                codes = self._codes[:rows, None].expand(-1, width)
-                self._windows.window(0, codes, self._at[:rows], self.capacity)
+        for count, width in self._widths.items():
+            assert self._packed is not None
+            codes = self._codes[:count, None].expand(-1, width)
+            self._packed.window(codes, self._at[:count], self.capacity)
 
     def rows_agree(self, prompt: list[int], steps: int = 8) -> bool:
         """Whether a sequence has the same logits in every slot, bit for bit, for a few steps; all
@@ -229,40 +261,49 @@ class Slots:
     def step(self) -> Tensor:
         """Append the codes fed, a token to every slot held; image logits [R, V] of the leading R.
         Rows between that nobody holds run along and overwrite a place that is not read."""
-        needed = max((row + 1 for row, end in enumerate(self._ends) if end), default=1)
-        count = next(n for n in self._counts if n >= needed)
-        longest = max(self._ends) + 1
-        read = self.capacity if self.invariant else min(self.capacity, up_to_edge(longest))
+        count, read = self._count(), self._reads(max(self._ends) + 1)
         live = self.rows - self.free
         tokens = self.tokens + live
         with span("engine/decode/step", rows=count, tokens=live, held=tokens, read=read):
             logits = self._runner.step(self._codes[:count], self._at[:count], read)
+        self._appended()
+        return logits
+
+    @property
+    def width(self) -> int:
+        """Codes that ``window`` runs of each row; 0: with as many rows as are held now, none."""
+        return self._widths.get(self._count(), 0)
+
+    def window(self, drafts: Iterable[Draft]) -> Tensor:
+        """Run ``width`` codes of every image; image logits [R, W, V] of the leading R rows, those
+        behind each code. The code fed is appended as by ``step``. What is run behind it stays for a
+        next window, and ``feed`` says how much of it is kept; a ``step`` overwrites it."""
+        assert self._packed is not None, "width is 0"
+        count, width = self._count(), self.width
+        codes, at = [[0] * width] * count, [0] * count
+        for draft in drafts:
+            for row, run, offset in zip(draft.rows, draft.codes, draft.offsets, strict=True):
+                codes[row], at[row] = run, self._ends[row] + offset
+        read = self._reads(max(at) + width)
+        ran = (self.rows - self.free) * width
+        with span("engine/decode/window", rows=count, tokens=ran, held=self.tokens, read=read):
+            logits = self._packed.window(torch.tensor(codes), torch.tensor(at), read)
+        self._appended()
+        return logits
+
+    def _count(self) -> int:
+        """Rows of the next step."""
+        needed = max((row + 1 for row, end in enumerate(self._ends) if end), default=1)
+        return next(n for n in self._counts if n >= needed)
+
+    def _reads(self, end: int) -> int:
+        """Places that a step reads whose last token stands before ``end``."""
+        return self.capacity if self.invariant else min(self.capacity, up_to_edge(end))
+
+    def _appended(self) -> None:
+        """A token more in every slot held."""
         self._at += self._held
         self._ends = [end + 1 if end else 0 for end in self._ends]
-        return logits
-
-    def holds_windows(self, rows: Rows) -> bool:
-        """Whether ``window`` takes these slots: it was made for windows, and they lie side by side,
-        so that what they hold is a view of the cache."""
-        first, last = rows.numbers[0], rows.numbers[-1]
-        return self._windows is not None and rows.numbers == list(range(first, last + 1))
-
-    def window(self, rows: Rows, codes: Tensor, back: int = 0) -> Tensor:
-        """Run image codes int64 [1, W] in the slots of a single image; the image logits [R, W, V]
-        behind each. The code at ``back`` is the one fed, and appended as by ``step``; those before
-        it are run again, those behind it are a draft: ``feed`` says how many of them are kept, and
-        the next step overwrites the others."""
-        assert self._windows is not None, "ask holds_windows"
-        first, width, ends = rows.numbers[0], codes.shape[1], [self._ends[r] for r in rows.numbers]
-        read = min(self.capacity, up_to_edge(max(ends) - back + width))
-        ran, held = len(ends) * width, sum(ends) + len(ends)
-        with span("engine/decode/window", rows=ran, tokens=ran, held=held, read=read):
-            ran_codes, at = codes.expand(len(ends), -1), self._at[rows.index] - back
-            logits = self._windows.window(first, ran_codes, at, read)
-        self._at[rows.index] += 1
-        for row in rows.numbers:
-            self._ends[row] += 1
-        return logits
 
 
 class PlainRows:
@@ -378,27 +419,27 @@ class PackedRows:
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """See `Runner`."""
-        return self._run(0, codes[:, None], at[:, None], read)
+        return self._run(codes[:, None], at[:, None], read)
 
-    def window(self, first: int, codes: Tensor, at: Tensor, read: int) -> Tensor:
-        """Write image codes int64 [R, W] at places ``at`` int64 [R] and on of rows ``first`` and
-        on, all below ``read``; the image logits [R, W, V] behind each."""
-        logits = self._run(first, codes, at[:, None] + self._slot[: codes.shape[1]], read)
+    def window(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
+        """Write image codes int64 [R, W] at places ``at`` int64 [R] and on of the leading R rows,
+        all below ``read``; the image logits [R, W, V] behind each."""
+        logits = self._run(codes, at[:, None] + self._slot[: codes.shape[1]], read)
         return logits.view(*codes.shape, -1)
 
-    def _run(self, first: int, codes: Tensor, at: Tensor, read: int) -> Tensor:
+    def _run(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """Codes and their places [R, W] → logits [R·W, V]."""
         model, (rows, width) = self._model, codes.shape
         kv_heads = model.config.kv_heads
         frame, stream = self._buffers[rows, width]
         stream.x.copy_(self._table.index_select(0, codes.flatten()))
         turn = model.turns(at)
-        index = (self._head_slot[first : first + rows, :, None] + at[:, None]).flatten()
+        index = (self._head_slot[:rows, :, None] + at[:, None]).flatten()
         mask = additive_mask(self._slot[:read] <= at[..., None], self._table.dtype)
         mask = mask.repeat_interleave(kv_heads, 0)
-        held = slice(first * kv_heads, (first + rows) * kv_heads)
-        keys = self._keys[:, held, :read].mT.unbind(0)
-        values = self._values[:, held, :read].unbind(0)
+        held = rows * kv_heads
+        keys = self._keys[:, :held, :read].mT.unbind(0)
+        values = self._values[:, :held, :read].unbind(0)
         for block, place, key, value in zip(model.blocks, self._places, keys, values, strict=True):
             block.project(stream, frame, turn)
             place.index_copy_(1, index, frame.keys_values.flatten(1, 3).to(place.dtype))

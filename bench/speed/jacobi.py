@@ -92,7 +92,8 @@ def run(
     try:
         for temperature, cfg in grid:
             sampling = Sampling(temperature=temperature, cfg=cfg)
-            ways = list(itertools.product(windows or (default_window(cfg != 1),), drafts))
+            usual = default_window(batch * (1 + sampling.guided))
+            ways = list(itertools.product(windows or (usual,), drafts))
             tallies = [_Tally(sampling, *way) for way in ways]
             for pictures in sets:
                 for group in pictures.groups(batch):

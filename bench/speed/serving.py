@@ -15,6 +15,7 @@ import random
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from echogen.bench.harness import WrongResult, alternate, environment, quantiles, threads
 from echogen.engine.decode import Progress, decode_image
 from echogen.engine.engine import Engine
+from echogen.engine.jacobi import Method
 from echogen.engine.layout import Layout
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.scheduler import Scheduler
@@ -37,10 +39,12 @@ KINDS = (
 )
 SAMPLES = 3
 """A request asks for 1 to so many images."""
-SCHEDULER, INVARIANT = "scheduler", "scheduler, batch-invariant"
+SCHEDULER = "scheduler"
+CODES, INVARIANT = "scheduler, code by code", "scheduler, batch-invariant"
 ALONE, DEFAULT, STATIC = "one by one", "one by one, several codes a step", "fixed batches"
-SINGLE = ("one image, batch-invariant", "one image")
-"""What batch-invariant steps cost most: slots that stand empty are run all the same."""
+FOR_ONE = (SCHEDULER, CODES, INVARIANT, ALONE, DEFAULT)
+"""Who is timed with a single image, too. Batch-invariant steps cost most there: slots that stand
+empty are run all the same."""
 MOST_DIFFERENT = 0.05
 """Share of the images that may differ by rounding before a result counts as wrong."""
 
@@ -60,8 +64,8 @@ class Asked:
         return self.samples * (1 + self.sampling.guided)
 
 
-Draw = Callable[[], list[Tensor]]
-"""Draws all requests; the codes [samples, T] of each."""
+Draw = Callable[[list[Asked]], list[Tensor]]
+"""Draws requests; the codes [samples, T] of each."""
 
 
 def measure(
@@ -86,9 +90,8 @@ def measure(
     Returns:
         ``results``, one object a provider: seconds for all requests (median, quantiles 0.2 and
         0.8), images and codes a second, and ``different``, images unlike those drawn one by one;
-        ``ratio``, of each other provider's time to the scheduler's, and ``invariant_cost``, of
-        batch-invariant to usual steps (medians over the pairs): of all requests together and, as
-        ``invariant_cost_alone``, of one image without guidance that has the slots to itself.
+        ``ratio``, of each other provider's time to the scheduler's (medians over the pairs), and
+        ``ratio_alone``, the same for one image without guidance that has the slots to itself.
 
     Raises:
         WrongResult: other pictures than one by one, or bits that depend on the crowd in
@@ -103,10 +106,11 @@ def measure(
     engine = Engine.from_pretrained(model)
     asked = mixed(requests, seed)
     with threads(1):
-        draws = contestants(engine, asked, slots)
-        different = check({n: draw for n, draw in draws.items() if n not in SINGLE})
-        for name in SINGLE:
-            draws[name]()  # the others were warmed up by the check
+        providers = contestants(engine, asked, slots)
+        different = check({name: partial(draw, asked) for name, draw in providers.items()})
+        single = [replace(asked[0], sampling=KINDS[0], samples=1)]
+        draws = {name: partial(draw, asked) for name, draw in providers.items()}
+        draws |= {f"{name}, one image": partial(providers[name], single) for name in FOR_ONE}
         total, done = repeats * len(draws), itertools.count(1)
         times = alternate(draws, repeats, lambda: progress(next(done), total) if progress else None)
     images, tokens = sum(a.samples for a in asked), engine.transformer.config.image_tokens
@@ -118,12 +122,12 @@ def measure(
         {"provider": name, "different": different[name], **_rates(times[name], images, tokens)}
         for name in different
     ]
-    ratio = {n: _ratio(times[n], times[SCHEDULER]) for n in (ALONE, DEFAULT, STATIC)}
-    cost = {
-        "invariant_cost": _ratio(times[INVARIANT], times[SCHEDULER]),
-        "invariant_cost_alone": _ratio(*(times[name] for name in SINGLE)),
+    ours, our_one = times[SCHEDULER], times[f"{SCHEDULER}, one image"]
+    ratios = {
+        "ratio": {n: _ratio(times[n], ours) for n in different if n != SCHEDULER},
+        "ratio_alone": {n: _ratio(times[f"{n}, one image"], our_one) for n in FOR_ONE[1:]},
     }
-    return said | environment() | {"results": results, "ratio": ratio} | cost
+    return said | environment() | {"results": results} | ratios
 
 
 def mixed(count: int, seed: int) -> list[Asked]:
@@ -136,32 +140,30 @@ def mixed(count: int, seed: int) -> list[Asked]:
 
 
 def contestants(engine: Engine, asked: list[Asked], slots: int) -> dict[str, Draw]:
-    """Each way to draw the requests; schedulers are made here, and used for every run. Raises
+    """Each way to draw such requests; schedulers are made here, and used for every run. Raises
     WrongResult (`check_invariance`)."""
     longest = max(len(engine.prompts.l2i(a.layout)) for a in asked)
 
-    def alone(decoding: Any) -> Draw:
-        return lambda: [
+    def alone(decoding: Method, asked: list[Asked]) -> list[Tensor]:
+        return [
             engine.generate_codes(
                 [a.layout] * a.samples, a.seed, sampling=a.sampling, decoding=decoding
             )
             for a in asked
         ]
 
-    usual, invariant = (
-        Scheduler(engine, slots, len(asked), prompt_tokens=longest, invariant=mode)
-        for mode in (False, True)
+    usual, codes, invariant = (
+        Scheduler(engine, slots, len(asked), prompt_tokens=longest, **mode)
+        for mode in ({}, {"windows": False}, {"invariant": True})
     )
     check_invariance(invariant, asked)
-    single = [replace(asked[0], sampling=KINDS[0], samples=1)]
     return {
-        SCHEDULER: lambda: scheduled(usual, asked),
-        INVARIANT: lambda: scheduled(invariant, asked),
-        ALONE: alone("sequential"),
-        DEFAULT: alone("auto"),
-        STATIC: lambda: in_batches(engine, asked, slots),
-        SINGLE[0]: lambda: scheduled(invariant, single),
-        SINGLE[1]: lambda: scheduled(usual, single),
+        SCHEDULER: lambda asked: scheduled(usual, asked),
+        CODES: lambda asked: scheduled(codes, asked),
+        INVARIANT: lambda asked: scheduled(invariant, asked),
+        ALONE: partial(alone, "sequential"),
+        DEFAULT: partial(alone, "auto"),
+        STATIC: lambda asked: in_batches(engine, asked, slots),
     }
 
 
@@ -242,7 +244,7 @@ def check_invariance(scheduler: Scheduler, asked: list[Asked]) -> None:
             )
 
 
-def check(draws: dict[str, Draw]) -> dict[str, int]:
+def check(draws: dict[str, Callable[[], list[Tensor]]]) -> dict[str, int]:
     """Images of each provider that are not those drawn one by one. Raises WrongResult."""
     wanted = draws[ALONE]()
     different = {}
@@ -273,14 +275,13 @@ def table(result: dict[str, Any]) -> Table:
     """What ``measure`` found, for people."""
     shown = Table(
         title=f"{result['requests']} requests, {result['images']} images, {result['slots']} slots "
-        f"({result['model']}, {result['dtype']}); batch-invariant steps take "
-        f"{result['invariant_cost']:.2f} times as long, for an image alone "
-        f"{result['invariant_cost_alone']:.2f} times"
+        f"({result['model']}, {result['dtype']})"
     )
     shown.add_column("provider")
-    for heading in ("images/s", "tokens/s", "seconds", "q20 … q80", "its time / the scheduler's"):
+    headings = ("images/s", "tokens/s", "seconds", "q20 … q80", "its time / ours", "of one image")
+    for heading in headings:
         shown.add_column(heading, justify="right")
-    ratios = result["ratio"] | {SCHEDULER: 1.0, INVARIANT: result["invariant_cost"]}
+    ratios, single = ({SCHEDULER: 1.0} | result[name] for name in ("ratio", "ratio_alone"))
     for r in result["results"]:
         shown.add_row(
             r["provider"],
@@ -289,5 +290,6 @@ def table(result: dict[str, Any]) -> Table:
             f"{r['seconds_median']:.2f}",
             f"{r['seconds_q20']:.2f} … {r['seconds_q80']:.2f}",
             f"{ratios[r['provider']]:.2f}",
+            f"{single[r['provider']]:.2f}" if r["provider"] in single else "",
         )
     return shown

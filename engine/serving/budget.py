@@ -7,7 +7,6 @@ against tensors counted while drawing (`tests/engine/test_scheduler.py`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,8 +15,7 @@ import torch
 from echogen.engine.cache import PREFIX_BYTES
 from echogen.engine.config import ModelConfig
 from echogen.engine.sampler import Sampler
-from echogen.engine.serving.windows import window_shapes
-from echogen.engine.slots import up_to_edge
+from echogen.engine.slots import MOST_ROWS, row_counts, up_to_edge, widths
 
 SHARE = 0.8
 """Of the free memory that is planned with; the rest is for what else happens on the machine."""
@@ -56,7 +54,6 @@ class Plan:
         slot_bytes: of a slot's cache and of its share in a step.
         shared_bytes: of what there is once: a prompt being run, prefixes kept, a picture decoded.
         memory: bytes planned with.
-        windows: rows and codes of the steps of an image that is alone; none: it has no others.
     """
 
     slots: int
@@ -66,7 +63,6 @@ class Plan:
     slot_bytes: int
     shared_bytes: int
     memory: int
-    windows: tuple[tuple[int, int], ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -98,7 +94,7 @@ def plan(
         prefix_bytes: for the prefixes of prompts that come again; None: ``PREFIX_BYTES``, or as
             much as two of the longest need.
         fp8_cache: slots hold 8 bits a number, and a scale for each head of a token.
-        windows: an image that is alone is drawn several codes a step (`serving.windows`).
+        windows: few images are drawn several codes a step (`serving.windows`).
 
     Raises:
         BudgetError: fewer slots fit than asked for, or none; a prompt the model has no room for.
@@ -118,8 +114,7 @@ def plan(
         one = 2 * c.layers * c.kv_heads * longest * c.head_dim * dtype.itemsize
         prefix_bytes = max(PREFIX_BYTES, 2 * (one + c.codebook_size * dtype.itemsize))
     shared = _prompt(c, dtype.itemsize, longest) + prefix_bytes + picture_bytes
-    shapes = window_shapes(c.image_tokens) if windows else ()
-    shared += _windows(c, shapes, capacity)
+    shared += _windows(c, capacity) if windows else 0
     budget = int(SHARE * free_bytes(device)) if memory is None else memory
     fitting = max(0, (budget - shared) // each)
     if fitting < (slots or 1):
@@ -129,8 +124,7 @@ def plan(
             f"shorter prompts (prompt_tokens, now {longest}) or more memory"
         )
     count = min(fitting, most) if slots is None else slots
-    held = tuple((rows, codes) for rows, codes in shapes if rows <= count)
-    return Plan(count, capacity, longest, prefix_bytes, each, shared, budget, held)
+    return Plan(count, capacity, longest, prefix_bytes, each, shared, budget)
 
 
 def _row(c: ModelConfig, capacity: int) -> tuple[int, int]:
@@ -154,10 +148,11 @@ def _slot(c: ModelConfig, head: int, capacity: int, rows: int) -> int:
     return cache + int(max(4, rows / 8 + 2) * layer) + passing + noise * FLOAT
 
 
-def _windows(c: ModelConfig, shapes: Sequence[tuple[int, int]], capacity: int) -> int:
-    """Bytes of steps of so many rows and codes: buffers of all, and one on its way."""
+def _windows(c: ModelConfig, capacity: int) -> int:
+    """Bytes of steps of several codes: buffers of all, and one on its way."""
     layer, passing = _row(c, capacity)
-    counts = [rows * codes for rows, codes in shapes]
+    shapes = widths(row_counts(MOST_ROWS, False), c.image_tokens)
+    counts = [rows * codes for rows, codes in shapes.items()]
     return sum(counts) * layer + max(counts, default=0) * (layer + passing)
 
 

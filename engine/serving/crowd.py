@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from echogen.engine.device_step import Choice
+from echogen.engine.jacobi import Drafted
 from echogen.engine.serving.request import Request
 from echogen.engine.slots import Rows
 from echogen.kernels.sampling import cfg_sample
@@ -24,10 +25,12 @@ from echogen.kernels.sampling import cfg_sample
 @dataclass(eq=False)  # itself and nobody else
 class Live:
     """A request being drawn, in slots ``rows``: conditional ones, then with guidance as many it
-    leads away from; None while its prompts are run."""
+    leads away from; None while its prompts are run. ``drafts``: of its images, where the last step
+    was a window."""
 
     request: Request
     rows: Rows | None = None
+    drafts: list[Drafted] | None = None
 
     @property
     def held(self) -> Rows:

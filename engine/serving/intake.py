@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from echogen.engine.engine import Engine
-from echogen.engine.jacobi import wins
+from echogen.engine.jacobi import foreseeable
 from echogen.engine.layout import LayoutError
 from echogen.engine.sampler import Sampler, check_draws
 from echogen.engine.serving.budget import Plan
@@ -45,9 +45,8 @@ class Intake:
         sampler = Sampler(order.sampling, order.seed, ids, c.codebook_size, c.image_tokens)
         codes = torch.zeros(len(ids), c.image_tokens, dtype=torch.int64, device=device)
         deadline = None if order.timeout is None else now + order.timeout
-        layouts = [order.layout] * order.samples
-        faster = wins(self._engine.decoder, self._table.dtype, layouts)
-        return Request(order, prompts, sampler, codes, self._pictures, deadline, faster)
+        drafts = foreseeable(order.layout, self._table.dtype)
+        return Request(order, prompts, sampler, codes, self._pictures, deadline, drafts)
 
     def _check_fit(self, prompts: list[list[int]], samples: int) -> None:
         plan, longest = self._plan, max(map(len, prompts))

@@ -67,7 +67,7 @@ class Request:
         deadline: when its time is up, on the scheduler's clock.
         overtaken: how often a later request went before it.
         drawn: codes t drawn of each image.
-        windows: several codes a step draw it faster while nobody else is drawn.
+        foreseeable: whether its codes can be drafted well (`jacobi.foreseeable`).
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Request:
         codes: Tensor,
         pictures: Pictures,
         deadline: float | None = None,
-        windows: bool = False,
+        foreseeable: bool = False,
     ) -> None:
         self.prompts, self.priority, self.deadline = prompts, order.priority, deadline
         self.rows, self.overtaken, self.drawn = len(prompts) * len(codes), 0, 0
         news = threading.Condition()
-        self.windows = windows
+        self.foreseeable = foreseeable
         self._sampler: Sampler | None = sampler
         self._codes, self._pictures = codes, pictures
         self._every, self._on_partial = order.every, order.on_partial
@@ -170,9 +170,9 @@ class Request:
             if self._on_partial is not None and not self.future.cancelled():
                 self._on_partial(self._part(told))
 
-    def codes(self) -> list[int]:
-        """Those drawn of its first image."""
-        return self._codes[0, : self.drawn].tolist()
+    def codes(self) -> list[list[int]]:
+        """Those drawn of each image."""
+        return self._codes[:, : self.drawn].tolist()
 
     def whole(self) -> Tensor:
         """The codes of whole images, to ``finish`` with."""

@@ -1,9 +1,9 @@
-"""Drawing a request of one image that has the scheduler to itself: several codes a step.
+"""Drawing several codes a step while few images are drawn.
 
-A step of one row or two leaves most of a CPU's products empty. Windows of drafted codes fill them
-(`echogen.engine.jacobi`), as a crowd's rows do, and like those they change what is drawn by rounding
-at most: whoever comes, from the next step on both are drawn code by code, and whoever is left alone
-goes on in windows from where it stands.
+A step of a few rows leaves most of a CPU's products empty. Windows of drafted codes fill them
+(`echogen.engine.jacobi`) as a crowd's rows do, and like those they change what is drawn by rounding
+at most. When too many come, from the next step on all are drawn code by code; when enough have
+gone, the others go on in windows from where they stand.
 """
 
 from __future__ import annotations
@@ -11,37 +11,38 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echogen.engine.jacobi import Drafted, columns_of, default_window
+from echogen.engine.jacobi import Drafted, columns_of
 from echogen.engine.serving.crowd import Live
-from echogen.engine.slots import Slots
-
-
-def window_shapes(tokens: int) -> list[tuple[int, int]]:
-    """Rows and codes of the windows of an image of so many ``tokens``, without guidance and with
-    it. The last code is drawn and never run."""
-    shapes = [(1 + guided, min(default_window(guided), tokens - 1)) for guided in (False, True)]
-    return [(rows, codes) for rows, codes in shapes if codes > 1]
+from echogen.engine.slots import Draft
 
 
 class Windowed:
-    """A `crowd.Drawer` of a single request, with a step of its own."""
+    """A `crowd.Drawer` of one request, for steps that are windows.
+
+    Its images get on by themselves; what counts as drawn is what all of them have.
+    """
 
     def __init__(self, live: Live) -> None:
-        request = live.request
-        self.lives, self.rows = [live], live.held
-        self._image = Drafted(request.codes(), request.tokens, columns_of(request.tokens))
-        self._width = dict(window_shapes(request.tokens))[request.rows]
-        self._start = 0
+        request, columns = live.request, columns_of(live.request.tokens)
+        if live.drafts is None:
+            live.drafts = [Drafted(codes, request.tokens, columns) for codes in request.codes()]
+        self.lives, self.rows, self._images = [live], live.held, live.drafts
+        self._starts = list[int]()
 
-    def step(self, slots: Slots) -> Tensor:
-        """Run the next window; its image logits [R, W, V]."""
-        self._start, codes = self._image.ahead(self._width)
-        return slots.window(self.rows, torch.tensor([codes]), self._image.done - self._start)
+    def ahead(self, width: int) -> Draft:
+        """What the next window runs of it."""
+        drafts = [image.ahead(width) for image in self._images]
+        self._starts = [start for start, _ in drafts]
+        halves = len(self.rows.numbers) // len(drafts)
+        offsets = [start - self.lives[0].request.drawn for start in self._starts]
+        return Draft(self.rows.numbers, [codes for _, codes in drafts] * halves, offsets * halves)
 
     def draw(self, logits: Tensor) -> list[Tensor]:
-        """See `Drawer`, of what ``step`` gave: codes int64 [1, n], one at least."""
-        sampler, image, before = self.lives[0].request.sampler, self._image, self._image.done
-        positions = torch.arange(self._start, self._start + logits.shape[1])[None]
-        samples = sampler.pick(sampler.scores(logits, positions), positions)
-        image.take(self._start, samples[0].tolist())
-        return [torch.tensor([image.codes[before : image.done]])]
+        """See `Drawer`, from logits [R, W, V]: codes int64 [N, n], one at least of each image."""
+        request, images = self.lives[0].request, self._images
+        positions = torch.tensor(self._starts)[:, None] + torch.arange(logits.shape[1])
+        samples = request.sampler.pick(request.sampler.scores(logits, positions), positions)
+        for image, start, row in zip(images, self._starts, samples.tolist(), strict=True):
+            image.take(start, row)
+        end = min(image.done for image in images)
+        return [torch.tensor([image.codes[request.drawn : end] for image in images])]

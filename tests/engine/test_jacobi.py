@@ -363,8 +363,8 @@ def test_covered_counts_overlaps_once():
     assert of((0.1, 0.2, 0.6, 0.9)) == pytest.approx(0.35, abs=0.02)
 
 
-def test_one_image_with_free_ground_is_drawn_by_windows(tiny, monkeypatch):
-    """Several, or one that is nearly full, code by code, unless asked otherwise."""
+def test_few_images_with_free_ground_are_drawn_by_windows(tiny, monkeypatch):
+    """Many, or one that is nearly full, code by code, unless asked otherwise."""
     called = []
     full = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.1, 0.9, 0.9)),))
 
@@ -377,16 +377,20 @@ def test_one_image_with_free_ground_is_drawn_by_windows(tiny, monkeypatch):
 
     spy("decode_windows", decode_windows)
     spy("decode_image", decode_image)
+    many, plain, guided = LAYOUTS * 4, Sampling(), Sampling(cfg=2.0)
     tiny.generate_codes(LAYOUTS[:1])
-    tiny.generate_codes(LAYOUTS)
+    tiny.generate_codes(many, sampling=plain)
+    tiny.generate_codes(many[:4], sampling=guided)
+    tiny.generate_codes([*many, LAYOUTS[0]], sampling=plain)
+    tiny.generate_codes(many[:5], sampling=guided)
     tiny.generate(LAYOUTS[0], decoding="sequential")
-    tiny.generate_codes([full])
-    assert called == ["decode_windows"] + ["decode_image"] * 3
+    tiny.generate_codes([full, LAYOUTS[0]])
+    assert called == ["decode_windows"] * 3 + ["decode_image"] * 4
     tiny.generate(full, decoding="jacobi")
-    tiny.generate_codes(LAYOUTS, decoding="jacobi")
-    assert called[4:] == ["decode_windows"] * 2
-    assert jacobi.wins(tiny.decoder, torch.bfloat16, [full])
-    assert not jacobi.wins(tiny.decoder, torch.bfloat16, LAYOUTS)
-    assert not jacobi.wins(tiny.transformer, torch.float32, LAYOUTS[:1])
+    tiny.generate_codes(many + many, decoding="jacobi")
+    assert called[7:] == ["decode_windows"] * 2
+    assert jacobi.wins(tiny.decoder, torch.bfloat16, [full], guided=True)
+    assert not jacobi.wins(tiny.decoder, torch.bfloat16, [*many, full], guided=False)
+    assert not jacobi.wins(tiny.transformer, torch.float32, LAYOUTS[:1], guided=False)
     with pytest.raises(ValueError, match="decoding = 'fast'"):
         tiny.generate(LAYOUTS[0], decoding="fast")

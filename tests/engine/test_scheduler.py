@@ -262,7 +262,7 @@ def test_batch_invariance_of_the_bundled_model():
 
 
 def test_slots_of_an_ended_image_are_filled_at_the_next_step(engine):
-    scheduler = Scheduler(engine, slots=3, prompt_tokens=80)
+    scheduler = Scheduler(engine, slots=3, prompt_tokens=80, windows=False)
     first = scheduler.submit(ONE, 1, PLAIN, 2)
     for _ in range(5):
         scheduler.step()
@@ -431,7 +431,7 @@ def test_an_error_of_one_request_is_its_own(engine):
 
 
 def test_a_step_that_fails_fails_who_was_in_it_and_no_one_else(engine, monkeypatch):
-    scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
+    scheduler = Scheduler(engine, slots=2, prompt_tokens=80, windows=False)
     inside, behind = scheduler.submit(ONE, 1, PLAIN, 2), scheduler.submit(TWO, 2, PLAIN, 2)
     with monkeypatch.context() as patched:
 
@@ -514,7 +514,7 @@ class Ticket:
 
 
 def test_first_come_first_served(engine):
-    scheduler, ended = Scheduler(engine, slots=2, prompt_tokens=80), []
+    scheduler, ended = Scheduler(engine, slots=2, prompt_tokens=80, windows=False), []
     for i in range(6):
         request = scheduler.submit(LAYOUTS[i % 3], i, PLAIN)
         request.future.add_done_callback(lambda _, i=i: ended.append(i))
