@@ -152,10 +152,8 @@ def contestants(engine: Engine, asked: list[Asked], slots: int) -> dict[str, Dra
             for a in asked
         ]
 
-    usual, codes, invariant = (
-        Scheduler(engine, slots, len(asked), prompt_tokens=longest, **mode)
-        for mode in ({}, {"windows": False}, {"invariant": True})
-    )
+    made = partial(Scheduler, engine, slots, len(asked), prompt_tokens=longest)
+    usual, codes, invariant = made(), made(windows=False), made(invariant=True)
     check_invariance(invariant, asked)
     return {
         SCHEDULER: lambda asked: scheduled(usual, asked),
