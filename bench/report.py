@@ -160,6 +160,7 @@ def _jacobi(results: list[Result]) -> str:
                 (
                     f"{r['model']}, {r['dtype']}",
                     f"{s['temperature']:g}, {s['cfg']:g}",
+                    str(r["batch"]),
                     f"{r['layouts']} + {r['crowded_layouts']}",
                     str(s["window"]),
                     f"{s['steps_jacobi']:.1f} of {s['steps_sequential']}",
@@ -171,16 +172,16 @@ def _jacobi(results: list[Result]) -> str:
                 )
             )
     first = results[0]
-    headings = ("model", "T, CFG", "layouts", "codes a step", "steps", "accepted: all, on objects",
-                "times as fast", "crowded: steps, accepted, times as fast",
-                "images that differ")  # fmt: skip
+    headings = ("model", "T, CFG", "images at once", "layouts", "codes a step", "steps",
+                "accepted: all, on objects", "times as fast",
+                "crowded: steps, accepted, times as fast", "images that differ")  # fmt: skip
     return (
         "**Several codes a step, losslessly** (`echogen bench engine --mode jacobi`): the noise is "
         "keyed, so the drawing is a function of its prompt, and Jacobi iteration over a window of "
         "codes ends in exactly what one code a step draws. "
         "Layouts of the test split and, apart, crowded ones, whose boxes cover at least 60% of the "
-        f"canvas; batch {first['batch']}, {first['threads']} thread, "
-        f"medians of drawings in turn {_taken(results)}.\n\n" + _table(headings, rows)
+        f"canvas; {first['threads']} thread, medians of drawings in turn {_taken(results)}.\n\n"
+        + _table(headings, rows)
     )
 
 
