@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -150,3 +151,10 @@ def either(request, engine, monkeypatch) -> Engine:
         monkeypatch.setattr("echogen.engine.engine.packable", lambda model: False)
     made.refresh()
     return made
+
+
+@pytest.fixture
+def folder(tmp_path, janus_config, random_janus) -> Path:
+    """A valid port checkpoint in one safetensors file, untied."""
+    random_janus(janus_config(), seed=3).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
