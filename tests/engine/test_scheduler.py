@@ -21,6 +21,7 @@ from echogen.engine.device import DeviceTransformer
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutError, LayoutObject
 from echogen.engine.ranges import listening
+from echogen.engine.rows import PackedRows
 from echogen.engine.sampler import Sampling
 from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving import budget
@@ -30,7 +31,7 @@ from echogen.engine.serving.crowd import Alone
 from echogen.engine.serving.request import Request
 from echogen.engine.serving.waiting import QueueFull, Waiting
 from echogen.engine.serving.worker import SchedulerClosed
-from echogen.engine.slots import PackedRows, row_counts
+from echogen.engine.slots import row_counts
 
 from .tape import Tape
 
