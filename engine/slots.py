@@ -28,11 +28,10 @@ from echogen.kernels.rope import scaled_heads
 EDGE = 32
 """Keys are read up to a multiple of this, and a cache ends at one: a row's sums then end where a
 register does (see `packed_decode.LANES`) and every row's cache begins alike in memory."""
-
-
 MOST_ROWS = 16
 """Rows up to which steps of several codes win; twice as many as in one drawing
-(`jacobi.MOST_ROWS`), for an image that ends leaves and makes room."""
+(`jacobi.MOST_ROWS`), for an image that ends leaves and makes room: 1.41 times as fast with all 16
+full (`echogen bench serving --arrivals 0`)."""
 
 
 def up_to_edge(keys: int) -> int:
