@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
@@ -223,14 +223,11 @@ class Sampler:
         grid = torch.broadcast_tensors(self.draws, positions[:, None])
         return gumbel_noise(self.seed, grid[0], grid[1], self._codebook)
 
-    def _noise(self, first: int, last: int) -> tuple[Tensor, int]:
-        """Noise [n, N, V] that covers positions ``first`` … ``last``, and which is its first.
-        What it is made of is kept for the next call, and nothing else."""
-        indices = range(first // self._chunk, last // self._chunk + 1)
+    def _held(self, indices: Iterable[int]) -> dict[int, Tensor]:
+        """These blocks of noise; they are kept for the next call, and no others."""
         held = self._blocks
         self._blocks = {i: held[i] if i in held else self._block(i) for i in indices}
-        blocks = list(self._blocks.values())
-        return blocks[0] if len(blocks) == 1 else torch.cat(blocks), indices[0] * self._chunk
+        return self._blocks
 
     def scale(self, step: int) -> float:
         """The guidance scale of position ``step``; 1 reads no unconditional row."""
@@ -270,8 +267,18 @@ class Sampler:
         each below T."""
         if self.sampling.temperature == 0 or not positions.numel():
             return scores.argmax(-1)
-        noise, first = self._noise(int(positions.min()), int(positions.max()))
-        return (scores + noise[positions - first, self._samples]).argmax(-1)
+        which = positions // self._chunk
+        # Images may stand far apart: between them lie blocks that nobody needs.
+        blocks = self._held(sorted(set(which.flatten().tolist())))
+        if len(blocks) == 1:
+            ((index, noise),) = blocks.items()
+            return (scores + noise[positions - index * self._chunk, self._samples]).argmax(-1)
+        gathered = torch.empty_like(scores)
+        samples = self._samples.expand_as(positions)
+        for index, noise in blocks.items():
+            here = which == index
+            gathered[here] = noise[positions[here] - index * self._chunk, samples[here]]
+        return (scores + gathered).argmax(-1)
 
     @property
     def on_device(self) -> bool:
@@ -287,5 +294,5 @@ class Sampler:
         scores = self.scores(logits, step)
         if self.sampling.temperature == 0:
             return scores.argmax(-1)
-        noise, first = self._noise(step, step)
-        return (scores + noise[step - first]).argmax(-1)
+        index = step // self._chunk
+        return (scores + self._held([index])[index][step - index * self._chunk]).argmax(-1)

@@ -62,8 +62,8 @@ class Scheduler(Worker):
             stands on is tried at once (`Slots.rows_agree`). Otherwise a step runs the rows and
             reads the places it needs, and codes within rounding of each other may be drawn
             otherwise in another crowd.
-        windows: on a CPU's packed weights draw several codes of an image a step while there are
-            at most `slots.MOST_ROWS` rows and most of them can be drafted well
+        windows: on a CPU's packed weights draw several codes of an image a step while no slot
+            behind the first `slots.WINDOW_ROWS` is held and half of the rows can be drafted well
             (`jacobi.foreseeable`); False: always code by code, as batch-invariant steps are.
         patience: how often a request may be overtaken, see `Waiting`.
         clock: seconds; for tests.
@@ -140,7 +140,8 @@ class Scheduler(Worker):
             draws: the noise's draw id of each; 0 … samples − 1 where None.
             priority: the higher go first (within ``patience``).
             timeout: seconds from now after which it fails with `TimeoutError`, done or not.
-            every: codes between two partial results; 0: only the whole.
+            every: partial results come at every so many codes, several after a step that drew
+                more; 0: only the whole.
             on_partial: called with each, in the thread that draws: what it takes, all wait for.
                 (In an event loop let it call ``loop.call_soon_threadsafe``.) What it raises fails
                 this request alone.
@@ -174,7 +175,8 @@ class Scheduler(Worker):
 
     @torch.inference_mode()
     def _work(self) -> bool:
-        """Free what ended, admit who fits, draw one code of every image; False: nothing to do.
+        """Free what ended, admit who fits, draw the next codes of every image; False: nothing to
+        do.
 
         Errors of one request are its own: here nothing is raised for them.
         """
@@ -284,9 +286,11 @@ class Scheduler(Worker):
         try:
             if self._drawers is None:
                 self._drawers = self._who_draws()
-            width = self._slots.width
-            drafts = [each.ahead(width) for each in self._drawers if isinstance(each, Windowed)]
-            logits = self._slots.window(drafts) if drafts else self._slots.step()
+            if windowed := [each for each in self._drawers if isinstance(each, Windowed)]:
+                width = self._slots.width
+                logits = self._slots.window(each.ahead(width) for each in windowed)
+            else:
+                logits = self._slots.step()
         except Exception as error:  # nobody's in particular
             self._fail(list(self._live), error)
             return
@@ -295,10 +299,10 @@ class Scheduler(Worker):
             self._advance(drawer, logits[drawer.rows.index])
 
     def _who_draws(self) -> list[Drawer]:
-        """Of all that live; in windows where that is the faster way for most."""
-        rows = [(live.request.rows, live.request.foreseeable) for live in self._live]
-        most = 2 * sum(n for n, well in rows if well) >= sum(n for n, _ in rows)
-        if self._slots.width and most:
+        """Of all that live; in windows where that is the faster way for half of the rows."""
+        rows = sum(live.request.rows for live in self._live)
+        well = sum(live.request.rows for live in self._live if live.request.foreseeable)
+        if self._slots.width and 2 * well >= rows:
             return [Windowed(live) for live in self._live]
         for live in self._live:
             live.drafts = None
@@ -309,7 +313,7 @@ class Scheduler(Worker):
         follows from them."""
         steps = min(live.request.drawn for live in drawer.lives)
         try:
-            with span("engine/sample", rows=len(logits), step=steps):
+            with span("engine/sample", rows=logits[..., 0].numel(), step=steps):
                 drawn = drawer.draw(logits)
             self._slots.feed(drawer.rows, drawn[0] if len(drawn) == 1 else torch.cat(drawn))
         except Exception as error:

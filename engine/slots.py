@@ -28,7 +28,7 @@ from echogen.kernels.rope import scaled_heads
 EDGE = 32
 """Keys are read up to a multiple of this, and a cache ends at one: a row's sums then end where a
 register does (see `packed_decode.LANES`) and every row's cache begins alike in memory."""
-MOST_ROWS = 16
+WINDOW_ROWS = 16
 """Rows up to which steps of several codes win; twice as many as in one drawing
 (`jacobi.MOST_ROWS`), for an image that ends leaves and makes room: 1.41 times as fast with all 16
 full (`echogen bench serving --arrivals 0`)."""
@@ -53,12 +53,12 @@ def row_counts(rows: int, invariant: bool, recorded: bool = False) -> list[int]:
 def widths(counts: Sequence[int], tokens: int) -> dict[int, int]:
     """Codes of the windows of so many rows, for images of ``tokens``; the last code of an image is
     drawn and never run. Where there are more rows there are none."""
-    found = {rows: min(default_window(rows), tokens - 1) for rows in counts if rows <= MOST_ROWS}
+    found = {rows: min(default_window(rows), tokens - 1) for rows in counts if rows <= WINDOW_ROWS}
     return {rows: codes for rows, codes in found.items() if codes > 1}
 
 
 @dataclass(frozen=True)
-class Draft:
+class Ahead:
     """What a window runs of the images of one request.
 
     Attributes:
@@ -253,10 +253,11 @@ class Slots:
 
     @property
     def width(self) -> int:
-        """Codes that ``window`` runs of each row; 0: with as many rows as are held now, none."""
-        return self._widths.get(self._count(), 0)
+        """Codes that ``window`` runs of each row; 0: none, as others than the first ``WINDOW_ROWS``
+        slots are held, too, or there shall be no windows."""
+        return self._widths.get(self._count(), 0) if self._widths else 0
 
-    def window(self, drafts: Iterable[Draft]) -> Tensor:
+    def window(self, drafts: Iterable[Ahead]) -> Tensor:
         """Run ``width`` codes of every image; image logits [R, W, V] of the leading R rows, those
         behind each code. The code fed is appended as by ``step``. What is run behind it stays for a
         next window, and ``feed`` says how much of it is kept; a ``step`` overwrites it."""
@@ -267,8 +268,9 @@ class Slots:
             for row, run, offset in zip(draft.rows, draft.codes, draft.offsets, strict=True):
                 codes[row], at[row] = run, self._ends[row] + offset
         read = self._reads(max(at) + width)
-        ran = (self.rows - self.free) * width
-        with span("engine/decode/window", rows=count, tokens=ran, held=self.tokens, read=read):
+        live = self.rows - self.free
+        ran, held = live * width, self.tokens + live
+        with span("engine/decode/window", rows=count * width, tokens=ran, held=held, read=read):
             logits = self._packed.window(torch.tensor(codes), torch.tensor(at), read)
         self._appended()
         return logits

@@ -108,7 +108,9 @@ class Drawing(Body):
         False, description="find the layout in every picture: boxes, IoU, L1 and reward"
     )
     every: int = Field(
-        0, description="codes between two partial results, sent as they come; 0: only the whole"
+        0,
+        description="send a partial result when so many more codes are drawn, of all that are "
+        "drawn by then; 0: only the whole",
     )
     format: Format = Field("png", description="of the pictures in JSON and in events")
 

@@ -15,7 +15,7 @@ import torch
 from echogen.engine.cache import PREFIX_BYTES
 from echogen.engine.config import ModelConfig
 from echogen.engine.sampler import Sampler
-from echogen.engine.slots import MOST_ROWS, row_counts, up_to_edge, widths
+from echogen.engine.slots import WINDOW_ROWS, row_counts, up_to_edge, widths
 
 SHARE = 0.8
 """Of the free memory that is planned with; the rest is for what else happens on the machine."""
@@ -109,19 +109,20 @@ def plan(
     capacity = up_to_edge(longest + c.image_tokens - 1)
     most = MOST.get(device.type, 16)
     head = c.head_dim + FLOAT if fp8_cache else c.head_dim * dtype.itemsize
-    each = _slot(c, head, capacity, (slots or most) if device.type == "cpu" else 1)
+    each = _slot(c, head, capacity, (slots or most) if device.type == "cpu" else 1, 1 + windows)
     if prefix_bytes is None:
         one = 2 * c.layers * c.kv_heads * longest * c.head_dim * dtype.itemsize
         prefix_bytes = max(PREFIX_BYTES, 2 * (one + c.codebook_size * dtype.itemsize))
     shared = _prompt(c, dtype.itemsize, longest) + prefix_bytes + picture_bytes
-    shared += _windows(c, capacity) if windows else 0
+    shared += _windows(c, capacity, slots or most) if windows else 0
     budget = int(SHARE * free_bytes(device)) if memory is None else memory
     fitting = max(0, (budget - shared) // each)
     if fitting < (slots or 1):
         raise BudgetError(
             f"{slots or 1} slots of {capacity} tokens take {_mib(shared + (slots or 1) * each)}, "
             f"and {_mib(budget)} are to be used, in which {fitting} fit; ask for fewer slots, "
-            f"shorter prompts (prompt_tokens, now {longest}) or more memory"
+            f"shorter prompts (prompt_tokens, now {longest}){', windows=False' * windows} or more "
+            f"memory"
         )
     count = min(fitting, most) if slots is None else slots
     return Plan(count, capacity, longest, prefix_bytes, each, shared, budget)
@@ -137,21 +138,21 @@ def _row(c: ModelConfig, capacity: int) -> tuple[int, int]:
     return layer, attention + sampling
 
 
-def _slot(c: ModelConfig, head: int, capacity: int, rows: int) -> int:
+def _slot(c: ModelConfig, head: int, capacity: int, rows: int, blocks: int) -> int:
     """Bytes of one of ``rows`` slots: cache, with ``head`` bytes a head of a token, a row's part of
-    a step, of its sampling and of its noise."""
+    a step, of its sampling and of its noise, of which it needs so many ``blocks`` at a time."""
     cache = 2 * c.layers * c.kv_heads * capacity * head
     # A row goes through one layer at a time; on a CPU buffers are made for several numbers of rows,
     # which add up to a row's own times (rows/8 + 2), 4 for 16 slots.
     layer, passing = _row(c, capacity)
     noise = min(Sampler.BLOCK, c.codebook_size * c.image_tokens)
-    return cache + int(max(4, rows / 8 + 2) * layer) + passing + noise * FLOAT
+    return cache + int(max(4, rows / 8 + 2) * layer) + passing + blocks * noise * FLOAT
 
 
-def _windows(c: ModelConfig, capacity: int) -> int:
+def _windows(c: ModelConfig, capacity: int, slots: int) -> int:
     """Bytes of steps of several codes: buffers of all, and one on its way."""
     layer, passing = _row(c, capacity)
-    shapes = widths(row_counts(MOST_ROWS, False), c.image_tokens)
+    shapes = widths(row_counts(min(slots, WINDOW_ROWS), False), c.image_tokens)
     counts = [rows * codes for rows, codes in shapes.items()]
     return sum(counts) * layer + max(counts, default=0) * (layer + passing)
 

@@ -25,8 +25,8 @@ from echogen.kernels.sampling import cfg_sample
 @dataclass(eq=False)  # itself and nobody else
 class Live:
     """A request being drawn, in slots ``rows``: conditional ones, then with guidance as many it
-    leads away from; None while its prompts are run. ``drafts``: of its images, where the last step
-    was a window."""
+    leads away from; None while its prompts are run. ``drafts``: of its images, from the first
+    step that is a window to one that is not."""
 
     request: Request
     rows: Rows | None = None
@@ -40,7 +40,7 @@ class Live:
 
 
 class Drawer(Protocol):
-    """Draws the next code of every image of some requests.
+    """Draws the next codes of every image of some requests.
 
     Attributes:
         lives: the requests.
@@ -51,8 +51,8 @@ class Drawer(Protocol):
     rows: Rows
 
     def draw(self, logits: Tensor) -> list[Tensor]:
-        """The next codes int64 [N, n] of each request, from logits [R, V], one row for each of
-        ``rows`` and in their order."""
+        """The next codes int64 [N, n] of each request, from logits [R, V] (of windows [R, W, V]),
+        one row for each of ``rows`` and in their order."""
         ...
 
 

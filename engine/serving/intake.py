@@ -45,8 +45,10 @@ class Intake:
         sampler = Sampler(order.sampling, order.seed, ids, c.codebook_size, c.image_tokens)
         codes = torch.zeros(len(ids), c.image_tokens, dtype=torch.int64, device=device)
         deadline = None if order.timeout is None else now + order.timeout
-        drafts = foreseeable(order.layout, self._table.dtype)
-        return Request(order, prompts, sampler, codes, self._pictures, deadline, drafts)
+        return Request(
+            order, prompts, sampler, codes, self._pictures, deadline,
+            foreseeable=foreseeable(order.layout, self._table.dtype),
+        )  # fmt: skip
 
     def _check_fit(self, prompts: list[list[int]], samples: int) -> None:
         plan, longest = self._plan, max(map(len, prompts))

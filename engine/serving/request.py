@@ -127,8 +127,9 @@ class Request:
         return self._part(self.drawn)
 
     def partials(self) -> Iterator[Partial]:
-        """What is drawn, each time ``every`` more codes are (who is slow skips some), the whole
-        images last. Raises as ``result`` does when there will be no more."""
+        """What is drawn, each time ``every`` more codes are, the whole images last. Who is slow
+        skips some, and so does everybody where a step drew more than ``every``. Raises as
+        ``result`` does when there will be no more."""
         seen = 0
         while seen < self.tokens:
             with self._news:
@@ -164,10 +165,12 @@ class Request:
         if self.drawn == self.tokens and self.tokens % every:
             due.append(self.tokens)
         for told in due:
+            if self.future.cancelled():
+                return
             with self._news:
                 self._told = told
                 self._news.notify_all()
-            if self._on_partial is not None and not self.future.cancelled():
+            if self._on_partial is not None:
                 self._on_partial(self._part(told))
 
     def codes(self) -> list[list[int]]:

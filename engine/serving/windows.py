@@ -2,8 +2,9 @@
 
 A step of a few rows leaves most of a CPU's products empty. Windows of drafted codes fill them
 (`echogen.engine.jacobi`) as a crowd's rows do, and like those they change what is drawn by rounding
-at most. When too many come, from the next step on all are drawn code by code; when enough have
-gone, the others go on in windows from where they stand.
+at most. When too many come, from the next step on all are drawn code by code (codes by which an
+image was ahead of others of its request are drawn again); when enough have gone, the others go on
+in windows from where they stand.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from echogen.engine.jacobi import Drafted, columns_of
 from echogen.engine.serving.crowd import Live
-from echogen.engine.slots import Draft
+from echogen.engine.slots import Ahead
 
 
 class Windowed:
@@ -29,13 +30,13 @@ class Windowed:
         self.lives, self.rows, self._images = [live], live.held, live.drafts
         self._starts = list[int]()
 
-    def ahead(self, width: int) -> Draft:
+    def ahead(self, width: int) -> Ahead:
         """What the next window runs of it."""
         drafts = [image.ahead(width) for image in self._images]
         self._starts = [start for start, _ in drafts]
         halves = len(self.rows.numbers) // len(drafts)
         offsets = [start - self.lives[0].request.drawn for start in self._starts]
-        return Draft(self.rows.numbers, [codes for _, codes in drafts] * halves, offsets * halves)
+        return Ahead(self.rows.numbers, [codes for _, codes in drafts] * halves, offsets * halves)
 
     def draw(self, logits: Tensor) -> list[Tensor]:
         """See `Drawer`, from logits [R, W, V]: codes int64 [N, n], one at least of each image."""

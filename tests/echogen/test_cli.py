@@ -381,7 +381,7 @@ def test_profile(run, model, tmp_path):
     shares = [r["share"] for r in done.data["ranges"]]
     assert sum(shares) == pytest.approx(1, abs=0.05)
     found = {r["category"] for r in done.data["ranges"]}
-    assert {"engine/decode/step", "engine/vq/decode", "engine/ground/step"} <= found
+    assert {"engine/decode/window", "engine/vq/decode", "engine/ground/step"} <= found
     trace = json.loads((out / "cycle.trace.json").read_text())
     names = {e.get("name") for e in trace["traceEvents"]}
     assert {f"echogen:{c}" for c in found if c.startswith("engine/")} <= names

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from concurrent.futures import CancelledError
 
 import pytest
 import torch
@@ -11,12 +12,12 @@ from echogen.engine.engine import Engine
 from echogen.engine.jacobi import MOST_COVER, covered
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.ranges import listening
-from echogen.engine.sampler import Sampling
+from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.scheduler import Scheduler
-from echogen.engine.slots import EDGE, MOST_ROWS, Draft, Slots
+from echogen.engine.slots import EDGE, WINDOW_ROWS, Ahead, Slots
 from echogen.train.data.scenes import load_scenes
 
-from .test_scheduler import KINDS, ONE, TOKENS, TWO, Asked, finish
+from .test_scheduler import KINDS, ONE, TOKENS, TWO, Asked, Held, finish
 
 PLAIN, GUIDED = KINDS[0], KINDS[4]  # the prompts of GUIDED's two rows differ in length
 LONG = Layout(
@@ -30,7 +31,7 @@ CROWDED = TWO
 
 
 class Windows:
-    """Rows of each step that was a window."""
+    """Rows, of one code each, of every step that was a window."""
 
     def __init__(self) -> None:
         self.rows: list[int] = []
@@ -139,7 +140,7 @@ def test_slots_that_lie_apart(engine):
     before[1].cancel()
     with listening(heard):
         finish(scheduler)
-    assert set(heard.rows) == {3} and torch.equal(request.result(), asked.alone(engine))
+    assert set(heard.rows) == {3 * 8} and torch.equal(request.result(), asked.alone(engine))
 
 
 def test_partial_results_come_at_their_codes(engine):
@@ -162,6 +163,10 @@ def test_who_cancels_at_a_partial_result_is_told_no_more(engine):
     request = scheduler.submit(ONE, 1, Sampling(temperature=0), every=1, on_partial=leave)
     finish(scheduler)
     assert len(called) == 1 and scheduler.metrics().cancelled == 1
+    told = []
+    with pytest.raises(CancelledError):
+        told.extend(p.codes.shape[1] for p in request.partials())
+    assert not told or told[-1] < TOKENS
 
 
 @pytest.mark.parametrize("how", [{"windows": False}, {"invariant": True}])
@@ -180,7 +185,7 @@ def test_crowded_layouts_are_drawn_code_by_code(engine):
 
 def test_many_rows_are_drawn_code_by_code(engine):
     scheduler = Scheduler(engine, slots=20, prompt_tokens=80)
-    scheduler.submit(ONE, 1, PLAIN, MOST_ROWS + 1)
+    scheduler.submit(ONE, 1, PLAIN, WINDOW_ROWS + 1)
     assert finish(scheduler) == TOKENS - 1
 
 
@@ -199,11 +204,44 @@ def test_a_window_ends_where_the_cache_does(engine):
         slots.release(rows)
         rows = slots.take([prefix])
         wrong = codes[:3] + [9] * (TOKENS - 4)
-        found = slots.window([Draft([0], [wrong], [0])])[0].clone()
+        found = slots.window([Ahead([0], [wrong], [0])])[0].clone()
         slots.feed(rows, torch.tensor([codes[1:4]]))  # one appended, two kept, one to come
         assert slots.tokens == length + 3
-        again = slots.window([Draft([0], [codes[:-1]], [-3])])[0]
+        again = slots.window([Ahead([0], [codes[:-1]], [-3])])[0]
         assert slots.tokens == length + 4
     assert (found[:3] - torch.stack(wanted[:3])).abs().max() < 1e-4
     assert (found[3:] - torch.stack(wanted[3:])).abs().max() > 1e-2
     assert (again - torch.stack(wanted)).abs().max() < 1e-4
+
+
+def test_windows_are_planned(engine):
+    """What they hold and what passes through one is no more than they add to the plan."""
+    plans, held = [], []
+    for windows in (False, True):
+        with Held() as made:
+            scheduler = Scheduler(engine, slots=16, prompt_tokens=80, windows=windows)
+        request = scheduler.submit(ONE, 1, Sampling(top_k=5, top_p=0.8), 16)
+        scheduler.step()
+        with Held() as drawing:
+            finish(scheduler)
+        assert request.result().shape == (16, TOKENS)
+        held.append(made.live + drawing.peak)
+        plans.append(scheduler.plan.bytes)
+    assert 0 < held[1] - held[0] <= plans[1] - plans[0]
+
+
+@pytest.mark.parametrize("block", [1 << 30, 24 * 4 * 2, 1])
+def test_images_far_apart_hold_the_noise_they_need(monkeypatch, block):
+    """Whatever the blocks are in which noise is made, and in any order of positions."""
+    draws, sampling = torch.tensor([3, 1, 7, 2]), Sampling(temperature=0.7)
+    whole = Sampler(sampling, 5, draws, 24, 16)
+    scores = torch.randn(4, 3, 24, generator=torch.Generator().manual_seed(0))
+    positions = torch.tensor([[0, 1, 2], [13, 14, 15], [1, 2, 3], [7, 8, 9]])
+    wanted = whole.pick(scores, positions)
+    monkeypatch.setattr(Sampler, "BLOCK", block)
+    parted = Sampler(sampling, 5, draws, 24, 16)
+    assert torch.equal(parted.pick(scores, positions), wanted)
+    held = sum(noise.shape[0] for noise in parted._blocks.values())
+    assert held <= (16 if block > 1000 else 12)
+    for step in (15, 0):
+        assert torch.equal(parted(scores[:, 0], step), whole(scores[:, 0], step))
