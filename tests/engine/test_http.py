@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from echogen.engine.http import middleware
 from echogen.engine.http.middleware import BODIES, BODY
 from echogen.engine.http.wire import EVENTS, JSON, MEDIA, Refused, preferred
+from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.sampler import Sampling
 
 from .served import LAYOUT, TWO, Client, counters, next_event, opened, picture, send, serving
@@ -90,6 +92,28 @@ def test_partial_pictures_come_as_they_are_drawn(client, monkeypatch):
         for part in pictures:
             below = part[row * len(part) // 4 :]
             assert (below == 128).all() and len(np.unique(part)) > 1
+
+
+def test_partial_pictures_of_steps_that_draw_several_codes(client, engine, monkeypatch):
+    """Each shows all that is drawn by then, and the whole is what the engine draws code by code."""
+    free = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
+    window, drawn = client.scheduler._slots.window, []
+
+    def slowly(drafts: Any) -> Any:
+        time.sleep(0.1)
+        return window(drafts)
+
+    monkeypatch.setattr(client.scheduler._slots, "window", slowly)
+    connection = client.connect()
+    asked = {"layout": free.to_dict(), "seed": 3, "samples": 2, "every": 1, "temperature": 1}
+    send(connection, "POST", "/v1/images", asked)
+    answer = connection.getresponse()
+    while (told := next_event(answer))[0] == "partial":
+        drawn.append(told[1]["drawn"])
+    assert drawn and drawn == sorted(set(drawn)) and drawn[-1] < 16
+    codes = engine.generate_codes([free] * 2, 3, sampling=Sampling(), decoding="sequential")
+    for image, wanted in zip(told[1]["images"], engine.decode(codes), strict=True):
+        assert np.array_equal(opened(image["image"]), np.asarray(wanted))
 
 
 # --- refusals ---------------------------------------------------------------------------------
