@@ -160,7 +160,7 @@ class Service:
     async def stream(self, job: Job, news: asyncio.Event) -> AsyncGenerator[str, None]:
         """Partial pictures, each time ``news`` says that there is more (who is slow skips some),
         then the whole answer, as server-sent events."""
-        answer = asyncio.create_task(self.answer(job))
+        answer, sent = asyncio.create_task(self.answer(job)), 0
         try:
             while not answer.done():
                 more = asyncio.create_task(news.wait())
@@ -175,8 +175,9 @@ class Service:
                 news.clear()
                 part = job.request.partial()
                 drawn = part.codes.shape[1]
-                if job.request.future.done() or drawn == part.tokens:
-                    continue
+                if job.request.future.done() or drawn == part.tokens or drawn == sent:
+                    continue  # a step that drew several codes tells of each
+                sent = drawn
                 sketched = partial(_sketched, part, job.body.format)
                 pictures = await self._do("sketch", sketched, job.deadline)
                 yield event("partial", {"drawn": drawn, "codes": part.tokens, "images": pictures})
