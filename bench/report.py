@@ -153,7 +153,7 @@ def _jacobi(results: list[Result]) -> str:
     if not results:
         return ""
     rows = []
-    for r in results:
+    for r in sorted(results, key=lambda r: r["batch"]):
         for s in r["settings"]:
             crowded = s["crowded"]
             rows.append(

@@ -100,7 +100,7 @@ def test_partial_pictures_of_steps_that_draw_several_codes(client, engine, monke
     window, drawn = client.scheduler._slots.window, []
 
     def slowly(drafts: Any) -> Any:
-        time.sleep(0.1)
+        time.sleep(0.1)  # so that a picture is sent between two steps
         return window(drafts)
 
     monkeypatch.setattr(client.scheduler._slots, "window", slowly)

@@ -13,98 +13,37 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from echogen.engine.config import ModelConfig
 from echogen.engine.device import DeviceTransformer
 from echogen.engine.engine import Engine
-from echogen.engine.layout import Layout, LayoutError, LayoutObject
+from echogen.engine.layout import LayoutError
 from echogen.engine.ranges import listening
 from echogen.engine.rows import PackedRows
 from echogen.engine.sampler import Sampling
 from echogen.engine.scheduler import Scheduler
-from echogen.engine.serving import budget
 from echogen.engine.serving import crowd as serving_crowd
-from echogen.engine.serving.budget import BudgetError
 from echogen.engine.serving.crowd import Alone
 from echogen.engine.serving.request import Request
 from echogen.engine.serving.waiting import QueueFull, Waiting
 from echogen.engine.serving.worker import SchedulerClosed
 from echogen.engine.slots import row_counts
 
-from .tape import Tape
-
-TOKENS = 16
-PLAIN, GUIDED = Sampling(), Sampling(cfg=4.0, temperature=0.8)
-KINDS = (
-    PLAIN,
+from .requests import (
     GUIDED,
-    Sampling(temperature=0),
-    Sampling(top_k=5, top_p=0.8),
-    Sampling(cfg=3.0, unconditional="empty", top_p=0.9),
-    Sampling(cfg=5.0, cfg_schedule="cosine", cfg_span=(3, 11)),
+    KINDS,
+    LAYOUTS,
+    ONE,
+    PLAIN,
+    THREE,
+    TOKENS,
+    TWO,
+    Asked,
+    Heard,
+    crowd,
+    finish,
+    staggered,
 )
-ONE = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
-TWO = Layout(
-    "the left of the two green stars",
-    (
-        LayoutObject("the left of the two green stars", (0.0, 0.25, 0.5, 0.75)),
-        LayoutObject("a blue square", (0.5, 0.0, 1.0, 0.5)),
-    ),
-)
-THREE = Layout("a blue square in front of a red circle", (*TWO.objects, *ONE.objects))
-LAYOUTS = (ONE, TWO, THREE)
-
-
-@dataclass(frozen=True)
-class Asked:
-    layout: Layout
-    seed: int
-    sampling: Sampling
-    samples: int
-
-    @property
-    def rows(self) -> int:
-        return self.samples * (2 if self.sampling.guided else 1)
-
-    def submit(self, scheduler: Scheduler, **more) -> Request:
-        return scheduler.submit(self.layout, self.seed, self.sampling, self.samples, **more)
-
-    def alone(self, engine: Engine) -> torch.Tensor:
-        layouts = [self.layout] * self.samples
-        return engine.generate_codes(
-            layouts, self.seed, sampling=self.sampling, decoding="sequential"
-        )
-
-
-def crowd(count: int, seed: int, slots: int = 8) -> list[Asked]:
-    """Random requests, none larger than the slots."""
-    rng, made = random.Random(seed), list[Asked]()
-    while len(made) < count:
-        asked = Asked(
-            rng.choice(LAYOUTS), rng.randrange(1 << 40), rng.choice(KINDS), rng.randint(1, 3)
-        )
-        if asked.rows <= slots:
-            made.append(asked)
-    return made
-
-
-def finish(scheduler: Scheduler) -> int:
-    """Step by hand to the end; the steps."""
-    return sum(1 for _ in iter(scheduler.step, False))
-
-
-def staggered(scheduler: Scheduler, asked: list[Asked], rng: random.Random) -> list[Request]:
-    """Submit requests at random moments between steps, and draw all."""
-    requests = []
-    for each in asked:
-        requests.append(each.submit(scheduler))
-        for _ in range(rng.randrange(12)):
-            scheduler.step()
-    finish(scheduler)
-    return requests
-
+from .tape import Tape
 
 # --- what is drawn --------------------------------------------------------------------------------
 
@@ -284,24 +223,14 @@ def test_slots_of_an_ended_image_are_filled_at_the_next_step(engine):
 
 
 def test_a_prompt_shared_by_samples_is_run_once(engine):
-    class Prefills:
-        def __init__(self) -> None:
-            self.tokens: list[int] = []
-
-        def begin(self, category, payload):
-            if category == "engine/prefill/run":
-                self.tokens.append(payload["tokens"])
-
-        def end(self): ...
-
-    scheduler, heard = Scheduler(engine, slots=8, prompt_tokens=80), Prefills()
+    scheduler, heard = Scheduler(engine, slots=8, prompt_tokens=80), Heard("engine/prefill/run")
     prompt = engine.prompts.l2i(TWO)
     with listening(heard):
         scheduler.submit(TWO, 1, GUIDED, 4)
         scheduler.submit(TWO, 2, GUIDED, 4)
         finish(scheduler)
     # The unconditional prompt is kept for the second request, too.
-    assert heard.tokens == [len(prompt)] * 3
+    assert heard.all("tokens") == [len(prompt)] * 3
 
 
 def test_a_step_runs_few_rows_more_than_it_needs():
@@ -574,133 +503,6 @@ def test_nobody_starves(seed):
             assert sum(done[done.index(False) :]) <= patience  # the queue has only grown
     assert not waiting and len(drawn) == len(came)
     assert 0 < max(t.overtaken for t in came) <= patience
-
-
-# --- memory ---------------------------------------------------------------------------------------
-
-
-class Held(TorchDispatchMode):
-    """Bytes of the storages made within, and the most that were held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = self.largest = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        before = {storage._cdata for storage in self._storages((args, kwargs))}
-        made = func(*args, **(kwargs or {}))
-        for storage in self._storages(made):
-            if storage._cdata not in self._known | before:
-                self._note(storage)
-        return made
-
-    @staticmethod
-    def _storages(tree) -> list[torch.UntypedStorage]:
-        tensors = [t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)]
-        # oneDNN's packed weights, made before, have none.
-        return [t.untyped_storage() for t in tensors if t.layout is torch.strided]
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._known.add(key)
-
-        def gone() -> None:
-            self._known.discard(key)
-            self.live -= size
-
-        weakref.finalize(storage, gone)
-        self.live += size
-        self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
-
-
-def test_memory_is_planned_and_made_once(either):
-    engine = either
-    engine.decoder  # noqa: B018  # its weights are there before
-    with Held() as held:
-        scheduler = Scheduler(engine, slots=8)
-    block = scheduler._slots.cache.block
-    assert block.nbytes <= held.live
-    place = block.data_ptr()
-    with Held() as drawing:
-        requests = [a.submit(scheduler) for a in crowd(12, seed=4)]
-        finish(scheduler)
-        for sampling in (PLAIN, GUIDED):  # alone, in windows
-            Asked(ONE, 5, sampling, 1).submit(scheduler)
-            finish(scheduler)
-        requests[0].images()
-    assert scheduler._slots.cache.block.data_ptr() == place
-    assert held.live + drawing.peak <= scheduler.plan.bytes
-    assert drawing.largest < block.nbytes / 4  # nothing of the cache's size in mid-flight
-
-
-def test_slots_follow_the_memory(engine):
-    most = Scheduler(engine, memory=1 << 40, prompt_tokens=80).plan
-    assert most.slots == budget.MOST["cpu"]
-    assert most.bytes == most.shared_bytes + most.slots * most.slot_bytes
-    memory = most.shared_bytes + 5 * most.slot_bytes + most.slot_bytes // 2
-    scheduler = Scheduler(engine, memory=memory, prompt_tokens=80)
-    assert scheduler.plan.slots == scheduler.metrics().slots == 5
-    with pytest.raises(BudgetError, match=r"in which 5 fit; ask for fewer slots.*windows=False or"):
-        Scheduler(engine, slots=16, memory=memory, prompt_tokens=80)
-    with pytest.raises(BudgetError, match="in which 0 fit"):
-        Scheduler(engine, memory=1 << 20, prompt_tokens=80)
-    for asked, message in (
-        ({"slots": 0}, "slots = 0"), ({"prompt_tokens": 145}, "room for 1 … 144"),
-        ({"queue": 0}, "queue = 0"), ({"patience": -1}, "patience = -1"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            Scheduler(engine, **asked)
-
-
-def test_free_memory_is_the_devices(monkeypatch, tmp_path):
-    cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
-    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    assert budget.free_bytes(cuda) == 1200  # PyTorch holds 200 that it does not use
-    cpu = torch.device("cpu")
-    assert budget.free_bytes(cpu) > 1 << 20
-    monkeypatch.setattr(budget, "_available", lambda: 700)
-    monkeypatch.setattr(budget, "_container", lambda: 500)
-    assert budget.free_bytes(cpu) == 500
-    monkeypatch.setattr(budget, "_container", lambda: None)
-    assert budget.free_bytes(cpu) == 700
-    monkeypatch.setattr(budget, "_available", lambda: None)
-    with pytest.raises(BudgetError, match="name memory in bytes"):
-        budget.free_bytes(cpu)
-
-
-@pytest.mark.parametrize("version", [0, 1], ids=["cgroup v2", "cgroup v1"])
-def test_a_container_has_its_limit_less_what_is_used(monkeypatch, tmp_path, version):
-    _, limit, used, files = budget.CGROUPS[1 - version]
-    empty = (tmp_path / "none", *budget.CGROUPS[version][1:])
-    there = (tmp_path, limit, used, files)
-    monkeypatch.setattr(budget, "CGROUPS", (empty, there))
-    assert budget._container() is None
-    (tmp_path / limit).write_text("1000\n")
-    (tmp_path / used).write_text("700\n")
-    assert budget._container() == 300
-    (tmp_path / "memory.stat").write_text(f"cache 400\n{files} 250\nshmem 1\n")
-    assert budget._container() == 550, "files that were read give way"
-
-
-def test_slots_of_a_long_model_are_made_for_prompts_of_some_length():
-    config = ModelConfig(
-        vocab_size=102_400, codebook_size=16_384, code_dim=8, width=2048, layers=24, heads=16,
-        kv_heads=16, head_dim=128, mlp_width=5632, head_width=2048, aligner_depth=2,
-        pixel_dim=1024, pixel_aligner_depth=2, rope_theta=1e4, norm_eps=1e-6, image_tokens=576,
-        image_size=384, max_positions=16_384, tied=False,
-    )  # fmt: skip
-    card = budget.plan(config, torch.bfloat16, torch.device("cuda"), 1 << 29, memory=60 << 30)
-    assert card.prompt_tokens == budget.PROMPT_TOKENS and card.slots > 64
-    assert card.prefix_bytes > 2 * (192 << 10) * card.prompt_tokens  # 192 KiB a token
-    eight = budget.plan(
-        config, torch.bfloat16, torch.device("cuda"), 1 << 29, memory=60 << 30, fp8_cache=True
-    )
-    assert 0.5 < eight.slot_bytes / card.slot_bytes < 0.6
-    host = budget.plan(config, torch.bfloat16, torch.device("cpu"), 1 << 29, memory=60 << 30)
-    assert host.slots == budget.MOST["cpu"]
 
 
 # --- threads --------------------------------------------------------------------------------------

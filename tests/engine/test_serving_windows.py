@@ -17,7 +17,7 @@ from echogen.engine.scheduler import Scheduler
 from echogen.engine.slots import EDGE, WINDOW_ROWS, Ahead, Slots
 from echogen.train.data.scenes import load_scenes
 
-from .test_scheduler import KINDS, ONE, TOKENS, TWO, Asked, Held, finish
+from .requests import KINDS, ONE, TOKENS, TWO, Asked, Heard, finish
 
 PLAIN, GUIDED = KINDS[0], KINDS[4]  # the prompts of GUIDED's two rows differ in length
 LONG = Layout(
@@ -30,17 +30,9 @@ LONG = Layout(
 CROWDED = TWO
 
 
-class Windows:
-    """Rows, of one code each, of every step that was a window."""
-
-    def __init__(self) -> None:
-        self.rows: list[int] = []
-
-    def begin(self, category, payload):
-        if category == "engine/decode/window":
-            self.rows.append(payload["rows"])
-
-    def end(self): ...
+def windows() -> Heard:
+    """Of every step that is a window."""
+    return Heard("engine/decode/window")
 
 
 @pytest.mark.parametrize("sampling", KINDS)
@@ -74,7 +66,7 @@ def test_who_comes_and_goes_changes_nothing(engine, seed):
     """Images turn from windows to single codes and back at any code, in any slots, and share
     windows with others that stand elsewhere."""
     rng, made = random.Random(seed), []
-    scheduler, heard = Scheduler(engine, slots=20, prompt_tokens=80), Windows()
+    scheduler, heard = Scheduler(engine, slots=20, prompt_tokens=80), windows()
     with listening(heard):
         for _ in range(32):
             kind, samples = rng.choice(KINDS), rng.randint(1, 6)
@@ -84,8 +76,8 @@ def test_who_comes_and_goes_changes_nothing(engine, seed):
             for _ in range(rng.randrange(14)):
                 scheduler.step()
         finish(scheduler)
-    singles = scheduler.metrics().steps - len(heard.rows)
-    assert len(set(heard.rows)) > 1 and len(heard.rows) > 16 and singles > 16
+    singles = scheduler.metrics().steps - len(heard.payloads)
+    assert len(set(heard.all("rows"))) > 1 and len(heard.payloads) > 16 and singles > 16
     for asked, request in made:
         assert torch.equal(request.result(), asked.alone(engine))
 
@@ -93,16 +85,16 @@ def test_who_comes_and_goes_changes_nothing(engine, seed):
 @pytest.mark.parametrize("others", [(ONE, 15), (CROWDED, 3)], ids=["many rows", "crowded"])
 def test_who_is_left_goes_on_in_windows_where_it_stands(engine, others):
     layout, samples = others
-    scheduler, heard = Scheduler(engine, slots=20, prompt_tokens=80), Windows()
+    scheduler, heard = Scheduler(engine, slots=20, prompt_tokens=80), windows()
     asked = Asked(LONG, 2, GUIDED, 1)
     stays, left = asked.submit(scheduler), Asked(layout, 1, PLAIN, samples).submit(scheduler)
     with listening(heard):
         for _ in range(3):
             scheduler.step()
-        assert not heard.rows and stays.drawn == 4
+        assert not heard.payloads and stays.drawn == 4
         left.cancel()
         finish(scheduler)
-    assert heard.rows and torch.equal(stays.result(), asked.alone(engine))
+    assert heard.payloads and torch.equal(stays.result(), asked.alone(engine))
 
 
 def test_images_of_one_request_get_on_by_themselves(engine):
@@ -129,7 +121,7 @@ def test_drafts_outlast_others_that_come_and_go(engine):
 
 
 def test_slots_that_lie_apart(engine):
-    scheduler, heard = Scheduler(engine, slots=3, prompt_tokens=80), Windows()
+    scheduler, heard = Scheduler(engine, slots=3, prompt_tokens=80), windows()
     before = [Asked(ONE, seed, PLAIN, 1).submit(scheduler) for seed in (1, 2, 3)]
     scheduler.step()
     before[0].cancel()
@@ -140,7 +132,7 @@ def test_slots_that_lie_apart(engine):
     before[1].cancel()
     with listening(heard):
         finish(scheduler)
-    assert set(heard.rows) == {3 * 8} and torch.equal(request.result(), asked.alone(engine))
+    assert set(heard.all("rows")) == {3 * 8} and torch.equal(request.result(), asked.alone(engine))
 
 
 def test_partial_results_come_at_their_codes(engine):
@@ -212,22 +204,6 @@ def test_a_window_ends_where_the_cache_does(engine):
     assert (found[:3] - torch.stack(wanted[:3])).abs().max() < 1e-4
     assert (found[3:] - torch.stack(wanted[3:])).abs().max() > 1e-2
     assert (again - torch.stack(wanted)).abs().max() < 1e-4
-
-
-def test_windows_are_planned(engine):
-    """What they hold and what passes through one is no more than they add to the plan."""
-    plans, held = [], []
-    for windows in (False, True):
-        with Held() as made:
-            scheduler = Scheduler(engine, slots=16, prompt_tokens=80, windows=windows)
-        request = scheduler.submit(ONE, 1, Sampling(top_k=5, top_p=0.8), 16)
-        scheduler.step()
-        with Held() as drawing:
-            finish(scheduler)
-        assert request.result().shape == (16, TOKENS)
-        held.append(made.live + drawing.peak)
-        plans.append(scheduler.plan.bytes)
-    assert 0 < held[1] - held[0] <= plans[1] - plans[0]
 
 
 @pytest.mark.parametrize("block", [1 << 30, 24 * 4 * 2, 1])
