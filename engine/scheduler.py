@@ -62,8 +62,8 @@ class Scheduler(Worker):
             stands on is tried at once (`Slots.rows_agree`). Otherwise a step runs the rows and
             reads the places it needs, and codes within rounding of each other may be drawn
             otherwise in another crowd.
-        windows: on a CPU's packed weights draw several codes of an image a step while no slot
-            behind the first `slots.WINDOW_ROWS` is held and half of the rows can be drafted well
+        windows: on a CPU's packed weights draw several codes of an image a step while at most
+            `slots.WINDOW_ROWS` are held and half of the rows can be drafted well
             (`jacobi.foreseeable`); False: always code by code, as batch-invariant steps are.
         patience: how often a request may be overtaken, see `Waiting`.
         clock: seconds; for tests.
@@ -299,7 +299,11 @@ class Scheduler(Worker):
             self._advance(drawer, logits[drawer.rows.index])
 
     def _who_draws(self) -> list[Drawer]:
-        """Of all that live; in windows where that is the faster way for half of the rows."""
+        """Of all that live, in the lowest slots; in windows where that is the faster way for half
+        of the rows."""
+        places = self._slots.gather([live.held for live in self._live])
+        for live, rows in zip(self._live, places, strict=True):
+            live.rows = rows
         rows = sum(live.request.rows for live in self._live)
         well = sum(live.request.rows for live in self._live if live.request.foreseeable)
         if self._slots.width and 2 * well >= rows:

@@ -230,6 +230,32 @@ class Slots:
         for held in (self._at, self._held, self._codes):
             held[rows.index] = 0
 
+    def gather(self, held: Sequence[Rows]) -> list[Rows]:
+        """Move what stands behind free slots into those, if the next step then runs fewer rows (or
+        may be a ``window``): what everybody's slots ``held`` are now. Where this fails they are
+        what they were."""
+        live = self.rows - self.free
+        if self._runs(live) == self._count():
+            return list(held)
+        behind = [row for row in range(live, self.rows) if self._ends[row]]
+        moved = dict(zip(behind, self._free, strict=False))
+        with span("engine/serve/gather", rows=len(moved)):
+            device, block = self._at.device, self.cache.block
+            for old, new in moved.items():  # with what a window ran ahead of the end
+                block[:, :, new].copy_(block[:, :, old])
+                if self.scales is not None:
+                    self.scales[:, :, new].copy_(self.scales[:, :, old])
+            numbers = [[moved.get(row, row) for row in rows.numbers] for rows in held]
+            now = [Rows(each, torch.tensor(each, device=device)) for each in numbers]
+            old, new = (torch.tensor(list(each), device=device) for each in (moved, moved.values()))
+            for of_row in (self._at, self._held, self._codes):
+                of_row[new] = of_row[old]
+                of_row[old] = 0
+        for old, new in moved.items():
+            self._ends[new], self._ends[old] = self._ends[old], 0
+        self._free = [row for row, end in enumerate(self._ends) if not end]
+        return now
+
     def feed(self, rows: Rows, codes: Tensor) -> None:
         """Image codes int64 [N, n] that come next in slots ``rows``, once round for each half of 2N
         rows with guidance: the last, which the next step appends, and before it those that a
@@ -254,7 +280,7 @@ class Slots:
     @property
     def width(self) -> int:
         """Codes that ``window`` runs of each row; 0: none, as others than the first ``WINDOW_ROWS``
-        slots are held, too, or there shall be no windows."""
+        slots are held, too (see ``gather``), or there shall be no windows."""
         return self._widths.get(self._count(), 0) if self._widths else 0
 
     def window(self, drafts: Iterable[Ahead]) -> Tensor:
@@ -277,7 +303,10 @@ class Slots:
 
     def _count(self) -> int:
         """Rows of the next step."""
-        needed = max((row + 1 for row, end in enumerate(self._ends) if end), default=1)
+        return self._runs(max((row + 1 for row, end in enumerate(self._ends) if end), default=1))
+
+    def _runs(self, needed: int) -> int:
+        """Rows of a step that shall run so many leading ones."""
         return next(n for n in self._counts if n >= needed)
 
     def _reads(self, end: int) -> int:

@@ -291,6 +291,29 @@ def test_rows_of_a_scheduler(model, relative_error):
     assert tape.recorded == 4 + 1 and tape.replayed >= 4
 
 
+@pytest.mark.parametrize("fp8_cache", [False, True])
+def test_rows_move_with_all_they_hold(model, relative_error, fp8_cache):
+    made, table = operators(model, fp8_cache=fp8_cache), model.code_table().detach()
+    with torch.inference_mode():
+        slots, steps = Slots(made, table, 5, 32), []
+        prefixes = [slots.run_prompt(prompt) for prompt in RAGGED]
+        for move in (False, True):
+            before, held = slots.take(prefixes[:2]), slots.take(prefixes[2:])
+            slots.feed(before, torch.tensor([[2], [5]]))
+            slots.feed(held, torch.tensor([[7]]))
+            slots.step()
+            if move:
+                slots.release(before)
+                held = slots.gather([held])[0]
+                assert held.numbers == [0] and slots.free == 4
+            slots.feed(held, torch.tensor([[9]]))
+            steps.append(slots.step()[held.index])
+            if not move:
+                slots.release(before)
+            slots.release(held)
+    assert relative_error(steps[1], steps[0]) < (1e-3 if fp8_cache else 1e-6)
+
+
 def test_caches_in_fp8_are_recorded_and_smaller():
     model, tape, sampling = build(head_dim=64), Tape(), Sampling(cfg=3.0)
     wide, made = operators(model), operators(model, tape, fp8_cache=True)

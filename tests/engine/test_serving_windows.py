@@ -66,10 +66,10 @@ def test_who_comes_and_goes_changes_nothing(engine, seed):
     """Images turn from windows to single codes and back at any code, in any slots, and share
     windows with others that stand elsewhere."""
     rng, made = random.Random(seed), []
-    scheduler, heard = Scheduler(engine, slots=20, prompt_tokens=80), windows()
+    scheduler, heard = Scheduler(engine, slots=24, prompt_tokens=80), windows()
     with listening(heard):
         for _ in range(32):
-            kind, samples = rng.choice(KINDS), rng.randint(1, 6)
+            kind, samples = rng.choice(KINDS), rng.randint(1, 8)
             layout = CROWDED if rng.random() < 0.1 else rng.choice((ONE, LONG))
             asked = Asked(layout, rng.randrange(1 << 40), kind, samples)
             made.append((asked, asked.submit(scheduler)))
@@ -121,18 +121,40 @@ def test_drafts_outlast_others_that_come_and_go(engine):
 
 
 def test_slots_that_lie_apart(engine):
-    scheduler, heard = Scheduler(engine, slots=3, prompt_tokens=80), windows()
-    before = [Asked(ONE, seed, PLAIN, 1).submit(scheduler) for seed in (1, 2, 3)]
+    """Which they do while a step would run no fewer rows if they did not."""
+    scheduler, heard = Scheduler(engine, slots=8, prompt_tokens=80), windows()
+    before = [Asked(ONE, seed, PLAIN, 1).submit(scheduler) for seed in range(8)]
     scheduler.step()
     before[0].cancel()
-    before[2].cancel()
+    before[7].cancel()
     asked = Asked(LONG, 4, GUIDED, 1)
     request = asked.submit(scheduler)
     scheduler.step()
     before[1].cancel()
     with listening(heard):
-        finish(scheduler)
-    assert set(heard.all("rows")) == {3 * 8} and torch.equal(request.result(), asked.alone(engine))
+        scheduler.step()
+    assert heard.all("rows") == [8 * 8] and scheduler._live[-1].held.numbers == [0, 7]
+    finish(scheduler)
+    assert torch.equal(request.result(), asked.alone(engine))
+
+
+@pytest.mark.parametrize("others", [30, 3], ids=["code by code", "in windows"])
+def test_who_stands_behind_free_slots_moves_up(engine, others):
+    """With what windows ran ahead, whatever stands where it comes to, and as often as need be;
+    its steps then run few rows."""
+    scheduler, heard = Scheduler(engine, slots=40, prompt_tokens=80), windows()
+    before, asked = Asked(ONE, 1, PLAIN, others).submit(scheduler), Asked(LONG, 5, GUIDED, 2)
+    request = asked.submit(scheduler)
+    scheduler.step()
+    scheduler.step()
+    assert scheduler._live[-1].held.numbers == list(range(others, others + 4))
+    before.cancel()
+    with listening(heard):
+        scheduler.step()
+    assert heard.all("rows") == [4 * 8] and {*scheduler._live[0].held.numbers} == {0, 1, 2, 3}
+    assert scheduler.metrics().live_slots == 4 and scheduler._slots.free == 36
+    finish(scheduler)
+    assert torch.equal(request.result(), asked.alone(engine))
 
 
 def test_partial_results_come_at_their_codes(engine):
