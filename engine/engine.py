@@ -21,7 +21,7 @@ from echogen.engine.device import DeviceTransformer, misfit
 from echogen.engine.ground import ground_images
 from echogen.engine.jacobi import Method, decode_windows, wins
 from echogen.engine.layout import Box, Layout
-from echogen.engine.model import UnifiedTransformer
+from echogen.engine.model import UnifiedTransformer, plan_no_shapes
 from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.pretrained import Meta, load_prompts, resolve
 from echogen.engine.prompt import LocationCodec, Prompts
@@ -45,7 +45,8 @@ class Engine:
     """One set of weights for drawing, grounding and (shared with the trainer) training.
 
     Any thread may draw and ground; on a GPU drawings wait for each other. Nothing may while the
-    weights change, up to ``refresh``.
+    weights change, up to ``refresh``. On a GPU it switches torch's cuDNN attention off
+    (`model.plan_no_shapes`).
 
     Args:
         config: the `transformers` configuration of the checkpoint.
@@ -80,6 +81,7 @@ class Engine:
         self.vq = vq.eval().to(memory_format=torch.channels_last)
         self.sampling = sampling or Sampling()
         self.pixels_trained = pixels_trained
+        plan_no_shapes(transformer.norm.weight.device)
         self._code_table = torch.empty(0)
         self._decoder: Decoder | None = None
         self._making = Lock()
@@ -293,10 +295,15 @@ class Engine:
         Raises:
             LayoutError: a layout that leaves no room for the image, or holds a reserved token.
             ValueError: a negative layout without guidance; guidance behind the last position;
-                draws that are not one 32-bit word for each layout.
+                draws that are not one 32-bit word for each layout; "jacobi" in 8 bits.
         """
         if decoding not in get_args(Method):
             raise ValueError(f"decoding = {decoding!r}; choose one of {get_args(Method)}")
+        if decoding == "jacobi" and (self.fp8 or self.fp8_cache):
+            raise ValueError(
+                "decoding = 'jacobi' on a GPU runs the weights and caches as they are, not in 8 "
+                "bits; choose 'auto', or load the model without fp8 and fp8_cache"
+            )
         sampling = sampling or self.sampling
         prompts = self.prompt_rows(layouts, sampling, negative)
         ids = torch.tensor(check_draws(draws, len(layouts)), dtype=torch.int64, device=self.device)

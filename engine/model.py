@@ -64,6 +64,15 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
+def plan_no_shapes(device: torch.device) -> None:
+    """On a GPU, keep torch's attention off cuDNN, for the whole process: on Hopper torch 2.11 and
+    later take it first, and it makes a plan for every new shape, where the flash and the
+    memory-efficient kernels need none. Prompts, growing caches and windows are of many shapes, each
+    run a few times."""
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
     """softmax(q·kᵀ/√K + mask)·v for q [B, H, L, K], k and v [B, kv_heads, S, K].
 

@@ -95,7 +95,8 @@ class DeviceRows(PlainRows):
 
         # Drawings of the same model run between these steps, in the memory of its own recorder.
         recorder = model.recorder.apart()
-        with torch.inference_mode():
+        # In the weights' own type, as a step recorded under autocast would stay under it.
+        with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             self._runs = {
                 count: recorder.record(partial(launch, count))
                 for count in sorted(counts, reverse=True)

@@ -23,7 +23,7 @@ from echogen.engine.packed import PackedTransformer
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampling
 from echogen.engine.serving.budget import plan
-from echogen.engine.serving.crowd import Drawer, Live, drawers
+from echogen.engine.serving.crowd import Drawer, Live, Pace, drawers, warm_up
 from echogen.engine.serving.intake import OUTDATED, Intake
 from echogen.engine.serving.metrics import Metrics
 from echogen.engine.serving.partial import Partial
@@ -106,7 +106,9 @@ class Scheduler(Worker):
             windows,
         )  # fmt: skip
         with torch.inference_mode():
-            self._slots.warm_up(self.plan.prompt_tokens, engine.prompts.pad)
+            logits = self._slots.warm_up(self.plan.prompt_tokens, engine.prompts.pad)
+            if self._on_operators:
+                warm_up(self._sampling, logits)
             if invariant and not self._slots.rows_agree([engine.prompts.bos, *range(16)]):
                 raise ValueError(
                     f"slots = {self.plan.slots}: products of so many rows round a row by its place "
@@ -115,6 +117,7 @@ class Scheduler(Worker):
                 )
         self._waiting, self._live = Waiting[Request](queue, patience), list[Live]()
         self._drawers: list[Drawer] | None = None  # of all that live; None: somebody came or went
+        self._pace = Pace(table.device)
         self._metrics = Metrics(slots=self.plan.slots)
 
     # --- submitting -----------------------------------------------------------------------------
@@ -291,6 +294,7 @@ class Scheduler(Worker):
                 logits = self._slots.window(each.ahead(width) for each in windowed)
             else:
                 logits = self._slots.step()
+            self._pace()
         except Exception as error:  # nobody's in particular
             self._fail(list(self._live), error)
             return

@@ -150,15 +150,16 @@ class Slots:
         """Tokens held, over all slots."""
         return sum(self._ends)
 
-    def warm_up(self, prompt_tokens: int, token: int) -> None:
+    def warm_up(self, prompt_tokens: int, token: int) -> Tensor:
         """Run the longest prompt and the largest step: memory that is not there is missed now, and
-        an allocator that keeps what it has (CUDA's) has enough from here on."""
+        an allocator that keeps what it has (CUDA's) has enough from here on. Logits [R, V]."""
         self._runner.run_prompt([token] * prompt_tokens)
-        self._runner.step(self._codes, self._at, self.capacity)
+        logits = self._runner.step(self._codes, self._at, self.capacity)
         for count, width in self._widths.items():
             assert self._packed is not None
             codes = self._codes[:count, None].expand(-1, width)
             self._packed.window(codes, self._at[:count], self.capacity)
+        return logits
 
     def rows_agree(self, prompt: list[int], steps: int = 8) -> bool:
         """Whether a sequence has the same logits in every slot, bit for bit, for a few steps; all

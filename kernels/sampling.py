@@ -104,7 +104,15 @@ def _lowest_kept(
 
 
 @triton.jit(
-    do_not_specialize=["top_k", "apart", "seed_each", "cfg_each", "temperature_each", "top_p_each"]
+    do_not_specialize=[
+        "rows",
+        "top_k",
+        "apart",
+        "seed_each",
+        "cfg_each",
+        "temperature_each",
+        "top_p_each",
+    ]
 )
 def _cfg_sample_kernel(
     logits_ptr, seed_ptr, draw_ptr, position_ptr, table_ptr, cfg_ptr, temperature_ptr, top_p_ptr,

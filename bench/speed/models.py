@@ -18,7 +18,7 @@ from echogen.bench.peers.janus_port import JanusPort, share_weights
 from echogen.engine.config import ModelConfig
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutObject
-from echogen.engine.model import UnifiedTransformer
+from echogen.engine.model import UnifiedTransformer, plan_no_shapes
 from echogen.engine.pretrained import resolve
 
 BOS, EOS, PAD, BEGIN_IMAGE, PLACEHOLDER = range(5)
@@ -121,6 +121,7 @@ class Subject:
         """The same on another device, in another type; the port moves with it."""
         if self.port is not None:
             self.port.to(device, dtype)
+        plan_no_shapes(torch.device(device))
         transformer = self.transformer.to(device, dtype)
         with torch.inference_mode():
             table = transformer.code_table()

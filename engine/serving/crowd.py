@@ -8,6 +8,7 @@ top-p are.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from echogen.engine.device_step import Choice
 from echogen.engine.jacobi import Drafted
+from echogen.engine.sampler import Sampling
 from echogen.engine.serving.request import Request
 from echogen.engine.slots import Rows
 from echogen.kernels.sampling import cfg_sample
@@ -114,6 +116,44 @@ class Crowd:
         )  # fmt: skip
         self._positions += 1
         return list(drawn.token[:, None].split(self._images))
+
+
+def warm_up(sampling: Sampling, logits: Tensor) -> None:
+    """Compile what draws crowds by an engine's own settings, with guidance and without, from logits
+    [R, V] of any step: at the first request everybody would wait for it, for seconds, as all do for
+    the first request of another kind."""
+    numbers = torch.zeros(1, dtype=torch.int64, device=logits.device)
+    ones = torch.ones(1, device=logits.device)
+    for guided in (False, True)[: len(logits)]:
+        cfg_sample(
+            logits[: 1 + guided], numbers, numbers, numbers, ones if guided else 1.0,
+            0.0 if sampling.temperature == 0 else ones, sampling.top_k,
+            ones if sampling.top_p < 1 else 1.0, "blocked" if guided else "none",
+        )  # fmt: skip
+
+
+class Pace:
+    """Keeps the host from running ahead of a GPU. Launching a step takes it less time than the
+    device takes to run it, and the queue of launches holds dozens of steps: who comes would join
+    behind all of them, and who cancels be drawn for as long."""
+
+    AHEAD = 2
+    """Steps launched of which the device may not have run one: with one it would wait for each."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._steps = device, deque[torch.cuda.Event]()
+
+    def __call__(self) -> None:
+        """A step is launched: wait for the one ``AHEAD`` before it. Errors of the device come up
+        here."""
+        if self._device.type != "cuda":
+            return
+        with torch.cuda.device(self._device):
+            event = torch.cuda.Event()
+            event.record()
+        self._steps.append(event)
+        if len(self._steps) > self.AHEAD:
+            self._steps.popleft().synchronize()
 
 
 def drawers(lives: list[Live], on_operators: bool) -> list[Drawer]:

@@ -6,9 +6,11 @@ in for a CUDA graph (`tape.py`)."""
 from __future__ import annotations
 
 import gc
+import weakref
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from echogen.engine.device_decode import DeviceDecoding
 from echogen.engine.device_step import DeviceStep
 from echogen.engine.engine import Engine, on_operators
 from echogen.engine.graphs import CaptureError, CudaGraphs, Eager, Kept, bucket, recorder
+from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.rollout import RecordingSampler
 from echogen.engine.sampler import Sampler, Sampling
@@ -563,6 +566,20 @@ class Cuda:
             raise RuntimeError("CUDA error: not permitted when stream is capturing\nmore of it")
 
 
+def test_what_a_recorded_step_reads_stays(monkeypatch):
+    """A graph knows addresses alone: who made the step may be gone."""
+    Cuda(monkeypatch, False)
+    held = torch.zeros(3)
+    alive = weakref.ref(held)
+    run = CudaGraphs(torch.device("cuda", 0)).record(partial(held.add_, 1))
+    del held
+    gc.collect()
+    assert alive() is not None
+    del run
+    gc.collect()
+    assert alive() is None
+
+
 @pytest.mark.parametrize("leaves_open", [False, True])
 def test_a_step_that_cannot_be_recorded(monkeypatch, leaves_open):
     """One error says why and what to do, and everything else goes on."""
@@ -645,6 +662,11 @@ def test_8_bits_are_refused_where_nothing_multiplies_by_them(monkeypatch):
     there = torch.zeros(1).as_subclass(OnCuda)
     with pytest.raises(ValueError, match=r"its weights are torch\.float64.*leave fp8 out"):
         on_operators(build().double(), there, fp8=True)
+    engine = Engine.from_pretrained("tiny")
+    engine.fp8_cache = True  # as if it lay on a GPU
+    layout = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
+    with pytest.raises(ValueError, match=r"'jacobi' on a GPU runs .* not in 8 bits; choose 'auto'"):
+        engine.generate(layout, decoding="jacobi")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ValueError, match=r"capability 8\.0: it takes 8\.9"):
         on_operators(build(), there, fp8_cache=True)

@@ -7,6 +7,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.packed import PackedTransformer
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.scheduler import Scheduler
+from echogen.engine.serving.crowd import Pace
 from echogen.engine.serving.worker import SchedulerClosed
 
 TOKENS = 16
@@ -341,6 +343,29 @@ def test_a_request_whose_prompt_is_run_is_counted(scheduler, monkeypatch):
     assert (m.submitted, m.waiting, m.live, m.live_slots) == (1, 0, 1, 2)
     steps = scheduler.metrics().steps
     assert steps < TOKENS - 1 if scheduler._slots.width else steps == TOKENS - 1
+
+
+def test_the_host_is_at_most_two_steps_ahead_of_a_gpu(monkeypatch):
+    """Who comes then waits for two steps, and not for all that a queue of launches holds."""
+    called = []
+
+    class Event:
+        def record(self):
+            called.append(("launched", self))
+
+        def synchronize(self):
+            called.append(("waited", self))
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    pace = Pace(torch.device("cuda", 1))
+    for _ in range(5):
+        pace()
+    steps = [event for what, event in called if what == "launched"]
+    assert [what for what, _ in called] == ["launched"] * 2 + ["launched", "waited"] * 3
+    assert [event for what, event in called if what == "waited"] == steps[:3]
+    Pace(torch.device("cpu"))()
+    assert len(called) == 8
 
 
 def test_who_has_nothing_to_do_does_not_step(scheduler, monkeypatch):
