@@ -1,42 +1,64 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in order of value, in less than ten minutes; a part that fails does
-# not stop the next. Without a GPU each part says why it is skipped and only starts up.
-# Usage: [PYTHON=python3] [OUT=bench/results/gpu] [SECONDS_IN_ALL=570] bash bench/gpu.sh
-# Leaves PART.txt (output), PART.err and, of parts that end with a line of JSON, PART.json, beside
-# CSV and PNG; summary.json holds every line of JSON by part.
+# Everything that needs a GPU, in order of value, in less than ten minutes; a part that fails or
+# runs out of time does not stop the next, and a benchmark that is interrupted leaves what it has
+# measured. Without a GPU each part says why it is skipped and only starts up.
+# Usage: [PYTHON=python3] [RESULTS=bench/results/gpu] [SECONDS_IN_ALL=570] bash bench/gpu.sh
+# Leaves PART.txt (output), PART.err and, of parts that end with a line of JSON, PART.json;
+# summary.json holds every line of JSON by part, written anew after each.
 set -u
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-570}
-if ! "$PYTHON" -c 'import torch' 2> /dev/null; then
-  echo "$PYTHON has no torch: nothing was run"
+if ! why=$("$PYTHON" -c 'import echogen.cli, echogen.train.cycle_rl' 2>&1); then
+  echo "$PYTHON cannot run echogen (${why##*$'\n'}): make .venv, or name another PYTHON"
   exit 1
 fi
 GPU=yes
 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || GPU=no
 [ "$GPU" = yes ] || echo "no GPU that torch sees: every part is started up and skipped"
-if [ "$GPU" = yes ]; then OUT=${OUT:-bench/results/gpu}; else OUT=${OUT:-build/gpu-dry-run}; fi
-mkdir -p "$OUT"
-rm -f "$OUT"/*.json "$OUT"/*.txt "$OUT"/*.err "$OUT"/failed
+if [ "$GPU" = yes ]; then RESULTS=${RESULTS:-bench/results/gpu}; else RESULTS=${RESULTS:-build/gpu-dry-run}; fi
+mkdir -p "$RESULTS"
+rm -f "$RESULTS"/*.json "$RESULTS"/*.txt "$RESULTS"/*.err "$RESULTS"/failed
 unset TRITON_INTERPRET ECHOGEN_FORCE_REFERENCE
+export PYTHONUNBUFFERED=1 # so that a part that is killed leaves what it had said
 
-# part NAME MOST_SECONDS COMMAND…: a part that hangs is ended, and so is one out of time.
+summarise() {
+  "$PYTHON" - "$RESULTS" << 'END'
+import json, sys
+from pathlib import Path
+
+folder, parts = Path(sys.argv[1]), {}
+for path in sorted(folder.glob("*.json")):
+    if path.name != "summary.json":
+        try:
+            parts[path.stem] = json.loads(path.read_text())
+        except ValueError as error:
+            parts[path.stem] = {"error": f"not JSON: {error}"}
+failed = folder / "failed"
+parts["failed"] = failed.read_text().split() if failed.exists() else []
+(folder / "summary.json").write_text(json.dumps(parts))
+END
+}
+
+# part NAME MOST_SECONDS COMMAND…: a part that hangs is ended, and so is one out of time; it is
+# interrupted first, on which benchmarks print what they have.
 part() {
   local name=$1 most=$2 left=$((SECONDS_IN_ALL - SECONDS)) code
   shift 2
   if [ "$left" -lt 5 ]; then
     echo "== $name: skipped, $SECONDS_IN_ALL s are over"
-    echo "$name" >> "$OUT/failed"
+    echo "$name" >> "$RESULTS/failed"
     return
   fi
-  echo "== $name"
-  timeout "$((left < most ? left : most))" "$@" > "$OUT/$name.txt" 2> "$OUT/$name.err"
+  echo "== $name ($SECONDS s)"
+  timeout --signal=INT --kill-after=15 "$((left < most ? left : most))" "$@" \
+    > "$RESULTS/$name.txt" 2> "$RESULTS/$name.err"
   code=$?
   # A benchmark that refused a result exits with 1, yet the others' times are worth keeping.
-  tail -n 1 "$OUT/$name.txt" | grep '^{' > "$OUT/$name.json" || rm -f "$OUT/$name.json"
+  tail -n 1 "$RESULTS/$name.txt" | grep '^{' > "$RESULTS/$name.json" || rm -f "$RESULTS/$name.json"
   if [ "$code" -ne 0 ]; then
-    echo "$name failed ($code): see $OUT/$name.err and $OUT/$name.txt"
-    echo "$name" >> "$OUT/failed"
+    echo "$name failed ($code): see $RESULTS/$name.err and $RESULTS/$name.txt"
+    echo "$name" >> "$RESULTS/failed"
   fi
 }
 
@@ -58,72 +80,87 @@ gpu() {
     *) set -- "${@:1:$words}" --help ;;
   esac
   echo "== $name: skipped, no GPU; starts up"
-  if ! timeout 120 "$@" > "$OUT/$name.txt" 2> "$OUT/$name.err"; then
-    echo "$name does not start: see $OUT/$name.err and $OUT/$name.txt"
-    echo "$name" >> "$OUT/failed"
+  if ! timeout 120 "$@" > "$RESULTS/$name.txt" 2> "$RESULTS/$name.err"; then
+    echo "$name does not start: see $RESULTS/$name.err and $RESULTS/$name.txt"
+    echo "$name" >> "$RESULTS/failed"
   fi
+}
+
+# tests NAME SECONDS [NAME=VALUE…] -- WHAT…: tests, a thread each.
+tests() {
+  local name=$1 most=$2 settings=()
+  shift 2
+  while [ "$1" != -- ]; do settings+=("$1"); shift; done
+  shift
+  gpu "$name" "$most" env OMP_NUM_THREADS=1 "${settings[@]}" "$PYTHON" -m pytest -v --tb=short \
+    -p no:cacheprovider "$@"
 }
 
 part doctor 60 "$PYTHON" -m echogen doctor --json
 if command -v nvcc > /dev/null && command -v cmake > /dev/null; then
-  part cuda 120 bash -c 'cmake -S . -B build/cuda && cmake --build build/cuda'
+  arch=$([ "$GPU" = yes ] && "$PYTHON" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}" + "a" * (major == 9))' || echo "80;90a;100")
+  part cuda 120 bash -c "cmake -S . -B build/cuda '-DECHOGEN_CUDA_ARCHITECTURES=$arch' && cmake --build build/cuda --parallel"
 else
   echo "== cuda: skipped, nvcc or cmake is missing; CuPy compiles at first use"
 fi
-# Each file in a process of its own, four at a time: an illegal access ends every later test of
-# its process.
+# Each file in a process of its own, as an illegal access ends every later test of its process; and
+# without the tests that run the CUDA C++ on a CPU.
+lanes=$(($(nproc) > 3 ? $(nproc) - 2 : 1))
 if [ "$GPU" = yes ]; then files=(tests/kernels/test_*.py); else files=(tests/kernels); fi
 for file in "${files[@]}"; do
-  gpu "$(basename "$file" .py)" 240 "$PYTHON" -m pytest "$file" &
-  while [ "$(jobs -rp | wc -l)" -ge 4 ]; do wait -n; done
+  tests "$(basename "$file" .py)" 150 -- -k "not emulated" "$file" &
+  while [ "$(jobs -rp | wc -l)" -ge "$lanes" ]; do wait -n; done
 done
 wait
-# A step of drawing in a graph and without, then the same with launches that overlap.
-gpu test_device 150 "$PYTHON" -m pytest tests/engine/test_device.py
-gpu test_device_overlap 150 env ECHOGEN_PDL=1 "$PYTHON" -m pytest tests/engine/test_device.py
-for mode in latency rollout; do
-  gpu "$mode" 150 "$PYTHON" -m echogen bench engine --mode "$mode" --device cuda --dtype bfloat16 --json
-done
-gpu rollout_fused 150 env ECHOGEN_FUSED=1 "$PYTHON" -m echogen bench engine --mode rollout \
-  --device cuda --dtype bfloat16 --json
-gpu latency_overlap 150 env ECHOGEN_PDL=1 "$PYTHON" -m echogen bench engine --mode latency \
-  --device cuda --dtype bfloat16 --json
-for operator in $("$PYTHON" -c '
-from echogen.bench.registry import cases
-print(*dict.fromkeys(c.operator for c in cases().values()))'); do
-  gpu "kernels_$operator" 120 "$PYTHON" -m echogen bench kernels --device cuda \
-    --operator "$operator" --out "$OUT/kernels_$operator" --json
-  [ "$GPU" = yes ] || break # one start-up speaks for all
-done
-gpu roofline 120 "$PYTHON" -m echogen bench roofline --device cuda --out "$OUT/roofline" --json
-gpu cycle 120 "$PYTHON" -m echogen cycle --layout examples/overlap.json --out "$OUT/cycle" \
-  --device cuda --json
-for model in tiny random:100m; do
-  gpu "engine_${model//:/_}" 120 "$PYTHON" -m echogen bench engine --model "$model" --device cuda --json
-done
+# A step of drawing in a graph and without, and the same with launches that overlap.
+tests test_device 90 -- tests/engine/test_device.py &
+tests test_device_overlap 90 ECHOGEN_PDL=1 -- tests/engine/test_device.py &
+wait
+summarise
+# All operators beside eager torch and their peers; torch.compile, which takes far longer to compile
+# than all else to run, comes last.
+gpu kernels 150 "$PYTHON" -m echogen bench kernels --device cuda --provider eager \
+  --provider torch --provider torchvision --provider liger --provider trl --json
+engine() { # NAME SECONDS ARGUMENTS…, of the environment's switches
+  local name=$1 most=$2
+  shift 2
+  gpu "$name" "$most" "$PYTHON" -m echogen bench engine --device cuda --dtype bfloat16 --json "$@"
+}
+engine latency-janus 120 --mode latency --model janus_pro_1b --repeats 3
+engine rollout-janus 100 --mode rollout --model janus_pro_1b --batch 64 --repeats 2
+engine rollout-janus-256 60 --mode rollout --model janus_pro_1b --batch 256 --repeats 2 --peer none
+summarise
 for stage in pmtp djo cycle-rl; do
-  gpu "train_$stage" 90 "$PYTHON" -m echogen bench train --stage "$stage" --device cuda --json
+  gpu "train_$stage" 60 "$PYTHON" -m echogen bench train --stage "$stage" --device cuda --json
 done
+export ECHOGEN_PDL=1
+engine overlap-latency-janus 60 --mode latency --model janus_pro_1b --repeats 3 --peer none
+unset ECHOGEN_PDL
+export ECHOGEN_FUSED=1
+engine fused-rollout-janus 60 --mode rollout --model janus_pro_1b --batch 64 --repeats 2 --peer none
+unset ECHOGEN_FUSED
+engine latency-tiny 60 --mode latency --model tiny
+engine latency-100m 60 --mode latency --model random:100m
+engine rollout-tiny 60 --mode rollout --model tiny
+gpu cycle 60 "$PYTHON" -m echogen cycle --layout examples/overlap.json --out "$RESULTS/cycle" \
+  --device cuda --json
 for what in generate cycle; do
   gpu "profile_$what" 60 "$PYTHON" -m echogen profile "$what" --tool torch --device cuda \
-    --out "$OUT/profile" --json
+    --out "$RESULTS/profile" --json
 done
-gpu test_engine 240 "$PYTHON" -m pytest tests/engine
-# The kernels that this GPU's own compiler makes, beside those compiled ahead of time elsewhere.
-arch=$([ "$GPU" = yes ] && "$PYTHON" -c 'import torch; print("sm_%d%d" % torch.cuda.get_device_capability())' || echo sm_90)
-gpu compile 120 "$PYTHON" -m echogen bench compile --arch "$arch" --json
-"$PYTHON" - "$OUT" << 'END'
-import json, sys
-from pathlib import Path
-
-folder = Path(sys.argv[1])
-parts = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
-failed = folder / "failed"
-parts["failed"] = failed.read_text().split() if failed.exists() else []
-(folder / "summary.json").write_text(json.dumps(parts))
-END
-if [ -e "$OUT/failed" ]; then
-  echo "failed: $(tr '\n' ' ' < "$OUT/failed")"
+summarise
+gpu kernels-compile 120 "$PYTHON" -m echogen bench kernels --device cuda --provider compile \
+  --operator linear_logprob --operator gumbel_st_embed --operator rms_norm --operator swiglu \
+  --operator rope --json
+gpu roofline 60 "$PYTHON" -m echogen bench roofline --device cuda --out "$RESULTS/roofline" --json
+tests test_engine 240 -- --ignore tests/engine/test_http.py \
+  --ignore tests/engine/test_http_load.py tests/engine # over HTTP nothing of a GPU is new
+summarise
+if [ -e "$RESULTS/failed" ]; then
+  echo "failed: $(tr '\n' ' ' < "$RESULTS/failed")"
   exit 1
 fi
-echo "everything is in $OUT"
+echo "everything is in $RESULTS"

@@ -22,9 +22,11 @@ class WrongResult(RuntimeError):
 
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Device and its state, processor, versions and commit, JSON-ready; commit and dirty are None
-    outside git, gpu is None on a CPU."""
+    outside git, unless ECHOGEN_COMMIT says which commit a copy is of; gpu is None on a CPU."""
     commit = _git("rev-parse", "HEAD")
     status = _git("status", "--porcelain") if commit else None
+    if commit is None and (told := os.environ.get("ECHOGEN_COMMIT")):
+        commit, status = told, ""
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else device,
         "cpu": _cpu_model(),

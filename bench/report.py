@@ -32,7 +32,10 @@ def section(results: Path = RESULTS) -> str:
         _drawing(_read(results, "latency-*.json") + _read(results, "rollout-*.json")),
         _jacobi(_read(results, "jacobi-*.json")),
         _memory(_read(results, "memory.json")),
-        _kernels(_read(results / "gpu", "kernels_*.json")) or NO_GPU,
+        _drawing(
+            _read(results / "gpu", "latency-*.json") + _read(results / "gpu", "rollout-*.json")
+        ),
+        _kernels(_read(results / "gpu", "kernels*.json")) or NO_GPU,
     ]
     return "\n\n".join(part for part in parts if part)
 

@@ -192,8 +192,9 @@ class UnifiedTransformer(nn.Module):
 
     def initialise(self, seed: int, std: float = 0.02) -> None:
         """Draw fresh weights from ``seed``: normal(0, std), projections into the residual stream
-        scaled by 1/√(2·layers) (GPT-2), biases 0, gains 1."""
-        generator = torch.Generator().manual_seed(seed)
+        scaled by 1/√(2·layers) (GPT-2), biases 0, gains 1. They are drawn where they lie, and other
+        ones on a GPU than on a CPU."""
+        generator = torch.Generator(self.norm.weight.device).manual_seed(seed)
         residual = std / (2 * self.config.layers) ** 0.5
         for name, p in self.named_parameters():
             if p.dim() < 2:

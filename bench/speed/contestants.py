@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from echogen.bench.peers.janus_port import CacheKind
 from echogen.bench.registry import OURS, Floor
 from echogen.bench.roofline import Roofline, measure
+from echogen.bench.speed import logits
 from echogen.bench.speed.models import Subject
 from echogen.bench.speed.phases import Weights, step_floor
 from echogen.engine.decode import Decoder, PlainDecoding, decode_image, left_padded
@@ -24,6 +26,7 @@ from echogen.engine.packed_shared import worth_sharing
 from echogen.engine.rollout import RecordingSampler
 from echogen.engine.sampler import Sampler, Sampling
 
+T = TypeVar("T")
 Draw = Callable[[], Tensor]
 Told = Callable[[], None] | None
 """Called when each code of a batch is drawn (of the port: when its logits are there)."""
@@ -81,6 +84,25 @@ class Contestants:
                 self._models[eight] = on_operators(s.transformer, s.code_table, *eight)
         return self._models[eight]
 
+    def release(self) -> None:
+        """Give back what drawings on a GPU keep for the next; of large batches there is room for
+        one provider's alone."""
+        for model in self._models.values():
+            if isinstance(model, DeviceTransformer):
+                model.release()
+
+    def check_logits(self, asked: Asked) -> tuple[float, float] | None:
+        """Errors of this engine's logits and of plain torch's (`logits.errors`), where it draws by
+        a GPU's operators in a type in which codes tell nothing; else None.
+
+        Raises:
+            WrongResult: this engine's are too far off.
+        """
+        model = self._model()
+        if self.exact or not isinstance(model, DeviceTransformer):
+            return None
+        return logits.errors(model, self._rows(asked), asked.cfg != 1, self._subject.pad)
+
     @property
     def exact(self) -> bool:
         """Whether codes are compared to the last one."""
@@ -115,10 +137,14 @@ class Contestants:
         sampling = Sampling(temperature=float(asked.sample), cfg=asked.cfg)
         return partial(_waited, self._draw(name, asked, sampling, told))
 
-    def attempt(self, name: str, asked: Asked) -> Tensor | None:
-        """A peer's most likely codes; None, from now on, where it raises."""
+    def attempt(self, name: str, call: Callable[[], T]) -> T | None:
+        """What a peer's ``call`` gives; None where it raises, and from now on the peer is left out
+        (where there is no room for it, this time)."""
         try:
-            return self.greedy(name, asked)()
+            return call()
+        except torch.OutOfMemoryError:
+            self._leave(f"{self._about}{name}: no room beside the others")
+            return None
         except Exception as error:  # whatever a compiler or another version says is the reason
             self._broken.add(name)
             lines = str(error).strip().splitlines()

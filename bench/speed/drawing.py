@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +23,7 @@ from echogen.bench.registry import OURS, Floor
 from echogen.bench.roofline import Roofline
 from echogen.bench.speed import stretches
 from echogen.bench.speed.contestants import (
+    CACHES,
     COMPILED,
     COPIES,
     PORT,
@@ -47,6 +48,10 @@ GROUP = 8
 LEAST_SAME = 0.9
 """Share of images that must be code for code those of this engine: in a batch of hundreds two codes
 of random weights stand within rounding of each other now and then."""
+SLOW = 5.0
+"""Seconds of a drawing on a GPU above which a peer is timed by one alone: the port's loop may take
+half a minute for an image, which its launches decide and noise does not."""
+ERRORS = "logits_error", "logits_error_plain"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -107,36 +112,47 @@ def run(
         weights (`held_mib`). ``overhead_us_per_token``, of this engine in mode latency: a step of a
         model of as many layers whose tensors hold a few numbers, which leaves Python and PyTorch's
         dispatch. ``codes_timed``: of an image, fewer than all where the rest is projected
-        (`stretches`). ``left_out``: what was not run and why.
+        (`stretches`). ``logits_error``, ``logits_error_plain``, of this engine on a GPU in
+        bfloat16: see `logits.errors`. ``left_out``: what was not run and why. ``refused``: cells of
+        which nothing was timed, as a provider draws other codes. ``interrupted``: Ctrl-C (SIGINT)
+        ended it, and this is what was measured until then.
 
     Raises:
-        WrongResult: a provider draws other codes; nothing of that cell was timed.
         ValueError: an unknown model or dtype, a batch below 1, a batch of mode rollout that is no
             multiple of GROUP.
         CheckpointError: no such checkpoint.
     """
     check(plan, dtype)
     threads, rows, left = torch.get_num_threads(), list[dict[str, Any]](), list[str]()
+    refused = list[str]()
 
     def leave(line: str) -> None:
         left.append(line)
         note(line)
 
-    total = len(models) * len(plan.batches) * len(plan.scales)
+    total, interrupted = len(models) * len(plan.batches) * len(plan.scales), False
     try:
         for place, name in enumerate(models):
             if name in GPU_ONLY and device == "cpu":
                 leave(f"{name}: needs a GPU")
                 continue
             done = place * len(plan.batches) * len(plan.scales)
-            rows += _model(
-                plan, name, device, dtype, seed, leave, partial(_from, progress, done, total)
-            )
+            told = partial(_from, progress, done, total)
+            for cell in _model(plan, name, device, dtype, seed, leave, told):
+                if isinstance(cell, WrongResult):
+                    refused.append(str(cell))
+                    note(str(cell))
+                else:
+                    rows += cell
+    except KeyboardInterrupt:  # whoever is out of time keeps what he has
+        interrupted = True
+        leave(f"interrupted at {name}, with {len(rows)} results")
     finally:
         torch.set_num_threads(threads)
     asked = {"mode": plan.mode, "dtype": dtype, "repeats": plan.repeats, "seed": seed}
     asked |= {"group": GROUP if plan.mode == "rollout" else 1}
-    return asked | environment(device) | {"results": rows, "left_out": left}
+    found = {"results": rows, "left_out": left, "refused": refused, "interrupted": interrupted}
+    return asked | environment(device) | found
 
 
 def _from(progress: Callable[[int, int], None], before: int, total: int, done: int) -> None:
@@ -163,11 +179,12 @@ def _model(
     seed: int,
     leave: Note,
     progress: Callable[[int], None],
-) -> list[dict[str, Any]]:
-    """All cells of one model."""
+) -> Iterator[list[dict[str, Any]] | WrongResult]:
+    """The cells of one model, or why one was refused."""
     group = GROUP if plan.mode == "rollout" else 1
-    wanted = any(peer != "eager" for peer in plan.peers)
-    subject = load(name, max(plan.batches) // group, seed, wanted).to(device, DTYPES[dtype])
+    wanted = any(peer in CACHES for peer in plan.peers)
+    most = max(plan.batches) // group
+    subject = load(name, most, seed, wanted, device).to(device, DTYPES[dtype])
     about = {"mode": plan.mode, "model": name, "dtype": dtype, "device": device}
     contestants = Contestants(subject, plan.peers, f"{name}: ", leave)
 
@@ -178,8 +195,8 @@ def _model(
     if plan.mode == "rollout" and device == "cpu":
         least = asked_for(plan.batches[0], plan.scales[0])
         plan = _suited(plan, contestants, least, lambda line: leave(f"{name}: {line}"))
-    rows, done, last = list[dict[str, Any]](), 0, dict[float, tuple[int, float]]()
-    threads = dict[str, int]()
+    overhead = _overhead_us(subject) if plan.mode == "latency" else None
+    done, last, threads = 0, dict[float, tuple[int, float]](), dict[str, int]()
     for batch in plan.batches:
         for cfg in plan.scales:
             progress(done := done + 1)
@@ -190,14 +207,20 @@ def _model(
                 last[cfg] = batch, took
                 continue
             began = time.perf_counter()
-            rows += [about | r for r in _cell(plan, contestants, asked_for(batch, cfg), threads)]
+            contestants.release()
+            try:
+                cell = [about | r for r in _cell(plan, contestants, asked_for(batch, cfg), threads)]
+            except torch.OutOfMemoryError:
+                leave(f"{name}, batch {batch}, cfg {cfg:g}: needs more memory than there is")
+                continue
+            except WrongResult as error:
+                yield WrongResult(f"{name}, batch {batch}, cfg {cfg:g}: {error}")
+                continue
             last[cfg] = batch, time.perf_counter() - began
-    if plan.mode == "latency":
-        overhead = _overhead_us(subject)
-        for row in rows:
-            if row["provider"] == OURS:
-                row["overhead_us_per_token"] = overhead
-    return rows
+            for row in cell:
+                if row["provider"] == OURS and overhead is not None:
+                    row["overhead_us_per_token"] = overhead
+            yield cell
 
 
 def _suited(plan: Plan, contestants: Contestants, least: Asked, leave: Note) -> Plan:
@@ -222,16 +245,18 @@ def _cell(
 ) -> list[dict[str, Any]]:
     """One batch at one scale: results compared, then drawn in turn. ``threads``: of each provider,
     as known so far."""
-    device = str(asked.prompts.device)
+    on_gpu = asked.prompts.is_cuda
     torch.set_num_threads(plan.threads or 1)
-    wanted = contestants.greedy(OURS, asked)()
-    same = {OURS: 1.0}
+    wanted, most_held = _first(contestants.greedy(OURS, asked), on_gpu)
+    errors = contestants.check_logits(asked)
+    same, peaks = {OURS: 1.0}, {OURS: most_held}
     for name in [name for name in contestants.names(asked) if name in plan.peers]:
-        codes = contestants.attempt(name, asked)
-        if codes is not None:
+        first = contestants.attempt(name, partial(_first, contestants.greedy(name, asked), on_gpu))
+        if first is not None:
+            codes, peaks[name] = first
             same[name] = _same(name, codes, wanted[:, : asked.codes], contestants.exact)
     draws = {name: contestants.timed(name, asked) for name in same}
-    counts = range(1, 1 + (1 if device != "cpu" else os.cpu_count() or 1))
+    counts = range(1, 1 + (1 if on_gpu else os.cpu_count() or 1))
     for name in [name for name in draws if name not in threads]:
         threads[name] = plan.threads or _quickest(draws[name], counts)
 
@@ -241,7 +266,9 @@ def _cell(
 
     watched = {name: partial(at_best, name) for name in draws}
     steps = wanted.shape[1]
-    if asked.codes is None:
+    if on_gpu:
+        times = _on_gpu(watched, plan.repeats)
+    elif asked.codes is None:
         times = alternate(watched, plan.repeats)
     else:
         times = stretches.in_turn(watched, plan.repeats, steps)
@@ -251,12 +278,32 @@ def _cell(
         | {
             "threads": threads[name],
             "same_images": same[name],
-            "repeats": plan.repeats,
+            "repeats": len(times[name]),
             "codes_timed": steps if name == OURS else asked.codes or steps,
-            "peak_mib": _peak_mib(name, draws[name], asked),
+            "peak_mib": peaks[name] if on_gpu else _peak_mib(name, draws[name], asked),
         }
+        | (dict(zip(ERRORS, errors, strict=True)) if errors and name == OURS else {})
         for name in draws
     ]
+
+
+def _first(draw: Draw, on_gpu: bool) -> tuple[Tensor, float | None]:
+    """What a provider draws first, and on a GPU MiB held meanwhile: what it keeps for its next
+    drawing it makes now."""
+    if not on_gpu:
+        return draw(), None
+    drawn = list[Tensor]()
+    mib = held_mib(lambda: drawn.append(draw()), "cuda")
+    return drawn[0], mib
+
+
+def _on_gpu(draws: Mapping[str, Callable[[], None]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of every provider. The first drawing compiles and records what is timed; of a peer
+    that takes longer than ``SLOW`` it is the only one."""
+    first = {name: seconds(draw) for name, draw in draws.items()}
+    slow = {name for name, took in first.items() if took > SLOW and not name.startswith(OURS)}
+    times = alternate({name: draw for name, draw in draws.items() if name not in slow}, repeats)
+    return {name: times.get(name, [first[name]]) for name in draws}
 
 
 def _peak_mib(name: str, draw: Draw, asked: Asked) -> float | None:

@@ -130,9 +130,11 @@ class Subject:
         )
 
 
-def load(name: str, batch: int, seed: int, with_port: bool) -> Subject:
+def load(name: str, batch: int, seed: int, with_port: bool, device: str = "cpu") -> Subject:
     """A random model of ``RANDOM``, or whatever ``Engine.from_pretrained`` loads, in float32, and
     ``batch`` prompts of one length, different ones where the model allows it.
+
+    Random weights are drawn on ``device``: those of a billion take a processor a minute.
 
     Raises:
         ValueError: an unknown random model.
@@ -143,11 +145,12 @@ def load(name: str, batch: int, seed: int, with_port: bool) -> Subject:
     if name not in RANDOM:
         raise ValueError(f"model {name!r} is unknown; random models: {', '.join(RANDOM)}")
     config = RANDOM[name].janus_config()
-    model = UnifiedTransformer(ModelConfig.from_janus(config)).eval()
+    with torch.device(device):
+        model = UnifiedTransformer(ModelConfig.from_janus(config)).eval()
+        theirs = JanusForConditionalGeneration(config) if with_port else None
     model.initialise(seed)
     port = None
-    if with_port:
-        theirs = JanusForConditionalGeneration(config)
+    if theirs is not None:
         share_weights(model, theirs)
         port = JanusPort(theirs, BEGIN_IMAGE)
     generator = torch.Generator().manual_seed(seed)

@@ -117,6 +117,10 @@ class BenchEngine:
         tables.console().print(tables.drawing(result))
         if self.json:
             print_json(result)
+        if result["interrupted"]:
+            raise KeyboardInterrupt
+        if result["refused"]:
+            raise Failure("; ".join(result["refused"]))
 
     def _peer(self) -> None:
         self._refuse_jacobis(dtype=self.dtype != "float32", threads=self.threads is not None)

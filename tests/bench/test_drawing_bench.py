@@ -12,7 +12,7 @@ from rich.console import Console
 from echogen.bench.harness import WrongResult
 from echogen.bench.peers.janus_port import JanusPort
 from echogen.bench.roofline import Roofline
-from echogen.bench.speed import contestants, drawing, stretches, tables
+from echogen.bench.speed import contestants, drawing, logits, stretches, tables
 from echogen.bench.speed.contestants import COMPILED, COPIES, EAGER, PORT, STATIC, Contestants
 from echogen.bench.speed.held import held_mib
 from echogen.bench.speed.models import hollow, load
@@ -20,6 +20,7 @@ from echogen.bench.speed.phases import Weights, step_floor
 from echogen.cli import main
 from echogen.engine.config import ModelConfig
 from echogen.engine.decode import decode_image
+from echogen.engine.device import DeviceTransformer
 
 MICRO = "random:micro"
 
@@ -141,8 +142,83 @@ def test_another_picture_is_refused_before_timing(monkeypatch):
         contestants, "decode_image", lambda *a, **k: (decode_image(*a, **k) + 1) % 64
     )
     monkeypatch.setattr(drawing, "alternate", lambda *_: pytest.fail("timed a wrong result"))
-    with pytest.raises(WrongResult, match=r"drew 100% of 1 images otherwise.*nothing was timed"):
-        drawing.run(plan(), [MICRO])
+    result = drawing.run(plan(), [MICRO])
+    assert result["results"] == [] and len(result["refused"]) == 1
+    assert result["refused"][0].startswith(f"{MICRO}, batch 1, cfg 5: ")
+    assert "drew 100% of 1 images otherwise" in result["refused"][0]
+    assert result["refused"][0].endswith("nothing was timed")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no room")])
+def test_what_was_measured_is_kept(monkeypatch, error):
+    right, cells = drawing._cell, []
+
+    def cell(plan, contestants, asked, threads):
+        cells.append(len(asked.prompts))
+        if len(cells) == 2:
+            raise error
+        return right(plan, contestants, asked, threads)
+
+    monkeypatch.setattr(drawing, "_cell", cell)
+    interrupted = isinstance(error, KeyboardInterrupt)
+    result = drawing.run(plan("rollout", batches=(8, 16, 24), scales=(1.0,), peers=()), [MICRO])
+    assert [r["batch"] for r in result["results"]] == ([8] if interrupted else [8, 24])
+    assert result["interrupted"] == interrupted
+    why = (
+        "interrupted at {0}, with 1 results" if interrupted else "{0}, batch 16, cfg 1: needs more"
+    )
+    assert result["left_out"][0].startswith(why.format(MICRO))
+
+
+def test_an_interrupted_run_prints_what_it_has(monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(drawing, "_cell", stop)
+    assert main(["bench", "engine", "--mode", "latency", "--model", MICRO, "--json"]) == 130
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["interrupted"]
+
+
+def test_a_peer_without_room_is_tried_again_at_the_next_batch(monkeypatch):
+    right, tried = Contestants._eager, []
+
+    def eager(self, asked, *more):
+        tried.append(len(asked.prompts))
+        if len(tried) == 1:
+            raise torch.OutOfMemoryError("no room")
+        return right(self, asked, *more)
+
+    monkeypatch.setattr(Contestants, "_eager", eager)
+    result = drawing.run(plan("rollout", scales=(1.0,), peers=(EAGER,)), [MICRO])
+    assert {(r["batch"], r["provider"]) for r in result["results"]} == {
+        (8, "echogen"), (16, "echogen"), (16, EAGER),
+    }  # fmt: skip
+    assert result["left_out"] == [f"{MICRO}: {EAGER}: no room beside the others"]
+
+
+def test_on_a_gpu_slow_peers_are_drawn_once(monkeypatch):
+    now = iter(range(1000))
+    drawn = []
+    monkeypatch.setattr(drawing, "seconds", lambda draw: draw() or next(now))
+    monkeypatch.setattr(drawing, "SLOW", 1.5)
+    draws = {name: lambda name=name: drawn.append(name) for name in ("echogen", EAGER, PORT)}
+    times = drawing._on_gpu(draws, 3)
+    assert drawn[:3] == ["echogen", EAGER, PORT] and drawn.count(PORT) == 1
+    assert times[PORT] == [2] and len(times["echogen"]) == len(times[EAGER]) == 3
+
+
+def test_logits_of_the_operators_are_held_against_float32(monkeypatch):
+    subject = load(MICRO, 4, 0, with_port=False).to("cpu", torch.bfloat16)
+    rows = subject.prompts.tolist()
+    rows += [[subject.bos, *[subject.pad] * (len(rows[0]) - 2), subject.begin_image]] * len(rows)
+    with torch.inference_mode():
+        made = DeviceTransformer(subject.transformer, subject.code_table)
+    own, plain = logits.errors(made, rows, True, subject.pad)
+    assert 0 < own < 2 * plain < 0.1
+    right = DeviceTransformer.logits
+    monkeypatch.setattr(DeviceTransformer, "logits", lambda *a: right(*a) * 1.1)
+    with pytest.raises(WrongResult, match=r"logits of the operators are .* nothing was timed"):
+        logits.errors(made, rows, True, subject.pad)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,14 @@ def test_a_result_says_where_it_comes_from():
     assert found["commit"] is None or len(found["commit"]) == 40
 
 
+def test_a_copy_without_git_can_be_told_its_commit(monkeypatch):
+    monkeypatch.setattr(harness, "_git", lambda *_: None)
+    assert harness.environment()["commit"] is None
+    monkeypatch.setenv("ECHOGEN_COMMIT", "0123abc")
+    found = harness.environment()
+    assert (found["commit"], found["dirty"]) == ("0123abc", False)
+
+
 @pytest.mark.parametrize(
     ("script", "wanted"),
     [

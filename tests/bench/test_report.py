@@ -73,10 +73,17 @@ def test_a_gpu_changes_what_is_said(tmp_path):
         "kernels": [row | {"provider": "echogen", "ms": 0.1, "percent_of_floor": 92.4},
                     row | {"provider": "eager", "ms": 0.25, "percent_of_floor": 37.0}],
     }  # fmt: skip
-    (tmp_path / "gpu" / "kernels_swiglu.json").write_text(json.dumps(kernels))
+    (tmp_path / "gpu" / "kernels.json").write_text(json.dumps(kernels))
     text = report.section(tmp_path)
     assert report.NO_GPU not in text and "(NVIDIA H200; PyTorch 2.11.0; commit no commit+)" in text
     assert "| `swiglu` | rows=16 | bfloat16 | forward | 0.100 | 92 (memory) | eager 2.50× |" in text
+    ours = {"provider": "echogen", "model": "janus_pro_1b", "dtype": "bfloat16", "batch": 1,
+            "cfg": 5.0, "images_per_s": 2.5, "ms_per_step": 0.7, "bytes_per_step": 2.6e9,
+            "limit_share": 0.81, "bound": "memory", "peak_mib": 300.0}  # fmt: skip
+    drawn = kernels | {"results": [ours], "left_out": []}
+    (tmp_path / "gpu" / "latency-janus.json").write_text(json.dumps(drawn))
+    text = report.section(tmp_path)
+    assert "| janus_pro_1b, bfloat16 | 1, 5 | 2.50 | 0.70 | 2600 | 81 (memory) | 300 |  |" in text
 
 
 def test_what_cannot_be_placed_or_read_is_refused(tmp_path):
