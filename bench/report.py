@@ -27,15 +27,14 @@ class ReportError(ValueError):
 
 def section(results: Path = RESULTS) -> str:
     """The section as Markdown, without its marks."""
+    gpu = results / "gpu"
     parts = [
         _engine(_read(results, "engine-*.json")),
         _drawing(_read(results, "latency-*.json") + _read(results, "rollout-*.json")),
         _jacobi(_read(results, "jacobi-*.json")),
         _memory(_read(results, "memory.json")),
-        _drawing(
-            _read(results / "gpu", "latency-*.json") + _read(results / "gpu", "rollout-*.json")
-        ),
-        _kernels(_read(results / "gpu", "kernels*.json")) or NO_GPU,
+        _drawing(_read(gpu, "latency-*.json") + _read(gpu, "rollout-*.json")),
+        _kernels(_read(gpu, "kernels*.json")) or NO_GPU,
     ]
     return "\n\n".join(part for part in parts if part)
 
