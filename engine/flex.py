@@ -16,9 +16,18 @@ BLOCK = 128
 """Side of a block of the mask; rows are best a multiple of it."""
 
 
+VARIANTS = 32
+"""Of the compiled operator; torch's limit is 8, and some seven have been counted in one run: types,
+with and without gradients, and each new number of rows or length of a row. Behind the limit torch
+would go on unfused, with all scores in memory (5.9 GB a layer for Janus-Pro 1B)."""
+
+
 @cache
 def _fused() -> Any:
     """The compiled operator, made at first use: on a machine without a GPU it never is."""
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
+    config.fail_on_recompile_limit_hit = True
     return torch.compile(flex_attention)
 
 

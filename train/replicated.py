@@ -24,6 +24,10 @@ BUCKET_BYTES = 32 << 20
 backward still runs (torch's own buckets hold 25 MiB)."""
 
 
+SMALL_BYTES = 1 << 20
+"""Gradients below this join a bucket that is full."""
+
+
 class Bucket:
     """Parameters whose gradients travel together, and how many of them are still to come."""
 
@@ -37,9 +41,13 @@ class Bucket:
         from one by a flag for each parameter: what no process has a gradient of is left out, or
         the optimizer would decay it."""
         first = self.parameters[0]
-        there = torch.tensor([float(p.grad is not None) for p in self.parameters])
+        # Made where it is sent from: a copy from the host would wait for the whole backward so far.
+        there = first.new_ones(len(self.parameters), requires_grad=False)
+        for i, p in enumerate(self.parameters):
+            if p.grad is None:
+                there[i].zero_()
         parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
-        row = torch.cat([*(g.flatten() for g in parts), there.to(first.device, first.dtype)])
+        row = torch.cat([*(g.flatten() for g in parts), there])
         self.sent = row, dist.all_reduce(row, async_op=True)
 
     def receive(self) -> None:
@@ -70,7 +78,8 @@ class GradientSum:
         room, kind = 0, None
         for p in reversed(parameters):  # about the order in which backward finishes them
             size = p.numel() * p.element_size()
-            if size > room or p.dtype != kind:
+            # What is small goes along with what is large, or each norm would make a message.
+            if p.dtype != kind or (size > room and (size > SMALL_BYTES or room < -bucket_bytes)):
                 self._buckets.append(Bucket([]))
                 room, kind = bucket_bytes, p.dtype
             self._buckets[-1].parameters.append(p)

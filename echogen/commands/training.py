@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -333,6 +334,8 @@ def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool
 
     from echogen.train.loop import BeginRefused, TrainingError, run
 
+    if find_spec("pycocotools") is None:  # thousands of steps later is late to hear of it
+        raise InputError("pycocotools is not installed, and evaluations need it: pip install it")
     logging.disable_progress_bar()  # of writing shards; the loop has its own
     try:
         run(stage, loop, out, resume)

@@ -220,3 +220,12 @@ def test_a_run_is_placed_on_the_device_asked_for(run, model, vq, tmp_path, hande
     assert asked[-1][0][-1] == "cuda:1"
     meta = load_vq(vq, 32, "meta")
     assert all(p.is_meta for p in meta.parameters())
+
+
+def test_what_evaluations_need_is_missed_before_the_first_step(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "echogen.train.vq.VQStage", lambda config, *_: SimpleNamespace(config=config, name="vq")
+    )
+    monkeypatch.setattr("echogen.commands.training.find_spec", lambda name: None)
+    asked = run("train", "vq", "--recipe", "tiny", "--out", tmp_path / "vq", "--float32")
+    assert asked.refused("pycocotools is not installed", "pip install it")

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask
 
 from echogen.engine.config import ModelConfig
 from echogen.engine.layout import Layout, LayoutObject
@@ -332,6 +333,24 @@ def test_flex_attention_is_told_the_same_as_the_dense_mask(prompts, row_tokens):
     )
     found = visible(batch)(row, torch.zeros_like(row), query, key)
     assert torch.equal(found, visibility(batch))
+
+
+@pytest.mark.parametrize("which", ["isolated", "both masks"])
+def test_the_blocks_are_those_that_torch_finds(prompts, which):
+    trees = some_trees(prompts) if which == "isolated" else trees_of_both_masks(prompts)
+    trees.append(l2i_tree(prompts.l2i(LAYOUT), np.zeros(300, dtype=np.int64), 1000))
+    batch = pack(trees, 4 * 128, prompts.pad)
+    rows, length = batch.ids.shape
+    found = block_mask(batch)
+    wanted = create_block_mask(visible(batch), rows, None, length, length, "cpu", 128)
+    assert found.shape == wanted.shape and found.BLOCK_SIZE == wanted.BLOCK_SIZE
+    for side in ("kv", "q"):
+        for kind in ("", "full_"):
+            for what in ("num_blocks", "indices"):
+                name = f"{kind}{side}_{what}"
+                assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    assert int(found.full_kv_num_blocks.sum()) > 0  # there are some of either kind
+    assert int(found.kv_num_blocks.sum()) > 0
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

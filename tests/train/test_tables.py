@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -109,3 +111,10 @@ def test_frechet_distance_of_fewer_samples_than_features() -> None:
     assert frechet_distance(3 * line * x, line * x) == pytest.approx(4)
     assert frechet_distance(line * x, line * y) == pytest.approx(2)
     assert frechet_distance(line * x, line * x + 2 * y) == pytest.approx(4)
+
+
+def test_training_begins_without_what_average_precision_needs():
+    """Which a step does not; `echogen train` asks for it before it begins."""
+    code = "import sys; sys.modules['pycocotools'] = None; import echogen.train.cycle_rl"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

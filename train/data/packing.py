@@ -15,7 +15,6 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
 
 from echogen.engine.flex import BLOCK, BlockMask
 from echogen.engine.layout import Box, Layout
@@ -230,7 +229,7 @@ def visibility(batch: Batch) -> Tensor:
     seen = tree_visibility(batch.tree, batch.branch, batch.tree, batch.branch, causal)
     query, key = batch.branch.unsqueeze(-1), batch.branch.unsqueeze(-2)
     image = key == SHARED_IMAGE
-    if not image.any():
+    if not image.is_cuda and not image.any():  # a GPU would be waited for
         return seen
     same = batch.tree.unsqueeze(-1) == batch.tree.unsqueeze(-2)
     shared = image | ((key == SHARED_PROMPT) & (query == SHARED_IMAGE))
@@ -255,10 +254,24 @@ def block_mask(batch: Batch) -> BlockMask:
     """`visibility` on the batch's device, in blocks, of which FlexAttention skips the empty ones.
 
     Making it holds a few bytes for each pair of places in a row, once a batch and not once a layer.
+    From the counts of the dense mask, as torch's `create_block_mask` takes the host six times
+    as long (a row of 384), and before the first layer a GPU waits for it.
     """
     rows, length = batch.ids.shape
-    device = batch.ids.device
-    return create_block_mask(visible(batch), rows, None, length, length, device, BLOCK)
+    blocks = length // BLOCK
+    seen = visibility(batch).view(rows, blocks, BLOCK, blocks, BLOCK).sum((2, 4)).unsqueeze(1)
+    whole = seen == BLOCK * BLOCK
+    some = (seen > 0) & ~whole
+    return BlockMask.from_kv_blocks(
+        *_listed(some), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=visible(batch),
+        seq_lengths=(length, length),
+    )  # fmt: skip
+
+
+def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """How many blocks of each row of blocks are marked, and which: those first, in order."""
+    order = blocks.int().argsort(dim=-1, descending=True, stable=True)
+    return blocks.sum(-1, dtype=torch.int32), order.int()
 
 
 def prompt_or_none(prompts: Prompts, layout: Layout, dropped: bool) -> list[int]:

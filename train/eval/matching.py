@@ -6,8 +6,6 @@ import contextlib
 import io
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
 from echogen.train.data.grammar import COLORS, SHAPES, parse_expression
@@ -69,6 +67,9 @@ def average_precision(scenes: list[Scene], found: list[list[Detection]]) -> dict
     ]
     if not results:
         return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
+    from pycocotools.coco import COCO  # here, as training itself does without it
+    from pycocotools.cocoeval import COCOeval
+
     with contextlib.redirect_stdout(io.StringIO()):  # the COCO API prints its progress
         coco = COCO()
         coco.dataset = truth
