@@ -149,6 +149,7 @@ class Case:
         forgotten: inputs taken away (None) once results are checked, such as noise that only makes
             them comparable.
         graphed: sizes timed as replays of a CUDA graph and forward only, as decoding runs them.
+        uncompiled: why torch.compile is not asked; empty: it is.
         peers: other libraries.
     """
 
@@ -168,6 +169,7 @@ class Case:
     mismatches: float = 1e-3
     forgotten: tuple[str, ...] = ()
     graphed: tuple[str, ...] = ("decoding",)
+    uncompiled: str = ""
     peers: tuple[Peer, ...] = ()
 
     @property

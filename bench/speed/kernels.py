@@ -7,7 +7,7 @@ says nothing about the kernels and is labelled so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -31,15 +31,19 @@ from echogen.bench.registry import (
     cases,
 )
 from echogen.bench.roofline import Roofline, measure
-from echogen.bench.speed import contest
+from echogen.bench.speed import clock, contest
+from echogen.engine.graphs import CaptureError
 from echogen.kernels import dispatch
 
 Note = Callable[[str], None]
 Row = dict[str, Any]
-Measured = tuple[dict[str, float], int | None]
-NUMBERS = ("ms", "ms_q20", "ms_q80", "ms_warm", "floor_ms", "bytes", "flops", "gb_per_s",
+Measured = tuple[dict[str, float], int | None, bool]
+"""Milliseconds (median and quantiles), peak bytes, and whether a graph was replayed."""
+NUMBERS = ("ms", "ms_q20", "ms_q80", "ms_warm", "host_ms", "floor_ms", "bytes", "flops", "gb_per_s",
            "tflop_per_s", "percent_of_floor", "bound", "mib")  # fmt: skip
 ROTATED_BYTES, MOST_COPIES = 256 << 20, 4
+FEWEST_CALLS, MOST_CALLS = 32, 64
+"""In one graph: enough that its launch and the events around it are little of each."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +109,10 @@ def run(
 
     Returns:
         ``kernels``, a row for each provider and mode (``error`` says why one was not timed; on
-        CUDA ``ms`` is with a cold cache, ``ms_warm`` with the inputs in it), ``on``
-        (what ran), ``peers`` (their versions, None where absent), ``rates`` of the device, and the
-        environment.
+        CUDA ``ms`` is with a cold cache, ``ms_warm`` with the inputs in it, ``host_ms`` what the
+        host takes to launch it; ``graph``: a graph was replayed), ``on`` (what ran), ``ended``
+        (why not all was run: "interrupted", or an error of the device), ``peers`` (their versions,
+        None where absent), ``rates`` of the device, and the environment.
 
     Raises:
         ValueError: no such operator, size or provider.
@@ -118,16 +123,31 @@ def run(
     rows: list[Row] = []
     peers = _versions([case for case, _ in chosen], providers, device, note)
     rates = dict(ceilings or {})
-    total = len(chosen)
-    with harness.threads(1 if on.type == "cpu" else None):
-        for done, (case, name) in enumerate(chosen):
-            for dtype in case.types(on.type):
-                if on.type == "cuda" and dtype not in rates:
-                    rates[dtype] = measure(on, dtype)
-                rows += _case(case, name, dtype, on, providers, repeats, rates.get(dtype), note)
-            progress(done + 1, total)
+    total, ended = len(chosen), ""
+    try:
+        with harness.threads(1 if on.type == "cpu" else None):
+            for done, (case, name) in enumerate(chosen):
+                for dtype in case.types(on.type):
+                    if on.type == "cuda":
+                        torch._dynamo.reset()  # several cases compile one eager function
+                        if dtype not in rates:
+                            rates[dtype] = measure(on, dtype)
+                    rate = rates.get(dtype)
+                    for row in _case(case, name, dtype, on, providers, repeats, rate, note):
+                        rows.append(row)
+                progress(done + 1, total)
+    except KeyboardInterrupt:  # whoever is out of time keeps what he has
+        ended = "interrupted"
+    except Exception as error:
+        if on.type == "cpu":
+            raise
+        # On a GPU an illegal access fails whatever comes after it.
+        ended = f"{type(error).__name__}: {error}"
+    if ended:
+        note(f"{ended}: {len(rows)} rows until then, at {case.name}")
     return {
         "on": _what_ran(device),
+        "ended": ended,
         "kernels": rows,
         "peers": peers,
         "rates": {_short(dtype): rate.to_dict() for dtype, rate in rates.items()},
@@ -158,7 +178,9 @@ def _contestants(
     case: Case, device: torch.device, wanted: Sequence[str], note: Note
 ) -> list[Contestant]:
     made = [Contestant(OURS, case.run, case.outputs), Contestant(EAGER, case.eager, case.outputs)]
-    if device.type == "cuda":
+    if device.type == "cuda" and case.uncompiled:
+        note(f"{case.name}: torch.compile is left out ({case.uncompiled})")
+    elif device.type == "cuda":
         compiled = torch.compile(case.eager, dynamic=False)
         made.append(Contestant(COMPILED, compiled, case.outputs))
     for peer in case.peers:
@@ -181,35 +203,49 @@ def _case(
     repeats: int,
     rate: Roofline | None,
     note: Note,
-) -> list[Row]:
-    """Check every contestant, then time those that agree."""
+) -> Iterator[Row]:
+    """Check the contestants, and time those that agree: on a CPU in turn, on a GPU one after the
+    other, this operator first, so that it has its times before anything is compiled."""
     make = Drawn(torch.Generator(device).manual_seed(0))
     inputs = case.inputs(make, case.sizes[size], dtype)
     wanted = contest.results(case, case.eager, contest.raised(inputs), case.outputs)
-    agreed, rows = [], []
+    agreed = list[Contestant]()
     for one in _contestants(case, device, providers, note):
         reason = _refusal(case, one, dtype, inputs, wanted)
-        if reason is None:
-            agreed.append(one)
-        else:
+        if reason is not None:
             note(reason)
             about = _about(case, size, dtype, one.name, "forward")
-            rows.append(about | dict.fromkeys(NUMBERS) | {"error": reason})
-    del wanted
-    for mode in case.modes(size):
-        measured = _measure(case, size, dtype, mode, agreed, inputs, device, repeats)
-        cost = case.cost(case.sizes[size], dtype.itemsize, mode)
+            yield about | dict.fromkeys(NUMBERS) | {"error": reason}
+        elif device.type == "cpu":
+            agreed.append(one)
+        else:
+            for mode in case.modes(size):
+                measured = _on_gpu(case, size, mode, one, inputs)
+                yield _row(case, size, dtype, mode, one, measured, rate, note)
+    for mode in case.modes(size) if agreed else ():
+        found = _on_cpu(case, size, dtype, mode, agreed, inputs, repeats)
         for one in agreed:
-            found = measured[one.name]
-            if isinstance(found, str):
-                note(found)
-                numbers: Row = dict.fromkeys(NUMBERS) | {"error": found}
-            else:
-                ms, memory = found
-                mib = None if memory is None else memory / 2**20
-                numbers = _numbers(ms, cost, rate) | {"mib": mib, "error": None}
-            rows.append(_about(case, size, dtype, one.name, mode) | numbers)
-    return rows
+            yield _row(case, size, dtype, mode, one, found[one.name], rate, note)
+
+
+def _row(
+    case: Case,
+    size: str,
+    dtype: torch.dtype,
+    mode: Mode,
+    one: Contestant,
+    measured: Measured | str,
+    rate: Roofline | None,
+    note: Note,
+) -> Row:
+    about = _about(case, size, dtype, one.name, mode)
+    if isinstance(measured, str):
+        note(measured)
+        return about | dict.fromkeys(NUMBERS) | {"error": measured}
+    ms, memory, graph = measured
+    numbers = _numbers(ms, case.cost(case.sizes[size], dtype.itemsize, mode), rate)
+    mib = None if memory is None else memory / 2**20
+    return about | {"graph": graph} | numbers | {"mib": mib, "error": None}
 
 
 def _refusal(
@@ -231,41 +267,40 @@ def _failure(case: Case, one: Contestant, error: Exception) -> str:
     return f"{case.name}: {one.name} failed ({type(error).__name__}: {reason}); not timed"
 
 
-def _measure(
+def _on_cpu(
     case: Case,
     size: str,
     dtype: torch.dtype,
     mode: Mode,
     agreed: Sequence[Contestant],
     inputs: Inputs,
-    device: torch.device,
     repeats: int,
-) -> dict[str, Measured | str]:
-    """Milliseconds (median and quantiles) and peak bytes of each contestant, or why there are
-    none."""
-    found: dict[str, Measured | str] = {}
-    if device.type == "cpu":
-        mine = {one.name: [contest.own(case, inputs, forget=True)] for one in agreed}
-        calls = {
-            one.name: contest.call(case, one.run, one.outputs, mode, mine[one.name])
-            for one in agreed
-        }
-        for warm in calls.values():
-            warm()
-        times = alternate(calls, repeats)
-        for one in agreed:
-            shapes = case.inputs(ShapesOnly(), case.sizes[size], dtype)
-            ms = quantiles([1e3 * t for t in times[one.name]])
-            found[one.name] = ms, _counted_peak(_once(case, mode, one, shapes))
-        return found
+) -> dict[str, Measured]:
+    """Times and peak of each contestant, in turn."""
+    mine = {one.name: [contest.own(case, inputs, forget=True)] for one in agreed}
+    calls = {
+        one.name: contest.call(case, one.run, one.outputs, mode, mine[one.name]) for one in agreed
+    }
+    for warm in calls.values():
+        warm()
+    times, found = alternate(calls, repeats), dict[str, Measured]()
     for one in agreed:
-        try:
-            ms = _cuda_times(case, size, mode, one, inputs)
-            found[one.name] = ms, _cuda_peak(_once(case, mode, one, inputs))
-        except Exception as error:  # one that runs out of memory must not end the table
-            found[one.name] = _failure(case, one, error)
-        torch.cuda.empty_cache()
+        shapes = case.inputs(ShapesOnly(), case.sizes[size], dtype)
+        ms = quantiles([1e3 * t for t in times[one.name]])
+        found[one.name] = ms, _counted_peak(_once(case, mode, one, shapes)), False
     return found
+
+
+def _on_gpu(case: Case, size: str, mode: Mode, one: Contestant, inputs: Inputs) -> Measured | str:
+    """Times and peak of a contestant, or why there are none."""
+    try:
+        ms, graph = _cuda_times(case, size, mode, one, inputs)
+        with torch.set_grad_enabled(size not in case.graphed):  # as it was compiled to be timed
+            measured = ms, _cuda_peak(_once(case, mode, one, inputs)), graph
+        torch.cuda.empty_cache()
+    except Exception as error:  # one that runs out of memory must not end the table
+        return _failure(case, one, error)
+    return measured
 
 
 def _once(case: Case, mode: Mode, one: Contestant, inputs: Inputs) -> Callable[[], object]:
@@ -291,59 +326,31 @@ def _cuda_peak(call: Callable[[], object]) -> int:
 
 def _cuda_times(
     case: Case, size: str, mode: Mode, one: Contestant, inputs: Inputs
-) -> dict[str, float]:
+) -> tuple[dict[str, float], bool]:
+    """Times, and whether they are those of a graph."""
     from torch._functorch import config
-    from triton.testing import do_bench
 
+    graphed = size in case.graphed
     held = sum(v.nbytes for v in inputs.values() if isinstance(v, torch.Tensor))
-    count = max(2, min(MOST_COPIES, ROTATED_BYTES // max(1, held)))
+    least, most = (FEWEST_CALLS, MOST_CALLS) if graphed else (2, MOST_COPIES)
+    count = max(least, min(most, ROTATED_BYTES // max(1, held)))
     copies = [contest.own(case, inputs, forget=True) for _ in range(count)]
     # torch.compile would free what its backward reads, which is called again and again here.
     with config.patch(donated_buffer=False):
-        if size in case.graphed:
-            run = _replayed([contest.call(case, one.run, one.outputs, mode, [c]) for c in copies])
-        else:
-            run = contest.call(case, one.run, one.outputs, mode, copies)
-        # do_bench clears the second-level cache before each run, and the inputs rotate: cold.
-        middle, low, high = do_bench(run, quantiles=[0.5, 0.2, 0.8])
-        if size in case.graphed:
-            again = _replayed([contest.call(case, one.run, one.outputs, mode, copies[:1])])
-        else:
-            again = contest.call(case, one.run, one.outputs, mode, copies[:1])
-        warm = _warm_ms(again)
-    return {"median": middle, "q20": low, "q80": high, "warm": warm}
-
-
-def _warm_ms(run: Callable[[], object], repeats: int = 20) -> float:
-    """Median of runs on the same inputs, queued one behind the other: what fits the cache is in it,
-    and the host is ahead of the device but for calls shorter than their launch."""
-    events = []
-    for _ in range(3 + repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        events.append((begin, end))
-    torch.cuda.synchronize()
-    return quantiles([begin.elapsed_time(end) for begin, end in events[3:]])["median"]
-
-
-def _replayed(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
-    """A CUDA graph of each call, replayed in turn: the host's time is no part of decoding."""
-    graphs = []
-    for one in calls:
-        with torch.no_grad():
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                one()
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                one()
-        graphs.append(graph)
-    turns = cycle(graphs)
-    return lambda: next(turns).replay()
+        calls = [contest.call(case, one.run, one.outputs, mode, [mine]) for mine in copies]
+        if graphed:
+            try:
+                # Every copy once behind a cleared cache, and one copy again and again.
+                cold = clock.shared(clock.times(clock.captured(calls)), count)
+                again = clock.captured(calls[:1] * count)
+                warm = clock.shared(clock.times(again, cold=False), count)
+                return cold | {"warm": warm["median"]}, True
+            except CaptureError:  # one that waits for the device is timed with its waiting
+                pass
+        turns = cycle(calls)
+        found = clock.times(lambda: next(turns)())
+        warm = clock.times(calls[0], cold=False, repeats=20)
+    return found | {"warm": warm["median"]}, False
 
 
 def _about(case: Case, size: str, dtype: torch.dtype, provider: str, mode: Mode) -> Row:
@@ -365,6 +372,7 @@ def _numbers(ms: dict[str, float], cost: Floor, rate: Roofline | None) -> Row:
         "ms_q20": ms["q20"],
         "ms_q80": ms["q80"],
         "ms_warm": ms.get("warm"),
+        "host_ms": ms.get("host"),
         "floor_ms": None if rate is None else 1e3 * rate.seconds(cost),
         "bytes": cost.bytes,
         "flops": cost.flops,

@@ -247,10 +247,14 @@ class BenchKernels:
                 self.operator, self.size, device, self.provider, self.repeats, warn, update
             )
         tables.console().print(tables.kernels(result))
-        if self.out is not None:
+        if self.out is not None and result["kernels"]:
             self._write(result["kernels"])
         if self.json:
             print_json(result)
+        if result["ended"] == "interrupted":
+            raise KeyboardInterrupt
+        if result["ended"]:
+            raise Failure(result["ended"])
         wrong = [r for r in result["kernels"] if r["error"] and r["provider"] == "echogen"]
         if wrong:
             raise Failure(wrong[0]["error"])
@@ -264,6 +268,8 @@ class BenchKernels:
             tables.plot(rows, self.out)
         except ImportError:
             warn("matplotlib is not installed; no plots were drawn")
+        except Exception as error:  # the figures are there, and printed behind this
+            warn(f"no plots were drawn ({type(error).__name__}: {error})")
 
 
 @dataclass(frozen=True)

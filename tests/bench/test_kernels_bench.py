@@ -12,7 +12,9 @@ from rich.console import Console
 
 from echogen.bench.registry import Floor, cases
 from echogen.bench.roofline import Roofline
-from echogen.bench.speed import kernels, memory, tables
+from echogen.bench.speed import clock, kernels, memory, tables
+from echogen.cli import main
+from echogen.engine.graphs import CaptureError
 
 
 def test_rows_are_complete():
@@ -117,3 +119,85 @@ def test_only_cpu_here_is_said():
     result = kernels.run(["swiglu"], providers=["eager"], repeats=1)
     assert {r["provider"] for r in result["kernels"]} == {"echogen", "eager"}
     assert result["rates"] == {} and all(r["bound"] is None for r in result["kernels"])
+
+
+class Device:
+    """What timing asks of torch.cuda: a queue that runs behind the host, and its clock in ms."""
+
+    def __init__(self, monkeypatch):
+        self.now, self.slept, device = 0.0, 0, self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = device.now
+
+            def elapsed_time(self, end):
+                return end.at - self.at
+
+        def sleep(cycles):
+            device.slept += 1
+            device.now += 1.0
+
+        zeros = torch.zeros
+        for name, stub in {"Event": Event, "_sleep": sleep, "synchronize": lambda *_: None,
+                           "empty_cache": lambda: None}.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, stub)
+        monkeypatch.setattr(clock, "CLEARED_BYTES", 4)
+        monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **k: zeros(*a, **k))
+
+    def call(self, ms):
+        """Something that takes the device so long."""
+
+        def run():
+            self.now += ms
+
+        return run
+
+
+def test_a_gpu_is_timed_behind_a_lead_of_the_host(monkeypatch):
+    device = Device(monkeypatch)
+    found = clock.times(device.call(0.25), repeats=7)
+    assert found["median"] == found["q20"] == found["q80"] == pytest.approx(0.25)
+    assert device.slept == 7 and found["host"] >= 0
+    assert clock.shared({"median": 0.5, "host": 0.1}, 10) == {"median": 0.05, "host": 0.01}
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_calls_of_decoding_share_a_graph(monkeypatch, waits):
+    """And are timed each by itself, and said to be, where one of them waits for the device."""
+    device, case, graphs = Device(monkeypatch), kernels.cases()["rms_norm"], []
+    inputs = {"x": torch.zeros(2, 8)}
+    one = kernels.Contestant("echogen", lambda i: device.call(0.004)(), ())
+
+    def captured(calls):
+        if waits:
+            raise CaptureError("it waits")
+        graphs.append(len(calls))
+        return lambda: [call() for call in calls]
+
+    monkeypatch.setattr(clock, "captured", captured)
+    monkeypatch.setattr(kernels.contest, "own", lambda case, inputs, forget: dict(inputs))
+    ms, graph = kernels._cuda_times(case, "decoding", "forward", one, inputs)
+    assert [ms["median"], ms["warm"]] == pytest.approx([0.004] * 2) and graph == (not waits)
+    assert graphs == ([] if waits else [kernels.MOST_CALLS] * 2)
+
+
+def test_what_was_measured_is_kept(monkeypatch, capsys):
+    right, asked = kernels._on_cpu, []
+
+    def on_cpu(case, *more):
+        asked.append(case.name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return right(case, *more)
+
+    monkeypatch.setattr(kernels, "_on_cpu", on_cpu)
+    command = ("bench", "kernels", "--operator", "swiglu", "--operator", "group_advantage")
+    assert main([*command, "--repeats", "1", "--device", "cpu", "--json"]) == 130
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["ended"] == "interrupted" and {r["operator"] for r in result["kernels"]} == {
+        asked[0]
+    }
