@@ -7,6 +7,7 @@ The same module trains and infers; `engine/weights.py` maps it onto Janus checkp
 from __future__ import annotations
 
 import itertools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from echogen.engine.cache import KVCache
 from echogen.engine.config import ModelConfig
 from echogen.engine.flex import BlockMask, blocked_attention
+from echogen.kernels.rope import rope
+from echogen.kernels.swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
@@ -53,10 +56,31 @@ class Rotary(nn.Module):
         self.cos = torch.cat((angle.cos(), angle.cos()), -1).to(device)
         self.sin = torch.cat((-angle.sin(), angle.sin()), -1).to(device)
 
-    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [B, L] or [L], int64 → cos, sin [B or 1, L, 1, K]."""
-        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
-        return (cos, sin) if positions.dim() == 2 else (cos.unsqueeze(0), sin.unsqueeze(0))
+    def forward(self, positions: Tensor, dtype: torch.dtype, fused: bool) -> Rotation:
+        """positions [B, L] or [L], int64 → what rotates there, in ``dtype``."""
+        if positions.dim() == 1:
+            positions = positions.unsqueeze(0)
+        cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
+        if fused:
+            below, above = sin.chunk(2, -1)
+            return Rotation(cos, torch.cat((-below, above), -1), True)
+        return Rotation(cos.unsqueeze(-2), sin.unsqueeze(-2), False)
+
+
+class Rotation(NamedTuple):
+    """The rotation of every token, by ``rotate``: cos and sin [B or 1, L, 1, K]; or ``fused``, by
+    the operator `kernels.rope.rope`: [B or 1, L, K], sin without the sign of rotate_half."""
+
+    cos: Tensor
+    sin: Tensor
+    fused: bool
+
+
+def trains_fused(x: Tensor) -> bool:
+    """Whether rotation and SwiGLU of a forward run on the operators: on a GPU, with gradients. In
+    plain torch they are most of what passes memory beside the products there (at Janus-Pro 1B's
+    width 726 kB a token and layer, forward and backward, against 394)."""
+    return x.is_cuda and torch.is_grad_enabled() and x.dtype != torch.float64
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -111,35 +135,45 @@ class Block(nn.Module):
     def forward(
         self,
         x: Tensor,
-        rope: tuple[Tensor, Tensor],
+        rotation: Rotation,
         mask: Tensor | BlockMask | None,
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
         B, L, _ = x.shape
         heads = self.qkv(self.attn_norm(x)).view(B, L, -1, self.head_dim)
-        rotated = rotate(heads[:, :, : self.heads + self.kv_heads], *rope)
-        query = rotated[:, :, : self.heads].transpose(1, 2)
-        key = rotated[:, :, self.heads :].transpose(1, 2)
-        value = heads[:, :, self.heads + self.kv_heads :].transpose(1, 2)
+        query, key, value = (part.transpose(1, 2) for part in self._rotated(heads, rotation))
         if cache is not None:
             key, value = cache.append(layer, key, value)
         attended = attention(query, key, value, mask).transpose(1, 2).reshape(B, L, -1)
         x = x + self.out(attended)
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
+        gate_up = self.gate_up(self.mlp_norm(x))
+        if rotation.fused:
+            return x + self.down(swiglu(gate_up))
+        gate, up = gate_up.chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
+
+    def _rotated(self, heads: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """All heads [B, L, H + 2·kv_heads, K] → queries and keys, rotated, and values."""
+        if rotation.fused:
+            # Split once, so that backward joins the parts in one piece.
+            query, key, value = heads.split((self.heads, self.kv_heads, self.kv_heads), 2)
+            return *rope(query, key, rotation.cos, rotation.sin), value
+        turned = self.heads + self.kv_heads
+        rotated = rotate(heads[:, :, :turned], rotation.cos, rotation.sin)
+        return rotated[:, :, : self.heads], rotated[:, :, self.heads :], heads[:, :, turned:]
 
 
 def run_again(
     block: nn.Module,
     x: Tensor,
-    rope: tuple[Tensor, Tensor],
+    rotation: Rotation,
     mask: Tensor | BlockMask | None,
     layer: int,
 ) -> Tensor:
     """A block of which only the input is kept, and which backward runs once more (activation
     checkpointing, Chen et al. 2016). No cache; it draws nothing, so no random state is kept."""
-    own, args = dict(block.named_parameters()), (x, rope, mask, None, layer)
+    own, args = dict(block.named_parameters()), (x, rotation, mask, None, layer)
     if all(isinstance(p, nn.Parameter) for p in own.values()):
         kept = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
     else:  # stand-ins of a functional_call, which are gone by the time of backward
@@ -255,12 +289,14 @@ class UnifiedTransformer(nn.Module):
         kind = embeddings.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else embeddings.dtype
-        cos, sin = self.rotary(positions)
-        rope = (cos.to(dtype), sin.to(dtype))
+        rotation = self.rotary(positions, dtype, trains_fused(embeddings))
         x = embeddings
         again = self.checkpointing and cache is None and torch.is_grad_enabled()
         for i, block in enumerate(self.blocks):
-            x = run_again(block, x, rope, mask, i) if again else block(x, rope, mask, cache, i)
+            if again:
+                x = run_again(block, x, rotation, mask, i)
+            else:
+                x = block(x, rotation, mask, cache, i)
         if cache is not None:
             cache.advance(x.shape[1])
         return self.norm(x)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from echogen.engine import model as engine_model
 from echogen.engine.config import ModelConfig
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.train.average import Average
@@ -203,6 +204,41 @@ def test_blocks_run_again_give_the_same_gradients_and_keep_less(model: UnifiedTr
     assert plain[1].keys() == again[1].keys()
     assert all(torch.equal(plain[1][n], again[1][n]) for n in plain[1])
     assert again[2] < plain[2] / 4
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_blocks_train_the_same_on_the_operators(
+    model: UnifiedTransformer, monkeypatch: pytest.MonkeyPatch, again: bool, bf16: bool
+) -> None:
+    """As they do on a GPU: in bfloat16 they are no further from float32 than plain torch is."""
+    ids = torch.randint(0, 70, (3, 29), generator=torch.Generator().manual_seed(1))
+    positions = torch.arange(29).expand(3, 29)
+    mask = additive_mask(torch.ones(1, 29, 29, dtype=torch.bool).tril(), torch.float32)
+    model.checkpointing, right, called = again, engine_model.swiglu, []
+
+    def gradients(bf16: bool) -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            hidden = model(model.embed_mixed(ids), positions, mask)
+            loss = model.image_head(hidden).float().square().mean()
+        loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    def swiglu(gate_up: Tensor) -> Tensor:
+        called.append(gate_up.dtype)
+        return right(gate_up)
+
+    exact, plain = gradients(False), gradients(bf16)
+    monkeypatch.setattr(engine_model, "swiglu", swiglu)
+    monkeypatch.setattr(engine_model, "trains_fused", lambda x: torch.is_grad_enabled())
+    found = gradients(bf16)
+    assert called == [torch.bfloat16 if bf16 else torch.float32] * len(called)
+    assert len(called) == len(model.blocks) * (2 if again else 1)
+    assert found.keys() == exact.keys()
+    for name, true in exact.items():
+        off, plainly = ((g[name] - true).norm() / true.norm() for g in (found, plain))
+        assert off <= max(1e-5, 1.3 * plainly), name
 
 
 @pytest.mark.parametrize("stage", ["pmtp", "djo", "djo frozen", "djo sampled", "cycle-rl"])
