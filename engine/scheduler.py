@@ -306,8 +306,8 @@ class Scheduler(Worker):
         """Of all that live, in the lowest slots; in windows where that is the faster way for half
         of the rows."""
         places = self._slots.gather([live.held for live in self._live])
-        for live, rows in zip(self._live, places, strict=True):
-            live.rows = rows
+        for live, place in zip(self._live, places, strict=True):
+            live.rows = place
         rows = sum(live.request.rows for live in self._live)
         well = sum(live.request.rows for live in self._live if live.request.foreseeable)
         if self._slots.width and 2 * well >= rows:

@@ -248,10 +248,10 @@ class Slots:
                     self.scales[:, :, new].copy_(self.scales[:, :, old])
             numbers = [[moved.get(row, row) for row in rows.numbers] for rows in held]
             now = [Rows(each, torch.tensor(each, device=device)) for each in numbers]
-            old, new = (torch.tensor(list(each), device=device) for each in (moved, moved.values()))
+            source, target = (torch.tensor(list(e), device=device) for e in (moved, moved.values()))
             for of_row in (self._at, self._held, self._codes):
-                of_row[new] = of_row[old]
-                of_row[old] = 0
+                of_row[target] = of_row[source]
+                of_row[source] = 0
         for old, new in moved.items():
             self._ends[new], self._ends[old] = self._ends[old], 0
         self._free = [row for row, end in enumerate(self._ends) if not end]

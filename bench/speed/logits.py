@@ -44,10 +44,9 @@ def errors(
         for plain in (exact, model.plain)
     ]
     with model.lock:
-        wanted, plain, own = (
-            _logits(decoding, len(rows) // (1 + guided), steps, device)
-            for decoding in (*plains, DeviceDecoding(model, rows, guided))
-        )
+        decodings: list[Decoding] = [*plains, DeviceDecoding(model, rows, guided)]
+        images = len(rows) // (1 + guided)
+        wanted, plain, own = (_logits(each, images, steps, device) for each in decodings)
     found = _error(own, wanted), _error(plain, wanted)
     if not found[0] <= MORE * found[1] + 1e-6:
         raise WrongResult(
