@@ -266,6 +266,19 @@ DEVICE void linear(const void* x_from, const void* weight, const float* scale, c
 #pragma unroll
         for (int i = 0; i < 2 * T::GROUPS * 4; ++i)
             sum[i / (T::GROUPS * 4)][i / 4 % T::GROUPS][i % 4] = 0.0f;
+        // Asked for before the product, behind which their latency hides: what is needed after the
+        // barrier may come from memory. The residual stays as it is read, for a conversion would
+        // wait for it here.
+        const long long output = tile * p.a_tile + out_channel;
+        const bool stores = out_row < p.rows && output < p.outputs;
+        const long long place_out = out_row * p.outputs + output;
+        unsigned short added = 0;
+        float scales[2] = {1.0f, 1.0f};
+        if (stores && kept) added = kept[place_out];
+        if (stores && scale) {
+            scales[0] = scale[output];
+            if (p.swiglu) scales[1] = scale[p.outputs + output];
+        }
         const unsigned char* at = x + lane / 4 * x_stride + lane % 4 * 16;
         for (int k = warp * CHUNK; k < p.end; k += WARPS * CHUNK) {
             if (stages == MOST_STAGES)
@@ -288,15 +301,6 @@ DEVICE void linear(const void* x_from, const void* weight, const float* scale, c
                 part[(warp * ROWS + row) * T::CHANNELS + 8 * group + lane % 4 * 2 + i % 2] =
                     sum[0][group][i % 4] + sum[1][group][i % 4];
         }
-        const long long output = tile * p.a_tile + out_channel;
-        const bool stores = out_row < p.rows && output < p.outputs;
-        const long long place_out = out_row * p.outputs + output;
-        float added = 0.0f, scales[2] = {1.0f, 1.0f};
-        if (stores && kept) added = low_half(kept[place_out]);
-        if (stores && scale) {
-            scales[0] = scale[output];
-            if (p.swiglu) scales[1] = scale[p.outputs + output];
-        }
         barrier();
         if (stores) {
             float y = total<ROWS, T::CHANNELS>(part, out_row, out_channel);
@@ -305,7 +309,7 @@ DEVICE void linear(const void* x_from, const void* weight, const float* scale, c
                 const float up = total<ROWS, T::CHANNELS>(part, out_row, p.a_tile + out_channel);
                 y = gate / (1.0f + expf(-gate)) * (up * scales[1]);
             } else {
-                y = fmaf(y, scales[0], added);
+                y = fmaf(y, scales[0], low_half(added));
             }
             static_cast<unsigned short*>(out)[place_out] =
                 static_cast<unsigned short>(pack_bf16x2(y, 0.0f));
