@@ -9,11 +9,14 @@
 //
 // A tile is 8 (bfloat16) or 16 (fp8) rows of W. Its K is split over the warps in chunks of 64, whose
 // parts are summed in shared memory in the order of warps: no atomics, the same result every time,
-// and for a row the same result whatever the other rows. The tensor cores multiply, x as a [16, 16]
-// (rows below 16 are zero), W as b [16, 8]: a lane's fragment of b is two pairs along k of one row of
-// W, and since any order of k will do as long as x has the same, a lane takes 16 bytes in a row as
-// its fragments of several products. So a lane reads from shared memory only what it copied there
-// itself, and the copies need no barrier.
+// and for a row the same result whatever the other rows. The tensor cores multiply a [16, 16] by
+// b [16, 8]. In bfloat16 x is a (rows below 16 are zero) and the tile of W b; in fp8 the tile fills
+// a, and 8 rows of x are b: up to 8 rows take half the products, where conversions from fp8 leave
+// no issue slots to spare (a chunk takes 173 instructions at 8 rows and 181 at 16; with x as a it
+// took 200 and 209, on sm_90). A lane's fragment is pairs along k of a row of W, and since any order
+// of k will do as long as x has the same, a lane takes 16 bytes in a row as its fragments of several
+// products. So a lane reads from shared memory only what it copied there itself, and the copies need
+// no barrier.
 #include "device.cuh"
 
 constexpr int WARPS = 8, LANES = 32, THREADS = WARPS * LANES;
@@ -122,10 +125,14 @@ struct Cursor {
     }
 };
 
+// Products side by side, of as many rows of x as one takes.
+template <int ROWS, bool FP8>
+constexpr int SIDES = FP8 && ROWS > 8 ? 2 : 1;
+
 // Add the product of one chunk: of a lane's rows of x at `x`, and of its copies in `slot`. Two sums,
 // as each product waits for the sum it adds to.
 template <int ROWS, bool FP8>
-DEVICE void multiply(float (&sum)[2][Tiling<FP8>::GROUPS][4], const unsigned char* x, int x_stride,
+DEVICE void multiply(float (&sum)[2][SIDES<ROWS, FP8>][4], const unsigned char* x, int x_stride,
                      const unsigned char* slot) {
     using T = Tiling<FP8>;
 #pragma unroll
@@ -140,18 +147,24 @@ DEVICE void multiply(float (&sum)[2][Tiling<FP8>::GROUPS][4], const unsigned cha
             Words low = {0, 0, 0, 0}, high = {0, 0, 0, 0};
             if (ROWS >= 8 || thread() % LANES / 4 < ROWS) low = load16(at);
             if (ROWS > 8) high = load16(at + 8 * x_stride);
+            if constexpr (FP8) {
+                Words a[T::GROUPS];
 #pragma unroll
-            for (int group = 0; group < T::GROUPS; ++group) {
-                unsigned b[4] = {w[group].x, w[group].y, w[group].z, w[group].w};
-                if (FP8) {
-                    const unsigned first = unit ? b[2] : b[0], second = unit ? b[3] : b[1];
-                    b[0] = bf16_of_fp8(first);
-                    b[1] = bf16_of_fp8(first << 8);
-                    b[2] = bf16_of_fp8(second);
-                    b[3] = bf16_of_fp8(second << 8);
+                for (int group = 0; group < T::GROUPS; ++group) {
+                    const unsigned first = unit ? w[group].z : w[group].x;
+                    const unsigned second = unit ? w[group].w : w[group].y;
+                    a[group] = {bf16_of_fp8(first), bf16_of_fp8(first << 8), bf16_of_fp8(second),
+                                bf16_of_fp8(second << 8)};
                 }
-                mma(sum[0][group], low.x, high.x, low.y, high.y, b[0], b[1]);
-                mma(sum[1][group], low.z, high.z, low.w, high.w, b[2], b[3]);
+                mma(sum[0][0], a[0].x, a[1].x, a[0].y, a[1].y, low.x, low.y);
+                mma(sum[1][0], a[0].z, a[1].z, a[0].w, a[1].w, low.z, low.w);
+                if constexpr (ROWS > 8) {
+                    mma(sum[0][1], a[0].x, a[1].x, a[0].y, a[1].y, high.x, high.y);
+                    mma(sum[1][1], a[0].z, a[1].z, a[0].w, a[1].w, high.z, high.w);
+                }
+            } else {
+                mma(sum[0][0], low.x, high.x, low.y, high.y, w[0].x, w[0].y);
+                mma(sum[1][0], low.z, high.z, low.w, high.w, w[0].z, w[0].w);
             }
         }
     }
@@ -262,10 +275,11 @@ DEVICE void linear(const void* x_from, const void* weight, const float* scale, c
     const int out_row = thread() / p.a_tile, out_channel = thread() % p.a_tile;
     const unsigned short* kept = static_cast<const unsigned short*>(residual);
     for (long long tile = block(); tile < p.tiles; tile += blocks(), half ^= 1) {
-        float sum[2][T::GROUPS][4];
+        constexpr int PRODUCTS = SIDES<ROWS, FP8>;
+        float sum[2][PRODUCTS][4];
 #pragma unroll
-        for (int i = 0; i < 2 * T::GROUPS * 4; ++i)
-            sum[i / (T::GROUPS * 4)][i / 4 % T::GROUPS][i % 4] = 0.0f;
+        for (int i = 0; i < 2 * PRODUCTS * 4; ++i)
+            sum[i / (PRODUCTS * 4)][i / 4 % PRODUCTS][i % 4] = 0.0f;
         // Asked for before the product, behind which their latency hides: what is needed after the
         // barrier may come from memory. The residual stays as it is read, for a conversion would
         // wait for it here.
@@ -295,11 +309,13 @@ DEVICE void linear(const void* x_from, const void* weight, const float* scale, c
         // Two buffers of parts: nobody writes this one again before all have passed the next barrier.
         float* part = parts + half * (WARPS * ROWS * T::CHANNELS);
 #pragma unroll
-        for (int i = 0; i < T::GROUPS * 4; ++i) {
-            const int group = i / 4, row = lane / 4 + i % 4 / 2 * 8;
+        for (int i = 0; i < PRODUCTS * 4; ++i) {
+            // Where the sum lies in c: a's rows go down, b's columns across.
+            const int side = i / 4, down = lane / 4 + i % 4 / 2 * 8, across = lane % 4 * 2 + i % 2;
+            const int row = FP8 ? 8 * side + across : down, channel = FP8 ? down : across;
             if (row < ROWS)
-                part[(warp * ROWS + row) * T::CHANNELS + 8 * group + lane % 4 * 2 + i % 2] =
-                    sum[0][group][i % 4] + sum[1][group][i % 4];
+                part[(warp * ROWS + row) * T::CHANNELS + channel] =
+                    sum[0][side][i % 4] + sum[1][side][i % 4];
         }
         barrier();
         if (stores) {
