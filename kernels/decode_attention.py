@@ -70,8 +70,9 @@ class Tiles:
 
 SPLITS = Splits()
 HALF = Tiles(keys=64, warps=4, stages=3)
-# 64 keys, whose conversions are held in registers too, spill on sm_100.
-EIGHT = Tiles(keys=32, warps=4, stages=4)
+# 8 bits are bound by instructions, of which a larger tile has fewer a key: on sm_90 8.3 in 182
+# registers, where 32 keys and 4 stages take 10.6 in 156.
+EIGHT = Tiles(keys=64, warps=4, stages=3)
 # float32 has no tensor cores: larger tiles than these spill registers.
 SINGLE, SINGLE_NARROW = Tiles(16, 4, 3), Tiles(32, 4, 3)
 # Query rows of a tile, of one sequence or of several that share a prefix: the least that tl.dot
@@ -94,6 +95,36 @@ def _dot(a, b, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _fold(
+    query, scale, keys_ptr, values_ptr, scales_ptr, apart, first, end, top, total, sums,
+    WHOLE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """A partial softmax with one more tile of keys, of which one at least lies before the end: the
+    maximum is a number. All of a WHOLE one do, which then needs no masks."""
+    c, j = tl.arange(0, PADDED), tl.arange(0, KEYS)
+    there = (j < KEYS) if WHOLE else (first + j < end)
+    keep = there[:, None] & (c < WIDTH)[None, :]
+    token = tl.cast(first, tl.int64)  # interpreted, the loop counts in plain numbers
+    tile = token * WIDTH + j[:, None] * WIDTH + c[None, :]
+    keys = tl.load(keys_ptr + tile, mask=keep, other=0.0)
+    scores = _dot(query, tl.trans(keys.to(query.dtype)), WIDE) * scale
+    if scales_ptr is not None:
+        scores *= tl.load(scales_ptr + token + j, mask=there, other=0.0)[None, :]
+    if not WHOLE:
+        scores = tl.where(there[None, :], scores, float("-inf"))
+    now = tl.maximum(top, tl.max(scores, 1))
+    p, shrink = tl.exp2(scores - now[:, None]), tl.exp2(top - now)
+    total = total * shrink + tl.sum(p, 1)
+    values = tl.load(values_ptr + tile, mask=keep, other=0.0)
+    if scales_ptr is not None:
+        by = tl.load(scales_ptr + apart + token + j, mask=there, other=0.0)
+        p *= (by * WEIGHED)[None, :]
+    sums = sums * shrink[:, None] + _dot(p.to(query.dtype), values.to(query.dtype), WIDE)
+    return now, total, sums
+
+
+@triton.jit
 def _attend(
     query_ptr, keys_ptr, values_ptr, scales_ptr, apart, token, row, inside, start, end, scale,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
@@ -101,9 +132,9 @@ def _attend(
 ):  # fmt: skip
     """Partial softmax of query rows over keys start … end of the cache that begins with ``token``
     of all; with scales a value's is ``apart`` from its key's."""
-    c, j = tl.arange(0, PADDED), tl.arange(0, KEYS)
-    within = (c < WIDTH)[None, :]
+    c = tl.arange(0, PADDED)
     place = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
+    within = (c < WIDTH)[None, :]
     query = tl.load(query_ptr + place, mask=inside[:, None] & within, other=0.0)
     keys_ptr, values_ptr = keys_ptr + token * WIDTH, values_ptr + token * WIDTH
     if scales_ptr is not None:
@@ -113,27 +144,27 @@ def _attend(
         most = tl.max(tl.abs(query.to(tl.float32)), 1)
         most = tl.where(most == 0, 1.0, most)[:, None]
         query, scale = (query / most).to(tl.float16), scale * most
-    tile = j[:, None] * WIDTH + c[None, :]
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, PADDED], tl.float32)
-    for first in range(start, end, KEYS):
-        there = first + j < end
-        keep = there[:, None] & within
-        keys = tl.load(keys_ptr + first * WIDTH + tile, mask=keep, other=0.0)
-        scores = _dot(query, tl.trans(keys.to(query.dtype)), WIDE) * scale
-        if scales_ptr is not None:
-            scores *= tl.load(scales_ptr + first + j, mask=there, other=0.0)[None, :]
-        scores = tl.where(there[None, :], scores, float("-inf"))
-        # A tile has one key at least, so that the maximum is a number.
-        now = tl.maximum(top, tl.max(scores, 1))
-        p, shrink = tl.exp2(scores - now[:, None]), tl.exp2(top - now)
-        total = total * shrink + tl.sum(p, 1)
-        values = tl.load(values_ptr + first * WIDTH + tile, mask=keep, other=0.0)
-        if scales_ptr is not None:
-            by = tl.load(scales_ptr + apart + first + j, mask=there, other=0.0)
-            p *= (by * WEIGHED)[None, :]
-        sums = sums * shrink[:, None] + _dot(p.to(query.dtype), values.to(query.dtype), WIDE)
-        top = now
+    # Whole tiles of float32 take 255 registers and spill; with masks they take 66 (sm_90).
+    if query.dtype == tl.float32 and not WIDE:
+        for first in range(start, end, KEYS):
+            top, total, sums = _fold(
+                query, scale, keys_ptr, values_ptr, scales_ptr, apart, first, end, top, total, sums,
+                False, WIDTH, PADDED, KEYS, WIDE,
+            )  # fmt: skip
+    else:
+        rest = end - (end - start) % KEYS
+        for first in range(start, rest, KEYS):
+            top, total, sums = _fold(
+                query, scale, keys_ptr, values_ptr, scales_ptr, apart, first, end, top, total, sums,
+                True, WIDTH, PADDED, KEYS, WIDE,
+            )  # fmt: skip
+        if rest < end:
+            top, total, sums = _fold(
+                query, scale, keys_ptr, values_ptr, scales_ptr, apart, rest, end, top, total, sums,
+                False, WIDTH, PADDED, KEYS, WIDE,
+            )  # fmt: skip
     if scales_ptr is not None:
         sums /= WEIGHED
     return top, total, sums
@@ -146,10 +177,11 @@ def _held(length_ptr, capacity):
 
 @triton.jit
 def _part_of(length, split, splits, KEYS: tl.constexpr):
-    """Keys of one split: whole tiles, as many for each. Places are int64: a cache may be large."""
+    """Keys of one split: whole tiles, as many for each. Of a sequence, so 32 bits count them;
+    places among all of a cache take 64."""
     share = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
-    start = split.to(tl.int64) * share
-    return start, tl.minimum(start + share, length)
+    start = tl.minimum(split.to(tl.int64) * share, length).to(tl.int32)
+    return start, start + tl.minimum(share, length - start)
 
 
 @triton.jit
