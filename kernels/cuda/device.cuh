@@ -24,6 +24,9 @@ DEVICE float shuffle_xor(float value, int mask) {
 DEVICE Words load16(const void* from) { return *static_cast<const Words*>(from); }
 DEVICE void store16(void* to, Words words) { *static_cast<Words*>(to) = words; }
 
+// The 32 bytes around an address into the L2 cache, for whoever reads them later.
+DEVICE void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
+
 // Where something lies in shared memory, to which bytes may be added.
 using SharedAddress = unsigned;
 DEVICE SharedAddress shared_address(const void* at) {

@@ -262,6 +262,11 @@ DEVICE void linear(const void* x_from, const void* weight, const float* scale, c
     const int mine = (warp * COPIES * LANES + lane) * 16, ring = static_cast<int>(stages) * STAGE;
     const SharedAddress slots = shared_address(shared + mine);
 
+    // Before W, as it would queue behind all that is asked of W here, up to 7.4 MB of all blocks,
+    // and is read only once the rows are there.
+    if (gain)
+        for (long long u = 2 * thread(); u * UNIT < depth; u += 2 * THREADS)
+            prefetch(static_cast<const unsigned char*>(gain) + u * UNIT * 2);
     Cursor<FP8> ahead;
     ahead.enter(p, block());
     int filled = 0, read = 0, half = 0;

@@ -208,6 +208,8 @@ DEVICE void store16(void* to, Words words) {
     if (emulator::within(to, 16)) std::memcpy(to, &words, 16);
 }
 
+DEVICE void prefetch(const void* at) { emulator::within(at, 16); }  // no more than a fault
+
 using SharedAddress = unsigned char*;
 DEVICE SharedAddress shared_address(const void* at) {
     return const_cast<unsigned char*>(static_cast<const unsigned char*>(at));
