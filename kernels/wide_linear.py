@@ -59,14 +59,16 @@ def _wide_linear_kernel(
     x_place = row.to(tl.int64)[:, None] * depth
     w_place = column.to(tl.int64)[None, :] * depth
     sums = tl.zeros([ROWS, COLUMNS], tl.float32)
-    ups, squares = tl.zeros([ROWS, COLUMNS], tl.float32), tl.zeros([ROWS], tl.float32)
+    ups = tl.zeros([ROWS, COLUMNS], tl.float32)
+    squares = tl.zeros([ROWS, DEPTH // 8], tl.float32)
     for first in range(0, depth, DEPTH):
         k = first + tl.arange(0, DEPTH)
         there = k < depth
         x = tl.load(x_ptr + x_place + k[None, :], mask=real[:, None] & there[None, :], other=0.0)
         if gain_ptr is not None:
             wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
+            # The 8 side by side are one thread's: threads add up only behind the loop.
+            squares += tl.sum(tl.reshape(wide * wide, [ROWS, DEPTH // 8, 8]), 2)
             gain = tl.load(gain_ptr + k, mask=there, other=0.0).to(tl.float32)
             x = (wide * gain[None, :]).to(x.dtype)
         keep = there[:, None] & inside[None, :]
@@ -77,7 +79,7 @@ def _wide_linear_kernel(
             up = tl.load(weight_ptr + up_place + k[:, None], mask=keep, other=0.0)
             ups = _product(x, up, ups, WIDE)
     if gain_ptr is not None:
-        inverse = tl.rsqrt(squares / depth + eps)[:, None]
+        inverse = tl.rsqrt(tl.sum(squares, 1) / depth + eps)[:, None]
         sums, ups = sums * inverse, ups * inverse
     if scale_ptr is not None:
         sums *= tl.load(scale_ptr + column, mask=inside, other=0.0)[None, :]
@@ -125,7 +127,7 @@ def tiles(rows: int, outputs: int, swiglu: bool, sms: int) -> tuple[int, int]:
     """Rows and columns of a tile."""
     # With the tiles of two weights one program of 128 rows fits an sm_90, two of 64 do; not timed.
     many = triton.cdiv(rows, MORE_ROWS) * triton.cdiv(outputs, COLUMNS) >= sms
-    tile, columns = MORE_ROWS if many and not swiglu else ROWS, COLUMNS
+    tile, columns = MORE_ROWS if many and rows > ROWS and not swiglu else ROWS, COLUMNS
     high = triton.cdiv(rows, tile)
     while columns > LEAST_COLUMNS and 2 * high * triton.cdiv(outputs, columns) <= sms:
         columns //= 2

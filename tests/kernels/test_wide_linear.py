@@ -108,6 +108,7 @@ def test_one_output_compiles(monkeypatch, generator):
         (256, 2048, False, (64, 64)),  # 128 programs: nearly all of an H200's 132
         (64, 2048, False, (64, 16)),
         (20, 8, False, (64, 16)),
+        (64, 16384, False, (64, 64)),  # no row of a tile twice as high would be there
     ],
 )
 def test_tiles_are_as_large_as_leaves_the_device_busy(rows, outputs, swiglu, wanted):
