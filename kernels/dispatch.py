@@ -162,7 +162,7 @@ def _on_cuda(
             return launcher(*arguments)
         # Python shows a warning once for each place in the code and text.
         warnings.warn(
-            f"{name} runs on plain torch: cupy is not installed ({loader.INSTALL})", stacklevel=2
+            f"{name} runs on plain torch: {loader.unloadable()} ({loader.INSTALL})", stacklevel=2
         )
         return in_torch(*arguments)
 

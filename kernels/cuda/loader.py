@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,21 +70,35 @@ def fatbin(source: str) -> Path | None:
     return built if built.stat().st_mtime >= newest else None
 
 
-@cache
 def loadable() -> bool:
-    """Whether CuPy is installed, without which no kernel in CUDA C++ can be launched."""
-    return find_spec("cupy") is not None
+    """Whether CuPy can be imported, without which no kernel in CUDA C++ can be launched."""
+    return unloadable() is None
+
+
+@cache
+def unloadable() -> str | None:
+    """Why CuPy cannot be imported; None where it can. One that is installed may lack what it needs
+    itself, which only its import finds."""
+    if find_spec("cupy") is None:
+        return "cupy is absent"
+    try:
+        import_module("cupy")
+    except ImportError as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return f"cupy cannot be imported ({reason})"
+    return None
 
 
 def status(source: str) -> str:
     """What runs the operators of a source on a GPU here, in words, and why."""
-    if not loadable():
-        return "reference: cupy is absent"
+    why = unloadable()
+    if why is not None:
+        return f"reference: {why}"
     if fatbin(source) is not None:
         return "CUDA C++, from its fatbin"
     stale = (FOLDER / f"{source}.fatbin").exists()
-    why = "the fatbin is older than the source" if stale else "no fatbin"
-    return f"CUDA C++, by NVRTC at first use: {why} (make cuda)"
+    missing = "the fatbin is older than the source" if stale else "no fatbin"
+    return f"CUDA C++, by NVRTC at first use: {missing} (make cuda)"
 
 
 class CudaKernel:

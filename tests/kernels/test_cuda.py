@@ -9,6 +9,7 @@ import ctypes.util
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ def test_cmake_builds_a_fatbin_a_source(tmp_path):
 
 def test_a_fatbin_older_than_its_source_is_not_loaded(monkeypatch, tmp_path):
     monkeypatch.setattr(loader, "FOLDER", tmp_path)
-    monkeypatch.setattr(loader, "loadable", lambda: True)
+    monkeypatch.setattr(loader, "unloadable", lambda: None)
     for name in ("k.cu", "shared.cuh", "k.fatbin"):
         (tmp_path / name).touch()
     os.utime(tmp_path / "k.fatbin", (10**9, 10**9))
@@ -89,6 +90,18 @@ def test_a_fatbin_older_than_its_source_is_not_loaded(monkeypatch, tmp_path):
     assert loader.fatbin("k") is None
     (tmp_path / "k.fatbin").unlink()
     assert loader.status("k") == "CUDA C++, by NVRTC at first use: no fatbin (make cuda)"
+
+
+def test_a_cupy_that_lacks_what_it_needs_is_none(monkeypatch, tmp_path):
+    """It is installed, but its import fails: the reference runs, and says why."""
+    (tmp_path / "cupy").mkdir()
+    (tmp_path / "cupy" / "__init__.py").write_text("import missing_part\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "cupy", raising=False)
+    found = loader.unloadable.__wrapped__()
+    assert found == "cupy cannot be imported (No module named 'missing_part')"
+    monkeypatch.setattr(loader, "unloadable", lambda: found)
+    assert not loader.loadable() and loader.status("k") == f"reference: {found}"
 
 
 def _nvrtc() -> ctypes.CDLL | None:

@@ -140,7 +140,7 @@ def test_what_runs_where(monkeypatch):
     assert dispatch.implementation("box_reward", "cpu") == kind
     assert dispatch.implementation("box_reward", "cuda") == "Triton"
     assert dispatch.implementation("skinny_linear", "cpu") == "reference"
-    monkeypatch.setattr(loader, "loadable", lambda: False)
+    monkeypatch.setattr(loader, "unloadable", lambda: "cupy is absent")
     assert dispatch.implementation("skinny_linear", "cuda") == "reference: cupy is absent"
     monkeypatch.setattr(dispatch, "FORCE_REFERENCE", True)
     for name in ("skinny_linear", "box_reward"):
@@ -152,11 +152,11 @@ def test_without_cupy_cuda_falls_back_and_says_so_once(monkeypatch):
         raise AssertionError("launched")
 
     on_cuda = dispatch._on_cuda("skinny_linear", lambda x: x + 1, fails, "CUDA C++")
-    monkeypatch.setattr(loader, "loadable", lambda: False)
+    monkeypatch.setattr(loader, "unloadable", lambda: "cupy is absent")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("default")
         assert [on_cuda(i) for i in range(3)] == [1, 2, 3]
     assert len(seen) == 1 and "skinny_linear runs on plain torch: cupy" in str(seen[0].message)
-    monkeypatch.setattr(loader, "loadable", lambda: True)
+    monkeypatch.setattr(loader, "unloadable", lambda: None)
     with pytest.raises(AssertionError, match="launched"):
         on_cuda(0)
