@@ -109,7 +109,9 @@ class Source:
         for i, parameter in enumerate(kernel.params):
             value = values.get(parameter.name, parameter.default)
             aligned = isinstance(value, Tensor)
-            if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            special = not parameter.do_not_specialize  # numbers of 1, and those divisible by 16
+            one = type(value) is int and value == 1
+            if parameter.is_constexpr or value is None or (one and special):
                 signature[parameter.name] = "constexpr"
                 constants[(i,)] = value
                 continue
@@ -119,7 +121,7 @@ class Source:
                 signature[parameter.name] = "i1"
             elif isinstance(value, int):
                 signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-                aligned = value % 16 == 0
+                aligned = value % 16 == 0 and special
             else:
                 signature[parameter.name] = "fp32"
             if aligned:

@@ -16,6 +16,7 @@ from echogen.bench.speed import compile as ahead
 from echogen.bench.speed import tables
 from echogen.kernels import aot, dispatch
 from echogen.kernels.cuda import nvcc
+from echogen.kernels.decode_attention import decode_attention
 
 KEYS = {"name", "arch", "registers", "shared_bytes", "spill_bytes", "wide_access_share"}
 
@@ -73,6 +74,19 @@ def test_every_case_launches_kernels_that_can_be_compiled(name):
     cuda = dispatch.OPERATORS[case.operator].kind == "CUDA C++"
     for dtype in ahead.DTYPES if case.only is None else (case.only,):
         assert bool(ahead.sources(case, dtype)) != cuda
+
+
+def test_numbers_that_a_kernel_is_not_compiled_anew_for_stay_arguments():
+    """As Triton's own launcher has it, where they are 1 or divisible by 16 too."""
+    query, keys = torch.empty(1, 1, 16), torch.empty(1, 1, 32, 16)
+    found = aot.launches(lambda: decode_attention(query, keys, keys, torch.ones(1).long()))
+    source = aot.Source.of(found[0])
+    arguments = dict(zip(found[0].kernel.arg_names, found[0].arguments, strict=False))
+    assert (arguments["apart"], arguments["parts"], arguments["capacity"]) == (0, 1, 32)
+    places = {name: (i,) for i, name in enumerate(source.signature)}
+    assert source.signature["apart"] == source.signature["parts"] == "i32"
+    assert places["capacity"] in source.attributes
+    assert not {places["apart"], places["parts"]} & (source.attributes | source.constants).keys()
 
 
 def test_shared_memory_is_what_a_launch_asks_for():
