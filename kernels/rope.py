@@ -48,20 +48,21 @@ def _eight_bits(x):
 
 
 @triton.jit
-def _keep_scales(scales_ptr, scales_stride, head, heads, x, y):
+def _keep_scales(scales_ptr, scales_stride, head, kept, x, y):
     """Write the scales of heads, whose numbers are those of x and y; returns their inverses."""
     scale = tl.maximum(tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 1) / LARGEST, LEAST)
     scale += 0 * tl.sum(x + y, 1)  # maxima drop NaN; it must not be hidden
-    tl.store(scales_ptr + head.to(tl.int64) * scales_stride, scale[:, None], mask=head < heads)
+    tl.store(scales_ptr + head.to(tl.int64) * scales_stride, scale[:, None], mask=kept)
     return (1 / scale)[:, None]
 
 
 @triton.jit
 def _rotate_heads(
-    x_ptr, x_stride, out_ptr, out_stride, scales_ptr, scales_stride, heads, c1, c2, s1, s2,
+    x_ptr, x_stride, out_ptr, out_stride, scales_ptr, scales_stride, heads, stored, c1, c2, s1, s2,
     INVERSE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token, ``…_stride`` elements apart; scaled where there are scales."""
+    """All heads of one token, ``…_stride`` elements apart; scaled where there are scales. The first
+    ``stored`` of them are kept."""
     i = tl.arange(0, PAIRS)[None, :]
     for first in range(0, heads, HEADS):
         head = (first + tl.arange(0, HEADS))[:, None]
@@ -74,19 +75,21 @@ def _rotate_heads(
         else:
             y1, y2 = x1 * c1 - x2 * s1, x2 * c2 + x1 * s2
         if scales_ptr is not None:
-            inverse = _keep_scales(scales_ptr, scales_stride, head, heads, y1, y2)
+            kept = head < stored
+            inverse = _keep_scales(scales_ptr, scales_stride, head, kept, y1, y2)
             y1, y2 = _eight_bits(y1 * inverse), _eight_bits(y2 * inverse)
         out = out_ptr + head.to(tl.int64) * out_stride + i
+        keep &= head < stored
         tl.store(out, y1, mask=keep)
         tl.store(out + HALF, y2, mask=keep)
 
 
 @triton.jit
 def _copy_heads(
-    x_ptr, x_stride, out_ptr, out_stride, scales_ptr, scales_stride, heads,
+    x_ptr, x_stride, out_ptr, out_stride, scales_ptr, scales_stride, heads, stored,
     HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token, as they are; scaled where there are scales."""
+    """All heads of one token, as they are; scaled and stored as in `_rotate_heads`."""
     i = tl.arange(0, 2 * PAIRS)[None, :]
     for first in range(0, heads, HEADS):
         head = (first + tl.arange(0, HEADS))[:, None]
@@ -94,8 +97,9 @@ def _copy_heads(
         x = tl.load(x_ptr + head.to(tl.int64) * x_stride + i, mask=keep, other=0.0)
         if scales_ptr is not None:
             x = x.to(tl.float32)
-            x = _eight_bits(x * _keep_scales(scales_ptr, scales_stride, head, heads, x, x))
-        tl.store(out_ptr + head.to(tl.int64) * out_stride + i, x, mask=keep)
+            kept = head < stored
+            x = _eight_bits(x * _keep_scales(scales_ptr, scales_stride, head, kept, x, x))
+        tl.store(out_ptr + head.to(tl.int64) * out_stride + i, x, mask=keep & (head < stored))
 
 
 @triton.jit
@@ -110,11 +114,11 @@ def _rope_kernel(
     c1, c2, s1, s2 = _table(cos_ptr, sin_ptr, row * table_row + token * width, HALF, PAIRS)
     _rotate_heads(
         q_ptr + row * q_row + token * q_token, q_head, q_out_ptr + place * q_heads * width, width,
-        None, 0, q_heads, c1, c2, s1, s2, INVERSE, HALF, PAIRS, Q_HEADS,
+        None, 0, q_heads, q_heads, c1, c2, s1, s2, INVERSE, HALF, PAIRS, Q_HEADS,
     )  # fmt: skip
     _rotate_heads(
         k_ptr + row * k_row + token * k_token, k_head, k_out_ptr + place * k_heads * width, width,
-        None, 0, k_heads, c1, c2, s1, s2, INVERSE, HALF, PAIRS, K_HEADS,
+        None, 0, k_heads, k_heads, c1, c2, s1, s2, INVERSE, HALF, PAIRS, K_HEADS,
     )  # fmt: skip
 
 
@@ -126,29 +130,35 @@ def _rope_cache_kernel(
     HALF: tl.constexpr, PAIRS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
     DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
+    """Query, key or value of one token, each by a program, so that none waits for another's memory;
+    nor for the slot, which only stores need."""
     wait_for_earlier(DEPENDENT)
     token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    place, width = row * length + token, 2 * HALF
-    slot = tl.load(slots_ptr + place)
-    c1, c2, s1, s2 = _table(cos_ptr, sin_ptr, row * table_row + token * width, HALF, PAIRS)
-    _rotate_heads(
-        q_ptr + row * q_row + token * q_token, q_head, q_out_ptr + place * q_heads * width, width,
-        None, 0, q_heads, c1, c2, s1, s2, False, HALF, PAIRS, Q_HEADS,
-    )  # fmt: skip
-    if (slot >= 0) & (slot < capacity):
-        first = row * k_heads * capacity + slot
-        key_scales_ptr, value_scales_ptr = scales_ptr, scales_ptr
+    part, place, width = tl.program_id(2), row * length + token, 2 * HALF
+    slot, table = tl.load(slots_ptr + place), row * table_row + token * width
+    stored = tl.where((slot >= 0) & (slot < capacity), k_heads, 0)
+    first = row * k_heads * capacity + slot
+    if part == 0:
+        c1, c2, s1, s2 = _table(cos_ptr, sin_ptr, table, HALF, PAIRS)
+        _rotate_heads(
+            q_ptr + row * q_row + token * q_token, q_head, q_out_ptr + place * q_heads * width,
+            width, None, 0, q_heads, q_heads, c1, c2, s1, s2, False, HALF, PAIRS, Q_HEADS,
+        )  # fmt: skip
+    elif part == 1:
+        c1, c2, s1, s2 = _table(cos_ptr, sin_ptr, table, HALF, PAIRS)
         if scales_ptr is not None:
-            key_scales_ptr += first
-            value_scales_ptr += apart + first
+            scales_ptr += first
         _rotate_heads(
             k_ptr + row * k_row + token * k_token, k_head, keys_ptr + first * width,
-            capacity * width, key_scales_ptr, capacity, k_heads, c1, c2, s1, s2,
+            capacity * width, scales_ptr, capacity, k_heads, stored, c1, c2, s1, s2,
             False, HALF, PAIRS, K_HEADS,
         )  # fmt: skip
+    else:
+        if scales_ptr is not None:
+            scales_ptr += apart + first
         _copy_heads(
             v_ptr + row * v_row + token * v_token, v_head, values_ptr + first * width,
-            capacity * width, value_scales_ptr, capacity, k_heads, HALF, PAIRS, K_HEADS,
+            capacity * width, scales_ptr, capacity, k_heads, stored, HALF, PAIRS, K_HEADS,
         )  # fmt: skip
 
 
@@ -186,7 +196,7 @@ def _launch_cache(
     if scales is not None:
         keys, values, apart = keys.view(torch.uint8), values.view(torch.uint8), scales.stride(0)
     launch(
-        _rope_cache_kernel, (length, rows), q, *_strides(q), k, *_strides(k), v, *_strides(v),
+        _rope_cache_kernel, (length, rows, 3), q, *_strides(q), k, *_strides(k), v, *_strides(v),
         cos, sin, length * width if len(cos) > 1 else 0, keys, values, slots, scales,
         apart, q_out, length, q_heads, k_heads, keys.shape[2], **_tiles(q_heads, k_heads, width),
     )  # fmt: skip
