@@ -176,22 +176,28 @@ def _versions(
 
 def _contestants(
     case: Case, device: torch.device, wanted: Sequence[str], note: Note
-) -> list[Contestant]:
-    made = [Contestant(OURS, case.run, case.outputs), Contestant(EAGER, case.eager, case.outputs)]
-    if device.type == "cuda" and case.uncompiled:
-        note(f"{case.name}: torch.compile is left out ({case.uncompiled})")
-    elif device.type == "cuda":
-        compiled = torch.compile(case.eager, dynamic=False)
-        made.append(Contestant(COMPILED, compiled, case.outputs))
+) -> Iterator[Contestant]:
+    """One after the other, this operator first: it is measured before others are even loaded."""
+    yield Contestant(OURS, case.run, case.outputs)
+    if not wanted or EAGER in wanted:
+        yield Contestant(EAGER, case.eager, case.outputs)
+    if device.type == "cuda" and (not wanted or COMPILED in wanted):
+        if case.uncompiled:
+            note(f"{case.name}: torch.compile is left out ({case.uncompiled})")
+        else:
+            compiled = torch.compile(case.eager, dynamic=False)
+            yield Contestant(COMPILED, compiled, case.outputs)
     for peer in case.peers:
         runs_here = peer.on_cpu or device.type == "cuda"
-        if not runs_here or version(peer.package) is None:
+        if not runs_here or version(peer.package) is None or (wanted and peer.name not in wanted):
             continue
         try:
-            made.append(Contestant(peer.name, peer.load(), peer.reaches or case.outputs))
-        except ImportError as error:  # another version, without what is asked for
-            note(f"{case.name}: {peer.name} is left out ({error})")
-    return [c for c in made if not wanted or c.name in {OURS, *wanted}]
+            run = peer.load()
+        except Exception as error:  # another version, or one that this torch or driver breaks
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+            note(f"{case.name}: {peer.name} is left out ({reason})")
+        else:
+            yield Contestant(peer.name, run, peer.reaches or case.outputs)
 
 
 def _case(

@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from echogen.bench.registry import Floor, cases
+from echogen.bench.registry import Floor, Peer, cases
 from echogen.bench.roofline import Roofline
 from echogen.bench.speed import clock, kernels, memory, tables
 from echogen.cli import main
@@ -201,3 +201,27 @@ def test_what_was_measured_is_kept(monkeypatch, capsys):
     assert result["ended"] == "interrupted" and {r["operator"] for r in result["kernels"]} == {
         asked[0]
     }
+
+
+def test_peers_are_loaded_behind_this_operator_and_may_fail(monkeypatch):
+    case, order = cases()["swiglu"], list[str]()
+
+    def load():
+        order.append("peer")
+        raise RuntimeError("undefined symbol: cudaMalloc\nand a long trace")
+
+    def ours(inputs):
+        order.append("echogen")
+        return case.run(inputs)
+
+    peer = Peer("broken", "torch", load, on_cpu=True)
+    monkeypatch.setattr(
+        kernels, "cases", lambda: {"swiglu": dataclasses.replace(case, run=ours, peers=(peer,))}
+    )
+    notes: list[str] = []
+    rows = kernels.run(["swiglu"], repeats=1, note=notes.append)["kernels"]
+    assert {r["provider"] for r in rows} == {"echogen", "eager"}
+    assert order[0] == "echogen" and order.count("peer") == 1
+    assert "swiglu: broken is left out (undefined symbol: cudaMalloc)" in notes
+    kernels.run(["swiglu"], providers=["eager"], repeats=1)
+    assert order.count("peer") == 1  # nobody asked for it
