@@ -111,8 +111,9 @@ def run(
         ``kernels``, a row for each provider and mode (``error`` says why one was not timed; on
         CUDA ``ms`` is with a cold cache, ``ms_warm`` with the inputs in it, ``host_ms`` what the
         host takes to launch it; ``graph``: a graph was replayed), ``on`` (what ran), ``ended``
-        (why not all was run: "interrupted", or an error of the device), ``peers`` (their versions,
-        None where absent), ``rates`` of the device, and the environment.
+        (why not all was run: "interrupted", or an error of the device), ``interrupted`` (it was by
+        Ctrl-C), ``peers`` (their versions, None where absent), ``rates`` of the device, and the
+        environment, as it was found before anything ran.
 
     Raises:
         ValueError: no such operator, size or provider.
@@ -123,6 +124,7 @@ def run(
     rows: list[Row] = []
     peers = _versions([case for case, _ in chosen], providers, device, note)
     rates = dict(ceilings or {})
+    taken_on = environment(device)  # now, as after an illegal access no call to the device answers
     total, ended = len(chosen), ""
     try:
         with harness.threads(1 if on.type == "cpu" else None):
@@ -148,10 +150,11 @@ def run(
     return {
         "on": _what_ran(device),
         "ended": ended,
+        "interrupted": ended == "interrupted",
         "kernels": rows,
         "peers": peers,
         "rates": {_short(dtype): rate.to_dict() for dtype, rate in rates.items()},
-    } | environment(device)
+    } | taken_on
 
 
 def _what_ran(device: str) -> str:

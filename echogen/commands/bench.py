@@ -247,11 +247,13 @@ class BenchKernels:
                 self.operator, self.size, device, self.provider, self.repeats, warn, update
             )
         tables.console().print(tables.kernels(result))
-        if self.out is not None and result["kernels"]:
-            self._write(result["kernels"])
-        if self.json:
-            print_json(result)
-        if result["ended"] == "interrupted":
+        try:
+            if self.out is not None and result["kernels"]:
+                self._write(result["kernels"])
+        finally:  # whatever becomes of the files, Ctrl-C while they are drawn among it
+            if self.json:
+                print_json(result)
+        if result["interrupted"]:
             raise KeyboardInterrupt
         if result["ended"]:
             raise Failure(result["ended"])
@@ -263,7 +265,10 @@ class BenchKernels:
         from echogen.bench.speed import tables
 
         assert self.out is not None
-        tables.write_csv(rows, self.out / "kernels.csv")
+        try:
+            tables.write_csv(rows, self.out / "kernels.csv")
+        except OSError as error:
+            warn(f"{self.out / 'kernels.csv'}: not written ({error.strerror})")
         try:
             tables.plot(rows, self.out)
         except ImportError:

@@ -198,6 +198,7 @@ def test_what_was_measured_is_kept(monkeypatch, capsys):
     command = ("bench", "kernels", "--operator", "swiglu", "--operator", "group_advantage")
     assert main([*command, "--repeats", "1", "--device", "cpu", "--json"]) == 130
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["interrupted"]
     assert result["ended"] == "interrupted" and {r["operator"] for r in result["kernels"]} == {
         asked[0]
     }
@@ -225,3 +226,46 @@ def test_peers_are_loaded_behind_this_operator_and_may_fail(monkeypatch):
     assert "swiglu: broken is left out (undefined symbol: cudaMalloc)" in notes
     kernels.run(["swiglu"], providers=["eager"], repeats=1)
     assert order.count("peer") == 1  # nobody asked for it
+
+
+def test_an_error_of_the_device_keeps_the_rows_before_it(monkeypatch):
+    """No call to the device answers from then on, not even what it is called."""
+    broken = list[str]()
+
+    def case(case, size, dtype, *more):
+        if case.name == "add_rms_norm":
+            broken.append(case.name)
+            raise RuntimeError("an illegal memory access was encountered")
+        yield {"operator": case.name, "size": size}
+
+    def environment(device):
+        assert not broken
+        return {"device": "NVIDIA H200"}
+
+    monkeypatch.setattr(kernels, "_case", case)
+    monkeypatch.setattr(kernels, "environment", environment)
+    notes: list[str] = []
+    rates = dict.fromkeys((torch.bfloat16, torch.float32), Roofline(1, 1, 1, 1))
+    names = ["rms_norm", "add_rms_norm", "swiglu"]
+    result = kernels.run(names, "decoding", "cuda", note=notes.append, ceilings=rates)
+    assert result["kernels"] == [{"operator": "rms_norm", "size": "decoding"}]
+    assert result["device"] == "NVIDIA H200" and not result["interrupted"]
+    assert result["ended"] == "RuntimeError: an illegal memory access was encountered"
+    assert notes[-1] == f"{result['ended']}: 1 rows until then, at add_rms_norm"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_files_that_fail_keep_no_figures_back(monkeypatch, capsys, tmp_path, error):
+    def fails(rows, path):
+        raise error
+
+    monkeypatch.setattr(tables, "write_csv", fails)
+    monkeypatch.setattr(tables, "plot", lambda rows, folder: [])
+    command = ["bench", "kernels", "--operator", "group_advantage", "--repeats", "1", "--json"]
+    code = main([*command, "--device", "cpu", "--out", str(tmp_path)])
+    out, told = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1])["kernels"]
+    if isinstance(error, OSError):
+        assert code == 0 and "kernels.csv: not written (No space left on device)" in told
+    else:
+        assert code == 130
