@@ -219,6 +219,7 @@ def _kernels(results: list[Result]) -> str:
         same = ("operator", "shape", "dtype", "mode")
         others = [
             f"{o['provider']} {o['ms'] / r['ms']:.2f}×"
+            + " (no graph)" * (o.get("graph") is False and r.get("graph") is True)
             for result in results
             for o in result["kernels"]
             if o["provider"] != "echogen" and o["ms"] and all(o[k] == r[k] for k in same)

@@ -32,15 +32,30 @@ def kernels(result: dict[str, Any]) -> Table:
     shown = Table(title=title, caption=caption)
     for heading in ("operator", "provider", "shape", "dtype", "mode"):
         shown.add_column(heading, overflow="fold")
-    for heading in ("ms", "q20 … q80", "GB/s or TFLOP/s", "% of floor", "MiB"):
+    rows = result["kernels"]
+    launched = any(r.get("host_ms") is not None for r in rows)
+    headings = ["ms", "q20 … q80", *["host ms"] * launched, "GB/s or TFLOP/s", "% of floor", "MiB"]
+    for heading in headings:
         shown.add_column(heading, justify="right")
     before = None
-    for r in result["kernels"]:
+    for r in rows:
         if before not in (None, r["operator"]):
             shown.add_section()
         before = r["operator"]
-        shown.add_row(r["operator"], r["provider"], r["shape"], r["dtype"], r["mode"], *_cells(r))
+        ms, spread, *others = _cells(r)
+        host = "" if r.get("host_ms") is None else f"{r['host_ms']:.3f}"
+        who = r["provider"] + ", no graph" * alone(r, rows)
+        about = r["operator"], who, r["shape"], r["dtype"], r["mode"]
+        shown.add_row(*about, ms, spread, *[host] * launched, *others)
     return shown
+
+
+def alone(r: Row, rows: Sequence[Row]) -> bool:
+    """Whether a time has the host in it where others' of the same are a graph's: the two must not
+    be compared unsaid."""
+    same = ("operator", "shape", "dtype", "mode")
+    others = (o for o in rows if o.get("graph") and all(o[k] == r[k] for k in same))
+    return r.get("graph") is False and any(others)
 
 
 def _cells(r: Row) -> tuple[str, str, str, str, str]:

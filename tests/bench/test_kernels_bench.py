@@ -269,3 +269,20 @@ def test_files_that_fail_keep_no_figures_back(monkeypatch, capsys, tmp_path, err
         assert code == 0 and "kernels.csv: not written (No space left on device)" in told
     else:
         assert code == 130
+
+
+def test_the_table_says_who_has_no_graph_and_what_the_host_takes(capsys):
+    row = {"operator": "mask", "shape": "rows=2", "dtype": "float32", "mode": "forward",
+           "error": None, "bound": "memory", "ms": 0.004, "ms_q20": 0.004, "ms_q80": 0.005,
+           "gb_per_s": 5.0, "percent_of_floor": 9.0, "mib": 1.0}  # fmt: skip
+    rows = [row | {"provider": "echogen", "graph": True, "host_ms": 0.002},
+            row | {"provider": "eager", "graph": False, "host_ms": 0.731}]  # fmt: skip
+    result = {"device": "NVIDIA H200", "on": "cuda", "kernels": rows}
+    Console(width=tables.WIDE).print(tables.kernels(result))
+    shown = capsys.readouterr().out
+    assert "eager, no graph" in shown and "echogen, no graph" not in shown
+    assert "host ms" in shown and "0.731" in shown
+    training = [r | {"graph": False, "host_ms": None} for r in rows]
+    Console(width=tables.WIDE).print(tables.kernels(result | {"kernels": training}))
+    shown = capsys.readouterr().out
+    assert "no graph" not in shown and "host ms" not in shown

@@ -77,6 +77,10 @@ def test_a_gpu_changes_what_is_said(tmp_path):
     text = report.section(tmp_path)
     assert report.NO_GPU not in text and "(NVIDIA H200; PyTorch 2.11.0; commit no commit+)" in text
     assert "| `swiglu` | rows=16 | bfloat16 | forward | 0.100 | 92 (memory) | eager 2.50× |" in text
+    ours, eager = kernels["kernels"]
+    graphed = [ours | {"graph": True}, eager | {"graph": False}]
+    (tmp_path / "gpu" / "kernels.json").write_text(json.dumps(kernels | {"kernels": graphed}))
+    assert "| 92 (memory) | eager 2.50× (no graph) |" in report.section(tmp_path)
     ours = {"provider": "echogen", "model": "janus_pro_1b", "dtype": "bfloat16", "batch": 1,
             "cfg": 5.0, "images_per_s": 2.5, "ms_per_step": 0.7, "bytes_per_step": 2.6e9,
             "limit_share": 0.81, "bound": "memory", "peak_mib": 300.0}  # fmt: skip
