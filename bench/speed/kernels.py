@@ -220,7 +220,7 @@ def _case(
     wanted = contest.results(case, case.eager, contest.raised(inputs), case.outputs)
     agreed = list[Contestant]()
     for one in _contestants(case, device, providers, note):
-        reason = _refusal(case, one, dtype, inputs, wanted)
+        reason = _refusal(case, size, one, dtype, inputs, wanted)
         if reason is not None:
             note(reason)
             about = _about(case, size, dtype, one.name, "forward")
@@ -258,11 +258,18 @@ def _row(
 
 
 def _refusal(
-    case: Case, one: Contestant, dtype: torch.dtype, inputs: Inputs, wanted: contest.Results
+    case: Case,
+    size: str,
+    one: Contestant,
+    dtype: torch.dtype,
+    inputs: Inputs,
+    wanted: contest.Results,
 ) -> str | None:
     """Why a contestant is not timed; None where it computes the same."""
     try:
-        found = contest.results(case, one.run, inputs, one.outputs)
+        # Without gradients where it is timed without: torch.compile compiles for either anew.
+        with torch.set_grad_enabled(bool(case.trains) or size not in case.graphed):
+            found = contest.results(case, one.run, inputs, one.outputs)
         contest.check(case, case.bounds[dtype], one.name, found, wanted)
     except WrongResult as error:
         return str(error)
@@ -357,8 +364,9 @@ def _cuda_times(
             except CaptureError:  # one that waits for the device is timed with its waiting
                 pass
         turns = cycle(calls)
-        found = clock.times(lambda: next(turns)())
-        warm = clock.times(calls[0], cold=False, repeats=20)
+        with torch.set_grad_enabled(not graphed):
+            found = clock.times(lambda: next(turns)())
+            warm = clock.times(calls[0], cold=False, repeats=20)
     return found | {"warm": warm["median"]}, False
 
 

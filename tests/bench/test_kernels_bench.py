@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from echogen.bench.registry import Floor, Peer, cases
+from echogen.bench.registry import Drawn, Floor, Peer, cases
 from echogen.bench.roofline import Roofline
 from echogen.bench.speed import clock, kernels, memory, tables
 from echogen.cli import main
@@ -286,3 +286,28 @@ def test_the_table_says_who_has_no_graph_and_what_the_host_takes(capsys):
     Console(width=tables.WIDE).print(tables.kernels(result | {"kernels": training}))
     shown = capsys.readouterr().out
     assert "no graph" not in shown and "host ms" not in shown
+
+
+@pytest.mark.parametrize("name, size, asked", [("cfg_sample", "decoding", {False}),
+                                               ("swiglu", "training", {True})])  # fmt: skip
+def test_what_is_checked_is_compiled_as_it_is_timed(monkeypatch, name, size, asked):
+    """torch.compile compiles anew for calls with and without gradients."""
+    Device(monkeypatch)
+    case, modes = cases()[name], set[bool]()
+
+    def run(inputs):
+        modes.add(torch.is_grad_enabled())
+        return case.run(inputs)
+
+    def waits(calls):
+        raise CaptureError("it waits")
+
+    monkeypatch.setattr(clock, "captured", waits)
+    monkeypatch.setattr(kernels, "MOST_CALLS", 2)
+    monkeypatch.setattr(kernels, "FEWEST_CALLS", 2)
+    one = kernels.Contestant("echogen", run, case.outputs)
+    inputs = case.inputs(Drawn(torch.Generator().manual_seed(0)), case.sizes["tiny"], torch.float32)
+    wanted = kernels.contest.results(case, case.eager, inputs, case.outputs)
+    assert kernels._refusal(case, size, one, torch.float32, inputs, wanted) is None
+    kernels._cuda_times(case, size, "forward", one, inputs)
+    assert modes == asked
