@@ -19,7 +19,9 @@ Call = Callable[[], object]
 CLEARED_BYTES = 256 << 20
 """Read before a call that shall find nothing in the cache: four times what Hopper's holds."""
 LEAD_CYCLES = 2_000_000
-"""A millisecond, in which the host launches what takes it 0.3 ms at most (measured on a CPU)."""
+"""A millisecond at the 2 GHz of Hopper: the shortest lead. A call that takes the host longer gets
+twice what it takes."""
+MOST_LEAD_MS = 50.0
 WARM_UPS, REPEATS = 3, 50
 
 
@@ -33,22 +35,35 @@ def times(call: Call, cold: bool = True, repeats: int = REPEATS) -> dict[str, fl
     cleared = torch.zeros(CLEARED_BYTES // 4 if cold else 1, device="cuda")
     for _ in range(WARM_UPS):
         call()
+    launching = _host_ms(call, repeats)
+    lead = int(LEAD_CYCLES * min(MOST_LEAD_MS, max(1.0, 2 * launching)))
     torch.cuda.synchronize()
-    events, host = [], list[float]()
+    events = []
     for _ in range(repeats):
         if cold:
             cleared.sum()  # by reading: written lines would have to be written back meanwhile
-        torch.cuda._sleep(LEAD_CYCLES)
+        torch.cuda._sleep(lead)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
-        began = time.perf_counter()
         call()
-        host.append(1e3 * (time.perf_counter() - began))
         end.record()
         events.append((begin, end))
     torch.cuda.synchronize()
     found = quantiles([begin.elapsed_time(end) for begin, end in events])
-    return found | {"host": quantiles(host)["median"]}
+    return found | {"host": launching}
+
+
+def _host_ms(call: Call, repeats: int) -> float:
+    """Median of launching a call on an idle device: behind a lead, a call that waits for the device
+    would wait for the lead too, and so would one that finds the queue of launches full (it holds
+    about a thousand)."""
+    host = list[float]()
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        host.append(1e3 * (time.perf_counter() - began))
+    return quantiles(host)["median"]
 
 
 def captured(calls: Sequence[Call]) -> Call:

@@ -311,3 +311,21 @@ def test_what_is_checked_is_compiled_as_it_is_timed(monkeypatch, name, size, ask
     assert kernels._refusal(case, size, one, torch.float32, inputs, wanted) is None
     kernels._cuda_times(case, size, "forward", one, inputs)
     assert modes == asked
+
+
+@pytest.mark.parametrize("takes, lead", [(0.2, 1.0), (3.0, 6.0), (200.0, 50.0)])
+def test_the_host_is_timed_apart_and_the_lead_fits_it(monkeypatch, takes, lead):
+    """One that waits for the device does not wait for the lead while the host is timed."""
+    device, host, leads = Device(monkeypatch), [0.0], list[float]()
+
+    def sleep(cycles):
+        leads.append(cycles / clock.LEAD_CYCLES)
+        device.now = max(device.now, host[0]) + leads[-1]
+
+    def waits():
+        host[0] = max(host[0] + takes, device.now)
+
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: host[0] * 1e-3)
+    assert clock.times(waits, repeats=4)["host"] == pytest.approx(takes)
+    assert leads == pytest.approx([lead] * 4)
