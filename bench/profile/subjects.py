@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from echogen.engine.config import ModelConfig
 from echogen.engine.layout import Layout, LayoutObject
+from echogen.train.config import Recipe
+from echogen.train.recipes import tiny
 
 if TYPE_CHECKING:
+    from transformers import JanusConfig, JanusVQVAE, PreTrainedTokenizerBase
+
     from echogen.engine.engine import Engine
     from echogen.train.config import CycleRLConfig, DJOConfig, PMTPConfig
-    from echogen.train.loop import Stage
+    from echogen.train.data.packing import Batch, Tree
+    from echogen.train.data.samples import Sample
     from echogen.train.start import Start
 
     StageConfig = TypeVar("StageConfig", PMTPConfig, DJOConfig, CycleRLConfig)
@@ -46,16 +52,19 @@ class Asked:
     """What is asked of a subject.
 
     Attributes:
-        model: as `Engine.from_pretrained` takes it.
+        model: as `Engine.from_pretrained` takes it, or, to train, FRESH.
         device: "cpu" or "cuda".
-        batch: pictures at once, or samples of the one layout.
+        batch: pictures at once, or samples of the one layout; samples of a training step, or
+            layouts of a rollout.
         float32: train in float32 where the recipe says bfloat16.
+        recipe: whose settings a stage is trained with.
     """
 
     model: str = "tiny"
     device: str = "cpu"
     batch: int = 8
     float32: bool = False
+    recipe: Recipe = field(default_factory=tiny)
 
 
 def _engine(asked: Asked) -> Engine:
@@ -91,48 +100,82 @@ def cycle(asked: Asked) -> Subject:
     return Subject(work, engine.transformer.config, asked.batch)
 
 
-def _training(stage: Stage, config: ModelConfig, images: int) -> Subject:
-    """One optimizer step of a stage after another."""
-    from echogen.train.loop import update
-    from echogen.train.optim import build_optimizers
+class Packed:
+    """Counts what a stage packs, on the host: how many places of the rows hold a token.
 
-    optimizers = build_optimizers(stage.module, stage.config.loop)
-    parameters, steps = list(stage.module.parameters()), count()
+    Attributes:
+        tokens: laid into rows.
+        places: that the rows have.
+    """
+
+    def __init__(self, stage: Any) -> None:
+        self.tokens = self.places = 0
+        self._pack = stage.pack
+        stage.pack = self
+
+    def __call__(self, trees: list[Tree]) -> Batch:
+        batch: Batch = self._pack(trees)
+        self.tokens += sum(map(len, trees))
+        self.places += batch.ids.numel()
+        return batch
+
+    @property
+    def padding(self) -> float:
+        """The share of places without a token."""
+        return 1 - self.tokens / max(1, self.places)
+
+    def clear(self) -> None:
+        """Count from here."""
+        self.tokens = self.places = 0
+
+
+class Training(NamedTuple):
+    """A stage whose optimizer steps are made one after another, each by a call of ``work``."""
+
+    work: Work
+    stage: Any
+    packed: Packed
+
+
+def training(name: str, asked: Asked) -> Training:
+    """A stage with its recipe's settings on few scenes, whose steps are those of `train.loop`.
+
+    Raises:
+        BeginRefused: a batch that does not come in the recipe's parts.
+    """
+    from echogen.train.optim import build_optimizers
+    from echogen.train.processes import Processes
+    from echogen.train.update import check, update
+
+    stage = STAGES[name](asked)
+    loop = stage.config.loop
+    check(stage, loop, Processes())
+    optimizers, steps = build_optimizers(stage.module, loop), count()
+    parameters = [p for p in stage.module.parameters() if p.requires_grad]
 
     def step() -> object:
-        return update(stage, stage.config.loop, optimizers, parameters, 1.0, next(steps))
+        return update(stage, loop, optimizers, parameters, 1.0, next(steps))
 
-    return Subject(step, config, images)
+    return Training(step, stage, Packed(stage))
 
 
-def pmtp(asked: Asked) -> Subject:
-    """A training step of stage 1, from weights drawn at random."""
+def _pmtp(asked: Asked) -> Any:
     from echogen.train.pmtp import PMTPStage
-    from echogen.train.recipes import tiny
 
-    config = _few(tiny().pmtp, asked)
-    stage = PMTPStage(config, _engine(asked).vq)
-    return _training(stage, stage.module.config, asked.batch)
+    vq = fresh_vq(asked) if asked.model == FRESH else _engine(asked).vq
+    return PMTPStage(_few(asked.recipe.pmtp, asked), _fresh_start(asked, vq))
 
 
-def djo(asked: Asked) -> Subject:
-    """A training step of stage 2, from the model asked for."""
+def _djo(asked: Asked) -> Any:
     from echogen.train.djo import DJOStage
-    from echogen.train.recipes import tiny
 
-    config = _few(tiny().djo, asked)
-    stage = DJOStage(config, _start(asked))
-    return _training(stage, stage.module.config, asked.batch)
+    return DJOStage(_few(asked.recipe.djo, asked), _start(asked))
 
 
-def cycle_rl(asked: Asked) -> Subject:
-    """A training step of stage 3: ``batch`` layouts rolled out in groups of eight, an update."""
+def _cycle_rl(asked: Asked) -> Any:
     from echogen.train.cycle_rl import CycleRLStage
-    from echogen.train.recipes import tiny
 
-    config = _few(tiny().cycle_rl, asked)
-    stage = CycleRLStage(config, _start(asked))
-    return _training(stage, stage.module.config, asked.batch * config.group)
+    return CycleRLStage(_few(asked.recipe.cycle_rl, asked), _start(asked))
 
 
 def _few(config: StageConfig, asked: Asked) -> StageConfig:
@@ -144,28 +187,108 @@ def _few(config: StageConfig, asked: Asked) -> StageConfig:
 def _start(asked: Asked) -> Start:
     from echogen.train.start import load_start
 
+    if asked.model == FRESH:
+        return _fresh_start(asked, fresh_vq(asked))
     return load_start(asked.model, "", any_stage=True, device=asked.device)
 
 
+def _fresh_start(asked: Asked, vq: JanusVQVAE) -> Start:
+    from echogen.train.data.samples import load_samples
+    from echogen.train.start import Start
+
+    engine = fresh(asked.recipe, vq, load_samples(vq, "train", FEW_SCENES))
+    return Start(engine, ("pmtp",), FRESH)
+
+
+def fresh_vq(asked: Asked) -> JanusVQVAE:
+    """The recipe's image tokenizer, untrained, the same at every call: the codes of the few scenes
+    are what it makes of them (they are cached), and mean nothing."""
+    from echogen.train.vq import build_vq
+
+    torch.manual_seed(asked.recipe.vq.loop.seed)
+    vq = build_vq(asked.recipe.vq, asked.recipe.pmtp.width).eval()
+    nn.Module.to(vq, asked.device)
+    return vq
+
+
+def fresh(recipe: Recipe, vq: JanusVQVAE, samples: list[Sample]) -> Engine:
+    """A model of the recipe's shapes with weights drawn at random, on the device of ``vq``; as
+    stage 1's `new_model`, but drawn on that device, and see `fresh_config`."""
+    from transformers import JanusVisionModel
+
+    from echogen.engine.engine import Engine
+    from echogen.engine.model import UnifiedTransformer
+    from echogen.engine.prompt import LocationCodec, Prompts
+    from echogen.engine.sampler import Sampling
+    from echogen.train.tokenizer import train_tokenizer
+
+    config = recipe.pmtp
+    texts = [t for s in samples for t in (s.caption, *sum(s.expressions, ()))]
+    tokenizer = train_tokenizer(texts, config.bins)
+    janus = fresh_config(recipe, vq, tokenizer)
+    vision: Any = janus.vision_config
+    with torch.device(vq.quant_conv.weight.device):
+        transformer = UnifiedTransformer(ModelConfig.from_janus(janus))
+        siglip = JanusVisionModel(vision)
+    transformer.initialise(config.loop.seed)
+    prompts = Prompts(tokenizer, LocationCodec(tokenizer, config.bins))
+    sampling = Sampling(temperature=config.temperature, cfg=config.cfg)
+    return Engine(janus, transformer, vq, siglip, prompts, sampling, pixels_trained=False)
+
+
+def fresh_config(recipe: Recipe, vq: JanusVQVAE, tokenizer: PreTrainedTokenizerBase) -> JanusConfig:
+    """The recipe's shapes, with as many rows of text as the checkpoint has that the recipe begins
+    with, if it does: embedding and head are a quarter of what Janus-Pro 1B trains. Texts are still
+    cut by the world's own tokenizer, so that prompts are not quite as long as in Janus's."""
+    from echogen.train.pmtp import janus_config
+
+    janus = janus_config(recipe.pmtp, vq, tokenizer)
+    text: Any = janus.text_config
+    text.vocab_size = max(len(tokenizer), VOCABULARY.get(recipe.name, 0))
+    return janus
+
+
+def _step(name: str, asked: Asked) -> Subject:
+    """One optimizer step of a stage after another: stage 1 from weights drawn at random, the others
+    from the model asked for."""
+    work, stage, _ = training(name, asked)
+    return Subject(work, stage.module.config, stage.images)
+
+
+FRESH = "random"
+"""In a model's place: weights drawn at random, of the recipe's shapes."""
+VOCABULARY = {"janus_pro_1b": 102_400}
+"""Rows of text in the checkpoints that recipes begin with."""
+STAGES: dict[str, Callable[[Asked], Any]] = {"pmtp": _pmtp, "djo": _djo, "cycle-rl": _cycle_rl}
 SUBJECTS: dict[str, Callable[[Asked], Subject]] = {
     "generate": generate,
     "ground": ground,
     "cycle": cycle,
-    "pmtp": pmtp,
-    "djo": djo,
-    "cycle-rl": cycle_rl,
+    **{name: partial(_step, name) for name in STAGES},
 }
 FEW_SCENES = 64
 """Of the training set: drawing and encoding more would take longer than what is profiled."""
 
 
 def warmed(name: str, asked: Asked) -> Subject:
-    """A subject that has run once, so that compiling, packing and caches are not profiled."""
+    """A subject that has run, so that compiling, packing and caches are not profiled."""
     subject = SUBJECTS[name](asked)
-    subject.work()
-    if asked.device.startswith("cuda"):
-        torch.cuda.synchronize()
+    warm_up(subject.work, asked.device, 1 if name not in STAGES else steps_to_warm(asked.device))
     return subject
+
+
+def steps_to_warm(device: str) -> int:
+    """Steps of a stage before the first that counts. On a GPU the second number of rows makes
+    FlexAttention be compiled again, for any number."""
+    return 3 if device.startswith("cuda") else 1
+
+
+def warm_up(work: Work, device: str, runs: int) -> None:
+    """Run a subject, and wait for it."""
+    for _ in range(runs):
+        work()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
 
 
 def between_marks(work: Work) -> None:
