@@ -3,75 +3,107 @@
 from __future__ import annotations
 
 import resource
+import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
 
 from echogen.bench.harness import environment, quantiles
-from echogen.bench.profile.stopwatch import Row, Stopwatch
-from echogen.bench.profile.subjects import Asked, warmed
+from echogen.bench.profile.stopwatch import Stopwatch
+from echogen.bench.profile.subjects import FRESH, Asked, Work, steps_to_warm, training, warm_up
 from echogen.bench.profile.trace import clock
 from echogen.bench.roofline import measure
 from echogen.bench.speed.phases import Weights
 from echogen.engine.config import ModelConfig
+from echogen.engine.pretrained import bundled
 from echogen.engine.ranges import listening
+from echogen.train.config import Recipe
 from echogen.train.recipes import tiny
 
 STAGES = ("pmtp", "djo", "cycle-rl")
 PASS = "train/pass"
+WATCHED = 2
+"""Steps whose time is given out to ranges, at most."""
+
+Progress = Callable[[int, int], None]
+
+
+class BatchError(ValueError):
+    """A batch that does not come in a recipe's parts."""
 
 
 def run(
     stage: str,
-    model: str = "tiny",
-    batch: int = 8,
+    model: str | None = None,
+    batch: int | None = None,
     repeats: int = 5,
     device: str = "cpu",
     float32: bool = False,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = lambda done, total: None,
+    recipe: Recipe | None = None,
 ) -> dict[str, Any]:
-    """Time optimizer steps of a stage with the recipe ``tiny``; JSON-ready.
+    """Time optimizer steps of a stage with a recipe's settings, on 64 scenes; JSON-ready.
+
+    The steps follow one another as in training: a GPU is waited for before the first and after the
+    last, and in between only where a step itself does. ``shares`` come from further steps, in which
+    it is waited for at the ends of every range.
 
     Args:
         stage: one of ``STAGES``.
-        model: that stages 2 and 3 begin with, and whose image tokenizer stage 1 takes.
-        batch: samples a step; layouts a rollout in Cycle RL.
-        repeats: steps timed, after one to warm up.
+        model: that stages 2 and 3 begin with, and whose image tokenizer stage 1 takes; FRESH:
+            weights and an image tokenizer of the recipe's shapes, drawn at random. Left out: the
+            bundled model of the recipe's name, or FRESH where there is none.
+        batch: samples a step; layouts a rollout in Cycle RL. Left out: the recipe's.
+        repeats: steps timed, after one to warm up, three on CUDA.
         device: "cpu" or "cuda".
         float32: multiply in float32 where the recipe says bfloat16.
         progress: called with (steps done, steps in all).
+        recipe: whose settings; `tiny` if left out.
 
     Returns:
-        ``images_per_s`` and ``tokens_per_s`` (padding included, of the trainer's own passes),
-        ``ms_per_step`` with quantiles, ``utilisation`` (`needed` over the measured rate of matrix
-        products in ``dtype``, the stage's type), ``peak_mib`` of the process or, on CUDA, of its
-        tensors, ``shares`` of the time by range, and the environment.
+        ``images_per_s`` and ``tokens_per_s`` (of the trainer's own passes, without padding),
+        ``padding`` (its share of what those passes run), ``ms_per_step`` with quantiles,
+        ``utilisation`` (`needed` over the measured rate of matrix products in ``dtype``, the
+        stage's type), ``peak_mib`` of the process or, on CUDA, of the tensors of the steps timed,
+        ``shares`` of the time by range, and the environment.
 
     Raises:
         ValueError: no such stage.
+        BatchError: a batch that does not come in the recipe's parts.
         CheckpointError: no such model.
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage}: unknown; choose {', '.join(STAGES)}")
-    subject = warmed(stage, Asked(model, device, batch, float32))
-    watch, times = Stopwatch(clock(device)), []
-    with listening(watch):
-        for done in range(repeats):
-            watch.start()
-            subject.work()
-            times.append(watch.stop())
-            progress(done + 1, repeats)
-    whole, spread = sum(times), quantiles(times)
-    passes = watch.rows.get(PASS, Row(PASS))
+    recipe = recipe or tiny()
+    settings = getattr(recipe, stage.replace("-", "_"))
+    batch, parts = settings.batch if batch is None else batch, settings.loop.accumulate
+    if batch % parts:
+        raise BatchError(
+            f"batch {batch}: recipe {recipe.name} takes a step in {parts} parts; make it a "
+            f"multiple of {parts}"
+        )
+    model = model or (recipe.name if recipe.name in bundled() else FRESH)
+    asked = Asked(model, device, batch, float32, recipe)
+    work, subject, packed = training(stage, asked)
+    warm_up(work, device, steps_to_warm(device))
+    packed.clear()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    passes = Passes()
+    with listening(passes):
+        times, whole = timed(work, repeats, device, progress)
+    padding, spread = packed.padding, quantiles(times)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2**20
-    loop = getattr(tiny(), stage.replace("-", "_")).loop
-    dtype = torch.bfloat16 if loop.bf16 and not float32 else torch.float32
+    shares = _shares(work, min(repeats, WATCHED), device)
+    dtype = torch.bfloat16 if subject.config.loop.bf16 else torch.float32
     ceiling = measure(torch.device(device), dtype).flops_per_s
     return {
         "stage": stage,
+        "recipe": recipe.name,
         "model": model,
         "batch": batch,
         "images": subject.images,
@@ -80,19 +112,85 @@ def run(
         "ms_per_step_q20": 1e3 * spread["q20"],
         "ms_per_step_q80": 1e3 * spread["q80"],
         "images_per_s": subject.images / spread["median"],
-        "tokens_per_s": passes.payload.get("tokens", 0) / repeats / spread["median"],
-        "utilisation": needed(subject.config, passes) / whole / ceiling,
+        "tokens_per_s": passes.tokens * (1 - padding) / repeats / spread["median"],
+        "padding": padding,
+        "utilisation": needed(subject.module.config, passes) * (1 - padding) / whole / ceiling,
         "peak_mib": peak,
-        "shares": {
-            row.category: row.seconds / whole
-            for row in sorted(watch.rows.values(), key=lambda row: -row.seconds)
-        },
+        "shares": shares,
         "threads": torch.get_num_threads(),
     } | environment(device)
 
 
-def needed(config: ModelConfig, passes: Row) -> int:
+class Passes:
+    """A listener that counts the tokens of the trainer's passes, padding included.
+
+    Attributes:
+        trained: of passes that are kept for backward.
+        read: of others, a reference's.
+    """
+
+    def __init__(self) -> None:
+        self.trained = self.read = 0
+
+    @property
+    def tokens(self) -> int:
+        """Of all passes."""
+        return self.trained + self.read
+
+    def begin(self, category: str, payload: dict[str, int]) -> None:
+        """See `Listener`."""
+        if category != PASS:
+            return
+        if torch.is_grad_enabled():
+            self.trained += payload["tokens"]
+        else:
+            self.read += payload["tokens"]
+
+    def end(self) -> None:
+        """See `Listener`."""
+
+
+def needed(config: ModelConfig, passes: Passes) -> int:
     """Operations of the decoder's weights in all passes and their backward: 6 a weight and token,
-    as trainers count them; heads, attention's own products and rollouts are left out, and a pass
-    that has no backward (a reference's) counts a third of that too much."""
-    return 6 * Weights.of(config).body * passes.payload.get("tokens", 0)
+    as trainers count them, and 2 where there is no backward. Heads, attention's own products and
+    rollouts are left out, and so is what is run again for want of memory."""
+    return Weights.of(config).body * (6 * passes.trained + 2 * passes.read)
+
+
+def timed(work: Work, repeats: int, device: str, progress: Progress) -> tuple[list[float], float]:
+    """Seconds of each run and of all, with the device waited for at both ends only: on CUDA the
+    single times lie between events in its queue."""
+    on_cuda = device.startswith("cuda")
+    marks: list[Any] = []
+
+    def mark() -> None:
+        if on_cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            marks.append(event)
+        else:
+            marks.append(time.perf_counter())
+
+    now = clock(device)
+    began = now()
+    mark()
+    for done in range(repeats):
+        work()
+        mark()
+        progress(done + 1, repeats)
+    whole = now() - began
+    if on_cuda:
+        return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], whole
+    return [b - a for a, b in pairwise(marks)], whole
+
+
+def _shares(work: Work, steps: int, device: str) -> dict[str, float]:
+    """Shares of the time by range, the largest first."""
+    watch = Stopwatch(clock(device))
+    with listening(watch):
+        watch.start()
+        for _ in range(steps):
+            work()
+        whole = watch.stop()
+    rows = sorted(watch.rows.values(), key=lambda row: -row.seconds)
+    return {row.category: row.seconds / whole for row in rows}

@@ -28,6 +28,7 @@ from echogen.commands.output import (
 )  # fmt: skip
 from echogen.commands.quality import BenchQuality
 from echogen.commands.serving import BenchHttp, BenchServing
+from echogen.commands.training import find_recipe
 
 
 @dataclass(frozen=True)
@@ -167,10 +168,14 @@ class BenchTrain:
 
     stage: Literal["pmtp", "djo", "cycle-rl"]
     """Which stage."""
-    model: str = "tiny"
-    """The model it begins with: a bundled one, a folder, or a hub id."""
-    batch: int = 8
-    """Samples a step; layouts a rollout in Cycle RL."""
+    recipe: str = "tiny"
+    """Whose sizes, batch, parts, type and checkpointing: tiny, small or janus_pro_1b (on a GPU)."""
+    model: str | None = None
+    """The model it begins with (stage 1: whose image tokenizer it takes): a bundled one, a folder,
+    a hub id, or random, for weights of the recipe's sizes. Left out: the bundled model of the
+    recipe's name, else random."""
+    batch: int | None = None
+    """Samples a step; layouts a rollout in Cycle RL. Left out: the recipe's."""
     repeats: int = 5
     """Timed steps."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -181,23 +186,29 @@ class BenchTrain:
     """End with one JSON object on stdout."""
 
     def run(self) -> None:
-        check_range("batch", self.batch, 1, 4096)
+        check_range("batch", 1 if self.batch is None else self.batch, 1, 4096)
         check_range("repeats", self.repeats, 1, 10_000)
         ModelOptions(device=self.device).check()
+        recipe = find_recipe(self.recipe)
         from echogen.bench.speed import train
 
-        with progress("timing") as update:
-            r = train.run(
-                self.stage, self.model, self.batch, self.repeats, self.device, self.float32, update
-            )
+        try:
+            with progress("timing") as update:
+                r = train.run(
+                    self.stage, self.model, self.batch, self.repeats, self.device, self.float32,
+                    update, recipe,
+                )  # fmt: skip
+        except train.BatchError as error:
+            raise InputError(f"--{error}") from None
         show(
-            f"{self.stage}: {r['images']} images a step",
-            ("ms a step", "images/s", "tokens/s", "utilisation", "peak MiB"),
+            f"{self.stage} by {r['recipe']}: {r['images']} images a step",
+            ("ms a step", "images/s", "tokens/s", "padding", "utilisation", "peak MiB"),
             [
                 (
                     r["ms_per_step"],
                     r["images_per_s"],
                     r["tokens_per_s"],
+                    f"{r['padding']:.1%}",
                     f"{r['utilisation']:.0%}",
                     r["peak_mib"],
                 )

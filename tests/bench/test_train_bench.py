@@ -3,10 +3,37 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
+import torch
 
+from echogen.bench.profile import subjects
 from echogen.bench.speed import train
+from echogen.engine.config import ModelConfig
+from echogen.engine.model import UnifiedTransformer
+from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, Recipe, VQConfig
+from echogen.train.recipes import RECIPES, janus_pro_1b, small
+from echogen.train.tokenizer import train_tokenizer
+from echogen.train.vq import build_vq
+
+LOOP = LoopConfig(steps=9, lr=1e-3, bf16=False, accumulate=2, checkpoint_activations=True)
+MICRO = Recipe(
+    name="micro",
+    vq=VQConfig(loop=LOOP, codes=32, latent=32, multipliers=(1, 1, 1, 1)),
+    pmtp=PMTPConfig(loop=LOOP, width=32, layers=2, heads=2, mlp_width=64, bins=17, batch=4),
+    pmtp_on=PMTPConfig(loop=LOOP),
+    djo=DJOConfig(loop=LOOP, batch=6),
+    cycle_rl=CycleRLConfig(loop=LOOP, batch=2, group=2),
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """Scenes and codes of these tests alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ECHOGEN_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.mark.parametrize(
@@ -32,3 +59,92 @@ def test_run(stage, float32):
 def test_an_unknown_stage_is_refused():
     with pytest.raises(ValueError, match="stage vq: unknown; choose pmtp, djo, cycle-rl"):
         train.run("vq")
+
+
+def micro(stage: str, **how):
+    """A stage of MICRO, timed."""
+    return train.run(stage, repeats=2, recipe=MICRO, **how)
+
+
+@pytest.mark.parametrize(("stage", "images"), [("pmtp", 4), ("djo", 6), ("cycle-rl", 4)])
+def test_any_recipe_from_fresh_weights(stage, images):
+    result = micro(stage)
+    assert (result["recipe"], result["model"], result["images"]) == ("micro", "random", images)
+    assert result["batch"] == getattr(MICRO, stage.replace("-", "_")).batch
+    assert 0 <= result["padding"] < 1 and 0 < result["utilisation"] < 1
+    assert sum(result["shares"].values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("stage", train.STAGES)
+def test_a_step_is_the_recipes(stage):
+    """Shapes, parts and checkpointing are those of the recipe, and the weights move."""
+    asked = subjects.Asked(subjects.FRESH, batch=2, recipe=MICRO)
+    work, subject, _ = subjects.training(stage, asked)
+    c = subject.module.config
+    assert (c.width, c.layers, c.heads, c.mlp_width) == (32, 2, 2, 64)
+    assert (c.image_tokens, c.codebook_size) == (64, 32) and subject.module.checkpointing
+    seen = train.Passes()
+    before = {name: p.detach().clone() for name, p in subject.module.named_parameters()}
+    with train.listening(seen):
+        work()
+    assert any(not torch.equal(p, before[n]) for n, p in subject.module.named_parameters())
+    assert seen.trained > 0 and (seen.read > 0) == (stage == "cycle-rl")  # beta > 0: a reference
+
+
+def test_tokens_are_counted_without_padding():
+    asked = subjects.Asked(subjects.FRESH, batch=4, recipe=MICRO)
+    _, subject, packed = subjects.training("pmtp", asked)
+    batches = [subject.batch(step) for step in range(3)]
+    assert packed.tokens == sum(int((b.tree >= 0).sum()) for b in batches)
+    assert packed.places == sum(b.tree.numel() for b in batches)
+    assert packed.padding == pytest.approx(1 - packed.tokens / packed.places)
+    packed.clear()
+    assert packed.tokens == packed.places == 0
+
+
+def test_operations_count_a_backward_where_there_is_one():
+    passes = train.Passes()
+    passes.begin("train/pmtp/data", {"step": 1})
+    passes.begin(train.PASS, {"rows": 1, "tokens": 10})
+    with torch.no_grad():
+        passes.begin(train.PASS, {"rows": 1, "tokens": 100})
+    assert (passes.trained, passes.read, passes.tokens) == (10, 100, 110)
+    config = shapes(small()).config
+    body = 12 * (4 * 512 * 512 + 3 * 512 * 1408)
+    assert train.needed(config, passes) == body * (6 * 10 + 2 * 100)
+
+
+def shapes(recipe: Recipe):
+    """A transformer of a recipe on the meta device, which holds shapes and no numbers."""
+    tokenizer = train_tokenizer(["a red circle"], recipe.pmtp.bins)
+    with torch.device("meta"):
+        vq = build_vq(recipe.vq, recipe.pmtp.width)
+        janus = subjects.fresh_config(recipe, vq, tokenizer)
+        return UnifiedTransformer(ModelConfig.from_janus(janus))
+
+
+def test_janus_has_the_checkpoints_shapes():
+    model = shapes(janus_pro_1b())
+    c = model.config
+    assert (c.vocab_size, c.codebook_size, c.image_tokens) == (102_400, 16_384, 576)
+    assert (c.width, c.layers, c.heads, c.mlp_width) == (2048, 24, 16, 5632)
+    assert 1.68e9 < sum(p.numel() for p in model.parameters()) < 1.75e9
+
+
+@pytest.mark.parametrize(
+    ("name", "stage"), [("small", "pmtp"), *(("janus_pro_1b", stage) for stage in train.STAGES)]
+)
+def test_large_recipes_shrunk(name, stage):
+    """Everything of a recipe but its sizes."""
+    recipe = RECIPES[name]()
+    pmtp = replace(recipe.pmtp, width=32, layers=1, heads=2, mlp_width=48)
+    recipe = replace(recipe, vq=MICRO.vq, pmtp=pmtp)
+    parts = getattr(recipe, stage.replace("-", "_")).loop.accumulate
+    result = train.run(stage, batch=parts, repeats=1, float32=True, recipe=recipe)
+    assert result["model"] == "random" and result["recipe"] == name
+    assert result["images"] == parts * (8 if stage == "cycle-rl" else 1)
+
+
+def test_a_batch_comes_in_the_recipes_parts():
+    with pytest.raises(train.BatchError, match="batch 3: recipe micro takes a step in 2 parts"):
+        micro("djo", batch=3)
