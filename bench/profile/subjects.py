@@ -148,6 +148,8 @@ def training(name: str, asked: Asked) -> Training:
     from echogen.train.update import check, update
 
     stage = STAGES[name](asked)
+    if asked.device.startswith("cuda"):
+        torch.cuda.empty_cache()  # what encoding the scenes took; a run finds their codes on disk
     loop = stage.config.loop
     check(stage, loop, Processes())
     optimizers, steps = build_optimizers(stage.module, loop), count()

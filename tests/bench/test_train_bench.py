@@ -148,3 +148,30 @@ def test_large_recipes_shrunk(name, stage):
 def test_a_batch_comes_in_the_recipes_parts():
     with pytest.raises(train.BatchError, match="batch 3: recipe micro takes a step in 2 parts"):
         micro("djo", batch=3)
+
+
+def test_a_gpu_is_waited_for_at_both_ends_only(monkeypatch):
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(log)
+            log.append("mark")
+
+        def elapsed_time(self, other):
+            assert log[-1] == "wait"  # they have passed
+            return 1000.0 * (other.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    times, whole = train.timed(lambda: log.append("step"), 2, "cuda", lambda done, total: None)
+    assert log == ["wait", "mark", "step", "mark", "step", "mark", "wait"]
+    assert times == [2.0, 2.0] and whole > 0
+
+
+@pytest.mark.parametrize(("device", "steps"), [("cpu", 1), ("cuda", 3)])
+def test_steps_to_warm(device, steps):
+    assert subjects.steps_to_warm(device) == steps

@@ -187,6 +187,11 @@ def test_layouts_that_no_prompt_can_hold(run, model, tmp_path, expr, word):
         (["train", "pmtp", "--out", "x", "--vq", "{broken}"], ["--vq"]),
         (["bench", "engine", "--repeats", "0"], ["--repeats 0"]),
         (["bench", "engine", "--cfg", "nan"], ["--cfg nan"]),
+        (["bench", "train", "--stage", "djo", "--recipe", "huge"], ["--recipe huge", "tiny"]),
+        (
+            ["bench", "train", "--stage", "djo", "--recipe", "janus_pro_1b", "--batch", "3"],
+            ["--batch 3", "multiple of 2"],
+        ),
         (["doctor", "--model", "enormous"], ["enormous"]),
         (["eval", "--fp8"], ["--fp8 with --device cpu", "leave it out"]),
         (["eval", "--fp8-cache"], ["--fp8-cache with --device cpu"]),
