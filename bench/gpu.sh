@@ -133,8 +133,13 @@ engine latency-janus 120 --mode latency --model janus_pro_1b --repeats 3
 engine rollout-janus 100 --mode rollout --model janus_pro_1b --batch 64 --repeats 2
 engine rollout-janus-256 60 --mode rollout --model janus_pro_1b --batch 256 --repeats 2 --peer none
 summarise
+training() { # NAME SECONDS ARGUMENTS…
+  local name=$1 most=$2
+  shift 2
+  gpu "$name" "$most" "$PYTHON" -m echogen bench train --device cuda --json "$@"
+}
 for stage in pmtp djo cycle-rl; do
-  gpu "train_$stage" 60 "$PYTHON" -m echogen bench train --stage "$stage" --device cuda --json
+  training "train_$stage-janus" 90 --stage "$stage" --recipe janus_pro_1b --repeats 3
 done
 export ECHOGEN_PDL=1
 engine overlap-latency-janus 60 --mode latency --model janus_pro_1b --repeats 3 --peer none
@@ -145,6 +150,7 @@ unset ECHOGEN_FUSED
 engine latency-tiny 60 --mode latency --model tiny
 engine latency-100m 60 --mode latency --model random:100m
 engine rollout-tiny 60 --mode rollout --model tiny
+for stage in pmtp djo cycle-rl; do training "train_$stage-small" 60 --stage "$stage" --recipe small; done
 gpu cycle 60 "$PYTHON" -m echogen cycle --layout examples/overlap.json --out "$RESULTS/cycle" \
   --device cuda --json
 for what in generate cycle; do
