@@ -13,7 +13,7 @@ from typing import Any
 
 from echogen.bench.registry import OURS
 
-KEYS = ("model", "operator", "size", "dtype", "mode", "batch", "cfg", "decoding", "stage")
+KEYS = ("model", "operator", "size", "dtype", "mode", "batch", "cfg", "decoding", "stage", "recipe")
 TIMES = ("ms", "ms_per_step")
 
 
