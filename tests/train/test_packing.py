@@ -335,9 +335,14 @@ def test_flex_attention_is_told_the_same_as_the_dense_mask(prompts, row_tokens):
     assert torch.equal(found, visibility(batch))
 
 
-@pytest.mark.parametrize("which", ["isolated", "both masks"])
+@pytest.mark.parametrize("which", ["isolated", "both masks", "images of one prompt"])
 def test_the_blocks_are_those_that_torch_finds(prompts, which):
-    trees = some_trees(prompts) if which == "isolated" else trees_of_both_masks(prompts)
+    v, drawn = len(prompts.tokenizer), np.stack([codes(g) for g in range(5)])
+    trees = {
+        "isolated": lambda: some_trees(prompts),
+        "both masks": lambda: trees_of_both_masks(prompts),
+        "images of one prompt": lambda: [l2i_group_tree(prompts.l2i(LAYOUT), drawn, v)],
+    }[which]()
     trees.append(l2i_tree(prompts.l2i(LAYOUT), np.zeros(300, dtype=np.int64), 1000))
     batch = pack(trees, 4 * 128, prompts.pad)
     rows, length = batch.ids.shape
@@ -349,6 +354,7 @@ def test_the_blocks_are_those_that_torch_finds(prompts, which):
             for what in ("num_blocks", "indices"):
                 name = f"{kind}{side}_{what}"
                 assert torch.equal(getattr(found, name), getattr(wanted, name)), name
+    assert torch.equal(found.to_dense(), wanted.to_dense())
     assert int(found.full_kv_num_blocks.sum()) > 0  # there are some of either kind
     assert int(found.kv_num_blocks.sum()) > 0
 
