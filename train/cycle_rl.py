@@ -97,6 +97,11 @@ class CycleRLStage(WorldStage):
         """How many boxes of each object are sampled: one where they are the policy's own."""
         return self.config.reward_boxes if self.config.policy == "image" else 1
 
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """See `Stage`: the head of the tokens that are not the policy's."""
+        return {"image": ("text_head",), "boxes": ("image_head",), "both": ()}[self.config.policy]
+
     def _check_room(self, layout: Layout, what: str) -> None:
         try:
             check_room(layout, self.prompts, self.module.config)

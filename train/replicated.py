@@ -25,7 +25,7 @@ backward still runs (torch's own buckets hold 25 MiB)."""
 
 
 SMALL_BYTES = 1 << 20
-"""Gradients below this join a bucket that is full."""
+"""Gradients up to this go along in a bucket that others fill, or each norm would make a message."""
 
 
 class Bucket:
@@ -63,6 +63,22 @@ class Bucket:
         self.sent = None
 
 
+def sent_together(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
+    """Parameters by bucket, in order: of one type, large ones of up to ``bucket_bytes`` together
+    (or one of more), and beside them as many bytes of small ones."""
+    buckets: list[list[nn.Parameter]] = []
+    kind, held = None, {True: 0, False: 0}
+    for p in parameters:
+        size = p.numel() * p.element_size()
+        small = size <= SMALL_BYTES
+        if p.dtype != kind or (held[small] and held[small] + size > bucket_bytes):
+            buckets.append([])
+            kind, held = p.dtype, {True: 0, False: 0}
+        buckets[-1].append(p)
+        held[small] += size
+    return buckets
+
+
 class GradientSum:
     """Adds gradients up over the processes.
 
@@ -71,19 +87,21 @@ class GradientSum:
 
     Args:
         parameters: those that are trained, in the order of the forward pass.
+        idle: those of which no gradient may come, likewise: their buckets are the last, so that no
+            other waits for them.
     """
 
-    def __init__(self, parameters: list[nn.Parameter], bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self,
+        parameters: list[nn.Parameter],
+        idle: list[nn.Parameter] | None = None,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
         self._buckets: list[Bucket] = []
-        room, kind = 0, None
-        for p in reversed(parameters):  # about the order in which backward finishes them
-            size = p.numel() * p.element_size()
-            # What is small goes along with what is large, or each norm would make a message.
-            if p.dtype != kind or (size > room and (size > SMALL_BYTES or room < -bucket_bytes)):
-                self._buckets.append(Bucket([]))
-                room, kind = bucket_bytes, p.dtype
-            self._buckets[-1].parameters.append(p)
-            room -= size
+        for part in (parameters, idle or []):
+            # Backwards: about the order in which backward finishes them.
+            for together in sent_together(part[::-1], bucket_bytes):
+                self._buckets.append(Bucket(together))
         self._next = 0
         for bucket in self._buckets:
             for p in bucket.parameters:
@@ -120,7 +138,12 @@ class Replicated(Several):
     def prepare(self, stage: Stage) -> None:
         """See `Processes`."""
         super().prepare(stage)
-        self._sum = GradientSum([p for p in stage.module.parameters() if p.requires_grad])
+        named = [(n, p) for n, p in stage.module.named_parameters() if p.requires_grad]
+        idle: tuple[str, ...] = getattr(stage, "idle", ())
+        self._sum = GradientSum(
+            [p for n, p in named if not n.startswith(idle)],
+            [p for n, p in named if n.startswith(idle)],
+        )
 
     def shares(self, accumulate: int) -> list[tuple[int, int]]:
         """See `Processes`."""

@@ -26,6 +26,7 @@ class Stage(Protocol):
         inputs(step) → tensors (in dictionaries and lists) that the step's loss reads, for a dump.
         engine, gather(): the engine that evaluates, and the request that it run on whole weights of
             its own (`WholeEngine`). Needed for adapters and sharded weights.
+        idle: how the names of parameters begin of which its loss may have no gradient.
         frozen: models beside the trained one, to be sharded like it.
     """
 
