@@ -12,6 +12,7 @@ from echogen.commands.options import (
     Json,
     ModelOptions,
     SamplingOptions,
+    check_evaluates,
     check_range,
     check_seed,
 )
@@ -61,6 +62,7 @@ class Eval:
         self.sampling.check()
         if self.out is not None:
             check_file(self.out, (".json",))
+        check_evaluates()
         engine = self.engine.load()
         engine.sampling = self.sampling.over(engine)
         from echogen.train.eval.tables import evaluate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
@@ -136,6 +137,15 @@ def check_seed(seed: int) -> None:
     """Refuse a seed that is no key of the noise."""
     if not 0 <= seed <= SEED_MAX:
         raise InputError(f"--seed {seed}: it must be in 0 … 2^63 - 1")
+
+
+def check_evaluates() -> None:
+    """Refuse, before pictures are drawn or steps are run, what would end in an evaluation without
+    what average precision needs."""
+    if find_spec("pycocotools") is None:
+        raise InputError(
+            "pycocotools is not installed, and evaluations need it: pip install pycocotools"
+        )
 
 
 def flagged(error: Exception) -> str:

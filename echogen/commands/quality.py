@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from echogen.commands.options import Json, check_range
+from echogen.commands.options import Json, check_evaluates, check_range
 from echogen.commands.output import (
     Failure,
     InputError,
@@ -122,6 +122,7 @@ class BenchQuality:
 
     def _run(self, lab: Lab) -> None:
         chosen = self._chosen(lab)
+        check_evaluates()
         from echogen.bench.quality.records import QualityError
         from echogen.bench.quality.run import run_all
 

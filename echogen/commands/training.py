@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import asdict, dataclass, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from echogen.commands.options import Json, ModelOptions, check_range, flagged
+from echogen.commands.options import (
+    Json,
+    ModelOptions,
+    check_evaluates,
+    check_range,
+    flagged,
+)
 from echogen.commands.output import Failure, InputError, make_folder, print_json, show, warn
 
 if TYPE_CHECKING:
@@ -334,8 +339,7 @@ def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool
 
     from echogen.train.loop import BeginRefused, TrainingError, run
 
-    if find_spec("pycocotools") is None:  # thousands of steps later is late to hear of it
-        raise InputError("pycocotools is not installed, and evaluations need it: pip install it")
+    check_evaluates()
     logging.disable_progress_bar()  # of writing shards; the loop has its own
     try:
         run(stage, loop, out, resume)

@@ -226,6 +226,8 @@ def test_what_evaluations_need_is_missed_before_the_first_step(run, tmp_path, mo
     monkeypatch.setattr(
         "echogen.train.vq.VQStage", lambda config, *_: SimpleNamespace(config=config, name="vq")
     )
-    monkeypatch.setattr("echogen.commands.training.find_spec", lambda name: None)
+    monkeypatch.setattr("echogen.commands.options.find_spec", lambda name: None)
     asked = run("train", "vq", "--recipe", "tiny", "--out", tmp_path / "vq", "--float32")
-    assert asked.refused("pycocotools is not installed", "pip install it")
+    assert asked.refused("pycocotools is not installed", "pip install pycocotools")
+    for command in (["eval", "--model", tmp_path], ["bench", "quality", "--out", tmp_path]):
+        assert run(*command).refused("pip install pycocotools")
