@@ -110,10 +110,10 @@ def janus_pro_1b() -> Recipe:
     real images can be loaded, the world is ShapesWorld at 384×384. A step of stage 3 is one layout,
     and so one process's; several need a larger batch (`--batch`). No run of it has been made.
 
-    Stages 1 and 2 go through a step in two parts, for one GPU of 141 GB: a layer keeps 83,016
-    bytes a token for backward, which of 45,000 tokens (stage 2 with its loop: 65,000) and 24 layers
-    is 83 (121) GiB beside 27 GiB of weights, moments and casts: in one part stage 2 would
-    not fit, and stage 1 would leave a fifth for logits and all else. Many GPUs need none (`--accumulate 1`).
+    Stages 1 and 2 go through a step in two parts, for one GPU of 141 GB: a layer keeps 83,016 bytes
+    a token for backward, which of 45,000 tokens (stage 2 with its loop: 65,000) and 24 layers is 83
+    (121) GiB beside 27 GiB of weights, moments and casts: in one part stage 2 would not fit, and
+    stage 1 would leave a fifth for logits and all else. Many GPUs need none (`--accumulate 1`).
 
     Of the bytes, what the norms read takes 2 · 8192 (float32), what the products read 3 · 4096 and
     11,264, queries and keys turned 8192 and as they were, with the values, 12,288, gate and up
