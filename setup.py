@@ -50,7 +50,7 @@ setup(
     package_dir=packages(),
     package_data={
         "echogen.engine": ["models/*/*"],
-        "echogen.kernels": ["cuda/*.cu", "cuda/*.cuh", "cuda/*.fatbin"],
+        "echogen.kernels": ["cpu/*.cpp", "cuda/*.cu", "cuda/*.cuh", "cuda/*.fatbin"],
     },
     cmdclass={"build_py": BuildPy},
 )

@@ -137,7 +137,7 @@ def operators() -> dict[str, dict[str, str]]:
 
 def cache() -> dict[str, Any]:
     """The cache folder, and whether it can be written to."""
-    from echogen.train.data.scenes import cache_folder
+    from echogen.cache import cache_folder
 
     try:
         folder = cache_folder()

@@ -3,6 +3,7 @@ is here too, for one code and for several (`echogen.engine.jacobi`)."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Protocol
 
@@ -14,15 +15,19 @@ from echogen.engine.device import DeviceTransformer
 from echogen.engine.device_decode import DeviceDecoding
 from echogen.engine.layout import LayoutError
 from echogen.engine.model import UnifiedTransformer, additive_mask
+from echogen.engine.native import NativeDecoding, NativeTransformer, misfit
 from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.packed_decode import PackedDecoding, PackedWindows
 from echogen.engine.packed_shared import SharedDecoding, worth_sharing
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampler
+from echogen.kernels.cpu.loader import CompilerError
 
 Progress = Callable[[int, int], None]
 """Called with (codes drawn of an image, codes in all)."""
-Decoder = UnifiedTransformer | PackedTransformer | DeviceTransformer
+Packed = NativeTransformer | PackedTransformer
+"""A copy of the weights for a CPU: for C++, or for PyTorch's operations."""
+Decoder = UnifiedTransformer | Packed | DeviceTransformer
 """The transformer as drawing runs it: as it is, packed for a CPU, or on a GPU's operators."""
 
 
@@ -166,14 +171,29 @@ def check_drawing(model: Decoder, prompts: list[list[int]], sampler: Sampler) ->
 
 def prepared(
     model: Decoder, code_table: Tensor, prompts: list[list[int]], pad: int
-) -> tuple[UnifiedTransformer | PackedTransformer, Tensor, Tensor]:
+) -> tuple[UnifiedTransformer | Packed, Tensor, Tensor]:
     """The model, packed where it can be, and ``left_padded`` prompts where its weights are."""
     ids, pads = (t.to(code_table.device) for t in left_padded(prompts, pad))
     if isinstance(model, DeviceTransformer):
         return model.plain, ids, pads
-    if isinstance(model, UnifiedTransformer) and packable(model):
-        model = PackedTransformer(model, len(ids))
+    if isinstance(model, UnifiedTransformer):
+        return packed(model, len(ids)), ids, pads
     return model, ids, pads
+
+
+def packed(model: UnifiedTransformer, rows: int = 2) -> UnifiedTransformer | Packed:
+    """A copy of the weights for drawing so many rows on a CPU, or the model where none is made. A
+    small float32 one that could be drawn in C++ but for the compiler comes with a warning."""
+    why = misfit(model)
+    if why is None:
+        return NativeTransformer(model)
+    if isinstance(why, CompilerError):
+        warnings.warn(
+            f"drawing goes through PyTorch's operations, several times as slowly: {why} "
+            f"(ECHOGEN_NATIVE=0: without this warning)",
+            stacklevel=2,
+        )
+    return PackedTransformer(model, rows) if packable(model) else model
 
 
 def open_windows(
@@ -184,6 +204,8 @@ def open_windows(
     steps = model.config.image_tokens
     if isinstance(model, UnifiedTransformer):
         return PlainWindows(model, code_table, ids, pads, steps)
+    if isinstance(model, NativeTransformer):
+        return NativeDecoding(model, code_table, ids, pads, steps, guided)
     return PackedWindows(model, code_table, ids, pads, steps, guided)
 
 
@@ -235,6 +257,9 @@ def decode_image(
     decoding: Decoding
     if isinstance(model, UnifiedTransformer):
         decoding = PlainDecoding(model, code_table, ids, pads, steps)
+    elif isinstance(model, NativeTransformer):
+        decoding = native = NativeDecoding(model, code_table, ids, pads, steps, guided)
+        held = native.held
     elif share and worth_sharing(ids, code_table.dtype):
         decoding = shared = SharedDecoding(model, code_table, ids, pads, steps, guided)
         held = shared.held

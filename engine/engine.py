@@ -16,13 +16,12 @@ from torch import Tensor
 from transformers import JanusConfig, JanusVisionModel, JanusVQVAE
 
 from echogen.engine.cycle import CycleResult, score
-from echogen.engine.decode import Decoder, Progress, decode_image
+from echogen.engine.decode import Decoder, Progress, decode_image, packed
 from echogen.engine.device import DeviceTransformer, misfit
 from echogen.engine.ground import ground_images
 from echogen.engine.jacobi import Method, decode_windows, wins
 from echogen.engine.layout import Box, Layout
 from echogen.engine.model import UnifiedTransformer, plan_no_shapes
-from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.pretrained import Meta, load_prompts, resolve
 from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.engine.sampler import Sampler, Sampling, check_draws
@@ -430,10 +429,8 @@ def on_operators(
     if fp8 or fp8_cache:
         check_fp8(model, code_table, fp8, fp8_cache)
         return DeviceTransformer(model, code_table, fp8, fp8_cache)
-    if packable(model):
-        return PackedTransformer(model)
     if code_table.device.type != "cuda":
-        return model
+        return packed(model)
     why = misfit(model)
     if why is None:
         return DeviceTransformer(model, code_table)

@@ -22,9 +22,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from echogen.engine.decode import Decoder, Progress, check_drawing, open_windows
+from echogen.engine.decode import Decoder, Packed, Progress, check_drawing, open_windows
 from echogen.engine.layout import Layout
-from echogen.engine.packed import PackedTransformer
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampler
 
@@ -79,7 +78,7 @@ def foreseeable(layout: Layout, dtype: torch.dtype) -> bool:
 def wins(model: Decoder, dtype: torch.dtype, layouts: Sequence[Layout], guided: bool) -> bool:
     """Whether windows draw ``layouts``, an image each, faster than single codes: on packed weights,
     up to ``MOST_ROWS``, those that are ``foreseeable``."""
-    if len(layouts) * (1 + guided) > MOST_ROWS or not isinstance(model, PackedTransformer):
+    if len(layouts) * (1 + guided) > MOST_ROWS or not isinstance(model, Packed):
         return False
     return all(foreseeable(layout, dtype) for layout in layouts)
 

@@ -1,10 +1,10 @@
-"""Drawing on a CPU: the transformer's weights laid out for it, and a step made of few operations.
+"""Drawing on a CPU by PyTorch's operations: the transformer's weights laid out for it, and a step
+made of few of them. For large models, whose step is their weights' bytes (`PackedLinear`), for
+bfloat16 and without a compiler; `echogen.engine.native` draws the others.
 
-Two things cost time there. A large model's step is its weights' bytes: `PackedLinear`. A small
-model's is a hundred operations of a microsecond each, and cutting a view costs as much as using it:
-buffers and their views are made once for a drawing, results are written in place, norms' gains and
-scales lie in the weights. The packed weights are a copy: whoever holds one makes a new one after
-the weights changed. Measured by `echogen bench engine --peer transformers`.
+Cutting a view costs as much as using it: buffers and their views are made once for a drawing,
+norms' gains and scales lie in the weights. The packed weights are a copy: whoever holds one makes a
+new one after the weights changed. Measured by `echogen bench engine --peer transformers`.
 """
 
 from __future__ import annotations
@@ -23,57 +23,41 @@ Mask = Tensor | None
 LayerStep = Callable[[Tensor, Tensor, Tensor, Tensor, Mask], None]
 """One layer of a step: RoPE's turn, the place in the cache, its keys and values, the mask."""
 
-SMALL_WEIGHT = 1 << 20
-"""Numbers in a weight below which it is kept in both layouts (see PackedLinear)."""
-FEW_ROWS = 4
-"""Input rows up to which a small weight's plain product is the faster one."""
-
 
 class PackedLinear:
-    """A linear layer on a copy of its weight in the layouts that are read fastest.
-
-    oneDNN's blocked layout streams from memory faster than MKL reads a plain one (36 GB/s against
-    9 on a 4096×768 float32 weight) and is twice as fast at a prompt's 90 rows. But every call of
-    it costs 10 µs; with two rows, conditional and unconditional, that is more than a small
-    weight's whole product (192×192: 11.2 µs against 3.5 for a plain product on the transposed
-    weight, 1024×192: 18.5 against 16.0). So a small weight is kept in both layouts.
+    """A linear layer on a copy of its weight in oneDNN's blocked layout, which streams from memory
+    faster than MKL reads a plain one (36 GB/s against 9 on a 4096×768 float32 weight) and is twice
+    as fast at a prompt's 90 rows. Every call of it costs 10 µs, which only a small model feels.
     (AMD EPYC, Zen 5, one thread, torch 2.13. The oneDNN operators are those that torch.compile's
     freezing emits.)
 
     Args:
         weight: [outputs, inputs], on the CPU, in float32 or bfloat16.
         bias: [outputs] or None.
-        rows: input rows the blocked layout is chosen for; others work too (one made for 2 rows is
-            as fast at 120 as one made for 120).
+        rows: input rows the layout is chosen for; others work too (one made for 2 rows is as fast
+            at 120 as one made for 120).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
-        weight = weight.detach()
         self._bias = None if bias is None else bias.detach().clone()
-        small = weight.numel() < SMALL_WEIGHT and weight.dtype == torch.float32
-        self._plain = weight.t().contiguous() if small else None
-        self._blocked = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
         # The overload itself: looking it up by name costs 2 µs a call.
         self._product = torch.ops.mkldnn._linear_pointwise.default
 
-    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
-        """x [N, inputs] → out [N, outputs], in place."""
-        if self._plain is None or len(x) > FEW_ROWS:
-            return out.copy_(self._product(x, self._blocked, self._bias, "none", [], "none"))
-        if self._bias is None:
-            return torch.mm(x, self._plain, out=out)
-        return torch.addmm(self._bias, x, self._plain, out=out)
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, inputs] → [N, outputs]."""
+        return self._product(x, self._weight, self._bias, "none", [], "none")
 
-    def plain(self, rows: int) -> Tensor | None:
-        """The transposed weight, where so many rows are multiplied by it; it has no bias then."""
-        return self._plain if rows <= FEW_ROWS and self._bias is None else None
 
-    def add_to(self, total: Tensor, x: Tensor) -> None:
-        """``total`` [N, outputs] += the layer at x [N, inputs], in place; it has no bias."""
-        if self._plain is None or len(x) > FEW_ROWS:
-            total.add_(self._product(x, self._blocked, None, "none", [], "none"))
-        else:
-            total.addmm_(x, self._plain)
+def pairs_beside(qkv: Tensor, block: Block) -> Tensor:
+    """A weight [(heads + 2·kv_heads)·K, D] of queries, keys and values with the two numbers of each
+    pair that RoPE turns beside each other, which leaves every product of a query with a key as it
+    was."""
+    dim, turned = block.head_dim, block.heads + block.kv_heads
+    heads = qkv.view(-1, dim, qkv.shape[1]).clone()
+    beside = torch.arange(dim).view(2, dim // 2).t().flatten()
+    heads[:turned] = heads[:turned, beside]
+    return heads.flatten(0, 1)
 
 
 def _gain_folded(norm: RMSNorm, layer: nn.Linear) -> tuple[Callable[[Stream], Tensor], Tensor]:
@@ -139,13 +123,8 @@ class PackedBlock:
     """`model.Block` in evaluation, on packed weights: ``project``, attention, ``finish``."""
 
     def __init__(self, block: Block, rows: int) -> None:
-        dim = block.head_dim
         self._attn_norm, qkv = _gain_folded(block.attn_norm, block.qkv)
-        heads = qkv.view(-1, dim, qkv.shape[1]).clone()
-        rotated = block.heads + block.kv_heads
-        beside = torch.arange(dim).view(2, dim // 2).t().flatten()
-        heads[:rotated] = heads[:rotated, beside]
-        self._qkv = PackedLinear(heads.flatten(0, 1), None, rows)
+        self._qkv = PackedLinear(pairs_beside(qkv, block), None, rows)
         self._out = PackedLinear(block.out.weight, None, rows)
         self._mlp_norm, gate_up = _gain_folded(block.mlp_norm, block.gate_up)
         self._gate_up = PackedLinear(gate_up, None, rows)
@@ -153,24 +132,19 @@ class PackedBlock:
 
     def project(self, stream: Stream, frame: Frame, turn: Tensor) -> None:
         """Fill the frame with rotated queries and keys, and values, of the stream."""
-        self._qkv(self._attn_norm(stream), frame.qkv)
+        frame.qkv.copy_(self._qkv(self._attn_norm(stream)))
         if frame.wide is not None:
             frame.wide.copy_(frame.qkv)
         frame.pairs.mul_(turn)
 
     def finish(self, stream: Stream, frame: Frame) -> None:
         """Add attention's output and the MLP to the stream, in place."""
-        self._out.add_to(stream.x, frame.attended_rows)
-        self._gate_up(self._mlp_norm(stream), frame.gate_up)
-        self._down.add_to(stream.x, F.silu(frame.gate, inplace=True).mul_(frame.up))
+        stream.x.add_(self._out(frame.attended_rows))
+        frame.gate_up.copy_(self._gate_up(self._mlp_norm(stream)))
+        stream.x.add_(self._down(F.silu(frame.gate, inplace=True).mul_(frame.up)))
 
     def bound(self, stream: Stream, frame: Frame) -> LayerStep:
         """The whole layer for the frame's one token a row: ``project``, ``attend``, ``finish``."""
-        rows = len(stream.x)
-        linears = (self._qkv, self._out, self._gate_up, self._down)
-        weights = [w for linear in linears if (w := linear.plain(rows)) is not None]
-        if len(weights) == len(linears):
-            return _few_rows(stream, frame, *weights)
 
         def run(turn: Tensor, place: Tensor, key: Tensor, value: Tensor, mask: Mask) -> None:
             self.project(stream, frame, turn)
@@ -180,39 +154,6 @@ class PackedBlock:
             self.finish(stream, frame)
 
         return run
-
-
-def _few_rows(
-    stream: Stream, frame: Frame, qkv: Tensor, out: Tensor, gate_up: Tensor, down: Tensor
-) -> LayerStep:
-    """The same operations with every buffer at hand. A small layer's products are so short that
-    calls of Python functions and looks at attributes show: `echogen bench engine --mode latency`
-    says what calls cost in all (``overhead_us_per_token``)."""
-    x, floor, norm, mm, bmm = (
-        stream.x,
-        stream.with_floor,
-        torch.linalg.vector_norm,
-        torch.mm,
-        torch.bmm,
-    )
-    into, pairs, new, query, queries = frame.qkv, frame.pairs, frame.new, frame.query, frame.queries
-    asked, mixed, attended = frame.query_rows, frame.mixed_rows, frame.attended_rows
-    hidden, gate, up = frame.gate_up, frame.gate, frame.up
-
-    def run(turn: Tensor, place: Tensor, key: Tensor, value: Tensor, mask: Mask) -> None:
-        mm(x.div(norm(floor, dim=-1, keepdim=True)), qkv, out=into)
-        pairs.mul_(turn)
-        place.copy_(new)
-        query.copy_(queries)
-        scores = bmm(asked, key)
-        if mask is not None:
-            scores.view(len(scores), -1, 1, scores.shape[-1]).add_(mask)
-        bmm(scores.softmax(-1), value, out=mixed)
-        x.addmm_(attended, out)
-        mm(x.div(norm(floor, dim=-1, keepdim=True)), gate_up, out=hidden)
-        x.addmm_(F.silu(gate, inplace=True).mul_(up), down)
-
-    return run
 
 
 def attend(frame: Frame, key: Tensor, value: Tensor, mask: Tensor | None) -> None:
@@ -263,10 +204,8 @@ class PackedTransformer:
 
     def image_logits(self, stream: Stream) -> Tensor:
         """Residual stream [R, D] → image logits [R, V]."""
-        x, c = stream.x, self.config
-        y = self._into(self._norm(stream), x.new_empty(len(x), c.head_width))
-        y = F.gelu(y) if self._plain_gelu else torch.addcmul(y, y, y.erf())
-        return self._out(y, x.new_empty(len(x), c.codebook_size))
+        y = self._into(self._norm(stream))
+        return self._out(F.gelu(y) if self._plain_gelu else torch.addcmul(y, y, y.erf()))
 
 
 def packable(model: UnifiedTransformer) -> bool:

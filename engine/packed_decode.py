@@ -186,7 +186,7 @@ def _run(model: PackedTransformer, ids: Tensor, pads: Tensor) -> list[Prefix]:
     return [Prefix(block[:, :, i, :, pad:], logits[i]) for i, pad in enumerate(pads.int().tolist())]
 
 
-LEAST = 5
+LEAST = 4
 """Codes a window is at least; see PackedWindows."""
 
 
@@ -195,12 +195,11 @@ class PackedWindows(PackedDecoding):
 
     A code's logits do not depend on what stands beside it, to the last bit. oneDNN's blocked
     products give a row the same numbers among 1 as among 64, and MKL's batched ones of attention
-    among 4 or more, so windows shorter than ``LEAST`` are padded to it: 4 for attention, and 5
-    because `PackedLinear` runs up to ``FEW_ROWS`` rows through plain products, which round
-    otherwise. A masked key weighs an exact 0. Windows of one code are therefore sequential decoding
-    in the same arithmetic: in bfloat16 that of `PackedDecoding`, which in float32 is faster at it
-    and rounds differently. All this was found, not promised (AMD EPYC, Zen 5, torch 2.13): where a
-    library rounds a row by its neighbours, codes are the same but for those within rounding.
+    among 4 or more, so windows shorter than ``LEAST`` are padded to it. A masked key weighs an
+    exact 0. Windows of one code are therefore sequential decoding in the same arithmetic: in
+    bfloat16 that of `PackedDecoding`, which in float32 rounds differently. All this was found, not
+    promised (AMD EPYC, Zen 5, torch 2.13): where a library rounds a row by its neighbours, codes
+    are the same but for those within rounding.
     """
 
     def __init__(

@@ -12,6 +12,7 @@ from torch import Tensor
 from echogen.engine.cache import KVCache, Prefix, WindowCache
 from echogen.engine.device import DeviceTransformer, Places
 from echogen.engine.model import UnifiedTransformer, additive_mask
+from echogen.engine.native import NativeTransformer, Rows
 from echogen.engine.packed import Frame, PackedTransformer, Stream, attend
 from echogen.engine.packed_decode import run_prompts
 from echogen.engine.ranges import span
@@ -110,9 +111,42 @@ class DeviceRows(PlainRows):
         return self._logits[:count]
 
 
+class WindowRunner(Runner, Protocol):
+    """A `Runner` on packed weights, whose steps may take several codes of a row."""
+
+    def window(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
+        """Write image codes int64 [R, W] at places ``at`` int64 [R] and on of the leading R rows,
+        all below ``read``; the image logits [R, W, V] behind each."""
+        ...
+
+
+class NativeRows:
+    """`WindowRunner` in C++; a row reads what it holds, whatever ``read`` is."""
+
+    def __init__(self, model: NativeTransformer, code_table: Tensor, cache: WindowCache) -> None:
+        self._model = model
+        self._rows = Rows(model, code_table, [(own, None) for own in cache.block.unbind(2)])
+        self._row, self._slot = torch.arange(cache.block.shape[2]), torch.arange(cache.capacity)
+
+    def run_prompt(self, prompt: list[int]) -> Prefix:
+        """See `Runner`."""
+        return self._model.run_prompts([tuple(prompt)])[0]
+
+    def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
+        """See `Runner`."""
+        return self._rows.run(codes, self._row[: len(codes)], at)
+
+    def window(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
+        """See `WindowRunner`."""
+        rows, width = codes.shape
+        places = (at[:, None] + self._slot[:width]).flatten()
+        row = self._row[:rows].repeat_interleave(width)
+        return self._rows.run(codes.flatten(), row, places).view(rows, width, -1)
+
+
 class PackedRows:
-    """`Runner` on packed weights; see `packed_decode.PackedDecoding`, whose steps it makes with a
-    place of its own for each row.
+    """`WindowRunner` by PyTorch's operations; see `packed_decode.PackedDecoding`, whose steps it
+    makes with a place of its own for each row.
 
     Args:
         shapes: rows and codes of the steps that will be run; their buffers are made beforehand.
@@ -148,8 +182,7 @@ class PackedRows:
         return self._run(codes[:, None], at[:, None], read)
 
     def window(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
-        """Write image codes int64 [R, W] at places ``at`` int64 [R] and on of the leading R rows,
-        all below ``read``; the image logits [R, W, V] behind each."""
+        """See `WindowRunner`."""
         logits = self._run(codes, at[:, None] + self._slot[: codes.shape[1]], read)
         return logits.view(*codes.shape, -1)
 

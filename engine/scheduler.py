@@ -16,10 +16,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from echogen.engine.decode import Packed
 from echogen.engine.device import DeviceTransformer
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
-from echogen.engine.packed import PackedTransformer
+from echogen.engine.native import NativeTransformer
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampling
 from echogen.engine.serving.budget import plan
@@ -56,15 +57,16 @@ class Scheduler(Worker):
         prompt_tokens: the longest prompt; None: what the model has room for, at most
             `serving.budget.PROMPT_TOKENS`. Slots are made for it, and batch-invariant steps read
             all of them.
-        invariant: batch-invariant mode: every step has one shape, all slots and all their places,
-            so that a request draws the same codes, bit for bit, alone or in any crowd of this
-            scheduler (the number of slots and their length decide how sums are rounded). What it
-            stands on is tried at once (`Slots.rows_agree`). Otherwise a step runs the rows and
-            reads the places it needs, and codes within rounding of each other may be drawn
-            otherwise in another crowd.
+        invariant: batch-invariant mode: a request draws the same codes, bit for bit, alone or in
+            any crowd of this scheduler. In C++ (`echogen.engine.native`) that is so in any mode
+            and at no cost. Elsewhere every step then has one shape, all slots and all their places
+            (whose numbers decide how sums are rounded), and what this stands on is tried at once
+            (`Slots.rows_agree`); in the usual mode a step runs the rows and reads the places it
+            needs, and codes within rounding of each other may be drawn otherwise in another crowd.
         windows: on a CPU's packed weights draw several codes of an image a step while at most
             `slots.WINDOW_ROWS` are held and half of the rows can be drafted well
-            (`jacobi.foreseeable`); False: always code by code, as batch-invariant steps are.
+            (`jacobi.foreseeable`); False: always code by code, as batch-invariant
+            steps of one shape are.
         patience: how often a request may be overtaken, see `Waiting`.
         clock: seconds; for tests.
 
@@ -91,8 +93,9 @@ class Scheduler(Worker):
             raise ValueError(f"queue = {queue}, patience = {patience}; from 1 and from 0 on")
         super().__init__()
         decoder, table = engine.decoder, engine.code_table
-        self._copied = isinstance(decoder, PackedTransformer)
-        windows = windows and self._copied and not invariant
+        self._copied = isinstance(decoder, Packed)
+        windows = windows and self._copied
+        windows = windows and (not invariant or isinstance(decoder, NativeTransformer))
         self.plan = plan(
             decoder.config, table.dtype, table.device,
             decoding_bytes(engine.vq, engine.image_size), slots, memory, prompt_tokens,

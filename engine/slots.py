@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from echogen.engine.cache import PREFIX_BYTES, Prefix, PrefixCache, WindowCache
-from echogen.engine.decode import Decoder
+from echogen.engine.decode import Decoder, Packed
 from echogen.engine.device import DeviceTransformer
 from echogen.engine.graphs import bucket
 from echogen.engine.jacobi import default_window
+from echogen.engine.native import NativeTransformer
 from echogen.engine.packed import PackedTransformer
 from echogen.engine.ranges import span
-from echogen.engine.rows import DeviceRows, PackedRows, PlainRows, Runner
+from echogen.engine.rows import DeviceRows, NativeRows, PackedRows, PlainRows, Runner, WindowRunner
 from echogen.kernels.checks import FP8
 from echogen.kernels.rope import scaled_heads
 
@@ -39,12 +40,17 @@ def up_to_edge(keys: int) -> int:
     return -(-keys // EDGE) * EDGE
 
 
-def row_counts(rows: int, invariant: bool, recorded: bool = False) -> list[int]:
+def row_counts(
+    rows: int, invariant: bool, recorded: bool = False, any_number: bool = False
+) -> list[int]:
     """The numbers of rows that steps are made for: one shape for all in batch-invariant mode, else
-    1 to 4 and multiples of 4, so that a step runs at most three rows behind the last one held; and
-    the fewer `graphs.bucket` knows where each is ``recorded``."""
+    1 to 4 and multiples of 4, so that a step runs at most three rows behind the last one held; the
+    fewer `graphs.bucket` knows where each is ``recorded``, and all where nothing is made for a
+    number."""
     if invariant:
         return [rows]
+    if any_number:
+        return list(range(1, rows + 1))
     if recorded:
         return sorted({min(bucket(count), rows) for count in range(1, rows + 1)})
     return sorted({*range(1, min(rows, 4) + 1), *range(4, rows, 4), rows})
@@ -90,7 +96,8 @@ class Slots:
         code_table: [V, D].
         rows: slots.
         capacity: tokens a slot holds, a multiple of ``EDGE``.
-        invariant: every step runs all rows and reads all places, whatever they hold.
+        invariant: every step runs all rows and reads all places, whatever they hold; in C++ there
+            is no need to, as no row's sums regard another's (`echogen.engine.native`).
         prefix_bytes: kept of prompts that come again (``run_prompt(keep=True)``).
         windows: there shall be steps of several codes, where there are few rows; on packed weights,
             and in steps that may have any shape.
@@ -112,21 +119,29 @@ class Slots:
         windows: bool = False,
     ) -> None:
         c, dtype, device = model.config, code_table.dtype, code_table.device
-        self.rows, self.capacity, self.invariant = rows, capacity, invariant
+        native, on_device = (
+            isinstance(model, NativeTransformer),
+            isinstance(model, DeviceTransformer),
+        )
+        self.rows, self.capacity = rows, capacity
+        self.invariant = invariant and not native
         self.scales: Tensor | None = None
         if isinstance(model, DeviceTransformer) and model.fp8_cache:
             held = c.layers, 2, rows, c.kv_heads, capacity
             self.scales, dtype = torch.zeros(held, device=device), FP8
         self.cache = WindowCache(c, rows, capacity, dtype, device)
-        on_device = isinstance(model, DeviceTransformer)
-        self._counts = row_counts(rows, invariant, recorded=on_device)
-        self._runner: Runner
-        self._widths, self._packed = dict[int, int](), None
-        if isinstance(model, PackedTransformer):
-            if windows and not invariant:
-                self._widths = widths(self._counts, c.image_tokens)
+        self._counts = row_counts(rows, self.invariant, recorded=on_device, any_number=native)
+        self._widths = dict[int, int]()
+        if isinstance(model, Packed) and windows and not self.invariant:
+            self._widths = widths(self._counts, c.image_tokens)
+        self._packed: WindowRunner | None = None
+        if isinstance(model, NativeTransformer):
+            self._packed = NativeRows(model, code_table, self.cache)
+        elif isinstance(model, PackedTransformer):
             shapes = [(count, 1) for count in self._counts] + list(self._widths.items())
             self._packed = PackedRows(model, code_table, self.cache, shapes)
+        self._runner: Runner
+        if self._packed is not None:
             self._runner = self._packed
         elif isinstance(model, DeviceTransformer):
             self._runner = DeviceRows(model, self.cache, self.scales, self._counts)

@@ -21,9 +21,8 @@ from torch import Tensor
 from echogen.bench.harness import WrongResult, alternate, environment, quantiles, seconds
 from echogen.bench.peers.janus_port import CacheKind
 from echogen.bench.speed.models import Subject, load
-from echogen.engine.decode import Progress, decode_image
+from echogen.engine.decode import Packed, Progress, decode_image
 from echogen.engine.engine import on_operators
-from echogen.engine.packed import packable
 from echogen.engine.sampler import Sampler, Sampling
 
 Draw = Callable[[], Tensor]
@@ -130,7 +129,7 @@ def _contestants(subject: Subject, cfg: float) -> tuple[dict[str, list[Draw]], f
             holder[0] = on_operators(s.transformer, s.code_table)
 
     taken = seconds(pack)
-    spent = taken if packable(s.transformer) else 0.0
+    spent = taken if isinstance(holder[0], Packed) else 0.0
 
     def ours() -> Tensor:
         sampling = Sampling(temperature=0, cfg=cfg)

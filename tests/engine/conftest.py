@@ -143,12 +143,15 @@ def engine(tmp_path_factory, janus_config, random_janus, small_tokenizer) -> Eng
     return Engine(made.config, made.transformer.eval(), made.vq, made.siglip, prompts)
 
 
-@pytest.fixture(params=["packed", "plain"])
+@pytest.fixture(params=["native", "packed", "plain"])
 def either(request, engine, monkeypatch) -> Engine:
-    """The engine on packed weights, which are a copy, and on the transformer as it is."""
+    """The engine on packed weights, which are a copy, in C++ and by PyTorch's operations, and on
+    the transformer as it is."""
     made = copy.copy(engine)
     if request.param == "plain":
-        monkeypatch.setattr("echogen.engine.engine.packable", lambda model: False)
+        monkeypatch.setattr("echogen.engine.engine.packed", lambda model: model)
+    if request.param == "packed":
+        monkeypatch.setenv("ECHOGEN_NATIVE", "0")
     made.refresh()
     return made
 

@@ -127,7 +127,12 @@ def logits_of(monkeypatch):
 @pytest.mark.parametrize("slots", [4, 9])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
-    [("packed", torch.float32), ("packed", torch.bfloat16), ("plain", torch.float32)],
+    [
+        ("native", torch.float32),
+        ("packed", torch.float32),
+        ("packed", torch.bfloat16),
+        ("plain", torch.float32),
+    ],
 )
 def test_batch_invariant_logits_are_bit_equal_in_every_crowd(
     engine, logits_of, monkeypatch, slots, kind, dtype
@@ -137,9 +142,11 @@ def test_batch_invariant_logits_are_bit_equal_in_every_crowd(
     engine = copy.copy(engine)
     engine.transformer = copy.deepcopy(engine.transformer).to(dtype)
     if kind == "plain":
-        monkeypatch.setattr("echogen.engine.engine.packable", lambda model: False)
+        monkeypatch.setattr("echogen.engine.engine.packed", lambda model: model)
+    if kind == "packed":
+        monkeypatch.setenv("ECHOGEN_NATIVE", "0")
     engine.refresh()
-    scheduler = Scheduler(engine, slots=slots, prompt_tokens=80, invariant=True)
+    scheduler = Scheduler(engine, slots=slots, prompt_tokens=80, invariant=True, windows=False)
     asked = crowd(6, seed=2, slots=slots)
 
     def bits(request: Request) -> torch.Tensor:
@@ -167,6 +174,9 @@ def test_batch_invariant_logits_are_bit_equal_in_every_crowd(
 def test_batch_invariance_is_not_claimed_where_it_does_not_hold(engine, monkeypatch):
     """One sequence in all slots has one logit in all of them, or the mode is refused; rows that are
     rounded by their place are made here by a product that adds a bit to the last one."""
+    monkeypatch.setenv("ECHOGEN_NATIVE", "0")
+    engine = copy.copy(engine)
+    engine.refresh()
     Scheduler(engine, slots=5, prompt_tokens=80, invariant=True)
     right = PackedRows.step
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from echogen.engine.cache import Prefix
+from echogen.engine.decode import Packed
 from echogen.engine.layout import Layout, LayoutObject
-from echogen.engine.packed import PackedTransformer
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.crowd import Pace
@@ -138,7 +138,7 @@ def test_codes_that_cannot_be_handed_over_fail_one_request(scheduler, monkeypatc
 
 def test_no_image_is_drawn_with_two_models(either):
     """A copy of the weights goes on as it is; what reads the engine's own ends."""
-    engine, copied = either, isinstance(either.decoder, PackedTransformer)
+    engine, copied = either, isinstance(either.decoder, Packed)
     scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
     wanted = engine.generate_codes([LAYOUT], 1, sampling=PLAIN, decoding="sequential")
     live, waits = (scheduler.submit(LAYOUT, 1, PLAIN, n) for n in (1, 2))

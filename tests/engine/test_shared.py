@@ -78,6 +78,7 @@ def draw(model, rows: list[list[int]], draws: list[int], sampling: Sampling) -> 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(cfg=3.0, temperature=0.7)])
 def test_a_group_draws_what_each_of_it_draws_alone(model, sampling, monkeypatch):
     used = []
+    monkeypatch.setenv("ECHOGEN_NATIVE", "0")
     monkeypatch.setattr(
         decode, "SharedDecoding", lambda *a: used.append(len(a[2])) or SharedDecoding(*a)
     )

@@ -12,19 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
+from echogen.cache import cache_folder
 from echogen.train.data import grammar, shapes
 from echogen.train.data.canvas import draw
 from echogen.train.data.shapes import IMAGE_SIZE, Object, Scene, sample_scene
 
 _CHUNK = 500
-
-
-def cache_folder() -> Path:
-    """Where derived data is kept: ``$ECHOGEN_CACHE``, else ``~/.cache/echogen``."""
-    chosen = os.environ.get("ECHOGEN_CACHE")
-    folder = Path(chosen) if chosen else Path.home() / ".cache" / "echogen"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def world_version() -> str:

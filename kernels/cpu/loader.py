@@ -1,0 +1,115 @@
+"""Compiles the kernels in C++ for this machine's CPU at first use, into the cache folder.
+
+For this very CPU (its vectors are half of the speed) and with the compiler that is here; nothing is
+built beforehand, and where there is no compiler the callers' own way in PyTorch stays.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+from echogen.cache import cache_folder
+
+FOLDER = Path(__file__).parent
+COMPILERS = ("c++", "g++", "clang++")
+OPTIONS = (
+    "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread",
+)  # fmt: skip
+
+
+class CompilerError(RuntimeError):
+    """No library; the message says why, and what would help."""
+
+
+def switched_off() -> bool:
+    """Whether ``ECHOGEN_NATIVE=0`` asks for PyTorch's operations instead.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    asked = os.environ.get("ECHOGEN_NATIVE", "1")
+    if asked not in ("0", "1"):
+        raise ValueError(
+            f"ECHOGEN_NATIVE={asked}: write 0 to draw on a CPU by PyTorch's operations"
+        )
+    return asked == "0"
+
+
+def compiler() -> str | None:
+    """``$CXX``, or the first of ``COMPILERS`` on PATH; None where there is none."""
+    asked = os.environ.get("CXX")
+    found = (shutil.which(name) for name in ((asked,) if asked else COMPILERS))
+    return next(filter(None, found), None)
+
+
+def library(source: str) -> ctypes.CDLL:
+    """The library of ``source``, compiled unless the cache folder has it.
+
+    Raises:
+        CompilerError: there is no compiler, or it fails.
+    """
+    found = _library(source)
+    if isinstance(found, CompilerError):
+        raise found
+    return found
+
+
+@cache  # what failed once is not tried again
+def _library(source: str) -> ctypes.CDLL | CompilerError:
+    code, tool = FOLDER / f"{source}.cpp", compiler()
+    if tool is None:
+        wanted = os.environ.get("CXX") or ", ".join(COMPILERS)
+        return CompilerError(f"no C++ compiler ({wanted}) is on PATH; install g++ or clang++")
+    options = (*OPTIONS, _for_this_cpu())
+    about = (code.read_bytes(), options, tool, _version(tool), _cpu())
+    digest = hashlib.blake2b(repr(about).encode(), digest_size=8).hexdigest()
+    try:
+        folder = cache_folder() / "native"
+        folder.mkdir(exist_ok=True)
+        built = folder / f"{source}-{digest}.so"
+        if not built.exists():
+            _compile([tool, *options, str(code)], built)
+        return ctypes.CDLL(str(built))
+    except CompilerError as error:
+        return error
+    except OSError as error:
+        return CompilerError(f"{error}; name a folder that can be written to in ECHOGEN_CACHE")
+
+
+def _compile(command: list[str], built: Path) -> None:
+    """Beside the name and renamed, as another process may do the same."""
+    with tempfile.TemporaryDirectory(dir=built.parent) as folder:
+        beside = Path(folder) / built.name
+        done = subprocess.run(
+            [*command, "-o", str(beside)], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            lines = (done.stderr or done.stdout).strip().splitlines()
+            reason = [line for line in lines if "error" in line] or lines or ["without a word"]
+            raise CompilerError(f"{command[0]} failed: {reason[0]}; name another one in CXX")
+        beside.replace(built)
+
+
+def _for_this_cpu() -> str:
+    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+def _version(tool: str) -> str:
+    done = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False)
+    return done.stdout
+
+
+def _cpu() -> str:
+    """What tells one CPU's instructions from another's, as a cache folder may be on several."""
+    described = Path("/proc/cpuinfo")
+    lines = described.read_text().splitlines() if described.exists() else []
+    wanted = ("flags", "Features", "model name")
+    return repr([platform.machine(), *dict.fromkeys(x for x in lines if x.startswith(wanted))])

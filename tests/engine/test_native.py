@@ -1,0 +1,293 @@
+"""Drawing in C++ calculates what the transformer does, and a token's logits hang on its own
+sequence alone, to the last bit."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor
+
+from echogen.engine.cache import WindowCache
+from echogen.engine.decode import decode_image, left_padded, packed
+from echogen.engine.engine import Engine
+from echogen.engine.jacobi import decode_windows
+from echogen.engine.model import UnifiedTransformer, additive_mask
+from echogen.engine.native import NativeDecoding, NativeTransformer, Rows, misfit
+from echogen.engine.packed import PackedTransformer
+from echogen.engine.rows import NativeRows
+from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.weights import load_checkpoint
+from echogen.kernels.cpu import loader
+
+BOS, PAD, BEGIN, T = 1, 0, 58, 16
+# Outputs, inputs and codes that fill no whole register; heads in groups; heads of every register's
+# size; a head wider than the model.
+SHAPES = {
+    "odd": {"hidden_size": 51, "head_dim": 16, "intermediate_size": 90},
+    "grouped heads": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
+    "wide heads": {"hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+                   "head_dim": 112},
+    "many": {"hidden_size": 81, "head_dim": 64, "num_hidden_layers": 3, "intermediate_size": 200},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def model(request, tmp_path_factory, janus_config, random_janus) -> UnifiedTransformer:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    random_janus(janus_config(**SHAPES[request.param]), seed=7).save_pretrained(folder)
+    made = load_checkpoint(folder).transformer
+    if isinstance(why := misfit(made), loader.CompilerError):
+        pytest.skip(str(why))
+    assert why is None
+    return made
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Engine:
+    engine = Engine.from_pretrained("tiny")
+    if isinstance(why := misfit(engine.transformer), loader.CompilerError):
+        pytest.skip(str(why))
+    return engine
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def untried(monkeypatch):
+    """As in a process that has loaded nothing."""
+    loader._library.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    loader._library.cache_clear()
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    middle = torch.randint(3, BEGIN, (length - 2,), generator=generator).tolist()
+    return [BOS, *middle, BEGIN]
+
+
+def table_of(model: UnifiedTransformer) -> Tensor:
+    with torch.no_grad():
+        return model.code_table()
+
+
+def uncached(model: UnifiedTransformer, ids: list[int], codes: list[int]) -> Tensor:
+    """Logits behind the prompt and each code, of a forward over all of them in float64."""
+    model = copy.deepcopy(model).double()
+    embedded = torch.cat((model.embed_text(torch.tensor(ids)), table_of(model)[codes]))[None]
+    length = embedded.shape[1]
+    mask = additive_mask(torch.ones(1, length, length).tril().bool(), torch.float64)
+    hidden = model(embedded, torch.arange(length), mask)
+    return model.image_head(hidden[0, len(ids) - 1 :])
+
+
+def opened(
+    weights: NativeTransformer, table: Tensor, prompts: list[list[int]]
+) -> tuple[NativeDecoding, Tensor]:
+    decoding = NativeDecoding(weights, table, *left_padded(prompts, PAD), T, guided=False)
+    return decoding, decoding.prefill()
+
+
+@torch.inference_mode()
+def test_logits_are_those_of_an_uncached_forward_in_float64(model, relative_error):
+    """Prompts of several lengths, two of them one; steps, and windows that overwrite a draft."""
+    prompts = [prompt(n, n) for n in (9, 3, 9, 17)]
+    codes = torch.randint(24, (4, T), generator=torch.Generator().manual_seed(1))
+    pairs = zip(prompts, codes.tolist(), strict=True)
+    wanted = torch.stack([uncached(model, ids, row) for ids, row in pairs])
+    decoding, logits = opened(NativeTransformer(model), table_of(model), prompts)
+    assert decoding.held == 9 + 3 + 17
+    assert relative_error(logits.double(), wanted[:, 0]) < 1e-5
+    for at in range(4):
+        logits = decoding.step(codes[:, at])
+        assert relative_error(logits.double(), wanted[:, at + 1]) < 1e-5
+    for first, width in (([4, 4, 4, 4], 3), ([6, 2, 7, 0], 9), ([9, 9, 1, 9], 1)):
+        fed = torch.stack([row[at : at + width] for row, at in zip(codes, first, strict=True)])
+        decoding.window((fed + 1) % 24, first)
+        logits = decoding.window(fed, first)
+        for row, at in enumerate(first):
+            behind = wanted[row][at + 1 : at + 1 + width]
+            assert relative_error(logits[row].double(), behind) < 1e-5
+
+
+@torch.inference_mode()
+def test_bits_hang_on_nothing_but_the_sequence(tiny, threads):
+    """Alone and among others, code by code and in windows, on one thread and two, behind a prompt
+    that is shared and one that was copied into the cache."""
+    weights, table = NativeTransformer(tiny.transformer), tiny.code_table
+    prompts = [[1, *range(20, 20 + n), 30] for n in (17, 40, 17, 5)] * 9
+    generator = torch.Generator().manual_seed(4)
+    codes = torch.randint(1024, (len(prompts), 40), generator=generator)
+
+    def drawn(rows: list[int], widths: list[int]) -> Tensor:
+        decoding = NativeDecoding(
+            weights, table, *left_padded([prompts[row] for row in rows], 0), 64, guided=False
+        )
+        parts, at = [decoding.prefill()[:, None]], 0
+        for width in widths:
+            fed = codes[rows, at : at + width]
+            single = width == 1 and at == len(parts) - 1  # `step` goes on from its own steps
+            parts.append(
+                decoding.step(fed[:, 0])[:, None]
+                if single
+                else decoding.window(fed, [at] * len(rows))
+            )
+            at += width
+        return torch.cat(parts, 1)
+
+    threads(1)
+    everyone = list(range(len(prompts)))
+    wanted = drawn(everyone, [1] * 40)
+    assert torch.equal(drawn(everyone, [3, 1, 16, 20]), wanted)
+    for row in (0, 1, 7):
+        assert torch.equal(drawn([row], [40]), wanted[row : row + 1])
+    assert torch.equal(drawn([5, 3], [7, 33]), wanted[[5, 3]])
+    threads(2)
+    assert torch.equal(drawn(everyone, [3, 1, 16, 20]), wanted)
+
+    cache = WindowCache(weights.config, 3, 128, torch.float32, "cpu")
+    cache.block.fill_(float("nan"))  # what no token wrote is not read
+    runner = NativeRows(weights, table, cache)
+    ends = []
+    for slot, row in enumerate((2, 1, 3)):
+        prefix = runner.run_prompt(prompts[row])
+        ends.append(prefix.keys_values.shape[-2])
+        cache.block[:, :, slot, :, : ends[-1]].copy_(prefix.keys_values)
+    at = torch.tensor(ends)
+    found = [runner.step(codes[[2, 1, 3], 0], at, 128)[:, None]]
+    found.append(runner.window(codes[[2, 1, 3], 1:8], at + 1, 128))
+    assert torch.equal(torch.cat(found, 1), wanted[[2, 1, 3], 1:9])
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(cfg=4.0, top_k=9)])
+def test_windows_draw_what_single_codes_draw(model, sampling):
+    weights, table = NativeTransformer(model), table_of(model)
+    rows = [prompt(n, n) for n in (4, 11)]
+    rows += [[BOS, PAD, BEGIN]] * 2 if sampling.guided else []
+
+    def sampler() -> Sampler:
+        return Sampler(sampling, 3, torch.arange(2), model.config.codebook_size, T)
+
+    wanted = decode_image(weights, table, rows, sampler(), PAD)
+    assert len(wanted.unique()) > 3
+    for window in (1, 2, 7, T):
+        drawn = decode_windows(weights, table, rows, sampler(), PAD, window)
+        assert torch.equal(drawn.codes, wanted)
+
+
+def test_the_longest_prompt_fits(model):
+    longest = model.config.max_positions - T
+    rows = [prompt(longest, 0)]
+    sampler = Sampler(Sampling(temperature=0), 0, torch.arange(1), 24, T)
+    double = copy.deepcopy(model).double()
+    wanted = decode_image(double, table_of(double), rows, sampler, PAD)
+    for window in (1, 5):
+        drawn = decode_windows(
+            NativeTransformer(model), table_of(model), rows, sampler, PAD, window
+        )
+        assert torch.equal(drawn.codes, wanted)
+
+
+@torch.inference_mode()
+def test_what_is_no_number_is_not_hidden(model):
+    broken = copy.deepcopy(model)
+    broken.blocks[1].qkv.weight[0, 0] = float("nan")
+    decoding, logits = opened(NativeTransformer(broken), table_of(model), [prompt(5, 0)])
+    assert logits.isnan().all()
+    assert decoding.step(torch.tensor([3])).isnan().all()
+
+
+@pytest.mark.parametrize(
+    ("ids", "row", "at", "words"),
+    [
+        ([3, 24], [0, 1], [0, 0], "an id that the embedding does not have"),
+        ([3, -1], [0, 1], [0, 0], "an id that the embedding does not have"),
+        ([3, 4], [0, 2], [0, 0], "a row that the cache does not have"),
+        ([3, 4], [0, 1], [0, 9], "a place behind the cache's end"),
+        ([3, 4], [0, 1], [0, -1], "a place behind the cache's end"),
+    ],
+)
+def test_a_token_outside_is_refused_before_anything_is_written(model, ids, row, at, words):
+    weights, table, c = NativeTransformer(model), table_of(model), model.config
+    block = torch.full((2, 2, c.layers, c.kv_heads, 9, c.head_dim), float("nan"))
+    rows = Rows(weights, table, [(own, None) for own in block])
+    with pytest.raises(IndexError, match=words):
+        rows.run(*map(torch.tensor, (ids, row, at)))
+    assert block.isnan().all()
+    rows.run(*map(torch.tensor, ([3, 4], [0, 1], [0, 0])))
+    assert not block[:, :, :, :, 0].isnan().any() and block[:, :, :, :, 1:].isnan().all()
+
+
+# --- where it cannot be ---------------------------------------------------------------------------
+
+
+def codes_of(engine: Engine) -> Tensor:
+    from echogen.engine.layout import Layout, LayoutObject
+
+    layout = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.6, 0.7)),))
+    return engine.generate_codes([layout], 5, decoding="sequential")
+
+
+@pytest.mark.parametrize(
+    ("compiler", "words"),
+    [
+        ("no-such-compiler", r"no C\+\+ compiler \(no-such-compiler\) is on PATH"),
+        ("false", r"false failed: without a word; name another one in CXX"),
+    ],
+)
+def test_without_a_compiler_the_same_is_drawn_with_a_warning(
+    tiny, untried, tmp_path, compiler, words
+):
+    wanted = codes_of(tiny)
+    loader._library.cache_clear()
+    untried.setenv("CXX", compiler)
+    untried.setenv("ECHOGEN_CACHE", str(tmp_path))
+    engine = copy.copy(tiny)
+    engine.refresh()
+    with pytest.warns(UserWarning, match=words):
+        assert isinstance(engine.decoder, PackedTransformer)
+    assert torch.equal(codes_of(engine), wanted)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tiny, untried, tmp_path):
+    (tmp_path / "file").touch()
+    untried.setenv("ECHOGEN_CACHE", str(tmp_path / "file"))
+    with pytest.warns(UserWarning, match="file.*; name a folder that can be written to in ECHO"):
+        packed(tiny.transformer)
+
+
+def test_it_is_compiled_once(untried, tmp_path, monkeypatch):
+    untried.setenv("ECHOGEN_CACHE", str(tmp_path))
+    if loader.compiler() is None:
+        pytest.skip("no compiler")
+    loader.library("transformer")
+    (built,) = (tmp_path / "native").iterdir()
+    loader._library.cache_clear()
+    monkeypatch.setattr(loader, "_compile", lambda *_: pytest.fail("compiled again"))
+    assert loader.library("transformer").echogen_lanes() in (4, 8, 16)
+    assert list((tmp_path / "native").iterdir()) == [built]
+
+
+def test_it_can_be_switched_off_without_a_word(tiny, monkeypatch):
+    monkeypatch.setenv("ECHOGEN_NATIVE", "0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert isinstance(packed(tiny.transformer), PackedTransformer)
+    monkeypatch.setenv("ECHOGEN_NATIVE", "no")
+    with pytest.raises(ValueError, match="ECHOGEN_NATIVE=no: write 0"):
+        packed(tiny.transformer)
+
+
+def test_other_types_and_large_models_go_through_pytorch(tiny, monkeypatch):
+    assert "bfloat16 on cpu" in str(misfit(copy.deepcopy(tiny.transformer).bfloat16()))
+    monkeypatch.setattr("echogen.engine.native.MOST_BYTES", 1 << 20)
+    assert "more than the 1 a cache may hold" in str(misfit(tiny.transformer))
