@@ -59,6 +59,7 @@ def examine() -> dict[str, Any]:
         "threads": _threads(),
         "bf16_slowdown": bf16_slowdown(),
         "models": bundled(),
+        "cpu_drawing": cpu_drawing(),
         "operators": operators(),
         "force_reference": os.environ.get("ECHOGEN_FORCE_REFERENCE") == "1",
         "cache": cache(),
@@ -118,6 +119,20 @@ def bundled() -> dict[str, int]:
     }
 
 
+def cpu_drawing() -> str:
+    """What draws a small float32 model on this CPU, and why (`echogen.engine.native`). Compiles it
+    where that was not done yet."""
+    from echogen.kernels.cpu import loader
+
+    try:
+        if loader.switched_off():
+            return "PyTorch's operations: ECHOGEN_NATIVE=0"
+        loader.library("transformer")
+    except (loader.CompilerError, ValueError) as error:
+        return f"PyTorch's operations, several times as slowly: {error}"
+    return f"C++, compiled by {loader.compiler()}"
+
+
 def operators() -> dict[str, dict[str, str]]:
     """Every operator: the module it is in, and what runs it on a CPU and on CUDA (for one in CUDA
     C++ also how it is loaded, or why its reference runs instead)."""
@@ -171,6 +186,7 @@ def _show(data: dict[str, Any]) -> None:
         here.append(("cuda", "none: everything runs on the CPU"))
     here.append(("threads", str(data["threads"])))
     here.append(("bfloat16 on the CPU", f"{data['bf16_slowdown']:.1f} × the time of float32"))
+    here.append(("drawing on the CPU", data["cpu_drawing"]))
     cache = data["cache"]
     state = f"cannot be made ({cache['error']})" if "error" in cache else ""
     state = state or ("" if cache["writable"] else "cannot be written to")

@@ -111,22 +111,13 @@ class DeviceRows(PlainRows):
         return self._logits[:count]
 
 
-class WindowRunner(Runner, Protocol):
-    """A `Runner` on packed weights, whose steps may take several codes of a row."""
-
-    def window(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
-        """Write image codes int64 [R, W] at places ``at`` int64 [R] and on of the leading R rows,
-        all below ``read``; the image logits [R, W, V] behind each."""
-        ...
-
-
 class NativeRows:
-    """`WindowRunner` in C++; a row reads what it holds, whatever ``read`` is."""
+    """`Runner` in C++; a row reads what it holds, whatever ``read`` is."""
 
     def __init__(self, model: NativeTransformer, code_table: Tensor, cache: WindowCache) -> None:
         self._model = model
         self._rows = Rows(model, code_table, [(own, None) for own in cache.block.unbind(2)])
-        self._row, self._slot = torch.arange(cache.block.shape[2]), torch.arange(cache.capacity)
+        self._row = torch.arange(cache.block.shape[2])
 
     def run_prompt(self, prompt: list[int]) -> Prefix:
         """See `Runner`."""
@@ -136,16 +127,9 @@ class NativeRows:
         """See `Runner`."""
         return self._rows.run(codes, self._row[: len(codes)], at)
 
-    def window(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
-        """See `WindowRunner`."""
-        rows, width = codes.shape
-        places = (at[:, None] + self._slot[:width]).flatten()
-        row = self._row[:rows].repeat_interleave(width)
-        return self._rows.run(codes.flatten(), row, places).view(rows, width, -1)
-
 
 class PackedRows:
-    """`WindowRunner` by PyTorch's operations; see `packed_decode.PackedDecoding`, whose steps it
+    """`Runner` by PyTorch's operations; see `packed_decode.PackedDecoding`, whose steps it
     makes with a place of its own for each row.
 
     Args:
@@ -182,7 +166,8 @@ class PackedRows:
         return self._run(codes[:, None], at[:, None], read)
 
     def window(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
-        """See `WindowRunner`."""
+        """Write image codes int64 [R, W] at places ``at`` int64 [R] and on of the leading R rows,
+        all below ``read``; the image logits [R, W, V] behind each."""
         logits = self._run(codes, at[:, None] + self._slot[: codes.shape[1]], read)
         return logits.view(*codes.shape, -1)
 

@@ -20,7 +20,7 @@ from echogen.engine.decode import Packed
 from echogen.engine.device import DeviceTransformer
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
-from echogen.engine.native import NativeTransformer
+from echogen.engine.packed import PackedTransformer
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampling
 from echogen.engine.serving.budget import plan
@@ -63,8 +63,8 @@ class Scheduler(Worker):
             (whose numbers decide how sums are rounded), and what this stands on is tried at once
             (`Slots.rows_agree`); in the usual mode a step runs the rows and reads the places it
             needs, and codes within rounding of each other may be drawn otherwise in another crowd.
-        windows: on a CPU's packed weights draw several codes of an image a step while at most
-            `slots.WINDOW_ROWS` are held and half of the rows can be drafted well
+        windows: on weights packed for PyTorch's operations draw several codes of an image a step
+            while at most `slots.WINDOW_ROWS` are held and half of the rows can be drafted well
             (`jacobi.foreseeable`); False: always code by code, as batch-invariant
             steps of one shape are.
         patience: how often a request may be overtaken, see `Waiting`.
@@ -94,8 +94,7 @@ class Scheduler(Worker):
         super().__init__()
         decoder, table = engine.decoder, engine.code_table
         self._copied = isinstance(decoder, Packed)
-        windows = windows and self._copied
-        windows = windows and (not invariant or isinstance(decoder, NativeTransformer))
+        windows = windows and isinstance(decoder, PackedTransformer) and not invariant
         self.plan = plan(
             decoder.config, table.dtype, table.device,
             decoding_bytes(engine.vq, engine.image_size), slots, memory, prompt_tokens,

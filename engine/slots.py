@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 
 from echogen.engine.cache import PREFIX_BYTES, Prefix, PrefixCache, WindowCache
-from echogen.engine.decode import Decoder, Packed
+from echogen.engine.decode import Decoder
 from echogen.engine.device import DeviceTransformer
 from echogen.engine.graphs import bucket
 from echogen.engine.jacobi import default_window
 from echogen.engine.native import NativeTransformer
 from echogen.engine.packed import PackedTransformer
 from echogen.engine.ranges import span
-from echogen.engine.rows import DeviceRows, NativeRows, PackedRows, PlainRows, Runner, WindowRunner
+from echogen.engine.rows import DeviceRows, NativeRows, PackedRows, PlainRows, Runner
 from echogen.kernels.checks import FP8
 from echogen.kernels.rope import scaled_heads
 
@@ -132,17 +132,15 @@ class Slots:
         self.cache = WindowCache(c, rows, capacity, dtype, device)
         self._counts = row_counts(rows, self.invariant, recorded=on_device, any_number=native)
         self._widths = dict[int, int]()
-        if isinstance(model, Packed) and windows and not self.invariant:
-            self._widths = widths(self._counts, c.image_tokens)
-        self._packed: WindowRunner | None = None
-        if isinstance(model, NativeTransformer):
-            self._packed = NativeRows(model, code_table, self.cache)
-        elif isinstance(model, PackedTransformer):
-            shapes = [(count, 1) for count in self._counts] + list(self._widths.items())
-            self._packed = PackedRows(model, code_table, self.cache, shapes)
+        self._packed: PackedRows | None = None
         self._runner: Runner
-        if self._packed is not None:
-            self._runner = self._packed
+        if isinstance(model, PackedTransformer):
+            if windows and not invariant:
+                self._widths = widths(self._counts, c.image_tokens)
+            shapes = [(count, 1) for count in self._counts] + list(self._widths.items())
+            self._runner = self._packed = PackedRows(model, code_table, self.cache, shapes)
+        elif isinstance(model, NativeTransformer):
+            self._runner = NativeRows(model, code_table, self.cache)
         elif isinstance(model, DeviceTransformer):
             self._runner = DeviceRows(model, self.cache, self.scales, self._counts)
         else:

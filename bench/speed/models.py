@@ -193,9 +193,10 @@ def _layout(index: int) -> Layout:
 def hollow(subject: Subject) -> Subject:
     """A model of as many layers and the same prompts, whose tensors hold a few numbers: its step is
     a step's calls without their arithmetic."""
+    # As narrow as all ways of drawing take it.
     config = replace(
-        subject.transformer.config, width=2, heads=1, kv_heads=1, head_dim=2, mlp_width=2,
-        head_width=2, codebook_size=4, code_dim=2,
+        subject.transformer.config, width=16, heads=1, kv_heads=1, head_dim=16, mlp_width=16,
+        head_width=16, codebook_size=16, code_dim=2,
     )  # fmt: skip
     weight = subject.transformer.norm.weight
     model = UnifiedTransformer(config).eval()

@@ -20,6 +20,7 @@ from echogen.engine.engine import Engine
 from echogen.engine.jacobi import WindowDrawing, decode_windows
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer, additive_mask
+from echogen.engine.native import NativeTransformer
 from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.packed_decode import PackedDecoding, PackedWindows
 from echogen.engine.sampler import Sampler, Sampling
@@ -364,7 +365,11 @@ def test_covered_counts_overlaps_once():
 
 
 def test_few_images_with_free_ground_are_drawn_by_windows(tiny, monkeypatch):
-    """Many, or one that is nearly full, code by code, unless asked otherwise."""
+    """By PyTorch's operations; many, or one that is nearly full, code by code, unless asked
+    otherwise, as in C++ all are."""
+    in_cpp, tiny = tiny, copy.copy(tiny)
+    monkeypatch.setenv("ECHOGEN_NATIVE", "0")
+    tiny.refresh()
     called = []
     full = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.1, 0.9, 0.9)),))
 
@@ -392,5 +397,7 @@ def test_few_images_with_free_ground_are_drawn_by_windows(tiny, monkeypatch):
     assert jacobi.wins(tiny.decoder, torch.bfloat16, [full], guided=True)
     assert not jacobi.wins(tiny.decoder, torch.bfloat16, [*many, full], guided=False)
     assert not jacobi.wins(tiny.transformer, torch.float32, LAYOUTS[:1], guided=False)
+    if isinstance(in_cpp.decoder, NativeTransformer):
+        assert not jacobi.wins(in_cpp.decoder, torch.float32, LAYOUTS[:1], guided=False)
     with pytest.raises(ValueError, match="decoding = 'fast'"):
         tiny.generate(LAYOUTS[0], decoding="fast")

@@ -4,6 +4,8 @@ sequence alone, to the last bit."""
 from __future__ import annotations
 
 import copy
+import platform
+import subprocess
 import warnings
 
 import pytest
@@ -163,9 +165,8 @@ def test_bits_hang_on_nothing_but_the_sequence(tiny, threads):
         ends.append(prefix.keys_values.shape[-2])
         cache.block[:, :, slot, :, : ends[-1]].copy_(prefix.keys_values)
     at = torch.tensor(ends)
-    found = [runner.step(codes[[2, 1, 3], 0], at, 128)[:, None]]
-    found.append(runner.window(codes[[2, 1, 3], 1:8], at + 1, 128))
-    assert torch.equal(torch.cat(found, 1), wanted[[2, 1, 3], 1:9])
+    found = [runner.step(codes[[2, 1, 3], i], at + i, 128) for i in range(8)]
+    assert torch.equal(torch.stack(found, 1), wanted[[2, 1, 3], 1:9])
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(cfg=4.0, top_k=9)])
@@ -275,6 +276,19 @@ def test_it_is_compiled_once(untried, tmp_path, monkeypatch):
     monkeypatch.setattr(loader, "_compile", lambda *_: pytest.fail("compiled again"))
     assert loader.library("transformer").echogen_lanes() in (4, 8, 16)
     assert list((tmp_path / "native").iterdir()) == [built]
+
+
+@pytest.mark.parametrize("cpu", ["native", "x86-64-v2", "x86-64-v3", "x86-64-v4"])
+def test_it_compiles_without_a_warning_for_any_cpu(cpu):
+    tool = loader.compiler()
+    if tool is None or (cpu != "native" and platform.machine() != "x86_64"):
+        pytest.skip("no compiler for it")
+    options = [*loader.OPTIONS, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsyntax-only"]
+    source = loader.FOLDER / "transformer.cpp"
+    done = subprocess.run(
+        [tool, *options, f"-march={cpu}", str(source)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_it_can_be_switched_off_without_a_word(tiny, monkeypatch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from concurrent.futures import CancelledError
 
@@ -36,12 +35,10 @@ def windows() -> Heard:
     return Heard("engine/decode/window")
 
 
-def by_pytorch(engine: Engine, monkeypatch) -> Engine:
-    """The engine on weights packed for PyTorch's operations."""
+@pytest.fixture(autouse=True)
+def by_pytorch(monkeypatch):
+    """Whose weights alone are run several codes a step."""
     monkeypatch.setenv("ECHOGEN_NATIVE", "0")
-    made = copy.copy(engine)
-    made.refresh()
-    return made
 
 
 @pytest.mark.parametrize("sampling", KINDS)
@@ -129,9 +126,8 @@ def test_drafts_outlast_others_that_come_and_go(engine):
     assert scheduler._live[0].drafts is drafts and first.drawn == drafts[0].done
 
 
-def test_slots_that_lie_apart(engine, monkeypatch):
+def test_slots_that_lie_apart(engine):
     """Which they do while a step would run no fewer rows if they did not."""
-    engine = by_pytorch(engine, monkeypatch)
     scheduler, heard = Scheduler(engine, slots=8, prompt_tokens=80), windows()
     before = [Asked(ONE, seed, PLAIN, 1).submit(scheduler) for seed in range(8)]
     scheduler.step()
@@ -194,27 +190,10 @@ def test_who_cancels_at_a_partial_result_is_told_no_more(engine):
 
 
 @pytest.mark.parametrize("how", [{"windows": False}, {"invariant": True}])
-def test_code_by_code_where_it_is_asked_for(engine, monkeypatch, how):
-    engine = by_pytorch(engine, monkeypatch)
+def test_code_by_code_where_it_is_asked_for(engine, how):
     scheduler = Scheduler(engine, slots=4, prompt_tokens=80, **how)
     Asked(ONE, 1, PLAIN, 1).submit(scheduler)
     assert finish(scheduler) == TOKENS - 1
-
-
-def test_in_cpp_windows_are_batch_invariant(engine):
-    """Codes do not hang on how many a step draws, nor on who else is there."""
-    scheduler = Scheduler(engine, slots=6, prompt_tokens=80, invariant=True)
-    asked = [Asked(LONG, 4, GUIDED, 1), Asked(ONE, 1, PLAIN, 2), Asked(LONG, 5, PLAIN, 1)]
-    alone = []
-    for each in asked:
-        request = each.submit(scheduler)
-        assert finish(scheduler) < TOKENS - 1
-        alone.append(request.result())
-    for order in ((0, 1, 2), (2, 1, 0)):
-        requests = {i: asked[i].submit(scheduler) for i in order}
-        finish(scheduler)
-        for i, request in requests.items():
-            assert torch.equal(request.result(), alone[i])
 
 
 def test_crowded_layouts_are_drawn_code_by_code(engine):
