@@ -152,7 +152,7 @@ def operators() -> dict[str, dict[str, str]]:
 
 def cache() -> dict[str, Any]:
     """The cache folder, and whether it can be written to."""
-    from echogen.cache import cache_folder
+    from echogen.kernels.cache import cache_folder
 
     try:
         folder = cache_folder()

@@ -386,7 +386,9 @@ def test_profile(run, model, tmp_path):
     shares = [r["share"] for r in done.data["ranges"]]
     assert sum(shares) == pytest.approx(1, abs=0.05)
     found = {r["category"] for r in done.data["ranges"]}
-    assert {"engine/decode/window", "engine/vq/decode", "engine/ground/step"} <= found
+    assert {"engine/vq/decode", "engine/ground/step"} <= found
+    # One code a step in C++, several by PyTorch's operations.
+    assert found & {"engine/decode/step", "engine/decode/window"}
     trace = json.loads((out / "cycle.trace.json").read_text())
     names = {e.get("name") for e in trace["traceEvents"]}
     assert {f"echogen:{c}" for c in found if c.startswith("engine/")} <= names

@@ -18,11 +18,11 @@ from .conftest import LAYOUT
 
 
 @pytest.fixture
-def served(model, request) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A process that serves the small model, and its port; its --timeout is the parameter."""
+def served(request) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A process that serves the bundled model, and its port; its --timeout is the parameter."""
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", "echogen", "serve", "--model", str(model), "--port", "0"),
+            *(sys.executable, "-m", "echogen", "serve", "--model", "tiny", "--port", "0"),
             *("--timeout", str(request.param)),
         ],
         stdout=subprocess.PIPE,

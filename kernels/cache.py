@@ -1,4 +1,4 @@
-"""Where derived data is kept: scenes and their codes, models of experiments, compiled code."""
+"""Where derived data is kept: compiled code, scenes and their codes, models of experiments."""
 
 from __future__ import annotations
 
