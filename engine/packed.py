@@ -1,6 +1,6 @@
 """Drawing on a CPU by PyTorch's operations: the transformer's weights laid out for it, and a step
-made of few of them. For large models, whose step is their weights' bytes (`PackedLinear`), for
-bfloat16 and without a compiler; `echogen.engine.native` draws the others.
+made of few of them. For bfloat16, large models on many threads, whose step is their weights' bytes
+(`PackedLinear`), and without a compiler; `echogen.engine.native` draws the others.
 
 Cutting a view costs as much as using it: buffers and their views are made once for a drawing,
 norms' gains and scales lie in the weights. The packed weights are a copy: whoever holds one makes a

@@ -218,18 +218,31 @@ void turn(float* heads, int64_t count, const float* rope, int64_t dim) {
     }
 }
 
-// Keys and values of one head and layer in order: a prefix, then the row's own.
+// Keys and values of one head and layer: of a prefix, then the row's own.
 struct Keys {
     const float *prefix_keys, *prefix_values, *own_keys, *own_values;
     int64_t prefix, count;
-
-    template <class Visit>
-    void each(int64_t dim, Visit visit) const {
-        for (int64_t j = 0; j < prefix; ++j) visit(j, prefix_keys + j * dim, prefix_values + j * dim);
-        for (int64_t j = prefix; j < count; ++j)
-            visit(j, own_keys + (j - prefix) * dim, own_values + (j - prefix) * dim);
-    }
 };
+
+template <int V>
+void score(const Vector* query, const float* keys, int64_t count, float* scores) {
+    Vector q[V];
+    for (int v = 0; v < V; ++v) q[v] = query[v];
+    for (int64_t j = 0; j < count; ++j, keys += V * LANES) {
+        Vector products{};
+        for (int v = 0; v < V; ++v) products += q[v] * load(keys + v * LANES);
+        scores[j] = sum(products);
+    }
+}
+
+template <int V>
+void mix(const float* weights, const float* values, int64_t count, Vector* mixed) {
+    Vector sums[V];  // a copy, which can lie in registers
+    for (int v = 0; v < V; ++v) sums[v] = mixed[v];
+    for (int64_t j = 0; j < count; ++j, values += V * LANES)
+        for (int v = 0; v < V; ++v) sums[v] += load(values + v * LANES) * weights[j];
+    for (int v = 0; v < V; ++v) mixed[v] = sums[v];
+}
 
 // softmax(q·kᵀ/√dim)·v of one query head; `scores` holds padded(count) numbers.
 template <int DIM>
@@ -237,21 +250,22 @@ void attend(const float* query, const Keys& keys, float* scores, float* out) {
     constexpr int V = DIM / LANES;
     Vector q[V], mixed[V] = {}, weights{};
     for (int v = 0; v < V; ++v) q[v] = load(query + v * LANES) * (1.0f / std::sqrt(float(DIM)));
-    float top = -std::numeric_limits<float>::infinity();
-    keys.each(DIM, [&](int64_t j, const float* key, const float*) {
-        Vector products{};
-        for (int v = 0; v < V; ++v) products += q[v] * load(key + v * LANES);
-        scores[j] = sum(products);
-        top = scores[j] > top ? scores[j] : top;
-    });
-    const int64_t end = padded(keys.count);
-    for (int64_t j = keys.count; j < end; ++j) scores[j] = top;
+    const int64_t prefix = keys.prefix, count = keys.count, end = padded(count);
+    score<V>(q, keys.prefix_keys, prefix, scores);
+    score<V>(q, keys.own_keys, count - prefix, scores + prefix);
+    for (int64_t j = count; j < end; ++j) scores[j] = -std::numeric_limits<float>::infinity();
+    Vector most = load(scores);
+    for (int64_t j = LANES; j < end; j += LANES) {
+        const Vector next = load(scores + j);
+        most = next > most ? next : most;
+    }
+    float top = most[0];
+    for (int i = 1; i < LANES; ++i) top = most[i] > top ? most[i] : top;
     for (int64_t j = 0; j < end; j += LANES) store(scores + j, exp(load(scores + j) - top));
-    for (int64_t j = keys.count; j < end; ++j) scores[j] = 0;
+    for (int64_t j = count; j < end; ++j) scores[j] = 0;
     for (int64_t j = 0; j < end; j += LANES) weights += load(scores + j);
-    keys.each(DIM, [&](int64_t j, const float*, const float* value) {
-        for (int v = 0; v < V; ++v) mixed[v] += load(value + v * LANES) * scores[j];
-    });
+    mix<V>(scores, keys.prefix_values, prefix, mixed);
+    mix<V>(scores + prefix, keys.own_values, count - prefix, mixed);
     const float whole = 1.0f / sum(weights);
     for (int v = 0; v < V; ++v) store(out + v * LANES, mixed[v] * whole);
 }

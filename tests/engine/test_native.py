@@ -301,7 +301,10 @@ def test_it_can_be_switched_off_without_a_word(tiny, monkeypatch):
         packed(tiny.transformer)
 
 
-def test_other_types_and_large_models_go_through_pytorch(tiny, monkeypatch):
+def test_other_types_and_large_models_go_through_pytorch(tiny, threads, monkeypatch):
     assert "bfloat16 on cpu" in str(misfit(copy.deepcopy(tiny.transformer).bfloat16()))
     monkeypatch.setattr("echogen.engine.native.MOST_BYTES", 1 << 20)
+    threads(2)
+    assert misfit(tiny.transformer) is None
+    threads(3)
     assert "more than the 1 a cache may hold" in str(misfit(tiny.transformer))
