@@ -18,7 +18,6 @@ from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.native import NativeDecoding, NativeTransformer, misfit
 from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.packed_decode import PackedDecoding, PackedWindows
-from echogen.engine.packed_shared import SharedDecoding, worth_sharing
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampler
 from echogen.kernels.cpu.loader import CompilerError
@@ -229,9 +228,8 @@ def decode_image(
         sampler: made for N samples; decides whether rows are guided.
         pad: id that fills shorter prompts on the left, where nothing attends to it.
         progress: called after every step.
-        share: keep a prompt that many rows have once, where that is the faster way
-            (`packed_shared.worth_sharing`; on a GPU's operators always); False keeps a copy a row,
-            for comparisons.
+        share: keep a prompt that many rows have once, in C++ and on a GPU's operators; False keeps
+            a copy a row, for comparisons, as other ways of drawing do.
 
     Returns:
         Image codes int64 [N, T].
@@ -258,11 +256,8 @@ def decode_image(
     if isinstance(model, UnifiedTransformer):
         decoding = PlainDecoding(model, code_table, ids, pads, steps)
     elif isinstance(model, NativeTransformer):
-        decoding = native = NativeDecoding(model, code_table, ids, pads, steps, guided)
+        decoding = native = NativeDecoding(model, code_table, ids, pads, steps, guided, share)
         held = native.held
-    elif share and worth_sharing(ids, code_table.dtype):
-        decoding = shared = SharedDecoding(model, code_table, ids, pads, steps, guided)
-        held = shared.held
     else:
         decoding = PackedDecoding(model, code_table, ids, pads, steps, guided)
     return _code_by_code(decoding, rows, held, model, sampler, progress)

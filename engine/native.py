@@ -27,7 +27,7 @@ from echogen.kernels.cpu import loader
 
 SOURCE = "transformer"
 MOST_BYTES = 64 << 20
-"""Of a model's layers and image head, on more than ``FEW_THREADS`` threads. A larger model's weights
+"""Of a model's layers and image head, on more than ``FEW_THREADS`` threads. A larger one's weights
 come from memory with every step; oneDNN's threads share them, those here take whole rows each."""
 FEW_THREADS = 2
 """With so many every model is drawn the faster here: of 110 million parameters 1.1 to 1.4 times
@@ -248,9 +248,10 @@ class NativeDecoding:
         steps: image tokens T.
         guided: the second half of the rows is unconditional; what their prompts leave is kept in
             ``model.prefixes`` for later drawings.
+        share: False keeps a copy of its prompt for each row, for comparisons.
 
     Attributes:
-        held: tokens of prompts in the cache, each prompt's once.
+        held: tokens of prompts in the cache.
     """
 
     def __init__(
@@ -261,15 +262,16 @@ class NativeDecoding:
         pads: Tensor,
         steps: int,
         guided: bool,
+        share: bool = True,
     ) -> None:
         c = model.config
-        self._model, self._table = model, code_table
+        self._model, self._table, self._share = model, code_table, share
         self._prompts = [
             tuple(row[pad:]) for row, pad in zip(ids.tolist(), pads.tolist(), strict=True)
         ]
         distinct = dict.fromkeys(self._prompts)
         self._away = set(self._prompts[len(ids) // 2 :]) if guided else set()
-        self.held = sum(map(len, distinct))
+        self.held = sum(map(len, distinct if share else self._prompts))
         self._block = torch.empty(len(ids), 2, c.layers, c.kv_heads, steps, c.head_dim)
         self._row = torch.arange(len(ids))
         self._ids, self._at = torch.zeros_like(self._row), torch.zeros_like(self._row)
@@ -285,7 +287,7 @@ class NativeDecoding:
             model.prefixes.put(prompt, _there(found[prompt]))
         prefixes = [_there(found[prompt]) for prompt in self._prompts]
         caches = [
-            (own, prefix.keys_values)
+            (own, prefix.keys_values if self._share else prefix.keys_values.clone())
             for own, prefix in zip(self._block.unbind(0), prefixes, strict=True)
         ]
         self._rows = Rows(model, self._table, caches)

@@ -21,8 +21,7 @@ from echogen.bench.speed.phases import Weights, step_floor
 from echogen.engine.decode import Decoder, PlainDecoding, decode_image, left_padded
 from echogen.engine.device import DeviceTransformer
 from echogen.engine.engine import on_operators
-from echogen.engine.packed import PackedTransformer
-from echogen.engine.packed_shared import worth_sharing
+from echogen.engine.native import NativeTransformer
 from echogen.engine.rollout import RecordingSampler
 from echogen.engine.sampler import Sampler, Sampling
 
@@ -122,11 +121,9 @@ class Contestants:
         return [OURS, *(p for p in self._peers if p in there - self._broken)]
 
     def _shares(self, asked: Asked) -> bool:
-        """Whether this engine keeps prompts once."""
-        packed = isinstance(self._model(), PackedTransformer)
-        return packed and worth_sharing(
-            torch.tensor(self._rows(asked)), self._subject.code_table.dtype
-        )
+        """Whether rows have a prompt in common that this engine keeps once, on a CPU."""
+        rows = self._rows(asked)
+        return isinstance(self._model(), NativeTransformer) and len({*map(tuple, rows)}) < len(rows)
 
     def greedy(self, name: str, asked: Asked) -> Draw:
         """The most likely codes, to compare."""

@@ -63,14 +63,13 @@ def test_latency_reports_everybody():
     Console(quiet=True).print(tables.drawing(result))
 
 
-def test_rollouts_draw_groups_with_and_without_guidance(monkeypatch):
-    monkeypatch.setenv("ECHOGEN_NATIVE", "0")  # in C++ there are no copies of prompts
+def test_rollouts_draw_groups_with_and_without_guidance():
     result = drawing.run(plan("rollout", peers=(PORT, EAGER, COPIES)), [MICRO])
     cells = [(r["batch"], r["cfg"], r["provider"], r["ratio"] is None) for r in result["results"]]
     unguided = [(b, 1.0, name, True) for b in (8, 16) for name in ("echogen", EAGER)]
     guided = [(b, 5.0, name, False) for b in (8, 16) for name in ("echogen", PORT, EAGER)]
-    # From sixteen rows on prompts are kept once, and copies are another way to draw.
-    copies = [(16, 1.0, COPIES, True), (8, 5.0, COPIES, False), (16, 5.0, COPIES, False)]
+    # Groups keep their prompts once, and copies are another way to draw.
+    copies = [(b, cfg, COPIES, cfg == 1.0) for b in (8, 16) for cfg in (1.0, 5.0)]
     assert sorted(cells) == sorted(unguided + guided + copies)
     assert result["group"] == 8
     by = {(r["batch"], r["cfg"]): r for r in result["results"] if r["provider"] == "echogen"}

@@ -130,10 +130,11 @@ def test_bits_hang_on_nothing_but_the_sequence(tiny, threads):
     generator = torch.Generator().manual_seed(4)
     codes = torch.randint(1024, (len(prompts), 40), generator=generator)
 
-    def drawn(rows: list[int], widths: list[int]) -> Tensor:
-        decoding = NativeDecoding(
-            weights, table, *left_padded([prompts[row] for row in rows], 0), 64, guided=False
-        )
+    def drawn(rows: list[int], widths: list[int], share: bool = True) -> Tensor:
+        ids, pads = left_padded([prompts[row] for row in rows], 0)
+        decoding = NativeDecoding(weights, table, ids, pads, 64, False, share)
+        copies = [prompts[row] for row in rows]
+        assert decoding.held == sum(map(len, {*map(tuple, copies)} if share else copies))
         parts, at = [decoding.prefill()[:, None]], 0
         for width in widths:
             fed = codes[rows, at : at + width]
@@ -153,6 +154,7 @@ def test_bits_hang_on_nothing_but_the_sequence(tiny, threads):
     for row in (0, 1, 7):
         assert torch.equal(drawn([row], [40]), wanted[row : row + 1])
     assert torch.equal(drawn([5, 3], [7, 33]), wanted[[5, 3]])
+    assert torch.equal(drawn([2, 0, 2], [40], share=False), wanted[[2, 0, 2]])
     threads(2)
     assert torch.equal(drawn(everyone, [3, 1, 16, 20]), wanted)
 
