@@ -27,6 +27,7 @@ from echogen.engine.decode import Progress, decode_image
 from echogen.engine.engine import Engine
 from echogen.engine.jacobi import Method
 from echogen.engine.layout import Layout
+from echogen.engine.native import NativeTransformer
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.scheduler import Scheduler
 from echogen.train.data.scenes import load_scenes
@@ -110,8 +111,9 @@ def measure(
         different = check({name: partial(draw, asked) for name, draw in providers.items()})
         single = [replace(asked[0], sampling=KINDS[0], samples=1)]
         draws = {name: partial(draw, asked) for name, draw in providers.items()}
-        draws |= {f"{name}, one image": partial(providers[name], single) for name in FOR_ONE}
-        for name in FOR_ONE:
+        for_one = [name for name in FOR_ONE if name in providers]
+        draws |= {f"{name}, one image": partial(providers[name], single) for name in for_one}
+        for name in for_one:
             draws[f"{name}, one image"]()  # the others were warmed up by the check
         total, done = repeats * len(draws), itertools.count(1)
         times = alternate(draws, repeats, lambda: progress(next(done), total) if progress else None)
@@ -127,7 +129,7 @@ def measure(
     ours, our_one = times[SCHEDULER], times[f"{SCHEDULER}, one image"]
     ratios = {
         "ratio": {n: _ratio(times[n], ours) for n in different if n != SCHEDULER},
-        "ratio_alone": {n: _ratio(times[f"{n}, one image"], our_one) for n in FOR_ONE[1:]},
+        "ratio_alone": {n: _ratio(times[f"{n}, one image"], our_one) for n in for_one[1:]},
     }
     return said | environment() | {"results": results} | ratios
 
@@ -157,7 +159,7 @@ def contestants(engine: Engine, asked: list[Asked], slots: int) -> dict[str, Dra
     made = partial(Scheduler, engine, slots, len(asked), prompt_tokens=longest)
     usual, codes, invariant = made(), made(windows=False), made(invariant=True)
     check_invariance(invariant, asked)
-    return {
+    found = {
         SCHEDULER: lambda asked: scheduled(usual, asked),
         CODES: lambda asked: scheduled(codes, asked),
         INVARIANT: lambda asked: scheduled(invariant, asked),
@@ -165,6 +167,9 @@ def contestants(engine: Engine, asked: list[Asked], slots: int) -> dict[str, Dra
         DEFAULT: partial(alone, "auto"),
         STATIC: lambda asked: in_batches(engine, asked, slots),
     }
+    if isinstance(engine.decoder, NativeTransformer):  # one code a step is its usual way
+        del found[CODES], found[DEFAULT]
+    return found
 
 
 def scheduled(scheduler: Scheduler, asked: list[Asked]) -> list[Tensor]:
