@@ -202,18 +202,45 @@ class Rows:
     ) -> None:
         self._model, self._table = model, table.detach().contiguous()
         described = list[list[int]]()
-        for own, prefix in caches:
+        for own, _ in caches:
             assert own.dtype == table.dtype == torch.float32
             assert own.stride()[-2:] == (own.shape[-1], 1)
-            assert prefix is None or prefix.is_contiguous()
-            held = (0, 0) if prefix is None else (prefix.data_ptr(), prefix.shape[-2])
-            described.append([own.data_ptr(), *own.stride()[:3], own.shape[-2], *held])
-        self._rows = torch.tensor(described)
-        self._kept = [tensor for pair in caches for tensor in pair]
+            described.append([own.data_ptr(), *own.stride()[:3], own.shape[-2], 0, 0])
+        self._rows, self._own = torch.tensor(described), [own for own, _ in caches]
+        self._before: list[Tensor | None] = [None] * len(caches)
+        for row, (_, prefix) in enumerate(caches):
+            self.put_before(row, prefix)
         self._call = _Call(
             table=self._table.data_ptr(), ids_known=len(table),
             rows=self._rows.data_ptr(), rows_known=len(described),
         )  # fmt: skip
+
+    def before(self, row: int) -> Tensor | None:
+        """What stands before a row's own keys and values."""
+        return self._before[row]
+
+    def put_before(self, row: int, prefix: Tensor | None) -> None:
+        """From now on this stands there, see ``caches``.
+
+        Raises:
+            ValueError: another shape, type or layout of memory.
+        """
+        held = (0, 0)
+        if prefix is not None:
+            own, length = self._own[row].shape, prefix.shape[-2]
+            wanted = (*own[:3], length, own[-1])
+            if (
+                prefix.shape != wanted
+                or prefix.dtype != torch.float32
+                or not prefix.is_contiguous()
+            ):
+                raise ValueError(
+                    f"{prefix.dtype} {list(prefix.shape)} before a row; it must be float32 "
+                    f"{list(wanted)} in one piece"
+                )
+            held = prefix.data_ptr(), length
+        self._rows[row, -2:] = torch.tensor(held)
+        self._before[row] = prefix
 
     def run(self, ids: Tensor, row: Tensor, at: Tensor, last_only: bool = False) -> Tensor:
         """Append tokens to their rows and read the logits behind them.

@@ -112,12 +112,26 @@ class DeviceRows(PlainRows):
 
 
 class NativeRows:
-    """`Runner` in C++; a row reads what it holds, whatever ``read`` is."""
+    """`Runner` in C++; a row reads what it holds, whatever ``read`` is. The cache has the rows'
+    codes alone: a prompt's keys and values are read where they lie, by all that ``hold`` them."""
 
     def __init__(self, model: NativeTransformer, code_table: Tensor, cache: WindowCache) -> None:
         self._model = model
         self._rows = Rows(model, code_table, [(own, None) for own in cache.block.unbind(2)])
         self._row = torch.arange(cache.block.shape[2])
+        self._lengths = torch.zeros_like(self._row)  # of what stands before a row's codes
+
+    def hold(self, row: int, prefix: Prefix | None) -> None:
+        """From now on a row begins with a prefix, or (None) with nothing."""
+        held = None if prefix is None else prefix.keys_values
+        self._rows.put_before(row, held)
+        self._lengths[row] = 0 if held is None else held.shape[-2]
+
+    def move(self, old: int, new: int) -> None:
+        """What a row begins with to another one; its codes are the cache's."""
+        self._rows.put_before(new, self._rows.before(old))
+        self._lengths[new] = self._lengths[old]
+        self.hold(old, None)
 
     def run_prompt(self, prompt: list[int]) -> Prefix:
         """See `Runner`."""
@@ -125,7 +139,8 @@ class NativeRows:
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """See `Runner`."""
-        return self._rows.run(codes, self._row[: len(codes)], at)
+        count = len(codes)
+        return self._rows.run(codes, self._row[:count], at - self._lengths[:count])
 
 
 class PackedRows:

@@ -1,8 +1,8 @@
 """The rows that a scheduler fills: one static cache, each row with a sequence of its own length.
 
 A slot is a row of the cache. A prompt is run by itself and copied into its slot (into as many as
-share it: attention on a CPU and SDPA read one cache a row, so the copies are what sharing costs),
-and from then on a step runs all rows together, each at its own place.
+share it: SDPA and PyTorch's products read one cache a row, so the copies are what sharing costs; in
+C++ it stays where it is), and from then on a step runs all rows together, each at its own place.
 """
 
 from __future__ import annotations
@@ -129,10 +129,13 @@ class Slots:
         if isinstance(model, DeviceTransformer) and model.fp8_cache:
             held = c.layers, 2, rows, c.kv_heads, capacity
             self.scales, dtype = torch.zeros(held, device=device), FP8
-        self.cache = WindowCache(c, rows, capacity, dtype, device)
+        # In C++ prompts stay where they are, in no more memory than slots would have had for them.
+        own = up_to_edge(c.image_tokens - 1) if native else capacity
+        self.cache = WindowCache(c, rows, own, dtype, device)
         self._counts = row_counts(rows, self.invariant, recorded=on_device, any_number=native)
         self._widths = dict[int, int]()
         self._packed: PackedRows | None = None
+        self._native: NativeRows | None = None
         self._runner: Runner
         if isinstance(model, PackedTransformer):
             if windows and not invariant:
@@ -140,7 +143,7 @@ class Slots:
             shapes = [(count, 1) for count in self._counts] + list(self._widths.items())
             self._runner = self._packed = PackedRows(model, code_table, self.cache, shapes)
         elif isinstance(model, NativeTransformer):
-            self._runner = NativeRows(model, code_table, self.cache)
+            self._runner = self._native = NativeRows(model, code_table, self.cache)
         elif isinstance(model, DeviceTransformer):
             self._runner = DeviceRows(model, self.cache, self.scales, self._counts)
         else:
@@ -207,12 +210,17 @@ class Slots:
         assert len(prefixes) <= self.free, "the scheduler admits what fits"
         rows = self._free[: len(prefixes)]
         lengths = [prefix.keys_values.shape[-2] for prefix in prefixes]
-        for row, length in zip(rows, lengths, strict=True):
-            # What the last holder left is masked, but a weight of 0 on its NaN would be NaN.
-            self.cache.block[:, :, row, :, length:].zero_()
-        for _, alike in groupby(zip(prefixes, rows, strict=True), lambda pair: id(pair[0])):
-            some = list(alike)
-            self._keep(some[0][0], [row for _, row in some])
+        if self._native is None:
+            for row, length in zip(rows, lengths, strict=True):
+                # What the last holder left is masked, but a weight of 0 on its NaN would be NaN.
+                self.cache.block[:, :, row, :, length:].zero_()
+        try:
+            for _, alike in groupby(zip(prefixes, rows, strict=True), lambda pair: id(pair[0])):
+                some = list(alike)
+                self._keep(some[0][0], [row for _, row in some])
+        except BaseException:
+            self._forget(rows)
+            raise
         taken = torch.tensor(rows, device=self._at.device)
         self._at[taken] = torch.tensor(lengths, device=taken.device)
         self._held[taken] = 1
@@ -224,6 +232,10 @@ class Slots:
     def _keep(self, prefix: Prefix, rows: list[int]) -> None:
         """Copy a prefix into some slots."""
         block, length = self.cache.block, prefix.keys_values.shape[-2]
+        if self._native is not None:
+            for row in rows:
+                self._native.hold(row, prefix)
+            return
         if self.scales is None:
             for row in rows:
                 block[:, :, row, :, :length].copy_(prefix.keys_values)
@@ -235,11 +247,18 @@ class Slots:
                 block[:, layer, row, :, :length].copy_(held)
                 self.scales[layer, :, row, :, :length] = scales
 
+    def _forget(self, rows: Iterable[int]) -> None:
+        """Let go of what free rows began with, where it is not a copy."""
+        if self._native is not None:
+            for row in rows:
+                self._native.hold(row, None)
+
     def release(self, rows: Rows) -> None:
         """Give slots back."""
         for row in rows.numbers:
             self._ends[row] = 0
             self._free.append(row)
+        self._forget(rows.numbers)
         self._free.sort()
         for held in (self._at, self._held, self._codes):
             held[rows.index] = 0
@@ -267,6 +286,8 @@ class Slots:
                 of_row[source] = 0
         for old, new in moved.items():
             self._ends[new], self._ends[old] = self._ends[old], 0
+            if self._native is not None:
+                self._native.move(old, new)
         self._free = [row for row, end in enumerate(self._ends) if not end]
         return now
 

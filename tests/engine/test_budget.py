@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -40,7 +42,8 @@ def test_memory_is_planned_and_made_once(either):
         requests[0].images()
     assert scheduler._slots.cache.block.data_ptr() == place
     assert held.live + drawing.peak <= scheduler.plan.bytes
-    assert drawing.largest < block.nbytes / 4  # nothing of the cache's size in mid-flight
+    planned = block.nbytes * scheduler.plan.capacity / block.shape[-2]  # in C++ without prompts
+    assert drawing.largest < planned / 4  # nothing of the cache's size in mid-flight
 
 
 def test_slots_follow_the_memory(engine):
@@ -50,7 +53,7 @@ def test_slots_follow_the_memory(engine):
     memory = most.shared_bytes + 5 * most.slot_bytes + most.slot_bytes // 2
     scheduler = Scheduler(engine, memory=memory, prompt_tokens=80)
     assert scheduler.plan.slots == scheduler.metrics().slots == 5
-    with pytest.raises(BudgetError, match=r"in which 5 fit; ask for fewer slots.*windows=False or"):
+    with pytest.raises(BudgetError, match=r"in which 5 fit; ask for fewer slots"):
         Scheduler(engine, slots=16, memory=memory, prompt_tokens=80)
     with pytest.raises(BudgetError, match="in which 0 fit"):
         Scheduler(engine, memory=1 << 20, prompt_tokens=80)
@@ -112,9 +115,11 @@ def test_slots_of_a_long_model_are_made_for_prompts_of_some_length():
     assert host.slots == budget.MOST["cpu"]
 
 
-def test_windows_are_planned(engine):
+def test_windows_are_planned(engine, monkeypatch):
     """What they hold and what passes through one is no more than they add to the plan."""
-    plans, held = [], []
+    monkeypatch.setenv("ECHOGEN_NATIVE", "0")
+    engine, plans, held = copy.copy(engine), [], []
+    engine.refresh()
     for windows in (False, True):
         with Held() as made:
             scheduler = Scheduler(engine, slots=16, prompt_tokens=80, windows=windows)
