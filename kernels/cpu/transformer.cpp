@@ -86,7 +86,7 @@ inline Vector exp(Vector x) {
     std::memcpy(&bits, &p, sizeof bits);
     bits += power << 23;
     std::memcpy(&p, &bits, sizeof p);
-    return p;
+    return x == x ? p : x;  // 2ⁿ may have made a number of a NaN's bits
 }
 
 int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }

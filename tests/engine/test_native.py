@@ -200,10 +200,15 @@ def test_the_longest_prompt_fits(model):
         assert torch.equal(drawn.codes, wanted)
 
 
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FC000FF, -0x3FFFFF])
+@pytest.mark.parametrize("part", ["qkv", "gate_up"])
 @torch.inference_mode()
-def test_what_is_no_number_is_not_hidden(model):
+def test_what_is_no_number_is_not_hidden(model, part, bits):
+    """Whatever a NaN's other bits are."""
     broken = copy.deepcopy(model)
-    broken.blocks[1].qkv.weight[0, 0] = float("nan")
+    weight = getattr(broken.blocks[1], part).weight
+    weight[0, 0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
+    assert weight[0, 0].isnan()
     decoding, logits = opened(NativeTransformer(broken), table_of(model), [prompt(5, 0)])
     assert logits.isnan().all()
     assert decoding.step(torch.tensor([3])).isnan().all()
