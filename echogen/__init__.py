@@ -10,7 +10,7 @@ import os as _os
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["Box", "Engine", "Layout", "LayoutError", "LayoutObject", "__version__"]
+__all__ = ["Box", "Engine", "Layout", "LayoutError", "LayoutObject", "Sampling", "__version__"]
 
 # An uninstalled checkout has its packages beside this folder, not inside it. CMakeLists.txt stands
 # there too and is never installed, so it tells a checkout from a site-packages folder.
@@ -21,6 +21,7 @@ if _os.path.exists(_os.path.join(_root, "CMakeLists.txt")) and _root not in __pa
 if TYPE_CHECKING:
     from echogen.engine.engine import Engine
     from echogen.engine.layout import Box, Layout, LayoutError, LayoutObject
+    from echogen.engine.sampler import Sampling
 
 
 def __getattr__(name: str) -> object:
@@ -33,4 +34,8 @@ def __getattr__(name: str) -> object:
         from echogen.engine import layout
 
         return getattr(layout, name)
+    if name == "Sampling":
+        from echogen.engine.sampler import Sampling
+
+        return Sampling
     raise AttributeError(f"module 'echogen' has no attribute {name!r}")

@@ -21,7 +21,7 @@ FOLDERS = tuple(MAY_IMPORT)
 LAZY = {"kernels", "engine", "train", "bench"}
 """What echogen/ imports inside functions only, so that ``echogen --help`` does not wait for it."""
 PUBLIC = {"Engine": "engine", "Layout": "engine", "LayoutObject": "engine", "LayoutError": "engine",
-          "Box": "engine"}  # fmt: skip
+          "Box": "engine", "Sampling": "engine"}  # fmt: skip
 
 
 def imports(tree: ast.AST, eager: bool = True) -> Iterator[tuple[int, int, str, bool]]:
@@ -107,6 +107,14 @@ def test_imports_point_one_way(path):
 def test_folders_that_are_no_regular_packages(folder):
     """kernels/: transformers probes for a package of this name; tests/: imported by file."""
     assert not list((ROOT / folder).rglob("__init__.py"))
+
+
+def test_every_public_name_is_there_and_known_here():
+    import echogen
+
+    assert set(echogen.__all__) - {"__version__"} == set(PUBLIC)
+    for name in echogen.__all__:
+        assert getattr(echogen, name) is not None
 
 
 PLANTED = [
