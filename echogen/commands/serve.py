@@ -7,7 +7,7 @@ import math
 import socket
 from dataclasses import dataclass, field
 
-from echogen.commands.options import ModelOptions, check_range
+from echogen.commands.options import ModelOptions, check_range, flagged
 from echogen.commands.output import InputError
 
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
@@ -83,6 +83,7 @@ class Serve:
 
         from echogen.engine.http.app import make_app
         from echogen.engine.scheduler import Scheduler
+        from echogen.engine.serving.budget import NoRoom
 
         engine = self.engine.load()
         try:
@@ -93,8 +94,13 @@ class Serve:
                 prompt_tokens=self.prompt_tokens,
                 invariant=self.invariant,
             )
-        except ValueError as error:  # of the budget, or rows that round by their place
-            raise InputError(str(error)) from None
+        except NoRoom as error:
+            raise InputError(
+                f"{error.what}; give fewer --slots, or a smaller --prompt-tokens than "
+                f"{error.prompt_tokens}"
+            ) from None
+        except ValueError as error:  # a prompt too long, or rows that round by their place
+            raise InputError(flagged(error)) from None
         app = make_app(engine, scheduler, self.engine.model, self.timeout, self.searches)
         host, port = place.getsockname()[:2]
         line = (

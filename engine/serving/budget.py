@@ -7,6 +7,7 @@ against tensors counted while drawing (`tests/engine/test_scheduler.py`).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +41,22 @@ versions of Linux's control groups."""
 
 class BudgetError(ValueError):
     """What is asked for does not fit the memory; the message names both and the mend."""
+
+
+class NoRoom(BudgetError):
+    """The memory does not hold the slots.
+
+    Attributes:
+        what: does not fit into what. The mend is named otherwise in Python than in a shell.
+        prompt_tokens: the longest prompt they would be made for.
+    """
+
+    def __init__(self, what: str, prompt_tokens: int, windows: bool) -> None:
+        super().__init__(
+            f"{what}; ask for fewer slots, shorter prompts (prompt_tokens, now {prompt_tokens})"
+            f"{', windows=False' * windows} or more memory"
+        )
+        self.what, self.prompt_tokens = what, prompt_tokens
 
 
 @dataclass(frozen=True)
@@ -97,7 +114,8 @@ def plan(
         windows: few images are drawn several codes a step (`serving.windows`).
 
     Raises:
-        BudgetError: fewer slots fit than asked for, or none; a prompt the model has no room for.
+        NoRoom: fewer slots fit than asked for, or none.
+        BudgetError: no slots, a prompt the model has no room for, or memory that is not known.
     """
     c, room = config, config.max_positions - config.image_tokens
     longest = min(room, PROMPT_TOKENS) if prompt_tokens is None else prompt_tokens
@@ -109,23 +127,29 @@ def plan(
     capacity = up_to_edge(longest + c.image_tokens - 1)
     most = MOST.get(device.type, 16)
     head = c.head_dim + FLOAT if fp8_cache else c.head_dim * dtype.itemsize
-    each = _slot(c, head, capacity, (slots or most) if device.type == "cpu" else 1, 1 + windows)
     if prefix_bytes is None:
         one = 2 * c.layers * c.kv_heads * longest * c.head_dim * dtype.itemsize
         prefix_bytes = max(PREFIX_BYTES, 2 * (one + c.codebook_size * dtype.itemsize))
-    shared = _prompt(c, dtype.itemsize, longest) + prefix_bytes + picture_bytes
-    shared += _windows(c, capacity, slots or most) if windows else 0
+    once = _prompt(c, dtype.itemsize, longest) + prefix_bytes + picture_bytes
+
+    def planned(count: int) -> Plan:  # a slot costs the more, the more there are
+        rows = count if device.type == "cpu" else 1
+        each = _slot(c, head, capacity, rows, 1 + windows)
+        shared = once + (_windows(c, capacity, count) if windows else 0)
+        return Plan(count, capacity, longest, prefix_bytes, each, shared, budget)
+
     budget = int(SHARE * free_bytes(device)) if memory is None else memory
-    fitting = max(0, (budget - shared) // each)
-    if fitting < (slots or 1):
-        raise BudgetError(
-            f"{slots or 1} slots of {capacity} tokens take {_mib(shared + (slots or 1) * each)}, "
-            f"and {_mib(budget)} are to be used, in which {fitting} fit; ask for fewer slots, "
-            f"shorter prompts (prompt_tokens, now {longest}){', windows=False' * windows} or more "
-            f"memory"
-        )
-    count = min(fitting, most) if slots is None else slots
-    return Plan(count, capacity, longest, prefix_bytes, each, shared, budget)
+    counts = range(1, (slots or most) + 1)
+    fitting = bisect_right(counts, budget, key=lambda count: planned(count).bytes)
+    needed = planned(slots or 1)
+    if fitting < needed.slots:
+        many = f"{needed.slots} slots" if needed.slots > 1 else "1 slot"
+        raise NoRoom(
+            f"{many} of {capacity} tokens would take {_mib(needed.bytes)}, and {_mib(budget)} are "
+            f"to be used, in which {fitting} fit",
+            longest, windows,
+        )  # fmt: skip
+    return planned(slots or fitting)
 
 
 def _row(c: ModelConfig, capacity: int) -> tuple[int, int]:

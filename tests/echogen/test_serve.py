@@ -91,7 +91,8 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(run):
         (("--timeout", "nan"), ("--timeout nan",)),
         (("--host", "256.0.0.1", "--port", 0), ("--host 256.0.0.1",)),
         (("--port", 0, "--model", "nothing-there"), ("nothing-there",)),
-        (("--port", 0, "--prompt-tokens", 100_000), ("prompt_tokens = 100000",)),
+        (("--port", 0, "--prompt-tokens", 100_000), ("--prompt-tokens = 100000",)),
+        (("--port", 0, "--slots", 999_999), ("999999 slots", "give fewer --slots")),
     ],
     ids=lambda value: str(value[0]),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 
 import pytest
 import torch
@@ -50,7 +51,8 @@ def test_slots_follow_the_memory(engine):
     most = Scheduler(engine, memory=1 << 40, prompt_tokens=80).plan
     assert most.slots == budget.MOST["cpu"]
     assert most.bytes == most.shared_bytes + most.slots * most.slot_bytes
-    memory = most.shared_bytes + 5 * most.slot_bytes + most.slot_bytes // 2
+    five = Scheduler(engine, slots=5, memory=1 << 40, prompt_tokens=80).plan
+    memory = five.bytes + five.slot_bytes // 2
     scheduler = Scheduler(engine, memory=memory, prompt_tokens=80)
     assert scheduler.plan.slots == scheduler.metrics().slots == 5
     with pytest.raises(BudgetError, match=r"in which 5 fit; ask for fewer slots"):
@@ -63,6 +65,26 @@ def test_slots_follow_the_memory(engine):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             Scheduler(engine, **asked)
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_the_number_told_to_fit_does_and_one_more_does_not(engine, windows):
+    """A slot costs the more, the more are asked for: at that cost far fewer would fit."""
+    config, memory = engine.transformer.config, 1 << 30
+
+    def planned(slots: int) -> budget.Plan:
+        return budget.plan(
+            config, torch.float32, torch.device("cpu"), 1 << 20, slots, memory, 80, windows=windows
+        )
+
+    with pytest.raises(BudgetError, match="100000 slots of 96 tokens would take") as refused:
+        planned(100_000)
+    told = re.search(r"in which (\d+) fit", str(refused.value))
+    assert told
+    fitting = int(told[1])
+    assert fitting > 100 and planned(fitting).bytes <= memory
+    with pytest.raises(BudgetError, match=f"in which {fitting} fit"):
+        planned(fitting + 1)
 
 
 def test_free_memory_is_the_devices(monkeypatch, tmp_path):
