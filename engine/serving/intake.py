@@ -55,13 +55,14 @@ class Intake:
         if longest > plan.prompt_tokens:
             raise LayoutError(
                 f"the layout takes {longest} tokens; the slots are made for prompts of "
-                f"{plan.prompt_tokens}, so shorten its texts, name fewer objects or make the "
-                f"scheduler with larger prompt_tokens"
+                f"{plan.prompt_tokens} (prompt_tokens), so shorten its texts or name fewer objects"
             )
-        if samples * len(prompts) > plan.slots:
+        rows = samples * len(prompts)
+        if rows > plan.slots:
+            most = plan.slots // len(prompts)
             raise ValueError(
-                f"samples = {samples} take {samples * len(prompts)} slots"
+                f"samples = {samples} take {rows} slots"
                 f"{', two each with guidance' if len(prompts) > 1 else ''}, and there are "
-                f"{plan.slots}; ask for {plan.slots // len(prompts)} at most, or make the "
-                f"scheduler with more slots"
+                f"{plan.slots}; ask for "
+                f"{f'{most} at most' if most else 'one without guidance (cfg = 1)'}"
             )

@@ -48,8 +48,8 @@ class Waiting(list[R]):
         """Queue behind the others. Raises QueueFull at the limit."""
         if len(self) >= self.limit:
             raise QueueFull(
-                f"{len(self)} requests are waiting and the queue holds {self.limit}; "
-                f"submit again when some are drawn, or make the scheduler with a longer queue"
+                f"{len(self)} requests are waiting and the queue holds {self.limit}; submit again "
+                f"when some are drawn"
             )
         self.append(request)
 

@@ -145,6 +145,22 @@ BAD = [
 ]
 
 
+def test_what_is_refused_names_what_a_client_can_change(engine):
+    """Who asks over HTTP makes no scheduler."""
+    with serving(engine, slots=1, prompt_tokens=60, queue=1) as client:
+        several = client.draw(samples=2)
+        assert several.json["error"].endswith("and there are 1; ask for 1 at most")
+        guided = client.draw(cfg=2)
+        assert guided.json["error"].endswith("ask for one without guidance (cfg = 1)")
+        long = client.draw(layout=LAYOUT | {"caption": "a red circle " * 20})
+        assert "prompts of 60 (prompt_tokens), so shorten its texts" in long.json["error"]
+        client.scheduler._waiting.limit = 0
+        full = client.draw()
+        assert full.status == 503 and full.json["error"].endswith("again when some are drawn")
+        for answer in (several, guided, long, full):
+            assert "scheduler" not in answer.json["error"]
+
+
 @pytest.mark.parametrize(("body", "why"), BAD, ids=range(len(BAD)))
 def test_bad_requests_are_told_what_to_mend(client, body, why):
     found = client.ask("POST", "/v1/images", body)
