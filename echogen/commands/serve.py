@@ -6,9 +6,13 @@ import importlib.util
 import math
 import socket
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from echogen.commands.options import ModelOptions, check_range, flagged
-from echogen.commands.output import InputError
+from echogen.commands.output import InputError, warn
+
+if TYPE_CHECKING:
+    from echogen.engine.engine import Engine
 
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
@@ -78,6 +82,17 @@ class Serve:
             ) from None
         return place
 
+    def _check_prompts(self, engine: Engine) -> None:
+        """Refuse prompts in which no layout has room."""
+        from echogen.engine.layout import Layout, LayoutObject
+
+        shortest = len(engine.prompts.l2i(Layout("a", (LayoutObject("a", (0, 0, 1, 1)),))))
+        if self.prompt_tokens is not None and self.prompt_tokens < shortest:
+            raise InputError(
+                f"--prompt-tokens {self.prompt_tokens}: a layout of one object with a name of one "
+                f"letter takes {shortest}; give more, or leave it out"
+            )
+
     def _serve(self, place: socket.socket) -> None:
         import uvicorn
 
@@ -86,6 +101,7 @@ class Serve:
         from echogen.engine.serving.budget import NoRoom
 
         engine = self.engine.load()
+        self._check_prompts(engine)
         try:
             scheduler = Scheduler(
                 engine,
@@ -101,6 +117,11 @@ class Serve:
             ) from None
         except ValueError as error:  # a prompt too long, or rows that round by their place
             raise InputError(flagged(error)) from None
+        if engine.sampling.guided and scheduler.plan.slots < 2:
+            warn(
+                f"1 slot draws nothing at the model's own cfg = {engine.sampling.cfg:g}, which "
+                f"takes two; requests must say cfg = 1, or give --slots 2"
+            )
         app = make_app(engine, scheduler, self.engine.model, self.timeout, self.searches)
         host, port = place.getsockname()[:2]
         line = (

@@ -92,6 +92,7 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(run):
         (("--host", "256.0.0.1", "--port", 0), ("--host 256.0.0.1",)),
         (("--port", 0, "--model", "nothing-there"), ("nothing-there",)),
         (("--port", 0, "--prompt-tokens", 100_000), ("--prompt-tokens = 100000",)),
+        (("--port", 0, "--prompt-tokens", 1), ("--prompt-tokens 1", "give more")),
         (("--port", 0, "--slots", 999_999), ("999999 slots", "give fewer --slots")),
     ],
     ids=lambda value: str(value[0]),
@@ -99,6 +100,14 @@ def test_a_port_in_use_is_told_before_the_model_is_loaded(run):
 def test_bad_options_are_refused(run, model, options, words):
     given = options if "--model" in options else ("--model", model, *options)
     assert run("serve", *given).refused(*words)
+
+
+def test_slots_that_draw_nothing_by_default_are_warned_of(run, model, monkeypatch):
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    alone = run("serve", "--model", model, "--port", 0, "--slots", 1)
+    assert alone.code == 0 and len(alone.err.splitlines()) == 1
+    assert "1 slot draws nothing at the model's own cfg = 1.5" in alone.err
+    assert run("serve", "--model", model, "--port", 0, "--slots", 2).err == ""
 
 
 def test_what_it_needs_is_named(run, model, monkeypatch):
