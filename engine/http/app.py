@@ -25,6 +25,7 @@ from echogen.engine.http.prometheus import Exposition
 from echogen.engine.http.service import Service
 from echogen.engine.http.wire import (
     EVENTS,
+    GONE,
     JSON,
     MEDIA,
     Boxes,
@@ -39,8 +40,6 @@ from echogen.engine.http.wire import (
 from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.request import Request
 
-GONE = 499
-"""Status, as nginx writes it, of an answer that nobody waited for."""
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus's text format."""
 

@@ -95,6 +95,8 @@ class Watched:
         try:
             await self._app(scope, receive, watched)
         finally:
-            route = getattr(scope.get("route"), "path", "other")  # paths anybody can make up
+            # By path, for what is refused before it is routed; anybody can make up others.
+            known = {getattr(route, "path", None) for route in scope["app"].routes}
+            route = scope["path"] if scope["path"] in known else "other"
             took = time.perf_counter() - began
             self._exposition.seconds.labels(route, str(status)).observe(took)

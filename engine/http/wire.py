@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 from fastapi import Request as Http
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import ClientDisconnect
 
 from echogen.engine.layout import Layout, LayoutError, read_json
 from echogen.engine.sampler import Sampling, Schedule
@@ -20,6 +21,8 @@ from echogen.engine.vision import ImageError, load_image
 Format = Literal["png", "jpeg", "webp"]
 JSON, EVENTS = "application/json", "text/event-stream"
 MEDIA: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
+GONE = 499
+"""Status, as nginx writes it, of an answer that nobody waited for."""
 MOST_PIXELS = 4096**2
 """Of a picture to find objects in: a file of a megabyte can hold 13,000 × 13,000 of them, half
 a gigabyte in each of the copies that are made of it."""
@@ -180,7 +183,10 @@ async def read(http: Http, kind: type[B]) -> B:
     content = http.headers.get("content-type", "")
     if content.partition(";")[0].strip().lower() != JSON:
         raise Refused(415, f"Content-Type: {short(content)}; send JSON, as {JSON}")
-    data = await http.body()
+    try:
+        data = await http.body()
+    except ClientDisconnect:
+        raise Refused(GONE, "who asked hung up before the body's end") from None
     try:
         found = read_json(data.decode())
     except UnicodeDecodeError as error:

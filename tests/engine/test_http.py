@@ -20,7 +20,18 @@ from echogen.engine.http.wire import EVENTS, JSON, MEDIA, Refused, preferred
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.sampler import Sampling
 
-from .served import LAYOUT, TWO, Client, counters, next_event, opened, picture, send, serving
+from .served import (
+    LAYOUT,
+    TWO,
+    Client,
+    counters,
+    hang_up,
+    next_event,
+    opened,
+    picture,
+    send,
+    serving,
+)
 
 
 @pytest.fixture(scope="module")
@@ -282,6 +293,25 @@ def test_counters_are_told_to_prometheus(engine):
         assert read[seconds, (("route", "/v1/images"), ("status", "200"))] == 1
         assert read[seconds, (("route", "/v1/images"), ("status", "400"))] == 1
         assert read[seconds, (("route", "other"), ("status", "404"))] == 1
+
+
+def test_what_is_refused_before_it_is_routed_is_counted_by_route(engine, caplog):
+    seconds = "echogen_http_request_seconds_count"
+    with serving(engine) as client:
+        assert client.ask("POST", "/v1/boxes", b"x" * (BODIES["/v1/boxes"] + 1)).status == 413
+        begun = client.connect()  # and left in the middle of its body
+        begun.putrequest("POST", "/v1/images")
+        begun.putheader("Content-Type", JSON)
+        begun.putheader("Content-Length", "10")
+        begun.endheaders(b"{")
+        hang_up(begun)
+        left = (seconds, (("route", "/v1/images"), ("status", "499")))
+        client.until(lambda: left in counters(client))
+        read = counters(client)
+        assert read[left] == 1
+        assert read[seconds, (("route", "/v1/boxes"), ("status", "413"))] == 1
+        assert not [labels for name, labels in read if name == seconds and labels[0][1] == "other"]
+    assert not caplog.records, "nobody's fault"
 
 
 def test_a_model_tells_what_it_is(client, engine):
