@@ -44,7 +44,8 @@ class Layouts:
     world: int | None = None
     """Take so many of ShapesWorld's training layouts."""
     check: Path | None = None
-    """Hold a file to the rules and make none."""
+    """Hold a file, of one layout or of one a line, to the rules and make none; exit code 1 where
+    some do not keep to them."""
     out: Path | None = None
     """File to write; with --from-llm what is turned away goes beside it, *.rejects.jsonl."""
     count: int = 1000
@@ -188,7 +189,7 @@ class Layouts:
         good, bad = examine_file(path, rules)
         kinds = Counter(error.kind for _, error in bad)
         rows: list[tuple[str, object]] = [("good", good), *kinds.most_common()]
-        show(f"{path}", ("", "lines"), rows)
+        show(f"{path}", ("", "layouts"), rows)
         for number, error in bad[:SHOWN]:
             print(f"line {number}: {error}")
         if len(bad) > SHOWN:

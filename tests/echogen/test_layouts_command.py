@@ -128,3 +128,14 @@ def test_check_names_every_line(run, tmp_path):
     assert {x["line"]: x["kind"] for x in checked.data["lines"]} == {3: "layout", 4: "duplicate"}
     (tmp_path / "empty.jsonl").write_text("\n")
     assert run("layouts", "--check", tmp_path / "empty.jsonl").code == 2
+
+
+def test_check_reads_a_layout_file_of_several_lines(run, tmp_path):
+    path = tmp_path / "layout.json"
+    path.write_text(json.dumps(layout(0), indent=1))
+    checked = run("layouts", "--check", path, "--json")
+    assert (checked.code, checked.data["good"]) == (0, 1)
+    path.write_text(json.dumps(layout(0) | {"caption": ""}, indent=1))
+    checked = run("layouts", "--check", path, "--json")
+    assert (checked.code, len(checked.data["lines"])) == (1, 1)
+    assert "caption is empty" in checked.data["lines"][0]["reason"]

@@ -127,18 +127,19 @@ def collect(
 
 
 def examine_file(path: Path, rules: Rules) -> tuple[int, list[tuple[int, Rejected]]]:
-    """How many lines of a file are layouts to take, and the others, by their numbers.
+    """How many lines of a file are layouts to take, and the others, by their numbers. A file that
+    is one JSON object is one layout, on however many lines.
 
     Raises:
         LayoutError: a file that cannot be read.
     """
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise LayoutError(f"{path}: cannot be read ({reason})") from None
     good, bad, known = 0, [], set[str]()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate([text] if _is_object(text) else text.split("\n"), 1):
         if line.strip():
             try:
                 _once(rules.examine(line), known)
@@ -146,6 +147,13 @@ def examine_file(path: Path, rules: Rules) -> tuple[int, list[tuple[int, Rejecte
             except Rejected as error:
                 bad.append((number, error))
     return good, bad
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _once(layout: Layout, known: set[str]) -> None:
