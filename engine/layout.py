@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,8 +207,11 @@ def read_json(text: str) -> object:
         raise LayoutError("the JSON is nested too deeply; write a plain object") from None
     except LayoutError:
         raise
-    except ValueError as error:  # an integer of more digits than Python converts
-        raise LayoutError(f"not valid JSON: {error}") from None
+    except ValueError:  # an integer of more digits than Python converts
+        most = sys.get_int_max_str_digits()
+        raise LayoutError(
+            f"the JSON holds a whole number of more than {most} digits; write a smaller one"
+        ) from None
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

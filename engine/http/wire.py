@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, TypeVar
@@ -168,9 +169,9 @@ class Search(Body):
                 opened.load()
         except ImageError:
             raise
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
             raise ImageError(
-                f"image: its {len(data)} bytes cannot be opened ({error}); send a PNG, JPEG or WebP"
+                f"image: its {len(data)} bytes are no whole picture; send a PNG, JPEG or WebP"
             ) from None
         return load_image(opened, size)
 
@@ -213,13 +214,16 @@ def what_is_wrong(errors: Sequence[Mapping[str, Any]]) -> str:
     if first["type"] == "missing":
         message = f"{name} is missing; add it"
     else:
-        message = f"{name} = {short(first.get('input'))}: {first['msg'].lower()}"
+        told = first["msg"].lower().replace("a valid dictionary", "an object")  # JSON's word
+        message = f"{name} = {short(first.get('input'))}: {told}"
     return message + (f" (and {len(errors) - 1} more)" if len(errors) > 1 else "")
 
 
 def short(value: object) -> str:
     """A value in at most 60 characters of one line."""
     text = repr(value[:60] if isinstance(value, str) else value)
+    if value is None or isinstance(value, bool):
+        text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

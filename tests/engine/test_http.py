@@ -132,7 +132,8 @@ def test_partial_pictures_of_steps_that_draw_several_codes(client, engine, monke
 BAD = [
     ({}, "layout is missing; add it"),
     ({"layout": {"caption": "x", "objects": []}}, "objects is empty"),
-    ({"layout": [1]}, "layout = [1]: input should be a valid dictionary"),
+    ({"layout": [1]}, "layout = [1]: input should be an object"),
+    ({"layout": None}, "layout = null: input should be an object"),
     ({"layout": LAYOUT, "negative": {"caption": 3}}, "negative: "),
     ({"layout": LAYOUT, "seed": "1"}, "seed = '1': input should be a valid integer"),
     ({"layout": LAYOUT, "seed": -1}, "seed = -1; it must be in 0"),
@@ -151,7 +152,7 @@ BAD = [
     (b"{", "not valid JSON at line 1 column 2"),
     (b"\xff", "not UTF-8 at byte 0"),
     (b"[" * 100_000, "nested too deeply"),
-    (b'{"seed": ' + b"9" * 5000 + b"}", "not valid JSON"),
+    (b'{"seed": ' + b"9" * 5000 + b"}", "a whole number of more than 4300 digits; write a sm"),
     (b'{"seed": 1, "seed": 2}', 'key "seed" stands twice'),
 ]
 
@@ -264,7 +265,7 @@ def test_boxes_are_those_that_the_engine_finds(client, engine):
     ]  # fmt: skip
     for body, why in (
         ({"image": "é", "expressions": names}, "not base64"),
-        ({"image": "aaaa", "expressions": names}, "send a PNG, JPEG or WebP"),
+        ({"image": "aaaa", "expressions": names}, "3 bytes are no whole picture; send a PNG"),
         ({"image": picture(8, 8, "bmp"), "expressions": names}, "send a PNG, JPEG or WebP"),
         ({"image": picture(8, 4), "expressions": names}, "make it square"),
         ({"image": picture(5000, 5000), "expressions": names}, "it is 5000x5000; send at most"),
