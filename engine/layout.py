@@ -159,7 +159,7 @@ class Layout:
     def load(cls, path: str | Path) -> Layout:
         """Read a layout file. Raises LayoutError, with the path in front."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
+            text = Path(path).read_text(encoding="utf-8-sig")
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "not UTF-8 text"
             raise LayoutError(f"{path}: cannot be read ({reason})") from None

@@ -189,7 +189,7 @@ async def read(http: Http, kind: type[B]) -> B:
     except ClientDisconnect:
         raise Refused(GONE, "who asked hung up before the body's end") from None
     try:
-        found = read_json(data.decode())
+        found = read_json(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise Refused(400, f"not UTF-8 at byte {error.start}; send JSON in UTF-8") from None
     except LayoutError as error:

@@ -132,7 +132,7 @@ def test_check_names_every_line(run, tmp_path):
 
 def test_check_reads_a_layout_file_of_several_lines(run, tmp_path):
     path = tmp_path / "layout.json"
-    path.write_text(json.dumps(layout(0), indent=1))
+    path.write_text(json.dumps(layout(0), indent=1), encoding="utf-8-sig")
     checked = run("layouts", "--check", path, "--json")
     assert (checked.code, checked.data["good"]) == (0, 1)
     path.write_text(json.dumps(layout(0) | {"caption": ""}, indent=1))

@@ -148,7 +148,7 @@ BAD = [
     ({"layout": LAYOUT, "draws": ["x"] * 3000}, "draws.0 = 'x': input should be a valid integer"),
     ({"layout": LAYOUT, "a\nb" * 100: 1}, "is no field"),
     ({"layout": {"caption": "x" * 100_000, "objects": LAYOUT["objects"]}}, "shorten its texts"),
-    ([1], "the body is [1]; send an object"),
+    (b"\xef\xbb\xbf[1]", "the body is [1]; send an object"),
     (b"{", "not valid JSON at line 1 column 2"),
     (b"\xff", "not UTF-8 at byte 0"),
     (b"[" * 100_000, "nested too deeply"),

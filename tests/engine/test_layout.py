@@ -162,6 +162,12 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
     assert message.startswith(f"{path}: ") and '"caption"' in message
 
 
+def test_a_file_that_windows_marked_as_utf_8_is_read(tmp_path):
+    path = tmp_path / "layout.json"
+    path.write_text(json.dumps(PLAIN), encoding="utf-8-sig")
+    assert Layout.load(path) == Layout.from_dict(PLAIN)
+
+
 def test_a_layout_made_in_code_is_checked_too():
     one = LayoutObject("a star", (0, 0, 1, 1))
     for make in (

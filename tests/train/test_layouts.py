@@ -66,6 +66,8 @@ def test_a_file_of_layouts_is_read_whole(tmp_path):
     path = tmp_path / "layouts.jsonl"
     path.write_text("\n\n".join(one.dumps() for one in wanted) + "\n")
     assert read_layouts(path) == wanted
+    path.write_text(wanted[0].dumps() + "\n", encoding="utf-8-sig")  # as Windows marks it
+    assert read_layouts(path) == wanted[:1]
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def examine_file(path: Path, rules: Rules) -> tuple[int, list[tuple[int, Rejecte
         LayoutError: a file that cannot be read.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise LayoutError(f"{path}: cannot be read ({reason})") from None
@@ -173,7 +173,7 @@ def _whole_lines(path: Path) -> list[str]:
         with open(path, "r+b") as file:
             file.truncate(len(whole))
     try:
-        return whole.decode().split("\n")[:-1]
+        return whole.decode("utf-8-sig").split("\n")[:-1]
     except UnicodeDecodeError:
         raise LayoutError(f"{path}: not UTF-8 text; name another file") from None
 

@@ -119,7 +119,7 @@ def read_layouts(path: str | Path) -> list[Layout]:
             or does not keep to `check_layout`; names file and line.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or "not UTF-8 text"
         raise LayoutError(f"{path}: cannot be read ({reason})") from None
