@@ -17,6 +17,8 @@ from typing import Any
 Box = tuple[float, float, float, float]
 """``(x1, y1, x2, y2)``, origin at the top left, normalised to [0, 1]; x1 < x2 and y1 < y2."""
 
+SIZE_MAX = 1_000_000
+"""Pixels of a canvas's side."""
 _LAYOUT_KEYS = {"caption", "objects", "size"}
 _OBJECT_KEYS = {"expr", "box"}
 
@@ -33,7 +35,9 @@ def _show(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _text(value: object, what: str) -> str:
+def check_text(value: object, what: str) -> str:
+    """Validate a caption or an expression, one line of text, and return it; ``what`` is how errors
+    call it. Raises LayoutError."""
     if not isinstance(value, str):
         raise LayoutError(f"{what} is {_show(value)}; it must be a string")
     if not value.strip():
@@ -102,7 +106,7 @@ class LayoutObject:
     box: Box
 
     def __post_init__(self) -> None:
-        _text(self.expr, "expr")
+        check_text(self.expr, "expr")
         object.__setattr__(self, "box", check_box(self.box, f"object {_show(self.expr)}: box"))
 
 
@@ -122,7 +126,7 @@ class Layout:
     size: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        _text(self.caption, "caption")
+        check_text(self.caption, "caption")
         object.__setattr__(self, "objects", tuple(self.objects))
         if self.size is not None:
             object.__setattr__(self, "size", _size(self.size))
@@ -137,7 +141,7 @@ class Layout:
             LayoutError: anything that is not exactly that format; nothing is clipped or guessed.
         """
         fields = _fields(data, _LAYOUT_KEYS, {"caption", "objects"}, "layout")
-        caption = _text(fields["caption"], "caption")
+        caption = check_text(fields["caption"], "caption")
         size = _size(fields["size"]) if "size" in fields else None
         raw = fields["objects"]
         if not isinstance(raw, (list, tuple)):
@@ -145,7 +149,7 @@ class Layout:
         objects = []
         for i, item in enumerate(raw, 1):
             entry = _fields(item, _OBJECT_KEYS, _OBJECT_KEYS, f"object {i}")
-            expr = _text(entry["expr"], f"object {i}: expr")
+            expr = check_text(entry["expr"], f"object {i}: expr")
             box = check_box(entry["box"], f"object {i} ({_show(expr)}): box", size)
             objects.append(LayoutObject(expr, box))
         return cls(caption, tuple(objects), size)
@@ -240,6 +244,9 @@ def _size(value: object) -> tuple[float, float]:
     width, height = (
         _number(v, f"size {n}") for v, n in zip(value, ("width", "height"), strict=True)
     )
-    if width <= 0 or height <= 0:
-        raise LayoutError(f"size is {_show(value)}; width and height must be positive")
+    if not all(1 <= pixels <= SIZE_MAX and pixels.is_integer() for pixels in (width, height)):
+        raise LayoutError(
+            f"size is {_show(value)}; width and height must be positive whole numbers of pixels, "
+            f"at most {SIZE_MAX}"
+        )
     return (width, height)

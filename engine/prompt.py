@@ -19,7 +19,7 @@ from typing import Literal, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from echogen.engine.layout import Box, Layout, LayoutError, LayoutObject
+from echogen.engine.layout import Box, Layout, LayoutError, LayoutObject, check_text
 
 USER, ASSISTANT = "<|User|>", "<|Assistant|>"
 BEGIN_IMAGE, END_IMAGE = "<begin_of_image>", "<end_of_image>"
@@ -320,10 +320,9 @@ class Prompts:
     def branch(self, expr: str) -> list[int]:
         """The question of one branch, ``<ref>expr</ref><box>``; coordinates follow it.
 
-        Raises LayoutError where the expression is empty or holds a reserved token.
+        Raises LayoutError where the expression is no line of text or holds a reserved token.
         """
-        if not expr.strip():
-            raise LayoutError("an expression is empty; write what shall be found")
+        check_text(expr, "an expression")
         return [self.ref, *self._encode(self._checked(expr, "expr")), self.ref_end, self.box]
 
     def answer(self, box: Box) -> list[int]:

@@ -271,6 +271,7 @@ def test_boxes_are_those_that_the_engine_finds(client, engine):
         ({"image": picture(5000, 5000), "expressions": names}, "it is 5000x5000; send at most"),
         ({"image": text, "expressions": []}, "expressions = []"),
         ({"image": text, "expressions": [""]}, "an expression is empty"),
+        ({"image": text, "expressions": ["a\nstar"]}, "an expression holds a control character"),
         ({"image": text, "expressions": [1] * 9}, "expressions.0 = 1: input should be a valid"),
         ({"image": text, "expressions": ["x"] * 65}, "at most 64 items"),
     ):

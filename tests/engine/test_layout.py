@@ -118,6 +118,8 @@ REFUSED = {
     "size null": (PLAIN | {"size": None}, ["size is null", "[width, height]"]),
     "size of three": (PLAIN | {"size": [1, 2, 3]}, ["size", "[width, height]"]),
     "size zero": (PLAIN | {"size": [64, 0]}, ["size is [64, 0]", "positive"]),
+    "size of half a pixel": (PLAIN | {"size": [64.5, 64]}, ["size is [64.5, 64]", "whole"]),
+    "size without end": (PLAIN | {"size": [1e30, 1e30]}, ["size is [1e+30", "at most 1000000"]),
     "size nan": (PLAIN | {"size": [math.nan, 1]}, ["size width", "finite"]),
 }  # fmt: skip
 
