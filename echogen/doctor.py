@@ -23,7 +23,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
     "triton": (("triton",), "nothing runs: the operators are written in it"),
     "cupy": (
         ("cupy-cuda13x", "cupy-cuda12x", "cupy-cuda11x", "cupy"),
-        "operators in CUDA C++ run on plain torch (pip install 'echogen[cuda]')",
+        "operators in CUDA C++ run on plain torch (pip install -e '.[cuda]')",
     ),
     "cuda-bindings": (("cuda-bindings",), "launches do not overlap: ECHOGEN_PDL=1 is refused"),
     "nvtx": (("nvtx",), "profiling ranges are left out"),

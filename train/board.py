@@ -1,6 +1,6 @@
 """What TensorBoard shows of a run: its numbers, its validations, and samples drawn along the way.
 
-TensorBoard is optional (``pip install echogen[train]``); a run without it says so once and lacks
+TensorBoard is optional (``pip install -e .[train]``); a run without it says so once and lacks
 nothing else. Event files are for the eye: they are not read back, and a resumed run hides what lies
 beyond its checkpoint.
 """

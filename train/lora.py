@@ -29,7 +29,7 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError:
-        raise StateError("lora needs peft, which is missing; pip install 'echogen[lora]'") from None
+        raise StateError("lora needs peft, which is missing; pip install -e '.[lora]'") from None
     return peft
 
 

@@ -22,7 +22,7 @@ def check_installed(command: str) -> None:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
-            f"{command} needs {', '.join(missing)}; install them: pip install 'echogen[serve]'"
+            f"{command} needs {', '.join(missing)}; install them: pip install -e '.[serve]'"
         )
 
 

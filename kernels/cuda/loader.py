@@ -25,7 +25,7 @@ FOLDER = Path(__file__).parent
 NVRTC_OPTIONS = ("--std=c++17", f"-I{FOLDER}")
 """To which CuPy adds -arch and -ftz=true; CMakeLists.txt has the latter too, so that both builds
 calculate alike."""
-INSTALL = "pip install 'echogen[cuda]'"
+INSTALL = "pip install -e '.[cuda]'"
 WAITS = 90  # architecture from which code waits where it says so (device.cuh)
 CTYPES: dict[type, Any] = {
     np.uint64: ctypes.c_void_p,

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,17 @@ def test_usage_errors_leave_with_2(run, argv):
     done = run(*argv)
     assert done.code == 2
     assert done.err and "Traceback" not in done.err
+
+
+def test_hints_name_extras_that_the_checkout_has():
+    """The package is on no index, so what is missing is installed from the checkout."""
+    root = Path(echogen.__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    hint = re.compile(r"pip install [^\n]*?([\w.]*)\[(\w+)\]")
+    for folder in ("echogen", "engine", "kernels", "train", "bench"):
+        for file in (root / folder).rglob("*.py"):
+            for place, extra in hint.findall(file.read_text()):
+                assert place == "." and extra in project["optional-dependencies"], file
 
 
 def test_exit_codes_reach_the_shell(model, layout, tmp_path):

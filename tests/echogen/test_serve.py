@@ -114,4 +114,4 @@ def test_what_it_needs_is_named(run, model, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "uvicorn" else find(n))
     found = run("serve", "--model", model)
-    assert found.refused("serve needs uvicorn", "pip install 'echogen[serve]'")
+    assert found.refused("serve needs uvicorn", "pip install -e '.[serve]'")
