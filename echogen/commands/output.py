@@ -38,26 +38,34 @@ def warn(message: str) -> None:
 def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table to stdout; cells are plain text, so brackets in expressions stay brackets."""
     from rich import box
+    from rich.cells import cell_len
     from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
     from rich.text import Text
 
     table = Table(
         title=Text(title, "bold"), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
     )
+    cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
     for i, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], (int, float)) for row in rows)
-        # In a narrow terminal the first and the last column fold, the first to a word at least.
-        cells = [str(row[0]) for row in rows] if i == 0 else []
+        # In a narrow terminal the first column folds, to a word at least, and words of the last.
+        widest = max((cell_len(row[i]) for row in cells), default=0)
+        whole = numeric or 0 < i < len(columns) - 1
         table.add_column(
             Text(name),
             justify="right" if numeric else "left",
-            no_wrap=0 < i < len(columns) - 1,
-            min_width=min(20, max(map(len, cells), default=0)),
+            no_wrap=whole,
+            min_width=max(widest, cell_len(name)) if whole else min(20, widest),
         )
-    for row in rows:
-        table.add_row(*(Text(f"{v:.3f}" if isinstance(v, float) else str(v)) for v in row))
-    Console().print(table)
+    for row in cells:
+        table.add_row(*map(Text, row))
+    console = Console()
+    # Where that is not narrow enough the terminal breaks the lines: rich would leave columns out.
+    least = Measurement.get(console, console.options.update(max_width=10**6), table).minimum
+    console.width = max(console.width, least)
+    console.print(table)
 
 
 def print_json(data: dict[str, Any]) -> None:

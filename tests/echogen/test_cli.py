@@ -297,6 +297,15 @@ def test_generate(run, model, layout, tmp_path):
     assert out.read_bytes() != first
 
 
+def test_a_table_keeps_its_columns_in_a_narrow_terminal(run, model, layout, tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    seed = 2**63 - 1
+    done = run("generate", "--layout", layout, "--model", model, "--out", tmp_path / "picture.png",
+               "--seed", seed, "--json")  # fmt: skip
+    for whole in ("pixels", "seconds", "64×64", str(seed), f"{done.data['seconds']:.3f}"):
+        assert whole in done.out.rpartition("{")[0]
+
+
 def test_generate_along_a_schedule_and_away_from_a_layout(run, model, layout, tmp_path):
     out, away = tmp_path / "picture.png", tmp_path / "away.json"
     options = ["generate", "--layout", layout, "--model", model, "--out", out, "--json"]
