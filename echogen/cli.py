@@ -19,6 +19,7 @@ from echogen.commands.pictures import Cycle, Generate, Ground
 from echogen.commands.profile import Profile
 from echogen.commands.serve import Serve
 from echogen.commands.training import Train
+from echogen.commands.usage import told_in_one_line
 from echogen.doctor import Doctor
 
 subcommand = tyro.conf.subcommand
@@ -70,18 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"echogen {__version__}")
         return 0
     try:
-        command = tyro.cli(
-            Command,
-            prog="echogen",
-            description=DESCRIPTION,
-            args=argv,
-            config=(
-                tyro.conf.OmitArgPrefixes,
-                tyro.conf.OmitSubcommandPrefixes,
-                tyro.conf.FlagCreatePairsOff,
-            ),
-        )
-    except SystemExit as leaving:  # --help, or usage that tyro has explained already
+        with told_in_one_line():
+            command = tyro.cli(
+                Command,
+                prog="echogen",
+                description=DESCRIPTION,
+                args=argv,
+                config=(
+                    tyro.conf.OmitArgPrefixes,
+                    tyro.conf.OmitSubcommandPrefixes,
+                    tyro.conf.FlagCreatePairsOff,
+                ),
+            )
+    except SystemExit as leaving:  # --help, or usage that was explained already
         return leaving.code if isinstance(leaving.code, int) else 1
     try:
         command.run()

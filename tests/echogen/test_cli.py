@@ -65,21 +65,37 @@ def test_version(run):
 
 
 @pytest.mark.parametrize(
-    "argv",
+    ("argv", "words"),
     [
-        [],
-        ["paint"],
-        ["generate"],
-        ["train"],
-        ["generate", "--layout", "a.json", "--seed", "x"],
-        ["ground", "--image", "a.png", "--expr", "e", "--features", "words"],
-        ["bench", "engine", "--peer", "vllm"],
+        ([], ["doctor, generate"]),
+        (["paint"], ["Unrecognized options: paint", "doctor, generate"]),
+        (["generate"], ["--layout PATH", "see echogen generate --help"]),
+        (["generate", "--steps", "4"], ["--layout PATH", "Unrecognized options: --steps 4"]),
+        (["generate", "--layout", "a.json", "--sed", "4"], ["--sed, 4", "you meant --seed"]),
+        (["train"], ["vq, pmtp"]),
+        (["generate", "--layout", "a.json", "--seed", "x"], ["--seed: 'x' is no whole number;"]),
+        (["generate", "--layout", "a.json", "--top-k", "x"], ["--top-k: 'x' is no whole number;"]),
+        (["eval", "--cfg", "x"], ["--cfg: 'x' is no number;"]),
+        (["serve", "--timeout", "soon"], ["--timeout: 'soon' is no number;"]),
+        (["ground", "--image", "a.png", "--expr", "e", "--features", "words"],
+         ["invalid choice 'words' for argument '--features'", "'tokens', 'pixels'"]),
+        (["bench", "engine", "--peer", "vllm"], ["'vllm'", "'transformers'"]),
     ],
-)
-def test_usage_errors_leave_with_2(run, argv):
-    done = run(*argv)
-    assert done.code == 2
-    assert done.err and "Traceback" not in done.err
+)  # fmt: skip
+def test_usage_errors_leave_with_2_and_one_line(run, argv, words):
+    assert run(*argv).refused(*words)
+
+
+def test_a_box_of_an_unknown_form_is_still_one_line(capsys):
+    from echogen.commands.usage import told_in_one_line
+
+    with pytest.raises(SystemExit), told_in_one_line():
+        print("== Bad ==\n| the value\n| 'x' | is bad |\n", file=sys.stderr)
+        sys.exit(2)
+    assert capsys.readouterr().err == "echogen: == Bad == the value 'x' | is bad\n"
+    with told_in_one_line():
+        print("a warning\nof two lines", file=sys.stderr)
+    assert capsys.readouterr().err == "a warning\nof two lines\n"
 
 
 def test_hints_name_extras_that_the_checkout_has():
