@@ -159,7 +159,7 @@ def contestants(engine: Engine, asked: list[Asked], slots: int) -> dict[str, Dra
     made = partial(Scheduler, engine, slots, len(asked), prompt_tokens=longest)
     usual, codes, invariant = made(), made(windows=False), made(invariant=True)
     check_invariance(invariant, asked)
-    found = {
+    found: dict[str, Draw] = {
         SCHEDULER: lambda asked: scheduled(usual, asked),
         CODES: lambda asked: scheduled(codes, asked),
         INVARIANT: lambda asked: scheduled(invariant, asked),

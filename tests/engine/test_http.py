@@ -8,6 +8,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -105,16 +106,18 @@ def test_partial_pictures_come_as_they_are_drawn(client, monkeypatch):
             assert (below == 128).all() and len(np.unique(part)) > 1
 
 
-def test_partial_pictures_of_steps_that_draw_several_codes(client, engine, monkeypatch):
-    """Each shows all that is drawn by then, and the whole is what the engine draws code by code."""
+def test_partial_pictures_of_every_code(client, engine, monkeypatch):
+    """Each shows all that is drawn by then, be it by steps of one code or of several, and the whole
+    is what the engine draws code by code."""
     free = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
-    window, drawn = client.scheduler._slots.window, []
+    slots, drawn = client.scheduler._slots, []
 
-    def slowly(drafts: Any) -> Any:
+    def slowly(right: Any, *asked: Any) -> Any:
         time.sleep(0.1)  # so that a picture is sent between two steps
-        return window(drafts)
+        return right(*asked)
 
-    monkeypatch.setattr(client.scheduler._slots, "window", slowly)
+    for name in ("step", "window"):
+        monkeypatch.setattr(slots, name, partial(slowly, getattr(slots, name)))
     connection = client.connect()
     asked = {"layout": free.to_dict(), "seed": 3, "samples": 2, "every": 1, "temperature": 1}
     send(connection, "POST", "/v1/images", asked)
