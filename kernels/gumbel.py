@@ -101,8 +101,10 @@ def _finish(
     tl.store(lse_a_ptr + row, top + tl.log(total), mask=inside)
     lse_l, ce = tl.zeros_like(top), tl.zeros_like(top)
     if TARGETS:
-        lse_l = top_l + tl.log(tl.where(inside, total_l, 1.0))
-        ce = tl.where(target < columns, lse_l - at_target, float("nan"))
+        log_l = tl.log(tl.where(inside, total_l, 1.0))
+        lse_l = top_l + log_l
+        # Not lse_l − at_target: logits that share a large offset round the logarithm away.
+        ce = tl.where(target < columns, (top_l - at_target) + log_l, float("nan"))
         ce = tl.where(target < 0, 0.0, ce)
     tl.store(lse_l_ptr + row, lse_l, mask=inside)
     tl.store(ce_ptr + row, ce, mask=inside)

@@ -202,6 +202,15 @@ def test_a_target_that_is_no_output_has_no_gradient_that_looks_like_one(generato
     assert (ours.grad[2] == 0).all()
 
 
+def test_an_offset_of_the_logits_costs_no_digits(generator, device):
+    hidden, weight, bias, targets = inputs((20, 150, 8), generator, device)
+    hidden, weight, bias = ((8 * t).round() / 8 for t in (hidden, weight, bias))  # exact sums
+    found = linear_logprob(hidden, weight, targets, bias + 1e4, CHUNK)
+    wanted = oracle(hidden.double(), weight.double(), bias.double(), targets)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
 def test_a_nan_is_passed_on(generator, device):
     hidden, weight, bias, targets = inputs((5, 300, 3), generator, device)
     bias[280] = float("nan")
