@@ -28,6 +28,8 @@ PROGRAMS, LEAST, MOST_SPLITS = 396, 1024, 8
 three programs for each of an H200's 132 multiprocessors, as many as fit by registers, each with
 1,024 codes at least, beside which writing and merging its partial is little."""
 MOST_WIDE = 256
+LEAST_K = 8 if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9) else 16
+"""Numbers that `tl.dot` sums over in float32, at least; 3.6 and 3.7 take no eight."""
 
 
 def _tile(width: int, forward: bool) -> dict[str, int]:
@@ -386,7 +388,7 @@ def launch_backward_into(
     launch(
         _gumbel_st_backward_kernel, grid, logits, codebook, tau, seed, draw, position, targets,
         lse_a, lse_l, e_soft, d_embed, None if targets is None else d_ce, out, rows, columns,
-        WIDTH=width, PADDED=_padded(width, 16), ROWS=ROWS, **tile,
+        WIDTH=width, PADDED=_padded(width, LEAST_K), ROWS=ROWS, **tile,
     )  # fmt: skip
 
 
