@@ -22,7 +22,7 @@ from echogen.kernels.philox import gumbel_tile
 from echogen.kernels.reference import gumbel as reference
 
 ROWS = 16  # of a tile of [N, V] at least: they let a tile of codes be reused by one tl.dot
-SEGMENT = 32  # rows of one code that are summed at once
+SEGMENT = 256  # rows of one code that are summed at once: most tokens may be of one, background
 WARPS, LEAST, MOST_SPLITS = 3168, 1024, 8
 """A forward pass cuts the codes of its rows among several programs where there are few rows: up to
 24 warps for each of an H200's 132 multiprocessors, as many as fit by registers, each program with
@@ -403,13 +403,13 @@ def launch_backward_into(
 def _launch_codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
     if d_embed.dtype == torch.float64:
         return reference.codebook_grad(d_embed, index, codes)
-    width = d_embed.shape[1]
+    width, padded = d_embed.shape[1], _padded(d_embed.shape[1])
     ordered, order = index.sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(codes + 1, device=index.device))
     out = torch.empty(codes, width, dtype=torch.float32, device=d_embed.device)
     launch(
         _codebook_grad_kernel, (codes,), d_embed, order, starts, out,
-        WIDTH=width, PADDED=_padded(width), SEGMENT=SEGMENT if width <= 128 else 8, num_warps=1,
+        WIDTH=width, PADDED=padded, SEGMENT=min(SEGMENT, 4096 // padded), num_warps=4,
     )  # fmt: skip
     return out
 
