@@ -154,7 +154,8 @@ def cycle_reward(
 
     Four location tokens, x1 y1 x2 y2, spell the box of their bins over ``bins − 1``; other tokens,
     and bins without ``x2 > x1`` and ``y2 > y1``, spell none. From there on it is
-    `box_reward` and `group_advantage`, to the last bit, without a host synchronisation.
+    `box_reward` and `group_advantage`, to the last bit, without a host synchronisation. No
+    gradient: tokens have none, and none reaches target.
 
     Args:
         tokens: int64 [B, G, K, 4], for each layout, sample and expression.
@@ -184,5 +185,5 @@ def cycle_reward(
     if not 2 <= bins <= 1 << 24:
         raise ValueError(f"bins = {bins}; it must be in 2 … 2^24")
     return CycleReward(
-        *_cycle_reward(tokens, target, mask, first_location, bins, w_iou, w_l1, mode, eps)
+        *_cycle_reward(tokens, target.detach(), mask, first_location, bins, w_iou, w_l1, mode, eps)
     )

@@ -432,7 +432,8 @@ def group_advantage(
 
     With n samples in the group: ``grpo``: ``(r − mean)/(std + ε)``, population deviation (GRPO,
     arXiv 2402.03300); ``dr_grpo``: ``r − mean`` (Dr.GRPO, arXiv 2503.20783); ``rloo``: ``r`` minus
-    the mean of the others, ``n/(n − 1)·(r − mean)`` (RLOO, arXiv 2402.14740).
+    the mean of the others, ``n/(n − 1)·(r − mean)`` (RLOO, arXiv 2402.14740). No gradient: an
+    advantage weighs a policy's gradient, and has none of its own.
 
     Args:
         reward: float [B, G], one row for the G samples of a layout; with offsets, [N].
@@ -466,7 +467,7 @@ def group_advantage(
         checks.check_shape("mask", mask, reward.shape)
     checks.check_contiguous(reward=reward, offsets=offsets, mask=mask)
     checks.check_same_device(reward=reward, offsets=offsets, mask=mask)
-    return Advantage(*_group_advantage(reward, offsets, mask, mode, eps))
+    return Advantage(*_group_advantage(reward.detach(), offsets, mask, mode, eps))
 
 
 def check_mode(mode: str, eps: float) -> None:

@@ -21,24 +21,35 @@ from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.philox import gumbel_tile
 from echogen.kernels.reference import gumbel as reference
 
-ROWS = 16  # of a tile of [N, V]: they let a tile of codes be reused by one tl.dot
-SEGMENT = 32  # rows of one code that are summed at once
-PROGRAMS, LEAST, MOST_SPLITS = 396, 1024, 8
+ROWS = 16  # of a tile of [N, V] at least: they let a tile of codes be reused by one tl.dot
+SEGMENT = 256  # rows of one code that are summed at once: most tokens may be of one, background
+WARPS, LEAST, MOST_SPLITS = 3168, 1024, 8
 """A forward pass cuts the codes of its rows among several programs where there are few rows: up to
-three programs for each of an H200's 132 multiprocessors, as many as fit by registers, each with
+24 warps for each of an H200's 132 multiprocessors, as many as fit by registers, each program with
 1,024 codes at least, beside which writing and merging its partial is little."""
+MANY = 32 * (WARPS // 4) // MOST_SPLITS
+"""Rows from which tiles of 32 rows on four warps, cut so, still fill the device."""
 MOST_WIDE = 256
+LEAST_K = 8 if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9) else 16
+"""Numbers that `tl.dot` sums over in float32, at least; 3.6 and 3.7 take no eight."""
 
 
-def _tile(width: int, forward: bool) -> dict[str, int]:
-    """Codes of a tile and warps that share it: what keeps it in registers, on sm_80 to sm_100, as
-    `echogen bench compile` reads them for 8 numbers a code. Forward with eight warps takes 79 or 80
-    a thread in bfloat16 (with four 128, and some spill) and 78 to 116 in float32; backward with 64
-    codes takes 128 to 130 and 71 or 72 (with 128 codes 168 to 208). Eight warps would take 40 to 56
-    there, at loads of half the width: which is faster, only a GPU can tell."""
-    if width <= 16:
-        return {"COLUMNS": 128, "num_warps": 8} if forward else {"COLUMNS": 64, "num_warps": 4}
-    return {"COLUMNS": 64 if width <= 32 else 32 if width <= 64 else 16, "num_warps": 4}
+def _tile(width: int, rows: int, forward: bool, half: bool) -> dict[str, int]:
+    """Rows and codes of a tile and warps that share it: few instructions an element in registers
+    that do not spill on sm_80 to sm_100, as `echogen bench compile` reads them for 8 numbers a
+    code. Forward over many rows of half floats takes 80 a thread (126 on sm_80): each of its 256
+    numbers of the dot has a thread of its own, where 16 rows on eight warps make each twice.
+    Otherwise forward takes 70 to 80. Backward takes 96 to 114 (128 on sm_80 in bfloat16). Which is
+    fastest, only a GPU can tell."""
+    if width <= 16 and forward:
+        tile = (32, 32, 4) if half and rows >= MANY else (ROWS, 128, 8)
+    elif width <= 16:
+        tile = 32, 64, 4
+    elif width <= 32:
+        tile = (ROWS, 64, 4) if forward else (32, 32, 4)
+    else:
+        tile = ROWS, 32 if width <= 64 else 16, 4
+    return dict(zip(("ROWS", "COLUMNS", "num_warps"), tile, strict=True))
 
 
 @triton.jit
@@ -101,8 +112,10 @@ def _finish(
     tl.store(lse_a_ptr + row, top + tl.log(total), mask=inside)
     lse_l, ce = tl.zeros_like(top), tl.zeros_like(top)
     if TARGETS:
-        lse_l = top_l + tl.log(tl.where(inside, total_l, 1.0))
-        ce = tl.where(target < columns, lse_l - at_target, float("nan"))
+        log_l = tl.log(tl.where(inside, total_l, 1.0))
+        lse_l = top_l + log_l
+        # Not lse_l − at_target: logits that share a large offset round the logarithm away.
+        ce = tl.where(target < columns, (top_l - at_target) + log_l, float("nan"))
         ce = tl.where(target < 0, 0.0, ce)
     tl.store(lse_l_ptr + row, lse_l, mask=inside)
     tl.store(ce_ptr + row, ce, mask=inside)
@@ -283,9 +296,8 @@ def _padded(width: int, least: int = 8) -> int:
     return max(least, triton.next_power_of_2(width))
 
 
-def _splits(rows: int, columns: int) -> int:
-    tiles = triton.cdiv(rows, ROWS)
-    return max(1, min(triton.cdiv(PROGRAMS, tiles), columns // LEAST, MOST_SPLITS))
+def _splits(tiles: int, columns: int, warps: int) -> int:
+    return max(1, min(triton.cdiv(WARPS // warps, tiles), columns // LEAST, MOST_SPLITS))
 
 
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
@@ -323,9 +335,9 @@ def launch_forward_into(
 ) -> None:  # fmt: skip
     """The forward pass, into tensors or rows of tensors given."""
     (rows, columns), width = logits.shape, codebook.shape[1]
-    splits, tiles = _splits(rows, columns), triton.cdiv(rows, ROWS)
-    tile = _tile(width, forward=True)
-    at_once = tile["COLUMNS"]
+    tile = _tile(width, rows, forward=True, half=logits.element_size() == 2)
+    tiles, at_once = triton.cdiv(rows, tile["ROWS"]), tile["COLUMNS"]
+    splits = _splits(tiles, columns, tile["num_warps"])
     share = triton.cdiv(triton.cdiv(columns, splits), at_once) * at_once
     parts = soft = None
     if splits > 1:
@@ -335,12 +347,12 @@ def launch_forward_into(
     constants = {"TARGETS": targets is not None, "WIDTH": width, "PADDED": _padded(width)}
     launch(
         _gumbel_st_forward_kernel, (tiles, splits), logits, codebook, tau, seed, draw, position,
-        index, targets, *out, parts, soft, rows, columns, share, ROWS=ROWS, **tile, **constants,
+        index, targets, *out, parts, soft, rows, columns, share, **tile, **constants,
     )  # fmt: skip
     if splits > 1:
         launch(
-            _gumbel_st_merge_kernel, (tiles,), parts, soft, codebook, index, targets, *out, rows,
-            columns, splits, ROWS=ROWS, num_warps=4, **constants,
+            _gumbel_st_merge_kernel, (triton.cdiv(rows, ROWS),), parts, soft, codebook, index,
+            targets, *out, rows, columns, splits, ROWS=ROWS, num_warps=4, **constants,
         )  # fmt: skip
 
 
@@ -379,25 +391,25 @@ def launch_backward_into(
     """The backward pass; ``out`` may be ``logits``, as every element is read by the program that
     writes it, before."""
     (rows, columns), width = logits.shape, codebook.shape[1]
-    tile = _tile(width, forward=False)
-    grid = triton.cdiv(rows, ROWS), triton.cdiv(columns, tile["COLUMNS"])
+    tile = _tile(width, rows, forward=False, half=logits.element_size() == 2)
+    grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
     launch(
         _gumbel_st_backward_kernel, grid, logits, codebook, tau, seed, draw, position, targets,
         lse_a, lse_l, e_soft, d_embed, None if targets is None else d_ce, out, rows, columns,
-        WIDTH=width, PADDED=_padded(width, 16), ROWS=ROWS, **tile,
+        WIDTH=width, PADDED=_padded(width, LEAST_K), **tile,
     )  # fmt: skip
 
 
 def _launch_codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
     if d_embed.dtype == torch.float64:
         return reference.codebook_grad(d_embed, index, codes)
-    width = d_embed.shape[1]
+    width, padded = d_embed.shape[1], _padded(d_embed.shape[1])
     ordered, order = index.sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(codes + 1, device=index.device))
     out = torch.empty(codes, width, dtype=torch.float32, device=d_embed.device)
     launch(
         _codebook_grad_kernel, (codes,), d_embed, order, starts, out,
-        WIDTH=width, PADDED=_padded(width), SEGMENT=SEGMENT if width <= 128 else 8, num_warps=1,
+        WIDTH=width, PADDED=padded, SEGMENT=min(SEGMENT, 4096 // padded), num_warps=4,
     )  # fmt: skip
     return out
 

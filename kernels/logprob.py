@@ -31,6 +31,7 @@ from echogen.kernels.head import (
 from echogen.kernels.reference import logprob as reference
 
 COLUMNS = 2048  # of a row at once; 16 a thread, loaded 16 bytes at a time
+MIXED_ROWS = 4096  # of hidden states that are guided at once
 
 
 @triton.jit
@@ -284,19 +285,26 @@ def linear_logprob(
     return LogProb(logprob, entropy)
 
 
+def _scaled(d: Tensor, by: Tensor) -> Tensor:
+    out, kept = torch.empty_like(d), wide(d.dtype)
+    for first in range(0, len(d), MIXED_ROWS):
+        rows = slice(first, first + MIXED_ROWS)
+        out[rows] = d[rows].to(kept) * by
+    return out
+
+
+# Names of its own would be out of torch.compile's sight: Dynamo traces no attribute of the class.
 class _Guided(torch.autograd.Function):
     """``u + s·(c − u)`` in float32 at least, rounded once, some rows at a time: over all rows at
     once a backward would hold three float32 tensors of the hidden states' size (for 64 images of
     Janus-Pro 860 MiB, twice what the head itself needs)."""
 
-    ROWS = 4096
-
     @staticmethod
     def forward(ctx: Any, c: Tensor, u: Tensor, s: Tensor) -> Tensor:
         ctx.save_for_backward(s)
         out, kept = torch.empty_like(c), wide(c.dtype)
-        for first in range(0, len(c), _Guided.ROWS):
-            rows = slice(first, first + _Guided.ROWS)
+        for first in range(0, len(c), MIXED_ROWS):
+            rows = slice(first, first + MIXED_ROWS)
             plain = u[rows].to(kept)
             out[rows] = plain + s * (c[rows].to(kept) - plain)
         return out
@@ -305,14 +313,7 @@ class _Guided(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (d,), (s,) = grads, ctx.saved_tensors
         parts = zip(ctx.needs_input_grad[:2], (s, 1 - s), strict=True)
-        return *(_Guided._scaled(d, by) if needed else None for needed, by in parts), None
-
-    @staticmethod
-    def _scaled(d: Tensor, by: Tensor) -> Tensor:
-        out, kept = torch.empty_like(d), wide(d.dtype)
-        for rows, made in zip(d.split(_Guided.ROWS), out.split(_Guided.ROWS), strict=True):
-            made.copy_(rows.to(kept) * by)
-        return out
+        return *(_scaled(d, by) if needed else None for needed, by in parts), None
 
 
 def guided_linear_logprob(

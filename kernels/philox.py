@@ -19,9 +19,35 @@ BLOCK_ROWS, BLOCK_COLUMNS = 4, 512
 
 
 @triton.jit
-def gumbel_tile(seed, draw, position, stream, first, COLUMNS: tl.constexpr):
+def _log(x):
+    """Natural logarithm of float32 numbers that are positive, finite and not denormal: x = m·2ᵏ
+    with m in [2/3, 4/3), log m as a polynomial, in libdevice's own steps and so to its last bit,
+    less what it does for numbers that cannot occur here (8 instructions). Multiplications and
+    additions are fused by name, so that every kernel around it rounds alike."""
+    bits = x.to(tl.int32, bitcast=True)
+    e = (bits - 0x3F2AAAAB) & -8388608  # of 2/3; the exponent's bits and the sign
+    m = (bits - e).to(tl.float32, bitcast=True) - 1.0
+    k = e.to(tl.float32) * 1.1920928955078125e-07  # 2⁻²³
+    r = tl.fma(m, -0.130310059, 0.140869141)
+    r = tl.fma(r, m, -0.121483512)
+    r = tl.fma(r, m, 0.139814854)
+    r = tl.fma(r, m, -0.166846126)
+    r = tl.fma(r, m, 0.200120345)
+    r = tl.fma(r, m, -0.249996200)
+    r = tl.fma(r, m, 0.333331972)
+    r = tl.fma(r, m, -0.5)
+    return tl.fma(k, 0.693147182, tl.fma(r * m, m, m))
+
+
+@triton.jit
+def gumbel_tile(
+    seed, draw, position, stream, first, COLUMNS: tl.constexpr, TIGHT: tl.constexpr = False
+):
     """Standard Gumbel noise float32 [rows, COLUMNS] for columns first, first + 1, …; ``first`` and
-    COLUMNS are multiples of 4, draw and position int64 [rows]. Device code for other kernels."""
+    COLUMNS are multiples of 4, draw and position int64 [rows]. Device code for other kernels.
+
+    TIGHT is for those short of registers: the same numbers by the library's logarithm, whose branch
+    keeps the compiler from working on many elements at once."""
     block = (first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
     # All four words of the counter are uint32: with 64-bit ones tl.philox is Philox-4x64.
     none = (position[:, None] * 0).to(tl.uint32) + block * 0
@@ -33,8 +59,9 @@ def gumbel_tile(seed, draw, position, stream, first, COLUMNS: tl.constexpr):
         none + stream.to(tl.uint32),
     )
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    # Exact, and from 2⁻²⁴ to 1 − 2⁻²⁴: its −log lies in [6e-8, 16.7], its own logarithm exists too.
     u = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
-    return -tl.log(-tl.log(u))
+    return -tl.log(-tl.log(u)) if TIGHT else -_log(-_log(u))
 
 
 @triton.jit

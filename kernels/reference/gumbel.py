@@ -58,9 +58,12 @@ def _forward(
     e_soft = (noisy / tau - lse_a[:, None]).exp() @ codebook.to(noisy.dtype)
     lse_l, ce = torch.zeros_like(lse_a), torch.zeros_like(lse_a)
     if targets is not None:
-        lse_l, codes = logits.logsumexp(-1), logits.shape[1]
+        top, codes = logits.amax(-1), logits.shape[1]
+        log_total = (logits - top[:, None]).logsumexp(-1)
+        lse_l = top + log_total
         at_target = logits.gather(1, targets.clamp(0, codes - 1)[:, None])[:, 0]
-        known = torch.where(targets < codes, lse_l - at_target, torch.nan)
+        # Not lse_l − at_target: logits that share a large offset round the logarithm away.
+        known = torch.where(targets < codes, (top - at_target) + log_total, torch.nan)
         ce = torch.where(targets >= 0, known, ce)
     inside = (index >= 0) & (index < len(codebook))
     embed = codebook[torch.where(inside, index, 0)].masked_fill(~inside[:, None], torch.nan)

@@ -30,8 +30,11 @@ def forward(
     entropy, lse = torch.empty_like(logprob), torch.empty_like(logprob)
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         scaled = logits.to(lse.dtype) / temperature
-        lse[rows] = scaled.logsumexp(-1)
-        logp = scaled.sub_(lse[rows, None])
+        top = scaled.amax(-1, keepdim=True)
+        log_total = scaled.sub_(top).logsumexp(-1, keepdim=True)
+        lse[rows] = (top + log_total)[:, 0]
+        # Not scaled − lse: logits that share a large offset round the logarithm away.
+        logp = scaled.sub_(log_total)
         logprob[rows] = _at(logp, targets[rows])
         entropy[rows] = torch.special.entr(logp.exp()).sum(-1)
     return logprob, entropy, lse

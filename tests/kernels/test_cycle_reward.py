@@ -169,6 +169,12 @@ def test_repeats_are_bit_equal(small, generator, device):
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_a_target_that_has_a_gradient_gives_none(generator, device):
+    tokens, target, mask = inputs((2, 3, 2), generator, device)
+    found = cycle_reward(tokens, target.requires_grad_(), mask, FIRST, BINS)
+    assert not any(x.requires_grad for x in found)
+
+
 def test_opcheck(generator, device):
     _, target, mask = inputs((2, 3, 2), generator, device)
     # Boxes all: opcheck takes NaN for a difference.

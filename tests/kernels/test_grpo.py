@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from echogen.kernels import dispatch, grpo
+from echogen.kernels.boxes import box_reward
 from echogen.kernels.grpo import group_advantage, grpo_loss
 
 
@@ -349,6 +350,19 @@ def test_the_reference_is_measured_without_a_penalty(small, generator, device):
         found.loss.backward()
         grads.append(ours.grad)
     assert torch.equal(*grads) and found.mean_kl > 0
+
+
+def test_a_reward_that_has_a_gradient_gives_none(generator, device):
+    """From boxes with a gradient to the loss: the advantage is a weight, and logp alone learns."""
+    corner = torch.rand(3, 4, 2, 2, generator=generator)
+    pred = torch.cat((0.5 * corner, 0.5 + 0.5 * corner), -1).to(device).requires_grad_()
+    target = torch.tensor([0.2, 0.3, 0.6, 0.7], device=device).repeat(3, 2, 1)
+    reward = box_reward(pred, target, pred[:, 0, :, 0] >= 0).reward
+    found = group_advantage(reward)
+    assert reward.requires_grad and not found.advantage.requires_grad
+    logp = torch.full((12, 5), -1.0, device=device, requires_grad=True)
+    grpo_loss(logp, logp.detach(), found.advantage.flatten(), logp < 0).loss.backward()
+    assert logp.grad is not None and (logp.grad != 0).any() and pred.grad is None
 
 
 def test_nothing_is_kept_for_backward_but_the_inputs(generator, device):

@@ -81,6 +81,15 @@ def test_without_targets_or_a_codebook_gradient(generator, device, relative_erro
     assert relative_error(ours.grad, truth.grad) < 1e-5
 
 
+def test_an_offset_of_the_logits_costs_the_loss_no_digits(generator, device, parts):
+    """Beside float64 of the same logits, whose own rounding thus does not count."""
+    logits, codebook, draw, position, targets = inputs((19, 300, 8), generator, device)
+    logits, targets = logits + 1e4, targets.clamp(min=0)
+    found = gumbel_st_embed(logits, codebook, 1.0, 5, draw, position, None, targets)
+    wanted = F.cross_entropy(logits.double(), targets, reduction="none")
+    torch.testing.assert_close(found.ce.double(), wanted, rtol=0, atol=3e-6)
+
+
 @pytest.mark.parametrize("width", [1, 3, 17, 33, 64, 200, 256])
 def test_widths_of_the_codebook(width, generator, device, relative_error):
     logits, codebook, draw, position, targets = inputs((5, 150, width), generator, device)
@@ -159,12 +168,15 @@ def test_float64(generator, device, relative_error):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types(dtype, generator, device, relative_error):
-    logits, codebook, draw, position, targets = inputs((20, 150, 8), generator, device, dtype)
+@pytest.mark.parametrize("many", [False, True], ids=["few rows", "many rows"])
+def test_half_types(dtype, many, generator, device, relative_error, parts, monkeypatch):
+    if many:  # tiles of twice the rows
+        monkeypatch.setattr(gumbel, "MANY", 1)
+    logits, codebook, draw, position, targets = inputs((50, 300, 8), generator, device, dtype)
     ours = [t.clone().requires_grad_() for t in (logits, codebook)]
     truth = [t.double().requires_grad_() for t in (logits, codebook)]
     found = gumbel_st_embed(*ours, 1.0, 5, draw, position, None, targets)
-    noise = gumbel_noise(5, draw, position, 150).double()
+    noise = gumbel_noise(5, draw, position, 300).double()
     embed, index, ce = oracle(*truth, 1.0, noise, targets)
     assert found.embed.dtype == dtype and torch.equal(found.code, index)
     (found.embed.float().sum() + found.ce.sum()).backward()
