@@ -6,6 +6,7 @@ import ast
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from echogen.kernels.cache import cache_folder
-from echogen.train.data import grammar, shapes
+from echogen.train.data import grammar, parts, shapes
 from echogen.train.data.canvas import draw
 from echogen.train.data.shapes import IMAGE_SIZE, Object, Scene, sample_scene
 
@@ -40,30 +41,46 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def _draw(
-    split: str, seed: int, indices: range
-) -> list[list[tuple[str, str, str, tuple[int, ...]]]]:
+_Drawn = list[list[tuple[str, str, str, tuple[int, ...]]]]
+
+
+def _draw(split: str, seed: int, indices: range) -> _Drawn:
     scenes = (sample_scene(split, i, seed) for i in indices)
     return [[(o.shape, o.color, o.texture, o.box) for o in s.objects] for s in scenes]
 
 
 def load_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
-    """Scenes 0 … count-1 of a split, from the cache or drawn now (on all cores) and cached."""
+    """Scenes 0 … count-1 of a split, from the cache or drawn now (on all cores) and cached, part by
+    part: what a run that was killed has drawn is not drawn again."""
     path = cache_folder() / f"scenes-{world_version()}-{split}-{count}-{seed}.jsonl"
     if not path.exists():
         chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
-        if len(chunks) == 1:
-            drawn = [_draw(split, seed, chunks[0])]
-        else:
-            with ProcessPoolExecutor(os.cpu_count()) as pool:
-                drawn = list(pool.map(partial(_draw, split, seed), chunks))
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        beside.write_text("".join(json.dumps(scene) + "\n" for part in drawn for scene in part))
-        os.replace(beside, path)
+
+        def drawn(missing: list[range], tell: Callable[[int], None]) -> Iterator[bytes]:
+            for part, scenes in zip(missing, _draw_all(split, seed, missing), strict=True):
+                tell(len(part))
+                yield "".join(json.dumps(scene) + "\n" for scene in scenes).encode()
+
+        what = ("drawing", f"{split} scenes")
+        lines = parts.gathered(path, what, chunks, drawn, bytes, _whole)
+        parts.write(path, b"".join(lines))
+        parts.drop(path, chunks)
     return [
         Scene(tuple(Object(s, c, t, tuple(b)) for s, c, t, b in json.loads(line)))
         for line in path.read_text().splitlines()
     ]
+
+
+def _draw_all(split: str, seed: int, chunks: list[range]) -> Iterator[_Drawn]:
+    if len(chunks) < 2:
+        yield from (_draw(split, seed, chunk) for chunk in chunks)
+        return
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(chunks))) as pool:
+        yield from pool.map(partial(_draw, split, seed), chunks)
+
+
+def _whole(data: bytes, part: range) -> bytes | None:
+    return data if data.count(b"\n") == len(part) and data.endswith(b"]\n") else None
 
 
 def render(scenes: list[Scene], size: int = IMAGE_SIZE) -> np.ndarray:
