@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import echogen
 from echogen.train import progress
 from echogen.train.config import LoopConfig, VQConfig
 from echogen.train.data import parts, samples, scenes
@@ -16,6 +22,20 @@ from echogen.train.data.shapes import sample_scene
 from echogen.train.vq import build_vq
 
 VQ = VQConfig(loop=LoopConfig(steps=1, lr=1e-3), codes=32, latent=32, multipliers=(1, 1, 1, 1))
+
+
+DRAWING = """
+import os, sys, time
+from echogen.train.data import scenes
+
+def slow(split, seed, indices):
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+if __name__ == "__main__":
+    scenes._CHUNK, scenes._draw, os.cpu_count = 1, slow, lambda: 2
+    scenes.load_scenes("val", 8)
+"""
 
 
 class Killed(BaseException):
@@ -127,3 +147,47 @@ def test_where_there_is_no_terminal_a_line_now_and_then_says_how_far_it_is(
 def test_little_work_is_done_without_a_word(cache: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert len(scenes.load_scenes("val", 3)) == 3
     assert not capfd.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_workers_do_not_outlive_a_killed_run(tmp_path: Path) -> None:
+    script = tmp_path / "drawing.py"
+    script.write_text(DRAWING)
+    env = os.environ | {"PYTHONPATH": str(Path(echogen.__file__).parents[1])}
+    with subprocess.Popen([sys.executable, script], env=env, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        workers = {int(run.stdout.readline()) for _ in range(2)}
+        run.kill()
+        try:
+            out, _ = run.communicate(timeout=20)  # which ends when nobody holds the pipe
+            assert len(workers) == 2 and not out
+        finally:
+            for worker in workers:
+                if Path(f"/proc/{worker}").exists():
+                    os.kill(worker, signal.SIGKILL)
+
+
+def test_an_interrupted_run_does_not_wait_for_its_workers(tmp_path: Path) -> None:
+    script = tmp_path / "drawing.py"
+    script.write_text(DRAWING)
+    env = os.environ | {"PYTHONPATH": str(Path(echogen.__file__).parents[1])}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "start_new_session": True}
+    with subprocess.Popen([sys.executable, script], env=env, **pipes) as run:
+        assert run.stdout is not None
+        run.stdout.readline()
+        os.killpg(run.pid, signal.SIGINT)  # as Ctrl-C does
+        try:
+            _, err = run.communicate(timeout=20)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.pid, signal.SIGKILL)
+        assert err.decode().count("KeyboardInterrupt") == 1, err.decode()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells of a parent's death")
+def test_a_worker_whose_parent_is_gone_already_ends() -> None:
+    child = os.fork()
+    if not child:
+        scenes._follow(parent=os.getpid())  # which is not the one it has
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
@@ -19,6 +23,7 @@ from echogen.train.data.canvas import draw
 from echogen.train.data.shapes import IMAGE_SIZE, Object, Scene, sample_scene
 
 _CHUNK = 500
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def world_version() -> str:
@@ -75,8 +80,28 @@ def _draw_all(split: str, seed: int, chunks: list[range]) -> Iterator[_Drawn]:
     if len(chunks) < 2:
         yield from (_draw(split, seed, chunk) for chunk in chunks)
         return
-    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(chunks))) as pool:
-        yield from pool.map(partial(_draw, split, seed), chunks)
+    count = min(os.cpu_count() or 1, len(chunks))
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(count, initializer=_follow, initargs=(os.getpid(),)) as pool:
+        try:
+            yield from pool.map(partial(_draw, split, seed), chunks)
+        except BaseException:  # or a signal would wait for the chunks under way
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
+
+
+def _follow(parent: int) -> None:
+    """A worker's beginning: it ends with its parent, which may be killed without a chance to end
+    it, and would sleep on for ever, holding what it inherited (pipes, locks). Linux can do that."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the parent's handlers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent speaks
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    # It may have died before that. A fork server's children are not its own.
+    if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent:
+        os._exit(1)
 
 
 def _whole(data: bytes, part: range) -> bytes | None:
