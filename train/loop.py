@@ -36,7 +36,7 @@ from echogen.train.progress import Pace, note, progress_bar
 from echogen.train.runtime import keep_pages, only_deterministic
 from echogen.train.selection import Best
 from echogen.train.stage import BeginRefused as BeginRefused
-from echogen.train.stage import NotFinite, Stage, TrainingError, identity, resumable
+from echogen.train.stage import NotFinite, Stage, TrainingError, identity, other_run, resumable
 from echogen.train.start import note_chosen
 from echogen.train.stop import Stop, Stopped
 from echogen.train.update import check, update
@@ -244,9 +244,9 @@ class Run:
         if not path.exists() and not previous(path).exists():
             return 0
         state = self.processes.load(path, self.trained)
-        if any(state[key] != value for key, value in identity(self.stage).items()):
+        if other := other_run(state, self.stage):
             raise StateError(
-                f"{path}: written by another run ({state['stage']}, other settings); "
+                f"{path}: written by another run ({other}); "
                 "give the same recipe and options, or another --out"
             )
         self.trained.load(state)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 1_000_000
 RUN_FILES = ("state.pt", "state.prev.pt", "best.pt", "config.json", "metrics.jsonl", "model")
+FOUND_OUT = ("start", "layouts_hash")
+"""Settings that a stage finds out by itself, from the model and the file it is given."""
 
 
 Begin = Annotated[str, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
@@ -127,9 +129,12 @@ class RunOptions:
             check_range("batch", self.batch, 1, MOST_SAMPLES)
             changes["batch"] = self.batch
         try:
-            return replace(config, loop=self.loop(config.loop), **changes)
+            sized = replace(config, loop=self.loop(config.loop), **changes)
         except ValueError as error:
             raise InputError(flagged(error)) from None
+        if self.resume and self.repeat is None:
+            check_same_run(self.out, sized)
+        return sized
 
     def train(self, stage: Stage) -> None:
         """Run the stage, or repeat a step of it."""
@@ -280,6 +285,32 @@ def check_run_folder(out: Path, resume: bool) -> None:
         )
     if resume and not present:
         raise InputError(f"--out {out}: holds no run to resume; leave --resume out")
+
+
+def check_same_run(out: Path, config: Any) -> None:
+    """Refuse to go on with a run that has other settings, before a model and data are loaded for
+    it. Without a state it begins anew, and the loop has the last word (`other_run`)."""
+    from echogen.train.config import differences, to_json
+    from echogen.train.stage import few, settings
+
+    if not any((out / name).exists() for name in ("state.pt", "state.prev.pt")):
+        return
+    try:
+        begun = settings(json.loads((out / "config.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    foreign = sorted(set(begun) - {part.name for part in fields(config)})
+    changed = [
+        line
+        for line in differences(begun, settings(to_json(config)))
+        if line.split()[0] not in FOUND_OUT
+    ]
+    if foreign or changed:
+        why = f"{foreign[0]} is no setting of this stage" if foreign else few(changed)
+        raise InputError(
+            f"--out {out}: its run has other settings ({why}); give the same recipe and options, "
+            f"or another --out"
+        )
 
 
 def find_recipe(name: str) -> Recipe:

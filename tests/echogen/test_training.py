@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from echogen.commands.training import load_vq
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
 from echogen.engine.sampler import Sampling
+from echogen.train.config import to_json
 from echogen.train.loop import BeginRefused
 from echogen.train.recipes import tiny
 from echogen.train.start import RECORD, write_record
@@ -108,6 +110,51 @@ def test_train_pmtp_begins_with_a_checkpoint_of_no_stage(run, model, tmp_path, h
     try:
         again = run("train", "pmtp", "--out", tmp_path / "no", "--pretrained", model)
         assert again.refused("comes from stage pmtp", "--from")
+    finally:
+        (model / RECORD).unlink()
+
+
+def begun(out, config):
+    """A folder as a run leaves it that was killed behind its first state."""
+    out.mkdir()
+    (out / "state.pt").write_text("")
+    (out / "config.json").write_text(json.dumps(to_json(config)))
+    return out
+
+
+def test_other_settings_are_refused_before_anything_is_loaded(run, tmp_path, monkeypatch):
+    recipe, loaded = tiny(), []
+    monkeypatch.setattr("echogen.commands.training.load_vq", lambda *a: loaded.append(a))
+    pmtp = replace(recipe.pmtp, loop=replace(recipe.pmtp.loop, steps=2), batch=8)
+    out = begun(tmp_path / "run", pmtp)
+    (tmp_path / "config.json").write_text("{}")
+    again = ("--out", out, "--resume", "--vq", tmp_path, "--batch", "8")
+    asked = run("train", "pmtp", *again, "--steps", "5", "--float32")
+    assert asked.refused(
+        f"--out {out}", "loop.steps 2 → 5", "loop.bf16 True → False", "same recipe"
+    )
+    assert run("train", "pmtp", *again, "--steps", "2", "--ema", "0.5").refused(
+        "loop.ema None → 0.5"
+    )
+    other = run("train", "pmtp", *again, "--recipe", "small")
+    assert other.refused("loop.lr 0.002 → 0.001", " more)")
+    stage = run("train", "vq", "--out", out, "--resume")
+    assert stage.refused(f"--out {out}", "is no setting of this stage")
+    assert not loaded
+
+
+def test_what_says_how_a_step_is_computed_may_differ_on_resume(run, model, tmp_path, handed_on):
+    write_record(model, ("pmtp",))
+    djo = tiny().djo
+    out = begun(tmp_path / "run", replace(djo, loop=replace(djo.loop, accumulate=2), start="abc"))
+    again = ("train", "djo", "--from", model, "--out", out, "--resume")
+    try:
+        assert run(*again, "--accumulate", "4", "--checkpoint-activations").code == 0
+        (out / "config.json").write_text("torn")  # nothing reads it but people and this check
+        assert run(*again, "--steps", "3").code == 0
+        (out / "config.json").write_text(json.dumps(to_json(djo)))
+        (out / "state.pt").unlink()  # killed before its first state: it begins anew
+        assert run(*again, "--steps", "3").code == 0
     finally:
         (model / RECORD).unlink()
 
