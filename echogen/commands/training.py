@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -17,7 +18,8 @@ from echogen.commands.options import (
     check_range,
     flagged,
 )
-from echogen.commands.output import Failure, InputError, make_folder, print_json, show, warn
+from echogen.commands.output import Failure, InputError, print_json, show, warn
+from echogen.commands.run_folder import run_folder
 
 if TYPE_CHECKING:
     from transformers import JanusVQVAE
@@ -83,8 +85,6 @@ class RunOptions:
         """Refuse a folder or a file that is not what it has to be. Raises InputError."""
         if self.repeat is None:
             check_run_folder(self.out, self.resume)
-            if self.out.exists() and not self.out.is_dir():
-                raise InputError(f"--out {self.out}: is a file; name a folder for the run")
         elif not self.repeat.is_file():
             raise InputError(f"--repeat {self.repeat}: no such file; name a dump-stepN.pt of a run")
         if self.deterministic:  # read when CUDA starts, which a stage may do that is only built
@@ -103,10 +103,11 @@ class RunOptions:
             torch.cuda.set_device(device)
         return device
 
-    def make_folder(self) -> None:
-        """Make the run's folder, where something will be written."""
-        if self.repeat is None:
-            make_folder(self.out)
+    def folder(self) -> AbstractContextManager[None]:
+        """The run's folder, where something will be written, made and held within a block; of
+        torchrun's processes the first holds it for all."""
+        own = self.repeat is None and os.environ.get("RANK", "0") == "0"
+        return run_folder(self.out) if own else nullcontext()
 
     def loop(self, recipe: LoopConfig) -> LoopConfig:
         """The recipe's step loop with what was asked for. Raises InputError."""
@@ -158,7 +159,6 @@ class TrainVQ(RunOptions):
         self.check()
         recipe = find_recipe(self.recipe)
         config = self.sized(recipe.vq)
-        self.make_folder()
         from echogen.train.vq import VQStage
 
         stage = VQStage(config, recipe.pmtp.width)
@@ -206,7 +206,6 @@ class TrainPMTP(RunOptions):
                 )
             vq = load_vq(self.vq, config.width, self.place())
             stage = PMTPStage(config, vq)
-        self.make_folder()
         self.train(stage)
 
 
@@ -227,7 +226,6 @@ class TrainDJO(RunOptions):
         from echogen.train.start import load_start
 
         start = load_start(self.begin, "pmtp", self.any_stage, self.place())
-        self.make_folder()
         stage = DJOStage(config, start)
         self.train(stage)
 
@@ -256,7 +254,6 @@ class TrainCycleRL(RunOptions):
 
         start = load_start(self.begin, "djo", self.any_stage, self.place())
         stage = CycleRLStage(config, start)
-        self.make_folder()
         self.train(stage)
 
 
@@ -272,7 +269,8 @@ class Train:
     )
 
     def run(self) -> None:
-        self.stage.run()
+        with self.stage.folder():
+            self.stage.run()
 
 
 def check_run_folder(out: Path, resume: bool) -> None:
