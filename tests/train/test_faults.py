@@ -30,9 +30,9 @@ PLACES = (*WRITING, "loss", "after step", "evaluation", "export", "begin")
 def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Order]:
     """``order(folder, **how)`` runs the toy stage of killed.py there; how it ended."""
     script = Path(__file__).with_name("killed.py")
-    with subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
+    env = os.environ | {"PYTHONPATH": str(script.parents[2])}  # the code under test
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, str(script)], env=env, **pipes) as server:
         assert server.stdin is not None and server.stdout is not None
         assert server.stdout.readline() == "ready\n"
 
