@@ -88,7 +88,7 @@ def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
         StateError: a file that is torn, no dump, of another run, or whose weights are not those
             that it says.
     """
-    found = load_state(path)
+    found = load_state(path, mend="name another dump-step….pt")
     if "fingerprint" not in found:
         raise StateError(f"{path}: no dump of a step; name a dump-step….pt")
     if other := other_run(found, stage):

@@ -260,6 +260,22 @@ def test_a_run_outlasts_a_torn_state(
     same_run(tmp_path, whole)
 
 
+@pytest.mark.parametrize("size", [0, 100, -700])
+def test_the_advice_about_a_damaged_state_can_be_followed(
+    order: Order, tmp_path: Path, size: int
+) -> None:
+    """Without --resume the folder is refused, since it holds a run."""
+    assert order(tmp_path, kill=["loss", 11])["signal"] == signal.SIGKILL  # the state is of step 3
+    state = tmp_path / "state.pt"
+    state.write_bytes(state.read_bytes()[:size])
+    assert not previous(state).exists()
+    assert order(tmp_path, resume=True)["code"] == 2
+    told = (tmp_path / "log").read_text().splitlines()[-1]
+    assert told.startswith(f"StateError {state}: no whole training state (")
+    assert told.endswith("; it cannot be resumed: delete the folder or name another --out")
+    assert "without" not in told and "()" not in told and ". " not in told and len(told) < 300
+
+
 def test_two_torn_states_are_refused_and_left_alone(order: Order, tmp_path: Path) -> None:
     assert order(tmp_path, kill=["loss", 23])["signal"] == signal.SIGKILL
     state = tmp_path / "state.pt"
