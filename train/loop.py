@@ -23,6 +23,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from echogen.engine.ranges import listening, span
+from echogen.engine.shards import with_usual_mode
 from echogen.train.average import Average
 from echogen.train.board import Board, open_board
 from echogen.train.checkpoint import StateError, previous, put_back, write_text
@@ -319,6 +320,7 @@ class Run:
         beside = model.with_name(model.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)
         self.stage.export(beside)
+        with_usual_mode(beside, beside.rglob("*.safetensors"))
         if chosen is not None:
             note_chosen(beside, chosen)
         if model.exists():
