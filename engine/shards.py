@@ -7,7 +7,8 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,7 @@ def write_weights(
     for name, keys in zip(names, shards, strict=True):
         tensors = {key: state[key].to(dtype or state[key].dtype).contiguous() for key in keys}
         save_file(tensors, folder / name, metadata={"format": "pt"})
+    with_usual_mode(folder, [folder / name for name in names])
     if len(shards) > 1:
         total = sum(_bytes(tensor, dtype) for tensor in state.values())
         weight_map = {key: n for n, keys in zip(names, shards, strict=True) for key in keys}
@@ -220,6 +222,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write a JSON object, indented and with sorted keys."""
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def with_usual_mode(folder: Path, paths: Iterable[Path]) -> None:
+    """Give files the mode that new files in the folder get. safetensors makes its own for their
+    owner alone (0600, whatever the umask), and another user could not serve a model."""
+    probe = folder / f".mode.{os.getpid()}.part"  # os.umask only tells it by changing it for all
+    handle = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
+    try:
+        mode = stat.S_IMODE(os.fstat(handle).st_mode)
+    finally:
+        os.close(handle)
+        probe.unlink()
+    for path in paths:
+        path.chmod(mode)
 
 
 def sync(path: Path) -> None:

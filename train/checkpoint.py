@@ -11,6 +11,7 @@ import os
 import pickle
 import shutil
 import zipfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ import torch
 from echogen.engine.shards import sync
 
 UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
+
+GIVEN_UP = "it cannot be resumed: delete the folder or name another --out"
+"""The mend where a run's files are damaged; without --resume its folder is refused as well."""
 
 
 class StateError(RuntimeError):
@@ -87,37 +91,54 @@ def _second_name(path: Path) -> None:
         link.unlink(missing_ok=True)  # a rename leaves both names where both are of the same file
 
 
-def load_state(path: Path, or_previous: bool = False) -> dict[str, Any]:
+def load_state(path: Path, or_previous: bool = False, mend: str = GIVEN_UP) -> dict[str, Any]:
     """Read what `save_state` wrote.
 
     Args:
         path: of the file.
         or_previous: where it is torn or missing, read the one before it; its name is then under
             "fallen_back", with the reason.
+        mend: what helps where nothing can be read.
 
     Raises:
         StateError: a file that is torn or foreign, and none before it.
     """
+    return fallen_back(path, whole_state, or_previous, mend)
+
+
+def fallen_back(
+    path: Path, read: Callable[[Path], dict[str, Any]], or_previous: bool, mend: str = GIVEN_UP
+) -> dict[str, Any]:
+    """A state as ``read`` gives it; see `load_state`."""
     try:
-        return _read(path)
+        try:
+            return read(path)
+        except StateError as error:
+            if not or_previous or not previous(path).exists():
+                raise
+            found = read(previous(path))
+            return found | {"fallen_back": f"{error}; going on from {previous(path).name}"}
     except StateError as error:
-        if not or_previous or not previous(path).exists():
-            raise
-        state = _read(previous(path))
-        return state | {"fallen_back": f"{error}; going on from {previous(path).name}"}
+        raise StateError(f"{error}; {mend}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def whole_state(path: Path) -> dict[str, Any]:
+    """A state of one process. Raises StateError with the reason, and no mend."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())
-        raise StateError(
-            f"{path}: no whole training state ({reason}); start without --resume"
-        ) from None
+        raise StateError(f"{path}: no whole training state ({reason(error)})") from None
     if not isinstance(state, dict) or "step" not in state:
-        raise StateError(f"{path}: no training state (it has no step); start without --resume")
+        raise StateError(f"{path}: no training state (it has no step)")
     return state
+
+
+def reason(error: BaseException) -> str:
+    """What torch says of a file, without the sentences about how that may have come."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    first = (str(error).strip().splitlines() or ["it is empty or ends too early"])[0]
+    return first.split(". ")[0].rstrip(".")
 
 
 def write_text(path: Path, text: str) -> None:

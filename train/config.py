@@ -382,6 +382,17 @@ def to_json(config: Any) -> dict[str, Any]:
     return data
 
 
+def differences(old: Any, new: Any, at: str = "") -> list[str]:
+    """Where two configurations differ, as "loop.steps 100 → 200"."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in dict.fromkeys([*old, *new])
+            for line in differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)
+        ]
+    return [] if old == new else [f"{at} {old} → {new}"]
+
+
 def _told(config: Any) -> dict[str, Any]:
     """A dataclass as a dictionary, without fields that came `later` and are at their default."""
     told = {}

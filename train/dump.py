@@ -19,7 +19,7 @@ from echogen.train.checkpoint import StateError, load_state, save_state
 from echogen.train.config import LoopConfig
 from echogen.train.processes import Processes
 from echogen.train.runtime import only_deterministic
-from echogen.train.stage import Stage, identity, resumable
+from echogen.train.stage import Stage, identity, other_run, resumable
 from echogen.train.update import check, gradients
 
 
@@ -88,13 +88,12 @@ def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
         StateError: a file that is torn, no dump, of another run, or whose weights are not those
             that it says.
     """
-    found = load_state(path)
+    found = load_state(path, mend="name another dump-step….pt")
     if "fingerprint" not in found:
         raise StateError(f"{path}: no dump of a step; name a dump-step….pt")
-    if any(found[key] != value for key, value in identity(stage).items()):
+    if other := other_run(found, stage):
         raise StateError(
-            f"{path}: written by another run ({found['stage']}, other settings); give the same "
-            f"recipe and options"
+            f"{path}: written by another run ({other}); give the same recipe and options"
         )
     if fingerprint(found["module"]) != found["fingerprint"]:
         raise StateError(f"{path}: its weights are not those of its fingerprint; it is damaged")

@@ -23,6 +23,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from echogen.engine.ranges import listening, span
+from echogen.engine.shards import with_usual_mode
 from echogen.train.average import Average
 from echogen.train.board import Board, open_board
 from echogen.train.checkpoint import StateError, previous, put_back, write_text
@@ -36,7 +37,7 @@ from echogen.train.progress import Pace, note, progress_bar
 from echogen.train.runtime import keep_pages, only_deterministic
 from echogen.train.selection import Best
 from echogen.train.stage import BeginRefused as BeginRefused
-from echogen.train.stage import NotFinite, Stage, TrainingError, identity, resumable
+from echogen.train.stage import NotFinite, Stage, TrainingError, identity, other_run, resumable
 from echogen.train.start import note_chosen
 from echogen.train.stop import Stop, Stopped
 from echogen.train.update import check, update
@@ -244,9 +245,9 @@ class Run:
         if not path.exists() and not previous(path).exists():
             return 0
         state = self.processes.load(path, self.trained)
-        if any(state[key] != value for key, value in identity(self.stage).items()):
+        if other := other_run(state, self.stage):
             raise StateError(
-                f"{path}: written by another run ({state['stage']}, other settings); "
+                f"{path}: written by another run ({other}); "
                 "give the same recipe and options, or another --out"
             )
         self.trained.load(state)
@@ -319,6 +320,7 @@ class Run:
         beside = model.with_name(model.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)
         self.stage.export(beside)
+        with_usual_mode(beside, beside.rglob("*.safetensors"))
         if chosen is not None:
             note_chosen(beside, chosen)
         if model.exists():

@@ -79,7 +79,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
                 break
             raise StateError(
                 f"{path}: line {number} is no line of metrics ({error}); mend or remove it, or "
-                f"start without --resume"
+                f"name another --out"
             ) from None
         rows.append(row)
     return rows

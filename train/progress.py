@@ -5,6 +5,9 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PASS = "train/pass"
+EVERY = 30.0
+"""Seconds between the lines about data that is made, where no terminal shows a bar."""
 
 
 class Meter:
@@ -104,3 +109,60 @@ def note(numbers: dict[str, Any], rates: dict[str, float]) -> str:
     forms = {"tokens_per_s": "{:,.0f} tokens/s", "images_per_s": "{:,.1f} images/s"}
     parts += [form.format(rates[name]) for name, form in forms.items() if name in rates]
     return "  ".join([*parts, f"{rates['memory_mib']:,.0f} MiB"])
+
+
+@contextmanager
+def telling(
+    doing: str, what: str, total: int, done: int, kept: Path, large: bool
+) -> Iterator[Callable[[int], None]]:
+    """Tell those who wait what is made: a line if it is ``large``, then on a terminal a bar, and
+    elsewhere a line every half minute.
+
+    Args:
+        doing, what: "encoding", "train pictures".
+        total: how many of them.
+        done: how many were there already.
+        kept: the file that spares the next run the work.
+        large: whether it is worth a line before it has taken half a minute.
+
+    Yields:
+        To be called with how many were made since the last call.
+    """
+    console = Console(stderr=True)
+
+    def say(line: str) -> None:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)
+
+    if large:
+        there = f" ({done:,} of them are there already)" if done else ""
+        say(f"{doing} {total:,} {what}{there}, once: kept in {kept}")
+    began = said = time.monotonic()
+    columns = (TextColumn(f"{doing} {what}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns,
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    ) as bar:
+        task, made = bar.add_task(doing, total=total, completed=done), 0
+
+        def tell(more: int) -> None:
+            nonlocal made, said
+            made += more
+            bar.update(task, completed=done + made)
+            now = time.monotonic()
+            if not console.is_terminal and now - said >= EVERY and done + made < total:
+                said = now
+                left = (now - began) * (total - done - made) / made
+                say(f"{doing} {what}: {done + made:,} of {total:,}, {duration(left)} left")
+
+        yield tell
+
+
+def duration(seconds: float) -> str:
+    """About how long that is, for people."""
+    for size, name in ((3600, "h"), (60, "min")):
+        if seconds >= 1.5 * size:
+            return f"about {seconds / size:.0f} {name}"
+    return f"about {seconds:.0f} s"

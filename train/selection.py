@@ -56,7 +56,7 @@ class Best:
         elif any(math.isfinite(value) for value in seen):
             raise StateError(
                 f"{path}: missing, though the run has validated {len(seen)} times up to step "
-                f"{start}; put it back, or start without --resume"
+                f"{start}; put it back, or name another --out"
             )
 
     def offer(self, step: int, value: float, module: nn.Module) -> None:

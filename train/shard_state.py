@@ -25,7 +25,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from echogen.engine.shards import sync
-from echogen.train.checkpoint import StateError, load_state, previous, save_state
+from echogen.train.checkpoint import (
+    StateError,
+    fallen_back,
+    previous,
+    reason,
+    save_state,
+    whole_state,
+)
 
 REST = "rest.pt"
 SEPARATOR = "/"
@@ -107,29 +114,21 @@ def read(path: Path, template: Template, group: dist.ProcessGroup | None) -> dic
     Raises:
         StateError: neither can be read.
     """
-    try:
-        return _read(path, template, group)
-    except StateError as error:
-        if not previous(path).exists():
-            raise
-        state = _read(previous(path), template, group)
-        return state | {"fallen_back": f"{error}; going on from {previous(path).name}"}
+    return fallen_back(path, lambda place: _read(place, template, group), or_previous=True)
 
 
 def _read(path: Path, template: Template, group: dist.ProcessGroup | None) -> dict[str, Any]:
     if not path.is_dir():
-        tensors, rest = flat(load_state(path))
+        tensors, rest = flat(whole_state(path))
         return nested({k: like(v, template(k)) for k, v in tensors.items()} | rest)
-    rest = load_state(path / REST)
+    rest = whole_state(path / REST)
     try:
         reader = dcp.FileSystemReader(path)
         stored = reader.read_metadata().state_dict_metadata
         wanted = {k: _empty(m, template(k)) for k, m in stored.items()}
         dcp.load(wanted, storage_reader=reader, process_group=group, no_dist=group is None)
     except (CheckpointException, OSError, EOFError, RuntimeError, ValueError) as error:
-        raise StateError(
-            f"{path}: no whole training state ({_reason(error)}); start without --resume"
-        ) from None
+        raise StateError(f"{path}: no whole training state ({_reason(error)})") from None
     return nested(wanted | rest)
 
 
@@ -204,6 +203,4 @@ def _reason(error: BaseException) -> str:
     failures = getattr(error, "failures", None)
     if failures:
         return "; ".join(f"process {rank}: {_reason(e[0])}" for rank, e in failures.items())
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    return " ".join(str(error).split())
+    return reason(error)

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from echogen.train.config import to_json
+from echogen.train.config import differences, to_json
 
 
 class Stage(Protocol):
@@ -96,9 +96,31 @@ HOW = ("parallel", "accumulate", "checkpoint_activations", "deterministic")
 """Settings of the loop that say how a step is computed, and not which."""
 
 
+def settings(told: dict[str, Any]) -> dict[str, Any]:
+    """Of a configuration as `to_json` tells it, what says which run it is: all but ``HOW``."""
+    return {**told, "loop": {k: v for k, v in told["loop"].items() if k not in HOW}}
+
+
 def identity(stage: Stage) -> dict[str, str]:
     """What tells a run's files from those of other runs. Settings in ``HOW`` do not: a run that
     found too little memory may go on in more parts, with the same steps to rounding."""
-    told = to_json(stage.config)
-    told["loop"] = {k: v for k, v in told["loop"].items() if k not in HOW}
+    told = settings(to_json(stage.config))
     return {"stage": stage.name, "config": json.dumps(told, sort_keys=True)}
+
+
+def other_run(found: dict[str, Any], stage: Stage) -> str:
+    """How the run that wrote a file, by the `identity` there, is another one than ``stage``'s; ""
+    where it is not."""
+    mine = identity(stage)
+    if found.get("stage") != mine["stage"]:
+        return f"of stage {found.get('stage')}, not {mine['stage']}"
+    if found.get("config") == mine["config"]:
+        return ""
+    changed = differences(json.loads(found.get("config") or "{}"), json.loads(mine["config"]))
+    return few(changed)
+
+
+def few(changed: list[str]) -> str:
+    """The first of some differences, and how many there are besides."""
+    more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    return ", ".join(changed[:3]) + more

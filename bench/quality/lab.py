@@ -20,9 +20,9 @@ from echogen.bench.quality.cells import (
     scaled,
     settings,
 )
-from echogen.bench.quality.records import QualityError, differences, precision, read_record
+from echogen.bench.quality.records import QualityError, precision, read_record
 from echogen.engine.engine import Engine
-from echogen.train.config import CycleRLConfig, Recipe, to_json
+from echogen.train.config import CycleRLConfig, Recipe, differences, to_json
 from echogen.train.data.samples import module_hash
 from echogen.train.start import load_start, model_folder
 from echogen.train.start import read_record as read_stages

@@ -72,14 +72,3 @@ def write_json(path: Path, data: Any) -> None:
     beside = path.with_suffix(".part")
     beside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
     os.replace(beside, path)
-
-
-def differences(old: Any, new: Any, at: str = "") -> list[str]:
-    """Where two configurations differ, as "loop.steps 100 → 200"."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [
-            line
-            for key in dict.fromkeys([*old, *new])
-            for line in differences(old.get(key), new.get(key), f"{at}.{key}" if at else key)
-        ]
-    return [] if old == new else [f"{at} {old} → {new}"]

@@ -21,7 +21,6 @@ from echogen.bench.quality.lab import Lab
 from echogen.bench.quality.records import (
     QualityError,
     Record,
-    differences,
     read_record,
     record_path,
     write_json,
@@ -29,6 +28,7 @@ from echogen.bench.quality.records import (
 )
 from echogen.bench.quality.stages import Timed, build, checkpoint
 from echogen.engine.engine import Engine
+from echogen.train.config import differences
 from echogen.train.data.samples import module_hash
 from echogen.train.loop import TrainingError
 from echogen.train.loop import run as train

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass, replace
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -17,7 +18,8 @@ from echogen.commands.options import (
     check_range,
     flagged,
 )
-from echogen.commands.output import Failure, InputError, make_folder, print_json, show, warn
+from echogen.commands.output import Failure, InputError, print_json, show, warn
+from echogen.commands.run_folder import run_folder
 
 if TYPE_CHECKING:
     from transformers import JanusVQVAE
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 1_000_000
 RUN_FILES = ("state.pt", "state.prev.pt", "best.pt", "config.json", "metrics.jsonl", "model")
+FOUND_OUT = ("start", "layouts_hash")
+"""Settings that a stage finds out by itself, from the model and the file it is given."""
 
 
 Begin = Annotated[str, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
@@ -81,8 +85,6 @@ class RunOptions:
         """Refuse a folder or a file that is not what it has to be. Raises InputError."""
         if self.repeat is None:
             check_run_folder(self.out, self.resume)
-            if self.out.exists() and not self.out.is_dir():
-                raise InputError(f"--out {self.out}: is a file; name a folder for the run")
         elif not self.repeat.is_file():
             raise InputError(f"--repeat {self.repeat}: no such file; name a dump-stepN.pt of a run")
         if self.deterministic:  # read when CUDA starts, which a stage may do that is only built
@@ -101,10 +103,11 @@ class RunOptions:
             torch.cuda.set_device(device)
         return device
 
-    def make_folder(self) -> None:
-        """Make the run's folder, where something will be written."""
-        if self.repeat is None:
-            make_folder(self.out)
+    def folder(self) -> AbstractContextManager[None]:
+        """The run's folder, where something will be written, made and held within a block; of
+        torchrun's processes the first holds it for all."""
+        own = self.repeat is None and os.environ.get("RANK", "0") == "0"
+        return run_folder(self.out) if own else nullcontext()
 
     def loop(self, recipe: LoopConfig) -> LoopConfig:
         """The recipe's step loop with what was asked for. Raises InputError."""
@@ -127,9 +130,12 @@ class RunOptions:
             check_range("batch", self.batch, 1, MOST_SAMPLES)
             changes["batch"] = self.batch
         try:
-            return replace(config, loop=self.loop(config.loop), **changes)
+            sized = replace(config, loop=self.loop(config.loop), **changes)
         except ValueError as error:
             raise InputError(flagged(error)) from None
+        if self.resume and self.repeat is None:
+            check_same_run(self.out, sized)
+        return sized
 
     def train(self, stage: Stage) -> None:
         """Run the stage, or repeat a step of it."""
@@ -153,7 +159,6 @@ class TrainVQ(RunOptions):
         self.check()
         recipe = find_recipe(self.recipe)
         config = self.sized(recipe.vq)
-        self.make_folder()
         from echogen.train.vq import VQStage
 
         stage = VQStage(config, recipe.pmtp.width)
@@ -201,7 +206,6 @@ class TrainPMTP(RunOptions):
                 )
             vq = load_vq(self.vq, config.width, self.place())
             stage = PMTPStage(config, vq)
-        self.make_folder()
         self.train(stage)
 
 
@@ -222,7 +226,6 @@ class TrainDJO(RunOptions):
         from echogen.train.start import load_start
 
         start = load_start(self.begin, "pmtp", self.any_stage, self.place())
-        self.make_folder()
         stage = DJOStage(config, start)
         self.train(stage)
 
@@ -251,7 +254,6 @@ class TrainCycleRL(RunOptions):
 
         start = load_start(self.begin, "djo", self.any_stage, self.place())
         stage = CycleRLStage(config, start)
-        self.make_folder()
         self.train(stage)
 
 
@@ -267,7 +269,8 @@ class Train:
     )
 
     def run(self) -> None:
-        self.stage.run()
+        with self.stage.folder():
+            self.stage.run()
 
 
 def check_run_folder(out: Path, resume: bool) -> None:
@@ -280,6 +283,32 @@ def check_run_folder(out: Path, resume: bool) -> None:
         )
     if resume and not present:
         raise InputError(f"--out {out}: holds no run to resume; leave --resume out")
+
+
+def check_same_run(out: Path, config: Any) -> None:
+    """Refuse to go on with a run that has other settings, before a model and data are loaded for
+    it. Without a state it begins anew, and the loop has the last word (`other_run`)."""
+    from echogen.train.config import differences, to_json
+    from echogen.train.stage import few, settings
+
+    if not any((out / name).exists() for name in ("state.pt", "state.prev.pt")):
+        return
+    try:
+        begun = settings(json.loads((out / "config.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    foreign = sorted(set(begun) - {part.name for part in fields(config)})
+    changed = [
+        line
+        for line in differences(begun, settings(to_json(config)))
+        if line.split()[0] not in FOUND_OUT
+    ]
+    if foreign or changed:
+        why = f"{foreign[0]} is no setting of this stage" if foreign else few(changed)
+        raise InputError(
+            f"--out {out}: its run has other settings ({why}); give the same recipe and options, "
+            f"or another --out"
+        )
 
 
 def find_recipe(name: str) -> Recipe:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import echogen
+from echogen.commands import run_folder as run_folder_module
 from echogen.commands.output import InputError
+from echogen.commands.run_folder import run_folder
 from echogen.commands.training import load_vq
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
 from echogen.engine.sampler import Sampling
+from echogen.train.config import to_json
 from echogen.train.loop import BeginRefused
 from echogen.train.recipes import tiny
 from echogen.train.start import RECORD, write_record
@@ -110,6 +118,100 @@ def test_train_pmtp_begins_with_a_checkpoint_of_no_stage(run, model, tmp_path, h
         assert again.refused("comes from stage pmtp", "--from")
     finally:
         (model / RECORD).unlink()
+
+
+def begun(out, config):
+    """A folder as a run leaves it that was killed behind its first state."""
+    out.mkdir()
+    (out / "state.pt").write_text("")
+    (out / "config.json").write_text(json.dumps(to_json(config)))
+    return out
+
+
+def test_other_settings_are_refused_before_anything_is_loaded(run, tmp_path, monkeypatch):
+    recipe, loaded = tiny(), []
+    monkeypatch.setattr("echogen.commands.training.load_vq", lambda *a: loaded.append(a))
+    pmtp = replace(recipe.pmtp, loop=replace(recipe.pmtp.loop, steps=2), batch=8)
+    out = begun(tmp_path / "run", pmtp)
+    (tmp_path / "config.json").write_text("{}")
+    again = ("--out", out, "--resume", "--vq", tmp_path, "--batch", "8")
+    asked = run("train", "pmtp", *again, "--steps", "5", "--float32")
+    assert asked.refused(
+        f"--out {out}", "loop.steps 2 → 5", "loop.bf16 True → False", "same recipe"
+    )
+    assert run("train", "pmtp", *again, "--steps", "2", "--ema", "0.5").refused(
+        "loop.ema None → 0.5"
+    )
+    other = run("train", "pmtp", *again, "--recipe", "small")
+    assert other.refused("loop.lr 0.002 → 0.001", " more)")
+    stage = run("train", "vq", "--out", out, "--resume")
+    assert stage.refused(f"--out {out}", "is no setting of this stage")
+    assert not loaded
+
+
+def test_what_says_how_a_step_is_computed_may_differ_on_resume(run, model, tmp_path, handed_on):
+    write_record(model, ("pmtp",))
+    djo = tiny().djo
+    out = begun(tmp_path / "run", replace(djo, loop=replace(djo.loop, accumulate=2), start="abc"))
+    again = ("train", "djo", "--from", model, "--out", out, "--resume")
+    try:
+        assert run(*again, "--accumulate", "4", "--checkpoint-activations").code == 0
+        (out / "config.json").write_text("torn")  # nothing reads it but people and this check
+        assert run(*again, "--steps", "3").code == 0
+        (out / "config.json").write_text(json.dumps(to_json(djo)))
+        (out / "state.pt").unlink()  # killed before its first state: it begins anew
+        assert run(*again, "--steps", "3").code == 0
+    finally:
+        (model / RECORD).unlink()
+
+
+def test_two_runs_do_not_write_one_folder(run, tmp_path, monkeypatch):
+    out, probe = tmp_path / "run", "import time, sys; from pathlib import Path\n"
+    probe += "from echogen.commands.run_folder import run_folder\n"
+    probe += "with run_folder(Path(sys.argv[1])):\n print(flush=True); time.sleep(600)"
+    begin, loaded = ("train", "vq", "--out", out), []
+    monkeypatch.setattr("echogen.train.vq.VQStage", lambda *a: loaded.append(a))
+    env = os.environ | {"PYTHONPATH": str(Path(echogen.__file__).parents[1])}
+    command = [sys.executable, "-c", probe, str(out)]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout.readline() == b"\n"
+            for asked in (begin, (*begin, "--resume")):
+                assert run(*asked).refused(f"--out {out}", f"process {other.pid} on ", "another")
+            monkeypatch.setenv("RANK", "1")  # whose run's first process holds the folder
+            assert run(*begin, "--resume").refused("holds no run to resume")
+            monkeypatch.setenv("RANK", "0")
+        finally:
+            other.kill()
+    assert (out / "lock").exists() and not loaded
+    assert run(*begin, "--resume").refused("holds no run to resume")  # the dead hold nothing
+    with run_folder(out):
+        assert (out / "lock").read_text().startswith(f"{os.getpid()} on ")
+    assert not (out / "lock").exists()
+
+
+def test_a_lock_that_was_removed_while_it_was_waited_for_is_not_taken(tmp_path, monkeypatch):
+    path, flock, seen = tmp_path / "lock", run_folder_module.fcntl.flock, []
+
+    def late(file, how):
+        if not seen:
+            path.unlink()  # by its holder, who ends between our opening it and our locking it
+        seen.append(flock(file, how))
+
+    monkeypatch.setattr(run_folder_module.fcntl, "flock", late)
+    with run_folder_module.held(tmp_path):
+        assert path.exists() and len(seen) == 2
+
+
+def test_a_refused_run_leaves_no_folder(run, model, tmp_path, handed_on):
+    out = tmp_path / "runs" / "rl"
+    handed_on["refuse"] = True
+    begin = ("train", "cycle-rl", "--from", model, "--any-stage", "--out")
+    assert run(*begin, out).refused("it would do harm")
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "mine").mkdir()
+    assert run(*begin, tmp_path / "mine").refused("it would do harm")
+    assert list((tmp_path / "mine").iterdir()) == []  # it was there before
 
 
 def test_train_djo_begins_with_stage_one(run, model, tmp_path, handed_on):

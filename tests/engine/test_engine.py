@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,15 @@ def test_what_is_saved_is_what_is_loaded(engine, saved):
     assert (again.sampling, again.pixels_trained) == (engine.sampling, engine.pixels_trained)
     codes = engine.generate_codes([LAYOUT], seed=3)
     assert torch.equal(again.generate_codes([LAYOUT], seed=3), codes)
+
+
+def test_what_is_saved_can_be_read_by_whom_the_umask_allows(engine, tmp_path):
+    before = os.umask(0o022)
+    try:
+        engine.save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (tmp_path / "model").iterdir()} == {0o644}
 
 
 def test_a_save_that_breaks_off_leaves_what_there_was(engine, saved, monkeypatch):

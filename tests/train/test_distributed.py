@@ -25,6 +25,8 @@ from echogen.train.stage import BeginRefused
 from echogen.train.start import model_folder
 
 RANKS = Path(__file__).with_name("ranks.py")
+ROOT = str(Path(__file__).parents[2])
+"""Of the code under test, which need not be the code that is installed."""
 BOUND = 2e-5
 """Of a loss over 20 steps, relative, float32: two processes sum in another order, and every step
 goes on from the last one's rounding. Metrics have six digits; seen: 2e-6, one in the last."""
@@ -47,7 +49,7 @@ def free_port() -> int:
 def spawn(arguments: list[str], count: int = 2, **environment: str) -> list[subprocess.Popen]:
     """The processes that torchrun would start."""
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1"}
-    common |= {"MASTER_PORT": str(free_port()), **environment}
+    common |= {"MASTER_PORT": str(free_port()), "PYTHONPATH": ROOT, **environment}
     return [
         subprocess.Popen(
             [sys.executable, *arguments],
@@ -70,6 +72,13 @@ def finish(processes: list[subprocess.Popen]) -> list[tuple[int, str, str]]:
             p.kill()
         ended.append((p.returncode, out, err))
     return ended
+
+
+def test_processes_run_the_code_under_test(tmp_path: Path) -> None:
+    script = tmp_path / "where.py"
+    script.write_text("import echogen; print(echogen.__file__)")
+    for code, out, err in finish(spawn([str(script)])):
+        assert code == 0 and Path(out.strip()).parents[1] == Path(ROOT), err
 
 
 @pytest.fixture(scope="module")
@@ -233,8 +242,7 @@ def test_the_command_under_torchrun(pmtp_run: Path, tmp_path: Path) -> None:
     """A stage that cannot be shared out is one line and exit code 2, in every process."""
     arguments = ["-m", "echogen.train", "vq", "--out", str(tmp_path / "out")]
     cache = str(pmtp_run.parent / "cache")
-    root = str(Path(__file__).parents[2])
-    for code, out, err in finish(spawn(arguments, ECHOGEN_CACHE=cache, PYTHONPATH=root)):
+    for code, out, err in finish(spawn(arguments, ECHOGEN_CACHE=cache)):
         assert code == 2, err
         assert "vq: this stage's batch is not made of parts" in err
         assert "Traceback" not in err and not out

@@ -30,9 +30,9 @@ PLACES = (*WRITING, "loss", "after step", "evaluation", "export", "begin")
 def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Order]:
     """``order(folder, **how)`` runs the toy stage of killed.py there; how it ended."""
     script = Path(__file__).with_name("killed.py")
-    with subprocess.Popen(
-        [sys.executable, str(script)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as server:
+    env = os.environ | {"PYTHONPATH": str(script.parents[2])}  # the code under test
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, str(script)], env=env, **pipes) as server:
         assert server.stdin is not None and server.stdout is not None
         assert server.stdout.readline() == "ready\n"
 
@@ -258,6 +258,22 @@ def test_a_run_outlasts_a_torn_state(
     assert "no whole training state" in told
     assert "going on from state.prev.pt, which is of step 6" in told
     same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("size", [0, 100, -700])
+def test_the_advice_about_a_damaged_state_can_be_followed(
+    order: Order, tmp_path: Path, size: int
+) -> None:
+    """Without --resume the folder is refused, since it holds a run."""
+    assert order(tmp_path, kill=["loss", 11])["signal"] == signal.SIGKILL  # the state is of step 3
+    state = tmp_path / "state.pt"
+    state.write_bytes(state.read_bytes()[:size])
+    assert not previous(state).exists()
+    assert order(tmp_path, resume=True)["code"] == 2
+    told = (tmp_path / "log").read_text().splitlines()[-1]
+    assert told.startswith(f"StateError {state}: no whole training state (")
+    assert told.endswith("; it cannot be resumed: delete the folder or name another --out")
+    assert "without" not in told and "()" not in told and ". " not in told and len(told) < 300
 
 
 def test_two_torn_states_are_refused_and_left_alone(order: Order, tmp_path: Path) -> None:

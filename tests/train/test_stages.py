@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,18 @@ def test_the_tokenizer_trains_and_resumes_to_the_same_numbers(tmp_path: Path) ->
     rows = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)["module"]
     norms = rows["vq.quantize.embedding.weight"].norm(dim=-1)
     assert torch.allclose(norms, torch.ones_like(norms), atol=1e-5)
+
+
+def test_an_exported_model_can_be_read_by_whom_the_umask_allows(tmp_path: Path) -> None:
+    loop = dataclasses.replace(VQ_LOOP, steps=1)
+    for mask, mode in ((0o022, 0o644), (0o007, 0o660)):
+        folder, before = tmp_path / f"{mask:o}", os.umask(mask)
+        try:
+            run(VQStage(dataclasses.replace(VQ, loop=loop), 32), loop, folder)
+        finally:
+            os.umask(before)
+        modes = {p.name: p.stat().st_mode & 0o777 for p in (folder / "model").iterdir()}
+        assert modes == dict.fromkeys(modes, mode) and "model.safetensors" in modes
 
 
 def test_stage_one_trains_resumes_and_exports_a_model_that_loads(tmp_path: Path) -> None:

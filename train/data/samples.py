@@ -6,20 +6,24 @@ Codes of a data set are computed once and kept on disk under the hash of the VQ 
 from __future__ import annotations
 
 import hashlib
-import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 
 import numpy as np
-from rich.progress import track
 from torch import nn
 from transformers import JanusVQVAE
 
 from echogen.engine.layout import Box, Layout, LayoutObject
 from echogen.engine.vision import encode_image, to_pixels
 from echogen.kernels.cache import cache_folder
+from echogen.train.data import parts
 from echogen.train.data.canvas import canvas_version
 from echogen.train.data.scenes import load_scenes, render, world_version
 from echogen.train.data.shapes import IMAGE_SIZE, Scene
+
+_PART = 8
+"""Batches in a part of the codes that are kept: 512 pictures, on two cores some seconds."""
 
 
 @dataclass(frozen=True)
@@ -62,22 +66,45 @@ def image_side(vq: JanusVQVAE) -> int:
 
 
 def load_codes(vq: JanusVQVAE, split: str, scenes: list[Scene], batch: int = 64) -> np.ndarray:
-    """Image codes uint16 [N, T] of the scenes, from the cache or encoded now and cached."""
+    """Image codes uint16 [N, T] of the scenes, from the cache or encoded now and cached, part by
+    part: what a run that was killed has encoded is not encoded again."""
     side = image_side(vq)
     drawn = "" if side == IMAGE_SIZE else f"-{side}-{canvas_version()}"
     name = f"codes-{module_hash(vq)}-{world_version()}{drawn}-{split}-{len(scenes)}.npy"
     path = cache_folder() / name
     if not path.exists():
-        starts = range(0, len(scenes), batch)
-        parts = [
-            encode_image(vq, to_pixels(render(scenes[i : i + batch], side))).cpu().numpy()
-            for i in track(starts, description=f"encoding {split} images", transient=True)
-        ]
-        beside = path.with_name(f"{path.stem}.{os.getpid()}.part.npy")
-        np.save(beside, np.concatenate(parts).astype(np.uint16))
-        os.replace(beside, path)
-    codes: np.ndarray = np.load(path)
-    return codes
+        count, size = len(scenes), _PART * batch
+        cuts = [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+        def encoded(missing: list[range], tell: Callable[[int], None]) -> Iterator[np.ndarray]:
+            for part in missing:
+                rows = []
+                for i in part[::batch]:
+                    pixels = to_pixels(render(scenes[i : min(i + batch, part.stop)], side))
+                    rows.append(encode_image(vq, pixels).cpu().numpy().astype(np.uint16))
+                    tell(len(rows[-1]))
+                yield np.concatenate(rows)
+
+        what = ("encoding", f"{split} pictures")
+        codes = parts.gathered(path, what, cuts, encoded, _as_bytes, _as_codes)
+        parts.write(path, _as_bytes(np.concatenate(codes)))
+        parts.drop(path, cuts)
+    whole: np.ndarray = np.load(path)
+    return whole
+
+
+def _as_bytes(codes: np.ndarray) -> bytes:
+    file = BytesIO()
+    np.save(file, codes)
+    return file.getvalue()
+
+
+def _as_codes(data: bytes, part: range) -> np.ndarray | None:
+    try:
+        codes: np.ndarray = np.load(BytesIO(data))
+    except (ValueError, EOFError):  # of a disk that lost power
+        return None
+    return codes if len(codes) == len(part) else None
 
 
 def load_samples(vq: JanusVQVAE, split: str, count: int) -> list[Sample]:

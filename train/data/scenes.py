@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import ast
+import ctypes
 import hashlib
 import json
+import multiprocessing
 import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -13,11 +18,12 @@ from pathlib import Path
 import numpy as np
 
 from echogen.kernels.cache import cache_folder
-from echogen.train.data import grammar, shapes
+from echogen.train.data import grammar, parts, shapes
 from echogen.train.data.canvas import draw
 from echogen.train.data.shapes import IMAGE_SIZE, Object, Scene, sample_scene
 
 _CHUNK = 500
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def world_version() -> str:
@@ -40,30 +46,66 @@ def _is_text(node: ast.AST) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
 
 
-def _draw(
-    split: str, seed: int, indices: range
-) -> list[list[tuple[str, str, str, tuple[int, ...]]]]:
+_Drawn = list[list[tuple[str, str, str, tuple[int, ...]]]]
+
+
+def _draw(split: str, seed: int, indices: range) -> _Drawn:
     scenes = (sample_scene(split, i, seed) for i in indices)
     return [[(o.shape, o.color, o.texture, o.box) for o in s.objects] for s in scenes]
 
 
 def load_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
-    """Scenes 0 … count-1 of a split, from the cache or drawn now (on all cores) and cached."""
+    """Scenes 0 … count-1 of a split, from the cache or drawn now (on all cores) and cached, part by
+    part: what a run that was killed has drawn is not drawn again."""
     path = cache_folder() / f"scenes-{world_version()}-{split}-{count}-{seed}.jsonl"
     if not path.exists():
         chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
-        if len(chunks) == 1:
-            drawn = [_draw(split, seed, chunks[0])]
-        else:
-            with ProcessPoolExecutor(os.cpu_count()) as pool:
-                drawn = list(pool.map(partial(_draw, split, seed), chunks))
-        beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-        beside.write_text("".join(json.dumps(scene) + "\n" for part in drawn for scene in part))
-        os.replace(beside, path)
+
+        def drawn(missing: list[range], tell: Callable[[int], None]) -> Iterator[bytes]:
+            for part, scenes in zip(missing, _draw_all(split, seed, missing), strict=True):
+                tell(len(part))
+                yield "".join(json.dumps(scene) + "\n" for scene in scenes).encode()
+
+        what = ("drawing", f"{split} scenes")
+        lines = parts.gathered(path, what, chunks, drawn, bytes, _whole)
+        parts.write(path, b"".join(lines))
+        parts.drop(path, chunks)
     return [
         Scene(tuple(Object(s, c, t, tuple(b)) for s, c, t, b in json.loads(line)))
         for line in path.read_text().splitlines()
     ]
+
+
+def _draw_all(split: str, seed: int, chunks: list[range]) -> Iterator[_Drawn]:
+    if len(chunks) < 2:
+        yield from (_draw(split, seed, chunk) for chunk in chunks)
+        return
+    count = min(os.cpu_count() or 1, len(chunks))
+    others = set(multiprocessing.active_children())
+    with ProcessPoolExecutor(count, initializer=_follow, initargs=(os.getpid(),)) as pool:
+        try:
+            yield from pool.map(partial(_draw, split, seed), chunks)
+        except BaseException:  # or a signal would wait for the chunks under way
+            for worker in set(multiprocessing.active_children()) - others:
+                worker.terminate()
+            raise
+
+
+def _follow(parent: int) -> None:
+    """A worker's beginning: it ends with its parent, which may be killed without a chance to end
+    it, and would sleep on for ever, holding what it inherited (pipes, locks). Linux can do that."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the parent's handlers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent speaks
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    # It may have died before that. A fork server's children are not its own.
+    if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent:
+        os._exit(1)
+
+
+def _whole(data: bytes, part: range) -> bytes | None:
+    return data if data.count(b"\n") == len(part) and data.endswith(b"]\n") else None
 
 
 def render(scenes: list[Scene], size: int = IMAGE_SIZE) -> np.ndarray:
