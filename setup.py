@@ -49,8 +49,8 @@ setup(
     packages=list(packages()),
     package_dir=packages(),
     package_data={
-        "echogen.engine": ["models/*/*"],
-        "echogen.kernels": ["cpu/*.cpp", "cuda/*.cu", "cuda/*.cuh", "cuda/*.fatbin"],
+        "echogen.engine": ["models/*/*", "cpp/*.cpp"],
+        "echogen.kernels": ["cuda/*.cu", "cuda/*.cuh", "cuda/*.fatbin"],
     },
     cmdclass={"build_py": BuildPy},
 )

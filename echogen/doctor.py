@@ -122,7 +122,7 @@ def bundled() -> dict[str, int]:
 def cpu_drawing() -> str:
     """What draws a small float32 model on this CPU, and why (`echogen.engine.native`). Compiles it
     where that was not done yet."""
-    from echogen.kernels.cpu import loader
+    from echogen.engine.cpp import loader
 
     try:
         if loader.switched_off():
@@ -152,7 +152,7 @@ def operators() -> dict[str, dict[str, str]]:
 
 def cache() -> dict[str, Any]:
     """The cache folder, and whether it can be written to."""
-    from echogen.kernels.cache import cache_folder
+    from echogen.engine.cache_folder import cache_folder
 
     try:
         folder = cache_folder()

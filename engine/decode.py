@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from echogen.engine.cache import KVCache, WindowCache
+from echogen.engine.cpp.loader import CompilerError
 from echogen.engine.device import DeviceTransformer
 from echogen.engine.device_decode import DeviceDecoding
 from echogen.engine.layout import LayoutError
@@ -20,7 +21,6 @@ from echogen.engine.packed import PackedTransformer, packable
 from echogen.engine.packed_decode import PackedDecoding, PackedWindows
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampler
-from echogen.kernels.cpu.loader import CompilerError
 
 Progress = Callable[[int, int], None]
 """Called with (codes drawn of an image, codes in all)."""

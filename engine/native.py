@@ -1,5 +1,5 @@
 """Drawing on a CPU in C++: a float32 model's weights packed for the kernel, and the calls of
-it, each from codes to logits. What it calculates: `kernels/cpu/transformer.cpp`.
+it, each from codes to logits. What it calculates: `engine/cpp/transformer.cpp`.
 
 In PyTorch a step of two rows of the bundled model is a hundred operations, each of which costs more
 to call than to calculate (`echogen.engine.packed`, which is what runs where there is no compiler).
@@ -20,10 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from echogen.engine.cache import Prefix, PrefixCache
+from echogen.engine.cpp import loader
 from echogen.engine.model import Block, UnifiedTransformer
 from echogen.engine.packed import pairs_beside
 from echogen.engine.ranges import span
-from echogen.kernels.cpu import loader
 
 SOURCE = "transformer"
 MOST_BYTES = 64 << 20

@@ -94,7 +94,7 @@ class BenchQuality:
         recipe = find_recipe(self.recipe)
         from echogen.bench import quality
         from echogen.bench.quality.lab import Lab
-        from echogen.kernels.cache import cache_folder
+        from echogen.engine.cache_folder import cache_folder
 
         usual = Path(quality.__file__).parents[1] / "results" / "quality"
         models = cache_folder() / "quality" / f"{recipe.name}-{self.scale:g}"

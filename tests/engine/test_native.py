@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from echogen.engine.cache import WindowCache
+from echogen.engine.cpp import loader
 from echogen.engine.decode import decode_image, left_padded, packed
 from echogen.engine.engine import Engine
 from echogen.engine.jacobi import decode_windows
@@ -22,7 +23,6 @@ from echogen.engine.packed import PackedTransformer
 from echogen.engine.rows import NativeRows
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.weights import load_checkpoint
-from echogen.kernels.cpu import loader
 
 BOS, PAD, BEGIN, T = 1, 0, 58, 16
 # Outputs, inputs and codes that fill no whole register; heads in groups; heads of every register's

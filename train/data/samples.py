@@ -14,9 +14,9 @@ import numpy as np
 from torch import nn
 from transformers import JanusVQVAE
 
+from echogen.engine.cache_folder import cache_folder
 from echogen.engine.layout import Box, Layout, LayoutObject
 from echogen.engine.vision import encode_image, to_pixels
-from echogen.kernels.cache import cache_folder
 from echogen.train.data import parts
 from echogen.train.data.canvas import canvas_version
 from echogen.train.data.scenes import load_scenes, render, world_version

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echogen.kernels.cache import cache_folder
+from echogen.engine.cache_folder import cache_folder
 from echogen.train.data import grammar, parts, shapes
 from echogen.train.data.canvas import draw
 from echogen.train.data.shapes import IMAGE_SIZE, Object, Scene, sample_scene

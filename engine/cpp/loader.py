@@ -16,7 +16,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from echogen.kernels.cache import cache_folder
+from echogen.engine.cache_folder import cache_folder
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")

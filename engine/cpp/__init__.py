@@ -1,0 +1,1 @@
+"""The transformer in C++ for a CPU, and what compiles and loads it."""
