@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import AbstractContextManager, nullcontext
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
@@ -18,7 +22,7 @@ from echogen.commands.options import (
     check_range,
     flagged,
 )
-from echogen.commands.output import Failure, InputError, print_json, show, warn
+from echogen.commands.output import Failure, InputError, fail, print_json, show, warn
 from echogen.commands.run_folder import run_folder
 
 if TYPE_CHECKING:
@@ -269,8 +273,38 @@ class Train:
     )
 
     def run(self) -> None:
-        with self.stage.folder():
+        with start_up(), self.stage.folder():
             self.stage.run()
+
+
+class _Asked(BaseException):
+    """SIGTERM came before the loop listened for it."""
+
+
+@contextmanager
+def start_up() -> Iterator[None]:
+    """Let SIGTERM end what is before the steps, minutes of making data say, with a line and the
+    code that it has in the loop, which listens for itself (see `Stop`).
+
+    Of torchrun's processes the first speaks. The others may be waiting for it within a library,
+    where nothing of Python's is called, and are ended by the signal as ever.
+    """
+    here = threading.current_thread() is threading.main_thread()
+    if not here or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise _Asked
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    except _Asked:
+        fail("train: stopped by SIGTERM while starting up; the parts of data made so far are kept")
+        raise SystemExit(128 + signal.SIGTERM) from None
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def check_run_folder(out: Path, resume: bool) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -212,6 +213,43 @@ def test_a_refused_run_leaves_no_folder(run, model, tmp_path, handed_on):
     (tmp_path / "mine").mkdir()
     assert run(*begin, tmp_path / "mine").refused("it would do harm")
     assert list((tmp_path / "mine").iterdir()) == []  # it was there before
+
+
+def test_sigterm_before_the_first_step_is_answered(tmp_path):
+    """While data is made, by workers that the signal may reach too."""
+    out, script = tmp_path / "runs" / "vq", tmp_path / "train.py"
+    script.write_text(
+        "import os, sys, time\n"
+        "from echogen.cli import main\n"
+        "from echogen.train.data import scenes\n"
+        "def slow(split, seed, indices):\n"
+        "    os.write(1, b'drawing\\n')\n"
+        "    time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    scenes._CHUNK, scenes._draw, os.cpu_count = 8, slow, lambda: 2\n"
+        "    sys.exit(main(['train', 'vq', '--float32', '--out', sys.argv[1]]))\n"
+    )
+    root = str(Path(echogen.__file__).parents[1])
+    env = os.environ | {"PYTHONPATH": root, "ECHOGEN_CACHE": str(tmp_path / "cache")}
+    for whom in (os.kill, os.killpg):
+        with subprocess.Popen(
+            [sys.executable, str(script), str(out)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        ) as asked:
+            try:
+                assert asked.stdout.readline() == "drawing\n"
+                whom(asked.pid, signal.SIGTERM)
+                _, told = asked.communicate(timeout=30)
+            finally:
+                asked.kill()
+        *_, last = told.splitlines()
+        assert last.startswith("echogen: train: stopped by SIGTERM while starting up")
+        assert "Traceback" not in told and asked.returncode == 143
+        assert not out.parent.exists()  # nothing was written there
 
 
 def test_train_djo_begins_with_stage_one(run, model, tmp_path, handed_on):

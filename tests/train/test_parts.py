@@ -29,7 +29,7 @@ import os, sys, time
 from echogen.train.data import scenes
 
 def slow(split, seed, indices):
-    print(os.getpid(), flush=True)
+    os.write(1, f"{os.getpid()}\\n".encode())
     time.sleep(600)
 
 if __name__ == "__main__":

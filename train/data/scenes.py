@@ -12,7 +12,6 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -83,8 +82,16 @@ def _draw_all(split: str, seed: int, chunks: list[range]) -> Iterator[_Drawn]:
     count = min(os.cpu_count() or 1, len(chunks))
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(count, initializer=_follow, initargs=(os.getpid(),)) as pool:
+        # Not map, which cancels what is left: the pool of a dead worker stumbles over that.
+        # Until a worker has handlers of its own, it would answer SIGTERM with its parent's.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            yield from pool.map(partial(_draw, split, seed), chunks)
+            try:
+                jobs = [pool.submit(_draw, split, seed, chunk) for chunk in chunks]
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for job in jobs:
+                yield job.result()
         except BaseException:  # or a signal would wait for the chunks under way
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
@@ -95,6 +102,7 @@ def _follow(parent: int) -> None:
     """A worker's beginning: it ends with its parent, which may be killed without a chance to end
     it, and would sleep on for ever, holding what it inherited (pipes, locks). Linux can do that."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the parent's handlers
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent speaks
     if sys.platform != "linux":
         return
