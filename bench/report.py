@@ -146,7 +146,8 @@ def _drawing(results: list[Result]) -> str:
         "`--mode rollout`): one picture, and groups of eight at temperature 1 with "
         "log-probabilities kept, medians of alternating runs "
         f"{_taken(results)}. The limit is a step's least traffic (weights once, every different "
-        "prompt's keys and values once, each row's own) or arithmetic at the rates of a copy and "
+        "prompt's keys and values once, each row's own) or arithmetic at the rates of a copy "
+        "(on a CPU of reading, where that is quicker) and "
         f"of a product measured in the same run.{calls}{absent}\n\n" + _table(headings, rows)
     )
 

@@ -209,10 +209,15 @@ class PackedTransformer:
 
 
 def packable(model: UnifiedTransformer) -> bool:
-    """Whether oneDNN can run the model's products here (a CPU, a type the CPU has products for)."""
+    """Whether oneDNN can run the model's products here."""
     weight = model.norm.weight
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
+    return weight.device.type == "cpu" and packs(weight.dtype)
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has products of such a type for this CPU."""
+    if not torch.backends.mkldnn.is_available():
         return False
-    if weight.dtype == torch.bfloat16:
+    if dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    return weight.dtype == torch.float32
+    return dtype == torch.float32
