@@ -55,8 +55,8 @@ def default_window(rows: int) -> int:
 
     A quicker EPYC (Zen 5) gains less, of one image 1.22 to 1.26 times with W = 16, and 1.14 to 1.21
     with CFG 5, where 8 gave 1.18 to 1.27. The draft "left" takes up to 0.8 steps more than "above".
-    (`echogen bench engine --mode jacobi --layouts 24 --temperature 1 --batch 4 --window 8 --window
-    16 --window 32`, also with ``--draft left``.)
+    (`ECHOGEN_NATIVE=0 echogen bench engine --mode jacobi --layouts 24 --temperature 1 --batch 4
+    --window 8 --window 16 --window 32`, also with ``--draft left``.)
     """
     return 16 if rows <= 2 else 8
 
@@ -65,7 +65,7 @@ MOST_COVER = 0.45
 """Share of the canvas in boxes up to which drafts are good enough in float32; ShapesWorld's test
 layouts stay below. Crowded ones, 0.6 and more, take 20 to 23 of 64 steps, each as long as two or
 three: drawn 1.13 to 1.28 times as fast as code by code on Zen 3, and 0.79 to 0.86 times on Zen 5
-(`bench/results/jacobi-tiny-cpu.json`, as it is and at bc84d3fb9)."""
+(`bench/results/jacobi-tiny-cpu.json` at 38d6be274 and bc84d3fb9, by PyTorch's operations)."""
 
 
 def foreseeable(layout: Layout, dtype: torch.dtype) -> bool:
@@ -180,7 +180,7 @@ def decode_windows(
     of another number of rows round differently (as between two sizes of a batch). None of 1,500
     drawings of 64 codes in float32, and none of 300 in bfloat16, came out otherwise (``identical``
     of `echogen bench engine --mode jacobi`). On packed weights they are those of ``window=1``
-    whatever the window, to the last bit (`PackedWindows`).
+    whatever the window, to the last bit (`PackedWindows`), and in C++ those of `decode_image`.
 
     Images advance by their own accepted codes: waiting for the one that accepts the fewest would
     cost all of them its steps, every time another one. An image that is done, or nearer to its end

@@ -32,7 +32,7 @@ register does (see `packed_decode.LANES`) and every row's cache begins alike in 
 WINDOW_ROWS = 16
 """Rows up to which steps of several codes win; twice as many as in one drawing
 (`jacobi.MOST_ROWS`), for an image that ends leaves and makes room: 1.41 times as fast with all 16
-full (`echogen bench serving --arrivals 0`)."""
+full (`ECHOGEN_NATIVE=0 echogen bench serving --arrivals 0`)."""
 
 
 def up_to_edge(keys: int) -> int:
