@@ -24,6 +24,7 @@ from echogen.engine.cpp import loader
 from echogen.engine.model import Block, UnifiedTransformer
 from echogen.engine.packed import pairs_beside
 from echogen.engine.ranges import span
+from echogen.kernels import philox
 
 SOURCE = "transformer"
 MOST_BYTES = 64 << 20
@@ -97,6 +98,29 @@ def misfit(model: UnifiedTransformer) -> str | loader.CompilerError | None:
     except loader.CompilerError as error:
         return error
     return None if fits else f"heads of {c.head_dim} numbers are not among the kernel's"
+
+
+def gumbel_noise(seed: int, draw: Tensor, position: Tensor, columns: int) -> Tensor:
+    """`kernels.philox.gumbel_noise` of a CPU, the same bits: its integers in C++ where that can be
+    had, which with PyTorch's logarithms takes a quarter of the time (8 ns a number for 38, Zen 4).
+
+    Args:
+        seed, draw, position, columns: as there.
+    """
+    known = draw.dtype == position.dtype == torch.int64 and 0 <= seed < 1 << 63 and columns > 0
+    if not known or draw.device.type != "cpu" or loader.switched_off():
+        return philox.gumbel_noise(seed, draw, position, columns)
+    try:
+        library = loader.library(SOURCE)
+    except loader.CompilerError:  # who draws is told, see `decode.packed`
+        return philox.gumbel_noise(seed, draw, position, columns)
+    draw, position = (t.contiguous() for t in torch.broadcast_tensors(draw, position))
+    noise = torch.empty(*draw.shape, columns)
+    library.echogen_uniform(
+        ctypes.c_uint64(seed), Address(draw.data_ptr()), Address(position.data_ptr()),
+        ctypes.c_int64(draw.numel()), ctypes.c_int64(columns), Address(noise.data_ptr()),
+    )  # fmt: skip
+    return noise.log_().neg_().log_().neg_()
 
 
 class NativeTransformer:

@@ -11,8 +11,8 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from echogen.engine.native import gumbel_noise
 from echogen.engine.prompt import Unconditional
-from echogen.kernels.philox import gumbel_noise
 from echogen.kernels.reference import sampling as reference
 from echogen.kernels.reference.sampling import COLDEST
 

@@ -482,3 +482,41 @@ extern "C" int echogen_run(const Model* model, const Call* call) {
         return NO_MEMORY;
     }
 }
+
+// --- noise ---------------------------------------------------------------------------------------
+
+// The uniforms of kernels/reference/philox.py, the same numbers to the last bit: Philox-4x32-10 with
+// the seed as key and (column / 4, position, draw, 0) as counter; float32 [rows, columns].
+extern "C" void echogen_uniform(uint64_t seed, const int64_t* draw, const int64_t* position,
+                                int64_t rows, int64_t columns, float* out) {
+    constexpr int COUNT = 16, ROUNDS = 10;  // counters at a time, which registers hold
+    for (int64_t row = 0; row < rows; ++row, out += columns) {
+        for (int64_t first = 0; first < columns; first += 4 * COUNT) {
+            uint32_t c[4][COUNT], key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
+            for (int i = 0; i < COUNT; ++i) {
+                c[0][i] = uint32_t(first / 4 + i);
+                c[1][i] = uint32_t(position[row]);
+                c[2][i] = uint32_t(draw[row]);
+                c[3][i] = 0;
+            }
+            for (int round = 0; round < ROUNDS; ++round) {
+                for (int i = 0; i < COUNT; ++i) {
+                    const uint64_t a = uint64_t(c[0][i]) * 0xD2511F53u;
+                    const uint64_t b = uint64_t(c[2][i]) * 0xCD9E8D57u;
+                    c[0][i] = uint32_t(b >> 32) ^ c[1][i] ^ key[0];
+                    c[2][i] = uint32_t(a >> 32) ^ c[3][i] ^ key[1];
+                    c[1][i] = uint32_t(b);
+                    c[3][i] = uint32_t(a);
+                }
+                key[0] += 0x9E3779B9u;
+                key[1] += 0xBB67AE85u;
+            }
+            float found[4 * COUNT];
+            for (int i = 0; i < COUNT; ++i)
+                for (int word = 0; word < 4; ++word)
+                    found[4 * i + word] = (float(c[word][i] >> 9) + 0.5f) * 0x1p-23f;
+            const int64_t left = columns - first;
+            std::memcpy(out + first, found, sizeof(float) * (left < 4 * COUNT ? left : 4 * COUNT));
+        }
+    }
+}

@@ -18,11 +18,18 @@ from echogen.engine.decode import decode_image, left_padded, packed
 from echogen.engine.engine import Engine
 from echogen.engine.jacobi import decode_windows
 from echogen.engine.model import UnifiedTransformer, additive_mask
-from echogen.engine.native import NativeDecoding, NativeTransformer, Rows, misfit
+from echogen.engine.native import (
+    NativeDecoding,
+    NativeTransformer,
+    Rows,
+    gumbel_noise,
+    misfit,
+)
 from echogen.engine.packed import PackedTransformer
 from echogen.engine.rows import NativeRows
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.weights import load_checkpoint
+from echogen.kernels import philox
 
 BOS, PAD, BEGIN, T = 1, 0, 58, 16
 # Outputs, inputs and codes that fill no whole register; heads in groups; heads of every register's
@@ -233,6 +240,18 @@ def test_a_token_outside_is_refused_before_anything_is_written(model, ids, row, 
     assert block.isnan().all()
     rows.run(*map(torch.tensor, ([3, 4], [0, 1], [0, 0])))
     assert not block[:, :, :, :, 0].isnan().any() and block[:, :, :, :, 1:].isnan().all()
+
+
+@pytest.mark.parametrize("columns", [1, 3, 64, 65, 1000, 1024])
+def test_noise_is_that_of_the_kernels_to_the_last_bit(tiny, columns):
+    generator = torch.Generator().manual_seed(columns)
+    draw = torch.randint(1 << 32, (3, 5), generator=generator)
+    position = torch.randint(1 << 32, (3, 1), generator=generator)
+    for seed in (0, 7, 0x9E3779B97F4A7C15 >> 1, (1 << 63) - 1):
+        found = gumbel_noise(seed, draw, position, columns)
+        assert torch.equal(found, philox.gumbel_noise(seed, draw, position, columns))
+    with pytest.raises(ValueError, match="seed"):
+        gumbel_noise(-1, draw, position, columns)
 
 
 # --- where it cannot be ---------------------------------------------------------------------------
