@@ -10,8 +10,10 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -83,13 +85,9 @@ def _draw_all(split: str, seed: int, chunks: list[range]) -> Iterator[_Drawn]:
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(count, initializer=_follow, initargs=(os.getpid(),)) as pool:
         # Not map, which cancels what is left: the pool of a dead worker stumbles over that.
-        # Until a worker has handlers of its own, it would answer SIGTERM with its parent's.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            try:
+            with _held_back(signal.SIGINT, signal.SIGTERM):
                 jobs = [pool.submit(_draw, split, seed, chunk) for chunk in chunks]
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for job in jobs:
                 yield job.result()
         except BaseException:  # or a signal would wait for the chunks under way
@@ -98,12 +96,34 @@ def _draw_all(split: str, seed: int, chunks: list[range]) -> Iterator[_Drawn]:
             raise
 
 
+@contextmanager
+def _held_back(*signals: signal.Signals) -> Iterator[None]:
+    """Signals wait for the end of the block, in which workers are begun: one that came between a
+    fork and the worker's entry among the children would leave a worker that nobody ends and all
+    wait for, and until a worker has handlers of its own (`_follow`) it would answer with its
+    parent's. Blocked they wait in a worker too; threads that do not block them tell handlers."""
+    if threading.current_thread() is not threading.main_thread():  # which alone has handlers
+        yield
+        return
+    came = list[int]()
+    handlers = {s: signal.signal(s, lambda number, _: came.append(number)) for s in signals}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        for number, handler in handlers.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for number in came:
+            signal.raise_signal(number)
+
+
 def _follow(parent: int) -> None:
     """A worker's beginning: it ends with its parent, which may be killed without a chance to end
     it, and would sleep on for ever, holding what it inherited (pipes, locks). Linux can do that."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the parent's handlers
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent speaks
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
