@@ -112,8 +112,8 @@ def _held_back(*signals: signal.Signals) -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        for number, handler in handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        for held, handler in handlers.items():
+            signal.signal(held, signal.SIG_DFL if handler is None else handler)
         for number in came:
             signal.raise_signal(number)
 
