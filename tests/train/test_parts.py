@@ -25,8 +25,10 @@ VQ = VQConfig(loop=LoopConfig(steps=1, lr=1e-3), codes=32, latent=32, multiplier
 
 
 DRAWING = """
-import os, sys, time
+import os, signal, sys, time
 from echogen.train.data import scenes
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 
 def slow(split, seed, indices):
     os.write(1, f"{os.getpid()}\\n".encode())
