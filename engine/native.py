@@ -102,7 +102,7 @@ def misfit(model: UnifiedTransformer) -> str | loader.CompilerError | None:
 
 def gumbel_noise(seed: int, draw: Tensor, position: Tensor, columns: int) -> Tensor:
     """`kernels.philox.gumbel_noise` of a CPU, the same bits: its integers in C++ where that can be
-    had, which with PyTorch's logarithms takes a quarter of the time (8 ns a number for 38, Zen 4).
+    had, as PyTorch makes them in a hundred passes over the numbers.
 
     Args:
         seed, draw, position, columns: as there.
@@ -186,7 +186,8 @@ class NativeTransformer:
         width = self.config.codebook_size
         logits = torch.empty(outputs, width + -width % self._lanes)
         call.logits = logits.data_ptr()
-        call.threads = max(1, min(torch.get_num_threads(), call.tokens // THREAD_TOKENS))
+        threads = torch.get_num_threads() if self._library.echogen_threaded() else 1
+        call.threads = max(1, min(threads, call.tokens // THREAD_TOKENS))
         result = self._library.echogen_run(ctypes.byref(self._model), ctypes.byref(call))
         if result:
             if result in REFUSED:
@@ -199,7 +200,7 @@ class NativeTransformer:
         c, lengths = self.config, [len(prompt) for prompt in prompts]
         blocks = [torch.empty(2, c.layers, c.kv_heads, n, c.head_dim) for n in lengths]
         ids = torch.tensor([code for prompt in prompts for code in prompt])
-        rows = Rows(self, self._text, [(block, None) for block in blocks])
+        rows = Sequences(self, self._text, [(block, None) for block in blocks])
         row = torch.arange(len(prompts)).repeat_interleave(torch.tensor(lengths))
         at = torch.cat([torch.arange(n) for n in lengths])
         with span("engine/prefill/run", rows=len(prompts), tokens=len(ids)):
@@ -207,7 +208,7 @@ class NativeTransformer:
         return [Prefix(block, each) for block, each in zip(blocks, logits, strict=True)]
 
 
-class Rows:
+class Sequences:
     """Sequences in a cache, and calls on them.
 
     Args:
@@ -281,6 +282,8 @@ class Rows:
             IndexError, MemoryError: see `NativeTransformer.run`.
         """
         ids, row, at = (tensor.contiguous() for tensor in (ids, row, at))
+        assert ids.dtype == row.dtype == at.dtype == torch.int64
+        assert ids.shape == row.shape == at.shape
         call = self._call
         call.ids, call.row, call.at = ids.data_ptr(), row.data_ptr(), at.data_ptr()
         call.tokens, call.last_only = len(ids), last_only
@@ -341,7 +344,7 @@ class NativeDecoding:
             (own, prefix.keys_values if self._share else prefix.keys_values.clone())
             for own, prefix in zip(self._block.unbind(0), prefixes, strict=True)
         ]
-        self._rows = Rows(model, self._table, caches)
+        self._rows = Sequences(model, self._table, caches)
         return torch.stack([prefix.logits for prefix in prefixes])
 
     def step(self, code: Tensor) -> Tensor:

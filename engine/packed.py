@@ -20,8 +20,6 @@ from echogen.engine.config import ModelConfig
 from echogen.engine.model import Block, RMSNorm, UnifiedTransformer
 
 Mask = Tensor | None
-LayerStep = Callable[[Tensor, Tensor, Tensor, Tensor, Mask], None]
-"""One layer of a step: RoPE's turn, the place in the cache, its keys and values, the mask."""
 
 
 class PackedLinear:
@@ -142,18 +140,6 @@ class PackedBlock:
         stream.x.add_(self._out(frame.attended_rows))
         frame.gate_up.copy_(self._gate_up(self._mlp_norm(stream)))
         stream.x.add_(self._down(F.silu(frame.gate, inplace=True).mul_(frame.up)))
-
-    def bound(self, stream: Stream, frame: Frame) -> LayerStep:
-        """The whole layer for the frame's one token a row: ``project``, ``attend``, ``finish``."""
-
-        def run(turn: Tensor, place: Tensor, key: Tensor, value: Tensor, mask: Mask) -> None:
-            self.project(stream, frame, turn)
-            place.copy_(frame.new)
-            frame.query.copy_(frame.queries)
-            attend(frame, key, value, mask)
-            self.finish(stream, frame)
-
-        return run
 
 
 def attend(frame: Frame, key: Tensor, value: Tensor, mask: Tensor | None) -> None:

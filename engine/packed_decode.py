@@ -52,7 +52,6 @@ class PackedDecoding:
         self._keys, self._values = block[0].transpose(-1, -2), block[1]
         self._block = block.view(2, c.layers, rows, c.kv_heads, capacity, c.head_dim)
         self._places = self._block.unbind(-2)
-        self._layers = [layer.bound(self._stream, self._frame) for layer in model.blocks]
 
         self._tail: Tensor | None = None
         if self._lanes > 1:
@@ -91,7 +90,7 @@ class PackedDecoding:
 
     def step(self, code: Tensor) -> Tensor:
         """Append image codes int64 [N] (to R = N or, with guidance, 2N rows); logits [R, V]."""
-        model, stream, end = self._model, self._stream, self._end
+        model, stream, frame, end = self._model, self._stream, self._frame, self._end
         embedded = self._table.index_select(0, code)
         stream.x.view(-1, *embedded.shape).copy_(embedded)
         turn, places = self._turns[end - self._ids.shape[1]], self._places[end].unbind(1)
@@ -104,8 +103,12 @@ class PackedDecoding:
             first = len(self._tail) - LANES - end
             tail = self._tail[first : first + read]
             mask = tail if mask is None else mask + tail
-        for layer, place, key, value in zip(self._layers, places, keys, values, strict=True):
-            layer(turn, place, key, value, mask)
+        for block, place, key, value in zip(model.blocks, places, keys, values, strict=True):
+            block.project(stream, frame, turn)
+            place.copy_(frame.new)
+            frame.query.copy_(frame.queries)
+            attend(frame, key, value, mask)
+            block.finish(stream, frame)
         return model.image_logits(stream)
 
 

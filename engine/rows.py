@@ -12,7 +12,7 @@ from torch import Tensor
 from echogen.engine.cache import KVCache, Prefix, WindowCache
 from echogen.engine.device import DeviceTransformer, Places
 from echogen.engine.model import UnifiedTransformer, additive_mask
-from echogen.engine.native import NativeTransformer, Rows
+from echogen.engine.native import NativeTransformer, Sequences
 from echogen.engine.packed import Frame, PackedTransformer, Stream, attend
 from echogen.engine.packed_decode import run_prompts
 from echogen.engine.ranges import span
@@ -117,7 +117,7 @@ class NativeRows:
 
     def __init__(self, model: NativeTransformer, code_table: Tensor, cache: WindowCache) -> None:
         self._model = model
-        self._rows = Rows(model, code_table, [(own, None) for own in cache.block.unbind(2)])
+        self._rows = Sequences(model, code_table, [(own, None) for own in cache.block.unbind(2)])
         self._row = torch.arange(cache.block.shape[2])
         self._lengths = torch.zeros_like(self._row)  # of what stands before a row's codes
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import os
 import platform
 import shutil
@@ -21,7 +22,7 @@ from echogen.engine.cache_folder import cache_folder
 FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
 OPTIONS = (
-    "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread",
+    "-std=c++17", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC",
 )  # fmt: skip
 
 
@@ -77,6 +78,7 @@ def _library(source: str) -> ctypes.CDLL | CompilerError:
         built = folder / f"{source}-{digest}.so"
         if not built.exists():
             _compile([tool, *options, str(code)], built)
+        importlib.import_module("torch")  # whose OpenMP is found when the library is loaded
         return ctypes.CDLL(str(built))
     except CompilerError as error:
         return error

@@ -14,12 +14,12 @@
 #include <limits>
 #include <memory>
 #include <new>
-#include <system_error>
-#include <thread>
 #include <vector>
 
-// PyTorch's OpenMP, if the process has GNU's: between two of its own loops its threads wait spinning,
-// and others beside them have no core (two of Zen 4: 64 rows 9.3 ms a step for 5.9, 256 25 for 19).
+// PyTorch's OpenMP, where it is GNU's; elsewhere all runs on one thread. Between two of PyTorch's loops
+// its threads wait spinning, and others have no core: with threads of its own a rollout of 256 rows of
+// the bundled model was the quickest on one, 37.7 ms a step, and with PyTorch's on two, 19.7 (two cores
+// of Zen 4, bench/results/rollout-cpu.json at 7a14276fa and at f0a0141ea).
 extern "C" {
 #if defined(__linux__)
 void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
@@ -462,35 +462,26 @@ namespace {
 
 using Parts = std::vector<std::unique_ptr<Part>>;
 
-// As many of the parts as there are threads at once.
-void run_all(const Parts& parts) {
-    if (parts.size() > 1 && GOMP_parallel && omp_get_thread_num && omp_get_num_threads) {
-        auto share = [](void* all) {
-            const Parts& parts = *static_cast<const Parts*>(all);
-            for (size_t i = omp_get_thread_num(); i < parts.size(); i += omp_get_num_threads())
-                parts[i]->run();
-        };
-        GOMP_parallel(share, const_cast<Parts*>(&parts), unsigned(parts.size()), 0);
-        return;
-    }
-    std::vector<std::thread> others;
-    others.reserve(parts.size());
-    for (size_t i = 1; i < parts.size(); ++i) {
-        Part* part = parts[i].get();
-        try {
-            others.emplace_back([part] { part->run(); });
-        } catch (const std::system_error&) {  // no further thread: it is this one's work
-            part->run();
-        }
-    }
-    if (!parts.empty()) parts[0]->run();
-    for (std::thread& other : others) other.join();
+bool threaded() { return GOMP_parallel && omp_get_thread_num && omp_get_num_threads; }
+
+// As many of the parts at once as there are threads.
+void run_share(void* all) {
+    const Parts& parts = *static_cast<const Parts*>(all);
+    for (size_t i = omp_get_thread_num(); i < parts.size(); i += omp_get_num_threads())
+        parts[i]->run();
+}
+
+void run_all(Parts& parts) {
+    if (parts.size() > 1 && threaded())
+        GOMP_parallel(run_share, &parts, unsigned(parts.size()), 0);
+    else
+        for (const auto& part : parts) part->run();
 }
 
 }  // namespace
 
-// Whether threads are PyTorch's own.
-extern "C" int echogen_shares_threads() { return GOMP_parallel != nullptr; }
+// Whether more than one thread can be had.
+extern "C" int echogen_threaded() { return threaded(); }
 
 // Run a call's tokens, those of a row beside each other and in order; each sees its row's prefix and
 // the row's own keys up to itself. Nothing is written where a token is refused.
@@ -514,7 +505,7 @@ extern "C" int echogen_run(const Model* model, const Call* call) {
         }
         run_all(parts);
         return DONE;
-    } catch (const std::bad_alloc&) {  // before the first thread
+    } catch (const std::bad_alloc&) {  // of the parts' buffers; none has run
         return NO_MEMORY;
     }
 }

@@ -22,7 +22,7 @@ from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.native import NativeTransformer
 from echogen.engine.packed import PackedTransformer, packable
-from echogen.engine.packed_decode import PackedDecoding, PackedWindows
+from echogen.engine.packed_decode import LEAST, PackedDecoding, PackedWindows
 from echogen.engine.sampler import Sampler, Sampling
 from echogen.engine.weights import load_checkpoint
 
@@ -275,7 +275,7 @@ def rounds_by_neighbours(dtype: torch.dtype) -> bool:
 
     return not all(
         torch.equal(linear(n), linear(60)[:n]) and torch.equal(batched(n), batched(60)[:, :n])
-        for n in range(5 if dtype == torch.float32 else 1, 21)
+        for n in range(LEAST if dtype == torch.float32 else 1, 21)
     )
 
 

@@ -4,14 +4,18 @@ sequence alone, to the last bit."""
 from __future__ import annotations
 
 import copy
+import os
 import platform
 import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+import echogen
 from echogen.engine.cache import WindowCache
 from echogen.engine.cpp import loader
 from echogen.engine.decode import decode_image, left_padded, packed
@@ -21,7 +25,7 @@ from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.native import (
     NativeDecoding,
     NativeTransformer,
-    Rows,
+    Sequences,
     gumbel_noise,
     misfit,
 )
@@ -162,8 +166,9 @@ def test_bits_hang_on_nothing_but_the_sequence(tiny, threads):
         assert torch.equal(drawn([row], [40]), wanted[row : row + 1])
     assert torch.equal(drawn([5, 3], [7, 33]), wanted[[5, 3]])
     assert torch.equal(drawn([2, 0, 2], [40], share=False), wanted[[2, 0, 2]])
-    threads(2)
-    assert torch.equal(drawn(everyone, [3, 1, 16, 20]), wanted)
+    for count in (2, 5):
+        threads(count)
+        assert torch.equal(drawn(everyone, [3, 1, 16, 20]), wanted)
 
     cache = WindowCache(weights.config, 3, 128, torch.float32, "cpu")
     cache.block.fill_(float("nan"))  # what no token wrote is not read
@@ -234,7 +239,7 @@ def test_what_is_no_number_is_not_hidden(model, part, bits):
 def test_a_token_outside_is_refused_before_anything_is_written(model, ids, row, at, words):
     weights, table, c = NativeTransformer(model), table_of(model), model.config
     block = torch.full((2, 2, c.layers, c.kv_heads, 9, c.head_dim), float("nan"))
-    rows = Rows(weights, table, [(own, None) for own in block])
+    rows = Sequences(weights, table, [(own, None) for own in block])
     with pytest.raises(IndexError, match=words):
         rows.run(*map(torch.tensor, (ids, row, at)))
     assert block.isnan().all()
@@ -315,6 +320,14 @@ def test_it_compiles_without_a_warning_for_any_cpu(cpu):
         [tool, *options, f"-march={cpu}", str(source)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's OpenMP is GNU's on Linux")
+def test_threads_are_pytorchs_whatever_is_imported_first(tiny):
+    probe = "from echogen.engine.cpp.loader import library as l\n"
+    probe += "raise SystemExit(not l('transformer').echogen_threaded())"
+    env = os.environ | {"PYTHONPATH": str(Path(echogen.__file__).parents[1])}
+    assert subprocess.run([sys.executable, "-c", probe], env=env, check=False).returncode == 0
 
 
 def test_it_can_be_switched_off_without_a_word(tiny, monkeypatch):
