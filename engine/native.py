@@ -31,11 +31,13 @@ MOST_BYTES = 64 << 20
 """Of a model's layers and image head, on more than ``FEW_THREADS`` threads. A larger one's weights
 come from memory with every step; oneDNN's threads share them, those here take whole rows each."""
 FEW_THREADS = 2
-"""With so many every model is drawn the faster here: of 110 million parameters 1.1 to 1.4 times
-(1 to 64 rows, AMD EPYC, Zen 4, against `PackedTransformer` on two threads)."""
+"""With so many every model is drawn the faster here: one of 110 million parameters 1.31 times with
+two rows and 1.15 with eight (Zen 4, two threads; `echogen bench engine --model random:100m --peer
+none` with ``--mode latency`` and ``--mode rollout --batch 8 --cfg 1``, and with ECHOGEN_NATIVE=0)."""
 THREAD_TOKENS = 4
-"""Tokens of a thread, from which one is worth its start, 10 to 20 µs: 8 rows of the bundled model
-take 0.43 ms on two and 0.63 on one (Zen 4)."""
+"""Tokens of a thread, from which a further one pays: 8 rows of the bundled model take 1.20 ms a step
+on two and 1.38 on one, with log-probabilities (Zen 4; `echogen bench engine --mode rollout --model
+tiny --batch 8 --cfg 1 --peer none`, with ``--threads`` 1 and 2)."""
 
 Address = ctypes.c_void_p
 
