@@ -33,11 +33,12 @@ come from memory with every step; oneDNN's threads share them, those here take w
 FEW_THREADS = 2
 """With so many every model is drawn the faster here: one of 110 million parameters 1.31 times with
 two rows and 1.15 with eight (Zen 4, two threads; `echogen bench engine --model random:100m --peer
-none` with ``--mode latency`` and ``--mode rollout --batch 8 --cfg 1``, and with ECHOGEN_NATIVE=0)."""
+none` with ``--mode latency`` and with ``--mode rollout --batch 8 --cfg 1``, in both ways of
+ECHOGEN_NATIVE)."""
 THREAD_TOKENS = 4
-"""Tokens of a thread, from which a further one pays: 8 rows of the bundled model take 1.20 ms a step
-on two and 1.38 on one, with log-probabilities (Zen 4; `echogen bench engine --mode rollout --model
-tiny --batch 8 --cfg 1 --peer none`, with ``--threads`` 1 and 2)."""
+"""Tokens of a thread, from which a further one pays: 8 rows of the bundled model take 1.20 ms a
+step on two and 1.38 on one, with log-probabilities (Zen 4; `echogen bench engine --mode rollout
+--model tiny --batch 8 --cfg 1 --peer none`, with ``--threads`` 1 and 2)."""
 
 Address = ctypes.c_void_p
 
