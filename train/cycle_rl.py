@@ -29,7 +29,7 @@ from echogen.train import keys
 from echogen.train.config import CycleRLConfig
 from echogen.train.credit import Credit, by_image, by_object, object_tokens
 from echogen.train.data.layouts import MOST_OBJECTS, check_room, random_layout, read_layouts
-from echogen.train.data.packing import ROW_TOKENS, Batch
+from echogen.train.data.packing import Batch
 from echogen.train.data.scenes import load_scenes
 from echogen.train.data.shapes import Scene
 from echogen.train.distributed import one_goes_first
@@ -48,6 +48,8 @@ from echogen.train.whole import WholeEngine
 from echogen.train.world import WorldStage
 
 VAL_LAYOUTS = 256  # as many as the other numbers of an evaluation are of
+GROUP_TOKENS = 2048
+"""Of a prompt and the images that share it in one sequence, at most."""
 DECODED = 32  # images that the image tokenizer makes at once: 7 GB at 384×384
 
 
@@ -212,13 +214,13 @@ class CycleRLStage(WorldStage):
 
     def _sequences(self, prompts: list[list[int]], codes: np.ndarray) -> Batch:
         """L2I sequences of B prompts and the B·G images drawn of them. As many of a prompt's images
-        as a row has room for share it: at 64 codes, groups of 8 and prompts of 50 tokens the pass
+        as GROUP_TOKENS are share it: at 64 codes, groups of 8 and prompts of 50 tokens the pass
         and its backward take 0.65 of the time of one sequence an image, and a step 0.78 of its
         (`echogen bench train --stage cycle-rl --float32`, medians of three runs in turn, one thread
         of a Zen 3)."""
         trees, tokens = [], codes.shape[1]
         for prompt, images in zip(prompts, np.split(codes, len(prompts)), strict=True):
-            together = max(1, (ROW_TOKENS + 1 - len(prompt)) // tokens)
+            together = max(1, (GROUP_TOKENS + 1 - len(prompt)) // tokens)
             for first in range(0, len(images), together):
                 trees.append(self.drawings(prompt, images[first : first + together]))
         return self.pack(trees)

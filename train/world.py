@@ -25,7 +25,6 @@ from echogen.train.data.packing import (
     l2i_tree,
     pack,
     prompt_or_none,
-    row_budget,
 )
 from echogen.train.data.samples import Sample, load_samples
 from echogen.train.data.scenes import load_scenes
@@ -103,9 +102,8 @@ class WorldStage:
         return sum(len(self.prompts.answer(box)) for _, box in questions)
 
     def pack(self, trees: list[Tree]) -> Batch:
-        """Trees in rows, on the module's device; see `packing.pack` for how long they are."""
-        row_tokens = row_budget(trees) if self._device.type == "cuda" else 0
-        return pack(trees, row_tokens, self.prompts.pad).to(self._device)
+        """Trees in rows, on the module's device."""
+        return pack(trees, self.prompts.pad, self._device.type == "cuda").to(self._device)
 
     def prompt(self, layout: Layout, dropped: bool = False) -> list[int]:
         """The L2I prompt of a layout, or its unconditional form."""

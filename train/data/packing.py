@@ -20,9 +20,9 @@ from echogen.engine.flex import BLOCK, BlockMask
 from echogen.engine.layout import Box, Layout
 from echogen.engine.model import tree_visibility
 from echogen.engine.prompt import Prompts
+from echogen.train.data.rows import cheapest
 
 NO_TARGET = -100
-ROW_TOKENS = 2048  # three samples of both tasks at Janus-Pro's 576 codes
 SHARED_PROMPT, SHARED_IMAGE = -1, -2
 """Branch numbers of a `shared_tree`'s prompt and image, see `visibility`."""
 
@@ -163,25 +163,9 @@ class Batch:
         return Batch(**{n: part.to(device, non_blocking=True) for n, part in parts.items()})
 
 
-def pack(trees: list[Tree], row_tokens: int, pad: int) -> Batch:
-    """Lay trees into as few rows of ``row_tokens`` as first-fit by falling length finds.
-
-    ``row_tokens`` grows to the longest tree. On a CPU, attention over a dense mask makes long rows
-    dear, so callers pass 0: rows as long as the longest tree. On a GPU rows have one length, if
-    they can, and a multiple of a block's (see `row_budget`).
-    """
-    row_tokens = max(row_tokens, max(map(len, trees)))
-    rows: list[list[int]] = []
-    room: list[int] = []
-    for i in sorted(range(len(trees)), key=lambda i: -len(trees[i])):
-        fitting = [r for r, free in enumerate(room) if free >= len(trees[i])]
-        if not fitting:
-            fitting = [len(rows)]
-            rows.append([])
-            room.append(row_tokens)
-        rows[fitting[0]].append(i)
-        room[fitting[0]] -= len(trees[i])
-    return lay(trees, rows, row_tokens, pad)
+def pack(trees: list[Tree], pad: int, blocks: bool = False) -> Batch:
+    """Lay trees into rows, each whole in one of them; ``blocks``: see `cheapest`."""
+    return lay(trees, *cheapest(list(map(len, trees)), blocks), pad)
 
 
 def lay(trees: list[Tree], rows: list[list[int]], row_tokens: int, pad: int) -> Batch:
@@ -209,13 +193,6 @@ def lay(trees: list[Tree], rows: list[list[int]], row_tokens: int, pad: int) -> 
         [span[np.array(tree.image, np.int64)] for span, tree in zip(spans, trees, strict=True)]
     )
     return Batch(**{name: torch.from_numpy(field) for name, field in fields.items()})
-
-
-def row_budget(trees: list[Tree]) -> int:
-    """How long rows are that are attended to in blocks: ROW_TOKENS, or, for a longer tree, the
-    blocks that it takes."""
-    longest = max(map(len, trees))
-    return max(ROW_TOKENS, -(-longest // BLOCK) * BLOCK)
 
 
 def visibility(batch: Batch) -> Tensor:
