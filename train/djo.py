@@ -22,6 +22,7 @@ from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampling
 from echogen.kernels.head_gumbel import head_gumbel_st_embed
 from echogen.train import keys
+from echogen.train.ahead import Ahead
 from echogen.train.config import DJOConfig
 from echogen.train.data.packing import Batch
 from echogen.train.data.samples import Sample, load_samples
@@ -61,6 +62,26 @@ class Example(NamedTuple):
     kept: bool
     questions: list[tuple[str, tuple]]
     draw: int
+
+
+class Laid(NamedTuple):
+    """A part of a step, packed.
+
+    Attributes:
+        every, here: all samples of the step, and the part's.
+        real: stage 1's batch of these.
+        looped: int64 [n], which of them go through the loop.
+        questions: asked of their drawn images; None where there are none.
+        total, counts: see `DJOStage._looped`.
+    """
+
+    every: list[Example]
+    here: list[Example]
+    real: Batch
+    looped: np.ndarray
+    questions: Batch | None
+    total: int
+    counts: bool
 
 
 class Drawn(NamedTuple):
@@ -171,6 +192,7 @@ class DJOStage(WorldStage):
         with one_goes_first():
             self._train = load_samples(self.vq, "train", config.scenes)
         self._key = keys.noise_key(config.loop.seed, keys.DJO_NOISE)
+        self._laid = Ahead(self._lay)
 
     def examples(self, step: int) -> list[Example]:
         """The samples of a step, a pure function of (seed, step)."""
@@ -198,17 +220,26 @@ class DJOStage(WorldStage):
         """See `Stage`."""
         return self.loss_part(step, 0, 1)
 
+    def ahead(self, step: int, part: int, parts: int) -> None:
+        """See `Stage`."""
+        self._laid.prepare(step, part, parts)
+
+    def _lay(self, step: int, part: int, parts: int) -> Laid:
+        with span("train/djo/data", step=step):
+            every = self.examples(step)
+            here = [every[i] for i in places("batch", self.config.batch, part, parts)]
+            looped, total, counts = self._looped(here, every)
+            layouts = [here[i].layout for i in looped]
+            questions = self._questions(layouts) if layouts else None
+            return Laid(every, here, self._real(here), looped, questions, total, counts)
+
     def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
         """See `Stage`."""
         c, model = self.config, self.module
-        with span("train/djo/data", step=step):
-            every = self.examples(step)
-            here = [every[i] for i in places("batch", c.batch, part, parts)]
-            batch = self._real(here)
+        every, here, batch, looped, questions, total, counts = self._laid.take(step, part, parts)
         hidden = hidden_states(model, batch)
         tau, draws = temperature(step, c), torch.tensor([x.draw for x in here])
         numbers = {"tau": torch.tensor(tau / parts)}
-        looped, total, counts = self._looped(here, every)
         image, images = None, None
         if len(looped) and c.prefix == "teacher":
             drawn = draw_codes(
@@ -228,8 +259,8 @@ class DJOStage(WorldStage):
             asked = sum(self.answer_tokens(x.questions) for x in every)
             numbers["i2l"] = box_loss(model, hidden, batch, asked)
             loss = loss + c.grounding_weight * numbers["i2l"]
-        if images is not None:
-            found = self._loop([here[i].layout for i in looped], images, total)
+        if images is not None and questions is not None:
+            found = self._loop(questions, images, total)
             numbers["loop"] = found if counts else found * 0
             loss = loss + c.loop_weight * numbers["loop"]
         numbers = {"loss": loss, **numbers}
@@ -286,12 +317,15 @@ class DJOStage(WorldStage):
             flips["flips"] = (again.codes != drawn.codes).float().mean()
         return drawn.embed, flips
 
-    def _loop(self, layouts: list[Layout], images: Tensor, total: int) -> Tensor:
-        """`L_loop`: the layouts' own expressions asked of the drawn images; ``total`` as in
-        `box_loss`."""
-        unseen = np.zeros(images.shape[1], dtype=np.int64)  # the images take their codes' place
-        trees = [self.grounding(unseen, _boxes(y)) for y in layouts]
-        return loop_loss(self.module, self.pack(trees), images, self.config.freeze_grounder, total)
+    def _questions(self, layouts: list[Layout]) -> Batch:
+        """The layouts' own expressions, asked of images that are still to be drawn."""
+        # They take the place of these codes.
+        unseen = np.zeros(self.module.config.image_tokens, dtype=np.int64)
+        return self.pack([self.grounding(unseen, _boxes(y)) for y in layouts])
+
+    def _loop(self, questions: Batch, images: Tensor, total: int) -> Tensor:
+        """`L_loop`: questions about the drawn images; ``total`` as in `box_loss`."""
+        return loop_loss(self.module, questions, images, self.config.freeze_grounder, total)
 
 
 def _boxes(layout: Layout) -> list[tuple[str, tuple]]:

@@ -7,9 +7,7 @@ carries further images that are only grounded: a branch costs a dozen tokens on 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -34,6 +32,7 @@ from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampling
 from echogen.train import keys
+from echogen.train.ahead import Ahead
 from echogen.train.checkpoint import StateError
 from echogen.train.config import PMTPConfig
 from echogen.train.data.packing import Batch, shared_tree
@@ -148,6 +147,7 @@ class PMTPStage(WorldStage):
                 self._train = load_samples(engine.vq, "train", config.scenes)
             engine.sampling = Sampling(temperature=config.temperature, cfg=config.cfg)
             super().__init__(engine, config.loop, begin.stages[:-1])
+            self._laid = Ahead(self._lay)
             return
         if config.loop.lora:
             raise StateError(
@@ -158,6 +158,7 @@ class PMTPStage(WorldStage):
         with one_goes_first():
             self._train = load_samples(begin.eval(), "train", config.scenes)
         super().__init__(new_model(config, begin, self._train), config.loop)
+        self._laid = Ahead(self._lay)
 
     def tasks(self, step: int) -> list[Task]:
         """What a step asks of each of its samples, a pure function of (seed, step)."""
@@ -218,22 +219,26 @@ class PMTPStage(WorldStage):
         codes = sum(len(t.sample.codes) for t in tasks if t.draw is not None)
         return codes, sum(self.answer_tokens(t.questions) for t in tasks)
 
+    def _lay(self, step: int, part: int, parts: int) -> tuple[Batch, tuple[int | None, int | None]]:
+        """A part's batch, and how many targets there are in all parts; None: it is all there is."""
+        with span("train/pmtp/data", step=step):
+            batch = self.batch(step, part, parts)
+            return batch, self.targets(step) if parts > 1 else (None, None)
+
+    def ahead(self, step: int, part: int, parts: int) -> None:
+        """See `Stage`."""
+        self._laid.prepare(step, part, parts)
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         """Cross entropies of image codes and of box tokens, each a mean over its targets."""
-        return self._loss(step, self.batch, (None, None))
+        return self.loss_part(step, 0, 1)
 
     def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
         """See `Stage`."""
-        return self._loss(step, partial(self.batch, part=part, parts=parts), self.targets(step))
-
-    def _loss(
-        self, step: int, batch_of: Callable[[int], Batch], totals: tuple[int | None, int | None]
-    ) -> tuple[Tensor, dict[str, Any]]:
-        with span("train/pmtp/data", step=step):
-            batch = batch_of(step)
+        batch, (codes, answers) = self._laid.take(step, part, parts)
         hidden = hidden_states(self.module, batch)
-        image = image_loss(self.module, hidden, batch, totals[0])
-        text = box_loss(self.module, hidden, batch, totals[1])
+        image = image_loss(self.module, hidden, batch, codes)
+        text = box_loss(self.module, hidden, batch, answers)
         loss = image + text
         numbers = {"loss": loss, "l2i": image, "i2l": text}
         return loss, worth_logging(numbers)

@@ -21,6 +21,8 @@ class Stage(Protocol):
             the step's batch, beginning with sample ``part``. Losses, gradients and numbers of the
             parts add up to those of ``loss(step)``: a mean over the batch is divided by what the
             batch has, not by what the part has. Needed where a batch is accumulated or shared out.
+        ahead(step, part, parts): make what the host makes of a part before it is asked for. Called
+            with what comes next, while the device is busy with backward.
         images: images a step, over all processes, for the rate that is shown.
         pictures() → [(name, picture)]: samples for people, drawn at each evaluation.
         inputs(step) → tensors (in dictionaries and lists) that the step's loss reads, for a dump.

@@ -83,13 +83,18 @@ def gradients(
     all processes."""
     for p in parameters:
         p.grad = None
-    losses, numbers = [], dict[str, Any]()
-    for part, parts in processes.shares(config.accumulate):
+    losses, numbers, shares = [], dict[str, Any](), processes.shares(config.accumulate)
+    for part, parts in shares:
         device = parameters[0].device.type
         loss, told = _backward(stage, config, device, step, part, parts, processes)
         losses.append(loss)
         for name, value in told.items():
             numbers[name] = numbers[name] + value if name in numbers else value
+    ahead = getattr(stage, "ahead", None)
+    if ahead is not None and step + 1 < config.steps:
+        # Backward is queued, and nobody has waited for it yet. Made between two steps, a batch
+        # would hold a GPU up (24 ms of the host at Janus-Pro 1B, 98 in the recipe `small`).
+        ahead(step + 1, *shares[0])
     return sum(float(loss) for loss in losses), processes.total(numbers)
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from transformers import JanusVQVAE, JanusVQVAEConfig
 
 from echogen.engine.vision import decode_codes, encode_image, to_pixels
+from echogen.train.ahead import Ahead
 from echogen.train.config import VQConfig
 from echogen.train.data.scenes import load_scenes, render
 from echogen.train.data.shapes import GROUND, sample_scene
@@ -127,6 +128,7 @@ class VQStage:
         torch.manual_seed(config.loop.seed)
         self.module = VQModule(build_vq(config, width)).train()
         self._val = to_pixels(render(load_scenes("val", VAL_SCENES), config.image_size))
+        self._pictures = Ahead(lambda step, part, parts: self._batch(step))
         self._votes: tuple[Tensor, Tensor] | None = None  # distinct patches' features and codes
 
     def _batch(self, step: int) -> Tensor:
@@ -151,8 +153,12 @@ class VQStage:
         """See `Stage`."""
         return {"pixels": self._batch(step)}
 
+    def ahead(self, step: int, part: int, parts: int) -> None:
+        """See `Stage`."""
+        self._pictures.prepare(step, part, parts)
+
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
-        vq, pixels = self.module.vq, self._batch(step)
+        vq, pixels = self.module.vq, self._pictures.take(step, 0, 1)
         raw = vq.quant_conv(vq.encoder(pixels)).float()
         features = F.normalize(raw, dim=1)
         points = features.permute(0, 2, 3, 1).reshape(-1, features.shape[1])

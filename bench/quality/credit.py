@@ -84,7 +84,8 @@ class LoopAlone(DJOStage):
         noise = Noise(self._key, torch.tensor([x.draw for x in every]))
         images, _ = self._sampled(layouts, self.config.tau_start, noise, step)
         asked = [[(o.expr, o.box) for o in layout.objects] for layout in layouts]
-        return self._loop(layouts, images, sum(map(self.answer_tokens, asked))), {}
+        total = sum(map(self.answer_tokens, asked))
+        return self._loop(self._questions(layouts), images, total), {}
 
 
 def run(

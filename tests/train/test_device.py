@@ -25,7 +25,9 @@ from echogen.train.data.packing import visibility
 from echogen.train.data.rows import cheapest
 from echogen.train.djo import DJOStage
 from echogen.train.pmtp import PMTPStage
+from echogen.train.processes import Processes
 from echogen.train.start import Start, load_start
+from echogen.train.update import gradients
 from echogen.train.vq import VQStage
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -135,6 +137,27 @@ def test_backward_is_queued_before_the_device_is_waited_for(
     assert loss.requires_grad
     # The engine draws on plain torch here, which is another matter.
     assert waited[-1:] == (["cpu"] if name == "djo sampled" else [])
+
+
+@pytest.mark.parametrize("name", ["pmtp", "djo teacher"])
+def test_the_next_batch_is_made_before_the_device_is_waited_for(
+    pmtp_run, loop, name, monkeypatch
+) -> None:
+    """Else it would stand still meanwhile, between two steps."""
+    config, seen = replace(loop, bf16=False, muon_lr=None, steps=3), []
+    with Machine():
+        stage = STAGES[name](begin(pmtp_run, True), config)
+        ahead = stage.ahead
+
+        def noted(step: int, part: int, parts: int) -> None:
+            seen.append((step, [*waited]))
+            ahead(step, part, parts)
+
+        monkeypatch.setattr(stage, "ahead", noted)
+        for i in range(config.steps):
+            waited.clear()
+            gradients(stage, config, list(stage.module.parameters()), i, Processes())
+    assert seen == [(1, []), (2, [])]  # nothing comes after the last
 
 
 def test_rows_are_made_for_blocks_there(pmtp_run, loop) -> None:

@@ -60,6 +60,19 @@ def stage(request, pmtp_run, loop, small_world, rl_stage):
     return rl_stage(batch=4, group=3, **RL[name])
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("stage", [*PMTP, *DJO], indirect=True)
+def test_what_was_made_ahead_is_what_is_trained_on(stage, parts, monkeypatch):
+    wanted = gradients(stage, 1, parts)[0]
+    stage.ahead(1, 0, parts)
+    assert gradients(stage, 1, parts)[0] == wanted
+    stage.ahead(2, 0, parts)  # and another step is not
+    assert gradients(stage, 1, parts)[0] == wanted
+    stage.ahead(1, 0, parts)
+    monkeypatch.setattr(stage, "tasks" if stage.name == "pmtp" else "examples", lambda step: 1 / 0)
+    stage.loss(1) if parts == 1 else stage.loss_part(1, 0, parts)
+
+
 def gradients(stage, step: int, parts: int):
     """(numbers, gradients) of a step in so many parts."""
     stage.module.zero_grad()
