@@ -139,7 +139,7 @@ training() { # NAME SECONDS ARGUMENTS…
   gpu "$name" "$most" "$PYTHON" -m echogen bench train --device cuda --json "$@"
 }
 for stage in pmtp djo cycle-rl; do
-  training "train_$stage-janus" 90 --stage "$stage" --recipe janus_pro_1b --repeats 3
+  training "train-$stage-janus" 90 --stage "$stage" --recipe janus_pro_1b --repeats 3
 done
 export ECHOGEN_PDL=1
 engine overlap-latency-janus 60 --mode latency --model janus_pro_1b --repeats 3 --peer none
@@ -150,7 +150,7 @@ unset ECHOGEN_FUSED
 engine latency-tiny 60 --mode latency --model tiny
 engine latency-100m 60 --mode latency --model random:100m
 engine rollout-tiny 60 --mode rollout --model tiny
-for stage in pmtp djo cycle-rl; do training "train_$stage-small" 60 --stage "$stage" --recipe small; done
+for stage in pmtp djo cycle-rl; do training "train-$stage-small" 60 --stage "$stage" --recipe small; done
 gpu cycle 60 "$PYTHON" -m echogen cycle --layout examples/overlap.json --out "$RESULTS/cycle" \
   --device cuda --json
 for what in generate cycle; do

@@ -18,6 +18,8 @@ NO_GPU = (
     "leaves them under `bench/results/gpu/`, from where this section reads them."
 )
 
+STAGES = ("pmtp", "djo", "cycle-rl")
+
 Result = dict[str, Any]
 
 
@@ -32,8 +34,10 @@ def section(results: Path = RESULTS) -> str:
         _engine(_read(results, "engine-*.json")),
         _drawing(_read(results, "latency-*.json") + _read(results, "rollout-*.json")),
         _jacobi(_read(results, "jacobi-*.json")),
+        _training(_read(results, "train-*.json")),
         _memory(_read(results, "memory.json")),
         _drawing(_read(gpu, "latency-*.json") + _read(gpu, "rollout-*.json")),
+        _training(_read(gpu, "train-*.json")),
         _kernels(_read(gpu, "kernels*.json")) or NO_GPU,
     ]
     return "\n\n".join(part for part in parts if part)
@@ -186,6 +190,46 @@ def _jacobi(results: list[Result]) -> str:
         "Layouts of the test split and, apart, crowded ones, whose boxes cover at least 60% of the "
         f"canvas; {first['threads']} thread, medians of drawings in turn {_taken(results)}.\n\n"
         + _table(headings, rows)
+    )
+
+
+def _training(results: list[Result]) -> str:
+    """One row a stage of a recipe, and the ranges that take most of its step."""
+    if not results:
+        return ""
+    rows = []
+    for r in sorted(results, key=lambda r: (r["recipe"], STAGES.index(r["stage"]))):
+        prefix = f"train/{r['stage']}/"
+        shares = [
+            f"{name.removeprefix(prefix)} {100 * share:.0f}%"
+            for name, share in r["shares"].items()
+            if share >= 0.05
+        ]
+        rows.append(
+            (
+                f"{r['stage']}, {r['recipe']}",
+                r["dtype"],
+                f"{r['images']}",
+                f"{r['ms_per_step']:.0f}",
+                f"{r['images_per_s']:.1f}",
+                f"{r['tokens_per_s']:.0f}",
+                f"{100 * r['padding']:.1f}",
+                f"{100 * r['utilisation']:.0f}",
+                f"{r['peak_mib']:.0f}",
+                ", ".join(shares),
+            )
+        )
+    threads = ", ".join(dict.fromkeys(f"{r['threads']}" for r in results if r["device"] == "cpu"))
+    on = f"threads: {threads}; " * bool(threads)
+    headings = ("stage, recipe", "type", "images a step", "ms a step", "images/s", "tokens/s",
+                "padding, %", "utilisation, %", "peak MiB", "of the time")  # fmt: skip
+    return (
+        f"**Training** (`echogen bench train --stage S`; {on}medians) {_taken(results)}. Tokens "
+        "are those of the trainer's own passes, without padding. Utilisation is the arithmetic of "
+        "the decoder's weights for them, 6 operations a weight and token, over the rate of matrix "
+        "products measured in the same run: heads, attention and rollouts are no part of it. On a "
+        "GPU the memory is that of tensors, on a CPU the process's. Ranges lie within one another."
+        "\n\n" + _table(headings, rows)
     )
 
 

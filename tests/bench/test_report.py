@@ -64,6 +64,24 @@ def test_latency_and_rollouts_stand_in_one_table(tmp_path):
     assert text.count("janus_pro_1b: needs a GPU") == 1
 
 
+def test_training_says_what_a_stage_takes(tmp_path):
+    row = {
+        "stage": "pmtp", "recipe": "tiny", "dtype": "float32", "images": 32, "ms_per_step": 1400.4,
+        "images_per_s": 22.86, "tokens_per_s": 5713.2, "padding": 0.0123, "utilisation": 0.434,
+        "peak_mib": 1234.5, "threads": 1, "device": "cpu", "cpu": "Some CPU", "cpus": 2,
+        "versions": {"torch": "2.13.0"}, "commit": "0123456789abcdef", "dirty": False,
+        "shares": {"train/pmtp/backward": 0.61, "train/pass": 0.3, "train/pmtp/data": 0.004},
+    }  # fmt: skip
+    (tmp_path / "train-pmtp-tiny.json").write_text(json.dumps(row))
+    later = row | {"stage": "cycle-rl", "shares": {}}
+    (tmp_path / "train-cycle-rl-tiny.json").write_text(json.dumps(later))
+    text = report.section(tmp_path)
+    told = "float32 | 32 | 1400 | 22.9 | 5713 | 1.2 | 43 | 1234 |"
+    assert f"| pmtp, tiny | {told} backward 61%, train/pass 30% |" in text
+    assert text.index("| pmtp, tiny |") < text.index(f"| cycle-rl, tiny | {told}")
+    assert "threads: 1; medians) (2 cores of Some CPU; PyTorch 2.13.0; commit 012345678)" in text
+
+
 def test_a_gpu_changes_what_is_said(tmp_path):
     (tmp_path / "gpu").mkdir()
     row = {"operator": "swiglu", "shape": "rows=16", "dtype": "bfloat16", "mode": "forward",
