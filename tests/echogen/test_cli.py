@@ -128,6 +128,19 @@ def test_unexpected_errors_keep_their_traceback(monkeypatch):
         main(["generate", "--layout", "a.json"])
 
 
+@pytest.mark.parametrize("argv", [("generate", "--help"), ("--version",)])
+def test_a_reader_that_leaves_gets_no_traceback(argv, tmp_path):
+    """As `echogen generate --help | head -3` is one."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "echogen", *argv]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=CHILD, stdout=writer, stderr=subprocess.PIPE, timeout=60
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
 def test_interruption(run, monkeypatch):
     def interrupted(path):
         raise KeyboardInterrupt
