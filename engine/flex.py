@@ -18,8 +18,8 @@ BLOCK = 128
 
 VARIANTS = 32
 """Of the compiled operator; torch's limit is 8, and some seven have been counted in one run: types,
-with and without gradients, and each new number of rows or length of a row. Behind the limit torch
-would go on unfused, with all scores in memory (5.9 GB a layer for Janus-Pro 1B)."""
+with and without gradients, and rows of the first shape, of any other, and a single one. Behind the
+limit torch would go on unfused, with all scores in memory (5.9 GB a layer for Janus-Pro 1B)."""
 
 
 @cache

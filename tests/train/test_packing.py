@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask
+from torch._dynamo.testing import CompileCounter
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from echogen.engine.config import ModelConfig
 from echogen.engine.layout import Layout, LayoutObject
@@ -402,6 +403,20 @@ def test_a_row_is_no_longer_than_its_mask_is_worth():
     assert cheapest(equal, True)[1] <= ROW_TOKENS
     assert cheapest([130] * 999 + [ROW_TOKENS + 1], True)[1] == ROW_TOKENS + 128
     assert cheapest([5000, 5, 5], False)[1] == 5000
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_attention_is_not_compiled_anew_for_every_shape_of_rows(prompts):
+    """Batches differ in their rows' number and length: both become symbols at the second shape.
+    Behind `VARIANTS` a run would end."""
+    compiled = CompileCounter()
+    attend = torch.compile(flex_attention, backend=compiled)
+    tree = l2i_tree(prompts.l2i(LAYOUT), np.zeros(90, dtype=np.int64), 1000)
+    for rows, blocks in [(4, 2), (2, 4), (4, 3), (2, 2), (3, 5), (6, 2), (5, 6), (1, 2), (1, 3)]:
+        batch = lay([tree] * rows, [[r] for r in range(rows)], 128 * blocks, prompts.pad)
+        query = torch.randn(rows, 2, 128 * blocks, 8)
+        attend(query, query, query, block_mask=block_mask(batch))
+    assert compiled.frame_count <= 3  # the first, every other, a single row
 
 
 def test_a_batch_goes_to_a_device_whole(prompts):
