@@ -103,13 +103,13 @@ def in_one_row(trees: list[Tree], padding: int = 0) -> Batch:
 def test_l2i_targets_are_the_image_codes_and_nothing_else(prompts):
     prompt, z = prompts.l2i(LAYOUT), codes(0)
     tree = l2i_tree(prompt, z, 1000)
-    assert tree.ids == prompt + [1000 + c for c in z[:-1]]
-    assert tree.positions == list(range(len(prompt) + T - 1))
-    assert set(tree.branch) == {0}
-    assert set(tree.texts) == {NO_TARGET}
+    assert tree.field("ids") == prompt + [1000 + c for c in z[:-1]]
+    assert tree.field("positions") == list(range(len(prompt) + T - 1))
+    assert set(tree.field("branch")) == {0}
+    assert set(tree.field("texts")) == {NO_TARGET}
     # Begin-of-image predicts the first code, every code the next.
-    assert tree.codes[: len(prompt) - 1] == [NO_TARGET] * (len(prompt) - 1)
-    assert tree.codes[len(prompt) - 1 :] == z.tolist()
+    assert tree.field("codes")[: len(prompt) - 1] == [NO_TARGET] * (len(prompt) - 1)
+    assert tree.field("codes")[len(prompt) - 1 :] == z.tolist()
     assert prompt[-1] == prompts.begin_image
 
 
@@ -133,19 +133,21 @@ def test_i2l_targets_are_coordinates_and_the_end_of_the_box(prompts):
     tree = i2l_tree(prompts, z, QUESTIONS, 1000)
     before, after = prompts.i2l()
     trunk = before + [1000 + c for c in z] + after
-    assert tree.ids[: len(trunk)] == trunk
-    assert tree.positions[: len(trunk)] == list(range(len(trunk)))
-    assert tree.branch[: len(trunk)] == [0] * len(trunk)
-    assert set(tree.texts[: len(trunk)]) == set(tree.codes) == {NO_TARGET}
+    assert tree.field("ids")[: len(trunk)] == trunk
+    assert tree.field("positions")[: len(trunk)] == list(range(len(trunk)))
+    assert tree.field("branch")[: len(trunk)] == [0] * len(trunk)
+    assert set(tree.field("texts")[: len(trunk)]) == set(tree.field("codes")) == {NO_TARGET}
     at = len(trunk)
     for k, (expr, box) in enumerate(QUESTIONS, 1):
         question, answer = prompts.branch(expr), prompts.answer(box)
         here = slice(at, at + len(question) + len(answer) - 1)
-        assert tree.ids[here] == question + answer[:-1]
-        assert tree.texts[here] == [NO_TARGET] * (len(question) - 1) + answer
+        assert tree.field("ids")[here] == question + answer[:-1]
+        assert tree.field("texts")[here] == [NO_TARGET] * (len(question) - 1) + answer
         assert answer[-1] == prompts.box_end
-        assert tree.branch[here] == [k] * (here.stop - here.start)
-        assert tree.positions[here] == [len(trunk) + i for i in range(here.stop - here.start)]
+        assert tree.field("branch")[here] == [k] * (here.stop - here.start)
+        assert tree.field("positions")[here] == [
+            len(trunk) + i for i in range(here.stop - here.start)
+        ]
         at = here.stop
     assert at == len(tree)
 
@@ -158,14 +160,16 @@ def test_packing_loses_and_invents_nothing(prompts, times, blocks):
     for i, tree in enumerate(trees):
         here = batch.tree == i
         for name in ("ids", "positions", "branch", "codes", "texts"):
-            assert getattr(batch, name)[here].tolist() == getattr(tree, name)
+            assert getattr(batch, name)[here].tolist() == tree.field(name)
         assert here.any(1).sum() == 1  # in one row, in one piece
         assert here.sum() == len(tree)
     for name, at in (("codes", batch.code_at), ("texts", batch.text_at)):
-        wanted = [(i, v) for i, t in enumerate(trees) for v in getattr(t, name) if v != NO_TARGET]
+        wanted = [(i, v) for i, t in enumerate(trees) for v in t.field(name) if v != NO_TARGET]
         found = batch.at("tree", at).tolist(), batch.at(name, at).tolist()
         assert list(zip(*found, strict=True)) == wanted
-    images = [(i, v) for i, t in enumerate(trees) for v in t.ids if v >= len(prompts.tokenizer)]
+    images = [
+        (i, v) for i, t in enumerate(trees) for v in t.field("ids") if v >= len(prompts.tokenizer)
+    ]
     at = batch.image_at
     found = batch.at("tree", at).tolist(), batch.at("ids", at).tolist()
     assert list(zip(*found, strict=True)) == images
@@ -199,7 +203,7 @@ def test_a_branch_gives_what_it_gives_as_a_plain_sequence(model, prompts, relati
     found = logits(model, pack([whole], prompts.pad))[1][0]
     for k, question in enumerate(QUESTIONS, 1):
         tree = i2l_tree(prompts, codes(0), [question], v)
-        ids = torch.tensor([tree.ids])
+        ids = torch.tensor([tree.field("ids")])
         causal = torch.ones(1, len(tree), len(tree), dtype=torch.bool).tril()
         with torch.no_grad():
             hidden = model(
@@ -208,8 +212,8 @@ def test_a_branch_gives_what_it_gives_as_a_plain_sequence(model, prompts, relati
                 additive_mask(causal, torch.float32),
             )
             wanted = model.text_head(hidden[0])
-        assert relative_error(found[torch.tensor(whole.branch) == k],
-                              wanted[torch.tensor(tree.branch) == 1]) < 1e-5  # fmt: skip
+        assert relative_error(found[torch.tensor(whole.field("branch")) == k],
+                              wanted[torch.tensor(tree.field("branch")) == 1]) < 1e-5  # fmt: skip
 
 
 def test_the_layout_prompt_leaves_grounding_bit_identical(model, prompts):
@@ -233,7 +237,7 @@ def test_the_layout_prompt_leaves_grounding_bit_identical(model, prompts):
 def test_a_question_leaves_the_others_bit_identical(model, prompts, changed):
     v = len(prompts.tokenizer)
     tree = i2l_tree(prompts, codes(0), [*QUESTIONS, ("a circle", (0.2, 0.2, 0.4, 0.8))], v)
-    branch = torch.tensor(tree.branch)
+    branch = torch.tensor(tree.field("branch"))
     batch = in_one_row([tree])
     before = logits(model, batch)[1][0]
     batch.ids[0, branch == changed] = batch.ids[0, branch == changed].flip(0)
@@ -263,15 +267,17 @@ def test_a_shared_tree_has_both_tasks_targets_and_one_image(prompts):
     v, prompt, z = len(prompts.tokenizer), prompts.l2i(LAYOUT), codes(0)
     tree = shared_tree(prompts, prompt, z, QUESTIONS, v)
     drawing, grounding = l2i_tree(prompt, z, v), i2l_tree(prompts, z, QUESTIONS, v)
-    assert [c for c in tree.codes if c >= 0] == z.tolist()
-    assert tree.codes[: len(drawing)] == drawing.codes
-    assert [t for t in tree.texts if t >= 0] == [t for t in grounding.texts if t >= 0]
-    assert tree.ids[: len(prompt)] == prompt
-    assert tree.ids[len(prompt) :] == grounding.ids[len(prompts.i2l()[0]) :]
+    assert [c for c in tree.field("codes") if c >= 0] == z.tolist()
+    assert tree.field("codes")[: len(drawing)] == drawing.field("codes")
+    assert [t for t in tree.field("texts") if t >= 0] == [
+        t for t in grounding.field("texts") if t >= 0
+    ]
+    assert tree.field("ids")[: len(prompt)] == prompt
+    assert tree.field("ids")[len(prompt) :] == grounding.field("ids")[len(prompts.i2l()[0]) :]
     # Positions go on behind the prompt; every branch starts behind the trunk.
     moved = len(prompt) - len(prompts.i2l()[0])
-    assert tree.positions[len(prompt) :] == [
-        p + moved for p in grounding.positions[len(prompts.i2l()[0]) :]
+    assert tree.field("positions")[len(prompt) :] == [
+        p + moved for p in grounding.field("positions")[len(prompts.i2l()[0]) :]
     ]
 
 
@@ -282,7 +288,7 @@ def test_who_sees_whom_in_a_shared_tree(prompts):
     seen, n = visibility(batch)[0], len(prompt)
     after = len(prompts.i2l()[1])
     parts = {"A": n, "B": T, "C": after}
-    parts |= {f"D{k}": trees[0].branch.count(k) for k in (1, 2)}
+    parts |= {f"D{k}": trees[0].field("branch").count(k) for k in (1, 2)}
     names = [name for name, length in parts.items() for _ in range(length)]
     sees = {"A": "A", "B": "AB", "C": "BC", "D1": ("B", "C", "D1"), "D2": ("B", "C", "D2")}
     size = len(names)

@@ -23,6 +23,8 @@ from echogen.engine.prompt import Prompts
 from echogen.train.data.rows import cheapest
 
 NO_TARGET = -100
+FIELDS = ("ids", "positions", "branch", "codes", "texts")
+BRANCH, CODES = FIELDS.index("branch"), FIELDS.index("codes")
 SHARED_PROMPT, SHARED_IMAGE = -1, -2
 """Branch numbers of a `shared_tree`'s prompt and image, see `visibility`."""
 
@@ -31,35 +33,45 @@ SHARED_PROMPT, SHARED_IMAGE = -1, -2
 class Tree:
     """Segments of one task of one sample, flat.
 
-    Attributes (lists of equal length):
-        ids: text ids, or ``vocab_size + code`` for image codes.
-        positions: RoPE positions.
-        branch: 0 on the trunk, k on branch k; SHARED_PROMPT and SHARED_IMAGE in a `shared_tree`.
-        codes: the image code to predict here, or NO_TARGET.
-        texts: the text id to predict here, or NO_TARGET.
-
-    And: ``image``, the places whose ids are image codes, from left to right.
+    Attributes:
+        table: int64 [5, n], a row for each of FIELDS: ``ids``, text ids, or ``vocab_size + code``
+            for image codes; ``positions`` of RoPE; ``branch``, 0 on the trunk, k on branch k, in a
+            `shared_tree` also SHARED_PROMPT and SHARED_IMAGE; ``codes`` and ``texts``, the image
+            code or the text id to predict here, or NO_TARGET.
+        image: the places whose ids are image codes, from left to right.
     """
 
-    ids: list[int]
-    positions: list[int]
-    branch: list[int]
-    codes: list[int]
-    texts: list[int]
-    image: Sequence[int]
+    table: np.ndarray
+    image: Sequence[int] | np.ndarray
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return self.table.shape[1]
+
+    def field(self, name: str) -> list[int]:
+        """One of FIELDS."""
+        found: list[int] = self.table[FIELDS.index(name)].tolist()
+        return found
+
+
+def segment(
+    ids: Sequence[int] | np.ndarray,
+    first: int,
+    branch: int = 0,
+    codes: int | np.ndarray = NO_TARGET,
+) -> np.ndarray:
+    """A tree's table of ids at the positions from ``first`` on."""
+    table = np.empty((len(FIELDS), len(ids)), np.int64)
+    table[0], table[1], table[2] = ids, np.arange(first, first + len(ids)), branch
+    table[CODES], table[-1] = codes, NO_TARGET
+    return table
 
 
 def l2i_tree(prompt: list[int], codes: np.ndarray, vocab_size: int) -> Tree:
     """Prompt and image codes; the loss is on image codes only."""
-    n, t = len(prompt), len(codes)
-    ids = prompt + (codes[:-1] + vocab_size).tolist()
-    targets = [NO_TARGET] * (n - 1) + codes.tolist()
-    length = n + t - 1
-    places = range(n, length)
-    return Tree(ids, list(range(length)), [0] * length, targets, [NO_TARGET] * length, places)
+    n = len(prompt)
+    table = segment(np.concatenate((prompt, codes[:-1] + vocab_size)), 0)
+    table[CODES, n - 1 :] = codes
+    return Tree(table, range(n, table.shape[1]))
 
 
 def l2i_group_tree(prompt: list[int], codes: np.ndarray, vocab_size: int) -> Tree:
@@ -68,16 +80,11 @@ def l2i_group_tree(prompt: list[int], codes: np.ndarray, vocab_size: int) -> Tre
 
     Its last token predicts each image's first code, and so begins every branch.
     """
-    trunk, last = len(prompt) - 1, prompt[-1:]
-    t = codes.shape[1]
-    ids, positions, branch = prompt[:-1], list(range(trunk)), [0] * trunk
-    for g, row in enumerate(codes, 1):
-        ids += last + (row[:-1] + vocab_size).tolist()
-        positions += range(trunk, trunk + t)
-        branch += [g] * t
-    targets = [NO_TARGET] * trunk + codes.ravel().tolist()
-    image = [i for i in range(trunk, len(ids)) if (i - trunk) % t]
-    return Tree(ids, positions, branch, targets, [NO_TARGET] * len(ids), image)
+    (group, t), trunk = codes.shape, len(prompt) - 1
+    ids = np.concatenate((np.full((group, 1), prompt[-1]), codes[:, :-1] + vocab_size), 1)
+    images = [segment(ids[g], trunk, g + 1, codes[g]) for g in range(group)]
+    held = trunk + np.arange(group * t).reshape(group, t)[:, 1:]
+    return Tree(np.concatenate([segment(prompt[:-1], 0), *images], 1), held.ravel())
 
 
 def i2l_tree(
@@ -86,12 +93,9 @@ def i2l_tree(
     """Image prefix and a branch for each (expression, box); the loss is on coordinates and
     ``</box>`` only."""
     before, after = prompts.i2l()
-    ids = before + (codes + vocab_size).tolist() + after
-    length = len(ids)
+    trunk = segment(np.concatenate((before, codes + vocab_size, after)), 0)
     image = range(len(before), len(before) + len(codes))
-    nothing = [NO_TARGET] * length
-    trunk = Tree(ids, list(range(length)), [0] * length, nothing, nothing, image)
-    return _with_branches(trunk, prompts, questions)
+    return Tree(_with_branches(trunk, prompts, questions), image)
 
 
 def shared_tree(
@@ -104,26 +108,28 @@ def shared_tree(
     """Both tasks over one image (METHOD, mask `shared`): prompt, image codes, the rest of the I2L
     trunk, branches. The questions do not see the prompt, but the image they see has seen it."""
     n, t, after = len(prompt), len(codes), prompts.i2l()[1]
-    ids = prompt + (codes + vocab_size).tolist() + after
-    branch = [SHARED_PROMPT] * n + [SHARED_IMAGE] * t + [0] * len(after)
-    targets = [NO_TARGET] * (n - 1) + codes.tolist() + [NO_TARGET] * (1 + len(after))
-    image = range(n, n + t)
-    trunk = Tree(ids, list(range(len(ids))), branch, targets, [NO_TARGET] * len(ids), image)
-    return _with_branches(trunk, prompts, questions)
+    trunk = segment(np.concatenate((prompt, codes + vocab_size, after)), 0)
+    trunk[BRANCH, :n], trunk[BRANCH, n : n + t] = SHARED_PROMPT, SHARED_IMAGE
+    trunk[CODES, n - 1 : n + t - 1] = codes
+    return Tree(_with_branches(trunk, prompts, questions), range(n, n + t))
 
 
-def _with_branches(tree: Tree, prompts: Prompts, questions: list[tuple[str, Box]]) -> Tree:
-    trunk, ids, positions, branch = len(tree), [*tree.ids], [*tree.positions], [*tree.branch]
-    texts = [*tree.texts]
+def _with_branches(
+    trunk: np.ndarray, prompts: Prompts, questions: list[tuple[str, Box]]
+) -> np.ndarray:
+    if not questions:
+        return trunk
+    first = trunk.shape[1]
+    ids, positions, branch, texts = list[int](), list[int](), list[int](), list[int]()
     for k, (expr, box) in enumerate(questions, 1):
         question, answer = prompts.branch(expr), prompts.answer(box)
         ids += question + answer[:-1]
         length = len(question) + len(answer) - 1
-        positions += range(trunk, trunk + length)
+        positions += range(first, first + length)
         branch += [k] * length
         texts += [NO_TARGET] * (len(question) - 1) + answer
-    codes = tree.codes + [NO_TARGET] * (len(ids) - trunk)
-    return Tree(ids, positions, branch, codes, texts, tree.image)
+    codes = [NO_TARGET] * len(ids)
+    return np.concatenate((trunk, np.array([ids, positions, branch, codes, texts], np.int64)), 1)
 
 
 @dataclass(frozen=True)
@@ -170,28 +176,26 @@ def pack(trees: list[Tree], pad: int, blocks: bool = False) -> Batch:
 
 def lay(trees: list[Tree], rows: list[list[int]], row_tokens: int, pad: int) -> Batch:
     """Rows of ``row_tokens`` with the trees that each is to hold, by their number."""
-    fills = {"ids": pad, "positions": 0, "branch": 0, "codes": NO_TARGET, "texts": NO_TARGET}
     shape = len(rows), row_tokens
-    fields = {name: np.full(shape, fill, np.int64) for name, fill in fills.items()}
-    fields["tree"] = np.full(shape, -1, np.int64)
+    table = np.empty((len(FIELDS), *shape), np.int64)
+    table[:] = np.array([pad, 0, 0, NO_TARGET, NO_TARGET])[:, None, None]
+    numbers = np.full(shape, -1, np.int64)
     begins = [0] * len(trees)
     for r, row in enumerate(rows):
         first = 0
         for i in row:
             here = slice(first, first + len(trees[i]))
+            table[:, r, here], numbers[r, here] = trees[i].table, i
             begins[i] = r * row_tokens + first
-            for name in fills:
-                fields[name][r, here] = getattr(trees[i], name)
-            fields["tree"][r, here] = i
             first = here.stop
-    codes, texts = fields["codes"].ravel(), fields["texts"].ravel()
-    spans = [np.arange(b, b + len(tree)) for b, tree in zip(begins, trees, strict=True)]
-    place = np.concatenate(spans)
-    fields["code_at"] = place[codes[place] != NO_TARGET]
-    fields["text_at"] = place[texts[place] != NO_TARGET]
-    fields["image_at"] = np.concatenate(
-        [span[np.array(tree.image, np.int64)] for span, tree in zip(spans, trees, strict=True)]
+    place = np.concatenate(
+        [np.arange(b, b + len(tree)) for b, tree in zip(begins, trees, strict=True)]
     )
+    image = [np.array(tree.image, np.int64) + b for b, tree in zip(begins, trees, strict=True)]
+    fields = dict(zip(FIELDS, table, strict=True))
+    codes, texts = (fields[name].ravel()[place] != NO_TARGET for name in ("codes", "texts"))
+    fields |= {"tree": numbers, "code_at": place[codes], "text_at": place[texts]}
+    fields["image_at"] = np.concatenate(image)
     return Batch(**{name: torch.from_numpy(field) for name, field in fields.items()})
 
 

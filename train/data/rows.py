@@ -50,12 +50,15 @@ def cheapest(lengths: Sequence[int], blocks: bool) -> tuple[Rows, int]:
     """
     step = BLOCK if blocks else 1
     most = max(ROW_TOKENS if blocks else DENSE, -(-max(lengths) // step) * step)
-    found: list[tuple[float, Rows, int]] = []
+    total, found = sum(lengths), list[tuple[float, Rows, int]]()
     for count in dict.fromkeys(-(-len(lengths) // each) for each in range(1, len(lengths) + 1)):
         rows, fullest = dealt(lengths, count)
         length = -(-fullest // step) * step
         if length > most:
             break
-        found.append((count * length * (1.0 if blocks else 1 + length / DENSE), rows, length))
+        cost = count * length * (1.0 if blocks else 1 + length / DENSE)
+        found.append((cost, rows, length))
+        if cost <= ALIKE * total:  # none is cheaper than its tokens
+            break
     least = min(cost for cost, _, _ in found)
     return next((rows, length) for cost, rows, length in found if cost <= ALIKE * least)
