@@ -20,9 +20,9 @@ ROW_TOKENS = 4096
 a dense mask of each row, a few bytes for each pair of its places."""
 DENSE = 880
 """The length of a row at which attention over a dense mask, to padding and to other trees too,
-takes as long as all the rest of a pass. From the recipe `tiny` on one thread of a Zen 4: rows of
-373 tokens for 251 took 1.13 times as long for 1.02 times the places."""
-
+takes as long as all the rest of a pass. By arithmetic six times the width (1152 in the recipe
+`tiny`); softmax and mask pass memory besides, and steps of `tiny` in rows of two and of three trees
+say 880 (fitted once, on one thread of a Zen 4)."""
 ALIKE = 1.02
 """Of costs as near as this to the least, the shortest rows are taken: their masks are smaller, and
 batches of a kind get one shape more often, each of which is compiled for."""
