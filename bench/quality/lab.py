@@ -20,7 +20,7 @@ from echogen.bench.quality.cells import (
     scaled,
     settings,
 )
-from echogen.bench.quality.records import QualityError, precision, read_record
+from echogen.bench.quality.records import QualityError, Record, precision, read_record
 from echogen.engine.engine import Engine
 from echogen.train.config import CycleRLConfig, Recipe, differences, to_json
 from echogen.train.data.samples import module_hash
@@ -87,16 +87,28 @@ class Lab:
             full.draws,
         )  # fmt: skip
 
+    def pace(self, cell: Cell) -> Record | None:
+        """The record whose seconds a step turn a cell's budget into steps: that of its own seed,
+        or, where this was trained in another type than the budget was, of the first seed's that was
+        not. Steps of all seeds cost the same, those of two types do not."""
+        own = read_record(self.results, cell.pace)
+        spent = [r for name in cell.budget if (r := read_record(self.results, name)) is not None]
+        if own is None or precision(own) in map(precision, spent):
+            return own
+        stem = self.find(cell.pace).stem
+        others = (read_record(self.results, c.name) for c in self.cells.values() if c.stem == stem)
+        alike = (r for r in others if r is not None and precision(r) in map(precision, spent))
+        return next(alike, own)
+
     def steps(self, cell: Cell) -> int | None:
         """Steps of a cell that spends the measured CPU seconds of others: theirs over the seconds
         a step of its pace. None for every other cell, and where those are not finished."""
         if not cell.budget:
             return None
-        records = [read_record(self.results, name) for name in (cell.pace, *cell.budget)]
-        there = [r for r in records if r is not None]
-        if len(there) < len(records):
+        pace = self.pace(cell)
+        spent = [r for name in cell.budget if (r := read_record(self.results, name)) is not None]
+        if pace is None or len(spent) < len(cell.budget):
             return None
-        pace, *spent = there
         each = pace["cpu_seconds"] / pace["steps"]
         return max(1, round(sum(r["cpu_seconds"] for r in spent) / each))
 
@@ -157,8 +169,8 @@ class Lab:
         another. Raises QualityError."""
         if not cell.budget:
             return
-        found = {name: read_record(self.results, name) for name in (cell.pace, *cell.budget)}
-        types = {name: precision(record) for name, record in found.items() if record is not None}
+        found = [self.pace(cell), *(read_record(self.results, name) for name in cell.budget)]
+        types = {record["cell"]: precision(record) for record in found if record is not None}
         own = "bfloat16" if self.config(cell).loop.bf16 else "float32"
         if set(types.values()) - {own}:
             told = ", ".join(f"{name} in {kind}" for name, kind in types.items())

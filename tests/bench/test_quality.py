@@ -313,6 +313,28 @@ def test_seconds_become_steps(copied):
     assert copied.steps(copied.find("ablation-seconds2-seed0")) == 10
 
 
+def test_seconds_are_paced_by_steps_of_the_same_type(small, tmp_path):
+    """What bfloat16 takes on the machine of one seed says nothing of another's in float32."""
+    lab = make_lab(small, tmp_path)
+    lab.seeds, lab.cells = (0, 1), cells((0, 1))
+    cell = lab.find("ablation-seconds2-seed0")
+
+    def keep(stem: str, seed: int, bf16: bool, spent: float) -> None:
+        made = hand_made(f"ablation-{stem}-seed{seed}", 0.5) | {"cpu_seconds": spent, "steps": 4}
+        made["settings"]["config"] = {"loop": {"bf16": bf16}}
+        write_record(lab.results, made, None)
+
+    keep("stage2", 0, False, 12.0)
+    keep("samples", 0, True, 2.0)
+    with pytest.raises(QualityError, match="ablation-samples-seed0 in bfloat16, ablation-stage2"):
+        lab.check_pace(cell)
+    keep("samples", 1, False, 8.0)
+    lab.check_pace(cell)
+    assert lab.steps(cell) == 6  # 12 s at two seconds a step
+    keep("samples", 0, False, 16.0)
+    assert lab.steps(cell) == 3  # its own seed's first
+
+
 def test_layouts_of_a_language_model_have_to_be_given(copied, tmp_path):
     cell = copied.find("rl-data-llm-seed0")
     assert copied.state(cell) == ("blocked", "needs --llm-layouts FILE")
