@@ -73,6 +73,17 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[torch.float64, torch.bfloat16, "meta"], ids=str)
+def defaults(request):
+    """Switches to what torch makes tensors of unless told, and back in the end."""
+    if request.param == "meta":
+        yield lambda: torch.set_default_device("meta")
+        torch.set_default_device(None)
+    else:
+        yield lambda: torch.set_default_dtype(request.param)
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture
 def untried(monkeypatch):
     """As in a process that has loaded nothing."""
@@ -257,6 +268,30 @@ def test_noise_is_that_of_the_kernels_to_the_last_bit(tiny, columns):
         assert torch.equal(found, philox.gumbel_noise(seed, draw, position, columns))
     with pytest.raises(ValueError, match="seed"):
         gumbel_noise(-1, draw, position, columns)
+
+
+@torch.inference_mode()
+def test_what_torch_makes_by_default_is_not_what_is_written_to(tiny, defaults):
+    """A buffer of another type or device than the library's is memory of somebody else."""
+    weights, table, cpu = NativeTransformer(tiny.transformer), tiny.code_table, torch.device("cpu")
+    prompts = [prompt(9, 0), prompt(5, 1)]
+    ids, pads = left_padded(prompts, PAD)
+    codes, draw = torch.tensor([[3, 5], [4, 6]]), torch.arange(2)
+    cache = WindowCache(weights.config, 2, T, torch.float32, cpu)
+
+    def everything() -> list[Tensor]:
+        decoding = NativeDecoding(weights, table, ids, pads, T, guided=False)
+        found = [decoding.prefill(), decoding.step(codes[:, 0]), decoding.window(codes, [1, 0])]
+        rows = NativeRows(weights, table, cache)
+        rows.hold(0, rows.run_prompt(prompts[0]))
+        found.append(rows.step(codes[0], torch.zeros_like(draw) + rows._lengths, 0))
+        return [*found, gumbel_noise(7, draw, draw, 1000)]
+
+    wanted = everything()
+    defaults()
+    for found, before in zip(everything(), wanted, strict=True):
+        assert found.dtype == torch.float32 and found.device == cpu
+        assert torch.equal(found, before)
 
 
 # --- where it cannot be ---------------------------------------------------------------------------
