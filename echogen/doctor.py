@@ -128,9 +128,10 @@ def cpu_drawing() -> str:
         if loader.switched_off():
             return "PyTorch's operations: ECHOGEN_NATIVE=0"
         loader.library("transformer")
+        tool = " ".join(loader.compiler() or ())
     except (loader.CompilerError, ValueError) as error:
         return f"PyTorch's operations, several times as slowly: {error}"
-    return f"C++, compiled by {loader.compiler()}"
+    return f"C++, compiled by {tool}"
 
 
 def operators() -> dict[str, dict[str, str]]:

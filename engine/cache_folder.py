@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
 
 def cache_folder() -> Path:
-    """``$ECHOGEN_CACHE``, else ``~/.cache/echogen``; made where it is missing."""
+    """``$ECHOGEN_CACHE``, else ``~/.cache/echogen``; made where it is missing.
+
+    Raises:
+        OSError: it cannot be made, or there is no home folder.
+    """
     chosen = os.environ.get("ECHOGEN_CACHE")
-    folder = Path(chosen) if chosen else Path.home() / ".cache" / "echogen"
+    try:
+        folder = Path(chosen) if chosen else Path.home() / ".cache" / "echogen"
+    except RuntimeError:  # of a user that a container knows by number alone, and HOME is not set
+        reason = "this user has no home folder, and ECHOGEN_CACHE names no other"
+        raise FileNotFoundError(errno.ENOENT, reason) from None
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -66,7 +66,8 @@ class ModelConfig:
 
         Raises:
             ConfigError: the checkpoint asks for something the engine does not compute (a biased
-                attention, another activation, scaled RoPE, a VQ grid unlike the image tokens).
+                attention, another activation, scaled RoPE, a VQ grid unlike the image tokens), or
+                nothing can (heads that share keys unevenly).
         """
         text: Any = config.text_config
         vision: Any = config.vision_config
@@ -90,15 +91,21 @@ class ModelConfig:
                 raise ConfigError(
                     f"config.json: {field} is {value!r}; this engine runs {supported!r}"
                 )
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
+        if heads % kv_heads:
+            raise ConfigError(
+                f"config.json: text_config.num_key_value_heads is {kv_heads}; it must divide the "
+                f"{heads} num_attention_heads"
+            )
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
         return cls(
             vocab_size=text.vocab_size,
             codebook_size=vq.num_embeddings,
             code_dim=vq.embed_dim,
             width=text.hidden_size,
             layers=text.num_hidden_layers,
-            heads=text.num_attention_heads,
-            kv_heads=text.num_key_value_heads,
+            heads=heads,
+            kv_heads=kv_heads,
             head_dim=head_dim,
             mlp_width=text.intermediate_size,
             head_width=vq.projection_dim,

@@ -41,6 +41,7 @@ step on two and 1.38 on one, with log-probabilities (Zen 4; `echogen bench engin
 --model tiny --batch 8 --cfg 1 --peer none`, with ``--threads`` 1 and 2)."""
 
 Address = ctypes.c_void_p
+CPU = torch.device("cpu")  # what has an address here is made there, whatever torch's defaults are
 
 
 class _Layer(ctypes.Structure):
@@ -118,7 +119,7 @@ def gumbel_noise(seed: int, draw: Tensor, position: Tensor, columns: int) -> Ten
     except loader.CompilerError:  # who draws is told, see `decode.packed`
         return philox.gumbel_noise(seed, draw, position, columns)
     draw, position = (t.contiguous() for t in torch.broadcast_tensors(draw, position))
-    noise = torch.empty(*draw.shape, columns)
+    noise = torch.empty(*draw.shape, columns, dtype=torch.float32, device=CPU)
     library.echogen_uniform(
         ctypes.c_uint64(seed), Address(draw.data_ptr()), Address(position.data_ptr()),
         ctypes.c_int64(draw.numel()), ctypes.c_int64(columns), Address(noise.data_ptr()),
@@ -127,7 +128,8 @@ def gumbel_noise(seed: int, draw: Tensor, position: Tensor, columns: int) -> Ten
 
 
 class NativeTransformer:
-    """A copy of `UnifiedTransformer`'s weights as the library reads them.
+    """A copy of `UnifiedTransformer`'s weights as the library reads them (the text embedding is the
+    model's own).
 
     Args:
         model: one that is no ``misfit``.
@@ -187,7 +189,8 @@ class NativeTransformer:
             MemoryError: no room for the buffers; none was run.
         """
         width = self.config.codebook_size
-        logits = torch.empty(outputs, width + -width % self._lanes)
+        padded = width + -width % self._lanes
+        logits = torch.empty(outputs, padded, dtype=torch.float32, device=CPU)
         call.logits = logits.data_ptr()
         threads = torch.get_num_threads() if self._library.echogen_threaded() else 1
         call.threads = max(1, min(threads, call.tokens // THREAD_TOKENS))
@@ -201,11 +204,15 @@ class NativeTransformer:
     def run_prompts(self, prompts: Sequence[tuple[int, ...]]) -> list[Prefix]:
         """What prompts leave behind, in one call."""
         c, lengths = self.config, [len(prompt) for prompt in prompts]
-        blocks = [torch.empty(2, c.layers, c.kv_heads, n, c.head_dim) for n in lengths]
-        ids = torch.tensor([code for prompt in prompts for code in prompt])
+        blocks = [
+            torch.empty(2, c.layers, c.kv_heads, n, c.head_dim, dtype=torch.float32, device=CPU)
+            for n in lengths
+        ]
+        ids = torch.tensor([code for prompt in prompts for code in prompt], device=CPU)
         rows = Sequences(self, self._text, [(block, None) for block in blocks])
-        row = torch.arange(len(prompts)).repeat_interleave(torch.tensor(lengths))
-        at = torch.cat([torch.arange(n) for n in lengths])
+        number = torch.arange(len(prompts), device=CPU)
+        row = number.repeat_interleave(torch.tensor(lengths, device=CPU))
+        at = torch.cat([torch.arange(n, device=CPU) for n in lengths])
         with span("engine/prefill/run", rows=len(prompts), tokens=len(ids)):
             logits = rows.run(ids, row, at, last_only=True)
         return [Prefix(block, each) for block, each in zip(blocks, logits, strict=True)]
@@ -234,7 +241,8 @@ class Sequences:
             assert own.dtype == table.dtype == torch.float32
             assert own.stride()[-2:] == (own.shape[-1], 1)
             described.append([own.data_ptr(), *own.stride()[:3], own.shape[-2], 0, 0])
-        self._rows, self._own = torch.tensor(described), [own for own, _ in caches]
+        self._rows = torch.tensor(described, device=CPU)
+        self._own = [own for own, _ in caches]
         self._before: list[Tensor | None] = [None] * len(caches)
         for row, (_, prefix) in enumerate(caches):
             self.put_before(row, prefix)
@@ -267,7 +275,7 @@ class Sequences:
                     f"{list(wanted)} in one piece"
                 )
             held = prefix.data_ptr(), length
-        self._rows[row, -2:] = torch.tensor(held)
+        self._rows[row, -2:] = torch.tensor(held, device=CPU)
         self._before[row] = prefix
 
     def run(self, ids: Tensor, row: Tensor, at: Tensor, last_only: bool = False) -> Tensor:
@@ -329,8 +337,9 @@ class NativeDecoding:
         distinct = dict.fromkeys(self._prompts)
         self._away = set(self._prompts[len(ids) // 2 :]) if guided else set()
         self.held = sum(map(len, distinct if share else self._prompts))
-        self._block = torch.empty(len(ids), 2, c.layers, c.kv_heads, steps, c.head_dim)
-        self._row = torch.arange(len(ids))
+        shape = len(ids), 2, c.layers, c.kv_heads, steps, c.head_dim
+        self._block = torch.empty(shape, dtype=torch.float32, device=CPU)
+        self._row = torch.arange(len(ids), device=CPU)
         self._ids, self._at = torch.zeros_like(self._row), torch.zeros_like(self._row)
 
     def prefill(self) -> Tensor:
@@ -361,7 +370,7 @@ class NativeDecoding:
     def window(self, codes: Tensor, first: list[int]) -> Tensor:
         """See `decode.Windows`."""
         rows, (images, width) = len(self._row), codes.shape
-        at = torch.tensor(first)[:, None] + torch.arange(width)
+        at = torch.tensor(first, device=CPU)[:, None] + torch.arange(width, device=CPU)
         ids, at = (t.repeat(rows // images, 1).flatten() for t in (codes, at))
         logits = self._rows.run(ids, self._row.repeat_interleave(width), at)
         return logits.view(rows, width, -1)

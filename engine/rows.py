@@ -118,7 +118,7 @@ class NativeRows:
     def __init__(self, model: NativeTransformer, code_table: Tensor, cache: WindowCache) -> None:
         self._model = model
         self._rows = Sequences(model, code_table, [(own, None) for own in cache.block.unbind(2)])
-        self._row = torch.arange(cache.block.shape[2])
+        self._row = torch.arange(cache.block.shape[2], device=code_table.device)
         self._lengths = torch.zeros_like(self._row)  # of what stands before a row's codes
 
     def hold(self, row: int, prefix: Prefix | None) -> None:

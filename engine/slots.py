@@ -130,7 +130,7 @@ class Slots:
             held = c.layers, 2, rows, c.kv_heads, capacity
             self.scales, dtype = torch.zeros(held, device=device), FP8
         # In C++ prompts stay where they are, in no more memory than slots would have had for them.
-        own = up_to_edge(c.image_tokens - 1) if native else capacity
+        own = max(1, c.image_tokens - 1) if native else capacity  # its sums need no edge
         self.cache = WindowCache(c, rows, own, dtype, device)
         self._counts = row_counts(rows, self.invariant, recorded=on_device, any_number=native)
         self._widths = dict[int, int]()

@@ -44,11 +44,16 @@ def switched_off() -> bool:
     return asked == "0"
 
 
-def compiler() -> str | None:
-    """``$CXX``, or the first of ``COMPILERS`` on PATH; None where there is none."""
-    asked = os.environ.get("CXX")
-    found = (shutil.which(name) for name in ((asked,) if asked else COMPILERS))
-    return next(filter(None, found), None)
+def compiler() -> list[str] | None:
+    """``$CXX``, which may have words behind it (``ccache g++``), or the first of ``COMPILERS`` on
+    PATH; None where there is none."""
+    asked = os.environ.get("CXX", "").strip()
+    # As one name first: a path may have spaces in it.
+    commands = [[asked], asked.split()] if asked else [[name] for name in COMPILERS]
+    for name, *words in commands:
+        if found := shutil.which(name):
+            return [found, *words]
+    return None
 
 
 def library(source: str) -> ctypes.CDLL:
@@ -70,43 +75,62 @@ def _library(source: str) -> ctypes.CDLL | CompilerError:
         wanted = os.environ.get("CXX") or ", ".join(COMPILERS)
         return CompilerError(f"no C++ compiler ({wanted}) is on PATH; install g++ or clang++")
     options = (*OPTIONS, _for_this_cpu())
-    about = (code.read_bytes(), options, tool, _version(tool), _cpu())
-    digest = hashlib.blake2b(repr(about).encode(), digest_size=8).hexdigest()
     try:
+        about = (code.read_bytes(), options, tool, _run([*tool, "--version"]).stdout, _cpu())
+        digest = hashlib.blake2b(repr(about).encode(), digest_size=8).hexdigest()
         folder = cache_folder() / "native"
         folder.mkdir(exist_ok=True)
         built = folder / f"{source}-{digest}.so"
-        if not built.exists():
-            _compile([tool, *options, str(code)], built)
+        command = [*tool, *options, str(code)]
         importlib.import_module("torch")  # whose OpenMP is found when the library is loaded
-        return ctypes.CDLL(str(built))
+        return _kept(built) or _loaded(_compile(command, built))
     except CompilerError as error:
         return error
     except OSError as error:
         return CompilerError(f"{error}; name a folder that can be written to in ECHOGEN_CACHE")
 
 
-def _compile(command: list[str], built: Path) -> None:
+def _kept(built: Path) -> ctypes.CDLL | None:
+    """The library as it was left; None where there is none, or a damaged one: a machine that stops
+    may keep a new file's name without what was written to it."""
+    try:
+        return _loaded(built) if built.exists() else None
+    except CompilerError:
+        return None
+
+
+def _loaded(built: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(built))
+    except OSError as error:  # not from a folder that is mounted "noexec", say
+        hint = "name a folder that programs may be run from in ECHOGEN_CACHE"
+        raise CompilerError(f"{error}; {hint}") from None
+
+
+def _compile(command: list[str], built: Path) -> Path:
     """Beside the name and renamed, as another process may do the same."""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         beside = Path(folder) / built.name
-        done = subprocess.run(
-            [*command, "-o", str(beside)], capture_output=True, text=True, check=False
-        )
+        done = _run([*command, "-o", str(beside)])
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines()
             reason = [line for line in lines if "error" in line] or lines or ["without a word"]
             raise CompilerError(f"{command[0]} failed: {reason[0]}; name another one in CXX")
-        beside.replace(built)
+        return beside.replace(built)
 
 
 def _for_this_cpu() -> str:
     return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 
 
-def _version(tool: str) -> str:
-    done = subprocess.run([tool, "--version"], capture_output=True, text=True, check=False)
-    return done.stdout
+def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", check=False
+        )
+    except OSError as error:  # a file that is no program
+        reason = error.strerror
+        raise CompilerError(f"{command[0]} failed: {reason}; name another one in CXX") from None
 
 
 def _cpu() -> str:

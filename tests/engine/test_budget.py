@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from echogen.engine.config import ModelConfig
+from echogen.engine.native import NativeTransformer
 from echogen.engine.sampler import Sampling
 from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving import budget
@@ -45,6 +46,15 @@ def test_memory_is_planned_and_made_once(either):
     assert held.live + drawing.peak <= scheduler.plan.bytes
     planned = block.nbytes * scheduler.plan.capacity / block.shape[-2]  # in C++ without prompts
     assert drawing.largest < planned / 4  # nothing of the cache's size in mid-flight
+
+
+def test_in_cpp_a_slot_and_a_prompt_of_its_own_are_no_more_than_a_planned_slot(engine):
+    if not isinstance(engine.decoder, NativeTransformer):
+        pytest.skip("drawn by PyTorch's operations")
+    for prompt_tokens in (80, 81, 82):
+        scheduler = Scheduler(engine, slots=2, prompt_tokens=prompt_tokens)
+        own = scheduler._slots.cache.block.shape[-2]
+        assert own + prompt_tokens <= scheduler.plan.capacity
 
 
 def test_slots_follow_the_memory(engine):

@@ -73,6 +73,17 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(params=[torch.float64, torch.bfloat16, "meta"], ids=str)
+def defaults(request):
+    """Switches to what torch makes tensors of unless told, and back in the end."""
+    if request.param == "meta":
+        yield lambda: torch.set_default_device("meta")
+        torch.set_default_device(None)
+    else:
+        yield lambda: torch.set_default_dtype(request.param)
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture
 def untried(monkeypatch):
     """As in a process that has loaded nothing."""
@@ -259,6 +270,30 @@ def test_noise_is_that_of_the_kernels_to_the_last_bit(tiny, columns):
         gumbel_noise(-1, draw, position, columns)
 
 
+@torch.inference_mode()
+def test_what_torch_makes_by_default_is_not_what_is_written_to(tiny, defaults):
+    """A buffer of another type or device than the library's is memory of somebody else."""
+    weights, table, cpu = NativeTransformer(tiny.transformer), tiny.code_table, torch.device("cpu")
+    prompts = [prompt(9, 0), prompt(5, 1)]
+    ids, pads = left_padded(prompts, PAD)
+    codes, draw = torch.tensor([[3, 5], [4, 6]]), torch.arange(2)
+    cache = WindowCache(weights.config, 2, T, torch.float32, cpu)
+
+    def everything() -> list[Tensor]:
+        decoding = NativeDecoding(weights, table, ids, pads, T, guided=False)
+        found = [decoding.prefill(), decoding.step(codes[:, 0]), decoding.window(codes, [1, 0])]
+        rows = NativeRows(weights, table, cache)
+        rows.hold(0, rows.run_prompt(prompts[0]))
+        found.append(rows.step(codes[0], torch.zeros_like(draw) + rows._lengths, 0))
+        return [*found, gumbel_noise(7, draw, draw, 1000)]
+
+    wanted = everything()
+    defaults()
+    for found, before in zip(everything(), wanted, strict=True):
+        assert found.dtype == torch.float32 and found.device == cpu
+        assert torch.equal(found, before)
+
+
 # --- where it cannot be ---------------------------------------------------------------------------
 
 
@@ -274,6 +309,7 @@ def codes_of(engine: Engine) -> Tensor:
     [
         ("no-such-compiler", r"no C\+\+ compiler \(no-such-compiler\) is on PATH"),
         ("false", r"false failed: without a word; name another one in CXX"),
+        ("no-program", r"no-program failed: Exec format error; name another one in CXX"),
     ],
 )
 def test_without_a_compiler_the_same_is_drawn_with_a_warning(
@@ -281,6 +317,10 @@ def test_without_a_compiler_the_same_is_drawn_with_a_warning(
 ):
     wanted = codes_of(tiny)
     loader._library.cache_clear()
+    if compiler == "no-program":
+        (tmp_path / compiler).write_bytes(b"\0")
+        (tmp_path / compiler).chmod(0o700)
+        compiler = str(tmp_path / compiler)
     untried.setenv("CXX", compiler)
     untried.setenv("ECHOGEN_CACHE", str(tmp_path))
     engine = copy.copy(tiny)
@@ -295,6 +335,42 @@ def test_a_folder_that_cannot_be_made_is_named(tiny, untried, tmp_path):
     untried.setenv("ECHOGEN_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="file.*; name a folder that can be written to in ECHO"):
         packed(tiny.transformer)
+
+
+def test_a_user_without_a_home_is_told_what_to_name(tiny, untried):
+    """One that a container knows by number alone."""
+    for name in ("HOME", "ECHOGEN_CACHE"):
+        untried.delenv(name, raising=False)
+    untried.setattr("os.getuid", lambda: (1 << 31) - 7)
+    with pytest.warns(UserWarning, match="no home folder.*; name a folder.* in ECHOGEN_CACHE"):
+        packed(tiny.transformer)
+
+
+@pytest.mark.parametrize("left", [b"", b"\0" * 4096])
+def test_a_library_never_written_out_is_made_anew(tiny, untried, tmp_path, monkeypatch, left):
+    """As a machine leaves it that stops right after the compiler."""
+    untried.setenv("ECHOGEN_CACHE", str(tmp_path))
+    with monkeypatch.context() as stopping:
+        stopping.setattr(loader, "_compile", lambda _, built: built.write_bytes(left) and built)
+        assert isinstance(misfit(tiny.transformer), loader.CompilerError)
+    (built,) = (tmp_path / "native").iterdir()
+    assert built.read_bytes() == left
+    loader._library.cache_clear()
+    assert misfit(tiny.transformer) is None
+
+
+def test_words_behind_the_compilers_name_are_passed_on(tiny, untried, tmp_path):
+    """CXX as build tools know it: "ccache g++", or with an option."""
+    tool, *_ = loader.compiler()
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    (folder / "c++").symlink_to(tool)
+    untried.setenv("ECHOGEN_CACHE", str(tmp_path))
+    for asked in (f"env {tool} -pipe", str(folder / "c++")):
+        untried.setenv("CXX", asked)
+        loader._library.cache_clear()
+        assert misfit(tiny.transformer) is None
+    assert len(list((tmp_path / "native").iterdir())) == 2
 
 
 def test_it_is_compiled_once(untried, tmp_path, monkeypatch):
@@ -317,7 +393,7 @@ def test_it_compiles_without_a_warning_for_any_cpu(cpu):
     options = [*loader.OPTIONS, "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-fsyntax-only"]
     source = loader.FOLDER / "transformer.cpp"
     done = subprocess.run(
-        [tool, *options, f"-march={cpu}", str(source)], capture_output=True, text=True, check=False
+        [*tool, *options, f"-march={cpu}", str(source)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -52,6 +52,12 @@ def test_config_of_another_size(folder):
     refused(folder, "model.safetensors", "down_proj", "(48, 88)", "(48, 96)")
 
 
+@pytest.mark.parametrize("shared", [2, 6])
+def test_heads_that_share_keys_unevenly(folder, shared):
+    edit_config(folder, text_config__num_key_value_heads=shared)
+    refused(folder, "num_key_value_heads", str(shared), "3 num_attention_heads")
+
+
 @pytest.mark.parametrize("kind", [torch.int64, torch.int8, torch.bool, torch.float8_e4m3fn])
 def test_weights_that_are_not_floats(folder, kind):
     edit_weights(folder, lambda state: state.update({NORM: torch.zeros(48).to(kind)}))
