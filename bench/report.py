@@ -228,7 +228,9 @@ def _training(results: list[Result]) -> str:
         "are those of the trainer's own passes, without padding. Utilisation is the arithmetic of "
         "the decoder's weights for them, 6 operations a weight and token, over the rate of matrix "
         "products measured in the same run: heads, attention and rollouts are no part of it. On a "
-        "GPU the memory is that of tensors, on a CPU the process's. Ranges lie within one another."
+        "GPU the memory is that of tensors, on a CPU the process's. Of the time, a moment counts "
+        "for the innermost range. A GPU is waited for at the ends of each to count it, so `data`, "
+        "which is made beside backward, has a share here and takes no time of a step."
         "\n\n" + _table(headings, rows)
     )
 

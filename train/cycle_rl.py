@@ -48,8 +48,10 @@ from echogen.train.whole import WholeEngine
 from echogen.train.world import WorldStage
 
 VAL_LAYOUTS = 256  # as many as the other numbers of an evaluation are of
-GROUP_TOKENS = 2048
-"""Of a prompt and the images that share it in one sequence, at most."""
+GROUP_TOKENS = 2560
+"""Of a prompt and the images that share it in one sequence, at most: of Janus-Pro's 576 codes four
+images, so that its groups of 8 are two sequences of one length. As three, of 3, 3 and 2 images,
+they leave a tenth and more of their rows to padding."""
 DECODED = 32  # images that the image tokenizer makes at once: 7 GB at 384×384
 
 
@@ -214,15 +216,15 @@ class CycleRLStage(WorldStage):
 
     def _sequences(self, prompts: list[list[int]], codes: np.ndarray) -> Batch:
         """L2I sequences of B prompts and the B·G images drawn of them. As many of a prompt's images
-        as GROUP_TOKENS are share it: at 64 codes, groups of 8 and prompts of 50 tokens the pass
-        and its backward take 0.65 of the time of one sequence an image, and a step 0.78 of its
-        (`echogen bench train --stage cycle-rl --float32`, medians of three runs in turn, one thread
-        of a Zen 3)."""
+        as GROUP_TOKENS are share it, in sequences of as many each: at 64 codes, groups of 8 and
+        prompts of 50 tokens the pass and its backward take 0.65 of the time of one sequence an
+        image, and a step 0.78 of its (`echogen bench train --stage cycle-rl --float32`, medians of
+        three runs in turn, one thread of a Zen 3)."""
         trees, tokens = [], codes.shape[1]
         for prompt, images in zip(prompts, np.split(codes, len(prompts)), strict=True):
             together = max(1, (GROUP_TOKENS + 1 - len(prompt)) // tokens)
-            for first in range(0, len(images), together):
-                trees.append(self.drawings(prompt, images[first : first + together]))
+            for part in np.array_split(images, -(-len(images) // together)):
+                trees.append(self.drawings(prompt, part))
         return self.pack(trees)
 
     def _questions(self, layouts: list[Layout], codes: np.ndarray, tokens: Tensor) -> Batch:

@@ -103,7 +103,8 @@ class WorldStage:
 
     def pack(self, trees: list[Tree]) -> Batch:
         """Trees in rows, on the module's device."""
-        return pack(trees, self.prompts.pad, self._device.type == "cuda").to(self._device)
+        blocks = self._device.type == "cuda"
+        return pack(trees, self.prompts.pad, blocks=blocks).to(self._device)
 
     def prompt(self, layout: Layout, dropped: bool = False) -> list[int]:
         """The L2I prompt of a layout, or its unconditional form."""

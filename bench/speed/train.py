@@ -64,7 +64,8 @@ def run(
 
     Returns:
         ``images_per_s`` and ``tokens_per_s`` (of the trainer's own passes, without padding),
-        ``padding`` (its share of what those passes run), ``ms_per_step`` with quantiles,
+        ``padding`` (its share of what was packed in these steps, where a stage packs ahead for the
+        next one too and so leaves the first out), ``ms_per_step`` with quantiles,
         ``utilisation`` (`needed` over the measured rate of matrix products in ``dtype``, the
         stage's type), ``peak_mib`` of the process or, on CUDA, of the tensors of the steps timed,
         ``shares`` of the time by range, and the environment.

@@ -21,6 +21,7 @@ from echogen.train import cycle_rl, keys
 from echogen.train.config import CycleRLConfig
 from echogen.train.credit import by_image
 from echogen.train.cycle_rl import CycleRLStage, Held
+from echogen.train.data.rows import cheapest
 from echogen.train.data.scenes import load_scenes
 from echogen.train.eval import agreement
 from echogen.train.eval.agreement import Agreement, within_groups
@@ -92,6 +93,15 @@ def test_a_step_computed_by_hand(rl_stage, plain_image_logprob) -> None:
         rl.loss(step)[0].backward()
         optimizer.step()
     assert float((logp.detach() - first).abs().max()) > 0.05  # the second ratio was not 1
+
+
+@pytest.mark.parametrize("prompt", [25, 60, 94])
+def test_little_of_a_group_at_janus_size_is_padding(rl_stage, prompt) -> None:
+    batch = rl_stage()._sequences([list(range(prompt))], np.zeros((8, 576), np.int64))
+    lengths = batch.tree[batch.tree >= 0].bincount().tolist()
+    assert sum(lengths) - len(lengths) * (prompt - 1) == 8 * 576 == len(batch.code_at)
+    rows, length = cheapest(lengths, blocks=True)
+    assert sum(lengths) > 0.95 * len(rows) * length
 
 
 def test_the_reference_is_scored_once_a_rollout(rl_stage, monkeypatch) -> None:

@@ -70,7 +70,7 @@ def the_loop(model, prompts, tau, frozen=False, given=False) -> Tensor:
     """The loop loss as stage 2 computes it, packed, with the fused operator."""
     vocab = model.config.vocab_size
     trees = [l2i_tree(prompts.l2i(y), z.numpy(), vocab) for y, z in zip(LAYOUTS, CODES)]  # noqa: B905
-    batch = pack(trees, 0, prompts.pad)
+    batch = pack(trees, prompts.pad)
     hidden = hidden_states(model, batch)
     drawn = draw_codes(model, hidden, batch, tau, NOISE, given, freeze_codes=frozen)
     if given:
@@ -78,7 +78,7 @@ def the_loop(model, prompts, tau, frozen=False, given=False) -> Tensor:
         assert torch.equal(drawn.embed, model.code_embedding.weight[CODES])
     unseen = np.zeros(T, dtype=np.int64)
     questions = [[(o.expr, o.box) for o in y.objects] for y in LAYOUTS]
-    grounding = pack([i2l_tree(prompts, unseen, q, vocab) for q in questions], 0, prompts.pad)
+    grounding = pack([i2l_tree(prompts, unseen, q, vocab) for q in questions], prompts.pad)
     return loop_loss(model, grounding, drawn.embed, frozen)
 
 

@@ -156,7 +156,7 @@ def test_i2l_targets_are_coordinates_and_the_end_of_the_box(prompts):
 @pytest.mark.parametrize("times", [1, 40])
 def test_packing_loses_and_invents_nothing(prompts, times, blocks):
     trees = some_trees(prompts) * times
-    batch = pack(trees, prompts.pad, blocks)
+    batch = pack(trees, prompts.pad, blocks=blocks)
     for i, tree in enumerate(trees):
         here = batch.tree == i
         for name in ("ids", "positions", "branch", "codes", "texts"):

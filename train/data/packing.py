@@ -169,7 +169,7 @@ class Batch:
         return Batch(**{n: part.to(device, non_blocking=True) for n, part in parts.items()})
 
 
-def pack(trees: list[Tree], pad: int, blocks: bool = False) -> Batch:
+def pack(trees: list[Tree], pad: int, *, blocks: bool = False) -> Batch:
     """Lay trees into rows, each whole in one of them; ``blocks``: see `cheapest`."""
     return lay(trees, *cheapest(list(map(len, trees)), blocks), pad)
 
