@@ -147,6 +147,7 @@ unset ECHOGEN_PDL
 export ECHOGEN_FUSED=1
 engine fused-rollout-janus 60 --mode rollout --model janus_pro_1b --batch 64 --repeats 2 --peer none
 unset ECHOGEN_FUSED
+engine window-janus 60 --mode window --model janus_pro_1b
 engine latency-tiny 60 --mode latency --model tiny
 engine latency-100m 60 --mode latency --model random:100m
 engine rollout-tiny 60 --mode rollout --model tiny

@@ -34,9 +34,11 @@ def section(results: Path = RESULTS) -> str:
         _engine(_read(results, "engine-*.json")),
         _drawing(_read(results, "latency-*.json") + _read(results, "rollout-*.json")),
         _jacobi(_read(results, "jacobi-*.json")),
+        _windows(_read(results, "window-*.json")),
         _training(_read(results, "train-*.json")),
         _memory(_read(results, "memory.json")),
         _drawing(_read(gpu, "latency-*.json") + _read(gpu, "rollout-*.json")),
+        _windows(_read(gpu, "window-*.json")),
         _training(_read(gpu, "train-*.json")),
         _kernels(_read(gpu, "kernels*.json")) or NO_GPU,
     ]
@@ -189,6 +191,44 @@ def _jacobi(results: list[Result]) -> str:
         "that is the default where it is faster; in C++ (float32) one code a step is. "
         "Layouts of the test split and, apart, crowded ones, whose boxes cover at least 60% of the "
         f"canvas; {first['threads']} thread, medians of drawings in turn {_taken(results)}.\n\n"
+        + _table(headings, rows)
+    )
+
+
+def _windows(results: list[Result]) -> str:
+    """One row a model: how many times a step of one code every window takes, and the projection."""
+    if not results:
+        return ""
+    widths = sorted({w["window"] for r in results for w in r["windows"]})
+    rows = []
+    for r in results:
+        by = {w["window"]: w for w in r["windows"]}
+        told = [
+            f"{w['projection']['test']['ms_per_image'] / 1e3:.2f} s, "
+            f"{w['projection']['test']['times_as_fast']:.2f}× "
+            f"(crowded {w['projection']['crowded']['times_as_fast']:.2f}×), "
+            f"{width} a step, as {w['projection']['from']}"
+            for width, w in by.items()
+            if w["projection"] is not None
+        ]
+        rows.append(
+            (
+                f"{r['model']}, {r['dtype']}",
+                f"{r['batch']}, {r['cfg']:g}",
+                f"{r['threads']}" if r["device"] == "cpu" else "",
+                f"{r['ms_sequential']:.2f}",
+                *(f"{by[w]['ratio']:.2f}" if w in by else "" for w in widths),
+                "; ".join(told),
+            )
+        )
+    headings = ("model", "batch, CFG", "threads", "one code, ms", *map(str, widths),
+                "projected: an image")  # fmt: skip
+    return (
+        "**What a step of several codes costs** (`echogen bench engine --mode window`), of any "
+        "weights, in steps of one code, sampling included; medians of steps in turn at the middle "
+        f"of an image {_taken(results)}. The last column is a projection and no measurement: what "
+        "an image would take, and how many times as fast that is as code by code, if drafts were "
+        "as good as the bundled model's were (temperature 1, table above).\n\n"
         + _table(headings, rows)
     )
 

@@ -35,14 +35,14 @@ from echogen.commands.training import find_recipe
 class BenchEngine:
     """Drawing, from the prompt to the last image code: beside the same weights in a peer; one
     picture (--mode latency) or groups of eight (--mode rollout) beside every peer and what the
-    machine allows; or (--mode jacobi) several codes a step beside one, with steps, acceptance and
-    identity."""
+    machine allows; or several codes a step beside one, with steps, acceptance and identity (--mode
+    jacobi), or of any weights what such a step costs (--mode window)."""
 
     model: str | None = None
     """A bundled model, a folder, a hub id in the Janus format, or random weights: random:tiny,
     random:100m, janus_pro_1b (on a GPU). Left out: tiny; in modes latency and rollout tiny,
     random:100m and janus_pro_1b."""
-    mode: Literal["peer", "jacobi", "latency", "rollout"] = "peer"
+    mode: Literal["peer", "jacobi", "window", "latency", "rollout"] = "peer"
     """What to compare with: a peer's loop, drawing one code a step, or (latency, rollout) the port
     with either cache and compiled, eager PyTorch, and the machine's limits."""
     peer: Literal["transformers", "none"] = "transformers"
@@ -52,7 +52,8 @@ class BenchEngine:
     batch: int | None = None
     """Pictures drawn at once: 1 if left out, in mode rollout 8, 16 … 512."""
     threads: int | None = None
-    """On a CPU, in modes latency and rollout: of everybody; each one's quickest if left out."""
+    """On a CPU, in modes latency, rollout and window: of everybody; in the first two each one's
+    quickest if left out."""
     cfg: float | None = None
     """Scale of classifier-free guidance: 5 if left out, and 1 too in mode jacobi. The port draws
     only with guidance, above 1."""
@@ -61,7 +62,8 @@ class BenchEngine:
     layouts: int = 200
     """Test layouts that mode jacobi draws, and a quarter as many crowded ones."""
     window: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
-    """Codes a step in mode jacobi (may be repeated); the engine's choice if left out."""
+    """Codes a step in modes jacobi and window (may be repeated); the engine's choice, or 1 to 32,
+    if left out."""
     draft: Annotated[tuple[Literal["above", "left"], ...], tyro.conf.UseAppendAction] = ()
     """Where mode jacobi takes a first guess from (may be repeated); above if left out."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -85,12 +87,12 @@ class BenchEngine:
             raise InputError(f"--cfg {self.cfg}: it must be 0 or more (1 is off)")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise InputError(f"--temperature {self.temperature}: it must be 0 or more")
-        run = {"jacobi": self._jacobi, "peer": self._peer}.get(self.mode, self._drawing)
-        run()
+        modes = {"jacobi": self._jacobi, "window": self._window, "peer": self._peer}
+        modes.get(self.mode, self._drawing)()
 
     def _refuse_jacobis(self, **others: bool) -> None:
         given = {
-            "--window": bool(self.window),
+            "--window": bool(self.window) and self.mode != "window",
             "--draft": bool(self.draft),
             "--temperature": self.temperature is not None,
         } | {f"--{name}": there for name, there in others.items()}
@@ -122,6 +124,23 @@ class BenchEngine:
             raise KeyboardInterrupt
         if result["refused"]:
             raise Failure("; ".join(result["refused"]))
+
+    def _window(self) -> None:
+        self._refuse_jacobis()
+        from echogen.bench.speed import tables, windows
+
+        device, cfg = usual_device(self.device), 5.0 if self.cfg is None else self.cfg
+        try:
+            with progress("timing") as update:
+                result = windows.run(
+                    self.model or "tiny", self.window or windows.WINDOWS, self.batch or 1, cfg,
+                    self.dtype, device, self.repeats, self.threads, self.seed, progress=update,
+                )  # fmt: skip
+        except windows.WindowError as error:
+            raise InputError(f"--{error}") from None
+        tables.console().print(windows.table(result))
+        if self.json:
+            print_json(result)
 
     def _peer(self) -> None:
         self._refuse_jacobis(dtype=self.dtype != "float32", threads=self.threads is not None)

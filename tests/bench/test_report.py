@@ -64,6 +64,27 @@ def test_latency_and_rollouts_stand_in_one_table(tmp_path):
     assert text.count("janus_pro_1b: needs a GPU") == 1
 
 
+def test_a_projection_is_named_one(tmp_path):
+    row = {"ms_per_step": 1.0, "projection": None}
+    told = {"from": "tiny", "test": {"ms_per_image": 1440.0, "times_as_fast": 4.0},
+            "crowded": {"times_as_fast": 2.0}}  # fmt: skip
+    result = {
+        "model": "janus_pro_1b", "dtype": "bfloat16", "batch": 1, "cfg": 5.0, "threads": 2,
+        "ms_sequential": 10.0, "device": "cpu", "cpu": "Some CPU", "cpus": 2, "commit": None,
+        "versions": {"torch": "2.13.0"}, "dirty": False,
+        "windows": [row | {"window": 1, "ratio": 1.01},
+                    row | {"window": 16, "ratio": 2.0, "projection": told}],
+    }  # fmt: skip
+    (tmp_path / "window-janus.json").write_text(json.dumps(result))
+    text = report.section(tmp_path)
+    assert "| model | batch, CFG | threads | one code, ms | 1 | 16 | projected: an image |" in text
+    assert (
+        "| janus_pro_1b, bfloat16 | 1, 5 | 2 | 10.00 | 1.01 | 2.00 | 1.44 s, 4.00× (crowded "
+        "2.00×), 16 a step, as tiny |" in text
+    )
+    assert "a projection and no measurement" in text
+
+
 def test_training_says_what_a_stage_takes(tmp_path):
     row = {
         "stage": "pmtp", "recipe": "tiny", "dtype": "float32", "images": 32, "ms_per_step": 1400.4,
