@@ -146,6 +146,13 @@ def _drawing(results: list[Result]) -> str:
     headings = ("model", "batch, CFG", "images/s", "ms a step", "MB a step", "% of the limit",
                 "peak MiB", "times as long: others")  # fmt: skip
     calls = f" Of a step, calls without arithmetic take {', '.join(overheads)}." * bool(overheads)
+    # What one run had no time for another may have.
+    there = tuple(
+        f"{r['model']}, batch {r['batch']}, cfg {r['cfg']:g}:"
+        for result in results
+        for r in result["results"]
+    )
+    left = [line for line in left if not line.startswith(there)]
     absent = f" Left out: {'; '.join(dict.fromkeys(left))}." * bool(left)
     return (
         "**Drawing, against the machine and everybody** (`echogen bench engine --mode latency` and "

@@ -62,6 +62,12 @@ def test_latency_and_rollouts_stand_in_one_table(tmp_path):
     assert "| tiny, float32 | 8, 5 | 30.00 | 0.50 | 13 | 12 (memory) | 3 |  |" in text
     assert "calls without arithmetic take 112 µs of 500 (tiny)" in text
     assert text.count("janus_pro_1b: needs a GPU") == 1
+    late = [f"tiny, batch {n}, cfg 5: would take 169 s on this CPU" for n in (8, 64)]
+    (tmp_path / "rollout-more-cpu.json").write_text(
+        json.dumps(latency | {"results": [], "left_out": late})
+    )
+    text = report.section(tmp_path)
+    assert late[0] not in text and late[1] in text  # the first was taken by another run
 
 
 def test_a_projection_is_named_one(tmp_path):
