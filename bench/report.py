@@ -116,31 +116,31 @@ def _engine(results: list[Result]) -> str:
 
 def _drawing(results: list[Result]) -> str:
     """One row a batch: this engine, and how many times as long each of the others takes."""
-    rows, left, overheads = list[tuple[str, ...]](), list[str](), list[str]()
+    left, cells = list[str](), dict[tuple[Any, ...], list[Result]]()
     for result in results:
         left += result["left_out"]
-        cells: dict[tuple[Any, ...], list[Result]] = {}
         for r in result["results"]:
             cells.setdefault((r["model"], r["dtype"], r["batch"], r["cfg"]), []).append(r)
-        for (model, dtype, batch, cfg), several in cells.items():
-            ours, *others = several
-            if (spent := ours.get("overhead_us_per_token")) is not None:
-                overheads.append(f"{spent:.0f} µs of {1e3 * ours['ms_per_step']:.0f} ({model})")
-            rows.append(
-                (
-                    f"{model}, {dtype}",
-                    f"{batch}, {cfg:g}",
-                    f"{ours['images_per_s']:.2f}",
-                    f"{ours['ms_per_step']:.2f}",
-                    f"{ours['bytes_per_step'] / 1e6:.0f}",
-                    f"{100 * ours['limit_share']:.0f} ({ours['bound']})",
-                    f"{ours['peak_mib']:.0f}",
-                    ", ".join(
-                        f"{o['provider']} {o['ms_per_step'] / ours['ms_per_step']:.2f}×"
-                        for o in others
-                    ),
-                )
+    models = list(dict.fromkeys(model for model, *_ in cells))
+    rows, overheads = list[tuple[str, ...]](), list[str]()
+    for cell in sorted(cells, key=lambda cell: (models.index(cell[0]), *cell[1:])):
+        (model, dtype, batch, cfg), (ours, *others) = cell, cells[cell]
+        if (spent := ours.get("overhead_us_per_token")) is not None:
+            overheads.append(f"{spent:.0f} µs of {1e3 * ours['ms_per_step']:.0f} ({model})")
+        rows.append(
+            (
+                f"{model}, {dtype}",
+                f"{batch}, {cfg:g}",
+                f"{ours['images_per_s']:.2f}",
+                f"{ours['ms_per_step']:.2f}",
+                f"{ours['bytes_per_step'] / 1e6:.0f}",
+                f"{100 * ours['limit_share']:.0f} ({ours['bound']})",
+                f"{ours['peak_mib']:.0f}",
+                ", ".join(
+                    f"{o['provider']} {o['ms_per_step'] / ours['ms_per_step']:.2f}×" for o in others
+                ),
             )
+        )
     if not rows:
         return ""
     headings = ("model", "batch, CFG", "images/s", "ms a step", "MB a step", "% of the limit",
@@ -216,7 +216,7 @@ def _windows(results: list[Result]) -> str:
             f"(crowded {w['projection']['crowded']['times_as_fast']:.2f}×), "
             f"{width} a step, as {w['projection']['from']}"
             for width, w in by.items()
-            if w["projection"] is not None
+            if w["projection"] is not None and w["projection"]["from"] != r["model"]
         ]
         rows.append(
             (

@@ -81,7 +81,8 @@ def wins(model: Decoder, dtype: torch.dtype, layouts: Sequence[Layout], guided: 
     for PyTorch's operations, up to ``MOST_ROWS``, those that are ``foreseeable``. In C++ a step of
     one row is as much faster than one of sixteen as it draws fewer codes: windows draw an image of
     the bundled model 1.01 times as fast, and 0.72 times with CFG 5 (`bench/results/jacobi-tiny-cpu
-    .json`)."""
+    .json`). One of 110 M parameters, whose weights fit no cache, would be drawn 2.2 times as fast
+    if its drafts were as good (`bench/results/window-100m-cpu.json`); none is trained, to tell."""
     if len(layouts) * (1 + guided) > MOST_ROWS or not isinstance(model, PackedTransformer):
         return False
     return all(foreseeable(layout, dtype) for layout in layouts)
