@@ -16,6 +16,17 @@ def test_a_result_says_where_it_comes_from():
     assert found["commit"] is None or len(found["commit"]) == 40
 
 
+def test_processors_of_one_name_are_told_apart(tmp_path):
+    info = tmp_path / "cpuinfo"
+    one = "processor\t: {}\ncpu family\t: 25\nmodel\t\t: {}\nmodel name\t: AMD EPYC\n\n"
+    info.write_text(one.format(0, 17) + one.format(1, 17))
+    assert harness.cpu_model(info) == "AMD EPYC (family 25, model 17)"
+    info.write_text("model name : Some CPU\n")
+    assert harness.cpu_model(info) == "Some CPU"
+    info.write_text("processor : 0\nBogoMIPS : 50.00\n")  # an ARM says no name
+    assert harness.cpu_model(info) == harness.cpu_model(tmp_path / "none")
+
+
 def test_a_copy_without_git_can_be_told_its_commit(monkeypatch):
     monkeypatch.setattr(harness, "_git", lambda *_: None)
     assert harness.environment()["commit"] is None
