@@ -85,7 +85,7 @@ def _git(*words: str) -> str | None:
 
 def cpu_model(info: Path = Path("/proc/cpuinfo")) -> str:
     """The processor's name, with family and model where they are told: a virtual machine's name may
-    be "AMD EPYC" on a Zen 3 and on a Zen 4, of which one is twice as fast."""
+    be "AMD EPYC" on a Zen 3 and on a Zen 4, whose figures do not compare."""
     lines = info.read_text().splitlines() if info.exists() else []
     about: dict[str, str] = {}  # of the first processor
     for line in lines:

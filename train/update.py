@@ -93,7 +93,7 @@ def gradients(
     ahead = getattr(stage, "ahead", None)
     if ahead is not None and step + 1 < config.steps:
         # Backward is queued, and nobody has waited for it yet. Made between two steps, a batch
-        # would hold a GPU up (24 ms of the host at Janus-Pro 1B, 98 in the recipe `small`).
+        # would hold a GPU up for as long (`train/STAGE/data` of `echogen bench train`).
         ahead(step + 1, *shares[0])
     return sum(float(loss) for loss in losses), processes.total(numbers)
 

