@@ -44,7 +44,7 @@ class Cell:
         task: what is learnt; "l2i" or "i2l" alone in the stage `pmtp` only.
         budget: cells whose training seconds, summed, this one spends (then ``changes`` names no
             number of steps).
-        pace: the cell whose seconds a step turn the budget into steps (see `Lab.pace`).
+        pace: the cell whose seconds a step turn the budget into steps (see `records.pace`).
     """
 
     stem: str

@@ -20,7 +20,7 @@ from echogen.bench.quality.cells import (
     scaled,
     settings,
 )
-from echogen.bench.quality.records import QualityError, Record, precision, read_record
+from echogen.bench.quality.records import QualityError, Record, pace, precision, read_record
 from echogen.engine.engine import Engine
 from echogen.train.config import CycleRLConfig, Recipe, differences, to_json
 from echogen.train.data.samples import module_hash
@@ -87,30 +87,20 @@ class Lab:
             full.draws,
         )  # fmt: skip
 
-    def pace(self, cell: Cell) -> Record | None:
-        """The record whose seconds a step turn a cell's budget into steps: that of its own seed,
-        or, where this was trained in another type than the budget was, of the first seed's that was
-        not. Steps of all seeds cost the same, those of two types do not."""
-        own = read_record(self.results, cell.pace)
-        spent = [r for name in cell.budget if (r := read_record(self.results, name)) is not None]
-        if own is None or precision(own) in map(precision, spent):
-            return own
-        stem = self.find(cell.pace).stem
-        others = (read_record(self.results, c.name) for c in self.cells.values() if c.stem == stem)
-        alike = (r for r in others if r is not None and precision(r) in map(precision, spent))
-        return next(alike, own)
-
     def steps(self, cell: Cell) -> int | None:
         """Steps of a cell that spends the measured CPU seconds of others: theirs over the seconds
         a step of its pace. None for every other cell, and where those are not finished."""
         if not cell.budget:
             return None
-        pace = self.pace(cell)
-        spent = [r for name in cell.budget if (r := read_record(self.results, name)) is not None]
-        if pace is None or len(spent) < len(cell.budget):
+        pace = self._pace(cell)
+        spent = [read_record(self.results, name) for name in cell.budget]
+        if pace is None or None in spent:
             return None
         each = pace["cpu_seconds"] / pace["steps"]
-        return max(1, round(sum(r["cpu_seconds"] for r in spent) / each))
+        return max(1, round(sum(r["cpu_seconds"] for r in spent if r is not None) / each))
+
+    def _pace(self, cell: Cell) -> Record | None:
+        return pace(cell, self.cells, lambda name: read_record(self.results, name))
 
     def config(self, cell: Cell) -> Config:
         """The configuration of a cell's stage."""
@@ -169,7 +159,7 @@ class Lab:
         another. Raises QualityError."""
         if not cell.budget:
             return
-        found = [self.pace(cell), *(read_record(self.results, name) for name in cell.budget)]
+        found = [self._pace(cell), *(read_record(self.results, name) for name in cell.budget)]
         types = {record["cell"]: precision(record) for record in found if record is not None}
         own = "bfloat16" if self.config(cell).loop.bf16 else "float32"
         if set(types.values()) - {own}:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from echogen.bench.quality.cells import Cell
 from echogen.commands.output import finite
 
 Record = dict[str, Any]
@@ -54,6 +56,25 @@ def precision(record: Record) -> str | None:
     """What a cell's training multiplied in, "bfloat16" or "float32"; None: it had none."""
     config = record["settings"].get("config")
     return config and ("bfloat16" if config["loop"]["bf16"] else "float32")
+
+
+def pace(
+    cell: Cell, known: Mapping[str, Cell], read: Callable[[str], Record | None]
+) -> Record | None:
+    """The record whose seconds a step turn a cell's budget into steps: that of its own seed, or,
+    where this was trained in another type than the budget was, of the first seed's that was not.
+    Steps of all seeds cost the same, those of two types do not.
+
+    Args:
+        known: all cells, by name.
+        read: gives a finished cell's record, None where there is none.
+    """
+    own, spent = read(cell.pace), [precision(r) for name in cell.budget if (r := read(name))]
+    if own is None or precision(own) in spent:
+        return own
+    stem = known[cell.pace].stem
+    others = (read(name) for name, other in known.items() if other.stem == stem)
+    return next((r for r in others if r is not None and precision(r) in spent), own)
 
 
 def write_record(folder: Path, record: Record, log: Path | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from echogen.bench.quality.cells import COMPARED, RENAMED, ROWS, Cell, cells
-from echogen.bench.quality.records import Record, precision, read_record
+from echogen.bench.quality.records import Record, pace, precision, read_record
 
 TITLES = {
     "ablation": "Ablation: does each stage help?",
@@ -97,7 +97,7 @@ def _table(table: str, known: dict[str, Cell], records: dict[str, Record]) -> Ta
             if where[0] == "l2i" and where[1] != "fd_vq"
         },
         "missing": [c.name for group in mine.values() for c in group if c.name not in records],
-        "notes": _notes(some, records),
+        "notes": _notes(some, records) + _paces(some, known, records),
     }
 
 
@@ -189,6 +189,21 @@ def _notes(some: list[Record], records: dict[str, Record]) -> list[str]:
 
 
 # --- Markdown -------------------------------------------------------------------------------------
+
+
+def _paces(some: list[Record], known: dict[str, Cell], records: dict[str, Record]) -> list[str]:
+    """By what the seconds of others became steps: a cell's own say nothing of that where another
+    machine ran it than measured the budget."""
+    of: dict[str, list[str]] = {}
+    for r in some:
+        cell = known[r["cell"]]
+        if cell.budget and (by := pace(cell, known, records.get)) is not None:
+            of.setdefault(by["cell"], []).append(r["cell"])
+    return [
+        f"the seconds that {', '.join(names)} had to spend became steps at the pace of {by}, not "
+        f"at their own, which tells of the machine they ran on"
+        for by, names in of.items()
+    ]
 
 
 def markdown(tables: dict[str, Table]) -> str:

@@ -331,6 +331,9 @@ def test_seconds_are_paced_by_steps_of_the_same_type(small, tmp_path):
     keep("samples", 1, False, 8.0)
     lab.check_pace(cell)
     assert lab.steps(cell) == 6  # 12 s at two seconds a step
+    write_record(lab.results, hand_made(cell.name, 0.5), None)
+    (note,) = (x for x in report.make(lab.results, (0, 1))["ablation"]["notes"] if "pace" in x)
+    assert f"{cell.name} had to spend" in note and "of ablation-samples-seed1," in note
     keep("samples", 0, False, 16.0)
     assert lab.steps(cell) == 3  # its own seed's first
 
