@@ -161,11 +161,7 @@ class Contestants:
         return partial(self._own, name, asked, sampling, told)
 
     def _rows(self, asked: Asked) -> list[list[int]]:
-        s, rows = self._subject, asked.prompts.tolist()
-        if asked.cfg != 1:
-            middle = [s.pad] * (asked.prompts.shape[1] - 2)
-            rows += [[s.bos, *middle, s.begin_image]] * len(rows)
-        return rows
+        return self._subject.rows(asked.prompts, asked.cfg)
 
     def _sampler(self, asked: Asked, sampling: Sampling) -> Sampler:
         """Rollouts keep log-probabilities."""

@@ -117,6 +117,14 @@ class Subject:
     pad: int
     begin_image: int
 
+    def rows(self, prompts: Tensor, cfg: float) -> list[list[int]]:
+        """What a drawing of ``prompts`` [N, L] runs: with guidance their unconditional forms too."""
+        found: list[list[int]] = prompts.tolist()
+        if cfg != 1:
+            middle = [self.pad] * (prompts.shape[1] - 2)
+            found += [[self.bos, *middle, self.begin_image]] * len(found)
+        return found
+
     def to(self, device: str, dtype: torch.dtype = torch.float32) -> Subject:
         """The same on another device, in another type; the port moves with it."""
         if self.port is not None:

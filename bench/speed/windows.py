@@ -22,6 +22,7 @@ from torch import Tensor
 from echogen.bench.harness import environment, quantiles, seconds
 from echogen.bench.harness import threads as using
 from echogen.bench.report import RESULTS
+from echogen.bench.speed.drawing import DTYPES
 from echogen.bench.speed.models import Subject, load
 from echogen.engine.decode import Decoder, Windows, decode_image, open_windows
 from echogen.engine.device import DeviceTransformer
@@ -33,7 +34,6 @@ CODES = 17
 """Of an image, drawn to time one code a step on a CPU: the run of the prompts, and sixteen."""
 STEPS = 4
 """In windows, timed together."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRAINED = RESULTS / "jacobi-tiny-cpu.json"
 
 
@@ -116,10 +116,7 @@ class _Drawing:
 
     def __init__(self, subject: Subject, batch: int, cfg: float, seed: int) -> None:
         s, self._subject = subject, subject
-        self._rows: list[list[int]] = s.prompts[:batch].tolist()
-        if cfg != 1:
-            middle = [s.pad] * (s.prompts.shape[1] - 2)
-            self._rows += [[s.bos, *middle, s.begin_image]] * batch
+        self._rows = s.rows(s.prompts[:batch], cfg)
         self._sampling, self._seed, self._batch = Sampling(cfg=cfg), seed, batch
         self._model: Decoder = on_operators(s.transformer, s.code_table)
         self._windows: Windows = open_windows(
