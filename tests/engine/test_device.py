@@ -6,11 +6,7 @@ in for a CUDA graph (`tape.py`)."""
 from __future__ import annotations
 
 import gc
-import weakref
-from collections import Counter
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -18,14 +14,14 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from echogen.engine import decode, device, graphs
+from echogen.engine import decode, device
 from echogen.engine.config import ModelConfig
 from echogen.engine.decode import PlainDecoding, decode_image, left_padded
 from echogen.engine.device import DeviceLinear, DeviceTransformer, Piece, misfit
 from echogen.engine.device_decode import DeviceDecoding
 from echogen.engine.device_step import DeviceStep
 from echogen.engine.engine import Engine, on_operators
-from echogen.engine.graphs import CaptureError, CudaGraphs, Eager, Kept, bucket, recorder
+from echogen.engine.graphs import CaptureError, Eager, recorder
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.rollout import RecordingSampler
@@ -459,175 +455,6 @@ def test_launches_a_layer(images, fused, fp8, most, monkeypatch):
         torch_calls = [name for name in calls if not name.startswith("echogen::")]
         counted.append(len(kernels) + len(torch_calls))
     assert counted[1] - counted[0] == most
-
-
-def test_rows_round_up_to_few_sizes():
-    sizes = [bucket(n) for n in range(1, 513)]
-    assert sizes[:10] == [1, 2, 4, 4, 8, 8, 8, 8, 16, 16] and sizes[-1] == 512
-    assert all(n <= size for n, size in enumerate(sizes, 1)) and sizes == sorted(sizes)
-    assert len(set(sizes)) < 40
-    assert all(size - n < max(8, n / 8) for n, size in enumerate(sizes, 1))
-
-
-def test_the_step_used_longest_ago_goes():
-    kept, made = Kept[str](most=2), []
-    for key in ("a", "b", "a", "c", "a", "b"):
-        assert kept.get(key, lambda key=key: made.append(key) or key) == key
-    assert made == ["a", "b", "c", "b"] and len(kept) == 2
-
-
-def test_what_records(monkeypatch):
-    assert isinstance(recorder(torch.device("cpu")), Eager)
-    monkeypatch.setenv("ECHOGEN_EAGER", "1")
-    assert isinstance(recorder(torch.device("cuda", 0)), Eager)
-
-
-class Cuda:
-    """The rules of torch.cuda that recording has to keep: nothing else is the current stream
-    behind a capture that failed, a pool is its graphs' alone and gone with them, and on some
-    versions of torch a capture that ends in an error stays open.
-
-    Attributes:
-        now: the current stream.
-        capturing: the graph that is being captured.
-        broken: what is captured is worth nothing any more.
-        captures: (stream, pool) of every graph captured.
-    """
-
-    class Stream:
-        def wait_stream(self, other):
-            pass
-
-    def __init__(self, monkeypatch, leaves_open):
-        self.now = self.outside = Cuda.Stream()
-        self.capturing, self.broken, self.captures = None, False, []
-        self.leaves_open, self._open = leaves_open, set()
-        self._handles, self._users = 0, Counter()
-        cuda = self
-
-        class Graph:
-            def capture_begin(self, pool, capture_error_mode):
-                if pool in cuda._users and not cuda._users[pool]:
-                    raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
-                assert cuda.now is not cuda.outside
-                cuda._users[pool] += 1
-                cuda._open.add(pool)
-                cuda.capturing, cuda.broken, self.pool = self, False, pool
-
-            def capture_end(self):
-                cuda.capturing = None
-                if not (cuda.broken and leaves_open):
-                    cuda._open.remove(self.pool)
-                if cuda.broken:
-                    raise RuntimeError("CUDA error: failed due to a previous error during capture")
-                cuda.captures.append((cuda.now, self.pool))
-
-            def replay(self):
-                pass
-
-            def __del__(self):
-                cuda._users[self.pool] -= 1
-
-        for name, stub in {
-            "device": nullcontext, "Stream": Cuda.Stream, "stream": self.stream,
-            "current_stream": lambda: self.now, "current_device": lambda: 0,
-            "synchronize": lambda: None, "empty_cache": self.empty_cache,
-            "graph_pool_handle": self.handle, "CUDAGraph": Graph,
-        }.items():  # fmt: skip
-            monkeypatch.setattr(torch.cuda, name, stub)
-        monkeypatch.setattr(graphs, "LEFT_OPEN", leaves_open)
-        monkeypatch.setattr(
-            torch._C,
-            "_cuda_endAllocateToPool",
-            lambda device, pool: self._open.remove(pool),
-            raising=False,
-        )
-
-    @contextmanager
-    def stream(self, stream):
-        before, self.now = self.now, stream
-        try:
-            yield
-        finally:
-            self.now = before
-
-    def empty_cache(self):
-        if self._open:
-            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")
-
-    def handle(self):
-        self._handles += 1
-        return 0, self._handles
-
-    def waits(self):
-        """A step that waits for the device."""
-        if self.capturing:
-            self.broken = True
-            raise RuntimeError("CUDA error: not permitted when stream is capturing\nmore of it")
-
-
-def test_what_a_recorded_step_reads_stays(monkeypatch):
-    """A graph knows addresses alone: who made the step may be gone."""
-    Cuda(monkeypatch, False)
-    held = torch.zeros(3)
-    alive = weakref.ref(held)
-    run = CudaGraphs(torch.device("cuda", 0)).record(partial(held.add_, 1))
-    del held
-    gc.collect()
-    assert alive() is not None
-    del run
-    gc.collect()
-    assert alive() is None
-
-
-@pytest.mark.parametrize("leaves_open", [False, True])
-def test_a_step_that_cannot_be_recorded(monkeypatch, leaves_open):
-    """One error says why and what to do, and everything else goes on."""
-    cuda = Cuda(monkeypatch, leaves_open)
-    record = CudaGraphs(torch.device("cuda", 0)).record
-    told = r"CUDA graph \(CUDA error: not permitted when stream is capturing\); set ECHOGEN_EAGER=1"
-    for _ in range(2):
-        with pytest.raises(CaptureError, match=told):
-            record(cuda.waits)
-        assert cuda.now is cuda.outside and cuda.capturing is None
-        cuda.empty_cache()
-    assert record(lambda: None) is not None and len(cuda.captures) == 1
-    monkeypatch.setenv("ECHOGEN_EAGER", "1")
-    assert record(cuda.waits) == cuda.waits
-
-
-def test_what_is_no_fault_of_recording_is_told_as_it_is(monkeypatch):
-    cuda = Cuda(monkeypatch, False)
-    record = CudaGraphs(torch.device("cuda", 0)).record
-    for error in (torch.OutOfMemoryError("CUDA out of memory"), KeyboardInterrupt()):
-
-        def step(error=error):
-            if cuda.capturing:
-                raise error
-
-        with pytest.raises(type(error)) as raised:
-            record(step)
-        assert raised.value is error and cuda.now is cuda.outside and not cuda._open
-    error = torch.OutOfMemoryError("CUDA out of memory")
-
-    def fails_twice():
-        if cuda.capturing:
-            cuda.broken = True  # so that the end of the capture fails as well
-            raise error
-
-    with pytest.raises(torch.OutOfMemoryError) as raised:
-        record(fails_twice)
-    assert raised.value is error
-
-
-def test_graphs_share_their_memory_while_there_are_any(monkeypatch):
-    cuda = Cuda(monkeypatch, False)
-    record = CudaGraphs(torch.device("cuda", 0)).record
-    held = [record(lambda: None) for _ in range(3)]
-    assert len(set(cuda.captures)) == 1, "one stream and one pool"
-    held.clear()
-    record(lambda: None)
-    assert cuda.captures[3] != cuda.captures[0]
 
 
 class OnCuda(Tensor):
