@@ -154,15 +154,20 @@ engine rollout-tiny 60 --mode rollout --model tiny
 for stage in pmtp djo cycle-rl; do training "train-$stage-small" 60 --stage "$stage" --recipe small; done
 gpu cycle 60 "$PYTHON" -m echogen cycle --layout examples/overlap.json --out "$RESULTS/cycle" \
   --device cuda --json
-for what in generate cycle; do
-  gpu "profile_$what" 60 "$PYTHON" -m echogen profile "$what" --tool torch --device cuda \
-    --out "$RESULTS/profile" --json
-done
+profile() { # NAME SECONDS WHAT ARGUMENTS…
+  local name=$1 most=$2 what=$3
+  shift 3
+  gpu "$name" "$most" "$PYTHON" -m echogen profile "$what" --tool torch --device cuda \
+    --dtype bfloat16 --out "$RESULTS/$name" --json "$@"
+}
+profile profile_generate 60 generate --model random --recipe janus_pro_1b --batch 1
+profile profile_cycle 60 cycle
 summarise
 gpu kernels-compile 120 "$PYTHON" -m echogen bench kernels --device cuda --provider compile \
   --operator linear_logprob --operator gumbel_st_embed --operator rms_norm --operator swiglu \
   --operator rope --json
-gpu roofline 60 "$PYTHON" -m echogen bench roofline --device cuda --out "$RESULTS/roofline" --json
+gpu roofline 60 "$PYTHON" -m echogen bench roofline --device cuda \
+  --dtype bfloat16 --out "$RESULTS/roofline" --json
 tests test_engine 240 -- --ignore tests/engine/test_http.py \
   --ignore tests/engine/test_http_load.py tests/engine # over HTTP nothing of a GPU is new
 summarise

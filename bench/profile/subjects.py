@@ -52,12 +52,13 @@ class Asked:
     """What is asked of a subject.
 
     Attributes:
-        model: as `Engine.from_pretrained` takes it, or, to train, FRESH.
+        model: as `Engine.from_pretrained` takes it, or FRESH.
         device: "cpu" or "cuda".
         batch: pictures at once, or samples of the one layout; samples of a training step, or
             layouts of a rollout.
         float32: train in float32 where the recipe says bfloat16.
-        recipe: whose settings a stage is trained with.
+        recipe: whose settings a stage is trained with, and whose shapes FRESH has.
+        dtype: of the weights that draw and find; training has its recipe's.
     """
 
     model: str = "tiny"
@@ -65,12 +66,16 @@ class Asked:
     batch: int = 8
     float32: bool = False
     recipe: Recipe = field(default_factory=tiny)
+    dtype: torch.dtype = torch.float32
 
 
 def _engine(asked: Asked) -> Engine:
     from echogen.engine.engine import Engine
 
-    return Engine.from_pretrained(asked.model, asked.device)
+    if asked.model == FRESH:
+        vq = fresh_vq(asked)
+        return fresh(asked.recipe, vq, few_samples(vq), asked.dtype)
+    return Engine.from_pretrained(asked.model, asked.device, asked.dtype)
 
 
 def generate(asked: Asked) -> Subject:
@@ -195,11 +200,16 @@ def _start(asked: Asked) -> Start:
 
 
 def _fresh_start(asked: Asked, vq: JanusVQVAE) -> Start:
-    from echogen.train.data.samples import load_samples
     from echogen.train.start import Start
 
-    engine = fresh(asked.recipe, vq, load_samples(vq, "train", FEW_SCENES))
-    return Start(engine, ("pmtp",), FRESH)
+    return Start(fresh(asked.recipe, vq, few_samples(vq)), ("pmtp",), FRESH)
+
+
+def few_samples(vq: JanusVQVAE) -> list[Sample]:
+    """As many scenes of the training set as subjects train on."""
+    from echogen.train.data.samples import load_samples
+
+    return load_samples(vq, "train", FEW_SCENES)
 
 
 def fresh_vq(asked: Asked) -> JanusVQVAE:
@@ -213,9 +223,11 @@ def fresh_vq(asked: Asked) -> JanusVQVAE:
     return vq
 
 
-def fresh(recipe: Recipe, vq: JanusVQVAE, samples: list[Sample]) -> Engine:
-    """A model of the recipe's shapes with weights drawn at random, on the device of ``vq``; as
-    stage 1's `new_model`, but drawn on that device, and see `fresh_config`."""
+def fresh(
+    recipe: Recipe, vq: JanusVQVAE, samples: list[Sample], dtype: torch.dtype = torch.float32
+) -> Engine:
+    """A model of the recipe's shapes with weights drawn at random, on the device of ``vq``, which
+    is a part of it; as stage 1's `new_model`, but drawn on that device, and see `fresh_config`."""
     from transformers import JanusVisionModel
 
     from echogen.engine.engine import Engine
@@ -233,6 +245,8 @@ def fresh(recipe: Recipe, vq: JanusVQVAE, samples: list[Sample]) -> Engine:
         transformer = UnifiedTransformer(ModelConfig.from_janus(janus))
         siglip = JanusVisionModel(vision)
     transformer.initialise(config.loop.seed)
+    for module in (transformer, vq, siglip):
+        nn.Module.to(module, dtype)
     prompts = Prompts(tokenizer, LocationCodec(tokenizer, config.bins))
     sampling = Sampling(temperature=config.temperature, cfg=config.cfg)
     return Engine(janus, transformer, vq, siglip, prompts, sampling, pixels_trained=False)

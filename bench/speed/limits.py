@@ -30,6 +30,7 @@ def run(
     device: str = "cpu",
     model: str = "tiny",
     batch: int = 1,
+    dtype: str = "float32",
     note: Note = lambda line: None,
     progress: Progress = lambda done, total: None,
 ) -> dict[str, Any]:
@@ -39,8 +40,9 @@ def run(
         device: "cpu" or "cuda". On a CPU everything runs on one thread, and the operators are
             their references, at the shapes of decoding where they have some (those of training
             would take minutes), else tiny.
-        model: whose phases are timed, in float32 on a CPU.
+        model: whose phases are timed.
         batch: pictures at once.
+        dtype: of its weights, "float32" or "bfloat16".
         note: told what is left out.
         progress: called with (steps done, steps in all).
 
@@ -49,10 +51,11 @@ def run(
         what bounds it, and the environment.
     """
     with threads(1 if device == "cpu" else None):
-        return _run(device, model, batch, note, progress)
+        return _run(Asked(model, device, batch, dtype=getattr(torch, dtype)), note, progress)
 
 
-def _run(device: str, model: str, batch: int, note: Note, progress: Progress) -> dict[str, Any]:
+def _run(asked: Asked, note: Note, progress: Progress) -> dict[str, Any]:
+    device = asked.device
     on = torch.device(device)
     ceilings = {dtype: measure(on, dtype) for dtype in DTYPES}
     progress(1, 4)
@@ -63,14 +66,15 @@ def _run(device: str, model: str, batch: int, note: Note, progress: Progress) ->
     progress(2, 4)
     drawn: list[dict[str, Any]] = []
     for done, what in enumerate(PHASES):
-        drawn += _phases(what, Asked(model, device, batch), ceilings[torch.float32])
+        drawn += _phases(what, asked, ceilings[asked.dtype])
         progress(3 + done, 4)
     return {
         "ceilings": {str(k).removeprefix("torch."): v.to_dict() for k, v in ceilings.items()},
         "operators": operators,
         "phases": drawn,
-        "model": model,
-        "batch": batch,
+        "model": asked.model,
+        "dtype": str(asked.dtype).removeprefix("torch."),
+        "batch": asked.batch,
         "threads": torch.get_num_threads(),
     } | environment(device)
 
@@ -89,8 +93,9 @@ def _phases(what: str, asked: Asked, ceiling: Roofline) -> list[dict[str, Any]]:
     """The ranges of one piece of work: the median of several runs, range by range."""
     work, config, _ = warmed(what, asked)
     # The tiny model's weights lie in a cache.
-    held = 4 * (phases.Weights.of(config).body + phases.Weights.of(config).image_head)
-    own = partial(measure, torch.device("cpu"), torch.float32, held)
+    size = asked.dtype.itemsize
+    held = size * (phases.Weights.of(config).body + phases.Weights.of(config).image_head)
+    own = partial(measure, torch.device("cpu"), asked.dtype, held)
     if asked.device == "cpu":
         ceiling = own()
     runs = []
@@ -106,7 +111,7 @@ def _phases(what: str, asked: Asked, ceiling: Roofline) -> list[dict[str, Any]]:
     rows = []
     for category, row in runs[0].items():
         seconds = float(torch.tensor([r[category].seconds for r in runs]).median())
-        cost = phases.floor(config, row, 4)
+        cost = phases.floor(config, row, size)
         rows.append(
             {"work": what, "phase": category, "count": row.count, "ms": 1e3 * seconds}
             | _against(cost, seconds, ceiling)

@@ -35,6 +35,8 @@ class BenchRoofline:
     """Where to run."""
     model: str = "tiny"
     """Whose phases are timed: a bundled model, a folder, or a hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of its weights."""
     batch: int = 1
     """Pictures drawn at once."""
     out: Path | None = None
@@ -50,7 +52,7 @@ class BenchRoofline:
         from echogen.bench.speed import limits
 
         with progress("timing") as update:
-            result = limits.run(device, self.model, self.batch, warn, update)
+            result = limits.run(device, self.model, self.batch, self.dtype, warn, update)
         for table in limits.tables(result):
             show(*table)
         if self.out is not None:

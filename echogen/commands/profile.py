@@ -13,6 +13,7 @@ import tyro
 
 from echogen.commands.options import Json, ModelOptions, check_range
 from echogen.commands.output import Failure, InputError, make_folder, print_json, show, warn, write
+from echogen.commands.training import find_recipe
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,15 @@ class Profile:
     out: Path | None = None
     """Folder of the trace and summary; not needed with --tool none."""
     model: str = "tiny"
-    """A bundled model, a folder, or a hub id in the Janus format."""
+    """A bundled model, a folder, or a hub id in the Janus format; or random, for weights of the
+    recipe's sizes."""
+    recipe: str = "tiny"
+    """Whose settings a stage is trained with, and whose sizes --model random has: tiny, small or
+    janus_pro_1b."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Of the weights that draw and find (left out: float32); a training step takes its recipe's."""
     batch: int = 8
     """Pictures at once."""
     within: str | None = None
@@ -54,16 +61,27 @@ class Profile:
             raise InputError(f"--dry-run: --tool {self.tool} has no command line; choose nsys, ncu")
         if self.out is None and self.tool != "none":
             raise InputError("--out is missing; name a folder for the trace")
+        trains = self.what in ("pmtp", "djo", "cycle-rl")
+        if trains and self.dtype is not None:
+            raise InputError(
+                f"--dtype {self.dtype}: a training step takes its recipe's; leave it out"
+            )
+        if not trains and self.recipe != "tiny" and self.model != "random":
+            raise InputError(
+                f"--recipe {self.recipe}: {self.model} has sizes of its own; add --model random"
+            )
+        recipe = find_recipe(self.recipe)
         if self.tool in ("nsys", "ncu"):
             self._nsight()
             return
+        import torch
+
         from echogen.bench.profile import subjects
 
         if self.device != "cpu":
-            import torch
-
             torch.cuda.set_device(self.device)  # what waits, waits for the current device
-        asked = subjects.Asked(self.model, self.device, self.batch)
+        dtype = getattr(torch, self.dtype or "float32")
+        asked = subjects.Asked(self.model, self.device, self.batch, recipe=recipe, dtype=dtype)
         work = subjects.warmed(self.what, asked).work
         if self.tool == "none":
             subjects.between_marks(work)
@@ -102,7 +120,8 @@ class Profile:
 
         assert self.out is not None and self.tool in ("nsys", "ncu")
         work = [sys.executable, "-m", "echogen", "profile", self.what, "--tool", "none"]
-        work += ["--model", self.model, "--device", self.device, "--batch", str(self.batch)]
+        work += ["--model", self.model, "--recipe", self.recipe, "--device", self.device]
+        work += ["--batch", str(self.batch), *(["--dtype", self.dtype] if self.dtype else [])]
         out = self.out / self.what
         line = nsight.command(self.tool, work, out, self.within)
         if find_spec("nvtx") is None:
