@@ -123,7 +123,8 @@ summarise
 # All operators beside eager torch and their peers; torch.compile, which takes far longer to compile
 # than all else to run, comes last.
 gpu kernels 150 "$PYTHON" -m echogen bench kernels --device cuda --provider eager \
-  --provider torch --provider torchvision --provider liger --provider trl --json
+  --provider torch --provider torchvision --provider liger --provider trl \
+  --provider flash-attn --json
 engine() { # NAME SECONDS ARGUMENTS…, of the environment's switches
   local name=$1 most=$2
   shift 2

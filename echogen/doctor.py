@@ -27,7 +27,7 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "cuda-bindings": (("cuda-bindings",), "launches do not overlap: ECHOGEN_PDL=1 is refused"),
     "nvtx": (("nvtx",), "profiling ranges are left out"),
-    "flash-attn": (("flash-attn",), "attention uses PyTorch's own"),
+    "flash-attn": (("flash-attn",), "prompts run on PyTorch's own attention"),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from echogen.engine.attention import Mask
 from echogen.engine.cache import KVCache, WindowCache
 from echogen.engine.cpp.loader import CompilerError
 from echogen.engine.device import DeviceTransformer
@@ -77,12 +78,15 @@ class PlainDecoding:
         slot = torch.arange(length + steps - 1, device=device)
         ragged = bool(pads.any())
         self._positions = (slot - pads[:, None]).clamp(min=0) if ragged else slot
-        causal = slot[None, :length, None] >= slot[None, None, :length]
-        kept = slot[None, None, :] >= pads[:, None, None]
-        # A pad sees itself: a row of nothing but -inf would turn into NaN.
-        seen = (causal & kept[:, :, :length]) | torch.eye(length, dtype=torch.bool, device=device)
-        self._mask = additive_mask(seen if ragged else causal, dtype)
-        self._step_mask = additive_mask(kept, dtype) if ragged else None
+        self._mask: Mask = "causal"
+        self._step_mask: Tensor | None = None
+        if ragged:
+            causal = slot[None, :length, None] >= slot[None, None, :length]
+            kept = slot[None, None, :] >= pads[:, None, None]
+            # A pad sees itself: a row of nothing but -inf would turn into NaN.
+            itself = torch.eye(length, dtype=torch.bool, device=device)
+            self._mask = additive_mask((causal & kept[:, :, :length]) | itself, dtype)
+            self._step_mask = additive_mask(kept, dtype)
 
     def prefill(self) -> Tensor:
         """See `Decoding`."""

@@ -17,7 +17,6 @@ from echogen.engine.cache import KVCache
 from echogen.engine.device import DeviceTransformer
 from echogen.engine.device_step import Choice, Shape, recorded, unrecorded
 from echogen.engine.graphs import Step as Run
-from echogen.engine.model import additive_mask
 from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampler
 
@@ -86,9 +85,8 @@ class DeviceDecoding:
             ends = torch.tensor([len(p) - 1 for p in prompts], device=table.device)
             slot = torch.arange(longest, device=table.device)
             with span("engine/prefill/run", rows=len(ids), tokens=ids.numel()):
-                mask = additive_mask((slot <= slot[:, None])[None], table.dtype)
                 cache = KVCache(model.config, len(ids), longest, table.dtype, table.device)
-                hidden = model(model.embed_text(ids), slot, mask, cache)
+                hidden = model(model.embed_text(ids), slot, "causal", cache)
                 found.append(model.image_head(hidden[torch.arange(len(ids)), ends]))
                 self._step.keep_prompts(first, cache.block)
         return torch.cat(found)

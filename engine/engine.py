@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 from transformers import JanusConfig, JanusVisionModel, JanusVQVAE
 
+from echogen.engine.attention import plan_no_shapes
 from echogen.engine.cycle import CycleResult, score
 from echogen.engine.decode import Decoder, Progress, decode_image, packed
 from echogen.engine.device import DeviceTransformer, misfit
 from echogen.engine.ground import ground_images
 from echogen.engine.jacobi import Method, decode_windows, wins
 from echogen.engine.layout import Box, Layout
-from echogen.engine.model import UnifiedTransformer, plan_no_shapes
+from echogen.engine.model import UnifiedTransformer
 from echogen.engine.pretrained import Meta, load_prompts, resolve
 from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.engine.sampler import Sampler, Sampling, check_draws
@@ -45,7 +46,7 @@ class Engine:
 
     Any thread may draw and ground; on a GPU drawings wait for each other. Nothing may while the
     weights change, up to ``refresh``. On a GPU it switches torch's cuDNN attention off
-    (`model.plan_no_shapes`).
+    (`attention.plan_no_shapes`).
 
     Args:
         config: the `transformers` configuration of the checkpoint.

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from echogen.engine.attention import Mask, attention
 from echogen.engine.cache import KVCache
 from echogen.engine.config import ModelConfig
-from echogen.engine.flex import BlockMask, blocked_attention
 from echogen.kernels.rope import rope
 from echogen.kernels.swiglu import swiglu
 
@@ -88,36 +88,6 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
 
 
-def plan_no_shapes(device: torch.device) -> None:
-    """On a GPU, keep torch's attention off cuDNN, for the whole process: on Hopper torch 2.11 and
-    later take it first, and it makes a plan for every new shape, where the flash and the
-    memory-efficient kernels need none. Prompts, growing caches and windows are of many shapes, each
-    run a few times."""
-    if device.type == "cuda":
-        torch.backends.cuda.enable_cudnn_sdp(False)
-
-
-def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | BlockMask | None) -> Tensor:
-    """softmax(q·kᵀ/√K + mask)·v for q [B, H, L, K], k and v [B, kv_heads, S, K].
-
-    ``mask`` is additive in q's dtype [B or 1, 1, L, S], or a block mask of FlexAttention, or None
-    where every query sees every key.
-    """
-    if isinstance(mask, BlockMask):
-        return blocked_attention(query, key, value, mask)
-    groups = query.shape[1] // key.shape[1]
-    if torch.is_grad_enabled() and query.device.type == "cpu":
-        # Training on a CPU: the plain product is 4x faster than SDPA in bfloat16, forward and
-        # backward (64 rows x 4 heads x 128 tokens on one core: 23 against 88 ms).
-        if groups > 1:
-            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        scores = torch.matmul(query * query.shape[-1] ** -0.5, key.transpose(-1, -2))
-        if mask is not None:
-            scores = scores + mask
-        return torch.matmul(scores.softmax(-1), value)
-    return F.scaled_dot_product_attention(query, key, value, mask, enable_gqa=groups > 1)
-
-
 class Block(nn.Module):
     """One pre-norm decoder layer: fused qkv, attention, SwiGLU with a fused gate-up weight."""
 
@@ -136,7 +106,7 @@ class Block(nn.Module):
         self,
         x: Tensor,
         rotation: Rotation,
-        mask: Tensor | BlockMask | None,
+        mask: Mask,
         cache: KVCache | None,
         layer: int,
     ) -> Tensor:
@@ -168,7 +138,7 @@ def run_again(
     block: nn.Module,
     x: Tensor,
     rotation: Rotation,
-    mask: Tensor | BlockMask | None,
+    mask: Mask,
     layer: int,
 ) -> Tensor:
     """A block of which only the input is kept, and which backward runs once more (activation
@@ -269,7 +239,7 @@ class UnifiedTransformer(nn.Module):
         self,
         embeddings: Tensor,
         positions: Tensor,
-        mask: Tensor | BlockMask | None = None,
+        mask: Mask = None,
         cache: KVCache | None = None,
     ) -> Tensor:
         """Run the decoder.
@@ -277,8 +247,8 @@ class UnifiedTransformer(nn.Module):
         Args:
             embeddings: [B, L, D].
             positions: [B, L] or [L], int64; RoPE positions.
-            mask: additive [B or 1, 1, L, S], S = cached + L, or a block mask over L (no cache);
-                None: every query sees every key, which is right for a single decoded token.
+            mask: see `attention.Mask`; S = cached + L, and blocks or "causal" are over L alone.
+                None, every key, is right for a single decoded token.
             cache: keys and values of earlier tokens; extended by these L.
 
         Returns:
@@ -311,7 +281,7 @@ def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
 def tree_visibility(
     tree_q: Tensor, branch_q: Tensor, tree_k: Tensor, branch_k: Tensor, causal: Tensor
 ) -> Tensor:
-    """Which key a query sees when each sequence is a trunk with branches (METHOD: PMTP masks).
+    """Which key a query sees when each sequence is a trunk with branches.
 
     A token sees the earlier tokens of its own tree that lie on the trunk (branch 0) or on its own
     branch. ``tree`` numbers the trees packed into one row (-1: padding), ``branch`` is 0 on the

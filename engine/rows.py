@@ -44,9 +44,8 @@ class PlainRows:
         table, length = self._table, len(prompt)
         ids, slot = torch.tensor([prompt], device=table.device), self._slot[:length]
         cache = KVCache(self._model.config, 1, length, table.dtype, table.device)
-        mask = additive_mask((slot <= slot[:, None])[None], table.dtype)
         with span("engine/prefill/run", rows=1, tokens=length):
-            hidden = self._model(self._model.embed_text(ids), slot, mask, cache)
+            hidden = self._model(self._model.embed_text(ids), slot, "causal", cache)
             return Prefix(cache.block[:, :, 0], self._model.image_head(hidden[:, -1])[0])
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:

@@ -249,8 +249,8 @@ class BenchKernels:
     size: str | None = None
     """tiny (the CPU's default), training or decoding (both of a GPU)."""
     provider: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Whom to compare with (may be repeated): eager, compile, liger, trl, torchvision, torch; all
-    if left out."""
+    """Whom to compare with (may be repeated): eager, compile, liger, trl, torchvision, torch,
+    flash-attn; all if left out."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     repeats: int = 20

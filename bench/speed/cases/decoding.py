@@ -8,7 +8,19 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as F
 
-from echogen.bench.registry import BOUNDS, Case, Dims, Floor, Inputs, Make, Outputs, Pass, wide
+from echogen.bench.registry import (
+    BOUNDS,
+    Case,
+    Dims,
+    Floor,
+    Inputs,
+    Make,
+    Outputs,
+    Pass,
+    Peer,
+    Run,
+    wide,
+)
 from echogen.kernels.decode_attention import decode_attention
 from echogen.kernels.rope import scaled_heads
 from echogen.kernels.skinny_linear import FP8, fp8_weight, skinny_linear
@@ -41,6 +53,7 @@ def _attention_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
         made |= {name: own, f"prefix_{name}": shared, f"whole_{name}": torch.cat((copies, own), 2)}
     counted = make.integers(0, 1, rows)
     made["lengths"] = counted + dims["held"]
+    made["whole_lengths"] = (made["lengths"] + prefix).int()
     place = torch.arange(prefix + capacity, device=counted.device)
     made["held"] = (place < prefix + dims["held"])[None, None, None]
     made["groups"] = torch.arange(groups, device=counted.device).repeat_interleave(dims["samples"])
@@ -71,6 +84,23 @@ def _eager_attention(i: Inputs) -> Outputs:
         i["query"][:, :, None], i["whole_keys"], i["whole_values"], attn_mask=i["held"]
     )
     return (found[:, :, 0],)
+
+
+def _flash() -> Run:
+    from flash_attn import flash_attn_with_kvcache
+
+    def run(i: Inputs) -> Outputs:
+        # Tokens before heads, as it reads them; in memory a head's tokens stay side by side.
+        keys, values = (i[f"whole_{name}"].transpose(1, 2) for name in ("keys", "values"))
+        out = flash_attn_with_kvcache(
+            i["query"][:, None], keys, values, cache_seqlens=i["whole_lengths"]
+        )
+        return (out[:, 0],)
+
+    return run
+
+
+FLASH = Peer("flash-attn", "flash-attn", _flash)
 
 
 def _attention_floor(dims: Dims, size: int, mode: Pass) -> Floor:
@@ -215,6 +245,7 @@ CASES: tuple[Case, ...] = (
         eager=_eager_attention,
         outputs=("out",),
         floor=_attention_floor,
+        peers=(FLASH,),
     ),
     Case(
         operator="decode_attention",
@@ -225,6 +256,7 @@ CASES: tuple[Case, ...] = (
         eager=_eager_attention,
         outputs=("out",),
         floor=_attention_floor,
+        peers=(FLASH,),
     ),
     Case(
         operator="decode_attention",
