@@ -1,4 +1,4 @@
-"""Layouts to token ids and back: the two sequences of METHOD (L2I, I2L) and the grammar of boxes.
+"""Layouts to token ids and back: the two sequences (L2I, I2L) and the grammar of boxes.
 
 L2I, byte for byte PlanGen's format with the textual codec::
 

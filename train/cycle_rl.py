@@ -1,9 +1,9 @@
 """Stage 3, Cycle RL: layout → image → layout, and what came back right is reinforced.
 
 Each layout is drawn G times with the present weights, found again in every image, and rewarded for
-how well the boxes match: a higher reward is a better match (METHOD says why that must be said).
-GRPO (arXiv 2402.03300) turns rewards into advantages within the layout's group. No image labels are
-needed, only texts and boxes.
+how well the boxes match: a higher reward is a better match (the paper's formula, read as it stands,
+is a discrepancy, and `box_reward` is 1 less that). GRPO (arXiv 2402.03300) turns rewards into
+advantages within the layout's group. No image labels are needed, only texts and boxes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stage 1, parallel multi-task pre-training: draw from layouts and ground in images, packed.
 
 `L = CE(image codes | layout) + CE(box tokens | image, expression)` (EchoGen, stage 1), with the
-`isolated` mask of METHOD or its `shared` one. Grounding learns more slowly than drawing, so a step
+`isolated` mask or the `shared` one. Grounding learns more slowly than drawing, so a step
 carries further images that are only grounded: a branch costs a dozen tokens on top of the prefix.
 """
 

@@ -1,7 +1,7 @@
 """Which weights of a run are exported: its last, or those of its best validation.
 
 The last are not always the best: a policy can raise its own reward while the images get worse, so
-METHOD chooses checkpoints on validation and reports them on test.
+checkpoints are chosen on validation and reported on test.
 """
 
 from __future__ import annotations

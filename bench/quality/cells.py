@@ -1,7 +1,7 @@
 """Every experiment in one place: which training runs there are, and which tables read them.
 
-A cell is one training run, an arm of a table at a seed, with its evaluation. The tables are those
-of METHOD ("Evaluation"): ablation, mask, synergy, RL data. A cell may serve several of them.
+A cell is one training run, an arm of a table at a seed, with its evaluation. There are four
+tables: ablation, mask, synergy, RL data. A cell may serve several of them.
 """
 
 from __future__ import annotations

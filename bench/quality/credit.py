@@ -46,7 +46,7 @@ REWARDS: dict[str, dict[str, Any]] = {
     JUDGE: {"credit": "object", "reward_boxes": 0, "w_iou": 1.0, "w_l1": 0.0},
 }
 LOOPS = {f"loop, τ = {tau}": tau for tau in (1.0, 0.3)}
-"""Where τ begins and ends by default (METHOD, stage 2)."""
+"""Where τ begins and ends by default in stage 2."""
 GRADIENTS = (*REWARDS, *LOOPS)
 
 PARTS = {

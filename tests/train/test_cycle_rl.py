@@ -163,7 +163,7 @@ def test_groups_without_variance_teach_nothing(rl_stage) -> None:
 
 @pytest.mark.parametrize(("w_iou", "w_l1"), [(1.0, 0.0), (0.2, 1.5)])
 def test_the_reward_validated_is_the_reward_trained(rl_stage, w_iou, w_l1) -> None:
-    """Written out from METHOD's definition on the boxes found in the evaluation's own images."""
+    """Written out from its definition, on the boxes found in the evaluation's own images."""
     rl = rl_stage(w_iou=w_iou, w_l1=w_l1)
     found = rl.evaluate()
     assert rl.engine._decoder is None, "what drew so many images at once is not kept for training"

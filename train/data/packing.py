@@ -3,8 +3,8 @@
 A tree is a trunk and branches. L2I is a trunk alone (prompt and image codes), or, where one prompt
 was drawn several times, a trunk (prompt) with one branch for each image; I2L is a trunk (image
 prefix) with one branch for each expression. `visibility` turns the tree and branch numbers
-of a row into its mask: nothing passes from one tree to another, which is the `isolated` mask of
-METHOD. Its `shared` mask is a third kind of tree, in which both tasks read one image.
+of a row into its mask: nothing passes from one tree to another, which is the `isolated`
+mask. The `shared` one is a third kind of tree, in which both tasks read one image.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def shared_tree(
     questions: list[tuple[str, Box]],
     vocab_size: int,
 ) -> Tree:
-    """Both tasks over one image (METHOD, mask `shared`): prompt, image codes, the rest of the I2L
+    """Both tasks over one image (mask `shared`): prompt, image codes, the rest of the I2L
     trunk, branches. The questions do not see the prompt, but the image they see has seen it."""
     n, t, after = len(prompt), len(codes), prompts.i2l()[1]
     trunk = segment(np.concatenate((prompt, codes + vocab_size, after)), 0)

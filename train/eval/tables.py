@@ -1,4 +1,4 @@
-"""The tables of METHOD on ShapesWorld: L2I, I2L, cycle, and the judge's ceiling beside them."""
+"""The tables of an evaluation on ShapesWorld: L2I, I2L, cycle; the judge's ceiling beside them."""
 
 from __future__ import annotations
 
