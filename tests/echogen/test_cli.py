@@ -186,6 +186,24 @@ def test_generate_refuses(run, layout, tmp_path, monkeypatch, options, words):
 
 
 @pytest.mark.parametrize(
+    ("name", "argv", "line"),
+    [
+        ("ECHOGEN_NATIVE", ["generate", "--layout", "{layout}"], "ECHOGEN_NATIVE=2: write 0"),
+        ("ECHOGEN_NATIVE", ["serve", "--port", "0"], "ECHOGEN_NATIVE=2: write 0"),
+        ("WORLD_SIZE", ["train", "djo", "--any-stage", "--out", "x"], "WORLD_SIZE = 2, but"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_refused(
+    run, model, layout, tmp_path, monkeypatch, name, argv, line
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "2")
+    which = "--from" if argv[0] == "train" else "--model"
+    done = run(*(word.format(layout=layout) for word in argv), which, model)
+    assert done.refused() and done.err.startswith(f"echogen: {line}"), done
+
+
+@pytest.mark.parametrize(
     ("expr", "word"), [("a </box> circle", "</box>"), ("word " * 2000, "tokens")]
 )
 def test_layouts_that_no_prompt_can_hold(run, model, tmp_path, expr, word):
