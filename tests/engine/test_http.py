@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import select
 import threading
 import time
 from collections.abc import Iterator
@@ -242,6 +243,20 @@ def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch):
     connection.endheaders(b"{")
     answer = connection.getresponse()
     assert answer.status == 408 and b"1 bytes of the body came" in answer.read()
+
+
+def test_a_body_that_comes_byte_by_byte_has_no_more_time(client, monkeypatch):
+    monkeypatch.setattr(middleware, "SLOWEST", 0.2)
+    connection = client.connect()
+    connection.putrequest("POST", "/v1/images")
+    connection.putheader("Content-Type", JSON)
+    connection.putheader("Content-Length", "20")
+    connection.endheaders(b"{")
+    for _ in range(19):
+        if select.select([connection.sock], [], [], 0.05)[0]:
+            break
+        connection.send(b" ")
+    assert connection.getresponse().status == 408
 
 
 def test_bodies_have_a_limit_together(client, monkeypatch):
