@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
 import select
@@ -295,6 +296,14 @@ def test_boxes_are_those_that_the_engine_finds(client, engine):
     ):
         refused = client.ask("POST", "/v1/boxes", body)
         assert refused.status == 400 and why in refused.json["error"], refused.json
+
+
+def test_after_a_refresh_the_balancer_is_told(engine):
+    engine = copy.copy(engine)
+    with serving(engine) as client:
+        engine.refresh()
+        for answer in (client.draw(), client.ask("GET", "/health")):
+            assert answer.status == 503 and "make a new scheduler" in answer.json["error"]
 
 
 def test_counters_are_told_to_prometheus(engine):
