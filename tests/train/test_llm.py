@@ -133,9 +133,13 @@ def test_an_address_where_nobody_is(waits):
     with pytest.raises(LLMError, match=r"cannot be reached.*is a server running"):
         Endpoint("http://127.0.0.1:9/v1", "m", wait=waits.append).ask(ASK, 0)
     assert waits == []
-    for url in ("localhost:8000", "ftp://x/v1", "http://", ""):
+    bad = ("http://x:80a0/v1", "http://x:99999/v1", "http://[::1/v1", "http://x /v1", "http://x/é")
+    for url in ("localhost:8000", "ftp://x/v1", "http://", "", *bad):
         with pytest.raises(LLMError, match="no address"):
             Endpoint(url, "m")
+    with pytest.raises(LLMError, match=r"cannot be reached \(nonnumeric port: 'key@x'\)"):
+        Endpoint("http://me:key@x/v1", "m", wait=waits.append).ask(ASK, 0)
+    assert waits == []
 
 
 def test_requests_keep_their_distance(llm, endpoint, waits):
