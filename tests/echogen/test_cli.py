@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -374,6 +375,18 @@ def test_generate_along_a_schedule_and_away_from_a_layout(run, model, layout, tm
         assert done.data["negative"] == wanted
     assert len(set(pictures)) == 4
     assert done.data["sampling"]["cfg_span"] == [8, 64]
+
+
+@pytest.mark.parametrize("asked", [[], ["--cfg", "1"]])
+def test_a_schedule_may_be_the_models_own(run, model, layout, tmp_path, asked):
+    own = shutil.copytree(model, tmp_path / "own")
+    about = json.loads((own / "echogen.json").read_text())
+    about["sampling"] |= {"cfg": 5.0, "cfg_schedule": "linear"}
+    (own / "echogen.json").write_text(json.dumps(about))
+    options = ["--layout", layout, "--model", own, "--out", tmp_path / "picture.png", "--json"]
+    done = run("generate", *options, "--cfg-start", "2", "--cfg-span", "0", "10", *asked)
+    assert done.code == 0, done.err
+    assert done.data["sampling"]["cfg_start"] == 2 and done.data["sampling"]["cfg_span"] == [0, 10]
 
 
 def test_ground(run, model, tmp_path):
