@@ -432,6 +432,21 @@ def test_cycle(run, model, layout, tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("argv", "work"),
+    [
+        (["cycle", "--layout", "{layout}"], "echogen.engine.engine.Engine.cycle"),
+        (["profile", "cycle"], "echogen.bench.profile.subjects.warmed"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused_before_the_work(
+    run, model, layout, monkeypatch, argv, work
+):
+    monkeypatch.setattr(work, lambda *_: pytest.fail("worked first"))
+    asked = [word.format(layout=layout) for word in argv]
+    assert run(*asked, "--model", model, "--out", layout).refused(f"--out {layout}")
+
+
 def test_eval(run, model, tmp_path, monkeypatch):
     monkeypatch.setenv("ECHOGEN_CACHE", str(tmp_path / "cache"))
     out = tmp_path / "tables.json"
