@@ -200,13 +200,17 @@ def test_what_is_asked_of_a_single_picture(client):
         ("image/*", "image/png"), ("image/webp", "image/webp"), ("Image/JPEG", "image/jpeg"),
         ("image/jpeg;q=0.5, image/webp", "image/webp"), ("image/png;q=0, */*", JSON),
         ("image/avif,image/webp,image/png,*/*;q=0.8", "image/webp"),
+        ("image/*, image/png;q=0", "image/jpeg"), ("application/json;q=0, */*", "image/png"),
+        ("*/*, image/webp;q=0.9, application/*;q=0.1", "image/png"), ("*/*, image/webp", JSON),
     ],
 )  # fmt: skip
 def test_the_kind_of_answer_is_the_one_preferred(accept, kind):
     assert preferred(accept, [JSON, *MEDIA]) == kind
 
 
-@pytest.mark.parametrize("accept", ["text/html", "image/avif", "image/png;q=0", "image/png;q=x"])
+@pytest.mark.parametrize(
+    "accept", ["text/html", "image/avif", "image/png;q=0", "image/png;q=x", "*/*;q=nan"]
+)
 def test_what_there_is_not_is_not_accepted(accept):
     with pytest.raises(Refused, match=r"Accept: .*there is application/json, image/png"):
         preferred(accept, [JSON, *MEDIA])
