@@ -45,17 +45,33 @@ _REFUSALS = {
     "echogen.engine.keymap": "CheckpointError",
     "echogen.engine.prompt": "PromptError",
     "echogen.engine.config": "ConfigError",
+    "echogen.engine.cpp.loader": "SwitchError",
+    "echogen.engine.serving.budget": "BudgetError",
+    "echogen.train.stage": "BeginRefused",
     "echogen.train.checkpoint": "StateError",
     "echogen.train.data.endpoint": "LLMError",
     "echogen.bench.compare": "CompareError",
     "echogen.bench.report": "ReportError",
 }
+# And what says, as one line too, that work came to nothing.
+_FAILURES = {
+    "echogen.train.stage": "TrainingError",
+    "echogen.bench.harness": "WrongResult",
+}
 
 
 def refusals() -> tuple[type[Exception], ...]:
     """The errors that mean bad input: exit code 2 and one line instead of a traceback."""
-    loaded = [getattr(sys.modules[m], name) for m, name in _REFUSALS.items() if m in sys.modules]
-    return (InputError, *loaded)
+    return (InputError, *_loaded(_REFUSALS))
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """The errors that mean a failure: exit code 1 and one line."""
+    return (Failure, *_loaded(_FAILURES))
+
+
+def _loaded(errors: dict[str, str]) -> list[type[Exception]]:
+    return [getattr(sys.modules[m], name) for m, name in errors.items() if m in sys.modules]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -103,7 +119,7 @@ def _run(argv: list[str]) -> int:
     except refusals() as error:
         fail(str(error))
         return 2
-    except Failure as error:
+    except failures() as error:  # behind the refusals: some are a kind of failure
         sys.stdout.flush()
         fail(str(error))
         return 1

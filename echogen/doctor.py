@@ -129,7 +129,7 @@ def cpu_drawing() -> str:
             return "PyTorch's operations: ECHOGEN_NATIVE=0"
         loader.library("transformer")
         tool = " ".join(loader.compiler() or ())
-    except (loader.CompilerError, ValueError) as error:
+    except (loader.CompilerError, loader.SwitchError) as error:
         return f"PyTorch's operations, several times as slowly: {error}"
     return f"C++, compiled by {tool}"
 

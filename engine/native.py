@@ -84,7 +84,7 @@ def misfit(model: UnifiedTransformer) -> str | loader.CompilerError | None:
     it is.
 
     Raises:
-        ValueError: ``ECHOGEN_NATIVE`` is neither 0 nor 1.
+        SwitchError: ``ECHOGEN_NATIVE`` is neither 0 nor 1.
     """
     weight, c = model.norm.weight, model.config
     if loader.switched_off():

@@ -133,6 +133,7 @@ def load_prompts(
 
     Raises:
         CheckpointError: a tokenizer that does not load, or has more tokens than the transformer.
+        PromptError: fewer than two bins.
         ValueError: an unknown codec; bins for another codec, or other than the checkpoint's.
     """
     tokenizer = _tokenizer(folder)
@@ -145,7 +146,7 @@ def load_prompts(
     held = meta.bins if meta.codec == LocationCodec.name else None
     if bins is not None and held is not None and bins != held:
         raise ValueError(f"bins = {bins}; {folder} was trained with {held}, so leave bins out")
-    count = held or bins or BINS
+    count = next(n for n in (held, bins, BINS) if n is not None)
     location = name == LocationCodec.name
     add_box_tokens(tokenizer, transformer, count if location else 0)
     made: BoxCodec = LocationCodec(tokenizer, count) if location else TextualCodec(tokenizer)

@@ -25,7 +25,7 @@ from echogen.engine.ranges import span
 from echogen.engine.sampler import Sampling
 from echogen.engine.serving.budget import plan
 from echogen.engine.serving.crowd import Drawer, Live, Pace, drawers, warm_up
-from echogen.engine.serving.intake import OUTDATED, Intake
+from echogen.engine.serving.intake import Intake
 from echogen.engine.serving.metrics import Metrics
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Order, Request
@@ -34,6 +34,8 @@ from echogen.engine.serving.windows import Windowed
 from echogen.engine.serving.worker import SchedulerClosed, Worker
 from echogen.engine.slots import Slots
 from echogen.engine.vision import decoding_bytes
+
+OUTDATED = "the engine's weights were refreshed; make a new scheduler"
 
 
 class Scheduler(Worker):
@@ -155,8 +157,11 @@ class Scheduler(Worker):
             QueueFull: as many wait as may.
             LayoutError: a prompt too long for the slots, or with reserved tokens.
             ValueError: more rows than there are slots, or values out of range.
-            SchedulerClosed: after ``shutdown``, or when a step died of an error.
+            SchedulerClosed: after ``shutdown`` or ``engine.refresh()``, or when a step died of an
+                error.
         """
+        if self._intake.outdated:
+            self._close(OUTDATED)
         try:
             order = Order(
                 layout, seed, sampling or self._sampling, samples, draws, negative,

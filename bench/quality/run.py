@@ -28,11 +28,17 @@ from echogen.bench.quality.records import (
 )
 from echogen.bench.quality.stages import Timed, build, checkpoint
 from echogen.engine.engine import Engine
+from echogen.engine.keymap import CheckpointError
+from echogen.engine.layout import LayoutError
+from echogen.train.checkpoint import StateError
 from echogen.train.config import differences
 from echogen.train.data.samples import module_hash
 from echogen.train.loop import TrainingError
 from echogen.train.loop import run as train
 from echogen.train.start import load_start
+
+REFUSED = (QualityError, TrainingError, StateError, CheckpointError, LayoutError)
+"""What keeps one cell from being run, or from its end."""
 
 
 def run_all(lab: Lab, chosen: list[Cell], again: bool = False) -> dict[str, str]:
@@ -49,7 +55,7 @@ def run_all(lab: Lab, chosen: list[Cell], again: bool = False) -> dict[str, str]
         else:
             try:
                 run_cell(lab, cell, again)
-            except (QualityError, TrainingError) as error:
+            except REFUSED as error:
                 named = str(error).startswith(cell.name)
                 failed[cell.name] = str(error) if named else f"{cell.name}: {error}"
                 lab.tell(failed[cell.name])
@@ -65,6 +71,7 @@ def run_cell(lab: Lab, cell: Cell, again: bool = False) -> None:
     Raises:
         QualityError: done with other settings; lacking something; run by another process.
         TrainingError: its training came to nothing, or Cycle RL refused to begin.
+        StateError, CheckpointError, LayoutError: a file that it goes on from or reads is damaged.
     """
     state, why = lab.state(cell)
     if state == "blocked":

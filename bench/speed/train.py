@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -20,6 +19,7 @@ from echogen.engine.config import ModelConfig
 from echogen.engine.pretrained import bundled
 from echogen.engine.ranges import listening
 from echogen.train.config import Recipe
+from echogen.train.progress import peak_memory
 from echogen.train.recipes import tiny
 
 STAGES = ("pmtp", "djo", "cycle-rl")
@@ -96,9 +96,7 @@ def run(
     with listening(passes):
         times, whole = timed(work, repeats, device, progress)
     padding, spread = packed.padding, quantiles(times)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**20
+    peak = peak_memory() / 2**20
     shares = _shares(work, min(repeats, WATCHED), device)
     dtype = torch.bfloat16 if subject.config.loop.bf16 else torch.float32
     ceiling = measure(torch.device(device), dtype).flops_per_s

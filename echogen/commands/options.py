@@ -97,13 +97,11 @@ class SamplingOptions:
         """Refuse values out of range, before a model is loaded."""
         from echogen.engine.sampler import Sampling
 
-        given = self._given()
-        if self.cfg_schedule is None:  # the model's default may be one that has a start,
-            given.pop("cfg_start", None)
-        if self.cfg is None and self.cfg_start is None:  # nor one that guides
-            given["cfg"] = 2.0
+        own: dict[str, Any] = {"cfg": 2.0}  # in place of the model's, which may guide as well
+        if self.cfg_schedule != "constant":
+            own |= {"cfg_schedule": "linear", "cfg_start": 2.0}
         try:
-            Sampling(**given)
+            Sampling(**own | self._given())
         except ValueError as error:
             raise InputError(flagged(error)) from None
 

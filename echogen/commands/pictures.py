@@ -184,6 +184,7 @@ class Cycle:
         self.sampling.check()
         engine = self.engine.load()
         sampling = self.sampling.over(engine)
+        make_folder(self.out)
         with progress("drawing") as update:
             result = engine.cycle(layout, self.samples, self.seed, sampling, update)
         data = result.to_dict(result.best)
@@ -201,7 +202,6 @@ class Cycle:
     def _write_pictures(self, result: CycleResult) -> dict[str, str]:
         from echogen.engine.picture import contact_sheet, overlay
 
-        make_folder(self.out)
         expressions = [o.expr for o in result.layout.objects]
         asked: list[Box] = [o.box for o in result.layout.objects]
         best = result.best

@@ -7,13 +7,16 @@ import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from echogen.commands.options import Json, ModelOptions, check_range
 from echogen.commands.output import Failure, InputError, make_folder, print_json, show, warn, write
 from echogen.commands.training import find_recipe
+
+if TYPE_CHECKING:
+    from echogen.bench.profile.subjects import Asked
 
 
 @dataclass(frozen=True)
@@ -82,19 +85,19 @@ class Profile:
             torch.cuda.set_device(self.device)  # what waits, waits for the current device
         dtype = getattr(torch, self.dtype or "float32")
         asked = subjects.Asked(self.model, self.device, self.batch, recipe=recipe, dtype=dtype)
-        work = subjects.warmed(self.what, asked).work
         if self.tool == "none":
-            subjects.between_marks(work)
+            subjects.between_marks(subjects.warmed(self.what, asked).work)
             return
-        self._torch(work)
+        self._torch(asked)
 
-    def _torch(self, work: Any) -> None:
+    def _torch(self, asked: Asked) -> None:
         assert self.out is not None
         make_folder(self.out)
         from json import dumps
 
-        from echogen.bench.profile import trace
+        from echogen.bench.profile import subjects, trace
 
+        work = subjects.warmed(self.what, asked).work
         result = trace.run(work, self.out, self.what, self.device)
         write(self.out / f"{self.what}.json", dumps(result, indent=2).encode())
         show(

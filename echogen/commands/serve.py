@@ -40,6 +40,8 @@ class Serve:
     a CPU and 256 on a GPU, if left out."""
     prompt_tokens: int | None = None
     """Tokens of the longest layout; the model's room, at most 1024, if left out."""
+    memory: float | None = None
+    """GiB to plan with; most of what is free, where the system says how much, if left out."""
     queue: int = 256
     """Requests to draw that may wait; who comes when as many do is told 503."""
     searches: int = 16
@@ -63,6 +65,8 @@ class Serve:
                 check_range(name, value, 1, 1_000_000)
         if not 0 < self.timeout < float("inf"):
             raise InputError(f"--timeout {self.timeout}: it must be above 0 seconds")
+        if self.memory is not None and not 0 < self.memory < float("inf"):
+            raise InputError(f"--memory {self.memory}: it must be above 0 GiB")
         check_installed("serve")
         with self._bound() as place:
             self._serve(place)
@@ -107,15 +111,16 @@ class Serve:
                 engine,
                 self.slots,
                 self.queue,
+                None if self.memory is None else int(self.memory * 2**30),
                 prompt_tokens=self.prompt_tokens,
                 invariant=self.invariant,
             )
         except NoRoom as error:
             raise InputError(
-                f"{error.what}; give fewer --slots, or a smaller --prompt-tokens than "
-                f"{error.prompt_tokens}"
+                f"{error.what}; give fewer --slots, a smaller --prompt-tokens than "
+                f"{error.prompt_tokens}, or more --memory"
             ) from None
-        except ValueError as error:  # a prompt too long, or rows that round by their place
+        except ValueError as error:  # a setting: a prompt too long, memory that has to be named
             raise InputError(flagged(error)) from None
         if engine.sampling.guided and scheduler.plan.slots < 2:
             warn(

@@ -22,7 +22,7 @@ from echogen.commands.options import (
     check_range,
     flagged,
 )
-from echogen.commands.output import Failure, InputError, fail, print_json, show, warn
+from echogen.commands.output import InputError, fail, print_json, show, warn
 from echogen.commands.run_folder import run_folder
 
 if TYPE_CHECKING:
@@ -393,23 +393,18 @@ def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool
     """Run a stage to its end and report its last numbers.
 
     Raises:
-        InputError: the stage refuses to begin.
-        Failure: training came to nothing.
+        BeginRefused: the stage refuses to begin.
+        TrainingError: training came to nothing.
         SystemExit: a signal asked the run to stop, and its state is saved (see `Stopped`): 143 for
             SIGTERM, 130 for SIGINT.
     """
     from transformers.utils import logging
 
-    from echogen.train.loop import BeginRefused, TrainingError, run
+    from echogen.train.loop import run
 
     check_evaluates()
     logging.disable_progress_bar()  # of writing shards; the loop has its own
-    try:
-        run(stage, loop, out, resume)
-    except BeginRefused as refusal:
-        raise InputError(str(refusal)) from None
-    except TrainingError as error:
-        raise Failure(str(error)) from error
+    run(stage, loop, out, resume)
     last: dict[str, float] = {}
     for line in (out / "metrics.jsonl").read_text().splitlines():
         last |= json.loads(line)

@@ -30,15 +30,19 @@ class CompilerError(RuntimeError):
     """No library; the message says why, and what would help."""
 
 
+class SwitchError(RuntimeError):
+    """``ECHOGEN_NATIVE`` is neither 0 nor 1; the message says what to write."""
+
+
 def switched_off() -> bool:
     """Whether ``ECHOGEN_NATIVE=0`` asks for PyTorch's operations instead.
 
     Raises:
-        ValueError: it is neither 0 nor 1.
+        SwitchError: it is neither 0 nor 1.
     """
     asked = os.environ.get("ECHOGEN_NATIVE", "1")
     if asked not in ("0", "1"):
-        raise ValueError(
+        raise SwitchError(
             f"ECHOGEN_NATIVE={asked}: write 0 to draw on a CPU by PyTorch's operations"
         )
     return asked == "0"

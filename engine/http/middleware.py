@@ -18,7 +18,7 @@ BODY = 128 << 10
 HELD = 64 << 20
 """Bytes of the bodies of all requests together."""
 SLOWEST = 30.0
-"""Seconds in which a body comes."""
+"""Seconds in which all of a body comes."""
 
 
 def failure(error: Refused) -> JSONResponse:
@@ -38,13 +38,15 @@ class Limited:
             await self._app(scope, receive, send)
             return
         most, size, whole = BODIES.get(scope["path"], BODY), 0, False
+        due = asyncio.get_running_loop().time() + SLOWEST
 
         async def limited() -> Message:
             nonlocal size, whole
             if whole:  # what comes now is that who asked hung up
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), SLOWEST)
+                async with asyncio.timeout_at(due):
+                    message = await receive()
             except TimeoutError:
                 raise Refused(
                     408, f"{size} bytes of the body came in time; send it at once"

@@ -287,24 +287,24 @@ def texts(images: Sequence[Image.Image], kind: str) -> list[str]:
 
 
 def preferred(accept: str, offers: Sequence[str]) -> str:
-    """Of the media types there are the one that an Accept header (RFC 9110, 12.5.1) prefers, the
-    first it names among those of one weight.
+    """Of the media types there are the one that an Accept header (RFC 9110, 12.5.1) prefers, each
+    by the most specific range that it fits, and the first named among those of one weight.
 
     Raises:
         Refused: it allows none of them (406).
     """
-    best, weight = None, 0.0
-    for part in accept.split(",") if accept.strip() else ["*/*"]:
-        kind, _, rest = part.strip().partition(";")
-        family, _, own = kind.strip().lower().partition("/")
-        for offer in offers:
-            fits = family in ("*", offer.partition("/")[0]) and own in (
-                "*",
-                offer.partition("/")[2],
-            )
-            if fits and (q := _weight(rest)) > weight:
-                best, weight = offer, q
-    if best is None:
+    refused, ranges = (0.0, 0), dict[str, tuple[float, int]]()
+    for place, part in enumerate(accept.split(",") if accept.strip() else ["*/*"]):
+        kind, _, rest = part.partition(";")
+        name = kind.strip().lower()
+        ranges[name] = max(ranges.get(name, refused), (_weight(rest), -place))
+
+    def rank(offer: str) -> tuple[float, int]:
+        fits = (offer, f"{offer.partition('/')[0]}/*", "*/*")
+        return next((ranges[name] for name in fits if name in ranges), refused)
+
+    best = max(offers, key=rank)
+    if not rank(best)[0]:
         raise Refused(406, f"Accept: {short(accept)}; there is {', '.join(offers)}")
     return best
 

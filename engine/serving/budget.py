@@ -199,7 +199,9 @@ def free_bytes(device: torch.device) -> int:
         return free + unused
     free = min(filter(None, (_available(), _container())), default=0)
     if not free:
-        raise BudgetError("this system does not say how much memory is free; name memory in bytes")
+        raise BudgetError(
+            "memory = None; this system does not say how much is free, so say how much to plan with"
+        )
     return free
 
 

@@ -12,8 +12,6 @@ from echogen.engine.serving.budget import Plan
 from echogen.engine.serving.partial import Pictures
 from echogen.engine.serving.request import Order, Request
 
-OUTDATED = "the engine's weights were refreshed; make a new scheduler"
-
 
 class Intake:
     """Makes requests for slots that are planned; from any thread."""
@@ -33,11 +31,8 @@ class Intake:
         Raises:
             LayoutError: a prompt too long for the slots, or with reserved tokens.
             ValueError: more rows than there are slots, draws that are not one 32-bit word for each
-                image, guidance that does not fit the image, or weights that changed since the
-                scheduler was made.
+                image, or guidance that does not fit the image.
         """
-        if self.outdated:
-            raise ValueError(OUTDATED)
         prompts = self._engine.prompt_rows([order.layout], order.sampling, order.negative)
         self._check_fit(prompts, order.samples)
         c, device = self._engine.transformer.config, self._table.device

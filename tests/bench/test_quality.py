@@ -302,6 +302,19 @@ def test_other_settings_are_refused_until_said_again(copied):
         run_cell(copied, copied.find(THREE))
 
 
+def test_a_cell_that_cannot_be_run_keeps_none_of_the_others_from_it(copied, tmp_path):
+    (copied.results / f"{THREE}.json").unlink()
+    (copied.models / THREE / "model" / "config.json").unlink()
+    llm, one = "rl-data-llm-seed0", "ablation-stage1-seed0"
+    copied.llm_layouts = tmp_path / "llm.jsonl"
+    copied.llm_layouts.write_text("{\n")
+    told: list[str] = []
+    copied.tell = told.append
+    failed = run_all(copied, [copied.find(name) for name in (llm, THREE, one)])
+    assert failed.keys() == {llm, THREE} and told[-1] == f"{one}: done already"
+    assert "llm.jsonl" in failed[llm] and "config.json is missing" in failed[THREE]
+
+
 def test_seconds_become_steps(copied):
     cell = copied.find("ablation-seconds3-seed0")
     assert copied.steps(cell) is None and copied.state(cell) == ("missing", "")

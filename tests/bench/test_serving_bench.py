@@ -110,3 +110,17 @@ def test_the_command_refuses(words, capsys):
     assert main(["bench", "serving", *words]) == 2
     line = capsys.readouterr().err.strip()
     assert "\n" not in line and words[0] in line
+
+
+def test_what_ends_the_command_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("echogen.engine.serving.budget.free_bytes", lambda device: 1 << 30)
+    assert main(["bench", "serving", "--slots", "4096"]) == 2
+    line = capsys.readouterr().err.strip()
+    assert "\n" not in line and "4096 slots" in line and "ask for fewer" in line
+
+    def differ(*_):
+        raise WrongResult("1 of 2 pictures otherwise; nothing was timed")
+
+    monkeypatch.setattr(serving, "measure", differ)
+    assert main(["bench", "serving"]) == 1
+    assert capsys.readouterr().err == "echogen: 1 of 2 pictures otherwise; nothing was timed\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,11 +67,19 @@ def micro(stage: str, **how):
     return train.run(stage, repeats=2, recipe=MICRO, **how)
 
 
+@pytest.fixture
+def macos(monkeypatch):
+    """A system that tells memory in bytes: 300 MiB."""
+    monkeypatch.setattr("echogen.train.progress.sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=300 << 20))
+
+
 @pytest.mark.parametrize(("stage", "images"), [("pmtp", 4), ("djo", 6), ("cycle-rl", 4)])
-def test_any_recipe_from_fresh_weights(stage, images):
+def test_any_recipe_from_fresh_weights(macos, stage, images):
     result = micro(stage)
     assert (result["recipe"], result["model"], result["images"]) == ("micro", "random", images)
     assert result["batch"] == getattr(MICRO, stage.replace("-", "_")).batch
+    assert result["peak_mib"] == 300
     assert 0 <= result["padding"] < 1 and 0 < result["utilisation"] < 1
     assert sum(result["shares"].values()) == pytest.approx(1)
 

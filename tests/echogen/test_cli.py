@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -186,6 +187,24 @@ def test_generate_refuses(run, layout, tmp_path, monkeypatch, options, words):
 
 
 @pytest.mark.parametrize(
+    ("name", "argv", "line"),
+    [
+        ("ECHOGEN_NATIVE", ["generate", "--layout", "{layout}"], "ECHOGEN_NATIVE=2: write 0"),
+        ("ECHOGEN_NATIVE", ["serve", "--port", "0"], "ECHOGEN_NATIVE=2: write 0"),
+        ("WORLD_SIZE", ["train", "djo", "--any-stage", "--out", "x"], "WORLD_SIZE = 2, but"),
+    ],
+)
+def test_an_environment_that_cannot_be_is_refused(
+    run, model, layout, tmp_path, monkeypatch, name, argv, line
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(name, "2")
+    which = "--from" if argv[0] == "train" else "--model"
+    done = run(*(word.format(layout=layout) for word in argv), which, model)
+    assert done.refused() and done.err.startswith(f"echogen: {line}"), done
+
+
+@pytest.mark.parametrize(
     ("expr", "word"), [("a </box> circle", "</box>"), ("word " * 2000, "tokens")]
 )
 def test_layouts_that_no_prompt_can_hold(run, model, tmp_path, expr, word):
@@ -358,6 +377,18 @@ def test_generate_along_a_schedule_and_away_from_a_layout(run, model, layout, tm
     assert done.data["sampling"]["cfg_span"] == [8, 64]
 
 
+@pytest.mark.parametrize("asked", [[], ["--cfg", "1"]])
+def test_a_schedule_may_be_the_models_own(run, model, layout, tmp_path, asked):
+    own = shutil.copytree(model, tmp_path / "own")
+    about = json.loads((own / "echogen.json").read_text())
+    about["sampling"] |= {"cfg": 5.0, "cfg_schedule": "linear"}
+    (own / "echogen.json").write_text(json.dumps(about))
+    options = ["--layout", layout, "--model", own, "--out", tmp_path / "picture.png", "--json"]
+    done = run("generate", *options, "--cfg-start", "2", "--cfg-span", "0", "10", *asked)
+    assert done.code == 0, done.err
+    assert done.data["sampling"]["cfg_start"] == 2 and done.data["sampling"]["cfg_span"] == [0, 10]
+
+
 def test_ground(run, model, tmp_path):
     picture, out = tmp_path / "picture.png", tmp_path / "overlay.png"
     Image.new("RGB", (100, 100), "white").save(picture)
@@ -399,6 +430,21 @@ def test_cycle(run, model, layout, tmp_path):
         "image.png",
         "overlay.png",
     ]
+
+
+@pytest.mark.parametrize(
+    ("argv", "work"),
+    [
+        (["cycle", "--layout", "{layout}"], "echogen.engine.engine.Engine.cycle"),
+        (["profile", "cycle"], "echogen.bench.profile.subjects.warmed"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_refused_before_the_work(
+    run, model, layout, monkeypatch, argv, work
+):
+    monkeypatch.setattr(work, lambda *_: pytest.fail("worked first"))
+    asked = [word.format(layout=layout) for word in argv]
+    assert run(*asked, "--model", model, "--out", layout).refused(f"--out {layout}")
 
 
 def test_eval(run, model, tmp_path, monkeypatch):

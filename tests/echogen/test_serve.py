@@ -102,6 +102,17 @@ def test_bad_options_are_refused(run, model, options, words):
     assert run("serve", *given).refused(*words)
 
 
+def test_memory_is_named_where_the_system_does_not_say(run, model, monkeypatch):
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    for source in ("_available", "_container"):
+        monkeypatch.setattr(f"echogen.engine.serving.budget.{source}", lambda: None)
+    serve = ("serve", "--model", model, "--port", 0)
+    assert run(*serve).refused("--memory = None", "say how much")
+    assert run(*serve, "--memory", 0.5).code == 0
+    assert run(*serve, "--memory", 0.001).refused("1.0 MiB are to be used", "more --memory")
+    assert run(*serve, "--memory", 0).refused("--memory 0.0")
+
+
 def test_slots_that_draw_nothing_by_default_are_warned_of(run, model, monkeypatch):
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
     alone = run("serve", "--model", model, "--port", 0, "--slots", 1)

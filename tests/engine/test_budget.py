@@ -111,7 +111,7 @@ def test_free_memory_is_the_devices(monkeypatch, tmp_path):
     monkeypatch.setattr(budget, "_container", lambda: None)
     assert budget.free_bytes(cpu) == 700
     monkeypatch.setattr(budget, "_available", lambda: None)
-    with pytest.raises(BudgetError, match="name memory in bytes"):
+    with pytest.raises(BudgetError, match="say how much to plan with"):
         budget.free_bytes(cpu)
 
 

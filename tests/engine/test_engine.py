@@ -19,7 +19,7 @@ from echogen.engine import pretrained
 from echogen.engine.cache import Prefix, PrefixCache
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutError, LayoutObject
-from echogen.engine.prompt import Prompts, TextualCodec
+from echogen.engine.prompt import PromptError, Prompts, TextualCodec
 from echogen.engine.rollout import draw, ground
 from echogen.engine.sampler import Sampling
 from echogen.engine.vision import ImageError, load_image
@@ -257,6 +257,9 @@ def test_a_codec_is_what_is_asked_for_or_refused(saved):
     plain = edited(saved, lambda meta: meta.pop("codec"))
     assert Engine.from_pretrained(plain).prompts.codec.name == "textual"
     assert Engine.from_pretrained(plain, codec="location", bins=20).prompts.codec.scale == 19
+    for bins in (0, 1):
+        with pytest.raises(PromptError, match=f"location codec with {bins} bins"):
+            Engine.from_pretrained(plain, codec="location", bins=bins)
 
 
 def test_a_tokenizer_of_another_model_is_refused(saved):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import base64
+import copy
 import io
 import json
+import select
 import threading
 import time
 from collections.abc import Iterator
@@ -198,13 +200,17 @@ def test_what_is_asked_of_a_single_picture(client):
         ("image/*", "image/png"), ("image/webp", "image/webp"), ("Image/JPEG", "image/jpeg"),
         ("image/jpeg;q=0.5, image/webp", "image/webp"), ("image/png;q=0, */*", JSON),
         ("image/avif,image/webp,image/png,*/*;q=0.8", "image/webp"),
+        ("image/*, image/png;q=0", "image/jpeg"), ("application/json;q=0, */*", "image/png"),
+        ("*/*, image/webp;q=0.9, application/*;q=0.1", "image/png"), ("*/*, image/webp", JSON),
     ],
 )  # fmt: skip
 def test_the_kind_of_answer_is_the_one_preferred(accept, kind):
     assert preferred(accept, [JSON, *MEDIA]) == kind
 
 
-@pytest.mark.parametrize("accept", ["text/html", "image/avif", "image/png;q=0", "image/png;q=x"])
+@pytest.mark.parametrize(
+    "accept", ["text/html", "image/avif", "image/png;q=0", "image/png;q=x", "*/*;q=nan"]
+)
 def test_what_there_is_not_is_not_accepted(accept):
     with pytest.raises(Refused, match=r"Accept: .*there is application/json, image/png"):
         preferred(accept, [JSON, *MEDIA])
@@ -244,6 +250,20 @@ def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch):
     assert answer.status == 408 and b"1 bytes of the body came" in answer.read()
 
 
+def test_a_body_that_comes_byte_by_byte_has_no_more_time(client, monkeypatch):
+    monkeypatch.setattr(middleware, "SLOWEST", 0.2)
+    connection = client.connect()
+    connection.putrequest("POST", "/v1/images")
+    connection.putheader("Content-Type", JSON)
+    connection.putheader("Content-Length", "20")
+    connection.endheaders(b"{")
+    for _ in range(19):
+        if select.select([connection.sock], [], [], 0.05)[0]:
+            break
+        connection.send(b" ")
+    assert connection.getresponse().status == 408
+
+
 def test_bodies_have_a_limit_together(client, monkeypatch):
     monkeypatch.setattr(middleware, "HELD", 100)
     full = client.draw()
@@ -280,6 +300,14 @@ def test_boxes_are_those_that_the_engine_finds(client, engine):
     ):
         refused = client.ask("POST", "/v1/boxes", body)
         assert refused.status == 400 and why in refused.json["error"], refused.json
+
+
+def test_after_a_refresh_the_balancer_is_told(engine):
+    engine = copy.copy(engine)
+    with serving(engine) as client:
+        engine.refresh()
+        for answer in (client.draw(), client.ask("GET", "/health")):
+            assert answer.status == 503 and "make a new scheduler" in answer.json["error"]
 
 
 def test_counters_are_told_to_prometheus(engine):

@@ -412,7 +412,7 @@ def test_it_can_be_switched_off_without_a_word(tiny, monkeypatch):
         warnings.simplefilter("error")
         assert isinstance(packed(tiny.transformer), PackedTransformer)
     monkeypatch.setenv("ECHOGEN_NATIVE", "no")
-    with pytest.raises(ValueError, match="ECHOGEN_NATIVE=no: write 0"):
+    with pytest.raises(loader.SwitchError, match="ECHOGEN_NATIVE=no: write 0"):
         packed(tiny.transformer)
 
 

@@ -441,8 +441,9 @@ def test_refreshed_weights_need_a_new_scheduler(engine):
     engine = copy.copy(engine)
     scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
     engine.refresh()
-    with pytest.raises(ValueError, match="make a new scheduler"):
+    with pytest.raises(SchedulerClosed, match="make a new scheduler"):
         scheduler.submit(ONE)
+    assert "make a new scheduler" in scheduler.closed and scheduler.metrics().refused == 1
 
 
 # --- who is next ----------------------------------------------------------------------------------

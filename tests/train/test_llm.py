@@ -133,9 +133,13 @@ def test_an_address_where_nobody_is(waits):
     with pytest.raises(LLMError, match=r"cannot be reached.*is a server running"):
         Endpoint("http://127.0.0.1:9/v1", "m", wait=waits.append).ask(ASK, 0)
     assert waits == []
-    for url in ("localhost:8000", "ftp://x/v1", "http://", ""):
+    bad = ("http://x:80a0/v1", "http://x:99999/v1", "http://[::1/v1", "http://x /v1", "http://x/é")
+    for url in ("localhost:8000", "ftp://x/v1", "http://", "", *bad):
         with pytest.raises(LLMError, match="no address"):
             Endpoint(url, "m")
+    with pytest.raises(LLMError, match=r"cannot be reached \(nonnumeric port: 'key@x'\)"):
+        Endpoint("http://me:key@x/v1", "m", wait=waits.append).ask(ASK, 0)
+    assert waits == []
 
 
 def test_requests_keep_their_distance(llm, endpoint, waits):
@@ -300,12 +304,24 @@ def test_an_interrupted_run_goes_on(llm, endpoint, tmp_path):
     assert len(llm.requests) == len(seeds)
 
 
-def test_a_file_of_something_else_is_left_alone(tmp_path):
+def test_a_last_line_that_nothing_ends_is_kept(tmp_path):
+    path = tmp_path / "layouts.jsonl"
+    lines = [json.dumps(layout(i)) for i in range(3)]
+    path.write_text("\n".join(lines[:2]))  # as an editor may leave it
+    harvest = Harvest(path, Rules())
+    assert harvest.tally.held == 2
+    harvest.add(Answer(f"[{lines[2]}]", False), [], 3)
+    assert read_layouts(path) == [Layout.from_dict(layout(i)) for i in range(3)]
+
+
+@pytest.mark.parametrize("text", ["dear diary", json.dumps(one(), indent=1)])
+def test_a_file_of_something_else_is_left_alone(tmp_path, text):
     path = tmp_path / "notes.jsonl"
-    path.write_text("dear diary\n")
-    with pytest.raises(LayoutError, match=r"notes\.jsonl: line 1: .*name another file"):
-        Harvest(path, Rules())
-    assert path.read_text() == "dear diary\n"
+    for end in ("\n", ""):
+        path.write_text(text + end)
+        with pytest.raises(LayoutError, match=r"notes\.jsonl: line 1: .*name another file"):
+            Harvest(path, Rules())
+        assert path.read_text() == text + "\n"
 
 
 def test_an_example_of_the_request_is_not_taken_back(tmp_path):

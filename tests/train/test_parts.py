@@ -115,6 +115,26 @@ def test_a_killed_run_draws_scenes_on_from_its_parts(
     assert "drawing 10 val scenes (6 of them are there already)" in capfd.readouterr().err
 
 
+def test_parts_that_another_run_drops_are_made_again(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came to its end after this one had looked for the whole."""
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(parts, "drop", lives(parts.drop, 0))
+        scenes.load_scenes("val", 4)
+    (whole,) = (path for path in cache.iterdir() if ".part" not in path.name)
+    whole.unlink()
+    read = Path.read_bytes
+
+    def late(path: Path) -> bytes:
+        if ".part" in path.name:
+            path.unlink()
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", late)
+    assert scenes.load_scenes("val", 4) == [sample_scene("val", i) for i in range(4)]
+
+
 def test_a_torn_part_is_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     vq, drawn = build_vq(VQ, 32).eval(), [sample_scene("train", i, judged=False) for i in range(8)]
     monkeypatch.setattr(samples, "encode_image", lives(samples.encode_image, 7))

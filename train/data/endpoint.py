@@ -79,8 +79,7 @@ class Endpoint:
         per_minute: float = 60.0,
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not _is_address(url):
             raise LLMError(f"{url}: no address; write http://… or https://…")
         base = url.rstrip("/")
         self.address = base if base.endswith(PATH) else base + PATH
@@ -157,7 +156,8 @@ class Endpoint:
         if isinstance(cause, TimeoutError):
             return _Passing(f"no answer within {self._timeout:g} s")
         reason = getattr(cause, "strerror", None) or str(cause) or type(cause).__name__
-        broken = isinstance(cause, (ConnectionResetError, http.client.HTTPException))
+        passing = (ConnectionResetError, http.client.HTTPException)
+        broken = isinstance(cause, passing) and not isinstance(cause, http.client.InvalidURL)
         if self._reached or broken:
             return _Passing(f"the connection broke ({reason})")
         return LLMError(f"{self.address}: cannot be reached ({reason}); is a server running there?")
@@ -199,6 +199,17 @@ class Endpoint:
                 f"{self.address}: answers, but with no chat completion ({shown!r}…); {_MISSPELT}"
             ) from None
         return Answer(text if isinstance(text, str) else "", why == "length")
+
+
+def _is_address(url: str) -> bool:
+    """Whether a request can be made of it."""
+    try:
+        parts = urlsplit(url)
+        named = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of brackets, or of the port
+        return False
+    sendable = url.isprintable() and " " not in url and parts.path.isascii()
+    return parts.scheme in ("http", "https") and named and sendable
 
 
 def _said(body: bytes) -> str:

@@ -149,7 +149,7 @@ def examine_file(path: Path, rules: Rules) -> tuple[int, list[tuple[int, Rejecte
     return good, bad
 
 
-def _is_object(text: str) -> bool:
+def _is_object(text: str | bytes) -> bool:
     try:
         return isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
@@ -168,12 +168,16 @@ def _whole_lines(path: Path) -> list[str]:
     if not path.exists():
         return []
     data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        with open(path, "r+b") as file:
-            file.truncate(len(whole))
+    begin = data.rfind(b"\n") + 1
+    last = data[begin:]
+    if last.startswith(b"{") and not _is_object(last):
+        os.truncate(path, begin)
+        data = data[:begin]
+    elif last:  # whole but for its end, as an editor may leave it
+        _append(path, [""])
+        data += b"\n"
     try:
-        return whole.decode("utf-8-sig").split("\n")[:-1]
+        return data.decode("utf-8-sig").split("\n")[:-1]
     except UnicodeDecodeError:
         raise LayoutError(f"{path}: not UTF-8 text; name another file") from None
 

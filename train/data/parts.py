@@ -54,8 +54,8 @@ def gathered(
     """
     found: dict[range, T] = {}
     for part in parts:
-        file = place(path, part)
-        kept = decode(file.read_bytes(), part) if file.exists() else None
+        data = _read(place(path, part))
+        kept = None if data is None else decode(data, part)
         if kept is not None:
             found[part] = kept
     missing = [part for part in parts if part not in found]
@@ -65,6 +65,14 @@ def gathered(
                 write(place(path, part), encode(made))
             found[part] = made
     return [found[part] for part in parts]
+
+
+def _read(part: Path) -> bytes | None:
+    """A part as it is kept; None where there is none, or another run has just dropped it."""
+    try:
+        return part.read_bytes()
+    except FileNotFoundError:
+        return None
 
 
 def drop(path: Path, parts: Iterable[range]) -> None:
