@@ -124,22 +124,18 @@ def evaluate(
     split: str,
     count: int,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """All tables of a model on ``count`` scenes of a split.
 
     Drawing uses the engine's default sampling; grounding is free-running constrained decoding.
+    ``progress`` is told the scenes done and their number.
 
     Returns:
         JSON-ready data with ``l2i``, ``i2l``, ``cycle``, ``judge_ceiling`` (accuracy at IoU 0.5 of
         the judge on the true pictures), ``vq_ceiling`` (the L2I table of the true pictures after a
         round trip through the image tokenizer) and ``count``.
     """
-
-    def tell(what: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(what, done, total)
-
     scenes = load_scenes(split, count)
     layouts = layouts_of(scenes, seed)
     expressions = expressions_of(layouts)
@@ -153,7 +149,7 @@ def evaluate(
         drawn.append(engine.generate_codes(layouts[rows], seed, draws))
         self_boxes += engine.ground_codes(drawn[-1], expressions[rows])
         recovered += engine.ground_codes(true_codes[rows], expressions[rows])
-        tell("images", draws[-1] + 1, count)
+        progress(draws[-1] + 1, count)
     codes = torch.cat(drawn)
     images = torch.cat([decode_codes(engine.vq, c) for c in codes.split(BATCH)])
     found = [detect(i) for i in to_images(images)]
