@@ -177,14 +177,14 @@ class Slots:
             self._packed.window(codes, self._at[:count], self.capacity)
         return logits
 
-    def rows_agree(self, prompt: list[int], steps: int = 8) -> bool:
+    def rows_agree(self, prompt: list[int]) -> bool:
         """Whether a sequence has the same logits in every slot, bit for bit, for a few steps; all
         slots are free before and after. It is what batch-invariant mode stands on: in one shape
         libraries round a row without regard to what the others hold, and mostly, but not in every
         shape, without regard to its place (MKL's products of 2 and 3 rows do regard it)."""
         rows = self.take([self.run_prompt(prompt)] * self.rows)
         agreed = True
-        for code in range(steps):
+        for code in range(8):
             self.feed(rows, torch.tensor([[code]], device=rows.index.device))
             logits = self.step()
             agreed = agreed and torch.equal(logits, logits[:1].expand_as(logits))

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from echogen.engine.engine import Engine
 
 BATCH = 32
+QUICK = 64
+"""Scenes drawn by `quick_scores`."""
 MACC_THRESHOLDS = np.round(np.arange(0.5, 0.951, 0.05), 2)  # Ref-L4: ten thresholds
 
 
@@ -181,12 +183,10 @@ def quick_scores(
     prompts: Prompts,
     codes: np.ndarray,
     scenes: list[Scene],
-    drawn: int = 64,
 ) -> dict[str, float]:
     """What a trainer watches: grounding of true images (all scenes) and the judge's reading of the
-    first ``drawn`` scenes' layouts drawn at temperature 0.7 without guidance. ``codes`` [N, T]."""
+    first ``QUICK`` scenes' layouts drawn at temperature 0.7 without guidance. ``codes`` [N, T]."""
     table = model.code_table().detach()
-    drawn = min(drawn, len(scenes))
     layouts = layouts_of(scenes, 0)
     recovered: list[list[Box]] = []
     for i in range(0, len(scenes), BATCH):
@@ -199,12 +199,12 @@ def quick_scores(
             for s, row in zip(scenes, recovered, strict=True)
         ]
     )
-    draws = torch.arange(drawn, device=table.device)
+    inputs = [prompts.l2i(layout) for layout in layouts[:QUICK]]
+    draws = torch.arange(len(inputs), device=table.device)
     sampler = Sampler(Sampling(temperature=0.7), 0, draws, *_code_shape(model))
-    inputs = [prompts.l2i(layout) for layout in layouts[:drawn]]
     images = decode_codes(vq, decode_image(model, table, inputs, sampler, prompts.pad))
     scores = {"ground_acc50": float((ious >= 0.5).mean()), "ground_iou": float(ious.mean())}
-    return scores | judge_boxes(images, scenes[:drawn])
+    return scores | judge_boxes(images, scenes[:QUICK])
 
 
 def _code_shape(model: UnifiedTransformer) -> tuple[int, int]:
