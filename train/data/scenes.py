@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from echogen.engine.cache_folder import cache_folder
+from echogen.engine.shards import replace_file
 from echogen.train.data import grammar, parts, shapes
 from echogen.train.data.canvas import draw
 from echogen.train.data.shapes import IMAGE_SIZE, Object, Scene, sample_scene
@@ -70,7 +71,7 @@ def load_scenes(split: str, count: int) -> list[Scene]:
 
         what = ("drawing", f"{split} scenes")
         lines = parts.gathered(path, what, chunks, drawn, bytes, _whole)
-        parts.write(path, b"".join(lines))
+        replace_file(path, b"".join(lines))
         parts.drop(path, chunks)
     return [
         Scene(tuple(Object(s, c, t, tuple(b)) for s, c, t, b in json.loads(line)))
