@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -114,6 +115,14 @@ class WorldStage:
     def begin(self) -> dict[str, float]:
         """Nothing to find out before the first step."""
         return {}
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `Stage`."""
+        return self.loss_part(step, 0, 1)
+
+    def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `Stage`."""
+        raise NotImplementedError
 
     def after_step(self, step: int) -> None:
         """Nothing follows the optimizer step."""
