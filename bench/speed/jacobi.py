@@ -141,7 +141,7 @@ class _Pictures:
 
     @classmethod
     def of(cls, scenes: list[Scene], engine: Engine) -> _Pictures:
-        side = round(engine.transformer.config.image_tokens**0.5)
+        side = engine.transformer.config.grid
         pixels = np.zeros((len(scenes), IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
         cells = np.zeros((len(scenes), side, side), dtype=bool)
         for canvas, grid, scene in zip(pixels, cells, scenes, strict=True):
