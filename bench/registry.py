@@ -201,6 +201,16 @@ def cases() -> dict[str, Case]:
     return {case.name: case for module in modules for case in module.CASES}
 
 
+def named(operators: Sequence[str]) -> list[Case]:
+    """The cases of names of operators or cases, all if there are none. Raises ValueError."""
+    known = cases()
+    for name in operators:
+        if name not in {c.operator for c in known.values()} | known.keys():
+            there = ", ".join(dict.fromkeys(c.operator for c in known.values()))
+            raise ValueError(f"operator {name}: unknown; choose {there}")
+    return [c for c in known.values() if not operators or {c.operator, c.name} & set(operators)]
+
+
 def wide(x: Tensor) -> Tensor:
     """In float32 at least, as eager code computes what must not be rounded."""
     return x if x.dtype == torch.float64 else x.float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from threading import Lock
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from echogen.engine.config import ModelConfig
+from echogen.kernels.rope import scaled_heads
 
 PREFIX_BYTES = 1 << 26
 """Kept of prompts that come again, unless more is asked for."""
@@ -132,6 +134,25 @@ class Prefix:
     def nbytes(self) -> int:
         """Bytes of both."""
         return self.keys_values.nbytes + self.logits.nbytes
+
+
+def put_prefix(
+    block: Tensor, scales: Tensor | None, places: Sequence[int | slice], keys_values: Tensor
+) -> None:
+    """Copy keys and values [2, layers, n, kv_heads, L, K] to the beginning of each of ``places``,
+    slices of n rows of a ``block`` [2, layers, B, kv_heads, S, K], or rows, and then without n. In
+    8 bits the block has ``scales`` [layers, 2, B, kv_heads, S]."""
+    length = keys_values.shape[-2]
+    if scales is None:
+        for place in places:
+            block[:, :, place, :, :length] = keys_values
+        return
+    # A layer at a time: float32 copies of them all would be several times what is saved.
+    for layer, each in enumerate(keys_values.unbind(1)):
+        held, factors = scaled_heads(each)
+        for place in places:
+            block[:, layer, place, :, :length] = held
+            scales[layer, :, place, :, :length] = factors
 
 
 class PrefixCache:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from echogen.engine.cache import put_prefix
 from echogen.engine.device import DeviceTransformer, Piece, Places, Prefixes
 from echogen.engine.graphs import Step as Run
 from echogen.engine.graphs import bucket
@@ -22,7 +23,6 @@ from echogen.kernels.checks import FP8, device_seed
 from echogen.kernels.decode_attention import decode_members
 from echogen.kernels.overlap import overlapping
 from echogen.kernels.reference.sampling import COLDEST, branches, mixed, truncated
-from echogen.kernels.rope import scaled_heads
 from echogen.kernels.sampling import cfg_sample
 
 EDGE = 64
@@ -167,16 +167,8 @@ class DeviceStep:
 
     def keep_prompts(self, first: int, keys_values: Tensor) -> None:
         """Keep what prompts ``first`` … left behind, [2, layers, n, Hk, L, K], keys first."""
-        _, _, count, _, length, _ = keys_values.shape
-        prompts = slice(first, first + count)
-        if self._prompt_scales is None:
-            self.prompts[:, :, prompts, :, :length] = keys_values
-            return
-        # A layer at a time: float32 copies of them all would be several times what is saved.
-        for layer, block in enumerate(keys_values.unbind(1)):
-            held, scales = scaled_heads(block)
-            self.prompts[:, layer, prompts, :, :length] = held
-            self._prompt_scales[layer, :, prompts, :, :length] = scales
+        prompts = slice(first, first + keys_values.shape[2])
+        put_prefix(self.prompts, self._prompt_scales, [prompts], keys_values)
 
     def choose(self, sampler: Sampler) -> None:
         """Take a sampler's numbers.

@@ -93,10 +93,10 @@ def columns_of(tokens: int) -> int:
     return round(tokens**0.5)
 
 
-def covered(layout: Layout, raster: int = 64) -> float:
-    """Share of the canvas inside boxes, by the centres of ``raster``² cells."""
-    centres = (torch.arange(raster) + 0.5) / raster
-    inside = torch.zeros(raster, raster, dtype=torch.bool)
+def covered(layout: Layout) -> float:
+    """Share of the canvas inside boxes, by the centres of 64 × 64 cells."""
+    centres = (torch.arange(64) + 0.5) / 64
+    inside = torch.zeros(64, 64, dtype=torch.bool)
     for x1, y1, x2, y2 in (o.box for o in layout.objects):
         across, down = ((a <= centres) & (centres < b) for a, b in ((x1, x2), (y1, y2)))
         inside |= down[:, None] & across

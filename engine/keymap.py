@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import JanusConfig, JanusVisionConfig, JanusVQVAEConfig, LlamaConfig
 
@@ -109,24 +108,6 @@ def to_port(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tenso
     return {key: state[name][rows] for key, (name, rows) in places(config).items()}
 
 
-def from_port(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """The inverse of ``to_port``: a state for ``UnifiedTransformer.load_state_dict(strict=True)``.
-
-    Fused weights are new tensors; the others are those of ``state``. Keys of the VQ and of SigLIP
-    are passed over.
-
-    Raises:
-        KeyError: ``state`` lacks one of the transformer's tensors.
-    """
-    parts: dict[str, list[Tensor]] = {}
-    for key, (name, _) in places(config).items():  # in the order of the rows
-        parts.setdefault(name, []).append(state[key])
-    ours = {name: p[0] if len(p) == 1 else torch.cat(p) for name, p in parts.items()}
-    if config.tied:
-        ours["text_head.weight"] = ours["text_embedding.weight"]
-    return ours
-
-
 def _projector_layer(i: int) -> str:
     return "fc1" if i == 0 else f"hidden_layers.{i - 1}"
 
@@ -219,17 +200,6 @@ def original_parts(key: str, tensor: Tensor) -> dict[str, Tensor]:
     if key.endswith(".pos_embed") and tensor.dim() == 3 and tensor.shape[0] == 1:
         tensor = tensor[0]
     return dict.fromkeys(names, tensor)
-
-
-def original_to_port(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Convert a whole state from the original layout to the port's (views; no copy).
-
-    Raises:
-        CheckpointError: as ``original_parts``.
-    """
-    return {
-        name: t for key, tensor in state.items() for name, t in original_parts(key, tensor).items()
-    }
 
 
 # What of the original's language_config means the same to a LlamaConfig.

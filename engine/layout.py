@@ -162,11 +162,7 @@ class Layout:
     @classmethod
     def load(cls, path: str | Path) -> Layout:
         """Read a layout file. Raises LayoutError, with the path in front."""
-        try:
-            text = Path(path).read_text(encoding="utf-8-sig")
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or "not UTF-8 text"
-            raise LayoutError(f"{path}: cannot be read ({reason})") from None
+        text = read_text(path)
         try:
             return cls.loads(text)
         except LayoutError as error:
@@ -194,6 +190,15 @@ class Layout:
     def save(self, path: str | Path) -> None:
         """Write the layout as a JSON file."""
         Path(path).write_text(self.dumps() + "\n", encoding="utf-8")
+
+
+def read_text(path: str | Path) -> str:
+    """What a text file holds. Raises LayoutError, with the path in front."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise LayoutError(f"{path}: cannot be read ({reason})") from None
 
 
 def read_json(text: str) -> object:

@@ -19,8 +19,6 @@ from echogen.engine.cache import PrefixCache
 from echogen.engine.config import ModelConfig
 from echogen.engine.model import Block, RMSNorm, UnifiedTransformer
 
-Mask = Tensor | None
-
 
 class PackedLinear:
     """A linear layer on a copy of its weight in oneDNN's blocked layout, which streams from memory

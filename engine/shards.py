@@ -224,6 +224,18 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file beside its place and rename it, so that it is whole wherever it is. Raises
+    OSError."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        beside.write_bytes(data)
+        sync(beside)
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
 def with_usual_mode(folder: Path, paths: Iterable[Path]) -> None:
     """Give files the mode that new files in the folder get. safetensors makes its own for their
     owner alone (0600, whatever the umask), and another user could not serve a model."""

@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from echogen.engine.cache import PREFIX_BYTES, Prefix, PrefixCache, WindowCache
+from echogen.engine.cache import PREFIX_BYTES, Prefix, PrefixCache, WindowCache, put_prefix
 from echogen.engine.decode import Decoder
 from echogen.engine.device import DeviceTransformer
 from echogen.engine.graphs import bucket
@@ -24,7 +24,6 @@ from echogen.engine.packed import PackedTransformer
 from echogen.engine.ranges import span
 from echogen.engine.rows import DeviceRows, NativeRows, PackedRows, PlainRows, Runner
 from echogen.kernels.checks import FP8
-from echogen.kernels.rope import scaled_heads
 
 EDGE = 32
 """Keys are read up to a multiple of this, and a cache ends at one: a row's sums then end where a
@@ -177,14 +176,14 @@ class Slots:
             self._packed.window(codes, self._at[:count], self.capacity)
         return logits
 
-    def rows_agree(self, prompt: list[int], steps: int = 8) -> bool:
+    def rows_agree(self, prompt: list[int]) -> bool:
         """Whether a sequence has the same logits in every slot, bit for bit, for a few steps; all
         slots are free before and after. It is what batch-invariant mode stands on: in one shape
         libraries round a row without regard to what the others hold, and mostly, but not in every
         shape, without regard to its place (MKL's products of 2 and 3 rows do regard it)."""
         rows = self.take([self.run_prompt(prompt)] * self.rows)
         agreed = True
-        for code in range(steps):
+        for code in range(8):
             self.feed(rows, torch.tensor([[code]], device=rows.index.device))
             logits = self.step()
             agreed = agreed and torch.equal(logits, logits[:1].expand_as(logits))
@@ -231,21 +230,11 @@ class Slots:
 
     def _keep(self, prefix: Prefix, rows: list[int]) -> None:
         """Copy a prefix into some slots."""
-        block, length = self.cache.block, prefix.keys_values.shape[-2]
-        if self._native is not None:
-            for row in rows:
-                self._native.hold(row, prefix)
+        if self._native is None:
+            put_prefix(self.cache.block, self.scales, rows, prefix.keys_values)
             return
-        if self.scales is None:
-            for row in rows:
-                block[:, :, row, :, :length].copy_(prefix.keys_values)
-            return
-        # A layer at a time: float32 copies of them all would be several times what is saved.
-        for layer, keys_values in enumerate(prefix.keys_values.unbind(1)):
-            held, scales = scaled_heads(keys_values)
-            for row in rows:
-                block[:, layer, row, :, :length].copy_(held)
-                self.scales[layer, :, row, :, :length] = scales
+        for row in rows:
+            self._native.hold(row, prefix)
 
     def _forget(self, rows: Iterable[int]) -> None:
         """Let go of what free rows began with, where it is not a copy."""

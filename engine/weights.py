@@ -23,11 +23,9 @@ from echogen.engine.keymap import (
     VISION_PREFIX,
     VQ_PREFIX,
     CheckpointError,
-    from_port,
     ignored,
     original_config,
     original_parts,
-    original_to_port,
     to_port,
 )
 from echogen.engine.model import UnifiedTransformer
@@ -41,16 +39,6 @@ from echogen.engine.shards import (
     write_json,
     write_weights,
 )
-
-__all__ = [
-    "Checkpoint",
-    "CheckpointError",
-    "from_port",
-    "load_checkpoint",
-    "original_to_port",
-    "save_checkpoint",
-    "to_port",
-]
 
 _EMBEDDING, _HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -12,13 +12,12 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from echogen.engine.shards import sync
+from echogen.engine.shards import replace_file, sync
 
 UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
@@ -142,15 +141,8 @@ def reason(error: BaseException) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file beside and rename it. Raises StateError."""
-    beside = path.with_name(path.name + ".part")
+    """Replace a small file. Raises StateError."""
     try:
-        with open(beside, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
+        replace_file(path, text.encode())
     except OSError as error:
-        with suppress(OSError):
-            beside.unlink(missing_ok=True)
         raise StateError(f"{path}: cannot be written ({error.strerror}); make room") from error

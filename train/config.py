@@ -368,7 +368,6 @@ class Recipe:
     pmtp_on: PMTPConfig
     djo: DJOConfig
     cycle_rl: CycleRLConfig
-    notes: str = field(default="")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

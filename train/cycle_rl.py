@@ -287,10 +287,6 @@ class CycleRLStage(WorldStage):
                 return self.logprob(self.module, held)
         return None if self._reference is None else self.logprob(self._reference, held)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
-        """See `Stage`."""
-        return self.loss_part(step, 0, 1)
-
     def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
         """See `Stage`."""
         c, held = self.config, self._hold(step, part, parts)

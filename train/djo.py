@@ -216,10 +216,6 @@ class DJOStage(WorldStage):
         kept = torch.tensor([x.kept for x in every])
         return {**vars(self._real(every)), "kept": kept, "draws": [x.draw for x in every]}
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
-        """See `Stage`."""
-        return self.loss_part(step, 0, 1)
-
     def ahead(self, step: int, part: int, parts: int) -> None:
         """See `Stage`."""
         self._laid.prepare(step, part, parts)

@@ -229,12 +229,8 @@ class PMTPStage(WorldStage):
         """See `Stage`."""
         self._laid.prepare(step, part, parts)
 
-    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
-        """Cross entropies of image codes and of box tokens, each a mean over its targets."""
-        return self.loss_part(step, 0, 1)
-
     def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
-        """See `Stage`."""
+        """Cross entropies of image codes and of box tokens, each a mean over its targets."""
         batch, (codes, answers) = self._laid.take(step, part, parts)
         hidden = hidden_states(self.module, batch)
         image = image_loss(self.module, hidden, batch, codes)

@@ -96,7 +96,6 @@ def small() -> Recipe:
         djo=DJOConfig(loop=late, scenes=200_000, batch=128, loop_weight=0.2),
         # Drawn and scored in bfloat16: `sampler_gap` in the metrics says how far the two are apart.
         cycle_rl=CycleRLConfig(loop=rl, scenes=200_000, batch=16, rollout_dtype="bfloat16"),
-        notes="train vq and the stages with --device cuda",
     )  # fmt: skip
 
 
@@ -141,7 +140,6 @@ def janus_pro_1b() -> Recipe:
         cycle_rl=CycleRLConfig(
             loop=rl, scenes=200_000, batch=1, group=8, rollout_dtype="bfloat16"
         ),
-        notes="begins with a Janus-Pro-1B checkpoint: train pmtp --pretrained FOLDER",
     )  # fmt: skip
 
 

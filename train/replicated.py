@@ -63,15 +63,15 @@ class Bucket:
         self.sent = None
 
 
-def sent_together(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Parameters by bucket, in order: of one type, large ones of up to ``bucket_bytes`` together
+def sent_together(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Parameters by bucket, in order: of one type, large ones of up to ``BUCKET_BYTES`` together
     (or one of more), and beside them as many bytes of small ones."""
     buckets: list[list[nn.Parameter]] = []
     kind, held = None, {True: 0, False: 0}
     for p in parameters:
         size = p.numel() * p.element_size()
         small = size <= SMALL_BYTES
-        if p.dtype != kind or (held[small] and held[small] + size > bucket_bytes):
+        if p.dtype != kind or (held[small] and held[small] + size > BUCKET_BYTES):
             buckets.append([])
             kind, held = p.dtype, {True: 0, False: 0}
         buckets[-1].append(p)
@@ -92,15 +92,12 @@ class GradientSum:
     """
 
     def __init__(
-        self,
-        parameters: list[nn.Parameter],
-        idle: list[nn.Parameter] | None = None,
-        bucket_bytes: int = BUCKET_BYTES,
+        self, parameters: list[nn.Parameter], idle: list[nn.Parameter] | None = None
     ) -> None:
         self._buckets: list[Bucket] = []
         for part in (parameters, idle or []):
             # Backwards: about the order in which backward finishes them.
-            for together in sent_together(part[::-1], bucket_bytes):
+            for together in sent_together(part[::-1]):
                 self._buckets.append(Bucket(together))
         self._next = 0
         for bucket in self._buckets:

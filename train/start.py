@@ -19,6 +19,7 @@ from echogen.engine.keymap import CheckpointError
 from echogen.engine.pretrained import bundled, resolve
 from echogen.train.checkpoint import StateError
 from echogen.train.data.samples import module_hash
+from echogen.train.data.shapes import IMAGE_SIZE
 
 RECORD = "stage.json"
 
@@ -108,10 +109,10 @@ def note_chosen(folder: Path, chosen: dict[str, Any]) -> None:
         path.write_text(json.dumps({**json.loads(path.read_text()), "chosen": chosen}) + "\n")
 
 
-def check_world(engine: Engine, path: str | Path, image_size: int) -> None:
+def check_world(engine: Engine) -> None:
     """Refuse a model on whose images the world cannot be drawn. Raises CheckpointError."""
-    if engine.image_size % image_size:
+    if engine.image_size % IMAGE_SIZE:
         raise CheckpointError(
-            f"{path}: this model's images have {engine.image_size} pixels a side, those of "
-            f"ShapesWorld {image_size} or a multiple of it; begin with a model trained on them"
+            f"the model's images have {engine.image_size} pixels a side, those of "
+            f"ShapesWorld {IMAGE_SIZE} or a multiple of it; begin with a model trained on them"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +29,6 @@ from echogen.train.data.packing import (
 )
 from echogen.train.data.samples import Sample, load_samples
 from echogen.train.data.scenes import load_scenes
-from echogen.train.data.shapes import IMAGE_SIZE
 from echogen.train.distributed import one_goes_first
 from echogen.train.lora import add_adapters, save_adapter
 from echogen.train.passes import box_loss, hidden_states, image_loss
@@ -72,7 +72,7 @@ class WorldStage:
     """Of the weights that the engine runs on where it has its own (see ``gather``)."""
 
     def __init__(self, engine: Engine, loop: LoopConfig, stages: tuple[str, ...] = ()) -> None:
-        check_world(engine, "the model", IMAGE_SIZE)
+        check_world(engine)
         self.engine, self.prompts, self.vq = engine, engine.prompts, engine.vq
         self.module, self._device = engine.transformer, engine.device
         self.module.train().pixel_aligner.requires_grad_(False)  # no stage here reads pixels
@@ -115,6 +115,14 @@ class WorldStage:
     def begin(self) -> dict[str, float]:
         """Nothing to find out before the first step."""
         return {}
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `Stage`."""
+        return self.loss_part(step, 0, 1)
+
+    def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `Stage`."""
+        raise NotImplementedError
 
     def after_step(self, step: int) -> None:
         """Nothing follows the optimizer step."""

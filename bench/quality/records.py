@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from echogen.bench.quality.cells import Cell
 from echogen.commands.output import finite
+from echogen.engine.shards import replace_file
 
 Record = dict[str, Any]
 KEYS = {"cell", "arm", "seed", "stage", "scale", "settings", "start", "model", "steps", "samples",
@@ -82,14 +81,10 @@ def write_record(folder: Path, record: Record, log: Path | None) -> None:
     that JSON cannot hold (NaN, infinity) becomes None, as in every result of the command line."""
     folder.mkdir(parents=True, exist_ok=True)
     if log is not None:
-        beside = log_path(folder, record["cell"]).with_suffix(".part")
-        shutil.copyfile(log, beside)
-        os.replace(beside, log_path(folder, record["cell"]))
+        replace_file(log_path(folder, record["cell"]), log.read_bytes())
     write_json(record_path(folder, record["cell"]), finite(record))
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write beside and rename, so that no torn file is left."""
-    beside = path.with_suffix(".part")
-    beside.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    os.replace(beside, path)
+    """Write a file whole, or not at all."""
+    replace_file(path, (json.dumps(data, indent=1, allow_nan=False) + "\n").encode())

@@ -210,12 +210,12 @@ def markdown(tables: dict[str, Table]) -> str:
     """All tables as one page."""
     parts = ["# Quality experiments", "Made by `echogen bench quality --report` from the cells "
              "beside it, each with its metrics log.\n" + READING]  # fmt: skip
-    for name, table in tables.items():
-        parts += _section(name, table)
+    for table in tables.values():
+        parts += _section(table)
     return "\n\n".join(parts) + "\n"
 
 
-def _section(name: str, table: Table) -> list[str]:
+def _section(table: Table) -> list[str]:
     parts = [f"## {table['title']}"]
     rows = [row for row in table["rows"] if row["seeds"]]
     if table["missing"]:

@@ -7,7 +7,6 @@ most the steps since the last checkpoint.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 from collections.abc import Iterator
@@ -27,6 +26,8 @@ from echogen.bench.quality.records import (
     write_record,
 )
 from echogen.bench.quality.stages import Timed, build, checkpoint
+from echogen.commands import run_folder
+from echogen.commands.output import InputError
 from echogen.engine.engine import Engine
 from echogen.engine.keymap import CheckpointError
 from echogen.engine.layout import LayoutError
@@ -107,17 +108,13 @@ def folder_of(lab: Lab, cell: Cell) -> Path:
 
 @contextmanager
 def held(lab: Lab, cell: Cell) -> Iterator[None]:
-    """One process at a time runs a cell; the lock ends with the process, however that ends."""
+    """One process at a time runs a cell."""
     folder_of(lab, cell).mkdir(parents=True, exist_ok=True)
-    with open(folder_of(lab, cell) / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise QualityError(
-                f"{cell.name}: another process is running it; wait for it, or name another --cell "
-                f"or --table"
-            ) from None
-        yield
+    try:
+        with run_folder.held(folder_of(lab, cell), cell.name):
+            yield
+    except InputError as error:
+        raise QualityError(str(error)) from None
 
 
 def _finish(lab: Lab, cell: Cell) -> None:

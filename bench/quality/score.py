@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from typing import Any
@@ -41,13 +40,7 @@ class Sizes:
     draws: int = 4
 
 
-def measure(
-    engine: Engine,
-    sizes: Sizes,
-    seed: int,
-    choose: bool = True,
-    tell: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> dict[str, Any]:
+def measure(engine: Engine, sizes: Sizes, seed: int, choose: bool = True) -> dict[str, Any]:
     """A model at T = 1, CFG = 1 (``plain``) and at its validation-best setting (``best``).
 
     Args:
@@ -60,16 +53,15 @@ def measure(
         ``best``, each the tables of `evaluate` with ``sampling`` and ``diversity``, and ``sizes``.
     """
     grid = []
-    for done, sampling in enumerate(GRID if choose else (), 1):
+    for sampling in GRID if choose else ():
         found = judged(engine, sizes.validation, seed, sampling)
         grid.append({"temperature": sampling.temperature, "cfg": sampling.cfg, **found})
-        tell("settings", done, len(GRID))
     best = PLAIN
     if grid:
         top = max(grid, key=lambda row: row["judge_iou"])
         best = Sampling(temperature=top["temperature"], cfg=top["cfg"])
-    plain = tables(engine, sizes, seed, PLAIN, tell)
-    chosen = plain if best == PLAIN else tables(engine, sizes, seed, best, tell)
+    plain = tables(engine, sizes, seed, PLAIN)
+    chosen = plain if best == PLAIN else tables(engine, sizes, seed, best)
     return {"sizes": asdict(sizes), "validation": grid, "plain": plain, "best": chosen}
 
 
@@ -80,17 +72,11 @@ def judged(engine: Engine, count: int, seed: int, sampling: Sampling) -> dict[st
     return judge_boxes(images, scenes)
 
 
-def tables(
-    engine: Engine,
-    sizes: Sizes,
-    seed: int,
-    sampling: Sampling,
-    tell: Callable[[str, int, int], None],
-) -> dict[str, Any]:
+def tables(engine: Engine, sizes: Sizes, seed: int, sampling: Sampling) -> dict[str, Any]:
     """The tables on test scenes at one setting, with the diversity of its pictures."""
     default, engine.sampling = engine.sampling, sampling
     try:
-        found = evaluate(engine, "test", sizes.test, seed, tell)
+        found = evaluate(engine, "test", sizes.test, seed)
     finally:
         engine.sampling = default
     layouts = layouts_of(load_scenes("test", sizes.test), seed)[: sizes.varied]

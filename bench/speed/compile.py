@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from echogen.bench.harness import environment
-from echogen.bench.registry import Case, Mode, ShapesOnly, cases
+from echogen.bench.registry import Case, Mode, ShapesOnly, named
 from echogen.bench.speed import contest
 from echogen.kernels import aot
 from echogen.kernels.cuda import nvcc
@@ -51,12 +51,7 @@ def run(
         aot.target_of(arch)
     if aot.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled")
-    known = cases()
-    strange = set(operators) - known.keys() - {c.operator for c in known.values()}
-    if strange:
-        named = ", ".join(dict.fromkeys(c.operator for c in known.values()))
-        raise ValueError(f"operator {min(strange)}: unknown; choose {named}")
-    asked = [c for c in known.values() if not operators or {c.operator, c.name} & set(operators)]
+    asked = named(operators)
     found: dict[str, tuple[aot.Source, dict[str, str]]] = {}
     for case in asked:
         for dtype in DTYPES if case.only is None else (case.only,):

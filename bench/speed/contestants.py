@@ -132,7 +132,7 @@ class Contestants:
     def timed(self, name: str, asked: Asked, told: Told = None) -> Draw:
         """What is timed; returns when the device has done it."""
         sampling = Sampling(temperature=float(asked.sample), cfg=asked.cfg)
-        return partial(_waited, self._draw(name, asked, sampling, told))
+        return partial(waited, self._draw(name, asked, sampling, told))
 
     def attempt(self, name: str, call: Callable[[], T]) -> T | None:
         """What a peer's ``call`` gives; None where it raises, and from now on the peer is left out
@@ -214,7 +214,8 @@ class Contestants:
         return step_floor(c, len(rows), different, len(rows[0]), itemsize, *eight)
 
 
-def _waited(draw: Draw) -> Tensor:
+def waited(draw: Draw) -> Tensor:
+    """The codes of a drawing that its device has done."""
     codes = draw()
     if codes.is_cuda:
         torch.cuda.synchronize()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -18,15 +17,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from echogen.bench.harness import WrongResult, alternate, environment, quantiles, seconds
+from echogen.bench.harness import WrongResult, alternate, environment, quantiles, seconds, threads
 from echogen.bench.peers.janus_port import CacheKind
+from echogen.bench.registry import OURS
+from echogen.bench.speed.contestants import PORT, Draw, waited
 from echogen.bench.speed.models import Subject, load
 from echogen.engine.decode import Packed, Progress, decode_image
 from echogen.engine.engine import on_operators
 from echogen.engine.sampler import Sampler, Sampling
-
-Draw = Callable[[], Tensor]
-OURS, PORT = "echogen", "transformers"
 
 
 def run(
@@ -68,11 +66,8 @@ def run(
     if peer == PORT and not cfg > 1:
         raise ValueError(f"cfg = {cfg}; the port draws only with guidance, above 1")
     subject = load(model, batch, seed, with_port=peer == PORT).to(device)
-    threads_before = torch.get_num_threads()
-    try:
+    with threads(None):
         found = _compare(subject, cfg, repeats, progress)
-    finally:
-        torch.set_num_threads(threads_before)
     parameters = sum(p.numel() for p in subject.transformer.parameters())
     asked = {"model": model, "parameters": parameters, "dtype": "float32"}
     asked |= {"batch": batch, "cfg": cfg, "repeats": repeats, "seed": seed}
@@ -117,11 +112,7 @@ def _compare(
 def _contestants(subject: Subject, cfg: float) -> tuple[dict[str, list[Draw]], float]:
     """Each provider's ways of drawing, and the seconds spent on packing this engine's weights."""
     s, c = subject, subject.transformer.config
-    prompts = s.prompts.tolist()
-    if cfg != 1:
-        middle = [s.pad] * (s.prompts.shape[1] - 2)
-        prompts += [[s.bos, *middle, s.begin_image]] * len(prompts)
-    images = len(s.prompts)
+    prompts, images = s.rows(s.prompts, cfg), len(s.prompts)
     holder: list[Any] = [s.transformer]
 
     def pack() -> None:
@@ -141,15 +132,7 @@ def _contestants(subject: Subject, cfg: float) -> tuple[dict[str, list[Draw]], f
     if s.port is not None:
         kinds = get_args(CacheKind)
         draws[PORT] = [partial(s.port.generate, s.prompts, cfg, kind) for kind in kinds]
-    if s.prompts.is_cuda:
-        draws = {name: [partial(_waited, draw) for draw in each] for name, each in draws.items()}
-    return draws, spent
-
-
-def _waited(draw: Draw) -> Tensor:
-    codes = draw()
-    torch.cuda.synchronize()
-    return codes
+    return {n: [partial(waited, draw) for draw in each] for n, each in draws.items()}, spent
 
 
 def _check(name: str, codes: Tensor, wanted: Tensor) -> None:
@@ -168,13 +151,13 @@ def _check(name: str, codes: Tensor, wanted: Tensor) -> None:
 def _best(variants: list[Draw], cores: int, probes: int = 2) -> tuple[Draw, int]:
     """The fastest variant and thread count: the best of a few probes, after one to warm up."""
     scores: dict[tuple[int, int], float] = {}
-    for threads in range(1, cores + 1):
-        torch.set_num_threads(threads)
+    for count in range(1, cores + 1):
+        torch.set_num_threads(count)
         for i, draw in enumerate(variants):
             draw()
-            scores[i, threads] = min(seconds(draw) for _ in range(probes))
-    variant, threads = min(scores, key=scores.__getitem__)
-    return variants[variant], threads
+            scores[i, count] = min(seconds(draw) for _ in range(probes))
+    variant, count = min(scores, key=scores.__getitem__)
+    return variants[variant], count
 
 
 def _row(name: str, times: list[float], threads: int, images: int, steps: int) -> dict[str, Any]:

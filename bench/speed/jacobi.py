@@ -19,7 +19,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from echogen.bench.harness import environment, seconds
+from echogen.bench.harness import environment, seconds, threads
 from echogen.engine.decode import Progress, decode_image
 from echogen.engine.engine import Engine
 from echogen.engine.jacobi import Draft, WindowDrawing, decode_windows, default_window
@@ -87,9 +87,8 @@ def run(
     grid = list(itertools.product(temperatures, scales))
     total = len(grid) * sum(-(-len(s.layouts) // batch) for s in sets)
     done = itertools.count(1)
-    threads, found = torch.get_num_threads(), []
-    torch.set_num_threads(1)
-    try:
+    found = []
+    with threads(1):
         for temperature, cfg in grid:
             sampling = Sampling(temperature=temperature, cfg=cfg)
             usual = default_window(batch * (1 + sampling.guided))
@@ -101,8 +100,6 @@ def run(
                     if progress is not None:
                         progress(next(done), total)
             found += [tally.report(sets) for tally in tallies]
-    finally:
-        torch.set_num_threads(threads)
     asked = {"mode": "jacobi", "model": model, "dtype": dtype, "batch": batch, "threads": 1}
     asked |= {"layouts": layouts, "crowded_layouts": len(sets[1].layouts), "seed": seed}
     return (
@@ -144,7 +141,7 @@ class _Pictures:
 
     @classmethod
     def of(cls, scenes: list[Scene], engine: Engine) -> _Pictures:
-        side = round(engine.transformer.config.image_tokens**0.5)
+        side = engine.transformer.config.grid
         pixels = np.zeros((len(scenes), IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
         cells = np.zeros((len(scenes), side, side), dtype=bool)
         for canvas, grid, scene in zip(pixels, cells, scenes, strict=True):
@@ -263,24 +260,20 @@ def _draw(
     tallies: list[_Tally],
 ) -> None:
     """Draw one group of layouts code by code, and then in every way that is tallied."""
-    c, p = engine.transformer.config, engine.prompts
-    prompts = [p.l2i(pictures.layouts[i]) for i in group]
-    if sampling.cfg != 1:
-        prompts += [p.unconditional(ids, sampling.unconditional) for ids in prompts]
+    c, embeddings, pad = engine.transformer.config, engine.code_table, engine.prompts.pad
+    prompts = engine.prompt_rows([pictures.layouts[i] for i in group], sampling)
     draws = torch.tensor(group)
-    with torch.inference_mode():
-        embeddings = engine.transformer.code_table()
     drawn: list[Any] = [None]
 
     def sampler() -> Sampler:
         return Sampler(sampling, seed, draws, c.codebook_size, c.image_tokens)
 
     def one_by_one() -> None:
-        drawn[0] = decode_image(engine.decoder, embeddings, prompts, sampler(), p.pad)
+        drawn[0] = decode_image(engine.decoder, embeddings, prompts, sampler(), pad)
 
     def several(window: int, draft: Draft) -> None:
         made = sampler()
-        drawn[0] = decode_windows(engine.decoder, embeddings, prompts, made, p.pad, window, draft)
+        drawn[0] = decode_windows(engine.decoder, embeddings, prompts, made, pad, window, draft)
 
     spent = seconds(one_by_one)
     codes: Tensor = drawn[0]

@@ -29,6 +29,7 @@ from echogen.bench.registry import (
     Run,
     ShapesOnly,
     cases,
+    named,
 )
 from echogen.bench.roofline import Roofline, measure
 from echogen.bench.speed import clock, contest
@@ -61,12 +62,7 @@ def choose(operators: Sequence[str], size: str | None, device: str) -> list[tupl
     Raises:
         ValueError: no such operator or size.
     """
-    known = cases()
-    for name in operators:
-        if name not in {c.operator for c in known.values()} | known.keys():
-            named = ", ".join(dict.fromkeys(c.operator for c in known.values()))
-            raise ValueError(f"operator {name}: unknown; choose {named}")
-    chosen = [c for c in known.values() if not operators or {c.operator, c.name} & set(operators)]
+    chosen = named(operators)
     usual = [(c, s) for c in chosen for s in c.sizes if (s == "tiny") == (device == "cpu")]
     found = usual if size is None else [(c, size) for c in chosen if size in c.sizes]
     if not found:

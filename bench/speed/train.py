@@ -11,7 +11,15 @@ import torch
 
 from echogen.bench.harness import environment, quantiles
 from echogen.bench.profile.stopwatch import Stopwatch
-from echogen.bench.profile.subjects import FRESH, Asked, Work, steps_to_warm, training, warm_up
+from echogen.bench.profile.subjects import (
+    FRESH,
+    STAGES,
+    Asked,
+    Work,
+    steps_to_warm,
+    training,
+    warm_up,
+)
 from echogen.bench.profile.trace import clock
 from echogen.bench.roofline import measure
 from echogen.bench.speed.phases import Weights
@@ -19,11 +27,9 @@ from echogen.engine.config import ModelConfig
 from echogen.engine.pretrained import bundled
 from echogen.engine.ranges import listening
 from echogen.train.config import Recipe
-from echogen.train.progress import peak_memory
+from echogen.train.progress import PASS, peak_memory
 from echogen.train.recipes import tiny
 
-STAGES = ("pmtp", "djo", "cycle-rl")
-PASS = "train/pass"
 WATCHED = 2
 """Steps whose time is given out to ranges, at most."""
 

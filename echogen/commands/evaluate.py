@@ -69,13 +69,7 @@ class Eval:
 
         began = time.perf_counter()
         with progress(f"{self.split} images") as update:
-            tables = evaluate(
-                engine,
-                self.split,
-                self.count,
-                self.seed,
-                lambda _, done, total: update(done, total),
-            )
+            tables = evaluate(engine, self.split, self.count, self.seed, update)
         data = finite(
             {
                 **tables,

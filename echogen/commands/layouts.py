@@ -105,7 +105,7 @@ class Layouts:
         had = harvest.tally.held
         try:
             with progress("layouts") as update:
-                tally = collect(endpoint.ask, harvest, self.count, self.batch, self.seed, update)
+                collect(endpoint.ask, harvest, self.count, self.batch, self.seed, update)
         finally:  # an interruption, too, leaves its count
             tally = harvest.tally
             rows: list[tuple[str, object]] = [

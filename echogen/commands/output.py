@@ -125,13 +125,12 @@ def make_folder(path: Path) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file beside its place and rename it, so that no torn file is left."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    """Write a file whole, or not at all."""
+    from echogen.engine.shards import replace_file
+
     try:
-        beside.write_bytes(data)
-        os.replace(beside, path)
+        replace_file(path, data)
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise InputError(f"--out {path}: cannot be written ({error.strerror})") from None
 
 

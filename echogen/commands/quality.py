@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -78,7 +77,7 @@ class BenchQuality:
 
     def _check(self) -> None:
         check_range("seeds", self.seeds, 1, MOST_SEEDS)
-        if not 0 < self.scale <= 1 or not math.isfinite(self.scale):
+        if not 0 < self.scale <= 1:
             raise InputError(f"--scale {self.scale}: it must be above 0 and at most 1")
         if self.scale != 1 and self.out is None:
             raise InputError(f"--scale {self.scale}: name another --out, so that it is not mixed "

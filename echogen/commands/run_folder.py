@@ -31,7 +31,7 @@ def run_folder(out: Path) -> Iterator[None]:
     made = [folder for folder in (out, *out.parents) if not folder.exists()]
     make_folder(out)
     try:
-        with held(out):
+        with held(out, f"--out {out}"):
             yield
     finally:
         with contextlib.suppress(OSError):  # of the first that is not empty
@@ -40,14 +40,14 @@ def run_folder(out: Path) -> Iterator[None]:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def held(folder: Path, name: str) -> Iterator[None]:
     """Hold a folder against other processes. The lock ends with the process, however that ends, so
-    a file ``lock`` that a kill left behind holds nobody up. Raises InputError."""
+    a file ``lock`` that a kill left behind holds nobody up. Raises InputError, with the name."""
     if fcntl is None:
         yield
         return
     path = folder / "lock"
-    with _locked(path) as file:
+    with _locked(path, name) as file:
         file.truncate(0)
         file.write(f"{os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -57,8 +57,8 @@ def held(folder: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _locked(path: Path) -> TextIO:
-    """The file of that name, locked."""
+def _locked(path: Path, name: str) -> TextIO:
+    """The file, locked."""
     while True:
         file = open(path, "a+")  # noqa: SIM115 - the caller's, for as long as he holds the lock
         try:
@@ -70,8 +70,8 @@ def _locked(path: Path) -> TextIO:
             holder = file.read().strip()
             file.close()
             raise InputError(
-                f"--out {path.parent}: a run is under way there (process {holder or 'unknown'}); "
-                f"wait for it or stop it, or name another folder"
+                f"{name}: a run is under way there (process {holder or 'unknown'}); wait for it or "
+                f"stop it, or name another"
             ) from None
         except OSError:  # a file system without locks
             return file

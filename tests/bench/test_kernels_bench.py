@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from echogen.bench import registry
 from echogen.bench.registry import Drawn, Floor, Peer, cases
 from echogen.bench.roofline import Roofline
 from echogen.bench.speed import clock, kernels, memory, tables
@@ -47,7 +48,7 @@ def test_every_case_is_timed_and_counted():
 def test_a_wrong_result_is_not_timed(monkeypatch):
     case = cases()["swiglu"]
     wrong = dataclasses.replace(case, run=lambda i: (case.run(i)[0] * 1.001,))
-    monkeypatch.setattr(kernels, "cases", lambda: {"swiglu": wrong})
+    monkeypatch.setattr(registry, "cases", lambda: {"swiglu": wrong})
     notes: list[str] = []
     rows = kernels.run(["swiglu"], repeats=1, note=notes.append)["kernels"]
     ours = [r for r in rows if r["provider"] == "echogen"]
@@ -217,7 +218,7 @@ def test_peers_are_loaded_behind_this_operator_and_may_fail(monkeypatch):
 
     peer = Peer("broken", "torch", load, on_cpu=True)
     monkeypatch.setattr(
-        kernels, "cases", lambda: {"swiglu": dataclasses.replace(case, run=ours, peers=(peer,))}
+        registry, "cases", lambda: {"swiglu": dataclasses.replace(case, run=ours, peers=(peer,))}
     )
     notes: list[str] = []
     rows = kernels.run(["swiglu"], repeats=1, note=notes.append)["kernels"]

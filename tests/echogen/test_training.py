@@ -200,7 +200,7 @@ def test_a_lock_that_was_removed_while_it_was_waited_for_is_not_taken(tmp_path, 
         seen.append(flock(file, how))
 
     monkeypatch.setattr(run_folder_module.fcntl, "flock", late)
-    with run_folder_module.held(tmp_path):
+    with run_folder_module.held(tmp_path, "--out"):
         assert path.exists() and len(seen) == 2
 
 

@@ -19,7 +19,7 @@ from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.engine.weights import CheckpointError
 from echogen.kernels.philox import gumbel_noise
-from echogen.train import world
+from echogen.train import start as starts
 from echogen.train.checkpoint import StateError
 from echogen.train.config import DJOConfig, LoopConfig
 from echogen.train.data.packing import i2l_tree, l2i_tree, pack
@@ -221,7 +221,7 @@ def test_a_run_is_not_resumed_from_another_beginning(tmp_path, pmtp_run, loop) -
 
 @pytest.mark.usefixtures("small_world")
 def test_a_model_of_another_world_is_refused(pmtp_run, loop, monkeypatch) -> None:
-    monkeypatch.setattr(world, "IMAGE_SIZE", 128)
+    monkeypatch.setattr(starts, "IMAGE_SIZE", 128)
     with pytest.raises(CheckpointError, match="64 pixels a side, those of ShapesWorld 128"):
         stage(pmtp_run, loop)
 

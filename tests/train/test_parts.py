@@ -30,7 +30,7 @@ from echogen.train.data import scenes
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it
 
-def slow(split, seed, indices):
+def slow(split, indices):
     os.write(1, f"{os.getpid()}\\n".encode())
     time.sleep(600)
 
@@ -97,13 +97,13 @@ def test_a_killed_run_draws_scenes_on_from_its_parts(
 ) -> None:
     draw_all, asked = scenes._draw_all, []
 
-    def two_of_them(split: str, seed: int, chunks: list[range]) -> Iterator[Any]:
-        yield from draw_all(split, seed, chunks[:2])
+    def two_of_them(split: str, chunks: list[range]) -> Iterator[Any]:
+        yield from draw_all(split, chunks[:2])
         raise Killed
 
-    def noted(split: str, seed: int, chunks: list[range]) -> Iterator[Any]:
+    def noted(split: str, chunks: list[range]) -> Iterator[Any]:
         asked.extend(chunks)
-        return draw_all(split, seed, chunks)
+        return draw_all(split, chunks)
 
     monkeypatch.setattr(scenes, "_draw_all", two_of_them)
     with pytest.raises(Killed):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from echogen.train import replicated
-from echogen.train.replicated import BUCKET_BYTES, GradientSum, sent_together
+from echogen.train.replicated import GradientSum, sent_together
 
 KIB, MIB = 1 << 10, 1 << 20
 
@@ -31,7 +30,7 @@ def sizes(buckets: list[list[nn.Parameter]]) -> list[list[int]]:
 def test_what_is_small_goes_along_with_what_is_large() -> None:
     """A bias before a head, and norms among weights that each fill a bucket and more."""
     found = sent_together(
-        of_bytes(64 * KIB, 134 * MIB, 8 * KIB, 92 * MIB, 8 * KIB, 16 * MIB, 8 * MIB), BUCKET_BYTES
+        of_bytes(64 * KIB, 134 * MIB, 8 * KIB, 92 * MIB, 8 * KIB, 16 * MIB, 8 * MIB)
     )
     assert sizes(found) == [
         [64 * KIB, 134 * MIB, 8 * KIB],
@@ -42,7 +41,7 @@ def test_what_is_small_goes_along_with_what_is_large() -> None:
 
 def test_small_parameters_alone_fill_buckets_too() -> None:
     """Or a small model's gradients would all be sent behind its backward."""
-    assert sizes(sent_together(of_bytes(*[512 * KIB] * 100), BUCKET_BYTES)) == [
+    assert sizes(sent_together(of_bytes(*[512 * KIB] * 100))) == [
         [512 * KIB] * 64,
         [512 * KIB] * 36,
     ]
@@ -50,7 +49,7 @@ def test_small_parameters_alone_fill_buckets_too() -> None:
 
 def test_a_bucket_is_of_one_type() -> None:
     parameters = of_bytes(KIB, KIB) + of_bytes(KIB, dtype=torch.bfloat16)
-    assert [len(b) for b in sent_together(parameters, BUCKET_BYTES)] == [2, 1]
+    assert [len(b) for b in sent_together(parameters)] == [2, 1]
 
 
 @pytest.fixture
@@ -70,10 +69,11 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.mark.parametrize("told", [False, True])
-def test_a_head_that_has_no_gradient_holds_nothing_up(sent: list[int], told: bool) -> None:
+def test_a_head_that_has_no_gradient_holds_nothing_up(monkeypatch, sent: list[int], told) -> None:
+    monkeypatch.setattr(replicated, "BUCKET_BYTES", 1)
     first, second, head = (nn.Parameter(torch.full((n,), 2.0)) for n in (3, 4, 5))
-    begin: Callable[..., GradientSum] = GradientSum
-    adding = begin([first, second], [head], 1) if told else begin([first, second, head], None, 1)
+    parts = ([first, second], [head]) if told else ([first, second, head],)
+    adding = GradientSum(*parts)
     adding.expect(1)
     (first.square().sum() + second.sum()).backward()
     # Of each parameter its numbers and a flag; while backward runs all that has come, or nothing,

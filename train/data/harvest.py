@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from echogen.engine.layout import Layout, LayoutError
+from echogen.engine.layout import Layout, LayoutError, read_text
 from echogen.train import keys
 from echogen.train.data.endpoint import Answer, LLMError
 from echogen.train.data.llm import Message, Rejected, Rules, key_of, pieces, write_request
@@ -133,11 +133,7 @@ def examine_file(path: Path, rules: Rules) -> tuple[int, list[tuple[int, Rejecte
     Raises:
         LayoutError: a file that cannot be read.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise LayoutError(f"{path}: cannot be read ({reason})") from None
+    text = read_text(path)
     good, bad, known = 0, [], set[str]()
     for number, line in enumerate([text] if _is_object(text) else text.split("\n"), 1):
         if line.strip():

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from echogen.engine.config import ModelConfig
-from echogen.engine.layout import Layout, LayoutError
+from echogen.engine.layout import Layout, LayoutError, read_text
 from echogen.engine.prompt import Prompts
 from echogen.train.data.grammar import COLORS, SHAPES, TEXTURES, parse_expression
 from echogen.train.data.shapes import IMAGE_SIZE, SIDE_MAX, SIDE_MIN, Object, Scene
@@ -118,13 +118,8 @@ def read_layouts(path: str | Path) -> list[Layout]:
         LayoutError: a file that cannot be read or holds none, or the first line that is no layout
             or does not keep to `check_layout`; names file and line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise LayoutError(f"{path}: cannot be read ({reason})") from None
     layouts = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:

@@ -6,12 +6,11 @@ two runs that make the same data write the same files, and neither has to know o
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from echogen.engine.shards import sync
+from echogen.engine.shards import replace_file
 from echogen.train.progress import telling
 
 T = TypeVar("T")
@@ -20,17 +19,6 @@ T = TypeVar("T")
 def place(path: Path, part: range) -> Path:
     """Where a part of the file ``path`` is kept until the whole of it is there."""
     return path.with_name(f"{path.stem}.{part.start}-{part.stop}.part{path.suffix}")
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file beside its place and rename it, so that it is whole wherever it is."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        beside.write_bytes(data)
-        sync(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def gathered(
@@ -62,7 +50,7 @@ def gathered(
     with telling(*what, sum(map(len, parts)), sum(map(len, found)), path, len(parts) > 1) as tell:
         for part, made in zip(missing, make(missing, tell), strict=True):
             if len(parts) > 1:
-                write(place(path, part), encode(made))
+                replace_file(place(path, part), encode(made))
             found[part] = made
     return [found[part] for part in parts]
 

@@ -16,6 +16,7 @@ from transformers import JanusVQVAE
 
 from echogen.engine.cache_folder import cache_folder
 from echogen.engine.layout import Box, Layout, LayoutObject
+from echogen.engine.shards import replace_file
 from echogen.engine.vision import encode_image, to_pixels
 from echogen.train.data import parts
 from echogen.train.data.canvas import canvas_version
@@ -87,7 +88,7 @@ def load_codes(vq: JanusVQVAE, split: str, scenes: list[Scene], batch: int = 64)
 
         what = ("encoding", f"{split} pictures")
         codes = parts.gathered(path, what, cuts, encoded, _as_bytes, _as_codes)
-        parts.write(path, _as_bytes(np.concatenate(codes)))
+        replace_file(path, _as_bytes(np.concatenate(codes)))
         parts.drop(path, cuts)
     whole: np.ndarray = np.load(path)
     return whole

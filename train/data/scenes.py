@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from echogen.engine.cache_folder import cache_folder
+from echogen.engine.shards import replace_file
 from echogen.train.data import grammar, parts, shapes
 from echogen.train.data.canvas import draw
 from echogen.train.data.shapes import IMAGE_SIZE, Object, Scene, sample_scene
@@ -50,26 +51,27 @@ def _is_text(node: ast.AST) -> bool:
 _Drawn = list[list[tuple[str, str, str, tuple[int, ...]]]]
 
 
-def _draw(split: str, seed: int, indices: range) -> _Drawn:
-    scenes = (sample_scene(split, i, seed) for i in indices)
+def _draw(split: str, indices: range) -> _Drawn:
+    scenes = (sample_scene(split, i) for i in indices)
     return [[(o.shape, o.color, o.texture, o.box) for o in s.objects] for s in scenes]
 
 
-def load_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
+def load_scenes(split: str, count: int) -> list[Scene]:
     """Scenes 0 … count-1 of a split, from the cache or drawn now (on all cores) and cached, part by
     part: what a run that was killed has drawn is not drawn again."""
-    path = cache_folder() / f"scenes-{world_version()}-{split}-{count}-{seed}.jsonl"
+    # The 0 is the seed, of which there is one.
+    path = cache_folder() / f"scenes-{world_version()}-{split}-{count}-0.jsonl"
     if not path.exists():
         chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
 
         def drawn(missing: list[range], tell: Callable[[int], None]) -> Iterator[bytes]:
-            for part, scenes in zip(missing, _draw_all(split, seed, missing), strict=True):
+            for part, scenes in zip(missing, _draw_all(split, missing), strict=True):
                 tell(len(part))
                 yield "".join(json.dumps(scene) + "\n" for scene in scenes).encode()
 
         what = ("drawing", f"{split} scenes")
         lines = parts.gathered(path, what, chunks, drawn, bytes, _whole)
-        parts.write(path, b"".join(lines))
+        replace_file(path, b"".join(lines))
         parts.drop(path, chunks)
     return [
         Scene(tuple(Object(s, c, t, tuple(b)) for s, c, t, b in json.loads(line)))
@@ -77,9 +79,9 @@ def load_scenes(split: str, count: int, seed: int = 0) -> list[Scene]:
     ]
 
 
-def _draw_all(split: str, seed: int, chunks: list[range]) -> Iterator[_Drawn]:
+def _draw_all(split: str, chunks: list[range]) -> Iterator[_Drawn]:
     if len(chunks) < 2:
-        yield from (_draw(split, seed, chunk) for chunk in chunks)
+        yield from (_draw(split, chunk) for chunk in chunks)
         return
     count = min(os.cpu_count() or 1, len(chunks))
     others = set(multiprocessing.active_children())
@@ -87,7 +89,7 @@ def _draw_all(split: str, seed: int, chunks: list[range]) -> Iterator[_Drawn]:
         # Not map, which cancels what is left: the pool of a dead worker stumbles over that.
         try:
             with _held_back(signal.SIGINT, signal.SIGTERM):
-                jobs = [pool.submit(_draw, split, seed, chunk) for chunk in chunks]
+                jobs = [pool.submit(_draw, split, chunk) for chunk in chunks]
             for job in jobs:
                 yield job.result()
         except BaseException:  # or a signal would wait for the chunks under way

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from echogen.engine.engine import Engine
 
 BATCH = 32
+QUICK = 64
+"""Scenes drawn by `quick_scores`."""
 MACC_THRESHOLDS = np.round(np.arange(0.5, 0.951, 0.05), 2)  # Ref-L4: ten thresholds
 
 
@@ -124,22 +126,18 @@ def evaluate(
     split: str,
     count: int,
     seed: int = 0,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """All tables of a model on ``count`` scenes of a split.
 
     Drawing uses the engine's default sampling; grounding is free-running constrained decoding.
+    ``progress`` is told the scenes done and their number.
 
     Returns:
         JSON-ready data with ``l2i``, ``i2l``, ``cycle``, ``judge_ceiling`` (accuracy at IoU 0.5 of
         the judge on the true pictures), ``vq_ceiling`` (the L2I table of the true pictures after a
         round trip through the image tokenizer) and ``count``.
     """
-
-    def tell(what: str, done: int, total: int) -> None:
-        if progress is not None:
-            progress(what, done, total)
-
     scenes = load_scenes(split, count)
     layouts = layouts_of(scenes, seed)
     expressions = expressions_of(layouts)
@@ -153,7 +151,7 @@ def evaluate(
         drawn.append(engine.generate_codes(layouts[rows], seed, draws))
         self_boxes += engine.ground_codes(drawn[-1], expressions[rows])
         recovered += engine.ground_codes(true_codes[rows], expressions[rows])
-        tell("images", draws[-1] + 1, count)
+        progress(draws[-1] + 1, count)
     codes = torch.cat(drawn)
     images = torch.cat([decode_codes(engine.vq, c) for c in codes.split(BATCH)])
     found = [detect(i) for i in to_images(images)]
@@ -185,12 +183,10 @@ def quick_scores(
     prompts: Prompts,
     codes: np.ndarray,
     scenes: list[Scene],
-    drawn: int = 64,
 ) -> dict[str, float]:
     """What a trainer watches: grounding of true images (all scenes) and the judge's reading of the
-    first ``drawn`` scenes' layouts drawn at temperature 0.7 without guidance. ``codes`` [N, T]."""
+    first ``QUICK`` scenes' layouts drawn at temperature 0.7 without guidance. ``codes`` [N, T]."""
     table = model.code_table().detach()
-    drawn = min(drawn, len(scenes))
     layouts = layouts_of(scenes, 0)
     recovered: list[list[Box]] = []
     for i in range(0, len(scenes), BATCH):
@@ -203,12 +199,12 @@ def quick_scores(
             for s, row in zip(scenes, recovered, strict=True)
         ]
     )
-    draws = torch.arange(drawn, device=table.device)
+    inputs = [prompts.l2i(layout) for layout in layouts[:QUICK]]
+    draws = torch.arange(len(inputs), device=table.device)
     sampler = Sampler(Sampling(temperature=0.7), 0, draws, *_code_shape(model))
-    inputs = [prompts.l2i(layout) for layout in layouts[:drawn]]
     images = decode_codes(vq, decode_image(model, table, inputs, sampler, prompts.pad))
     scores = {"ground_acc50": float((ious >= 0.5).mean()), "ground_iou": float(ious.mean())}
-    return scores | judge_boxes(images, scenes[:drawn])
+    return scores | judge_boxes(images, scenes[:QUICK])
 
 
 def _code_shape(model: UnifiedTransformer) -> tuple[int, int]:

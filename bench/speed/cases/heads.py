@@ -79,7 +79,7 @@ def _eager_gumbel(i: Inputs) -> Outputs:
 
 def _gumbel_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     sampler = {"rows": dims["images"] * dims["tokens"], "codes": dims["codes"], "width": 8}
-    return products(dims, size, mode) + gumbel_floor(sampler, size, mode, 0)
+    return products(dims, size, mode) + gumbel_floor(sampler, size, 0)
 
 
 # --- log-probabilities --------------------------------------------------------------------------

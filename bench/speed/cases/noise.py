@@ -93,7 +93,7 @@ def _eager_gumbel(i: Inputs) -> Outputs:
     return straight_through(i["logits"], i)
 
 
-def gumbel_floor(dims: Dims, size: int, mode: Pass, logits_passes: int) -> Floor:
+def gumbel_floor(dims: Dims, size: int, logits_passes: int) -> Floor:
     """Of the sampler behind logits that cross memory ``logits_passes`` times.
 
     Forward keeps p·E and two sums a row (4·C + 8) beside embed, index and cross entropy and needs
@@ -114,7 +114,7 @@ def gumbel_floor(dims: Dims, size: int, mode: Pass, logits_passes: int) -> Floor
 
 def _gumbel_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     # Forward reads the logits; backward reads them and writes their gradient, and dE.
-    found = gumbel_floor(dims, size, mode, 1 if mode == "forward" else 2)
+    found = gumbel_floor(dims, size, 1 if mode == "forward" else 2)
     return found if mode == "forward" else found + Floor(dims["codes"] * dims["width"] * size)
 
 
