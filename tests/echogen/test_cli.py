@@ -209,7 +209,8 @@ def test_layouts_that_no_prompt_can_hold(run, model, tmp_path, expr, word):
         (["ground", "--image", "{wide}", "--expr", "a star"], ["20x10", "square"]),
         (["ground", "--image", "{square}"], ["--expr"]),
         (["ground", "--image", "{square}", "--expr", " "], ["--expr"]),
-        (["ground", "--image", "{square}", "--expr", "a\nstar"], ["--expr"]),
+        (["ground", "--image", "{square}", "--expr", "a\nstar"], ["--expr", "U+000A"]),
+        (["ground", "--image", "{square}", "--expr", "赤い\u3000<ref>"], ["<ref>"]),
         (["ground", "--image", "{square}", "--expr", "<ref>"], ["<ref>"]),
         (["ground", "--image", "{square}", "--expr", "word " * 2000], ["tokens"]),
         (
