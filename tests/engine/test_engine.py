@@ -259,6 +259,23 @@ def test_a_codec_is_what_is_asked_for_or_refused(saved):
     assert Engine.from_pretrained(plain, codec="location", bins=20).prompts.codec.scale == 19
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", lambda text: text[:1000]),
+        ("tokenizer.json", lambda _: "version https://git-lfs.github.com/spec/v1\n"),
+        ("tokenizer.json", lambda text: text.replace('"type": "BPE"', '"type": "another"')),
+        ("tokenizer.json", lambda _: "[]"),
+        ("tokenizer_config.json", lambda _: "[]"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_in_one_line(saved, name, change):
+    (saved / name).write_text(change((saved / name).read_text()))
+    with pytest.raises(CheckpointError, match="its tokenizer does not load") as caught:
+        Engine.from_pretrained(saved)
+    assert str(saved) in str(caught.value) and "\n" not in str(caught.value)
+
+
 def test_a_tokenizer_of_another_model_is_refused(saved):
     tokenizer = json.loads((saved / "tokenizer.json").read_text())
     last = max(token["id"] for token in tokenizer["added_tokens"])
