@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import transformers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from echogen.engine.model import UnifiedTransformer
@@ -21,6 +23,8 @@ META = "echogen.json"
 CODECS = (LocationCodec.name, TextualCodec.name)
 BINS = 1000
 """Location tokens of a checkpoint that gets its first, as in the paper."""
+PROBE = "3 größere Äpfel, 12 km"
+"""Spaces, digits and letters beyond ASCII."""
 
 
 def bundled() -> list[str]:
@@ -132,7 +136,8 @@ def load_prompts(
     tokens that the codec lacks are added, to the transformer too.
 
     Raises:
-        CheckpointError: a tokenizer that does not load, or has more tokens than the transformer.
+        CheckpointError: a tokenizer that does not load, is not read as it is stored, or has more
+            tokens than the transformer.
         ValueError: an unknown codec; bins for another codec, or other than the checkpoint's.
     """
     tokenizer = _tokenizer(folder)
@@ -153,13 +158,32 @@ def load_prompts(
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    path, stored = folder / "tokenizer.json", None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        if path.exists():
+            stored = Tokenizer.from_file(str(path))
     except Exception as error:  # damaged files fail inside tokenizers in any way there is
         raise CheckpointError(
             f"{folder}: its tokenizer does not load ({one_line(error)})"
         ) from error
+    if stored is not None:
+        _check_reading(folder, tokenizer, stored)
     return tokenizer
+
+
+def _check_reading(folder: Path, tokenizer: PreTrainedTokenizerBase, stored: Tokenizer) -> None:
+    """transformers before 5.22 takes the byte-level tokenizers of DeepSeek, which say that they are
+    Llama's, for SentencePiece's, and drops all spaces (huggingface/transformers#45488)."""
+    stored.no_truncation()  # transformers leaves both to each call
+    stored.no_padding()
+    read = tokenizer.encode(PROBE, add_special_tokens=False)
+    if read != stored.encode(PROBE, add_special_tokens=False).ids:
+        raise CheckpointError(
+            f"{folder}: transformers {transformers.__version__} does not read its tokenizer as "
+            f"tokenizer.json has it ({PROBE!r} comes back as {tokenizer.decode(read)!r}); upgrade "
+            f"transformers to 5.22 or later"
+        )
 
 
 def _check_ids(

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
 
 from echogen.engine import engine as facade
 from echogen.engine import ground as grounding
@@ -274,6 +276,16 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(saved, name, change):
     with pytest.raises(CheckpointError, match="its tokenizer does not load") as caught:
         Engine.from_pretrained(saved)
     assert str(saved) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_not_read_as_it_is_stored_is_refused(saved, monkeypatch):
+    spaceless = AutoTokenizer.from_pretrained(saved)  # as transformers before 5.22 has DeepSeek's
+    spaceless.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: spaceless)
+    with pytest.raises(CheckpointError, match=r"'3größereÄpfel,12km'\); upgrade transformers"):
+        Engine.from_pretrained(saved)
 
 
 def test_a_tokenizer_of_another_model_is_refused(saved):
