@@ -14,6 +14,7 @@ I2L, the trunk all questions about one image share, and one branch for each expr
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import groupby
 from threading import Lock
 from typing import Literal, Protocol
 
@@ -217,9 +218,13 @@ class Prompts:
         self.begin_image, self.end_image = vocab[BEGIN_IMAGE], vocab[END_IMAGE]
         self.ref, self.ref_end = vocab["<ref>"], vocab["</ref>"]
         self.box, self.box_end = vocab["<box>"], vocab["</box>"]
-        # Text that spells a control token would be read as one: such captions are refused.
-        control = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, USER, ASSISTANT}
+        # Text that spells a control token would be read as one: such captions are refused. Letters
+        # are no control tokens, and DeepSeek's vocabulary, which is Janus's, adds ü, ø and others.
+        added = tokenizer.added_tokens_decoder
+        control = {t.content for t in added.values() if t.special} | {*tokenizer.all_special_tokens}
+        control |= {USER, ASSISTANT, BEGIN_IMAGE, END_IMAGE, *MARKS}
         self._reserved = sorted(t for t in control if t.strip() and not t.startswith(_LOCATION))
+        self._letters = {i: t.content for i, t in added.items() if not t.special}
         self._kept = lru_cache(maxsize=KEPT)(self._tokenized)
         self._turn = Lock()
 
@@ -230,6 +235,14 @@ class Prompts:
     def _tokenized(self, text: str) -> tuple[int, ...]:
         with self._turn:  # tokenizers lend themselves to one thread at a time
             return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _text(self, ids: list[int]) -> str:
+        # A byte-level decoder would take an added letter for a byte.
+        runs = groupby(ids, self._letters.get)
+        return "".join(
+            _decode(self.tokenizer, [*run]) if letter is None else letter * len([*run])
+            for letter, run in runs
+        )
 
     def _checked(self, text: str, what: str) -> str:
         for token in self._reserved:
@@ -277,7 +290,7 @@ class Prompts:
             raise PromptError(
                 "the ids are no L2I prompt: BOS, <ref>, EOS or begin-of-image is missing"
             )
-        head = _decode(self.tokenizer, ids[1:first])
+        head = self._text(ids[1:first])
         start, end = f"{USER}: ", f"\n\n{ASSISTANT}: <grounding>"
         if not head.startswith(start) or not head.endswith(end):
             raise PromptError(f"the ids are no L2I prompt: they begin with {head[:40]!r}")
@@ -300,7 +313,7 @@ class Prompts:
                 i += 1
                 continue
             close = _find(ids, self.ref_end, i)
-            expr = _decode(self.tokenizer, ids[i + 1 : close])
+            expr = self._text(ids[i + 1 : close])
             i = close + 1
             if i < len(ids) and ids[i] == self.box:
                 close = _find(ids, self.box_end, i)

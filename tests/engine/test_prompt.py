@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
@@ -125,6 +126,17 @@ def test_unconditional_prompts(prompts):
     assert prompts.tokenizer.decode(empty) == (
         f"{BOS}<|User|>: \n\n<|Assistant|>: <grounding></grounding>{EOS}<begin_of_image>"
     )
+
+
+def test_letters_among_the_added_tokens_are_text_like_others(small_tokenizer):
+    """As DeepSeek's vocabulary has them, which is Janus's."""
+    tokenizer = copy.deepcopy(small_tokenizer)
+    tokenizer.add_tokens(["ü", "ø"])
+    prompts = Prompts(tokenizer, LocationCodec(tokenizer, BINS))
+    layout = Layout("grün, üüø", (LayoutObject("die Tür von Bjørn", (0, 0, 1, 1)),))
+    ids = prompts.l2i(layout)
+    assert ids.count(tokenizer.get_vocab()["ü"]) == 4
+    assert prompts.layout(ids) == layout
 
 
 # --- round trips ----------------------------------------------------------------------------------
