@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from echogen.engine.layout import Box, Layout, LayoutError, LayoutObject, check_text
 
-USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+USER, ASSISTANT, PAD = "<|User|>", "<|Assistant|>", "<｜▁pad▁｜>"
 BEGIN_IMAGE, END_IMAGE = "<begin_of_image>", "<end_of_image>"
 MARKS = ("<grounding>", "</grounding>", "<ref>", "</ref>", "<box>", "</box>")
 QUESTION = "Locate each object."
@@ -194,24 +194,35 @@ class Prompts:
     """Builds and reads the token sequences of one tokenizer and one box codec.
 
     Args:
-        tokenizer: has BOS, EOS, PAD, the begin- and end-of-image tokens and ``MARKS``.
+        tokenizer: has BOS, EOS, the begin- and end-of-image tokens and ``MARKS``.
         codec: how boxes are written.
         question: the constant text of I2L; it holds no expression.
+        pad: id of PAD where the tokenizer lacks Janus's ``<｜▁pad▁｜>``; None: its padding token's.
+
+    Raises:
+        PromptError: the tokenizer lacks one of the tokens, or there is nothing to take for PAD.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, codec: BoxCodec, question: str = QUESTION
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        codec: BoxCodec,
+        question: str = QUESTION,
+        pad: int | None = None,
     ) -> None:
         self.tokenizer, self.codec, self.question = tokenizer, codec, question
-        for name in ("bos", "eos", "pad"):
-            if getattr(tokenizer, f"{name}_token_id") is None:
+        vocab = tokenizer.get_vocab()
+        # Many a tokenizer names EOS for padding; Janus itself looks this mark up.
+        padding = vocab.get(PAD, tokenizer.pad_token_id if pad is None else pad)
+        ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": padding}
+        for name, token in ids.items():
+            if token is None:
                 raise PromptError(
                     f"the tokenizer has no {name.upper()} token; name one in its config"
                 )
-        self.bos: int = tokenizer.bos_token_id
-        self.eos: int = tokenizer.eos_token_id
-        self.pad: int = tokenizer.pad_token_id
-        vocab = tokenizer.get_vocab()
+        self.bos: int = ids["bos"]
+        self.eos: int = ids["eos"]
+        self.pad: int = ids["pad"]
         for token in (BEGIN_IMAGE, END_IMAGE, *MARKS):
             if token not in vocab:
                 raise PromptError(f"the tokenizer has no {token}; add it as a special token")

@@ -223,8 +223,8 @@ def test_a_save_that_breaks_off_leaves_what_there_was(engine, saved, monkeypatch
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
-def edited(folder: Path, change: Callable[[dict], object]) -> Path:
-    path = folder / pretrained.META
+def edited(folder: Path, change: Callable[[dict], object], name: str = pretrained.META) -> Path:
+    path = folder / name
     meta = json.loads(path.read_text())
     change(meta)
     path.write_text(json.dumps(meta))
@@ -247,6 +247,34 @@ def edited(folder: Path, change: Callable[[dict], object]) -> Path:
 def test_what_it_says_wrongly_is_named(saved, change, told):
     with pytest.raises(CheckpointError, match=rf"echogen\.json: {told}"):
         Engine.from_pretrained(edited(saved, change))
+
+
+def test_a_checkpoint_of_transformers_draws_as_its_generation_config_says(saved):
+    def drawn_with(**stated) -> Sampling:
+        edited(saved, lambda g: g.update(stated), pretrained.GENERATION)
+        return Engine.from_pretrained(saved).sampling
+
+    ours = drawn_with(guidance_scale=5, temperature=0.9)
+    assert ours == Sampling()  # echogen.json says it
+    (saved / pretrained.META).unlink()
+    assert drawn_with() == Sampling(cfg=5.0, temperature=0.9)
+    assert drawn_with(guidance_scale=0, temperature=None) == Sampling()
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: guidance_scale .* = -1;"):
+        drawn_with(guidance_scale=-1)
+
+
+def test_padding_without_the_mark_of_janus_is_that_of_transformers(saved, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (saved / name).read_text()
+        (saved / name).write_text(text.replace("<｜▁pad▁｜>", "<another>"))
+    edited(saved, lambda g: g.update(pad_token_id=7), pretrained.GENERATION)
+    engine = Engine.from_pretrained(saved)
+    assert engine.prompts.pad == 7
+    engine.save_pretrained(tmp_path / "again")
+    assert Engine.from_pretrained(tmp_path / "again").prompts.pad == 7
+    edited(saved, lambda g: g.update(pad_token_id=-1), pretrained.GENERATION)
+    with pytest.raises(CheckpointError, match=r"pad_token_id is -1; it must be in 0 … "):
+        Engine.from_pretrained(saved)
 
 
 def test_a_codec_is_what_is_asked_for_or_refused(saved):

@@ -128,6 +128,21 @@ def test_unconditional_prompts(prompts):
     )
 
 
+def test_guidance_leads_away_from_the_padding_of_janus(small_tokenizer):
+    """Whatever the tokenizer itself pads with; without that mark from what is said."""
+    tokenizer = copy.deepcopy(small_tokenizer)
+    codec, mark = LocationCodec(tokenizer, BINS), tokenizer.get_vocab()["<｜▁pad▁｜>"]
+    tokenizer.pad_token = tokenizer.eos_token
+    assert Prompts(tokenizer, codec, pad=7).pad == Prompts(tokenizer, codec).pad == mark
+    vocab = {t: i for t, i in tokenizer.get_vocab().items() if i != mark}
+    tokenizer.get_vocab = lambda: vocab
+    assert Prompts(tokenizer, codec).pad == tokenizer.eos_token_id
+    assert Prompts(tokenizer, codec, pad=7).unconditional([0] * 4)[1:3] == [7, 7]
+    tokenizer.pad_token = None
+    with pytest.raises(PromptError, match="no PAD token"):
+        Prompts(tokenizer, codec)
+
+
 def test_letters_among_the_added_tokens_are_text_like_others(small_tokenizer):
     """As DeepSeek's vocabulary has them, which is Janus's."""
     tokenizer = copy.deepcopy(small_tokenizer)
