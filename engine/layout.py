@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ SIZE_MAX = 1_000_000
 """Pixels of a canvas's side."""
 _LAYOUT_KEYS = {"caption", "objects", "size"}
 _OBJECT_KEYS = {"expr", "box"}
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u202e\u2066-\u2069]")
+"""Control characters, halves of surrogate pairs, ends of lines and paragraphs, and what turns the
+direction of writing. Not `str.isprintable`, which has no no-break or wide spaces and no joiners, as
+French, Japanese, Persian and emoji are written with, and no letters newer than Python's tables."""
 
 
 class LayoutError(ValueError):
@@ -42,8 +47,11 @@ def check_text(value: object, what: str) -> str:
         raise LayoutError(f"{what} is {_show(value)}; it must be a string")
     if not value.strip():
         raise LayoutError(f"{what} is empty ({_show(value)}); write what the object or scene is")
-    if not value.isprintable():
-        raise LayoutError(f"{what} holds a control character ({_show(value)}); use one plain line")
+    if found := _CONTROL.search(value):
+        raise LayoutError(
+            f"{what} holds a control character, U+{ord(found[0]):04X} ({_show(value)}); "
+            f"use one plain line"
+        )
     return value
 
 

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import transformers
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from echogen.engine.model import UnifiedTransformer
@@ -18,9 +20,13 @@ from echogen.engine.weights import CheckpointError
 BUNDLED = Path(__file__).parent / "models"
 META = "echogen.json"
 """Beside a checkpoint's config.json: box codec, question, default sampling, provenance."""
+GENERATION = "generation_config.json"
+"""What transformers draws with: its sampling where there is no ``META``, and the id of PAD."""
 CODECS = (LocationCodec.name, TextualCodec.name)
 BINS = 1000
 """Location tokens of a checkpoint that gets its first, as in the paper."""
+PROBE = "3 größere Äpfel, 12 km"
+"""Spaces, digits and letters beyond ASCII."""
 
 
 def bundled() -> list[str]:
@@ -62,7 +68,8 @@ def resolve(model: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Meta:
-    """`echogen.json`; what a checkpoint does not say is at its default.
+    """`echogen.json`; what a checkpoint does not say is at its default. One without that file draws
+    by the ``guidance_scale`` and ``temperature`` of transformers' `generation_config.json`.
 
     Attributes:
         codec: "location" or "textual", how boxes are written; PlanGen's textual one by default.
@@ -84,7 +91,7 @@ class Meta:
         value."""
         path = folder / META
         if not path.exists():
-            return cls()
+            return cls(sampling=_upstream(folder))
         stated = read_json(path)
         codec = _expect(path, "codec", stated.get("codec", {}), dict)
         name = _expect(path, "codec.name", codec.get("name", TextualCodec.name), str)
@@ -97,15 +104,11 @@ class Meta:
         known = {f.name for f in fields(Sampling)}
         for key in sampling.keys() - known:
             raise CheckpointError(f"{path}: sampling.{key} is unknown; there are {sorted(known)}")
-        try:
-            made = Sampling(**sampling)
-        except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{path}: sampling: {one_line(error)}") from None
         return cls(
             name,
             bins,
             _expect(path, "question", stated.get("question", QUESTION), str),
-            made,
+            _sampling(path, "sampling", sampling),
             _expect(path, "pixels_trained", stated.get("pixels_trained", True), bool),
         )
 
@@ -117,6 +120,29 @@ class Meta:
         stated = asdict(self) | {"codec": codec}
         del stated["bins"]
         write_json(folder / META, stated)
+
+
+def _upstream(folder: Path) -> Sampling:
+    stated = _generation(folder)
+    scale, heat = stated.get("guidance_scale"), stated.get("temperature")
+    # transformers takes a scale of 0 for off, and 0 here would draw without the layout.
+    return _sampling(
+        folder / GENERATION,
+        "guidance_scale and temperature",
+        {"cfg": scale or 1.0, "temperature": 1.0 if heat is None else heat},
+    )
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    path = folder / GENERATION
+    return read_json(path) if path.exists() else {}
+
+
+def _sampling(path: Path, key: str, stated: dict[str, Any]) -> Sampling:
+    try:
+        return Sampling(**stated)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {key}: {one_line(error)}") from None
 
 
 def _expect(path: Path, key: str, value: Any, kind: type) -> Any:
@@ -132,7 +158,8 @@ def load_prompts(
     tokens that the codec lacks are added, to the transformer too.
 
     Raises:
-        CheckpointError: a tokenizer that does not load, or has more tokens than the transformer.
+        CheckpointError: a tokenizer that does not load, is not read as it is stored, or has more
+            tokens than the transformer; a padding id that is none.
         PromptError: fewer than two bins.
         ValueError: an unknown codec; bins for another codec, or other than the checkpoint's.
     """
@@ -150,17 +177,36 @@ def load_prompts(
     location = name == LocationCodec.name
     add_box_tokens(tokenizer, transformer, count if location else 0)
     made: BoxCodec = LocationCodec(tokenizer, count) if location else TextualCodec(tokenizer)
-    return Prompts(tokenizer, made, meta.question)
+    return Prompts(tokenizer, made, meta.question, _padding(folder, transformer))
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    path, stored = folder / "tokenizer.json", None
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+        if path.exists():
+            stored = Tokenizer.from_file(str(path))
+    except Exception as error:  # damaged files fail inside tokenizers in any way there is
         raise CheckpointError(
             f"{folder}: its tokenizer does not load ({one_line(error)})"
-        ) from None
+        ) from error
+    if stored is not None:
+        _check_reading(folder, tokenizer, stored)
     return tokenizer
+
+
+def _check_reading(folder: Path, tokenizer: PreTrainedTokenizerBase, stored: Tokenizer) -> None:
+    """transformers before 5.22 takes the byte-level tokenizers of DeepSeek, which say that they are
+    Llama's, for SentencePiece's, and drops all spaces (huggingface/transformers#45488)."""
+    stored.no_truncation()  # transformers leaves both to each call
+    stored.no_padding()
+    read = tokenizer.encode(PROBE, add_special_tokens=False)
+    if read != stored.encode(PROBE, add_special_tokens=False).ids:
+        raise CheckpointError(
+            f"{folder}: transformers {transformers.__version__} does not read its tokenizer as "
+            f"tokenizer.json has it ({PROBE!r} comes back as {tokenizer.decode(read)!r}); upgrade "
+            f"transformers to 5.22 or later"
+        )
 
 
 def _check_ids(
@@ -174,3 +220,14 @@ def _check_ids(
             f"{folder}: its tokenizer has token {name!r} with id {largest}, and the weights have "
             f"{transformer.config.vocab_size} embeddings; they do not belong together"
         )
+
+
+def _padding(folder: Path, transformer: UnifiedTransformer) -> int | None:
+    """The id that transformers pads with, where it is said."""
+    pad = _generation(folder).get("pad_token_id")
+    if pad is None:
+        return None
+    path, most = folder / GENERATION, transformer.config.vocab_size - 1
+    if not 0 <= _expect(path, "pad_token_id", pad, int) <= most:
+        raise CheckpointError(f"{path}: pad_token_id is {pad}; it must be in 0 … {most}")
+    return pad

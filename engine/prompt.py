@@ -14,6 +14,7 @@ I2L, the trunk all questions about one image share, and one branch for each expr
 from __future__ import annotations
 
 from functools import lru_cache
+from itertools import groupby
 from threading import Lock
 from typing import Literal, Protocol
 
@@ -21,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 
 from echogen.engine.layout import Box, Layout, LayoutError, LayoutObject, check_text
 
-USER, ASSISTANT = "<|User|>", "<|Assistant|>"
+USER, ASSISTANT, PAD = "<|User|>", "<|Assistant|>", "<｜▁pad▁｜>"
 BEGIN_IMAGE, END_IMAGE = "<begin_of_image>", "<end_of_image>"
 MARKS = ("<grounding>", "</grounding>", "<ref>", "</ref>", "<box>", "</box>")
 QUESTION = "Locate each object."
@@ -193,33 +194,48 @@ class Prompts:
     """Builds and reads the token sequences of one tokenizer and one box codec.
 
     Args:
-        tokenizer: has BOS, EOS, PAD, the begin- and end-of-image tokens and ``MARKS``.
+        tokenizer: has BOS, EOS, the begin- and end-of-image tokens and ``MARKS``.
         codec: how boxes are written.
         question: the constant text of I2L; it holds no expression.
+        pad: id of PAD where the tokenizer lacks Janus's ``<｜▁pad▁｜>``; None: its padding token's.
+
+    Raises:
+        PromptError: the tokenizer lacks one of the tokens, or there is nothing to take for PAD.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, codec: BoxCodec, question: str = QUESTION
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        codec: BoxCodec,
+        question: str = QUESTION,
+        pad: int | None = None,
     ) -> None:
         self.tokenizer, self.codec, self.question = tokenizer, codec, question
-        for name in ("bos", "eos", "pad"):
-            if getattr(tokenizer, f"{name}_token_id") is None:
+        vocab = tokenizer.get_vocab()
+        # Many a tokenizer names EOS for padding; Janus itself looks this mark up.
+        padding = vocab.get(PAD, tokenizer.pad_token_id if pad is None else pad)
+        ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": padding}
+        for name, token in ids.items():
+            if token is None:
                 raise PromptError(
                     f"the tokenizer has no {name.upper()} token; name one in its config"
                 )
-        self.bos: int = tokenizer.bos_token_id
-        self.eos: int = tokenizer.eos_token_id
-        self.pad: int = tokenizer.pad_token_id
-        vocab = tokenizer.get_vocab()
+        self.bos: int = ids["bos"]
+        self.eos: int = ids["eos"]
+        self.pad: int = ids["pad"]
         for token in (BEGIN_IMAGE, END_IMAGE, *MARKS):
             if token not in vocab:
                 raise PromptError(f"the tokenizer has no {token}; add it as a special token")
         self.begin_image, self.end_image = vocab[BEGIN_IMAGE], vocab[END_IMAGE]
         self.ref, self.ref_end = vocab["<ref>"], vocab["</ref>"]
         self.box, self.box_end = vocab["<box>"], vocab["</box>"]
-        # Text that spells a control token would be read as one: such captions are refused.
-        control = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens, USER, ASSISTANT}
+        # Text that spells a control token would be read as one: such captions are refused. Letters
+        # are no control tokens, and DeepSeek's vocabulary, which is Janus's, adds ü, ø and others.
+        added = tokenizer.added_tokens_decoder
+        control = {t.content for t in added.values() if t.special} | {*tokenizer.all_special_tokens}
+        control |= {USER, ASSISTANT, BEGIN_IMAGE, END_IMAGE, *MARKS}
         self._reserved = sorted(t for t in control if t.strip() and not t.startswith(_LOCATION))
+        self._letters = {i: t.content for i, t in added.items() if not t.special}
         self._kept = lru_cache(maxsize=KEPT)(self._tokenized)
         self._turn = Lock()
 
@@ -230,6 +246,14 @@ class Prompts:
     def _tokenized(self, text: str) -> tuple[int, ...]:
         with self._turn:  # tokenizers lend themselves to one thread at a time
             return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _text(self, ids: list[int]) -> str:
+        # A byte-level decoder would take an added letter for a byte.
+        runs = groupby(ids, self._letters.get)
+        return "".join(
+            _decode(self.tokenizer, [*run]) if letter is None else letter * len([*run])
+            for letter, run in runs
+        )
 
     def _checked(self, text: str, what: str) -> str:
         for token in self._reserved:
@@ -277,7 +301,7 @@ class Prompts:
             raise PromptError(
                 "the ids are no L2I prompt: BOS, <ref>, EOS or begin-of-image is missing"
             )
-        head = _decode(self.tokenizer, ids[1:first])
+        head = self._text(ids[1:first])
         start, end = f"{USER}: ", f"\n\n{ASSISTANT}: <grounding>"
         if not head.startswith(start) or not head.endswith(end):
             raise PromptError(f"the ids are no L2I prompt: they begin with {head[:40]!r}")
@@ -300,7 +324,7 @@ class Prompts:
                 i += 1
                 continue
             close = _find(ids, self.ref_end, i)
-            expr = _decode(self.tokenizer, ids[i + 1 : close])
+            expr = self._text(ids[i + 1 : close])
             i = close + 1
             if i < len(ids) and ids[i] == self.box:
                 close = _find(ids, self.box_end, i)

@@ -18,6 +18,9 @@ from echogen.kernels.reference.sampling import COLDEST
 
 Schedule = Literal["constant", "linear", "cosine"]
 """How the guidance scale moves from the first guided position to the last."""
+CFG_MAX = 1e4
+"""Far above any scale of use, and far below where guided logits overflow their float32: the codes
+drawn from those would mean nothing."""
 
 
 def whole_number(name: str, value: int) -> int:
@@ -51,8 +54,8 @@ class Sampling:
 
     Attributes:
         temperature: divides the guided logits; 0 takes the most likely code.
-        cfg: classifier-free guidance scale s in ``u + s·(c − u)`` (Ho & Salimans 2022); 1 is off,
-            and then no unconditional rows are computed.
+        cfg: classifier-free guidance scale s in ``u + s·(c − u)`` (Ho & Salimans 2022), at most
+            ``CFG_MAX``; 1 is off, and then no unconditional rows are computed.
         top_k: keep the k most likely codes (0: all).
         top_p: keep the smallest set of codes with at least this probability (1: all).
         unconditional: prompt of the unconditional rows, "pad" (Janus) or "empty" (PlanGen).
@@ -76,8 +79,10 @@ class Sampling:
     def __post_init__(self) -> None:
         if not math.isfinite(self.temperature) or self.temperature < 0:
             raise ValueError(f"temperature = {self.temperature}; it must be 0 or more")
-        if not math.isfinite(self.cfg) or self.cfg < 0:
-            raise ValueError(f"cfg = {self.cfg}; it must be 0 or more (1 is off)")
+        if not math.isfinite(self.cfg) or not 0 <= self.cfg <= CFG_MAX:
+            raise ValueError(
+                f"cfg = {self.cfg}; it must be 0 or more (1 is off), at most {CFG_MAX:g}"
+            )
         object.__setattr__(self, "top_k", whole_number("top_k", self.top_k))
         if self.top_k < 0:
             raise ValueError(f"top_k = {self.top_k}; it must be 0 (off) or more")
@@ -92,8 +97,11 @@ class Sampling:
             raise ValueError(
                 f"cfg_schedule = {self.cfg_schedule!r}; choose one of {get_args(Schedule)}"
             )
-        if not math.isfinite(self.cfg_start) or self.cfg_start < 0:
-            raise ValueError(f"cfg_start = {self.cfg_start}; it must be 0 or more (1 is off)")
+        if not math.isfinite(self.cfg_start) or not 0 <= self.cfg_start <= CFG_MAX:
+            raise ValueError(
+                f"cfg_start = {self.cfg_start}; it must be 0 or more (1 is off), at most "
+                f"{CFG_MAX:g}"
+            )
         if self.cfg_schedule == "constant" and self.cfg_start != 1:
             raise ValueError(
                 f"cfg_start = {self.cfg_start} with cfg_schedule = 'constant', which begins at "

@@ -12,13 +12,14 @@ from echogen.engine.prompt import (
     BEGIN_IMAGE,
     END_IMAGE,
     MARKS,
+    PAD,
     QUESTION,
     USER,
     location_token,
 )
 
 # Spelled as in Janus's own tokenizer, so that its processor finds them by name.
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 IMAGE_PLACEHOLDER = "<image_placeholder>"
 
 

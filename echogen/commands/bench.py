@@ -83,8 +83,13 @@ class BenchEngine:
         for window in self.window:
             check_range("window", window, 1, 4096)
         check_seed(self.seed)
-        if self.cfg is not None and not 0 <= self.cfg < float("inf"):
-            raise InputError(f"--cfg {self.cfg}: it must be 0 or more (1 is off)")
+        if self.cfg is not None:
+            from echogen.engine.sampler import CFG_MAX
+
+            if not 0 <= self.cfg <= CFG_MAX:
+                raise InputError(
+                    f"--cfg {self.cfg}: it must be 0 or more (1 is off), at most {CFG_MAX:g}"
+                )
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise InputError(f"--temperature {self.temperature}: it must be 0 or more")
         modes = {"jacobi": self._jacobi, "window": self._window, "peer": self._peer}

@@ -114,9 +114,10 @@ class Ground:
     def run(self) -> None:
         if not self.expr:
             raise InputError('--expr is missing; name what to find, as in --expr "a red circle"')
+        from echogen.engine.layout import check_text
+
         for expr in self.expr:
-            if not expr.strip() or not expr.isprintable():
-                raise InputError(f"--expr {expr!r}: write one line of text")
+            check_text(expr, "--expr")
         if self.out is not None:
             check_file(self.out, PICTURES)
         from echogen.engine.vision import load_image

@@ -228,7 +228,8 @@ def test_layouts_that_no_prompt_can_hold(run, model, tmp_path, expr, word):
         (["ground", "--image", "{wide}", "--expr", "a star"], ["20x10", "square"]),
         (["ground", "--image", "{square}"], ["--expr"]),
         (["ground", "--image", "{square}", "--expr", " "], ["--expr"]),
-        (["ground", "--image", "{square}", "--expr", "a\nstar"], ["--expr"]),
+        (["ground", "--image", "{square}", "--expr", "a\nstar"], ["--expr", "U+000A"]),
+        (["ground", "--image", "{square}", "--expr", "赤い\u3000<ref>"], ["<ref>"]),
         (["ground", "--image", "{square}", "--expr", "<ref>"], ["<ref>"]),
         (["ground", "--image", "{square}", "--expr", "word " * 2000], ["tokens"]),
         (
@@ -248,6 +249,7 @@ def test_layouts_that_no_prompt_can_hold(run, model, tmp_path, expr, word):
         (["train", "pmtp", "--out", "x", "--vq", "{broken}"], ["--vq"]),
         (["bench", "engine", "--repeats", "0"], ["--repeats 0"]),
         (["bench", "engine", "--cfg", "nan"], ["--cfg nan"]),
+        (["bench", "engine", "--cfg", "1e39"], ["--cfg 1e+39", "at most 10000"]),
         (["bench", "train", "--stage", "djo", "--recipe", "huge"], ["--recipe huge", "tiny"]),
         (
             ["bench", "train", "--stage", "djo", "--recipe", "janus_pro_1b", "--batch", "3"],

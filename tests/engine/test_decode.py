@@ -360,6 +360,7 @@ def test_several_positions_at_once_draw_what_each_draws_alone(monkeypatch, sampl
 
 @pytest.mark.parametrize("wrong", [
     {"temperature": -1.0}, {"temperature": float("nan")}, {"cfg": -0.5}, {"cfg": float("inf")},
+    {"cfg": 1e39}, {"cfg_start": 1e39, "cfg_schedule": "linear"},
     {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_p": float("nan")},
     {"unconditional": "none"},
 ])  # fmt: skip

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers import pre_tokenizers
+from transformers import AutoTokenizer
 
 from echogen.engine import engine as facade
 from echogen.engine import ground as grounding
@@ -221,8 +223,8 @@ def test_a_save_that_breaks_off_leaves_what_there_was(engine, saved, monkeypatch
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
 
 
-def edited(folder: Path, change: Callable[[dict], object]) -> Path:
-    path = folder / pretrained.META
+def edited(folder: Path, change: Callable[[dict], object], name: str = pretrained.META) -> Path:
+    path = folder / name
     meta = json.loads(path.read_text())
     change(meta)
     path.write_text(json.dumps(meta))
@@ -247,6 +249,34 @@ def test_what_it_says_wrongly_is_named(saved, change, told):
         Engine.from_pretrained(edited(saved, change))
 
 
+def test_a_checkpoint_of_transformers_draws_as_its_generation_config_says(saved):
+    def drawn_with(**stated) -> Sampling:
+        edited(saved, lambda g: g.update(stated), pretrained.GENERATION)
+        return Engine.from_pretrained(saved).sampling
+
+    ours = drawn_with(guidance_scale=5, temperature=0.9)
+    assert ours == Sampling()  # echogen.json says it
+    (saved / pretrained.META).unlink()
+    assert drawn_with() == Sampling(cfg=5.0, temperature=0.9)
+    assert drawn_with(guidance_scale=0, temperature=None) == Sampling()
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: guidance_scale .* = -1;"):
+        drawn_with(guidance_scale=-1)
+
+
+def test_padding_without_the_mark_of_janus_is_that_of_transformers(saved, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        text = (saved / name).read_text()
+        (saved / name).write_text(text.replace("<｜▁pad▁｜>", "<another>"))
+    edited(saved, lambda g: g.update(pad_token_id=7), pretrained.GENERATION)
+    engine = Engine.from_pretrained(saved)
+    assert engine.prompts.pad == 7
+    engine.save_pretrained(tmp_path / "again")
+    assert Engine.from_pretrained(tmp_path / "again").prompts.pad == 7
+    edited(saved, lambda g: g.update(pad_token_id=-1), pretrained.GENERATION)
+    with pytest.raises(CheckpointError, match=r"pad_token_id is -1; it must be in 0 … "):
+        Engine.from_pretrained(saved)
+
+
 def test_a_codec_is_what_is_asked_for_or_refused(saved):
     with pytest.raises(ValueError, match=r"codec = 'loc'; choose one of \('location', 'textual'\)"):
         Engine.from_pretrained(saved, codec="loc")
@@ -260,6 +290,33 @@ def test_a_codec_is_what_is_asked_for_or_refused(saved):
     for bins in (0, 1):
         with pytest.raises(PromptError, match=f"location codec with {bins} bins"):
             Engine.from_pretrained(plain, codec="location", bins=bins)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("tokenizer.json", lambda text: text[:1000]),
+        ("tokenizer.json", lambda _: "version https://git-lfs.github.com/spec/v1\n"),
+        ("tokenizer.json", lambda text: text.replace('"type": "BPE"', '"type": "another"')),
+        ("tokenizer.json", lambda _: "[]"),
+        ("tokenizer_config.json", lambda _: "[]"),
+    ],
+)
+def test_a_damaged_tokenizer_is_refused_in_one_line(saved, name, change):
+    (saved / name).write_text(change((saved / name).read_text()))
+    with pytest.raises(CheckpointError, match="its tokenizer does not load") as caught:
+        Engine.from_pretrained(saved)
+    assert str(saved) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_that_is_not_read_as_it_is_stored_is_refused(saved, monkeypatch):
+    spaceless = AutoTokenizer.from_pretrained(saved)  # as transformers before 5.22 has DeepSeek's
+    spaceless.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: spaceless)
+    with pytest.raises(CheckpointError, match=r"'3größereÄpfel,12km'\); upgrade transformers"):
+        Engine.from_pretrained(saved)
 
 
 def test_a_tokenizer_of_another_model_is_refused(saved):

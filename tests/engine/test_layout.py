@@ -68,6 +68,22 @@ def test_the_whole_canvas_is_a_box():
     assert check_box((0, 0, 64, 32), size=(64, 32)) == (0, 0, 1, 1)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "un chien\u00a0: noir",
+        "赤い\u3000円",
+        "می\u200cخواهم",
+        "\U0001f469\u200d\U0001f680",
+        "\u05d0\u200e 1",
+        "\U0001fae8",  # newer than the tables of Python 3.11
+    ],
+)
+def test_text_of_any_language_is_taken_as_it_stands(text):
+    layout = Layout.from_dict(changed(("caption",), text, changed(("objects", 1, "expr"), text)))
+    assert layout.caption == layout.objects[1].expr == text
+
+
 def test_layouts_do_not_change():
     layout = Layout.from_dict(PLAIN)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -92,6 +108,9 @@ REFUSED = {
     "caption empty": (changed(("caption",), ""), ["caption is empty"]),
     "caption blank": (changed(("caption",), "  "), ["caption is empty"]),
     "caption of two lines": (changed(("caption",), "a\nb"), ["caption", "control", "one plain"]),
+    "caption of two paragraphs": (changed(("caption",), "a\u2029b"), ["caption", "U+2029"]),
+    "caption turned round": (changed(("caption",), "a\u202eb"), ["control", "U+202E"]),
+    "caption with a colour": (changed(("caption",), "a\x9b1mb"), ["control", "U+009B"]),
     "expr empty": (changed(("objects", 1, "expr"), ""), ["object 2", "expr is empty"]),
     "expr null": (changed(("objects", 1, "expr"), None), ["object 2", "null", "string"]),
     "expr surrogate": (changed(("objects", 1, "expr"), "\ud800"), ["object 2", "\\ud800"]),

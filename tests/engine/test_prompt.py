@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import random
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echogen.engine.layout import Layout, LayoutError, LayoutObject
+from echogen.engine.layout import Layout, LayoutError, LayoutObject, check_text
 from echogen.engine.prompt import (
     LocationCodec,
     PromptError,
@@ -127,11 +128,44 @@ def test_unconditional_prompts(prompts):
     )
 
 
+def test_guidance_leads_away_from_the_padding_of_janus(small_tokenizer):
+    """Whatever the tokenizer itself pads with; without that mark from what is said."""
+    tokenizer = copy.deepcopy(small_tokenizer)
+    codec, mark = LocationCodec(tokenizer, BINS), tokenizer.get_vocab()["<｜▁pad▁｜>"]
+    tokenizer.pad_token = tokenizer.eos_token
+    assert Prompts(tokenizer, codec, pad=7).pad == Prompts(tokenizer, codec).pad == mark
+    vocab = {t: i for t, i in tokenizer.get_vocab().items() if i != mark}
+    tokenizer.get_vocab = lambda: vocab
+    assert Prompts(tokenizer, codec).pad == tokenizer.eos_token_id
+    assert Prompts(tokenizer, codec, pad=7).unconditional([0] * 4)[1:3] == [7, 7]
+    tokenizer.pad_token = None
+    with pytest.raises(PromptError, match="no PAD token"):
+        Prompts(tokenizer, codec)
+
+
+def test_letters_among_the_added_tokens_are_text_like_others(small_tokenizer):
+    """As DeepSeek's vocabulary has them, which is Janus's."""
+    tokenizer = copy.deepcopy(small_tokenizer)
+    tokenizer.add_tokens(["ü", "ø"])
+    prompts = Prompts(tokenizer, LocationCodec(tokenizer, BINS))
+    layout = Layout("grün, üüø", (LayoutObject("die Tür von Bjørn", (0, 0, 1, 1)),))
+    ids = prompts.l2i(layout)
+    assert ids.count(tokenizer.get_vocab()["ü"]) == 4
+    assert prompts.layout(ids) == layout
+
+
 # --- round trips ----------------------------------------------------------------------------------
 
-WORDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(
-    lambda t: t.strip() and t.isprintable() and "<" not in t
-)
+
+def taken(text: str) -> bool:
+    """Whether a layout may hold it: a line of text that spells no token."""
+    try:
+        return "<" not in check_text(text, "text")
+    except LayoutError:
+        return False
+
+
+WORDS = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20).filter(taken)
 
 
 @st.composite
