@@ -49,7 +49,7 @@ setup(
     packages=list(packages()),
     package_dir=packages(),
     package_data={
-        "echogen.engine": ["models/*/*", "cpp/*.cpp"],
+        "echogen.engine": ["models/*/*", "cpu/*.cpp"],
         "echogen.kernels": ["cuda/*.cu", "cuda/*.cuh", "cuda/*.fatbin"],
     },
     cmdclass={"build_py": BuildPy},

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from echogen.bench.harness import seconds
 from echogen.bench.registry import Floor
-from echogen.engine.packed import packs
+from echogen.engine.cpu.packed import packs
 
 LANES, SPECIAL_LANES = 128, 16
 """Instructions, and special functions, a clock and multiprocessor (NVIDIA, sm_80 to sm_100)."""

@@ -7,10 +7,26 @@ The parts live in the top-level folders of the repository and are imported as
 from __future__ import annotations
 
 import os as _os
+from importlib import import_module as _import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
-__all__ = ["Box", "Engine", "Layout", "LayoutError", "LayoutObject", "Sampling", "__version__"]
+_FROM = {
+    "Engine": "engine.engine",
+    "Scheduler": "engine.serving.scheduler",
+    "Sampling": "engine.decoding.sampler",
+    **dict.fromkeys(("Box", "Layout", "LayoutError", "LayoutObject"), "engine.layout"),
+}
+__all__ = [
+    "Box",
+    "Engine",
+    "Layout",
+    "LayoutError",
+    "LayoutObject",
+    "Sampling",
+    "Scheduler",
+    "__version__",
+]
 
 # An uninstalled checkout has its packages beside this folder, not inside it. CMakeLists.txt stands
 # there too and is never installed, so it tells a checkout from a site-packages folder.
@@ -19,23 +35,14 @@ if _os.path.exists(_os.path.join(_root, "CMakeLists.txt")) and _root not in __pa
     __path__.append(_root)
 
 if TYPE_CHECKING:
+    from echogen.engine.decoding.sampler import Sampling
     from echogen.engine.engine import Engine
     from echogen.engine.layout import Box, Layout, LayoutError, LayoutObject
-    from echogen.engine.sampler import Sampling
+    from echogen.engine.serving.scheduler import Scheduler
 
 
 def __getattr__(name: str) -> object:
     """Import the public names on first use: ``import echogen`` alone does not load torch."""
-    if name == "Engine":
-        from echogen.engine.engine import Engine
-
-        return Engine
-    if name in ("Box", "Layout", "LayoutError", "LayoutObject"):
-        from echogen.engine import layout
-
-        return getattr(layout, name)
-    if name == "Sampling":
-        from echogen.engine.sampler import Sampling
-
-        return Sampling
+    if name in _FROM:
+        return getattr(_import_module(f"echogen.{_FROM[name]}"), name)
     raise AttributeError(f"module 'echogen' has no attribute {name!r}")

@@ -41,21 +41,21 @@ DESCRIPTION = "One transformer that draws an image from a layout and finds the l
 # is imported to find out.
 _REFUSALS = {
     "echogen.engine.layout": "LayoutError",
-    "echogen.engine.vision": "ImageError",
-    "echogen.engine.keymap": "CheckpointError",
+    "echogen.engine.images.vision": "ImageError",
+    "echogen.engine.checkpoints.keymap": "CheckpointError",
     "echogen.engine.prompt": "PromptError",
     "echogen.engine.config": "ConfigError",
-    "echogen.engine.cpp.loader": "SwitchError",
+    "echogen.engine.cpu.loader": "SwitchError",
     "echogen.engine.serving.budget": "BudgetError",
-    "echogen.train.stage": "BeginRefused",
-    "echogen.train.checkpoint": "StateError",
+    "echogen.train.stages.stage": "BeginRefused",
+    "echogen.train.run.checkpoint": "StateError",
     "echogen.train.data.endpoint": "LLMError",
     "echogen.bench.compare": "CompareError",
     "echogen.bench.report": "ReportError",
 }
 # And what says, as one line too, that work came to nothing.
 _FAILURES = {
-    "echogen.train.stage": "TrainingError",
+    "echogen.train.stages.stage": "TrainingError",
     "echogen.bench.harness": "WrongResult",
 }
 

@@ -102,7 +102,7 @@ def _threads() -> int:
 
 def bf16_slowdown() -> float:
     """Times as long as in float32 that products take in bfloat16 on this CPU."""
-    from echogen.train.precision import bf16_slowdown
+    from echogen.train.run.precision import bf16_slowdown
 
     return bf16_slowdown()
 
@@ -120,9 +120,9 @@ def bundled() -> dict[str, int]:
 
 
 def cpu_drawing() -> str:
-    """What draws a small float32 model on this CPU, and why (`echogen.engine.native`). Compiles it
+    """What draws a small float32 model on this CPU, and why (`engine.cpu.native`). Compiles it
     where that was not done yet."""
-    from echogen.engine.cpp import loader
+    from echogen.engine.cpu import loader
 
     try:
         if loader.switched_off():

@@ -1,5 +1,5 @@
 """Softmax attention over whole sequences, by who does it best where it runs. One query a sequence
-over a cache is another job: `kernels.decode_attention`, and on a CPU `engine/cpp`."""
+over a cache is another job: `kernels.decode_attention`, and on a CPU `engine/cpu`."""
 
 from __future__ import annotations
 

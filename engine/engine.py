@@ -16,17 +16,15 @@ from torch import Tensor
 from transformers import JanusConfig, JanusVisionModel, JanusVQVAE
 
 from echogen.engine.attention import plan_no_shapes
+from echogen.engine.checkpoints.pretrained import Meta, load_prompts, resolve
+from echogen.engine.checkpoints.weights import load_checkpoint, save_checkpoint
 from echogen.engine.cycle import CycleResult, score
-from echogen.engine.decode import Decoder, Progress, decode_image, packed
-from echogen.engine.device import DeviceTransformer, misfit
+from echogen.engine.decoding.decode import Decoder, Progress, decode_image, packed
+from echogen.engine.decoding.jacobi import Method, decode_windows, wins
+from echogen.engine.decoding.sampler import Sampler, Sampling, check_draws
+from echogen.engine.gpu.device import DeviceTransformer, misfit
 from echogen.engine.ground import ground_images
-from echogen.engine.jacobi import Method, decode_windows, wins
-from echogen.engine.layout import Box, Layout
-from echogen.engine.model import UnifiedTransformer
-from echogen.engine.pretrained import Meta, load_prompts, resolve
-from echogen.engine.prompt import LocationCodec, Prompts
-from echogen.engine.sampler import Sampler, Sampling, check_draws
-from echogen.engine.vision import (
+from echogen.engine.images.vision import (
     decode_codes,
     decoding_bytes,
     encode_image,
@@ -35,7 +33,9 @@ from echogen.engine.vision import (
     to_images,
     to_pixels,
 )
-from echogen.engine.weights import load_checkpoint, save_checkpoint
+from echogen.engine.layout import Box, Layout
+from echogen.engine.model import UnifiedTransformer
+from echogen.engine.prompt import LocationCodec, Prompts
 
 MOST_DECODED = 1 << 32
 """Bytes of passing tensors while pictures are decoded; more of them go one part after another."""
@@ -287,7 +287,7 @@ class Engine:
             sampling: None: the checkpoint's default.
             progress: called after every step.
             decoding: "sequential" draws one code a step, "jacobi" several
-                (`echogen.engine.jacobi`), "auto" what is faster. The codes are the same, up to
+                (`engine.decoding.jacobi`), "auto" what is faster. The codes are the same, up to
                 ones within rounding of each other.
             negative: a layout, or one for each, whose rows take the place of the unconditional
                 ones (PlanGen's object removal: name what shall not be there); needs guidance.

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from echogen.engine.branches import Branches
+from echogen.engine.decoding.parts import in_parts
 from echogen.engine.layout import Box, LayoutError
 from echogen.engine.model import UnifiedTransformer
-from echogen.engine.parts import in_parts
 from echogen.engine.prompt import BoxCodec, LocationCodec, PromptError, Prompts
 from echogen.engine.ranges import span
 from echogen.kernels.parse_boxes import allowed_location_mask

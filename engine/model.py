@@ -1,7 +1,7 @@
 """The unified transformer: one decoder that reads and writes text tokens and image codes.
 
 Shape legend: B rows, L tokens, S cached tokens, D width, H heads, K head_dim, V codebook, C code.
-The same module trains and infers; `engine/weights.py` maps it onto Janus checkpoints.
+The same module trains and infers; `engine/checkpoints/weights.py` maps it onto Janus checkpoints.
 """
 
 from __future__ import annotations

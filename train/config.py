@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from echogen.engine.sampler import Sampling
+from echogen.engine.decoding.sampler import Sampling
 
 
 def later(default: Any) -> Any:

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from echogen.engine.model import UnifiedTransformer
-from echogen.train.checkpoint import StateError
 from echogen.train.config import LoopConfig
+from echogen.train.run.checkpoint import StateError
 
 PROJECTIONS = r"blocks\.\d+\.(qkv|out|gate_up|down)"
 NAME = "default"  # peft's, of a model's only adapter

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
+from echogen.engine.checkpoints.keymap import CheckpointError
+from echogen.engine.checkpoints.pretrained import bundled, resolve
 from echogen.engine.engine import Engine
-from echogen.engine.keymap import CheckpointError
-from echogen.engine.pretrained import bundled, resolve
-from echogen.train.checkpoint import StateError
 from echogen.train.data.samples import module_hash
 from echogen.train.data.shapes import IMAGE_SIZE
+from echogen.train.run.checkpoint import StateError
 
 RECORD = "stage.json"
 

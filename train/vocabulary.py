@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from echogen.engine.checkpoints.pretrained import Meta, resolve
 from echogen.engine.engine import Engine
 from echogen.engine.ground import locations
-from echogen.engine.pretrained import Meta, resolve
-from echogen.train.checkpoint import StateError
 from echogen.train.data.samples import module_hash
+from echogen.train.run.checkpoint import StateError
 from echogen.train.start import RECORD, Start, read_record
 
 

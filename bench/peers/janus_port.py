@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, JanusForConditionalGeneration, StaticCache
 
-from echogen.engine.keymap import to_port
+from echogen.engine.checkpoints.keymap import to_port
 from echogen.engine.model import UnifiedTransformer
 
 CacheKind = Literal["dynamic", "static"]

@@ -143,14 +143,14 @@ class Training(NamedTuple):
 
 
 def training(name: str, asked: Asked) -> Training:
-    """A stage with its recipe's settings on few scenes, whose steps are those of `train.loop`.
+    """A stage with its recipe's settings on few scenes, whose steps are those of `train.run.loop`.
 
     Raises:
         BeginRefused: a batch that does not come in the recipe's parts.
     """
-    from echogen.train.optim import build_optimizers
-    from echogen.train.processes import Processes
-    from echogen.train.update import check, update
+    from echogen.train.parallel.processes import Processes
+    from echogen.train.run.optim import build_optimizers
+    from echogen.train.run.update import check, update
 
     stage = STAGES[name](asked)
     if asked.device.startswith("cuda"):
@@ -167,20 +167,20 @@ def training(name: str, asked: Asked) -> Training:
 
 
 def _pmtp(asked: Asked) -> Any:
-    from echogen.train.pmtp import PMTPStage
+    from echogen.train.stages.pmtp import PMTPStage
 
     vq = fresh_vq(asked) if asked.model == FRESH else _engine(asked).vq
     return PMTPStage(_few(asked.recipe.pmtp, asked), _fresh_start(asked, vq))
 
 
 def _djo(asked: Asked) -> Any:
-    from echogen.train.djo import DJOStage
+    from echogen.train.stages.djo import DJOStage
 
     return DJOStage(_few(asked.recipe.djo, asked), _start(asked))
 
 
 def _cycle_rl(asked: Asked) -> Any:
-    from echogen.train.cycle_rl import CycleRLStage
+    from echogen.train.stages.cycle_rl import CycleRLStage
 
     return CycleRLStage(_few(asked.recipe.cycle_rl, asked), _start(asked))
 
@@ -215,7 +215,7 @@ def few_samples(vq: JanusVQVAE) -> list[Sample]:
 def fresh_vq(asked: Asked) -> JanusVQVAE:
     """The recipe's image tokenizer, untrained, the same at every call: the codes of the few scenes
     are what it makes of them (they are cached), and mean nothing."""
-    from echogen.train.vq import build_vq
+    from echogen.train.stages.vq import build_vq
 
     torch.manual_seed(asked.recipe.vq.loop.seed)
     vq = build_vq(asked.recipe.vq, asked.recipe.pmtp.width).eval()
@@ -230,10 +230,10 @@ def fresh(
     is a part of it; as stage 1's `new_model`, but drawn on that device, and see `fresh_config`."""
     from transformers import JanusVisionModel
 
+    from echogen.engine.decoding.sampler import Sampling
     from echogen.engine.engine import Engine
     from echogen.engine.model import UnifiedTransformer
     from echogen.engine.prompt import LocationCodec, Prompts
-    from echogen.engine.sampler import Sampling
     from echogen.train.tokenizer import train_tokenizer
 
     config = recipe.pmtp
@@ -256,7 +256,7 @@ def fresh_config(recipe: Recipe, vq: JanusVQVAE, tokenizer: PreTrainedTokenizerB
     """The recipe's shapes, with as many rows of text as the checkpoint has that the recipe begins
     with, if it does: embedding and head are a quarter of what Janus-Pro 1B trains. Texts are still
     cut by the world's own tokenizer, so that prompts are not quite as long as in Janus's."""
-    from echogen.train.pmtp import janus_config
+    from echogen.train.stages.pmtp import janus_config
 
     janus = janus_config(recipe.pmtp, vq, tokenizer)
     text: Any = janus.text_config

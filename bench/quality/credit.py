@@ -26,15 +26,15 @@ import torch
 from torch import Tensor, nn
 
 from echogen.bench.harness import environment
-from echogen.engine.vision import decode_codes, to_images
+from echogen.engine.images.vision import decode_codes, to_images
 from echogen.train.config import DJOConfig
-from echogen.train.credit import Credit
-from echogen.train.cycle_rl import CycleRLStage
-from echogen.train.djo import DJOStage, Noise
 from echogen.train.eval.judge import detect
 from echogen.train.eval.matching import class_ious
 from echogen.train.recipes import tiny
-from echogen.train.rollouts import Rollout
+from echogen.train.stages.credit import Credit
+from echogen.train.stages.cycle_rl import CycleRLStage
+from echogen.train.stages.djo import DJOStage, Noise
+from echogen.train.stages.rollouts import Rollout
 from echogen.train.start import Start, load_start
 
 JUDGE = "judge"

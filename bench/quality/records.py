@@ -9,7 +9,7 @@ from typing import Any
 
 from echogen.bench.quality.cells import Cell
 from echogen.commands.output import finite
-from echogen.engine.shards import replace_file
+from echogen.engine.checkpoints.shards import replace_file
 
 Record = dict[str, Any]
 KEYS = {"cell", "arm", "seed", "stage", "scale", "settings", "start", "model", "steps", "samples",

@@ -28,14 +28,14 @@ from echogen.bench.quality.records import (
 from echogen.bench.quality.stages import Timed, build, checkpoint
 from echogen.commands import run_folder
 from echogen.commands.output import InputError
+from echogen.engine.checkpoints.keymap import CheckpointError
 from echogen.engine.engine import Engine
-from echogen.engine.keymap import CheckpointError
 from echogen.engine.layout import LayoutError
-from echogen.train.checkpoint import StateError
 from echogen.train.config import differences
 from echogen.train.data.samples import module_hash
-from echogen.train.loop import TrainingError
-from echogen.train.loop import run as train
+from echogen.train.run.checkpoint import StateError
+from echogen.train.run.loop import TrainingError
+from echogen.train.run.loop import run as train
 from echogen.train.start import load_start
 
 REFUSED = (QualityError, TrainingError, StateError, CheckpointError, LayoutError)

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
+from echogen.engine.images.vision import decode_codes
 from echogen.engine.layout import Layout
-from echogen.engine.sampler import Sampling
-from echogen.engine.vision import decode_codes
 from echogen.train.data.scenes import load_scenes
 from echogen.train.eval.tables import BATCH, evaluate, judge_boxes, layouts_of
 

@@ -14,12 +14,12 @@ from echogen.bench.quality.cells import Cell, Config, Task
 from echogen.bench.quality.records import write_json
 from echogen.engine.engine import Engine
 from echogen.train.config import CycleRLConfig, DJOConfig, PMTPConfig
-from echogen.train.cycle_rl import CycleRLStage
 from echogen.train.data.samples import module_hash
-from echogen.train.djo import DJOStage
-from echogen.train.loop import Stage
-from echogen.train.pmtp import PMTPStage
-from echogen.train.pmtp import Task as Asked
+from echogen.train.run.loop import Stage
+from echogen.train.stages.cycle_rl import CycleRLStage
+from echogen.train.stages.djo import DJOStage
+from echogen.train.stages.pmtp import PMTPStage
+from echogen.train.stages.pmtp import Task as Asked
 from echogen.train.start import load_start, model_folder
 
 

@@ -38,9 +38,9 @@ from echogen.bench.speed.serving import (
     in_batches,
     mixed,
 )
-from echogen.engine.decode import Progress
+from echogen.engine.decoding.decode import Progress
 from echogen.engine.engine import Engine
-from echogen.engine.scheduler import Scheduler
+from echogen.engine.serving.scheduler import Scheduler
 from echogen.engine.serving.waiting import QueueFull
 
 LOADS = (0.5, 0.8, 1.2)

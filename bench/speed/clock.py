@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from echogen.bench.harness import quantiles
-from echogen.engine.graphs import CudaGraphs
+from echogen.engine.gpu.graphs import CudaGraphs
 
 Call = Callable[[], object]
 CLEARED_BYTES = 256 << 20

@@ -18,12 +18,12 @@ from echogen.bench.roofline import Roofline, measure
 from echogen.bench.speed import logits
 from echogen.bench.speed.models import Subject
 from echogen.bench.speed.phases import Weights, step_floor
-from echogen.engine.decode import Decoder, PlainDecoding, decode_image, left_padded
-from echogen.engine.device import DeviceTransformer
+from echogen.engine.cpu.native import NativeTransformer
+from echogen.engine.decoding.decode import Decoder, PlainDecoding, decode_image, left_padded
+from echogen.engine.decoding.rollout import RecordingSampler
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import on_operators
-from echogen.engine.native import NativeTransformer
-from echogen.engine.rollout import RecordingSampler
-from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.gpu.device import DeviceTransformer
 
 T = TypeVar("T")
 Draw = Callable[[], Tensor]

@@ -22,9 +22,9 @@ from echogen.bench.peers.janus_port import CacheKind
 from echogen.bench.registry import OURS
 from echogen.bench.speed.contestants import PORT, Draw, waited
 from echogen.bench.speed.models import Subject, load
-from echogen.engine.decode import Packed, Progress, decode_image
+from echogen.engine.decoding.decode import Packed, Progress, decode_image
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import on_operators
-from echogen.engine.sampler import Sampler, Sampling
 
 
 def run(

@@ -22,12 +22,12 @@ from fastapi import FastAPI
 from rich.table import Table
 
 from echogen.bench.harness import WrongResult, alternate, environment, quantiles, threads
-from echogen.engine.decode import Progress
+from echogen.engine.decoding.decode import Progress
 from echogen.engine.engine import Engine
 from echogen.engine.http.app import make_app
 from echogen.engine.http.wire import encoded
 from echogen.engine.layout import Layout
-from echogen.engine.scheduler import Scheduler
+from echogen.engine.serving.scheduler import Scheduler
 from echogen.train.data.scenes import load_scenes
 
 ENGINE, SCHEDULER, HTTP = "engine", "scheduler", "HTTP"

@@ -20,11 +20,11 @@ from rich.table import Table
 from torch import Tensor
 
 from echogen.bench.harness import environment, seconds, threads
-from echogen.engine.decode import Progress, decode_image
+from echogen.engine.decoding.decode import Progress, decode_image
+from echogen.engine.decoding.jacobi import Draft, WindowDrawing, decode_windows, default_window
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import Engine
-from echogen.engine.jacobi import Draft, WindowDrawing, decode_windows, default_window
 from echogen.engine.layout import Layout
-from echogen.engine.sampler import Sampler, Sampling
 from echogen.train.data.scenes import load_scenes
 from echogen.train.data.shapes import COLORS, GROUND, IMAGE_SIZE, SHAPES, TEXTURES, Object, Scene
 from echogen.train.eval.tables import layouts_of

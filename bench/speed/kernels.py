@@ -33,7 +33,7 @@ from echogen.bench.registry import (
 )
 from echogen.bench.roofline import Roofline, measure
 from echogen.bench.speed import clock, contest
-from echogen.engine.graphs import CaptureError
+from echogen.engine.gpu.graphs import CaptureError
 from echogen.kernels import dispatch
 
 Note = Callable[[str], None]

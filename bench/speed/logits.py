@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from echogen.bench.harness import WrongResult
-from echogen.engine.decode import Decoding, PlainDecoding, left_padded
-from echogen.engine.device import DeviceTransformer
-from echogen.engine.device_decode import DeviceDecoding
+from echogen.engine.decoding.decode import Decoding, PlainDecoding, left_padded
+from echogen.engine.gpu.decode import DeviceDecoding
+from echogen.engine.gpu.device import DeviceTransformer
 
 STEPS = 8
 """Codes fed, each to all rows."""

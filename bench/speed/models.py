@@ -16,11 +16,11 @@ from transformers import (
 
 from echogen.bench.peers.janus_port import JanusPort, share_weights
 from echogen.engine.attention import plan_no_shapes
+from echogen.engine.checkpoints.pretrained import resolve
 from echogen.engine.config import ModelConfig
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer
-from echogen.engine.pretrained import resolve
 
 BOS, EOS, PAD, BEGIN_IMAGE, PLACEHOLDER = range(5)
 PROMPT_TOKENS = 60

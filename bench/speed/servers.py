@@ -15,8 +15,8 @@ from torch import Tensor
 
 from echogen.bench.speed.serving import Asked, fitting, one_batch
 from echogen.engine.engine import Engine
-from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.partial import Partial
+from echogen.engine.serving.scheduler import Scheduler
 from echogen.engine.serving.waiting import QueueFull
 from echogen.engine.serving.worker import SchedulerClosed, Worker
 

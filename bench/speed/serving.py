@@ -23,13 +23,13 @@ from rich.table import Table
 from torch import Tensor
 
 from echogen.bench.harness import WrongResult, alternate, environment, quantiles, threads
-from echogen.engine.decode import Progress, decode_image
+from echogen.engine.cpu.native import NativeTransformer
+from echogen.engine.decoding.decode import Progress, decode_image
+from echogen.engine.decoding.jacobi import Method
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import Engine
-from echogen.engine.jacobi import Method
 from echogen.engine.layout import Layout
-from echogen.engine.native import NativeTransformer
-from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.scheduler import Scheduler
+from echogen.engine.serving.scheduler import Scheduler
 from echogen.train.data.scenes import load_scenes
 
 KINDS = (

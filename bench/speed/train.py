@@ -23,12 +23,12 @@ from echogen.bench.profile.subjects import (
 from echogen.bench.profile.trace import clock
 from echogen.bench.roofline import measure
 from echogen.bench.speed.phases import Weights
+from echogen.engine.checkpoints.pretrained import bundled
 from echogen.engine.config import ModelConfig
-from echogen.engine.pretrained import bundled
 from echogen.engine.ranges import listening
 from echogen.train.config import Recipe
-from echogen.train.progress import PASS, peak_memory
 from echogen.train.recipes import tiny
+from echogen.train.run.progress import PASS, peak_memory
 
 WATCHED = 2
 """Steps whose time is given out to ranges, at most."""

@@ -24,10 +24,10 @@ from echogen.bench.harness import threads as using
 from echogen.bench.report import RESULTS
 from echogen.bench.speed.drawing import DTYPES
 from echogen.bench.speed.models import Subject, load
-from echogen.engine.decode import Decoder, Windows, decode_image, open_windows
-from echogen.engine.device import DeviceTransformer
+from echogen.engine.decoding.decode import Decoder, Windows, decode_image, open_windows
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import on_operators
-from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.gpu.device import DeviceTransformer
 
 WINDOWS = (1, 2, 4, 8, 16, 32)
 CODES = 17

@@ -84,7 +84,7 @@ class BenchEngine:
             check_range("window", window, 1, 4096)
         check_seed(self.seed)
         if self.cfg is not None:
-            from echogen.engine.sampler import CFG_MAX
+            from echogen.engine.decoding.sampler import CFG_MAX
 
             if not 0 <= self.cfg <= CFG_MAX:
                 raise InputError(

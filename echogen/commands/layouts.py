@@ -161,9 +161,9 @@ class Layouts:
         check_range(name, count, 1, COUNT_MAX)
         if out.exists():
             raise InputError(f"--out {out}: is there already; name another file or remove it")
-        from echogen.train import keys
         from echogen.train.data.layouts import random_layout
         from echogen.train.data.scenes import load_scenes
+        from echogen.train.stages import keys
 
         rng = keys.generator(self.seed, keys.LAYOUTS)
         if name == "random":

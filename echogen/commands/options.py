@@ -12,8 +12,8 @@ import tyro
 from echogen.commands.output import InputError
 
 if TYPE_CHECKING:
+    from echogen.engine.decoding.sampler import Sampling
     from echogen.engine.engine import Engine
-    from echogen.engine.sampler import Sampling
 
 SEED_MAX = 2**63 - 1
 Json = Annotated[bool, tyro.conf.arg(name="json")]
@@ -95,7 +95,7 @@ class SamplingOptions:
 
     def check(self) -> None:
         """Refuse values out of range, before a model is loaded."""
-        from echogen.engine.sampler import Sampling
+        from echogen.engine.decoding.sampler import Sampling
 
         own: dict[str, Any] = {"cfg": 2.0}  # in place of the model's, which may guide as well
         if self.cfg_schedule != "constant":
@@ -108,7 +108,7 @@ class SamplingOptions:
     def over(self, engine: Engine) -> Sampling:
         """The model's defaults with the given options in their place; InputError where the two do
         not go together, or do not fit the model's images."""
-        from echogen.engine.sampler import Sampling
+        from echogen.engine.decoding.sampler import Sampling
 
         try:
             sampling = Sampling(**asdict(engine.sampling) | self._given())

@@ -126,7 +126,7 @@ def make_folder(path: Path) -> None:
 
 def write(path: Path, data: bytes) -> None:
     """Write a file whole, or not at all."""
-    from echogen.engine.shards import replace_file
+    from echogen.engine.checkpoints.shards import replace_file
 
     try:
         replace_file(path, data)

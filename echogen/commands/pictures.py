@@ -120,7 +120,7 @@ class Ground:
             check_text(expr, "--expr")
         if self.out is not None:
             check_file(self.out, PICTURES)
-        from echogen.engine.vision import load_image
+        from echogen.engine.images.vision import load_image
 
         load_image(str(self.image), 1)  # refused before the model is loaded
         engine = self.engine.load()
@@ -134,7 +134,7 @@ class Ground:
         seconds = round(time.perf_counter() - began, 3)
         files = {}
         if self.out is not None:
-            from echogen.engine.picture import overlay
+            from echogen.engine.images.picture import overlay
 
             picture = load_image(str(self.image), engine.image_size)
             write_picture(self.out, overlay(picture, list(self.expr), recovered=boxes))
@@ -201,7 +201,7 @@ class Cycle:
             print_json(data)
 
     def _write_pictures(self, result: CycleResult) -> dict[str, str]:
-        from echogen.engine.picture import contact_sheet, overlay
+        from echogen.engine.images.picture import contact_sheet, overlay
 
         expressions = [o.expr for o in result.layout.objects]
         asked: list[Box] = [o.box for o in result.layout.objects]

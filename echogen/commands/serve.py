@@ -101,8 +101,8 @@ class Serve:
         import uvicorn
 
         from echogen.engine.http.app import make_app
-        from echogen.engine.scheduler import Scheduler
         from echogen.engine.serving.budget import NoRoom
+        from echogen.engine.serving.scheduler import Scheduler
 
         engine = self.engine.load()
         self._check_prompts(engine)

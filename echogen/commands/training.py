@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         Recipe,
         VQConfig,
     )
-    from echogen.train.loop import Stage
+    from echogen.train.run.loop import Stage
 
     StageConfig = TypeVar("StageConfig", VQConfig, PMTPConfig, DJOConfig, CycleRLConfig)
 
@@ -148,7 +148,7 @@ class RunOptions:
             repeat(stage, loop, self.repeat, self.json)
         else:
             if loop.bf16 and self.device == "cpu":
-                from echogen.train.precision import advice, bf16_slowdown
+                from echogen.train.run.precision import advice, bf16_slowdown
 
                 if told := advice(bf16_slowdown()):
                     warn(told)
@@ -163,7 +163,7 @@ class TrainVQ(RunOptions):
         self.check()
         recipe = find_recipe(self.recipe)
         config = self.sized(recipe.vq)
-        from echogen.train.vq import VQStage
+        from echogen.train.stages.vq import VQStage
 
         stage = VQStage(config, recipe.pmtp.width)
         if self.device != "cpu":
@@ -192,7 +192,7 @@ class TrainPMTP(RunOptions):
             )
         recipe = find_recipe(self.recipe)
         config = self.sized(recipe.pmtp if self.begin is None else recipe.pmtp_on)
-        from echogen.train.pmtp import PMTPStage
+        from echogen.train.stages.pmtp import PMTPStage
         from echogen.train.start import load_start
 
         if self.pretrained is not None:
@@ -226,7 +226,7 @@ class TrainDJO(RunOptions):
         self.check()
         recipe = find_recipe(self.recipe)
         config = self.sized(recipe.djo)
-        from echogen.train.djo import DJOStage
+        from echogen.train.stages.djo import DJOStage
         from echogen.train.start import load_start
 
         start = load_start(self.begin, "pmtp", self.any_stage, self.place())
@@ -253,7 +253,7 @@ class TrainCycleRL(RunOptions):
             raise InputError(f"--layouts {self.layouts}: no such file; name one, real or random")
         recipe = find_recipe(self.recipe)
         config = self.sized(recipe.cycle_rl, layouts=self.layouts, force=self.force)
-        from echogen.train.cycle_rl import CycleRLStage
+        from echogen.train.stages.cycle_rl import CycleRLStage
         from echogen.train.start import load_start
 
         start = load_start(self.begin, "djo", self.any_stage, self.place())
@@ -323,7 +323,7 @@ def check_same_run(out: Path, config: Any) -> None:
     """Refuse to go on with a run that has other settings, before a model and data are loaded for
     it. Without a state it begins anew, and the loop has the last word (`other_run`)."""
     from echogen.train.config import differences, to_json
-    from echogen.train.stage import few, settings
+    from echogen.train.stages.stage import few, settings
 
     if not any((out / name).exists() for name in ("state.pt", "state.prev.pt")):
         return
@@ -400,7 +400,7 @@ def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool
     """
     from transformers.utils import logging
 
-    from echogen.train.loop import run
+    from echogen.train.run.loop import run
 
     check_evaluates()
     logging.disable_progress_bar()  # of writing shards; the loop has its own
@@ -415,7 +415,7 @@ def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool
 
 def repeat(stage: Stage, loop: LoopConfig, dump: Path, as_json: bool) -> None:
     """Compute a dumped step again and show what came out."""
-    from echogen.train.dump import repeat_dump
+    from echogen.train.run.dump import repeat_dump
 
     found = repeat_dump(stage, loop, dump)
     rows: list[tuple[str, object]] = [*found.numbers.items(), ("gradient norm", found.grad_norm)]

@@ -37,8 +37,8 @@ from echogen.engine.http.wire import (
     preferred,
     read,
 )
-from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.request import Request
+from echogen.engine.serving.scheduler import Scheduler
 
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus's text format."""

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple, TypeVar
 from PIL import Image
 
 from echogen.engine.cycle import CycleResult, score
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
 from echogen.engine.http.wire import Drawing, Refused, Search, encoded, texts
 from echogen.engine.layout import Layout
-from echogen.engine.sampler import Sampling
-from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Request
+from echogen.engine.serving.scheduler import Scheduler
 from echogen.engine.serving.waiting import QueueFull
 from echogen.engine.serving.worker import SchedulerClosed
 

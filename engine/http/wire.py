@@ -15,9 +15,9 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import ClientDisconnect
 
+from echogen.engine.decoding.sampler import Sampling, Schedule
+from echogen.engine.images.vision import ImageError, load_image
 from echogen.engine.layout import Layout, LayoutError, read_json
-from echogen.engine.sampler import Sampling, Schedule
-from echogen.engine.vision import ImageError, load_image
 
 Format = Literal["png", "jpeg", "webp"]
 JSON, EVENTS = "application/json", "text/event-stream"

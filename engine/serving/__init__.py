@@ -1,1 +1,1 @@
-"""What continuous batching is made of; see `echogen.engine.scheduler`."""
+"""What continuous batching is made of; see `echogen.engine.serving.scheduler`."""

@@ -15,8 +15,8 @@ import torch
 
 from echogen.engine.cache import PREFIX_BYTES
 from echogen.engine.config import ModelConfig
-from echogen.engine.sampler import Sampler
-from echogen.engine.slots import WINDOW_ROWS, row_counts, up_to_edge, widths
+from echogen.engine.decoding.sampler import Sampler
+from echogen.engine.serving.slots import WINDOW_ROWS, row_counts, up_to_edge, widths
 
 SHARE = 0.8
 """Of the free memory that is planned with; the rest is for what else happens on the machine."""

@@ -16,11 +16,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from echogen.engine.device_step import Choice
-from echogen.engine.jacobi import Drafted
-from echogen.engine.sampler import Sampling
+from echogen.engine.decoding.jacobi import Drafted
+from echogen.engine.decoding.sampler import Sampling
+from echogen.engine.gpu.step import Choice
 from echogen.engine.serving.request import Request
-from echogen.engine.slots import Rows
+from echogen.engine.serving.slots import Rows
 from echogen.kernels.sampling import cfg_sample
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from echogen.engine.decoding.jacobi import foreseeable
+from echogen.engine.decoding.sampler import Sampler, check_draws
 from echogen.engine.engine import Engine
-from echogen.engine.jacobi import foreseeable
 from echogen.engine.layout import LayoutError
-from echogen.engine.sampler import Sampler, check_draws
 from echogen.engine.serving.budget import Plan
 from echogen.engine.serving.partial import Pictures
 from echogen.engine.serving.request import Order, Request

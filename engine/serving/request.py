@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from echogen.engine.decoding.sampler import Sampler, Sampling, whole_number
 from echogen.engine.layout import Layout
-from echogen.engine.sampler import Sampler, Sampling, whole_number
 from echogen.engine.serving.partial import Partial, Pictures
 
 

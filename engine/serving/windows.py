@@ -1,10 +1,10 @@
 """Drawing several codes a step while few images are drawn.
 
 A step of a few rows leaves most of a CPU's products empty. Windows of drafted codes fill them
-(`echogen.engine.jacobi`) as a crowd's rows do, and like those they change what is drawn by rounding
-at most. When too many come, from the next step on all are drawn code by code (codes by which an
-image was ahead of others of its request are drawn again); when enough have gone, the others go on
-in windows from where they stand.
+(`engine.decoding.jacobi`) as a crowd's rows do, and like those they change what is drawn by
+rounding at most. When too many come, from the next step on all are drawn code by code (codes by
+which an image was ahead of others of its request are drawn again); when enough have gone, the
+others go on in windows from where they stand.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echogen.engine.jacobi import Drafted, columns_of
+from echogen.engine.decoding.jacobi import Drafted, columns_of
 from echogen.engine.serving.crowd import Live
-from echogen.engine.slots import Ahead
+from echogen.engine.serving.slots import Ahead
 
 
 class Windowed:

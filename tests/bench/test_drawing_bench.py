@@ -19,8 +19,8 @@ from echogen.bench.speed.models import hollow, load
 from echogen.bench.speed.phases import Weights, step_floor
 from echogen.cli import main
 from echogen.engine.config import ModelConfig
-from echogen.engine.decode import decode_image
-from echogen.engine.device import DeviceTransformer
+from echogen.engine.decoding.decode import decode_image
+from echogen.engine.gpu.device import DeviceTransformer
 
 MICRO = "random:micro"
 

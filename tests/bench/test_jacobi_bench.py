@@ -11,7 +11,7 @@ from rich.console import Console
 
 from echogen.bench.speed import jacobi
 from echogen.cli import main
-from echogen.engine.jacobi import MOST_COVER, covered, decode_windows
+from echogen.engine.decoding.jacobi import MOST_COVER, covered, decode_windows
 from echogen.train.data.scenes import load_scenes
 
 

@@ -15,7 +15,7 @@ from echogen.bench.registry import Drawn, Floor, Peer, cases
 from echogen.bench.roofline import Roofline
 from echogen.bench.speed import clock, kernels, memory, tables
 from echogen.cli import main
-from echogen.engine.graphs import CaptureError
+from echogen.engine.gpu.graphs import CaptureError
 
 
 def test_rows_are_complete():

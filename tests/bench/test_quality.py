@@ -22,15 +22,17 @@ from echogen.bench.quality.records import QualityError, read_record, write_recor
 from echogen.bench.quality.run import held, run_all, run_cell
 from echogen.bench.quality.stages import OneTaskStage, Timed, build, checkpoint
 from echogen.cli import main
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
-from echogen.engine.sampler import Sampling
-from echogen.train import cycle_rl, loop, processes, world
 from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, Recipe, VQConfig
 from echogen.train.data import samples as data
 from echogen.train.data import scenes
 from echogen.train.eval.tables import layouts_of
-from echogen.train.pmtp import PMTPStage
-from echogen.train.vq import build_vq
+from echogen.train.parallel import processes
+from echogen.train.run import loop
+from echogen.train.stages import cycle_rl, world
+from echogen.train.stages.pmtp import PMTPStage
+from echogen.train.stages.vq import build_vq
 
 LOOP = LoopConfig(
     steps=4, lr=2e-3, warmup=2, log_every=1, eval_every=4, save_every=2, threads=1, bf16=False

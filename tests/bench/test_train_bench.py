@@ -15,8 +15,8 @@ from echogen.engine.config import ModelConfig
 from echogen.engine.model import UnifiedTransformer
 from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, Recipe, VQConfig
 from echogen.train.recipes import RECIPES, janus_pro_1b, small
+from echogen.train.stages.vq import build_vq
 from echogen.train.tokenizer import train_tokenizer
-from echogen.train.vq import build_vq
 
 LOOP = LoopConfig(steps=9, lr=1e-3, bf16=False, accumulate=2, checkpoint_activations=True)
 MICRO = Recipe(
@@ -70,7 +70,7 @@ def micro(stage: str, **how):
 @pytest.fixture
 def macos(monkeypatch):
     """A system that tells memory in bytes: 300 MiB."""
-    monkeypatch.setattr("echogen.train.progress.sys", SimpleNamespace(platform="darwin"))
+    monkeypatch.setattr("echogen.train.run.progress.sys", SimpleNamespace(platform="darwin"))
     monkeypatch.setattr("resource.getrusage", lambda who: SimpleNamespace(ru_maxrss=300 << 20))
 
 

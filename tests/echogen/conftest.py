@@ -13,14 +13,14 @@ from transformers import JanusVisionModel
 
 from echogen.cli import main
 from echogen.engine.config import ModelConfig
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, Prompts
-from echogen.engine.sampler import Sampling
 from echogen.train.config import LoopConfig, PMTPConfig, VQConfig
-from echogen.train.pmtp import janus_config
+from echogen.train.stages.pmtp import janus_config
+from echogen.train.stages.vq import build_vq
 from echogen.train.tokenizer import train_tokenizer
-from echogen.train.vq import build_vq
 
 BINS = 33
 LAYOUT = {
@@ -101,7 +101,7 @@ def bf16_slowdown(monkeypatch):
     """``bf16_slowdown(times)``: what this CPU takes in bfloat16; as long as in float32."""
 
     def takes(times):
-        monkeypatch.setattr("echogen.train.precision.bf16_slowdown", lambda: times)
+        monkeypatch.setattr("echogen.train.run.precision.bf16_slowdown", lambda: times)
 
     takes(1.0)
     return takes

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from echogen.train.dump import Repeated
-from echogen.train.loop import Stopped, TrainingError
 from echogen.train.recipes import tiny
+from echogen.train.run.dump import Repeated
+from echogen.train.run.loop import Stopped, TrainingError
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def djo(run, model, tmp_path, monkeypatch):
     ``loops`` are those that came to the loop."""
     found = []
     monkeypatch.setattr(
-        "echogen.train.djo.DJOStage",
+        "echogen.train.stages.djo.DJOStage",
         lambda config, start: SimpleNamespace(name="djo", config=config),
     )
 
@@ -33,7 +33,7 @@ def djo(run, model, tmp_path, monkeypatch):
                 raise how
             (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n')
 
-        monkeypatch.setattr("echogen.train.loop.run", loop)
+        monkeypatch.setattr("echogen.train.run.loop.run", loop)
         out = tmp_path / f"run{len(found)}"
         return run("train", "djo", "--from", model, "--any-stage", "--out", out, *options)
 
@@ -95,7 +95,7 @@ def test_a_dump_is_repeated_and_nothing_written(djo, tmp_path, monkeypatch):
         numbers = {"loss": float("nan"), "l2i": 0.5}
         return Repeated(7, float("nan"), float("inf"), numbers, ["norm.weight"], [], True)
 
-    monkeypatch.setattr("echogen.train.dump.repeat_dump", repeat_dump)
+    monkeypatch.setattr("echogen.train.run.dump.repeat_dump", repeat_dump)
     done = djo(None, "--repeat", dump, "--accumulate", "2", "--json")
     assert done.code == 0, done.err
     assert asked == [("djo", 2, Path(dump))] and not djo.loops

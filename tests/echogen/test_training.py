@@ -19,12 +19,12 @@ from echogen.commands import run_folder as run_folder_module
 from echogen.commands.output import InputError
 from echogen.commands.run_folder import run_folder
 from echogen.commands.training import load_vq
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
-from echogen.engine.sampler import Sampling
 from echogen.train.config import to_json
-from echogen.train.loop import BeginRefused
 from echogen.train.recipes import tiny
+from echogen.train.run.loop import BeginRefused
 from echogen.train.start import RECORD, write_record
 
 
@@ -50,8 +50,8 @@ def test_train_vq_runs_the_recipe(run, tmp_path, monkeypatch):
         (folder / "state.pt").write_text("")
         (folder / "metrics.jsonl").write_text('{"step": 7, "loss": 0.5}\n{"step": 7, "val": 1}\n')
 
-    monkeypatch.setattr("echogen.train.vq.VQStage", Stage)
-    monkeypatch.setattr("echogen.train.loop.run", loop)
+    monkeypatch.setattr("echogen.train.stages.vq.VQStage", Stage)
+    monkeypatch.setattr("echogen.train.run.loop.run", loop)
     out = tmp_path / "runs" / "vq"
     done = run("train", "vq", "--out", out, "--steps", "7", "--json")
     assert done.code == 0, done.err
@@ -85,10 +85,10 @@ def handed_on(monkeypatch):
         (folder / "state.pt").write_text("")
         (folder / "metrics.jsonl").write_text('{"step": 3, "loss": 0.5}\n')
 
-    monkeypatch.setattr("echogen.train.pmtp.PMTPStage", stage("pmtp"))
-    monkeypatch.setattr("echogen.train.djo.DJOStage", stage("djo"))
-    monkeypatch.setattr("echogen.train.cycle_rl.CycleRLStage", stage("cycle-rl"))
-    monkeypatch.setattr("echogen.train.loop.run", loop)
+    monkeypatch.setattr("echogen.train.stages.pmtp.PMTPStage", stage("pmtp"))
+    monkeypatch.setattr("echogen.train.stages.djo.DJOStage", stage("djo"))
+    monkeypatch.setattr("echogen.train.stages.cycle_rl.CycleRLStage", stage("cycle-rl"))
+    monkeypatch.setattr("echogen.train.run.loop.run", loop)
     return calls
 
 
@@ -171,7 +171,7 @@ def test_two_runs_do_not_write_one_folder(run, tmp_path, monkeypatch):
     probe += "from echogen.commands.run_folder import run_folder\n"
     probe += "with run_folder(Path(sys.argv[1])):\n print(flush=True); time.sleep(600)"
     begin, loaded = ("train", "vq", "--out", out), []
-    monkeypatch.setattr("echogen.train.vq.VQStage", lambda *a: loaded.append(a))
+    monkeypatch.setattr("echogen.train.stages.vq.VQStage", lambda *a: loaded.append(a))
     env = os.environ | {"PYTHONPATH": str(Path(echogen.__file__).parents[1])}
     command = [sys.executable, "-c", probe, str(out)]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE) as other:
@@ -352,7 +352,7 @@ def test_a_run_is_placed_on_the_device_asked_for(run, model, vq, tmp_path, hande
     def stage(config, start):
         return SimpleNamespace(name="djo", config=config)
 
-    monkeypatch.setattr("echogen.train.djo.DJOStage", stage)
+    monkeypatch.setattr("echogen.train.stages.djo.DJOStage", stage)
     monkeypatch.setenv("LOCAL_RANK", "3")
     assert run(*begin, "--device", "cuda").code == 0
     assert asked[-1][0][-1] == "cuda:3" == placed[-1]
@@ -364,7 +364,8 @@ def test_a_run_is_placed_on_the_device_asked_for(run, model, vq, tmp_path, hande
 
 def test_what_evaluations_need_is_missed_before_the_first_step(run, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "echogen.train.vq.VQStage", lambda config, *_: SimpleNamespace(config=config, name="vq")
+        "echogen.train.stages.vq.VQStage",
+        lambda config, *_: SimpleNamespace(config=config, name="vq"),
     )
     monkeypatch.setattr("echogen.commands.options.find_spec", lambda name: None)
     asked = run("train", "vq", "--recipe", "tiny", "--out", tmp_path / "vq", "--float32")

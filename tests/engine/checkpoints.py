@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import JanusForConditionalGeneration
 
-from echogen.engine.weights import (
+from echogen.engine.checkpoints.weights import (
     Checkpoint,
     CheckpointError,
     load_checkpoint,

@@ -19,9 +19,9 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from echogen.engine.checkpoints.weights import load_checkpoint
 from echogen.engine.engine import Engine
 from echogen.engine.prompt import LocationCodec, Prompts
-from echogen.engine.weights import load_checkpoint
 from echogen.train.tokenizer import train_tokenizer
 
 

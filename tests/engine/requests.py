@@ -11,11 +11,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutObject
-from echogen.engine.sampler import Sampling
-from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.request import Request
+from echogen.engine.serving.scheduler import Scheduler
 
 TOKENS = 16
 PLAIN, GUIDED = Sampling(), Sampling(cfg=4.0, temperature=0.8)

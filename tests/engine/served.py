@@ -21,7 +21,7 @@ from echogen.bench.speed.http import running
 from echogen.engine.engine import Engine
 from echogen.engine.http.app import make_app
 from echogen.engine.layout import Layout, LayoutObject
-from echogen.engine.scheduler import Scheduler
+from echogen.engine.serving.scheduler import Scheduler
 
 TWO = Layout(
     "the left of the two green stars",

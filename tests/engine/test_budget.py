@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from echogen.engine.config import ModelConfig
-from echogen.engine.native import NativeTransformer
-from echogen.engine.sampler import Sampling
-from echogen.engine.scheduler import Scheduler
+from echogen.engine.cpu.native import NativeTransformer
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.serving import budget
 from echogen.engine.serving.budget import BudgetError
+from echogen.engine.serving.scheduler import Scheduler
 
 from .requests import (
     GUIDED,

@@ -12,12 +12,12 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, StaticCache
 
 from echogen.engine.cache import KVCache, Prefix, PrefixCache
-from echogen.engine.decode import PlainDecoding, decode_image, left_padded
+from echogen.engine.checkpoints.weights import load_checkpoint
+from echogen.engine.cpu.packed import PackedTransformer, packable
+from echogen.engine.cpu.packed_decode import PackedDecoding
+from echogen.engine.decoding.decode import PlainDecoding, decode_image, left_padded
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.model import additive_mask
-from echogen.engine.packed import PackedTransformer, packable
-from echogen.engine.packed_decode import PackedDecoding
-from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.weights import load_checkpoint
 from echogen.kernels.philox import gumbel_noise
 
 BOS, EOS, PAD, BEGIN = 1, 2, 0, 58

@@ -14,19 +14,20 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._pytree import tree_leaves
 
-from echogen.engine import decode, device
 from echogen.engine.config import ModelConfig
-from echogen.engine.decode import PlainDecoding, decode_image, left_padded
-from echogen.engine.device import DeviceLinear, DeviceTransformer, Piece, misfit
-from echogen.engine.device_decode import DeviceDecoding
-from echogen.engine.device_step import DeviceStep
+from echogen.engine.decoding import decode
+from echogen.engine.decoding.decode import PlainDecoding, decode_image, left_padded
+from echogen.engine.decoding.rollout import RecordingSampler
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import Engine, on_operators
-from echogen.engine.graphs import CaptureError, Eager, recorder
+from echogen.engine.gpu import device
+from echogen.engine.gpu.decode import DeviceDecoding
+from echogen.engine.gpu.device import DeviceLinear, DeviceTransformer, Piece, misfit
+from echogen.engine.gpu.graphs import CaptureError, Eager, recorder
+from echogen.engine.gpu.step import DeviceStep
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer
-from echogen.engine.rollout import RecordingSampler
-from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.slots import Slots
+from echogen.engine.serving.slots import Slots
 from echogen.kernels.dispatch import recorded
 from echogen.kernels.rope import rope, rope_cache, scaled_heads
 from echogen.kernels.skinny_linear import fp8_weight

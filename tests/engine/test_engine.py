@@ -17,15 +17,15 @@ from transformers import AutoTokenizer
 
 from echogen.engine import engine as facade
 from echogen.engine import ground as grounding
-from echogen.engine import pretrained
 from echogen.engine.cache import Prefix, PrefixCache
+from echogen.engine.checkpoints import pretrained
+from echogen.engine.checkpoints.weights import CheckpointError
+from echogen.engine.decoding.rollout import draw, ground
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
+from echogen.engine.images.vision import ImageError, load_image
 from echogen.engine.layout import Layout, LayoutError, LayoutObject
 from echogen.engine.prompt import PromptError, Prompts, TextualCodec
-from echogen.engine.rollout import draw, ground
-from echogen.engine.sampler import Sampling
-from echogen.engine.vision import ImageError, load_image
-from echogen.engine.weights import CheckpointError
 
 LAYOUT = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
 LONG = Layout("a red circle " * 60, LAYOUT.objects)

@@ -14,8 +14,8 @@ from functools import partial
 import pytest
 import torch
 
-from echogen.engine import graphs
-from echogen.engine.graphs import CaptureError, CudaGraphs, Eager, Kept, bucket, recorder
+from echogen.engine.gpu import graphs
+from echogen.engine.gpu.graphs import CaptureError, CudaGraphs, Eager, Kept, bucket, recorder
 
 
 def test_rows_round_up_to_few_sizes():

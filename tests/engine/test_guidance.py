@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from transformers import JanusForConditionalGeneration
 
-from echogen.engine.decode import decode_image
+from echogen.engine.checkpoints.weights import load_checkpoint
+from echogen.engine.cpu.packed import packable
+from echogen.engine.decoding.decode import decode_image
+from echogen.engine.decoding.jacobi import decode_windows
+from echogen.engine.decoding.rollout import RecordingSampler
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import Engine
-from echogen.engine.jacobi import decode_windows
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer
-from echogen.engine.packed import packable
-from echogen.engine.rollout import RecordingSampler
-from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.weights import load_checkpoint
 from echogen.kernels.philox import gumbel_noise
 
 BOS, PAD, BEGIN, T, V = 1, 0, 58, 16, 24

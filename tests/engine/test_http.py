@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.http import middleware
 from echogen.engine.http.middleware import BODIES, BODY
 from echogen.engine.http.wire import EVENTS, JSON, MEDIA, Refused, preferred
 from echogen.engine.layout import Layout, LayoutObject
-from echogen.engine.sampler import Sampling
 
 from .served import (
     LAYOUT,

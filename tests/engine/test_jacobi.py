@@ -8,23 +8,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from echogen.engine import jacobi
-from echogen.engine.decode import (
+from echogen.engine.checkpoints.weights import load_checkpoint
+from echogen.engine.cpu.native import NativeTransformer
+from echogen.engine.cpu.packed import PackedTransformer, packable
+from echogen.engine.cpu.packed_decode import LEAST, PackedDecoding, PackedWindows
+from echogen.engine.decoding import jacobi
+from echogen.engine.decoding.decode import (
     PlainWindows,
     Windows,
     decode_image,
     left_padded,
     open_windows,
 )
+from echogen.engine.decoding.jacobi import WindowDrawing, decode_windows
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import Engine
-from echogen.engine.jacobi import WindowDrawing, decode_windows
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer, additive_mask
-from echogen.engine.native import NativeTransformer
-from echogen.engine.packed import PackedTransformer, packable
-from echogen.engine.packed_decode import LEAST, PackedDecoding, PackedWindows
-from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.weights import load_checkpoint
 
 BOS, PAD, BEGIN, T = 1, 0, 58, 16
 WINDOWS = (1, 3, 8, T + 5)

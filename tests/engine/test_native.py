@@ -17,22 +17,22 @@ from torch import Tensor
 
 import echogen
 from echogen.engine.cache import WindowCache
-from echogen.engine.cpp import loader
-from echogen.engine.decode import decode_image, left_padded, packed
-from echogen.engine.engine import Engine
-from echogen.engine.jacobi import decode_windows
-from echogen.engine.model import UnifiedTransformer, additive_mask
-from echogen.engine.native import (
+from echogen.engine.checkpoints.weights import load_checkpoint
+from echogen.engine.cpu import loader
+from echogen.engine.cpu.native import (
     NativeDecoding,
     NativeTransformer,
     Sequences,
     gumbel_noise,
     misfit,
 )
-from echogen.engine.packed import PackedTransformer
-from echogen.engine.rows import NativeRows
-from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.weights import load_checkpoint
+from echogen.engine.cpu.packed import PackedTransformer
+from echogen.engine.decoding.decode import decode_image, left_padded, packed
+from echogen.engine.decoding.jacobi import decode_windows
+from echogen.engine.decoding.sampler import Sampler, Sampling
+from echogen.engine.engine import Engine
+from echogen.engine.model import UnifiedTransformer, additive_mask
+from echogen.engine.serving.rows import NativeRows
 from echogen.kernels import philox
 
 BOS, PAD, BEGIN, T = 1, 0, 58, 16
@@ -400,7 +400,7 @@ def test_it_compiles_without_a_warning_for_any_cpu(cpu):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's OpenMP is GNU's on Linux")
 def test_threads_are_pytorchs_whatever_is_imported_first(tiny):
-    probe = "from echogen.engine.cpp.loader import library as l\n"
+    probe = "from echogen.engine.cpu.loader import library as l\n"
     probe += "raise SystemExit(not l('transformer').echogen_threaded())"
     env = os.environ | {"PYTHONPATH": str(Path(echogen.__file__).parents[1])}
     assert subprocess.run([sys.executable, "-c", probe], env=env, check=False).returncode == 0
@@ -418,7 +418,7 @@ def test_it_can_be_switched_off_without_a_word(tiny, monkeypatch):
 
 def test_other_types_and_large_models_go_through_pytorch(tiny, threads, monkeypatch):
     assert "bfloat16 on cpu" in str(misfit(copy.deepcopy(tiny.transformer).bfloat16()))
-    monkeypatch.setattr("echogen.engine.native.MOST_BYTES", 1 << 20)
+    monkeypatch.setattr("echogen.engine.cpu.native.MOST_BYTES", 1 << 20)
     threads(2)
     assert misfit(tiny.transformer) is None
     threads(3)

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import JanusForConditionalGeneration
 
-from echogen.engine import weights
-from echogen.engine.config import ModelConfig
-from echogen.engine.keymap import original_names, original_parts
-from echogen.engine.weights import (
+from echogen.engine.checkpoints import weights
+from echogen.engine.checkpoints.keymap import original_names, original_parts
+from echogen.engine.checkpoints.weights import (
     CheckpointError,
     load_checkpoint,
     to_port,
 )
+from echogen.engine.config import ModelConfig
 
 from .checkpoints import (
     ORIGINAL_1B_CONFIG,

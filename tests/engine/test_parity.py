@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from echogen.engine.checkpoints.weights import load_checkpoint
 from echogen.engine.model import additive_mask
-from echogen.engine.weights import load_checkpoint
 
 TOLERANCE = 1e-5
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echogen.engine.picture import (
+from echogen.engine.images.picture import (
     COLOURS,
     MARGIN,
     SIDE,

@@ -14,19 +14,19 @@ import numpy as np
 import pytest
 import torch
 
-from echogen.engine.device import DeviceTransformer
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
+from echogen.engine.gpu.device import DeviceTransformer
 from echogen.engine.layout import LayoutError
 from echogen.engine.ranges import listening
-from echogen.engine.rows import PackedRows
-from echogen.engine.sampler import Sampling
-from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving import crowd as serving_crowd
 from echogen.engine.serving.crowd import Alone
 from echogen.engine.serving.request import Request
+from echogen.engine.serving.rows import PackedRows
+from echogen.engine.serving.scheduler import Scheduler
+from echogen.engine.serving.slots import row_counts
 from echogen.engine.serving.waiting import QueueFull, Waiting
 from echogen.engine.serving.worker import SchedulerClosed
-from echogen.engine.slots import row_counts
 
 from .requests import (
     GUIDED,

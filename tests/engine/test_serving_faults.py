@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from echogen.engine.cache import Prefix
-from echogen.engine.decode import Packed
+from echogen.engine.decoding.decode import Packed
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.layout import Layout, LayoutObject
-from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.crowd import Pace
+from echogen.engine.serving.scheduler import Scheduler
 from echogen.engine.serving.worker import SchedulerClosed
 
 TOKENS = 16

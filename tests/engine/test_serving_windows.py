@@ -8,13 +8,13 @@ from concurrent.futures import CancelledError
 import pytest
 import torch
 
+from echogen.engine.decoding.jacobi import MOST_COVER, covered
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import Engine
-from echogen.engine.jacobi import MOST_COVER, covered
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.ranges import listening
-from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.scheduler import Scheduler
-from echogen.engine.slots import EDGE, WINDOW_ROWS, Ahead, Slots
+from echogen.engine.serving.scheduler import Scheduler
+from echogen.engine.serving.slots import EDGE, WINDOW_ROWS, Ahead, Slots
 from echogen.train.data.scenes import load_scenes
 
 from .requests import KINDS, ONE, TOKENS, TWO, Asked, Heard, finish

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import JanusForConditionalGeneration
 
-from echogen.engine import shards
-from echogen.engine.keymap import IGNORED
-from echogen.engine.weights import (
+from echogen.engine.checkpoints import shards
+from echogen.engine.checkpoints.keymap import IGNORED
+from echogen.engine.checkpoints.weights import (
     Checkpoint,
     CheckpointError,
     load_checkpoint,

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from echogen.engine.keymap import original_names
-from echogen.engine.weights import (
+from echogen.engine.checkpoints.keymap import original_names
+from echogen.engine.checkpoints.weights import (
     load_checkpoint,
 )
 

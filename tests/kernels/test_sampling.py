@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.kernels import dispatch, sampling
 from echogen.kernels.philox import gumbel_noise
 from echogen.kernels.sampling import cfg_sample

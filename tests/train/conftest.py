@@ -10,16 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.layout import Layout
 from echogen.engine.model import additive_mask
-from echogen.engine.sampler import Sampling
-from echogen.train import cycle_rl, world
 from echogen.train.config import CycleRLConfig, LoopConfig, PMTPConfig, VQConfig
-from echogen.train.cycle_rl import CycleRLStage
-from echogen.train.loop import run
-from echogen.train.pmtp import PMTPStage
+from echogen.train.run.loop import run
+from echogen.train.stages import cycle_rl, world
+from echogen.train.stages.cycle_rl import CycleRLStage
+from echogen.train.stages.pmtp import PMTPStage
+from echogen.train.stages.vq import build_vq
 from echogen.train.start import load_start
-from echogen.train.vq import build_vq
 
 LOOP = LoopConfig(
     steps=6, lr=2e-3, muon_lr=4e-3, warmup=2, log_every=1, eval_every=6, save_every=2, threads=1

@@ -30,12 +30,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from echogen.train import checkpoint
-from echogen.train.checkpoint import StateError
 from echogen.train.config import LoopConfig
-from echogen.train.loop import TrainingError, run
-from echogen.train.metrics import MetricsFile
-from echogen.train.stop import Stopped
+from echogen.train.run import checkpoint
+from echogen.train.run.checkpoint import StateError
+from echogen.train.run.loop import TrainingError, run
+from echogen.train.run.metrics import MetricsFile
+from echogen.train.run.stop import Stopped
 
 CONFIG = LoopConfig(
     steps=14, lr=1e-2, muon_lr=1e-2, warmup=2, log_every=1, eval_every=4, save_every=3, threads=1,

@@ -18,16 +18,16 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from echogen.train import cycle_rl, world
 from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, VQConfig
-from echogen.train.cycle_rl import CycleRLStage
 from echogen.train.data import samples, scenes
-from echogen.train.djo import DJOStage
 from echogen.train.eval import tables
-from echogen.train.loop import run
-from echogen.train.pmtp import PMTPStage
+from echogen.train.run.loop import run
+from echogen.train.stages import cycle_rl, world
+from echogen.train.stages.cycle_rl import CycleRLStage
+from echogen.train.stages.djo import DJOStage
+from echogen.train.stages.pmtp import PMTPStage
+from echogen.train.stages.vq import build_vq
 from echogen.train.start import load_start
-from echogen.train.vq import build_vq
 
 LOOP = LoopConfig(
     steps=20,

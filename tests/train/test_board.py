@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-from echogen.train.board import TensorBoard
-from echogen.train.checkpoint import StateError
 from echogen.train.config import LoopConfig, PMTPConfig
-from echogen.train.loop import run
-from echogen.train.pmtp import PMTPStage
-from echogen.train.progress import Pace, note, peak_memory
+from echogen.train.run.board import TensorBoard
+from echogen.train.run.checkpoint import StateError
+from echogen.train.run.loop import run
+from echogen.train.run.progress import Pace, note, peak_memory
+from echogen.train.stages.pmtp import PMTPStage
 from echogen.train.start import load_start
 
 
@@ -81,7 +81,7 @@ def test_a_resumed_board_hides_what_lay_beyond_its_checkpoint(tmp_path: Path) ->
 def test_without_tensorboard_a_run_says_so_once(
     stage: PMTPStage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    monkeypatch.setattr("echogen.train.board.find_spec", lambda name: None)
+    monkeypatch.setattr("echogen.train.run.board.find_spec", lambda name: None)
     run(stage, stage.config.loop, tmp_path)
     assert capfd.readouterr().err.count("pip install tensorboard") == 1
     assert not (tmp_path / "board").exists() and (tmp_path / "model").exists()
@@ -96,7 +96,7 @@ def test_a_board_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_a_pace_counts_steps_and_what_passed_through_them(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 2.0, 10.0, 12.0])  # two steps of two seconds, an evaluation between them
-    monkeypatch.setattr("echogen.train.progress.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("echogen.train.run.progress.time.perf_counter", lambda: next(clock))
     pace = Pace(images=6)
     for tokens in (100, 300):
         pace.start()

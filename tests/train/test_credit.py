@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from echogen.kernels.cycle_reward import cycle_reward
-from echogen.train.credit import EPS, by_image, by_object, cells, object_tokens
+from echogen.train.stages.credit import EPS, by_image, by_object, cells, object_tokens
 
 BINS, FIRST = 17, 5
 

@@ -11,24 +11,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from echogen.engine.decoding.rollout import ground
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.ground import locations
 from echogen.engine.layout import LayoutError
 from echogen.engine.prompt import PromptError, TextualCodec
-from echogen.engine.rollout import ground
-from echogen.engine.sampler import Sampling
 from echogen.kernels.grpo import group_advantage
-from echogen.train import cycle_rl, keys
 from echogen.train.config import CycleRLConfig
-from echogen.train.credit import by_image
-from echogen.train.cycle_rl import CycleRLStage, Held
 from echogen.train.data.rows import cheapest
 from echogen.train.data.scenes import load_scenes
 from echogen.train.eval import agreement
 from echogen.train.eval.agreement import Agreement, within_groups
 from echogen.train.eval.judge import box_iou
 from echogen.train.eval.tables import layouts_of
-from echogen.train.loop import BeginRefused, run
-from echogen.train.rollouts import roll_out
+from echogen.train.run.loop import BeginRefused, run
+from echogen.train.stages import cycle_rl, keys
+from echogen.train.stages.credit import by_image
+from echogen.train.stages.cycle_rl import CycleRLStage, Held
+from echogen.train.stages.rollouts import roll_out
 from echogen.train.start import load_start
 
 pytestmark = pytest.mark.usefixtures("small_world")

@@ -13,22 +13,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.flex import BLOCK
 from echogen.engine.model import additive_mask
-from echogen.engine.sampler import Sampling
-from echogen.train import passes
-from echogen.train import vq as vq_module
 from echogen.train.config import CycleRLConfig, DJOConfig, PMTPConfig, VQConfig
-from echogen.train.cycle_rl import CycleRLStage
 from echogen.train.data import packing
 from echogen.train.data.packing import visibility
 from echogen.train.data.rows import cheapest
-from echogen.train.djo import DJOStage
-from echogen.train.pmtp import PMTPStage
-from echogen.train.processes import Processes
+from echogen.train.parallel.processes import Processes
+from echogen.train.run.update import gradients
+from echogen.train.stages import passes
+from echogen.train.stages import vq as vq_module
+from echogen.train.stages.cycle_rl import CycleRLStage
+from echogen.train.stages.djo import DJOStage
+from echogen.train.stages.pmtp import PMTPStage
+from echogen.train.stages.vq import VQStage
 from echogen.train.start import Start, load_start
-from echogen.train.update import gradients
-from echogen.train.vq import VQStage
 
 sys.path.insert(0, str(Path(__file__).parent))
 from away import AWAY, Away, Machine, Misplaced, send, waited

@@ -16,12 +16,12 @@ import pytest
 import torch
 
 from echogen.engine.engine import Engine
-from echogen.train.checkpoint import StateError
 from echogen.train.config import LoopConfig
-from echogen.train.distributed import start, world_size
-from echogen.train.processes import Processes
-from echogen.train.shard_state import flat, nested
-from echogen.train.stage import BeginRefused
+from echogen.train.parallel.distributed import start, world_size
+from echogen.train.parallel.processes import Processes
+from echogen.train.parallel.shard_state import flat, nested
+from echogen.train.run.checkpoint import StateError
+from echogen.train.stages.stage import BeginRefused
 from echogen.train.start import model_folder
 
 RANKS = Path(__file__).with_name("ranks.py")

@@ -13,19 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from echogen.engine.checkpoints.weights import CheckpointError
 from echogen.engine.config import ModelConfig
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.prompt import LocationCodec, Prompts
-from echogen.engine.weights import CheckpointError
 from echogen.kernels.philox import gumbel_noise
 from echogen.train import start as starts
-from echogen.train.checkpoint import StateError
 from echogen.train.config import DJOConfig, LoopConfig
 from echogen.train.data.packing import i2l_tree, l2i_tree, pack
-from echogen.train.djo import DJOStage, Noise, draw_codes, loop_loss, temperature
-from echogen.train.loop import run
-from echogen.train.passes import hidden_states
+from echogen.train.run.checkpoint import StateError
+from echogen.train.run.loop import run
+from echogen.train.stages.djo import DJOStage, Noise, draw_codes, loop_loss, temperature
+from echogen.train.stages.passes import hidden_states
 from echogen.train.start import load_start
 from echogen.train.tokenizer import train_tokenizer
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from echogen.train.checkpoint import StateError, load_state
 from echogen.train.config import DJOConfig, LoopConfig, PMTPConfig, VQConfig
-from echogen.train.djo import DJOStage
-from echogen.train.dump import _same, fingerprint, repeat_dump
-from echogen.train.loop import TrainingError, run
-from echogen.train.pmtp import PMTPStage
+from echogen.train.run.checkpoint import StateError, load_state
+from echogen.train.run.dump import _same, fingerprint, repeat_dump
+from echogen.train.run.loop import TrainingError, run
+from echogen.train.stages.djo import DJOStage
+from echogen.train.stages.pmtp import PMTPStage
+from echogen.train.stages.vq import VQStage
 from echogen.train.start import load_start
-from echogen.train.vq import VQStage
 
 
 @pytest.fixture(params=["vq", "pmtp", "djo", "djo sampled", "cycle-rl"])
@@ -30,7 +30,7 @@ def build(
     monkeypatch: pytest.MonkeyPatch,
 ) -> Callable[[], Any]:
     """Makes the stage, each time with the weights it begins with."""
-    monkeypatch.setattr("echogen.train.vq.VAL_SCENES", 2)
+    monkeypatch.setattr("echogen.train.stages.vq.VAL_SCENES", 2)
     config, few = replace(loop, bf16=False), {"scenes": 24, "batch": 4}
 
     def made() -> Any:

@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 
-from echogen.train.checkpoint import StateError, load_state, previous, put_back, save_state
-from echogen.train.dump import repeat_dump
-from echogen.train.stop import Stop
+from echogen.train.run.checkpoint import StateError, load_state, previous, put_back, save_state
+from echogen.train.run.dump import repeat_dump
+from echogen.train.run.stop import Stop
 
 Order = Callable[..., dict[str, Any]]
 SEED = 11

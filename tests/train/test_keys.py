@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from echogen.kernels.philox import gumbel_noise
-from echogen.train import keys
 from echogen.train.data.shapes import SPLITS
+from echogen.train.stages import keys
 
 
 def test_draw_ids_are_unique_over_a_run_and_follow_from_the_place() -> None:

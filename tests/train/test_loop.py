@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from echogen.train.checkpoint import StateError, load_state, save_state
 from echogen.train.config import LoopConfig
-from echogen.train.loop import TrainingError, run
-from echogen.train.optim import schedule
+from echogen.train.run.checkpoint import StateError, load_state, save_state
+from echogen.train.run.loop import TrainingError, run
+from echogen.train.run.optim import schedule
 from echogen.train.start import RECORD, read_record, write_record
 
 
@@ -248,7 +248,7 @@ def test_metrics_outlast_a_kill_while_they_are_rewritten(
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("echogen.train.metrics.os.fsync", killed)
+    monkeypatch.setattr("echogen.train.run.metrics.os.fsync", killed)
     with pytest.raises(KeyboardInterrupt):
         run(Toy(CONFIG), CONFIG, tmp_path, resume=True)
     assert metrics.read_text() == before

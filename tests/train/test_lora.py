@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from echogen.engine.engine import Engine
-from echogen.train.checkpoint import StateError
 from echogen.train.config import LoopConfig, PMTPConfig, VQConfig
-from echogen.train.cycle_rl import CycleRLStage
-from echogen.train.loop import run
 from echogen.train.lora import is_adapter, without_adapters
-from echogen.train.passes import hidden_states
-from echogen.train.pmtp import PMTPStage
+from echogen.train.run.checkpoint import StateError
+from echogen.train.run.loop import run
+from echogen.train.stages.cycle_rl import CycleRLStage
+from echogen.train.stages.passes import hidden_states
+from echogen.train.stages.pmtp import PMTPStage
+from echogen.train.stages.vq import build_vq
 from echogen.train.start import load_start, model_folder
-from echogen.train.vq import build_vq
 
 RANK = 4
 

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from echogen.train.config import LoopConfig
-from echogen.train.muon import Muon, orthogonalised
-from echogen.train.optim import build_optimizers
+from echogen.train.run.muon import Muon, orthogonalised
+from echogen.train.run.optim import build_optimizers
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (24, 8), (8, 24)]
 

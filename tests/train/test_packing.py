@@ -13,7 +13,6 @@ from echogen.engine.config import ModelConfig
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.prompt import LocationCodec, Prompts, TextualCodec
-from echogen.train import passes
 from echogen.train.data.packing import (
     NO_TARGET,
     Batch,
@@ -29,7 +28,8 @@ from echogen.train.data.packing import (
     visible,
 )
 from echogen.train.data.rows import ROW_TOKENS, cheapest
-from echogen.train.passes import hidden_states
+from echogen.train.stages import passes
+from echogen.train.stages.passes import hidden_states
 from echogen.train.tokenizer import train_tokenizer
 
 T, V = 9, 20

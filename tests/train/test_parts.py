@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import echogen
-from echogen.train import progress
 from echogen.train.config import LoopConfig, VQConfig
 from echogen.train.data import parts, samples, scenes
 from echogen.train.data.shapes import sample_scene
-from echogen.train.vq import build_vq
+from echogen.train.run import progress
+from echogen.train.stages.vq import build_vq
 
 VQ = VQConfig(loop=LoopConfig(steps=1, lr=1e-3), codes=32, latent=32, multipliers=(1, 1, 1, 1))
 

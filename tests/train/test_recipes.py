@@ -16,10 +16,10 @@ from echogen.train.data.layouts import MOST_OBJECTS
 from echogen.train.data.samples import image_side
 from echogen.train.data.shapes import read_correctly, sample_scene
 from echogen.train.eval.judge import detect
-from echogen.train.pmtp import janus_config
 from echogen.train.recipes import RECIPES, janus_pro_1b, small, tiny
+from echogen.train.stages.pmtp import janus_config
+from echogen.train.stages.vq import build_vq
 from echogen.train.tokenizer import train_tokenizer
-from echogen.train.vq import build_vq
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from echogen.train import replicated
-from echogen.train.replicated import GradientSum, sent_together
+from echogen.train.parallel import replicated
+from echogen.train.parallel.replicated import GradientSum, sent_together
 
 KIB, MIB = 1 << 10, 1 << 20
 

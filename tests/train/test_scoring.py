@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from echogen.engine.rollout import kept_codes
-from echogen.engine.sampler import Sampler, Sampling
+from echogen.engine.decoding.rollout import kept_codes
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.kernels.sampling import cfg_sample
-from echogen.train.cycle_rl import CycleRLStage
-from echogen.train.scoring import image_logprob
+from echogen.train.stages.cycle_rl import CycleRLStage
+from echogen.train.stages.scoring import image_logprob
 
 pytestmark = pytest.mark.usefixtures("small_world")
 

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from echogen.train.config import DJOConfig, LoopConfig, PMTPConfig, VQConfig
-from echogen.train.djo import DJOStage
-from echogen.train.pmtp import PMTPStage
-from echogen.train.shares import part_of_mean, places
+from echogen.train.stages.djo import DJOStage
+from echogen.train.stages.pmtp import PMTPStage
+from echogen.train.stages.shares import part_of_mean, places
+from echogen.train.stages.vq import build_vq
 from echogen.train.start import load_start
-from echogen.train.vq import build_vq
 
 BOUND = 2e-5
 """Of gradients and losses, relative, float32: parts are packed and summed in another order. Seen:

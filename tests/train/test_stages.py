@@ -11,21 +11,20 @@ import numpy as np
 import pytest
 import torch
 
+from echogen.engine.checkpoints.pretrained import resolve
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutObject
-from echogen.engine.pretrained import resolve
-from echogen.train import vq as vq_module
-from echogen.train import world
-from echogen.train.checkpoint import StateError
 from echogen.train.config import LoopConfig, PMTPConfig, VQConfig
 from echogen.train.data import samples, scenes
 from echogen.train.data.scenes import load_scenes, world_version
 from echogen.train.data.shapes import sample_scene
-from echogen.train.loop import run
-from echogen.train.passes import worth_logging
-from echogen.train.pmtp import PMTPStage
-from echogen.train.start import load_start, model_folder
-from echogen.train.vq import (
+from echogen.train.run.checkpoint import StateError
+from echogen.train.run.loop import run
+from echogen.train.stages import vq as vq_module
+from echogen.train.stages import world
+from echogen.train.stages.passes import worth_logging
+from echogen.train.stages.pmtp import PMTPStage
+from echogen.train.stages.vq import (
     VQStage,
     background_nats,
     build_vq,
@@ -33,6 +32,7 @@ from echogen.train.vq import (
     group_means,
     patch_groups,
 )
+from echogen.train.start import load_start, model_folder
 
 LOOP = LoopConfig(
     steps=6, lr=2e-3, muon_lr=4e-3, warmup=2, log_every=1, eval_every=6, save_every=2, threads=1

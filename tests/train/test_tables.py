@@ -115,6 +115,6 @@ def test_frechet_distance_of_fewer_samples_than_features() -> None:
 
 def test_training_begins_without_what_average_precision_needs():
     """Which a step does not; `echogen train` asks for it before it begins."""
-    code = "import sys; sys.modules['pycocotools'] = None; import echogen.train.cycle_rl"
+    code = "import sys; sys.modules['pycocotools'] = None; import echogen.train.stages.cycle_rl"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

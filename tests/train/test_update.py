@@ -18,16 +18,16 @@ from torch.autograd.graph import saved_tensors_hooks
 from echogen.engine import model as engine_model
 from echogen.engine.config import ModelConfig
 from echogen.engine.model import UnifiedTransformer, additive_mask
-from echogen.train.average import Average
-from echogen.train.checkpoint import load_state
 from echogen.train.config import DJOConfig, LoopConfig, PMTPConfig, VQConfig, to_json
-from echogen.train.djo import DJOStage
-from echogen.train.loop import BeginRefused, TrainingError, run
-from echogen.train.optim import build_optimizers, schedule
-from echogen.train.pmtp import PMTPStage
+from echogen.train.run.average import Average
+from echogen.train.run.checkpoint import load_state
+from echogen.train.run.loop import BeginRefused, TrainingError, run
+from echogen.train.run.optim import build_optimizers, schedule
+from echogen.train.run.update import torch_seed, update
+from echogen.train.stages.djo import DJOStage
+from echogen.train.stages.pmtp import PMTPStage
+from echogen.train.stages.vq import VQStage
 from echogen.train.start import load_start
-from echogen.train.update import torch_seed, update
-from echogen.train.vq import VQStage
 
 CONFIG = LoopConfig(
     steps=8, lr=1e-2, warmup=2, log_every=1, eval_every=4, save_every=4, threads=1, bf16=False
@@ -269,7 +269,7 @@ def test_every_stage_trains_the_same_with_blocks_run_again(
 def test_checkpointing_is_refused_where_there_are_no_blocks(
     tmp_path: Path, loop: LoopConfig, small_world: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("echogen.train.vq.VAL_SCENES", 2)
+    monkeypatch.setattr("echogen.train.stages.vq.VAL_SCENES", 2)
     config = replace(loop, checkpoint_activations=True, muon_lr=None)
     vq = VQConfig(loop=config, codes=32, latent=32, multipliers=(1, 1, 1, 1), batch=2)
     with pytest.raises(BeginRefused, match="vq: checkpoint_activations, but its module has no dec"):

@@ -9,20 +9,20 @@ import pytest
 import torch
 from transformers import JanusVisionModel
 
+from echogen.engine.checkpoints.weights import load_checkpoint, save_checkpoint
 from echogen.engine.config import ModelConfig
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import MARKS, location_token
-from echogen.engine.weights import load_checkpoint, save_checkpoint
 from echogen.train import tokenizer as tokenizer_module
-from echogen.train.checkpoint import StateError
 from echogen.train.config import LoopConfig, PMTPConfig, VQConfig
-from echogen.train.pmtp import PMTPStage, janus_config
+from echogen.train.run.checkpoint import StateError
+from echogen.train.stages.pmtp import PMTPStage, janus_config
+from echogen.train.stages.vq import build_vq
 from echogen.train.start import RECORD, write_record
 from echogen.train.tokenizer import train_tokenizer
 from echogen.train.vocabulary import pretrained_start
-from echogen.train.vq import build_vq
 
 BINS = 30
 LOOP = LoopConfig(steps=2, lr=1e-3, bf16=False)

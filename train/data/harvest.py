@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from echogen.engine.layout import Layout, LayoutError, read_text
-from echogen.train import keys
 from echogen.train.data.endpoint import Answer, LLMError
 from echogen.train.data.llm import Message, Rejected, Rules, key_of, pieces, write_request
+from echogen.train.stages import keys
 
 IN_VAIN = 5  # answers without a single layout to take, one after another, before giving up
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from echogen.engine.shards import replace_file
-from echogen.train.progress import telling
+from echogen.engine.checkpoints.shards import replace_file
+from echogen.train.run.progress import telling
 
 T = TypeVar("T")
 

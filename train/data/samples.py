@@ -15,9 +15,9 @@ from torch import nn
 from transformers import JanusVQVAE
 
 from echogen.engine.cache_folder import cache_folder
+from echogen.engine.checkpoints.shards import replace_file
+from echogen.engine.images.vision import encode_image, to_pixels
 from echogen.engine.layout import Box, Layout, LayoutObject
-from echogen.engine.shards import replace_file
-from echogen.engine.vision import encode_image, to_pixels
 from echogen.train.data import parts
 from echogen.train.data.canvas import canvas_version
 from echogen.train.data.scenes import load_scenes, render, world_version

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from echogen.engine.cache_folder import cache_folder
-from echogen.engine.shards import replace_file
+from echogen.engine.checkpoints.shards import replace_file
 from echogen.train.data import grammar, parts, shapes
 from echogen.train.data.canvas import draw
 from echogen.train.data.shapes import IMAGE_SIZE, Object, Scene, sample_scene

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 from scipy.stats import rankdata
 
+from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
-from echogen.engine.sampler import Sampling
-from echogen.engine.vision import decode_codes, to_images
+from echogen.engine.images.vision import decode_codes, to_images
 from echogen.train.data.scenes import load_scenes
 from echogen.train.eval.judge import detect
 from echogen.train.eval.matching import class_ious
 from echogen.train.eval.tables import layouts_of
-from echogen.train.rollouts import roll_out
+from echogen.train.stages.rollouts import roll_out
 
 BATCH = 8  # layouts a rollout
 

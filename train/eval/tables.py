@@ -10,13 +10,13 @@ from torch import Tensor
 from transformers import JanusVQVAE
 
 from echogen.engine.cycle import score
-from echogen.engine.decode import decode_image
+from echogen.engine.decoding.decode import decode_image
+from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.ground import ground_images
+from echogen.engine.images.vision import decode_codes, encode_image, to_images, to_pixels
 from echogen.engine.layout import Box, Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import Prompts
-from echogen.engine.sampler import Sampler, Sampling
-from echogen.engine.vision import decode_codes, encode_image, to_images, to_pixels
 from echogen.train.data.scenes import load_scenes, render
 from echogen.train.data.shapes import Scene
 from echogen.train.eval.intervals import Estimate, estimate

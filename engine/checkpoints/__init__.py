@@ -1,0 +1,1 @@
+"""Janus checkpoints, in either format: read, written, given the tokens of boxes."""

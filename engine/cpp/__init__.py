@@ -1,1 +1,0 @@
-"""The transformer in C++ for a CPU, and what compiles and loads it."""

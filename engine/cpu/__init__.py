@@ -1,0 +1,1 @@
+"""What runs a step of drawing on a CPU: C++, or few of PyTorch's operations."""

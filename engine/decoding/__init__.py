@@ -1,0 +1,1 @@
+"""Drawing, code by code: the loop, what a code is drawn with, several codes a step."""

@@ -1,0 +1,134 @@
+"""Drawing on a GPU: the prompts once by the plain transformer, then a recorded step a code, with no
+Python a layer and no waiting for the device.
+
+Every different prompt's keys and values lie in memory once, however many rows continue it, and are
+read once a step for all of them; rows keep their own codes alone. Prompts are padded on the right,
+where causal attention never looks, so that none of it depends on what it is drawn beside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from echogen.engine.cache import KVCache
+from echogen.engine.decoding.sampler import Sampler
+from echogen.engine.gpu.device import DeviceTransformer
+from echogen.engine.gpu.graphs import Step as Run
+from echogen.engine.gpu.step import Choice, Shape, recorded, unrecorded
+from echogen.engine.ranges import span
+
+TOGETHER = 32
+"""Prompts run at once: their activations are little beside the caches of a drawing."""
+
+
+class DeviceDecoding:
+    """One drawing on the device; see `decode.Decoding` for driving it code by code from outside.
+    The memory is that of all drawings on one model: hold ``model.lock``, finish one drawing before
+    the next begins, and draw all of them on one stream, whose order keeps them apart.
+
+    Args:
+        model: what runs the steps.
+        prompts: of R rows, with guidance R = 2N, the conditional ones first.
+        guided: they are.
+        share: keep equal prompts once; False keeps a copy a row, for comparisons.
+        sampler: what `draw` is going to draw with; None where it is not called.
+    """
+
+    def __init__(
+        self,
+        model: DeviceTransformer,
+        prompts: list[list[int]],
+        guided: bool,
+        share: bool = True,
+        sampler: Sampler | None = None,
+    ) -> None:
+        self._model, self._rows, self._sampler = model, len(prompts), sampler
+        self._images = len(prompts) // 2 if guided else len(prompts)
+        found: dict[object, int] = {}
+        keys = [tuple(p) if share else row for row, p in enumerate(prompts)]
+        groups = [found.setdefault(key, len(found)) for key in keys]
+        self._different, self._groups = (
+            list(dict(zip(groups, prompts, strict=True)).values()),
+            groups,
+        )
+        shape = Shape.of(len(prompts), guided, self._different)
+        self._run: Run | None = None
+        if sampler is None:
+            self._step = unrecorded(model, shape)
+        else:
+            self._step, self._run = recorded(model, shape, Choice.of(sampler))
+        # An unconditional row is as far behind the conditional ones as there are images, idle ones
+        # among them.
+        self._places = [
+            row if row < self._images else row - self._images + shape.images
+            for row in range(self._rows)
+        ]
+        self._step.open(self._places, groups, [len(p) for p in self._different])
+
+    @property
+    def held(self) -> int:
+        """Tokens of prompts in the cache, each prompt's once."""
+        return sum(map(len, self._different))
+
+    def _prompt_logits(self) -> Tensor:
+        """Run the prompts; image logits [P, V] of their last tokens."""
+        model, table = self._model.plain, self._model.table
+        found = list[Tensor]()
+        for first in range(0, len(self._different), TOGETHER):
+            prompts = self._different[first : first + TOGETHER]
+            longest = max(map(len, prompts))
+            padded = [p + [0] * (longest - len(p)) for p in prompts]
+            ids = torch.tensor(padded, device=table.device)
+            ends = torch.tensor([len(p) - 1 for p in prompts], device=table.device)
+            slot = torch.arange(longest, device=table.device)
+            with span("engine/prefill/run", rows=len(ids), tokens=ids.numel()):
+                cache = KVCache(model.config, len(ids), longest, table.dtype, table.device)
+                hidden = model(model.embed_text(ids), slot, "causal", cache)
+                found.append(model.image_head(hidden[torch.arange(len(ids)), ends]))
+                self._step.keep_prompts(first, cache.block)
+        return torch.cat(found)
+
+    def prefill(self) -> Tensor:
+        """See `decode.Decoding`."""
+        return self._prompt_logits()[self._groups]
+
+    def step(self, code: Tensor) -> Tensor:
+        """See `decode.Decoding`; one after another, operator by operator."""
+        self._step.feed(self._model.table[code])
+        return self._step.layers()[self._places]
+
+    def draw(self, tell: Callable[[int, int], None] | None = None) -> Tensor:
+        """The whole drawing; image codes int64 [N, T]. The sampler is given what was drawn.
+
+        Args:
+            tell: called after every code with (codes drawn of an image, codes in all); the device
+                is then waited for each time, so that it is true.
+        """
+        sampler, step, steps = self._sampler, self._step, self._model.config.image_tokens
+        run = self._run
+        assert sampler is not None and run is not None, "made with the sampler that draws"
+        step.choose(sampler)
+        with span("engine/prefill", rows=self._rows):
+            found = self.prefill()
+            logits = found.new_zeros(step.shape.rows, found.shape[1])
+            logits[self._places] = found
+        held = self.held
+        for done in range(1, steps + 1):
+            if done == 1:
+                with span("engine/sample", rows=self._rows, step=0):
+                    step.sample(logits)
+            else:
+                held += self._rows
+                about = {"rows": self._rows, "tokens": self._rows, "held": held}
+                with span("engine/decode/step", step=done - 2, **about):
+                    run()
+            if tell is not None:
+                if logits.is_cuda:
+                    torch.cuda.current_stream(logits.device).synchronize()
+                tell(done, steps)
+        drawn = step.drawn(self._images)
+        sampler.take(drawn)
+        return drawn.codes

@@ -1,0 +1,271 @@
+"""One step of a drawing on the device, sampling and counters among it, for batches of one shape.
+
+Everything that a step reads and writes is made here, once: it takes no argument and returns
+nothing, so that it can be recorded (`engine.gpu.graphs`) and run again for every code of every
+drawing of that shape. A drawing that is smaller than the shape leaves rows idle: they stand outside
+the cache, see nothing and stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echogen.engine.cache import put_prefix
+from echogen.engine.decoding.sampler import Drawn, Sampler
+from echogen.engine.gpu.device import DeviceTransformer, Piece, Places, Prefixes
+from echogen.engine.gpu.graphs import Step as Run
+from echogen.engine.gpu.graphs import bucket
+from echogen.kernels.checks import FP8, device_seed
+from echogen.kernels.decode_attention import decode_members
+from echogen.kernels.overlap import overlapping
+from echogen.kernels.reference.sampling import COLDEST, branches, mixed, truncated
+from echogen.kernels.sampling import cfg_sample
+
+EDGE = 64
+"""Prompts' caches end at a multiple of this, so that few different steps are recorded."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a step is made for; drawings that round to the same one share it.
+
+    Attributes:
+        images: samples N, a `bucket`.
+        guided: there are 2N rows, the conditional ones first.
+        prompts: different prompts held, a `bucket`.
+        prompt_tokens: of the longest, rounded up to ``EDGE``.
+    """
+
+    images: int
+    guided: bool
+    prompts: int
+    prompt_tokens: int
+
+    @classmethod
+    def of(cls, rows: int, guided: bool, prompts: Sequence[Sequence[int]]) -> Shape:
+        """For so many rows, which continue these different prompts."""
+        longest = max(map(len, prompts))
+        tokens = -(-longest // EDGE) * EDGE
+        return cls(bucket(rows // 2 if guided else rows), guided, bucket(len(prompts)), tokens)
+
+    @property
+    def rows(self) -> int:
+        """Rows of a step, idle ones among them."""
+        return 2 * self.images if self.guided else self.images
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What of a sampler decides about launches; its numbers are read on the device.
+
+    Attributes:
+        greedy: temperature 0.
+        top_k: codes kept, 0: all.
+        nucleus: there is a top-p.
+        counted: how many codes are left to choose from is kept, too.
+    """
+
+    greedy: bool = True
+    top_k: int = 0
+    nucleus: bool = False
+    counted: bool = False
+
+    @classmethod
+    def of(cls, sampler: Sampler) -> Choice:
+        """Read off a sampler."""
+        s = sampler.sampling
+        return cls(s.temperature == 0, s.top_k, s.top_p < 1, sampler.counts)
+
+
+class DeviceStep:
+    """See the module.
+
+    Args:
+        model: what runs the layers.
+        shape, choice: what it is made for.
+
+    Attributes:
+        places: where the rows stand.
+        codes, logprob, kept: what was drawn, [N, T]; see `sampler.Drawn`.
+    """
+
+    def __init__(self, model: DeviceTransformer, shape: Shape, choice: Choice) -> None:
+        self._model, self.shape, self.choice = model, shape, choice
+        c, device = model.config, model.table.device
+        self._x = torch.zeros(shape.rows, c.width, dtype=model.table.dtype, device=device)
+        self.prompts, self.own, *scales = model.memory.views(*caches(model, shape))
+        self._prompt_scales: Tensor | None = scales[0] if scales else None
+        self._own_scales: Tensor | None = scales[1] if scales else None
+        self._count(device)
+        self._prepare_prefixes(device)
+        self._prepare_sampling(c.image_tokens, device)
+
+    def _count(self, device: torch.device) -> None:
+        """Counters in one piece, which one addition moves on: slots, lengths and positions of the
+        rows, and the code that each image draws next."""
+        rows, images = self.shape.rows, self.shape.images
+        self._counters = torch.zeros(3 * rows + images, dtype=torch.int64, device=device)
+        self._ahead = torch.zeros_like(self._counters)
+        parts = [rows, rows, rows, images]
+        self._slots, self._lengths, self._positions, self._code = self._counters.split(parts)
+        self._slots.fill_(-1)
+
+    def _prepare_prefixes(self, device: torch.device) -> None:
+        shape = self.shape
+        groups = torch.full((shape.rows,), -1, dtype=torch.int64, device=device)
+        lengths = torch.zeros(shape.prompts, dtype=torch.int64, device=device)
+        keys, values = self.prompts.unbind(0)
+        order = self._order(groups)
+        prefixes = Prefixes(keys, values, lengths, groups, order, self._prompt_scales)
+        keys, values = self.own.unbind(0)
+        self.places = Places(
+            self._slots, self._lengths, self._positions, keys, values, prefixes, self._own_scales
+        )
+
+    def _order(self, groups: Tensor) -> Tensor:
+        c, kind = self._model.config, self._model.table.dtype
+        query = torch.empty(len(groups), c.heads, c.head_dim, dtype=kind, device=groups.device)
+        return decode_members(groups, query, self.prompts[0, 0])
+
+    def _prepare_sampling(self, steps: int, device: torch.device) -> None:
+        images = self.shape.images
+        self._seed = torch.zeros(1, dtype=torch.int64, device=device)
+        self._draws = torch.zeros(images, dtype=torch.int64, device=device)
+        # Temperature, top-p, and the scale of guidance at every code.
+        self._numbers = torch.ones(2 + steps, dtype=torch.float32, device=device)
+        self._temperature, self._top_p, self._scales = self._numbers.split([1, 1, steps])
+        self.codes = torch.zeros(images, steps, dtype=torch.int64, device=device)
+        self.logprob = torch.zeros(images, steps, dtype=torch.float32, device=device)
+        self.kept = torch.zeros_like(self.codes) if self.choice.counted else None
+
+    # --- a new drawing ----------------------------------------------------------------------------
+
+    def open(self, places: Sequence[int], groups: Sequence[int], lengths: Sequence[int]) -> None:
+        """Begin a drawing: rows at ``places`` continue the prompts ``groups``, whose numbers of
+        tokens are ``lengths``; the other rows are idle."""
+        shape, prefixes = self.shape, self.places.prefixes
+        assert prefixes is not None
+        group, counters = [-1] * shape.rows, torch.zeros_like(self._counters, device="cpu")
+        ahead = torch.zeros_like(counters)
+        slots, held, positions, _ = counters.split([shape.rows] * 3 + [shape.images])
+        moves = ahead[: 3 * shape.rows].view(3, shape.rows)
+        slots.fill_(-1)
+        for row, prompt in zip(places, groups, strict=True):
+            group[row] = prompt
+            slots[row], held[row], positions[row] = 0, 1, lengths[prompt]
+            moves[:, row] = 1
+            ahead[3 * shape.rows + row % shape.images] = 1
+        self._counters.copy_(counters)
+        self._ahead.copy_(ahead)
+        prefixes.groups.copy_(torch.tensor(group))
+        prefixes.order.copy_(self._order(prefixes.groups))
+        prefixes.lengths.copy_(torch.tensor([*lengths, *[0] * (shape.prompts - len(lengths))]))
+
+    def keep_prompts(self, first: int, keys_values: Tensor) -> None:
+        """Keep what prompts ``first`` … left behind, [2, layers, n, Hk, L, K], keys first."""
+        prompts = slice(first, first + keys_values.shape[2])
+        put_prefix(self.prompts, self._prompt_scales, [prompts], keys_values)
+
+    def choose(self, sampler: Sampler) -> None:
+        """Take a sampler's numbers.
+
+        Raises:
+            ValueError: a seed that is no key, or guidance asked for behind the last code.
+        """
+        s, images = sampler.sampling, len(sampler.draws)
+        self._seed.copy_(device_seed(sampler.seed, self._seed.device))
+        self._draws.zero_()
+        self._draws[:images].copy_(sampler.draws)
+        scales = s.scales(self.codes.shape[1])
+        self._numbers.copy_(torch.tensor([s.temperature, s.top_p, *scales]))
+
+    # --- what is run again and again --------------------------------------------------------------
+
+    def feed(self, embedded: Tensor) -> None:
+        """Embeddings [n, D] of the leading images' codes, for all rows of theirs."""
+        self._x.view(-1, self.shape.images, self._x.shape[1])[:, : len(embedded)] = embedded
+
+    def layers(self) -> Tensor:
+        """Append the codes fed; image logits [R, V]."""
+        logits = self._model.logits(self._x, self.places)
+        self._counters.add_(self._ahead)
+        return logits
+
+    def sample(self, logits: Tensor) -> None:
+        """Draw every image's next code from logits [R, V], keep it, and feed it."""
+        guided, cut = self.shape.guided, self._code[:, None]
+        cfg: Tensor | float = 1.0
+        if guided:  # all images are at the same code; the first is never idle
+            cfg = self._scales.index_select(0, self._code[:1])
+        drawn = cfg_sample(
+            logits, self._seed, self._draws, self._code, cfg,
+            0.0 if self.choice.greedy else self._temperature, self.choice.top_k,
+            self._top_p if self.choice.nucleus else 1.0, "blocked" if guided else "none",
+            self._model.table,
+        )  # fmt: skip
+        self.codes.scatter_(1, cut, drawn.token[:, None])
+        self.logprob.scatter_(1, cut, drawn.logprob[:, None])
+        if self.kept is not None:
+            self.kept.scatter_(1, cut, self._choices(logits, cfg)[:, None])
+        self.feed(drawn.embed)
+
+    def _choices(self, logits: Tensor, cfg: Tensor | float) -> Tensor:
+        """How many codes the truncation leaves, int64 [N]."""
+        scale = cfg if isinstance(cfg, Tensor) else None
+        found = mixed(*branches(logits, "blocked" if self.shape.guided else "none"), scale)
+        found = found * (1 / self._temperature.clamp(min=COLDEST))
+        share = self._top_p if self.choice.nucleus else None
+        return (truncated(found, self.choice.top_k, share) > float("-inf")).sum(-1)
+
+    def run(self) -> None:
+        """One code more of every image."""
+        # The first launch of a step, of torch, takes no part: whatever wrote weights has ended.
+        with overlapping(self._x.device):
+            self.sample(self.layers())
+
+    def drawn(self, images: int) -> Drawn:
+        """What was drawn of the leading images."""
+        kept = None if self.kept is None else self.kept[:images].clone()
+        return Drawn(self.codes[:images].clone(), self.logprob[:images].clone(), kept)
+
+
+def caches(model: DeviceTransformer, shape: Shape) -> list[Piece]:
+    """Keys and values of the prompts and of the rows' own codes, [2, layers, …] each, keys first;
+    in 8 bits with their scales, [layers, 2, …]. The last code of an image is never fed."""
+    c = model.config
+    own, kind = max(1, c.image_tokens - 1), FP8 if model.fp8_cache else model.table.dtype
+    held = ((shape.prompts, c.kv_heads, shape.prompt_tokens), (shape.rows, c.kv_heads, own))
+    found = [Piece((2, c.layers, *heads, c.head_dim), kind) for heads in held]
+    if model.fp8_cache:
+        found += [Piece((c.layers, 2, *heads), torch.float32) for heads in held]
+    return found
+
+
+def _make_room(model: DeviceTransformer, shape: Shape) -> None:
+    pieces = caches(model, shape)
+    if not model.memory.fits(*pieces):
+        model.steps.clear()  # they stand on memory that is about to go
+        model.memory.grow(*pieces)
+
+
+def unrecorded(model: DeviceTransformer, shape: Shape) -> DeviceStep:
+    """A step for a shape, to be run operator by operator by who samples otherwise. What lies in the
+    caches of every other step is overwritten."""
+    _make_room(model, shape)
+    return DeviceStep(model, shape, Choice())
+
+
+def recorded(model: DeviceTransformer, shape: Shape, choice: Choice) -> tuple[DeviceStep, Run]:
+    """The step for a shape and a choice, and what runs it; made and recorded at first use. What
+    lies in its caches is overwritten, and so is that of every other step."""
+    _make_room(model, shape)
+
+    def make() -> tuple[DeviceStep, Run]:
+        step = DeviceStep(model, shape, choice)
+        return step, model.recorder.record(step.run)
+
+    return model.steps.get((shape, choice), make)

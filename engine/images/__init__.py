@@ -1,0 +1,1 @@
+"""Pixels to codes and back, and pictures for people."""

@@ -1,0 +1,389 @@
+"""Continuous batching: requests of any length, seed and sampling share the steps of one batch.
+
+An image is hundreds of steps, so a batch that waited for its last image, or for its next request,
+would run mostly empty. Here every step runs whatever is being drawn, each row at its own place:
+when images end, or are cancelled, their slots (`engine.serving.slots`) go to who waits at the very
+next step. Noise is keyed by (seed, draw, position), so what is drawn is a function of the request;
+the rest of the batch can change it by rounding at most, and in batch-invariant mode not at all.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from echogen.engine.cpu.packed import PackedTransformer
+from echogen.engine.decoding.decode import Packed
+from echogen.engine.decoding.sampler import Sampling
+from echogen.engine.engine import Engine
+from echogen.engine.gpu.device import DeviceTransformer
+from echogen.engine.images.vision import decoding_bytes
+from echogen.engine.layout import Layout
+from echogen.engine.ranges import span
+from echogen.engine.serving.budget import plan
+from echogen.engine.serving.crowd import Drawer, Live, Pace, drawers, warm_up
+from echogen.engine.serving.intake import Intake
+from echogen.engine.serving.metrics import Metrics
+from echogen.engine.serving.partial import Partial
+from echogen.engine.serving.request import Order, Request
+from echogen.engine.serving.slots import Slots
+from echogen.engine.serving.waiting import Waiting
+from echogen.engine.serving.windows import Windowed
+from echogen.engine.serving.worker import SchedulerClosed, Worker
+
+OUTDATED = "the engine's weights were refreshed; make a new scheduler"
+
+
+class Scheduler(Worker):
+    """Draws for many at once.
+
+    ::
+
+        with Scheduler(engine) as scheduler:  # a thread of its own; or call step() yourself
+            request = scheduler.submit(layout, seed=1, samples=4)
+            images = request.images()  # or await request, or for part in request.partials()
+
+    Args:
+        engine: its weights as they are now; after ``engine.refresh()`` make a new scheduler. This
+            one then takes no more. On a CPU's packed weights, a copy, it goes on with what it has;
+            elsewhere it would draw one image with two models, and everybody is told
+            `SchedulerClosed`.
+        slots: rows that are drawn at once, two an image with guidance; None: as many as the memory
+            holds, at most `serving.budget.MOST`.
+        queue: requests that may wait.
+        memory: bytes to plan with; None: most of what is free (`serving.budget.SHARE`).
+        prompt_tokens: the longest prompt; None: what the model has room for, at most
+            `serving.budget.PROMPT_TOKENS`. Slots are made for it, and batch-invariant steps read
+            all of them.
+        invariant: batch-invariant mode: a request draws the same codes, bit for bit, alone or in
+            any crowd of this scheduler. In C++ (`echogen.engine.cpu.native`) that is so in any mode
+            and at no cost. Elsewhere every step then has one shape, all slots and all their places
+            (whose numbers decide how sums are rounded), and what this stands on is tried at once
+            (`Slots.rows_agree`); in the usual mode a step runs the rows and reads the places it
+            needs, and codes within rounding of each other may be drawn otherwise in another crowd.
+        windows: on weights packed for PyTorch's operations draw several codes of an image a step
+            while at most `slots.WINDOW_ROWS` are held and half of the rows can be drafted well
+            (`jacobi.foreseeable`); False: always code by code, as batch-invariant
+            steps of one shape are.
+        patience: how often a request may be overtaken, see `Waiting`.
+        clock: seconds; for tests.
+
+    Raises:
+        BudgetError: what is asked for does not fit the memory or the model.
+        ValueError: a queue that holds nobody; batch-invariant mode with a number of slots that it
+            does not hold for on this machine.
+        CaptureError: on a GPU, steps that cannot be recorded (`echogen.engine.gpu.graphs`).
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        slots: int | None = None,
+        queue: int = 256,
+        memory: int | None = None,
+        prompt_tokens: int | None = None,
+        invariant: bool = False,
+        windows: bool = True,
+        patience: int = 8,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if queue < 1 or patience < 0:
+            raise ValueError(f"queue = {queue}, patience = {patience}; from 1 and from 0 on")
+        super().__init__()
+        decoder, table = engine.decoder, engine.code_table
+        self._copied = isinstance(decoder, Packed)
+        windows = windows and isinstance(decoder, PackedTransformer) and not invariant
+        self.plan = plan(
+            decoder.config, table.dtype, table.device,
+            decoding_bytes(engine.vq, engine.image_size), slots, memory, prompt_tokens,
+            fp8_cache=isinstance(decoder, DeviceTransformer) and decoder.fp8_cache, windows=windows,
+        )  # fmt: skip
+        self._sampling, self._clock = engine.sampling, clock
+        self._intake = Intake(engine, self.plan)
+        self._on_operators = isinstance(decoder, DeviceTransformer)
+        self._slots = Slots(
+            decoder, table, self.plan.slots, self.plan.capacity, invariant, self.plan.prefix_bytes,
+            windows,
+        )  # fmt: skip
+        with torch.inference_mode():
+            logits = self._slots.warm_up(self.plan.prompt_tokens, engine.prompts.pad)
+            if self._on_operators:
+                warm_up(self._sampling, logits)
+            if invariant and not self._slots.rows_agree([engine.prompts.bos, *range(16)]):
+                raise ValueError(
+                    f"slots = {self.plan.slots}: products of so many rows round a row by its place "
+                    f"here, so this is not batch-invariant; take another number (4 or more will "
+                    f"mostly do)"
+                )
+        self._waiting, self._live = Waiting[Request](queue, patience), list[Live]()
+        self._drawers: list[Drawer] | None = None  # of all that live; None: somebody came or went
+        self._pace = Pace(table.device)
+        self._metrics = Metrics(slots=self.plan.slots)
+
+    # --- submitting -----------------------------------------------------------------------------
+
+    def submit(
+        self,
+        layout: Layout,
+        seed: int = 0,
+        sampling: Sampling | None = None,
+        samples: int = 1,
+        draws: Sequence[int] | None = None,
+        negative: Layout | None = None,
+        priority: int = 0,
+        timeout: float | None = None,
+        every: int = 0,
+        on_partial: Callable[[Partial], None] | None = None,
+    ) -> Request:
+        """Queue a request; from any thread.
+
+        Args:
+            layout, seed, sampling, negative: as for `Engine.generate_codes`.
+            samples: images; they are drawn together, and their prompt is run once.
+            draws: the noise's draw id of each; 0 … samples − 1 where None.
+            priority: the higher go first (within ``patience``).
+            timeout: seconds from now after which it fails with `TimeoutError`, done or not.
+            every: partial results come at every so many codes, several after a step that drew
+                more; 0: only the whole.
+            on_partial: called with each, in the thread that draws: what it takes, all wait for.
+                (In an event loop let it call ``loop.call_soon_threadsafe``.) What it raises fails
+                this request alone.
+
+        Raises:
+            QueueFull: as many wait as may.
+            LayoutError: a prompt too long for the slots, or with reserved tokens.
+            ValueError: more rows than there are slots, or values out of range.
+            SchedulerClosed: after ``shutdown`` or ``engine.refresh()``, or when a step died of an
+                error.
+        """
+        if self._intake.outdated:
+            self._close(OUTDATED)
+        try:
+            order = Order(
+                layout, seed, sampling or self._sampling, samples, draws, negative,
+                priority, timeout, every, on_partial,
+            )  # fmt: skip
+            request = self._intake.request(order, self._clock())
+            self._drop()
+            with self._changed:
+                if self._closed:
+                    raise SchedulerClosed(self._closed)
+                self._waiting.put(request)
+                self._metrics.submitted += 1
+                self._changed.notify_all()
+        except Exception:
+            with self._changed:
+                self._metrics.refused += 1
+            raise
+        return request
+
+    # --- drawing --------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _work(self) -> bool:
+        """Free what ended, admit who fits, draw the next codes of every image; False: nothing to
+        do.
+
+        Errors of one request are its own: here nothing is raised for them.
+        """
+        began = time.perf_counter()
+        self._drop()
+        self._leave()
+        if self._mixed():
+            self._close(OUTDATED)
+            self._abandon(SchedulerClosed(OUTDATED))
+        waiting = len(self._waiting)
+        if not waiting and not self._live:
+            return False
+        with span("engine/serve/step", waiting=waiting, live=len(self._live)):
+            self._admit()
+            self._draw()
+        self._count(busy_s=time.perf_counter() - began)
+        return True
+
+    def _mixed(self) -> bool:
+        """Whether what is being drawn would go on with other weights than it was begun with."""
+        return self._intake.outdated and not self._copied
+
+    def _drop(self) -> None:
+        """Take out of the queue who was cancelled or ran out of time."""
+        with self._changed:
+            gone = [request for request in self._waiting if self._gone(request)]
+            for request in gone:
+                self._waiting.remove(request)
+        for request in gone:
+            self._bury(request)
+
+    def _leave(self) -> None:
+        """Free the slots of who was cancelled or ran out of time."""
+        for live in list(self._live):
+            if self._gone(live.request):
+                self._release(live)
+                self._bury(live.request)
+
+    def _gone(self, request: Request) -> bool:
+        late = request.deadline is not None and self._clock() >= request.deadline
+        return late or self._cancelling or request.future.cancelled()
+
+    def _bury(self, request: Request) -> None:
+        """Tell a request that it is not drawn any more; never under a lock, for a future calls
+        back."""
+        if self._cancelling:
+            request.cancel()
+        late = f"its time is up, with {request.drawn} of {request.tokens} codes drawn"
+        self._count_outcome("expired", request.fail(TimeoutError(late)))
+
+    def _count(self, **more: float) -> None:
+        with self._changed:
+            for name, value in more.items():
+                setattr(self._metrics, name, getattr(self._metrics, name) + value)
+
+    def _count_outcome(self, outcome: str, told: bool) -> None:
+        """Count what became of a request; who cancelled before it was told is counted as such."""
+        self._count(**{outcome if told else "cancelled": 1})
+
+    def _release(self, live: Live) -> None:
+        # In this order: on a device that is gone this fails, and who is live is told of that.
+        self._slots.release(live.held)
+        self._remove(live)
+
+    def _remove(self, live: Live) -> None:
+        self._live.remove(live)
+        self._drawers = None
+
+    def _admit(self) -> None:
+        """Run the prompts of who fits, in turn, and draw their first codes."""
+        while True:
+            self._drop()  # prompts take their time: who left meanwhile needs none
+            with self._changed:
+                request = self._waiting.take(self._slots.free)
+                if request is None:
+                    return
+                self._live.append(live := Live(request))
+                self._metrics.admitted += 1
+            with span("engine/serve/admit", rows=request.rows):
+                self._enter(live)
+
+    def _enter(self, live: Live) -> None:
+        """Put a request in its slots and draw its first codes."""
+        try:
+            logits = self._fill(live)
+            self._drawers = None
+            drawer = drawers([live], self._on_operators)[0]
+        except Exception as error:
+            self._fail([live], error)
+            return
+        self._advance(drawer, logits)
+
+    def _fill(self, live: Live) -> Tensor:
+        """Put a request's prompts, each run once, in its slots; their logits [rows, V]."""
+        request, run = live.request, self._slots.run_prompt
+        # What guidance leads away from is mostly the same for many requests.
+        prefixes = [run(prompt, keep=i > 0) for i, prompt in enumerate(request.prompts)]
+        prefixes = [prefix for prefix in prefixes for _ in range(request.samples)]
+        logits = torch.stack([prefix.logits for prefix in prefixes])
+        live.rows = self._slots.take(prefixes)
+        return logits
+
+    def _draw(self) -> None:
+        """One batched step, and from its logits the next code of every image, or several."""
+        if not self._live:
+            return
+        try:
+            if self._drawers is None:
+                self._drawers = self._who_draws()
+            if windowed := [each for each in self._drawers if isinstance(each, Windowed)]:
+                width = self._slots.width
+                logits = self._slots.window(each.ahead(width) for each in windowed)
+            else:
+                logits = self._slots.step()
+            self._pace()
+        except Exception as error:  # nobody's in particular
+            self._fail(list(self._live), error)
+            return
+        self._count(steps=1)
+        for drawer in self._drawers:
+            self._advance(drawer, logits[drawer.rows.index])
+
+    def _who_draws(self) -> list[Drawer]:
+        """Of all that live, in the lowest slots; in windows where that is the faster way for half
+        of the rows."""
+        places = self._slots.gather([live.held for live in self._live])
+        for live, place in zip(self._live, places, strict=True):
+            live.rows = place
+        rows = sum(live.request.rows for live in self._live)
+        well = sum(live.request.rows for live in self._live if live.request.foreseeable)
+        if self._slots.width and 2 * well >= rows:
+            return [Windowed(live) for live in self._live]
+        for live in self._live:
+            live.drafts = None
+        return drawers(self._live, self._on_operators)
+
+    def _advance(self, drawer: Drawer, logits: Tensor) -> None:
+        """Draw the next codes of some requests from the logits of their rows, and see to what
+        follows from them."""
+        steps = min(live.request.drawn for live in drawer.lives)
+        try:
+            with span("engine/sample", rows=logits[..., 0].numel(), step=steps):
+                drawn = drawer.draw(logits)
+            self._slots.feed(drawer.rows, drawn[0] if len(drawn) == 1 else torch.cat(drawn))
+        except Exception as error:
+            self._fail(drawer.lives, error)
+            return
+        for live, codes in zip(drawer.lives, drawn, strict=True):
+            self._take(live, codes)
+
+    def _take(self, live: Live, codes: Tensor) -> None:
+        """Keep the codes that were drawn of a request; at its end hand it over."""
+        request = live.request
+        try:
+            request.put(codes)
+            self._count(codes=codes.numel())
+            request.tell()
+            if request.drawn < request.tokens:
+                return
+            if self._mixed():  # refreshed during this very step
+                raise SchedulerClosed(OUTDATED)
+            whole = request.whole()
+        except Exception as error:
+            self._fail([live], error)
+            return
+        self._release(live)
+        self._count_outcome("finished", request.finish(whole))
+
+    def _fail(self, lives: list[Live], error: BaseException) -> None:
+        """Hand an error to requests being drawn; to all before slots are freed, for on a device
+        that is gone that fails as well, and with another error."""
+        for live in lives:
+            self._remove(live)
+            self._count_outcome("failed", live.request.fail(error))
+        for live in lives:
+            if live.rows is not None:
+                self._slots.release(live.rows)
+
+    # --- for the worker ---------------------------------------------------------------------------
+
+    def _busy(self) -> bool:
+        return bool(self._waiting or self._live)
+
+    def _abandon(self, error: BaseException) -> None:
+        """Hand an error to everybody who is left."""
+        with self._changed:
+            left = [live.request for live in self._live] + self._waiting
+            self._live, self._waiting[:], self._drawers = [], [], None
+        for request in left:
+            self._count_outcome("failed", request.fail(error))
+
+    def metrics(self) -> Metrics:
+        """A copy of the counters."""
+        with self._changed:
+            return replace(
+                self._metrics,
+                waiting=len(self._waiting),
+                live=len(self._live),
+                live_slots=sum(live.request.rows for live in self._live),
+            )

@@ -1,0 +1,1 @@
+"""A run of several processes, replicated or sharded."""

@@ -1,0 +1,1 @@
+"""The step loop, and what a run keeps, shows and survives."""

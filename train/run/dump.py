@@ -1,0 +1,141 @@
+"""The step at which a run broke, in a file: what its loss was computed from, to look at and repeat.
+
+A loss that is NaN says nothing of where it came from. The file holds the weights before the step,
+the batch, and everything else that the step reads; `repeat_dump` computes the step again and says
+which numbers of it are not finite.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from echogen.train.config import LoopConfig
+from echogen.train.parallel.processes import Processes
+from echogen.train.run.checkpoint import StateError, load_state, save_state
+from echogen.train.run.runtime import only_deterministic
+from echogen.train.run.update import check, gradients
+from echogen.train.stages.stage import Stage, identity, other_run, resumable
+
+
+def write_dump(
+    folder: Path, stage: Stage, step: int, error: str, weights: dict[str, Tensor]
+) -> Path:
+    """Write ``dump-stepN.pt`` into a run's folder; its path.
+
+    It holds: ``stage`` and ``config`` of the run, ``step``, the ``error``, the module's ``weights``
+    before the step, whole, and their ``fingerprint``, and the ``inputs`` of the loss (where the
+    stage tells them) in this process.
+    """
+    path = folder / f"dump-step{step}.pt"
+    inputs = getattr(stage, "inputs", None)
+    found = {
+        **identity(stage),
+        "step": step,
+        "error": error,
+        "module": weights,
+        "fingerprint": fingerprint(weights),
+        "inputs": {} if inputs is None else inputs(step),
+    }
+    save_state(path, found)
+    return path
+
+
+def fingerprint(weights: dict[str, Tensor]) -> str:
+    """Hash of names and bytes of weights."""
+    digest = hashlib.blake2b(digest_size=6)
+    for name, tensor in sorted(weights.items()):
+        digest.update(name.encode())
+        numbers = tensor.detach().cpu().contiguous().flatten()
+        digest.update(numbers.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Repeated:
+    """A step computed again.
+
+    Attributes:
+        step: which.
+        loss: of it.
+        grad_norm: norm of its gradients, before they are clipped.
+        numbers: of the stage.
+        broken: parameters whose gradients are not finite.
+        weights: parameters that were not finite before the step.
+        same_inputs: whether the stage made the batch of the file again; where it did not (other
+            data, another version), what was computed here is another step.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    numbers: dict[str, float]
+    broken: list[str]
+    weights: list[str]
+    same_inputs: bool
+
+
+def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
+    """Compute the step of a dump again, on its weights, which the stage then has; nothing is
+    written and nothing updated.
+
+    Raises:
+        StateError: a file that is torn, no dump, of another run, or whose weights are not those
+            that it says.
+    """
+    found = load_state(path, mend="name another dump-step….pt")
+    if "fingerprint" not in found:
+        raise StateError(f"{path}: no dump of a step; name a dump-step….pt")
+    if other := other_run(found, stage):
+        raise StateError(
+            f"{path}: written by another run ({other}); give the same recipe and options"
+        )
+    if fingerprint(found["module"]) != found["fingerprint"]:
+        raise StateError(f"{path}: its weights are not those of its fingerprint; it is damaged")
+    step, named = int(found["step"]), dict(stage.module.named_parameters())
+    if not resumable(stage, step):
+        updates = stage.config.updates
+        raise StateError(
+            f"{path}: step {step} is update {step % updates + 1} of {updates} on its rollout, "
+            f"which was drawn with weights that are gone; look at the file's inputs instead"
+        )
+    stage.module.load_state_dict(found["module"])
+    trained = [p for p in named.values() if p.requires_grad]
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    check(stage, config, Processes())
+    with only_deterministic(config.deterministic):
+        loss, numbers = gradients(stage, config, trained, step, Processes())
+    grads = {n: p.grad for n, p in named.items() if p.grad is not None}
+    inputs = getattr(stage, "inputs", None)
+    return Repeated(
+        step=step,
+        loss=loss,
+        grad_norm=float(nn.utils.get_total_norm(grads.values())),
+        numbers={name: float(value) for name, value in numbers.items()},
+        broken=[n for n, grad in grads.items() if not _finite(grad)],
+        weights=[n for n, p in named.items() if not _finite(p)],
+        same_inputs=_same(found["inputs"], {} if inputs is None else inputs(step)),
+    )
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(x.detach().isfinite().all())
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two containers of tensors hold the same numbers, NaN at the same places."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        same = a.shape == b.shape and a.dtype == b.dtype
+        a, b = a.cpu(), b.cpu()
+        return same and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool(a == b)

@@ -1,0 +1,85 @@
+"""What a run has measured, one JSON object a line, in a file that a kill at any moment leaves good.
+
+A line that was being written when the run was killed is torn, and no loss: a resumed run writes it
+again, be it of a step beyond the restored one or of that step's validation.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from echogen.train.run.checkpoint import StateError, write_text
+
+
+class MetricsFile:
+    """`metrics.jsonl`; on resume, lines beyond the restored step and a torn last one are dropped.
+
+    Args:
+        path: of the file.
+        step: that the run goes on from; 0 begins the file anew.
+        writes: False in a process that leaves the file to another one.
+
+    Raises:
+        StateError: a line before the last that is no line of metrics; a file that cannot be
+            written, here or in any method.
+    """
+
+    def __init__(self, path: Path, step: int, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
+        rows = _read(path) if step and path.exists() else []
+        self._rows = [row for row in rows if row["step"] <= step]
+        if writes:  # beside and renamed: a kill in between leaves the old file whole
+            write_text(path, "".join(json.dumps(row) + "\n" for row in self._rows))
+
+    def column(self, name: str) -> list[float]:
+        """The values of a number in the lines kept, in their order."""
+        return [row[name] for row in self._rows if name in row]
+
+    def validated(self, step: int) -> bool:
+        """Was a validation of this step among the lines kept?"""
+        there = (row for row in self._rows if row["step"] == step)
+        return any(name.startswith("val_") for row in there for name in row)
+
+    def write(self, **values: float | int | str) -> None:
+        """Add a line."""
+        self._append(json.dumps(values) + "\n")
+
+    def sync(self) -> None:
+        """Put the lines onto the disk, so that a power cut does not lose them either."""
+        self._append("", sync=True)
+
+    def _append(self, text: str, sync: bool = False) -> None:
+        if not self._writes:
+            return
+        try:
+            with open(self._path, "a") as file:
+                file.write(text)
+                file.flush()
+                if sync:
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise StateError(
+                f"{self._path}: cannot be written ({error.strerror}); make room and go on with "
+                f"--resume"
+            ) from error
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    lines, rows = path.read_bytes().splitlines(), []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+                raise ValueError("no object with a step")
+        except ValueError as error:  # of JSON and of UTF-8 alike
+            if number == len(lines):
+                break
+            raise StateError(
+                f"{path}: line {number} is no line of metrics ({error}); mend or remove it, or "
+                f"name another --out"
+            ) from None
+        rows.append(row)
+    return rows

@@ -1,0 +1,1 @@
+"""What is learnt in each stage, and what stages share."""

@@ -1,0 +1,413 @@
+"""Stage 3, Cycle RL: layout → image → layout, and what came back right is reinforced.
+
+Each layout is drawn G times with the present weights, found again in every image, and rewarded for
+how well the boxes match: a higher reward is a better match (the paper's formula, read as it stands,
+is a discrepancy, and `box_reward` is 1 less that). GRPO (arXiv 2402.03300) turns rewards into
+advantages within the layout's group. No image labels are needed, only texts and boxes.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from echogen.engine.ground import locations
+from echogen.engine.images.vision import decode_codes, to_images
+from echogen.engine.layout import Layout, LayoutError
+from echogen.engine.model import UnifiedTransformer
+from echogen.engine.ranges import span
+from echogen.kernels.grpo import grpo_loss
+from echogen.train.config import CycleRLConfig
+from echogen.train.data.layouts import MOST_OBJECTS, check_room, random_layout, read_layouts
+from echogen.train.data.packing import Batch
+from echogen.train.data.scenes import load_scenes
+from echogen.train.data.shapes import Scene
+from echogen.train.eval.agreement import self_agreement
+from echogen.train.eval.judge import detect
+from echogen.train.eval.tables import cycle_table, layouts_of
+from echogen.train.lora import without_adapters
+from echogen.train.parallel.distributed import one_goes_first
+from echogen.train.parallel.whole import WholeEngine
+from echogen.train.run.loop import BeginRefused
+from echogen.train.stages import keys
+from echogen.train.stages.credit import Credit, by_image, by_object, object_tokens
+from echogen.train.stages.held import Held, Portion
+from echogen.train.stages.passes import worth_logging
+from echogen.train.stages.rollouts import Rollout, roll_out, targets
+from echogen.train.stages.scoring import box_logprob, image_logprob
+from echogen.train.stages.shares import places
+from echogen.train.stages.world import WorldStage
+from echogen.train.start import Start
+
+VAL_LAYOUTS = 256  # as many as the other numbers of an evaluation are of
+GROUP_TOKENS = 2560
+"""Of a prompt and the images that share it in one sequence, at most: of Janus-Pro's 576 codes four
+images, so that its groups of 8 are two sequences of one length. As three, of 3, 3 and 2 images,
+they leave a tenth and more of their rows to padding."""
+DECODED = 32  # images that the image tokenizer makes at once: 7 GB at 384×384
+
+
+class CycleRLStage(WorldStage):
+    """One batch → loss of stage 3; judged on ShapesWorld, trained on any layouts.
+
+    Raises:
+        PromptError: a model whose boxes are not location tokens.
+        LayoutError: a file of layouts that cannot be used.
+    """
+
+    name = "cycle-rl"
+    selects = (
+        "cycle_iou"  # the judge's: the reward itself goes on rising where the images get worse
+    )
+
+    def __init__(self, config: CycleRLConfig, start: Start) -> None:
+        locations(start.engine.prompts)
+        if config.rollout_dtype != "float32":
+            self.engine_dtype = getattr(torch, config.rollout_dtype)
+        super().__init__(start.engine, config.loop, start.stages)
+        if self.engine_dtype is not None and not isinstance(self.engine, WholeEngine):
+            self.gather()
+        self.config = replace(config, start=start.fingerprint)
+        self._key = keys.noise_key(config.loop.seed, keys.RL_NOISE)
+        # What adapters are beside is the reference, unless it is trained in part.
+        self._base = bool(config.beta and config.loop.lora and not config.loop.lora_also)
+        apart = config.beta and not self._base
+        self._reference = copy.deepcopy(self.module).requires_grad_(False) if apart else None
+        self.frozen = [] if self._reference is None else [self._reference]
+        self._held: dict[tuple[int, int], Held] = {}
+        with one_goes_first():
+            real = config.layouts == "real"
+            self._scenes = load_scenes("train", config.scenes) if real else []
+        named = config.layouts in ("real", "random")
+        self._read = [] if named else read_layouts(config.layouts)
+        if self._read:
+            digest = hashlib.blake2b(Path(config.layouts).read_bytes(), digest_size=6)
+            self.config = replace(self.config, layouts_hash=digest.hexdigest())
+        for number, layout in enumerate(self._read, 1):
+            self._check_room(layout, f"{config.layouts}: layout {number}")
+
+    # --- layouts and rollouts -------------------------------------------------------------------
+
+    @property
+    def reward_boxes(self) -> int:
+        """How many boxes of each object are sampled: one where they are the policy's own."""
+        return self.config.reward_boxes if self.config.policy == "image" else 1
+
+    @property
+    def idle(self) -> tuple[str, ...]:
+        """See `Stage`: the head of the tokens that are not the policy's."""
+        return {"image": ("text_head",), "boxes": ("image_head",), "both": ()}[self.config.policy]
+
+    def _check_room(self, layout: Layout, what: str) -> None:
+        try:
+            check_room(layout, self.prompts, self.module.config)
+        except LayoutError as error:
+            raise LayoutError(f"{what} {error}") from None
+
+    def layouts(self, index: int) -> list[Layout]:
+        """The layouts of a rollout, a pure function of (seed, index)."""
+        c = self.config
+        rng = keys.generator(c.loop.seed, keys.RL_BATCH, index)
+        if c.layouts == "random":
+            return [random_layout(rng) for _ in range(c.batch)]
+        if self._read:
+            return [self._read[i] for i in rng.integers(len(self._read), size=c.batch)]
+        return [scene.layout(rng) for scene in self._chosen(rng)]
+
+    def scenes(self, index: int) -> list[Scene]:
+        """The scenes whose ``layouts`` a rollout draws, where the layouts are "real"."""
+        return self._chosen(keys.generator(self.config.loop.seed, keys.RL_BATCH, index))
+
+    def _chosen(self, rng: np.random.Generator) -> list[Scene]:
+        return [self._scenes[i] for i in rng.integers(len(self._scenes), size=self.config.batch)]
+
+    def _hold(self, step: int, part: int = 0, parts: int = 1) -> Held:
+        """The rollout of a step's part: a new one every ``updates`` steps. A layout's images are
+        all in the same part, and drawn with the noise they would have in any other."""
+        c, index = self.config, step // self.config.updates
+        held = self._held.get((part, parts))
+        if held is not None and held.index == index:
+            return held
+        assert step % c.updates == 0, "a run resumes where a rollout begins (see CycleRLConfig)"
+        every = self.layouts(index)
+        here = places("batch", c.batch, part, parts)
+        draws = keys.draw_ids(index, c.batch * c.group).view(c.batch, c.group)
+        rollout = roll_out(
+            self.engine,
+            [every[i] for i in here],
+            c.group,
+            c.sampling,
+            self._key,
+            draws[list(here)].flatten(),
+            self.reward_boxes,
+            c.w_iou,
+            c.w_l1,
+            c.advantage,
+        )
+        with span("train/cycle-rl/data", step=step):
+            held = self._packed(index, rollout)
+        held.portion = self._portion(rollout.layouts, every)
+        self._held[part, parts] = held
+        return held
+
+    def _tokens(self, layouts: list[Layout]) -> Tensor:
+        """Whose tokens of the policy are whose, see `object_tokens`."""
+        policy, config = self.config.policy, self.module.config
+        grid = None if policy == "boxes" else (config.grid, config.grid)
+        return object_tokens(*targets(layouts), grid, policy != "image")
+
+    def _portion(self, here: list[Layout], every: list[Layout]) -> Portion:
+        """What the layouts of a part are of all the step's."""
+        image = self.module.config.image_tokens * (self.config.policy != "boxes")
+        box = 4 * (self.config.policy != "image")
+
+        def count(layouts: list[Layout]) -> np.ndarray:
+            boxes = np.array([len(y.objects) for y in layouts])
+            tokens = image + box * boxes
+            rows, row_tokens = (tokens > 0).sum(), tokens.sum()
+            if self.config.credit == "object":
+                whose = self._tokens(layouts)
+                rows, row_tokens = int(whose.any(-1).sum()), int(whose.sum())
+            return np.array([len(layouts), boxes.sum(), tokens.sum(), rows, row_tokens])
+
+        return Portion(*(count(here) / np.maximum(count(every), 1)).tolist())
+
+    def _credit(self, index: int, rollout: Rollout, mask: Tensor) -> Credit:
+        c, score = self.config, rollout.score
+        if c.credit == "image":
+            return by_image(score, mask)
+        tokens, there = self._tokens(rollout.layouts), targets(rollout.layouts)[1]
+        return by_object(score, tokens, there, c.w_iou, c.w_l1, c.advantage)
+
+    def _packed(self, index: int, rollout: Rollout) -> Held:
+        policy, group = self.config.policy, rollout.group
+        repeated = [y for y in rollout.layouts for _ in range(group)]
+        codes = rollout.drawing.codes.cpu().numpy()
+        drawn = unconditional = asked = None
+        sampled, mask = [], []
+        if policy != "boxes":
+            prompts = [self.prompts.l2i(y) for y in rollout.layouts]
+            drawn = self._sequences(prompts, codes)
+            if self.config.sampling.cfg != 1:
+                kind = self.config.sampling.unconditional
+                unconditional = self._sequences(
+                    [self.prompts.unconditional(p, kind) for p in prompts], codes
+                )
+            sampled.append(rollout.drawing.logprob)
+            mask.append(torch.ones_like(rollout.drawing.logprob, dtype=torch.bool))
+        if policy != "image":
+            asked = self._questions(repeated, codes, rollout.answers.tokens)
+            sampled.append(rollout.answers.logprob.flatten(1))
+            each = rollout.mask.repeat_interleave(group, 0)
+            mask.append(each.repeat_interleave(4, 1))
+        every = torch.cat(mask, 1)
+        credit = self._credit(index, rollout, every)
+        return Held(
+            index, rollout, drawn, unconditional, asked, torch.cat(sampled, 1), every, credit
+        )
+
+    def _sequences(self, prompts: list[list[int]], codes: np.ndarray) -> Batch:
+        """L2I sequences of B prompts and the B·G images drawn of them. As many of a prompt's images
+        as GROUP_TOKENS are share it, in sequences of as many each: at 64 codes, groups of 8 and
+        prompts of 50 tokens the pass and its backward take 0.65 of the time of one sequence an
+        image, and a step 0.78 of its (`echogen bench train --stage cycle-rl --float32`, medians of
+        three runs in turn, one thread of a Zen 3)."""
+        trees, tokens = [], codes.shape[1]
+        for prompt, images in zip(prompts, np.split(codes, len(prompts)), strict=True):
+            together = max(1, (GROUP_TOKENS + 1 - len(prompt)) // tokens)
+            for part in np.array_split(images, -(-len(images) // together)):
+                trees.append(self.drawings(prompt, part))
+        return self.pack(trees)
+
+    def _questions(self, layouts: list[Layout], codes: np.ndarray, tokens: Tensor) -> Batch:
+        """I2L sequences whose answers are the tokens found."""
+        trees = []
+        for layout, z, row in zip(layouts, codes, tokens.tolist(), strict=True):
+            boxes = [self.prompts.codec.parse(answer) for answer in row]
+            asked = [(o.expr, b) for o, b in zip(layout.objects, boxes, strict=False) if b]
+            assert len(asked) == len(layout.objects), "a constrained decode always parses"
+            trees.append(self.grounding(z, asked))
+        return self.pack(trees)
+
+    # --- loss -----------------------------------------------------------------------------------
+
+    def logprob(self, model: UnifiedTransformer, held: Held) -> Tensor:
+        """A model's log-probabilities of the policy's tokens, [N, S]."""
+        drawing, answers, parts = held.rollout.drawing, held.rollout.answers, []
+        count, most = answers.tokens.shape[:2]
+        if held.drawn is not None:
+            parts.append(
+                image_logprob(
+                    model,
+                    held.drawn,
+                    held.unconditional,
+                    count,
+                    self.config.sampling,
+                    drawing.kept,
+                )
+            )
+        if held.asked is not None:
+            parts.append(box_logprob(model, self.prompts, held.asked, count, most).flatten(1))
+        return torch.cat(parts, 1)
+
+    @property
+    def images(self) -> int:
+        """See `Stage`."""
+        return self.config.batch * self.config.group
+
+    def inputs(self, step: int) -> dict[str, Any]:
+        """See `Stage`: of every part of the rollout in use, what was drawn and found, and what it
+        is worth."""
+        now = {k: h for k, h in self._held.items() if h.index == step // self.config.updates}
+        return {
+            f"part {part} of {parts}": {
+                "codes": held.rollout.drawing.codes,
+                "boxes": held.rollout.answers.tokens,
+                "reward": held.rollout.score.reward,
+                "advantage": held.rollout.score.advantage,
+                "sampled": held.sampled,
+                "mask": held.mask,
+                **{f"drawn {k}": v for k, v in vars(held.drawn or held.asked).items()},
+            }
+            for (part, parts), held in now.items()
+        }
+
+    @torch.no_grad()
+    def _by_reference(self, held: Held) -> Tensor | None:
+        if self._base:
+            with without_adapters(self.module):
+                return self.logprob(self.module, held)
+        return None if self._reference is None else self.logprob(self._reference, held)
+
+    def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `Stage`."""
+        c, held = self.config, self._hold(step, part, parts)
+        if held.reference is None:
+            held.reference = self._by_reference(held)
+        logp = self.logprob(self.module, held)
+        credit = held.credit
+        tokens = self.module.config.image_tokens * (held.drawn is not None)
+        tokens += 4 * MOST_OBJECTS * (held.asked is not None)
+        # With one update the ratio is 1 by definition. Against the sampler's log-probabilities it
+        # would be 1 but for rounding, and in bfloat16 the rounding would pass for a change.
+        out = grpo_loss(
+            credit.rows(logp),
+            None if held.old is None else credit.rows(held.old),
+            credit.advantage,
+            credit.mask,
+            None if held.reference is None else credit.rows(held.reference),
+            c.clip_low,
+            c.clip_high,
+            c.beta,
+            c.normalise,
+            tokens,
+        )
+        if held.gap is None:
+            off = (logp.detach() - held.sampled).abs()
+            held.gap = torch.where(held.mask, off, 0.0).sum() / held.mask.sum()
+            held.old = logp.detach() if c.updates > 1 else None
+        portion = held.portion
+        all_rows = portion.layouts if c.credit == "image" else portion.rows
+        by = {"sequence": portion.rows, "token": portion.row_tokens, "constant": all_rows}
+        loss = out.loss if parts == 1 else out.loss * by[c.normalise]
+        per_token = {"kl": out.mean_kl, "clipped": out.clip_fraction}
+        numbers = {
+            "loss": loss,
+            **_of(held.rollout, portion),
+            "flat": credit.flat.float().mean()
+            * (portion.layouts if c.credit == "image" else portion.boxes),
+            **{name: mean * portion.row_tokens for name, mean in per_token.items()},
+            "sampler_gap": held.gap * portion.tokens,
+        }
+        return loss, worth_logging(numbers)
+
+    # --- before and beside training -------------------------------------------------------------
+
+    def begin(self) -> dict[str, float]:
+        """Hold the self-reward against the judge.
+
+        Raises:
+            BeginRefused: they agree too little within a group, so that training would teach what
+                the grounder gets wrong, or the judge tells too few groups apart to say.
+        """
+        c = self.config
+        key = keys.noise_key(c.loop.seed, keys.RL_JUDGED)
+        found = self_agreement(
+            self.engine, c.gate_scenes, c.gate_group, c.sampling, key, c.reward_boxes, c.w_iou,
+            c.w_l1,
+        )  # fmt: skip
+        least = math.ceil(c.gate_scenes / 4)
+        if found.groups < least and not c.force:
+            raise BeginRefused(
+                f"the judge tells the images of {found.groups} of {found.of} validation layouts "
+                f"apart ({c.gate_group} images each), and {least} are needed to hold the "
+                f"self-reward against it. Train drawing further, raise gate_group, or begin all "
+                f"the same with --force"
+            )
+        if not found.correlation >= c.gate_bound and not c.force:  # NaN is refused too
+            unsure = found.correlation + 2 * found.stderr >= c.gate_bound
+            raise BeginRefused(
+                f"within groups the self-reward's rank correlation with the judge is "
+                f"{found.correlation:.3f} ± {found.stderr:.3f} (over the {found.groups} of "
+                f"{found.of} groups of {c.gate_group} validation images that the judge tells "
+                f"apart), below {c.gate_bound}: it would "
+                f"reinforce the grounder's mistakes. "
+                + ("That is within its noise: a larger gate_scenes measures it better. " * unsure)
+                + "Train grounding further, let the reward be the mean over several sampled boxes "
+                "(reward_boxes), or begin all the same with --force"
+            )
+        names = ("rank_correlation", "rank_correlation_stderr", "groups")
+        told = dict(zip(names, found[:3], strict=True))
+        return {name: value for name, value in told.items() if np.isfinite(value)}
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """What every stage watches, and on validation layouts, drawn as in training, the reward (of
+        the most likely boxes, whatever ``reward_boxes``) beside the judge: ``gap`` is self-judged
+        minus independently judged IoU. A gap that grows is a private language between the two
+        halves."""
+        values = super().evaluate()
+        scenes = load_scenes("val", VAL_LAYOUTS)
+        c, layouts = self.config, layouts_of(scenes, 0)
+        key, draws = keys.noise_key(c.loop.seed, keys.RL_JUDGED), torch.arange(len(layouts))
+        rollout = roll_out(
+            self.engine, layouts, 1, c.sampling, key, draws, w_iou=c.w_iou, w_l1=c.w_l1
+        )
+        boxes = [
+            [tuple(box) for box in row[0][: len(y.objects)]]
+            for y, row in zip(layouts, rollout.score.boxes.tolist(), strict=True)
+        ]
+        # That was a drawing of many more rows than a step's, and on a GPU its caches would stay. A
+        # step's own do stay through its update: recording anew in every step costs time, and the
+        # memory is seldom missed.
+        self.engine.release()
+        detected = [
+            detect(image)
+            for codes in rollout.drawing.codes.split(DECODED)
+            for image in to_images(decode_codes(self.vq, codes))
+        ]
+        table = cycle_table(scenes, layouts, boxes, detected)
+        # Of the weights that are trained; the table's is of equal ones, as models are compared by.
+        values["reward"] = float(rollout.score.reward.mean())
+        values |= {name: table[name] for name in ("self_iou", "gap")}
+        return values | {"cycle_iou": table["judge_iou"]}
+
+
+def _of(rollout: Rollout, portion: Portion) -> dict[str, Tensor]:
+    """What a log line says of a rollout; of a part's, what it adds."""
+    score, there = rollout.score, rollout.mask.unsqueeze(1)
+    boxes = there.sum() * rollout.group
+    return {
+        "reward": score.reward.mean() * portion.layouts,
+        "spread": score.reward.std(1, correction=0).mean() * portion.layouts,
+        "iou": score.iou.sum() / boxes * portion.boxes,
+        "l1": score.l1.sum() / boxes * portion.boxes,
+    }

@@ -1,0 +1,109 @@
+"""A rollout of Cycle RL: each layout drawn several times, found in every image, and scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from echogen.engine.decoding.rollout import Drawing, draw, ground
+from echogen.engine.decoding.sampler import Sampling
+from echogen.engine.engine import Engine
+from echogen.engine.ground import Answers, locations
+from echogen.engine.layout import Layout
+from echogen.engine.ranges import span
+from echogen.kernels.cycle_reward import CycleReward, cycle_reward
+from echogen.kernels.grpo import Mode
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """G images of each of B layouts; sample g of layout b is row b·G + g of N.
+
+    Attributes:
+        layouts: the B layouts.
+        drawing: N images and how they were drawn.
+        answers: the boxes found in them, [N, K, 4]; of several an object, the first.
+        mask: bool [B, K], False where a layout has fewer than K objects.
+        score: reward and advantage [B, G], and what they are made of.
+    """
+
+    layouts: list[Layout]
+    drawing: Drawing
+    answers: Answers
+    mask: Tensor
+    score: CycleReward
+
+    @property
+    def group(self) -> int:
+        """G, images a layout."""
+        return len(self.drawing.codes) // len(self.layouts)
+
+
+def _expected(score: CycleReward, boxes: int) -> CycleReward:
+    """A score of K·n answers, ``boxes`` = n to each of K questions, → of the K questions: mean IoU
+    and L1 of each, and the first of its boxes. The reward, a mean over all, stays what it is."""
+    iou, l1, box = (x.unflatten(2, (-1, boxes)) for x in (score.iou, score.l1, score.boxes))
+    return score._replace(iou=iou.mean(-1), l1=l1.mean(-1), boxes=box[:, :, :, 0])
+
+
+def targets(layouts: list[Layout]) -> tuple[Tensor, Tensor]:
+    """Boxes asked for, float32 [B, K, 4], and which of them there are, bool [B, K]."""
+    most = max(len(y.objects) for y in layouts)
+    box, mask = torch.zeros(len(layouts), most, 4), torch.zeros(len(layouts), most, dtype=bool)  # type: ignore[call-overload]
+    for b, layout in enumerate(layouts):
+        count = len(layout.objects)
+        box[b, :count] = torch.tensor([o.box for o in layout.objects])
+        mask[b, :count] = True
+    return box, mask
+
+
+def roll_out(
+    engine: Engine,
+    layouts: list[Layout],
+    group: int,
+    sampling: Sampling,
+    key: int,
+    draws: Tensor,
+    boxes: int = 0,
+    w_iou: float = 0.5,
+    w_l1: float = 0.5,
+    mode: Mode = "grpo",
+) -> Rollout:
+    """Draw, ground and score with the engine's present weights.
+
+    What is derived from the weights is made anew first, so that rollouts run on the trained weights
+    of this very step: the table of code embeddings and, on a CPU, the packed copy that drawing
+    reads (``pack_ms`` of `echogen bench engine`, in bench/results/engine-tiny-cpu.json, is what the
+    copy takes for the tiny model).
+
+    Args:
+        group: G.
+        key, draws: of the noise; draw ids int64 [B·G].
+        boxes: 0 takes the most likely box of each object; n ≥ 1 samples n of them, and the object's
+            IoU and L1 are the mean over these: an unbiased estimate of what they are expected to be
+            under the grounder's distribution.
+        w_iou, w_l1, mode: see `cycle_reward`.
+    """
+    # What the trainer's autocast would do to the engine's products is not what users run.
+    images = len(layouts) * group
+    with (
+        span("train/cycle-rl/rollout", batch=images),
+        torch.autocast(engine.device.type, enabled=False),
+    ):
+        engine.refresh()
+        repeated = [layout for layout in layouts for _ in range(group)]
+        drawing = draw(engine, repeated, sampling, key, draws)
+        each = max(boxes, 1)
+        asked = [[o.expr for o in layout.objects for _ in range(each)] for layout in repeated]
+        answers = ground(engine, drawing.codes, asked, (key, draws) if boxes else None)
+        box, mask = (t.to(engine.device) for t in targets(layouts))
+        target, there = (t.repeat_interleave(each, 1) for t in (box, mask))
+        first, bins = locations(engine.prompts)
+        tokens = answers.tokens.unflatten(0, (len(layouts), group))
+        with span("train/cycle-rl/reward", batch=images):
+            score = cycle_reward(tokens, target, there, first, bins, w_iou, w_l1, mode)
+    if each > 1:
+        score, answers = _expected(score, each), Answers(*(x[:, ::each] for x in answers))
+    return Rollout(layouts, drawing, answers, mask, score)

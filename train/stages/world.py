@@ -1,0 +1,187 @@
+"""What every stage on ShapesWorld has besides its loss: a model, its trees, evaluation, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from echogen.engine.cycle import score
+from echogen.engine.engine import Engine
+from echogen.engine.images.picture import overlay
+from echogen.engine.layout import Layout
+from echogen.engine.model import UnifiedTransformer
+from echogen.train.config import LoopConfig
+from echogen.train.data.packing import (
+    Batch,
+    Tree,
+    i2l_tree,
+    l2i_group_tree,
+    l2i_tree,
+    pack,
+    prompt_or_none,
+)
+from echogen.train.data.samples import Sample, load_samples
+from echogen.train.data.scenes import load_scenes
+from echogen.train.lora import add_adapters, save_adapter
+from echogen.train.parallel.distributed import one_goes_first
+from echogen.train.parallel.whole import WholeEngine
+from echogen.train.stages import keys
+from echogen.train.stages.passes import box_loss, hidden_states, image_loss
+from echogen.train.start import check_world, write_record
+
+Loss = Callable[[UnifiedTransformer, Tensor, Batch, int | None], Tensor]
+
+VAL_SAMPLES = 256
+PICTURES = 6
+VAL_TREES = 64
+"""Trees validated at once."""
+BRANCHES = 6
+"""Questions about one image when losses are validated, the same in every stage."""
+
+
+def ask(sample: Sample, branches: int, rng: np.random.Generator) -> list[tuple[str, tuple]]:
+    """(expression, box) of every object of a sample, then further expressions of random objects up
+    to ``branches`` in all, each once."""
+    objects = list(range(len(sample.boxes)))
+    objects += rng.integers(len(objects), size=max(0, branches - len(objects))).tolist()
+    asked = {}
+    for k in objects:
+        forms = sample.expressions[k]
+        asked[forms[rng.integers(len(forms))]] = sample.boxes[k]
+    return list(asked.items())
+
+
+class WorldStage:
+    """A stage on ShapesWorld but for its batches and its loss.
+
+    Args:
+        engine: the model to train; its transformer's weights are the trained ones, so that it
+            draws and grounds with them as they are (but see ``gather``).
+        loop: of the run; its seed, and whether adapters are trained in place of the weights.
+        stages: the stages that the model went through before this one.
+    """
+
+    name = "world"
+    engine_dtype: torch.dtype | None = None
+    """Of the weights that the engine runs on where it has its own (see ``gather``)."""
+
+    def __init__(self, engine: Engine, loop: LoopConfig, stages: tuple[str, ...] = ()) -> None:
+        check_world(engine)
+        self.engine, self.prompts, self.vq = engine, engine.prompts, engine.vq
+        self.module, self._device = engine.transformer, engine.device
+        self.module.train().pixel_aligner.requires_grad_(False)  # no stage here reads pixels
+        self._settings, self._seed, self._stages = loop, loop.seed, stages
+        if loop.lora:
+            add_adapters(self.module, loop)
+            self.gather()
+        with one_goes_first():
+            self._val = load_samples(self.vq, "val", VAL_SAMPLES)
+
+    # --- trees ----------------------------------------------------------------------------------
+
+    def drawing(self, prompt: list[int], codes: np.ndarray) -> Tree:
+        """The L2I tree of a prompt and an image."""
+        return l2i_tree(prompt, codes, self.module.config.vocab_size)
+
+    def drawings(self, prompt: list[int], codes: np.ndarray) -> Tree:
+        """The L2I tree of a prompt and several images of it, [G, T]."""
+        return l2i_group_tree(prompt, codes, self.module.config.vocab_size)
+
+    def grounding(self, codes: np.ndarray, questions: list[tuple[str, tuple]]) -> Tree:
+        """The I2L tree of an image and questions."""
+        return i2l_tree(self.prompts, codes, questions, self.module.config.vocab_size)
+
+    def answer_tokens(self, questions: list[tuple[str, tuple]]) -> int:
+        """How many targets the answers to (expression, box) are."""
+        return sum(len(self.prompts.answer(box)) for _, box in questions)
+
+    def pack(self, trees: list[Tree]) -> Batch:
+        """Trees in rows, on the module's device."""
+        blocks = self._device.type == "cuda"
+        return pack(trees, self.prompts.pad, blocks=blocks).to(self._device)
+
+    def prompt(self, layout: Layout, dropped: bool = False) -> list[int]:
+        """The L2I prompt of a layout, or its unconditional form."""
+        return prompt_or_none(self.prompts, layout, dropped)
+
+    # --- the rest of a stage --------------------------------------------------------------------
+
+    def begin(self) -> dict[str, float]:
+        """Nothing to find out before the first step."""
+        return {}
+
+    def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `Stage`."""
+        return self.loss_part(step, 0, 1)
+
+    def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
+        """See `Stage`."""
+        raise NotImplementedError
+
+    def after_step(self, step: int) -> None:
+        """Nothing follows the optimizer step."""
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Validation losses, free-running grounding on true images, the judge on drawn ones."""
+        from echogen.train.eval.tables import quick_scores
+
+        rng = keys.generator(self._seed, keys.VALIDATION)
+        drawn = [self.drawing(self.prompt(s.layout(rng)), s.codes) for s in self._val]
+        found = [self.grounding(s.codes, ask(s, BRANCHES, rng)) for s in self._val]
+        self.module.eval()
+        self.engine.refresh()
+        image, text = self._validation(drawn, image_loss), self._validation(found, box_loss)
+        scenes = load_scenes("val", len(self._val))
+        codes = np.stack([s.codes for s in self._val])
+        scores = quick_scores(self.engine.transformer, self.vq, self.prompts, codes, scenes)
+        self.module.train()
+        return {"l2i": image, "i2l": text, **scores}
+
+    def _validation(self, trees: list[Tree], loss: Loss) -> float:
+        """The mean over the targets of trees, which go through the model in pieces: in one, those
+        of a large model would need more memory than its training."""
+        model, mean = self.engine.transformer, 0.0
+        batches = [self.pack(trees[i : i + VAL_TREES]) for i in range(0, len(trees), VAL_TREES)]
+        total = sum(len(b.code_at) + len(b.text_at) for b in batches)
+        for batch in batches:
+            mean += float(loss(model, hidden_states(model, batch), batch, total))
+        return mean
+
+    def gather(self) -> None:
+        """From here on the engine runs on whole weights of its own, see `WholeEngine`: the trained
+        ones are sharded, have adapters beside them, or are of another type."""
+        self.engine = WholeEngine(self.engine, self.module, self.engine_dtype)
+
+    @torch.no_grad()
+    def pictures(self) -> list[tuple[str, Image.Image]]:
+        """The first validation layouts, drawn as users would have them and found again, always with
+        the same noise, so that one evaluation can be compared with the next."""
+        rng = keys.generator(self._seed, keys.VALIDATION)
+        layouts = [s.layout(rng) for s in self._val[:PICTURES]]
+        self.module.eval()
+        self.engine.refresh()
+        codes = self.engine.generate_codes(layouts)
+        boxes = self.engine.ground_codes(codes, [[o.expr for o in y.objects] for y in layouts])
+        self.module.train()
+        drawn = []
+        for i, image in enumerate(self.engine.decode(codes)):
+            objects, iou = layouts[i].objects, score(layouts[i], [boxes[i]])[0][0].tolist()
+            names, asked = [o.expr for o in objects], [o.box for o in objects]
+            drawn.append((f"validation-{i}", overlay(image, names, asked, boxes[i], iou)))
+        return drawn
+
+    def export(self, folder: Path) -> None:
+        """Write a Janus checkpoint in bfloat16, which `Engine.from_pretrained` loads, with the
+        record of its stages."""
+        self.engine.refresh()
+        self.engine.save_pretrained(folder, dtype=torch.bfloat16)
+        if self._settings.lora and isinstance(self.engine, WholeEngine):
+            save_adapter(self.engine.adapter, self._settings, folder / "adapter")
+        write_record(folder, (*self._stages, self.name))
