@@ -1,7 +1,7 @@
-"""README's section on speed and memory, written from the committed results and from nothing else.
+"""The tables of bench/README.md, written from the committed results and from nothing else.
 
 Each part says on which machine and at which commit its figures were taken; `echogen bench report
---write` puts the section between its marks, and a test fails where README says something else.
+--write` puts them between their marks, and a test fails where the page says something else.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent / "README.md"
 BEGIN, END = "<!-- bench report -->", "<!-- end of bench report -->"
 NO_GPU = (
     "No figure of a GPU is recorded yet: `make gpu` takes them on a machine that has one and "
-    "leaves them under `bench/results/gpu/`, from where this section reads them."
+    "leaves them under `bench/results/gpu/`, from where this page reads them."
 )
 
 STAGES = ("pmtp", "djo", "cycle-rl")
@@ -24,11 +25,11 @@ Result = dict[str, Any]
 
 
 class ReportError(ValueError):
-    """A README without the marks, or a result that cannot be read; the message names the file."""
+    """A page without the marks, or a result that cannot be read; the message names the file."""
 
 
 def section(results: Path = RESULTS) -> str:
-    """The section as Markdown, without its marks."""
+    """The tables as Markdown, without their marks."""
     gpu = results / "gpu"
     parts = [
         _engine(_read(results, "engine-*.json")),
@@ -45,16 +46,16 @@ def section(results: Path = RESULTS) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def placed(readme: str, text: str) -> str:
-    """README with the section between its marks.
+def placed(page: str, text: str) -> str:
+    """The page with the tables between its marks.
 
     Raises:
         ReportError: the marks are not there, once each and in order.
     """
-    head, found, rest = readme.partition(BEGIN)
+    head, found, rest = page.partition(BEGIN)
     _, ended, tail = rest.partition(END)
     if not found or not ended:
-        raise ReportError(f"README.md: lacks the marks {BEGIN} and {END}")
+        raise ReportError(f"bench/README.md: lacks the marks {BEGIN} and {END}")
     return f"{head}{BEGIN}\n{text}\n{END}{tail}"
 
 

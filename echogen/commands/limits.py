@@ -183,10 +183,10 @@ def _verdict(change: Change, threshold: float) -> str:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """README's section on speed and memory, from the results that are committed."""
+    """The tables of bench/README.md, from the results that are committed."""
 
     write: bool = False
-    """Put it into README.md; else it is printed."""
+    """Put them there; else they are printed."""
 
     def run(self) -> None:
         from echogen.bench import report
@@ -195,7 +195,6 @@ class BenchReport:
         if not self.write:
             print(text)
             return
-        readme = report.RESULTS.parents[1] / "README.md"
-        if not readme.exists():
-            raise InputError(f"--write: there is no {readme}; run it in a checkout")
-        write(readme, report.placed(readme.read_text(), text).encode())
+        if not report.PAGE.exists():
+            raise InputError(f"--write: there is no {report.PAGE}; run it in a checkout")
+        write(report.PAGE, report.placed(report.PAGE.read_text(), text).encode())

@@ -17,7 +17,7 @@ from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import QUESTION, BoxCodec, LocationCodec, Prompts, TextualCodec
 
-BUNDLED = Path(__file__).parent / "models"
+BUNDLED = Path(__file__).parents[1] / "models"
 META = "echogen.json"
 """Beside a checkpoint's config.json: box codec, question, default sampling, provenance."""
 GENERATION = "generation_config.json"

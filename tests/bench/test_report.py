@@ -1,4 +1,4 @@
-"""README's figures are those of the committed results, and say where they come from."""
+"""The page's figures are those of the committed results, and say where they come from."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import pytest
 
 from echogen.bench import report
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "bench" / "README.md"
 
 
-def test_readme_says_what_the_results_say():
-    text = README.read_text()
+def test_the_page_says_what_the_results_say():
+    text = PAGE.read_text()
     assert text == report.placed(text, report.section()), (
-        "README.md differs from bench/results: run `echogen bench report --write`"
+        "bench/README.md differs from bench/results: run `echogen bench report --write`"
     )
 
 
