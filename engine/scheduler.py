@@ -3,8 +3,9 @@
 An image is hundreds of steps, so a batch that waited for its last image, or for its next request,
 would run mostly empty. Here every step runs whatever is being drawn, each row at its own place:
 when images end, or are cancelled, their slots (`echogen.engine.slots`) go to who waits at the very
-next step. Noise is keyed by (seed, draw, position), so what is drawn is a function of the request;
-the rest of the batch can change it by rounding at most, and in batch-invariant mode not at all.
+next step, a few prompts at a time. Noise is keyed by (seed, draw, position), so what is drawn is a
+function of the request; the rest of the batch can change it by rounding at most, and in
+batch-invariant mode not at all.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ from echogen.engine.serving.windows import Windowed
 from echogen.engine.serving.worker import SchedulerClosed, Worker
 from echogen.engine.slots import Slots
 from echogen.engine.vision import decoding_bytes
+
+PROMPTS = 256
+"""Tokens of prompts after which those left wait for the next step, for whoever is being drawn waits
+while they run. Of layouts of a few objects that is several prompts, of a thousand tokens one."""
 
 
 class Scheduler(Worker):
@@ -251,9 +256,12 @@ class Scheduler(Worker):
         self._drawers = None
 
     def _admit(self) -> None:
-        """Run the prompts of who fits, in turn, and draw their first codes."""
-        while True:
-            self._drop()  # prompts take their time: who left meanwhile needs none
+        """Run the prompts of who fits, in turn, up to ``PROMPTS`` tokens and the one that passes
+        them, and draw their first codes."""
+        ran = 0
+        while ran < PROMPTS:
+            self._drop()  # prompts take their time: who left meanwhile needs none,
+            self._leave()  # or has slots to give
             with self._changed:
                 request = self._waiting.take(self._slots.free)
                 if request is None:
@@ -262,6 +270,7 @@ class Scheduler(Worker):
                 self._metrics.admitted += 1
             with span("engine/serve/admit", rows=request.rows):
                 self._enter(live)
+            ran += sum(map(len, request.prompts))
 
     def _enter(self, live: Live) -> None:
         """Put a request in its slots and draw its first codes."""
