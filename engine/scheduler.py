@@ -226,16 +226,19 @@ class Scheduler(Worker):
                 self._bury(live.request)
 
     def _gone(self, request: Request) -> bool:
-        late = request.deadline is not None and self._clock() >= request.deadline
-        return late or self._cancelling or request.future.cancelled()
+        return self._late(request) or self._cancelling or request.future.cancelled()
+
+    def _late(self, request: Request) -> bool:
+        return request.deadline is not None and self._clock() >= request.deadline
 
     def _bury(self, request: Request) -> None:
         """Tell a request that it is not drawn any more; never under a lock, for a future calls
         back."""
         if self._cancelling:
             request.cancel()
-        late = f"its time is up, with {request.drawn} of {request.tokens} codes drawn"
-        self._count_outcome("expired", request.fail(TimeoutError(late)))
+        # Who waits may see the time himself, and cancel, while a step takes long.
+        told = request.fail(TimeoutError(request.late()))
+        self._count_outcome("expired", told or self._late(request))
 
     def _count(self, **more: float) -> None:
         with self._changed:

@@ -42,6 +42,9 @@ from echogen.engine.serving.request import Request
 
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus's text format."""
+STALLED = 30.0
+"""Seconds of a step after which a scheduler counts as standing still. Steps take well below one;
+those that compile for requests of a new kind, several."""
 
 T = TypeVar("T")
 
@@ -127,9 +130,11 @@ def make_app(
     @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_answers(503))
     async def health() -> dict[str, str]:
-        """Whether requests are taken."""
+        """Whether requests are taken, and drawing gets on."""
         if scheduler.closed:
             raise Refused(503, scheduler.closed)
+        if (seconds := scheduler.step_s) > STALLED:
+            raise Refused(503, f"a step takes {seconds:.0f} s by now; if it never ends, start anew")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {PLAIN: {}}}})

@@ -33,6 +33,8 @@ POOLS = {"read": 2, "decode": 1, "sketch": 1, "search": 1}
 (whom whole ones shall not wait for) and of finding. One each of what takes much memory: that is
 planned for one."""
 
+SOONER = "ask for less, or with a longer timeout"
+
 T = TypeVar("T")
 
 
@@ -91,8 +93,9 @@ class Service:
         }
 
     def shutdown(self) -> None:
-        """Draw and find what is asked for already, and end."""
-        self.scheduler.shutdown()
+        """Draw and find what is asked for already, and end; of a scheduler that stands still after
+        ``limit`` seconds."""
+        self.scheduler.shutdown(timeout=self.limit)  # behind it nobody waits any more
         for pool in self._pools.values():
             pool.shutdown()
 
@@ -193,9 +196,9 @@ class Service:
 
     async def _drawn(self, job: Job) -> Drawn:
         try:
-            codes = await job.request
+            codes = await _in_time(job.request.future, job.deadline, job.request.late)
         except TimeoutError as error:
-            raise Refused(504, f"{error}; ask for less, or with a longer timeout") from None
+            raise Refused(504, f"{error}; {SOONER}") from None
         except SchedulerClosed as error:
             raise Refused(503, str(error)) from None
         except asyncio.CancelledError:
@@ -258,15 +261,21 @@ class Service:
             self.busy[pool] += 1
         doing = self._pools[pool].submit(work)
         doing.add_done_callback(ended)
-        turn, now = asyncio.wrap_future(doing), asyncio.get_running_loop().time()
-        try:
-            left = None if deadline is None else max(0.0, deadline - now)
-            if not (await asyncio.wait((turn,), timeout=left))[0]:
-                told = f"the time is up, with a turn to {pool} still to come or to end"
-                raise Refused(504, f"{told}; ask for less, or with a longer timeout")
-            return turn.result()
-        finally:
-            turn.cancel()  # of no effect where it is done
+        late = f"the time is up, with a turn to {pool} still to come or to end"
+        return await _in_time(doing, deadline, lambda: late)
+
+
+async def _in_time(future: Future[T], deadline: float | None, late: Callable[[], str]) -> T:
+    """Wait for what a thread makes; cancel it if it is not there in time, or nobody waits for it
+    any more. Raises Refused, and what the thread does."""
+    turn, now = asyncio.wrap_future(future), asyncio.get_running_loop().time()
+    try:
+        left = None if deadline is None else max(0.0, deadline - now)
+        if not (await asyncio.wait((turn,), timeout=left))[0]:
+            raise Refused(504, f"{late()}; {SOONER}")
+        return turn.result()
+    finally:
+        turn.cancel()  # of no effect where it is done
 
 
 def _sketched(part: Partial, kind: str) -> list[str]:

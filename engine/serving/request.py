@@ -173,6 +173,10 @@ class Request:
             if self._on_partial is not None:
                 self._on_partial(self._part(told))
 
+    def late(self) -> str:
+        """What is told at the end of its time."""
+        return f"its time is up, with {self.drawn} of {self.tokens} codes drawn"
+
     def codes(self) -> list[list[int]]:
         """Those drawn of each image."""
         return self._codes[:, : self.drawn].tolist()

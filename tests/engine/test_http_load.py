@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from echogen.engine.http import service
+from echogen.engine.http import app, service
 
 from .served import LAYOUT, Answer, Client, beside, hang_up, next_event, picture, send, serving
 
@@ -127,6 +127,24 @@ def test_time_is_limited_by_who_asks_and_by_the_server(engine):
         send(connection, "POST", "/v1/images", {"layout": LAYOUT, "every": 15})
         name, data = next_event(connection.getresponse())
         assert (name, data["status"]) == ("error", 504)
+
+
+def test_a_step_that_does_not_end_holds_no_answer(held, monkeypatch):
+    """Whoever asks is told in time, and whoever watches the server that it stands still."""
+    client, going = held
+    connection = client.connect()
+    connection.timeout = 5
+    send(connection, "POST", "/v1/images", {"layout": LAYOUT, "timeout": 0.1})
+    late = connection.getresponse()
+    assert late.status == 504 and b"of 16 codes drawn; ask for less" in late.read()
+    assert client.ask("GET", "/health").status == 200, "a step may take some time"
+    monkeypatch.setattr(app, "STALLED", 0.05)
+    client.until(lambda: client.ask("GET", "/health").status == 503)
+    assert "a step takes" in client.ask("GET", "/health").json["error"]
+    going.set()
+    client.until(lambda: client.ask("GET", "/health").status == 200)
+    client.until(lambda: client.scheduler.metrics().expired == 1)
+    assert client.scheduler.metrics().live_slots == 0
 
 
 def test_an_error_is_of_who_it_is_of(engine, monkeypatch):
