@@ -28,10 +28,10 @@ from echogen.engine.serving.worker import SchedulerClosed
 BEAT = 15.0
 """Seconds of silence after which a stream says that it is still there: proxies hang up on who says
 nothing (nginx after 60)."""
-POOLS = {"read": 2, "decode": 1, "sketch": 1, "search": 1}
-"""Threads beside the scheduler's: of prompts and pictures sent, of whole pictures, of partial ones
-(whom whole ones shall not wait for) and of finding. One each of what takes much memory: that is
-planned for one."""
+POOLS = {"prompt": 2, "read": 2, "decode": 1, "sketch": 1, "search": 1}
+"""Threads beside the scheduler's: of prompts, of pictures sent (whom drawings shall not wait for),
+of whole pictures, of partial ones (whom whole ones shall not wait for) and of finding. One each of
+what takes much memory: that is planned for one."""
 
 SOONER = "ask for less, or with a longer timeout"
 
@@ -124,7 +124,7 @@ class Service:
             return Job(body, layout, sampling, request, began, began + seconds)
 
         try:
-            return await self._do("read", submitted)
+            return await self._do("prompt", submitted, began + seconds)
         except QueueFull as error:
             raise Refused(503, str(error), again=True) from None
         except SchedulerClosed as error:

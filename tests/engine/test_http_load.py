@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from echogen.engine.http import app, service
+from echogen.engine.http.wire import Drawing, Search
 
 from .served import LAYOUT, Answer, Client, beside, hang_up, next_event, picture, send, serving
 
@@ -84,6 +85,30 @@ def test_who_hangs_up_is_not_searched_for(engine, monkeypatch):
         going.set()
         assert connections["a red circle"].getresponse().status == 200
     assert searched == ["a red circle"]
+
+
+def test_drawings_do_not_wait_for_pictures_that_are_read(engine, monkeypatch):
+    going = threading.Event()
+    monkeypatch.setattr(Search, "picture", lambda *_: going.wait(30))
+    body = {"image": picture(8, 8), "expressions": ["a red circle"]}
+    with serving(engine) as client:
+        connections = [client.connect() for _ in range(3)]
+        for connection in connections:
+            send(connection, "POST", "/v1/boxes", body)
+        client.until(lambda: beside(client, "read") == 3)
+        assert client.draw(timeout=5).status == 200
+        for connection in connections:
+            hang_up(connection)
+        going.set()
+
+
+def test_a_prompt_that_is_not_read_in_time_is_not_waited_for(engine, monkeypatch):
+    going = threading.Event()
+    monkeypatch.setattr(Drawing, "layouts", lambda _: going.wait(30))
+    with serving(engine) as client:
+        late = client.draw(timeout=0.1)
+        going.set()
+        assert late.status == 504 and "a turn to prompt still to come" in late.json["error"]
 
 
 def test_a_check_has_no_time_of_its_own(engine, monkeypatch):
