@@ -181,18 +181,31 @@ class Service:
                 if job.request.future.done() or drawn == part.tokens or drawn == sent:
                     continue  # a step that drew several codes tells of each
                 sent = drawn
-                sketched = partial(_sketched, part, job.body.format)
-                pictures = await self._do("sketch", sketched, job.deadline)
-                yield event("partial", {"drawn": drawn, "codes": part.tokens, "images": pictures})
+                pictures = await self._sketch(part, job.body.format, answer)
+                if pictures is not None:
+                    told = {"drawn": drawn, "codes": part.tokens, "images": pictures}
+                    yield event("partial", told)
             yield event("done", answer.result())
         except Refused as error:
             yield event("error", {"error": str(error), "status": error.status})
         except Exception as error:
-            told = {"error": " ".join(f"{type(error).__name__}: {error}".split()), "status": 500}
-            yield event("error", told)
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            yield event("error", {"error": said, "status": 500})
             raise
         finally:
             answer.cancel()
+
+    async def _sketch(
+        self, part: Partial, kind: str, answer: asyncio.Task[dict[str, Any]]
+    ) -> list[str] | None:
+        """Partial pictures; None where the whole answer, which is in time or not, is there before
+        them."""
+        sketch = asyncio.create_task(self._do("sketch", partial(_sketched, part, kind)))
+        try:
+            await asyncio.wait((answer, sketch), return_when=asyncio.FIRST_COMPLETED)
+            return None if answer.done() else sketch.result()
+        finally:
+            sketch.cancel()
 
     async def _drawn(self, job: Job) -> Drawn:
         try:

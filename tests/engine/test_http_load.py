@@ -42,6 +42,25 @@ def test_a_silent_stream_says_that_it_is_there(held, monkeypatch):
     assert b"event: done" in answer.read()
 
 
+def test_a_late_sketch_does_not_hold_the_whole(held, monkeypatch):
+    client, going = held
+    begun, sent = threading.Event(), threading.Event()
+
+    def sketched(*_: Any) -> Any:
+        begun.set()
+        sent.wait(30)
+
+    monkeypatch.setattr(service, "_sketched", sketched)
+    connection = client.connect()
+    asked = {"layout": LAYOUT, "cfg": 1, "every": 1, "timeout": 5}
+    send(connection, "POST", "/v1/images", asked)
+    answer = connection.getresponse()
+    assert begun.wait(30)
+    going.set()
+    assert next_event(answer)[0] == "done"
+    sent.set()
+
+
 @pytest.mark.parametrize("every", [0, 16], ids=["whole", "stream"])
 def test_who_hangs_up_frees_his_slots(held, every):
     client, going = held
