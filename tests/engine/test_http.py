@@ -252,6 +252,18 @@ def test_bodies_have_a_limit_together(client, monkeypatch):
     assert client.draw().status == 200
 
 
+def test_pictures_that_are_sent_leave_room_for_drawings(client, monkeypatch):
+    monkeypatch.setattr(middleware, "HELD", 1000)
+    slow = client.connect()
+    slow.putrequest("POST", "/v1/boxes")
+    slow.putheader("Content-Type", JSON)
+    slow.putheader("Content-Length", "1200")
+    slow.endheaders(b"{" * 999)
+    client.until(lambda: client.ask("POST", "/v1/boxes", {}).status == 503)
+    assert client.draw().status == 200
+    hang_up(slow)
+
+
 # --- finding, and what is told of it all ------------------------------------------------------
 
 
