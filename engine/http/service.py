@@ -13,11 +13,12 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
+from torch import Tensor
 
 from echogen.engine.cycle import CycleResult, score
 from echogen.engine.engine import Engine
-from echogen.engine.http.wire import Drawing, Refused, Search, encoded, texts
-from echogen.engine.layout import Layout
+from echogen.engine.http.wire import MOST_EXPRESSIONS, Drawing, Refused, Search, encoded, texts
+from echogen.engine.layout import Box, Layout
 from echogen.engine.sampler import Sampling
 from echogen.engine.scheduler import Scheduler
 from echogen.engine.serving.partial import Partial
@@ -31,7 +32,8 @@ nothing (nginx after 60)."""
 POOLS = {"prompt": 2, "read": 2, "decode": 1, "sketch": 1, "search": 1}
 """Threads beside the scheduler's: of prompts, of pictures sent (whom drawings shall not wait for),
 of whole pictures, of partial ones (whom whole ones shall not wait for) and of finding. One each of
-what takes much memory: that is planned for one."""
+what takes much memory: a picture's that is made is planned, and a search takes of what is left
+(`budget.SHARE`)."""
 
 SOONER = "ask for less, or with a longer timeout"
 
@@ -64,7 +66,7 @@ class Service:
         engine, scheduler: of one model; the scheduler's thread runs while this is used.
         model: name to tell who asks.
         limit: seconds that an answer may take, waiting included.
-        searches: that may wait for the one being made.
+        searches: that may wait for the one being made, checks of drawings among them.
 
     Attributes:
         busy: how much is done, or waits, in each of ``POOLS``.
@@ -222,14 +224,30 @@ class Service:
         images = await self._do("decode", job.request.images, job.deadline)
         if not job.body.check:
             return Drawn(images, None)
-        asked = [[o.expr for o in job.layout.objects]] * len(images)
-        find = partial(self.engine.ground_codes, codes, asked)
-        boxes = await self._do("search", find, job.deadline)
+        self._finding += 1  # of those in line, though not refused: its pictures are drawn
+        try:
+            boxes = await self._recovered(job, codes)
+        finally:
+            self._finding -= 1
         scores = score(job.layout, boxes)
         return Drawn(
             images,
             CycleResult(job.layout, images, codes, boxes, *scores, seconds=_since(job.began)),
         )
+
+    async def _recovered(self, job: Job, codes: Tensor) -> list[list[Box]]:
+        """Boxes of a layout's objects in pictures of codes [N, T]. A turn is no longer than that of
+        a search may be; between turns others have theirs, and who left needs none. Raises
+        Refused."""
+        asked, boxes = [o.expr for o in job.layout.objects], list[list[Box]]()
+        for picture in codes.split(1):
+            found = list[Box]()
+            for first in range(0, len(asked), MOST_EXPRESSIONS):
+                some = asked[first : first + MOST_EXPRESSIONS]
+                find = partial(self.engine.ground_codes, picture, [some])
+                found += (await self._do("search", find, job.deadline))[0]
+            boxes.append(found)
+        return boxes
 
     # --- finding --------------------------------------------------------------------------------
 

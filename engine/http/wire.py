@@ -28,7 +28,7 @@ MOST_PIXELS = 4096**2
 """Of a picture to find objects in: a file of a megabyte can hold 13,000 × 13,000 of them, half
 a gigabyte in each of the copies that are made of it."""
 MOST_EXPRESSIONS = 64
-"""Of a search, which cannot be stopped once it is begun, and has others behind it."""
+"""Of a search's turn, which cannot be stopped once it is begun, and has others behind it."""
 
 
 class Refused(Exception):

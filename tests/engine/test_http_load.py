@@ -12,7 +12,18 @@ import pytest
 from echogen.engine.http import app, service
 from echogen.engine.http.wire import Drawing, Search
 
-from .served import LAYOUT, Answer, Client, beside, hang_up, next_event, picture, send, serving
+from .served import (
+    LAYOUT,
+    Answer,
+    Client,
+    beside,
+    counters,
+    hang_up,
+    next_event,
+    picture,
+    send,
+    serving,
+)
 
 
 @pytest.fixture
@@ -137,6 +148,34 @@ def test_a_check_has_no_time_of_its_own(engine, monkeypatch):
         late = client.draw(check=True, timeout=0.5)
         assert late.status == 504 and "a turn to search still to come" in late.json["error"]
         going.set()
+
+
+def test_a_check_takes_turns_as_short_as_those_of_searches(engine, monkeypatch):
+    monkeypatch.setattr(service, "MOST_EXPRESSIONS", 1)
+    going, right, turns = threading.Semaphore(1), engine.ground_codes, []
+
+    def slow(codes: Any, expressions: list[list[str]]) -> Any:
+        turns.append((len(codes), *expressions))
+        assert going.acquire(timeout=30)
+        return right(codes, expressions)
+
+    monkeypatch.setattr(engine, "ground_codes", slow)
+    with serving(engine, searches=0) as client:
+        connection = client.connect()
+        body = {"layout": LAYOUT, "samples": 2, "check": True}
+        send(connection, "POST", "/v1/images", body)
+        client.until(lambda: len(turns) == 2)
+        first, second = (o["expr"] for o in LAYOUT["objects"])
+        assert turns == [(1, [first]), (1, [second])]
+        search = {"image": picture(8, 8), "expressions": ["a red circle"]}
+        full = client.ask("POST", "/v1/boxes", search)
+        assert full.status == 503 and "searches wait" in full.json["error"], "a check is in line"
+        hang_up(connection)
+        left = (("route", "/v1/images"), ("status", "499"))
+        client.until(lambda: ("echogen_http_request_seconds_count", left) in counters(client))
+        going.release()
+        client.until(lambda: beside(client, "search") == 0)
+        assert len(turns) == 2, "nothing is looked for that nobody waits for"
 
 
 def test_a_full_queue_is_told_to_come_later(held):
