@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from echogen.engine.http import middleware
+from echogen.engine.http import middleware, wire
 from echogen.engine.http.middleware import BODIES, BODY
-from echogen.engine.http.wire import EVENTS, JSON, MEDIA, Refused, preferred
+from echogen.engine.http.wire import EVENTS, JSON, MEDIA, Refused, preferred, short
 from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.sampler import Sampling
 
@@ -181,6 +181,28 @@ def test_bad_requests_are_told_what_to_mend(client, body, why):
     found = client.ask("POST", "/v1/images", body)
     assert (found.status, list(found.json)) == (400, ["error"])
     assert why in found.json["error"] and "\n" not in found.json["error"]
+
+
+def test_a_body_of_very_many_values_is_refused_unread(client, monkeypatch):
+    """Whoever read it, or wrote it all into the refusal, would hold up everybody."""
+    monkeypatch.setattr(wire, "read_json", lambda _: pytest.fail("it is read"))
+    body = b'{"image": [' + b"{}," * 1_000_000 + b"0]}"
+    found = client.ask("POST", "/v1/boxes", body)
+    assert found.status == 400
+    assert "has 2000002 commas and brackets; send 131072 at most" in found.json["error"]
+
+
+def test_a_refusal_tells_little_of_a_large_value():
+    written = list[None]()
+
+    class Value:
+        def __repr__(self):
+            written.append(None)
+            return "0"
+
+    assert short([Value()] * 1000).startswith("[0, 0") and len(written) < 10
+    assert short([0] * 9) == "[0, 0, 0, 0, 0, 0, ...]"
+    assert short({"a": "x" * 99, "b": None}) == "{'a': 'xxxxxxxxxxxx...xxxxxxxxxxxxx', 'b': None}"
 
 
 def test_what_is_asked_of_a_single_picture(client):
