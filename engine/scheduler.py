@@ -30,7 +30,7 @@ from echogen.engine.serving.intake import OUTDATED, Intake
 from echogen.engine.serving.metrics import Metrics
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Order, Request
-from echogen.engine.serving.waiting import Waiting
+from echogen.engine.serving.waiting import QueueFull, Waiting
 from echogen.engine.serving.windows import Windowed
 from echogen.engine.serving.worker import SchedulerClosed, Worker
 from echogen.engine.slots import Slots
@@ -175,9 +175,10 @@ class Scheduler(Worker):
                 self._waiting.put(request)
                 self._metrics.submitted += 1
                 self._changed.notify_all()
-        except Exception:
+        except Exception as error:
             with self._changed:
                 self._metrics.refused += 1
+                self._metrics.full += isinstance(error, QueueFull)
             raise
         return request
 
@@ -271,6 +272,7 @@ class Scheduler(Worker):
                     return
                 self._live.append(live := Live(request))
                 self._metrics.admitted += 1
+            request.entered = self._clock()
             with span("engine/serve/admit", rows=request.rows):
                 self._enter(live)
             ran += sum(map(len, request.prompts))

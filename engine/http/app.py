@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from echogen.engine.engine import Engine
-from echogen.engine.http.middleware import Limited, Watched, failure
+from echogen.engine.http.middleware import ENDED, Limited, Watched, failure
 from echogen.engine.http.prometheus import Exposition
 from echogen.engine.http.service import Service
 from echogen.engine.http.wire import (
@@ -58,8 +58,12 @@ def make_app(
     Args:
         engine, scheduler, model, limit, searches: as of `Service`.
     """
-    service = Service(engine, scheduler, model, limit, searches)
-    exposition = Exposition(scheduler.metrics, lambda: dict(service.busy))
+    exposition = Exposition(scheduler.metrics, lambda: dict(service.busy), limit)
+
+    def timed(part: str, seconds: float) -> None:
+        exposition.parts.labels(part).observe(seconds)
+
+    service = Service(engine, scheduler, model, limit, searches, timed)
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
@@ -103,7 +107,11 @@ def make_app(
         if kind == EVENTS:
             news = asyncio.Event()
             job = await service.submit(body, news)
-            return Events(service.stream(job, news), job.request)
+
+            def ended(status: int) -> None:
+                http.scope[ENDED] = status
+
+            return Events(service.stream(job, news, ended), job.request)
         job = await service.submit(body)
         try:
             if kind == JSON:

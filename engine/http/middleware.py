@@ -19,6 +19,8 @@ BODY = 128 << 10
 HELD = 64 << 20
 """Bytes of the bodies of all requests together to each route of ``BODIES``, and as many to all
 others: whoever sends pictures leaves room for drawings."""
+ENDED = "echogen.status"
+"""Where in a scope a stream leaves the status that it ended with."""
 SLOWEST = 30.0
 """Seconds in which a body comes."""
 
@@ -101,6 +103,7 @@ class Watched:
         finally:
             # By path, for what is refused before it is routed; anybody can make up others.
             known = {getattr(route, "path", None) for route in scope["app"].routes}
+            status = scope.get(ENDED, status)
             route = scope["path"] if scope["path"] in known else "other"
             took = time.perf_counter() - began
             self._exposition.seconds.labels(route, str(status)).observe(took)

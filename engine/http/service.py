@@ -17,7 +17,15 @@ from torch import Tensor
 
 from echogen.engine.cycle import CycleResult, score
 from echogen.engine.engine import Engine
-from echogen.engine.http.wire import MOST_EXPRESSIONS, Drawing, Refused, Search, encoded, texts
+from echogen.engine.http.wire import (
+    GONE,
+    MOST_EXPRESSIONS,
+    Drawing,
+    Refused,
+    Search,
+    encoded,
+    texts,
+)
 from echogen.engine.layout import Box, Layout
 from echogen.engine.sampler import Sampling
 from echogen.engine.scheduler import Scheduler
@@ -67,17 +75,24 @@ class Service:
         model: name to tell who asks.
         limit: seconds that an answer may take, waiting included.
         searches: that may wait for the one being made, checks of drawings among them.
+        timed: told of every request to draw how many seconds it was ``waiting``, and ``drawing``.
 
     Attributes:
         busy: how much is done, or waits, in each of ``POOLS``.
     """
 
     def __init__(
-        self, engine: Engine, scheduler: Scheduler, model: str, limit: float, searches: int
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        model: str,
+        limit: float,
+        searches: int,
+        timed: Callable[[str, float], None],
     ) -> None:
         self.engine, self.scheduler, self.model, self.limit = engine, scheduler, model, limit
         self.busy, self._counting = Counter(dict.fromkeys(POOLS, 0)), threading.Lock()
-        self._searches, self._finding = searches, 0
+        self._searches, self._finding, self._timed = searches, 0, timed
         self._pools = {n: ThreadPoolExecutor(k, f"echogen-{n}") for n, k in POOLS.items()}
 
     def about(self) -> dict[str, Any]:
@@ -162,10 +177,12 @@ class Service:
         best = 0 if drawn.cycle is None else drawn.cycle.best
         return await self._do("decode", partial(encoded, drawn.images[best], kind), job.deadline)
 
-    async def stream(self, job: Job, news: asyncio.Event) -> AsyncGenerator[str, None]:
+    async def stream(
+        self, job: Job, news: asyncio.Event, ended: Callable[[int], None]
+    ) -> AsyncGenerator[str, None]:
         """Partial pictures, each time ``news`` says that there is more (who is slow skips some),
-        then the whole answer, as server-sent events."""
-        answer, sent = asyncio.create_task(self.answer(job)), 0
+        then the whole answer, as server-sent events; ``ended`` is told the status at the end."""
+        answer, sent, status = asyncio.create_task(self.answer(job)), 0, GONE
         try:
             while not answer.done():
                 more = asyncio.create_task(news.wait())
@@ -188,14 +205,18 @@ class Service:
                     told = {"drawn": drawn, "codes": part.tokens, "images": pictures}
                     yield event("partial", told)
             yield event("done", answer.result())
+            status = 200
         except Refused as error:
+            status = error.status
             yield event("error", {"error": str(error), "status": error.status})
         except Exception as error:
+            status = 500
             said = " ".join(f"{type(error).__name__}: {error}".split())
-            yield event("error", {"error": said, "status": 500})
+            yield event("error", {"error": said, "status": status})
             raise
         finally:
             answer.cancel()
+            ended(status)
 
     async def _sketch(
         self, part: Partial, kind: str, answer: asyncio.Task[dict[str, Any]]
@@ -221,6 +242,8 @@ class Service:
             if task is not None and task.cancelling():  # this answer, not the drawing
                 raise
             raise Refused(503, "the drawing was cancelled; ask again", again=True) from None
+        finally:
+            self._time(job)
         images = await self._do("decode", job.request.images, job.deadline)
         if not job.body.check:
             return Drawn(images, None)
@@ -234,6 +257,13 @@ class Service:
             images,
             CycleResult(job.layout, images, codes, boxes, *scores, seconds=_since(job.began)),
         )
+
+    def _time(self, job: Job) -> None:
+        """Tell how long it waited and was drawn, be it to its end or not."""
+        entered, now = job.request.entered, asyncio.get_running_loop().time()
+        self._timed("waiting", (now if entered is None else entered) - job.began)
+        if entered is not None:
+            self._timed("drawing", now - entered)
 
     async def _recovered(self, job: Job, codes: Tensor) -> list[list[Box]]:
         """Boxes of a layout's objects in pictures of codes [N, T]. A turn is no longer than that of

@@ -328,10 +328,24 @@ def test_counters_are_told_to_prometheus(engine):
         assert read["echogen_requests_total", (("outcome", "finished"),)] == 1
         assert read["echogen_requests_total", (("outcome", "refused"),)] == 1
         assert read["echogen_beside", (("kind", "search"),)] == 0
+        for part in ("waiting", "drawing"):
+            assert read["echogen_request_seconds_count", (("part", part),)] == 1
+        assert read["process_resident_memory_bytes", ()] > 1 << 20
         seconds = "echogen_http_request_seconds_count"
         assert read[seconds, (("route", "/v1/images"), ("status", "200"))] == 1
         assert read[seconds, (("route", "/v1/images"), ("status", "400"))] == 1
         assert read[seconds, (("route", "other"), ("status", "404"))] == 1
+
+
+def test_times_are_told_up_to_the_limit(engine):
+    with serving(engine, limit=200) as client:
+        client.ask("GET", "/health")
+        bounds = {
+            float(dict(labels)["le"])
+            for name, labels in counters(client)
+            if name == "echogen_http_request_seconds_bucket"
+        }
+    assert sorted(bounds)[-4:] == [60, 120, 200, float("inf")]
 
 
 def test_what_is_refused_before_it_is_routed_is_counted_by_route(engine, caplog):

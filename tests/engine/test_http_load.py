@@ -53,6 +53,25 @@ def test_a_silent_stream_says_that_it_is_there(held, monkeypatch):
     assert b"event: done" in answer.read()
 
 
+def test_a_stream_is_counted_by_its_end(held):
+    client, going = held
+    seconds, route = "echogen_http_request_seconds_count", ("route", "/v1/images")
+    late, gone, whole = (client.connect() for _ in range(3))
+    asked = {"layout": LAYOUT, "cfg": 1, "every": 16}
+    send(late, "POST", "/v1/images", asked | {"timeout": 0.1})
+    assert next_event(late.getresponse())[0] == "error"
+    send(gone, "POST", "/v1/images", asked)
+    client.until(lambda: client.scheduler.metrics().waiting == 1)
+    hang_up(gone)
+    client.until(lambda: (seconds, (route, ("status", "499"))) in counters(client))
+    going.set()
+    send(whole, "POST", "/v1/images", asked)
+    assert next_event(whole.getresponse())[0] == "done"
+    client.until(lambda: (seconds, (route, ("status", "200"))) in counters(client))
+    read = counters(client)
+    assert [read[seconds, (route, ("status", s))] for s in ("200", "499", "504")] == [1, 1, 1]
+
+
 def test_a_late_sketch_does_not_hold_the_whole(held, monkeypatch):
     client, going = held
     begun, sent = threading.Event(), threading.Event()
@@ -193,6 +212,9 @@ def test_a_full_queue_is_told_to_come_later(held):
     full = client.draw()
     assert (full.status, full.headers["retry-after"]) == (503, "1")
     assert "queue" in full.json["error"]
+    read = counters(client)
+    assert read["echogen_requests_total", (("outcome", "full"),)] == 1
+    assert read["echogen_requests_total", (("outcome", "refused"),)] == 0
     going.set()
     for thread in threads:
         thread.join()
