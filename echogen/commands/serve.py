@@ -97,6 +97,7 @@ class Serve:
         import uvicorn
 
         from echogen.engine.http.app import make_app
+        from echogen.engine.http.connection import Connection
         from echogen.engine.scheduler import Scheduler
         from echogen.engine.serving.budget import NoRoom
 
@@ -139,7 +140,11 @@ class Serve:
         # Beyond the time of an answer nobody has a claim on the end's waiting: a body that never
         # comes, or an answer that is never read, would hold it for ever.
         graceful = math.ceil(self.timeout) + 5
+        # Twice as many connections as may be answered, and some for who watches: beyond those
+        # requests are told 503, while there are files to open still.
+        most = 100 + 2 * (scheduler.plan.slots + self.queue + self.searches)
         config = uvicorn.Config(
-            app, timeout_keep_alive=self.keep_alive, timeout_graceful_shutdown=graceful
-        )
+            app, http=Connection, limit_concurrency=most, timeout_keep_alive=self.keep_alive,
+            timeout_graceful_shutdown=graceful,
+        )  # fmt: skip
         Server(config).run([place])

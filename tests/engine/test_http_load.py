@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from echogen.engine.http import app, service
+from echogen.engine.http import app, connection, service
 from echogen.engine.http.wire import Drawing, Search
 
 from .served import (
@@ -109,6 +110,29 @@ def test_who_hangs_up_frees_his_slots(held, every):
     client.until(lambda: client.scheduler.metrics().cancelled == 2)
     assert client.scheduler.metrics().live_slots == 0
     assert client.draw().status == 200
+
+
+def test_who_does_not_ask_is_hung_up_on(engine, monkeypatch):
+    monkeypatch.setattr(connection, "SLOWEST", 0.1)
+    whole = b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serving(engine) as client:
+        for asked, begun in ((b"", b""), (b"", whole[:-2]), (whole, whole[:-2])):
+            with socket.create_connection(("127.0.0.1", client.port), timeout=5) as silent:
+                silent.sendall(asked)
+                assert not asked or silent.recv(1000).startswith(b"HTTP/1.1 200 OK")
+                silent.sendall(begun)
+                assert silent.recv(1000) == b""
+
+
+def test_who_does_not_read_frees_his_slots(held, monkeypatch):
+    client, _ = held
+    monkeypatch.setattr(connection, "SLOWEST", 0.1)
+    monkeypatch.setattr(service, "_sketched", lambda *_: ["x" * (16 << 20)])
+    idle = client.connect()
+    send(idle, "POST", "/v1/images", {"layout": LAYOUT, "every": 1})
+    client.until(lambda: client.scheduler.metrics().live == 1)
+    (live,) = client.scheduler._live
+    client.until(live.request.future.cancelled)
 
 
 def test_who_hangs_up_is_not_searched_for(engine, monkeypatch):
