@@ -43,7 +43,8 @@ class Serve:
     queue: int = 256
     """Requests to draw that may wait; who comes when as many do is told 503."""
     searches: int = 16
-    """The same of pictures to find objects in, of which one is read at a time."""
+    """The same of pictures to find objects in, of which one is read at a time; drawings that are
+    being checked count."""
     timeout: float = 60.0
     """Seconds that an answer may take, waiting included."""
     keep_alive: int = 75
