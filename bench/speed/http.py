@@ -25,6 +25,7 @@ from echogen.bench.harness import WrongResult, alternate, environment, quantiles
 from echogen.engine.decoding.decode import Progress
 from echogen.engine.engine import Engine
 from echogen.engine.http.app import make_app
+from echogen.engine.http.connection import Connection
 from echogen.engine.http.wire import encoded
 from echogen.engine.layout import Layout
 from echogen.engine.serving.scheduler import Scheduler
@@ -170,7 +171,10 @@ def _connections(port: int) -> Iterator[Draw]:
 @contextmanager
 def running(app: FastAPI) -> Iterator[int]:
     """The port of a server that runs meanwhile in a thread, without a log of what it is asked."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_keep_alive=3600))
+    config = uvicorn.Config(
+        app, port=0, http=Connection, log_level="error", timeout_keep_alive=3600
+    )
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

@@ -45,7 +45,8 @@ class Serve:
     queue: int = 256
     """Requests to draw that may wait; who comes when as many do is told 503."""
     searches: int = 16
-    """The same of pictures to find objects in, of which one is read at a time."""
+    """The same of pictures to find objects in, of which one is read at a time; drawings that are
+    being checked count."""
     timeout: float = 60.0
     """Seconds that an answer may take, waiting included."""
     keep_alive: int = 75
@@ -101,6 +102,7 @@ class Serve:
         import uvicorn
 
         from echogen.engine.http.app import make_app
+        from echogen.engine.http.connection import Connection
         from echogen.engine.serving.budget import NoRoom
         from echogen.engine.serving.scheduler import Scheduler
 
@@ -144,7 +146,11 @@ class Serve:
         # Beyond the time of an answer nobody has a claim on the end's waiting: a body that never
         # comes, or an answer that is never read, would hold it for ever.
         graceful = math.ceil(self.timeout) + 5
+        # Twice as many connections as may be answered, and some for who watches: beyond those
+        # requests are told 503, while there are files to open still.
+        most = 100 + 2 * (scheduler.plan.slots + self.queue + self.searches)
         config = uvicorn.Config(
-            app, timeout_keep_alive=self.keep_alive, timeout_graceful_shutdown=graceful
-        )
+            app, http=Connection, limit_concurrency=most, timeout_keep_alive=self.keep_alive,
+            timeout_graceful_shutdown=graceful,
+        )  # fmt: skip
         Server(config).run([place])

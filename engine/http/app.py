@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from echogen.engine.engine import Engine
-from echogen.engine.http.middleware import Limited, Watched, failure
+from echogen.engine.http.middleware import ENDED, Limited, Watched, failure
 from echogen.engine.http.prometheus import Exposition
 from echogen.engine.http.service import Service
 from echogen.engine.http.wire import (
@@ -42,6 +42,9 @@ from echogen.engine.serving.scheduler import Scheduler
 
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus's text format."""
+STALLED = 30.0
+"""Seconds of a step after which a scheduler counts as standing still. Steps take well below one;
+those that compile for requests of a new kind, several."""
 
 T = TypeVar("T")
 
@@ -55,8 +58,12 @@ def make_app(
     Args:
         engine, scheduler, model, limit, searches: as of `Service`.
     """
-    service = Service(engine, scheduler, model, limit, searches)
-    exposition = Exposition(scheduler.metrics, lambda: dict(service.busy))
+    exposition = Exposition(scheduler.metrics, lambda: dict(service.busy), limit)
+
+    def timed(part: str, seconds: float) -> None:
+        exposition.parts.labels(part).observe(seconds)
+
+    service = Service(engine, scheduler, model, limit, searches, timed)
 
     @asynccontextmanager
     async def running(_: FastAPI) -> AsyncIterator[None]:
@@ -100,7 +107,11 @@ def make_app(
         if kind == EVENTS:
             news = asyncio.Event()
             job = await service.submit(body, news)
-            return Events(service.stream(job, news), job.request)
+
+            def ended(status: int) -> None:
+                http.scope[ENDED] = status
+
+            return Events(service.stream(job, news, ended), job.request)
         job = await service.submit(body)
         try:
             if kind == JSON:
@@ -127,9 +138,11 @@ def make_app(
     @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_answers(503))
     async def health() -> dict[str, str]:
-        """Whether requests are taken."""
+        """Whether requests are taken, and drawing gets on."""
         if scheduler.closed:
             raise Refused(503, scheduler.closed)
+        if (seconds := scheduler.step_s) > STALLED:
+            raise Refused(503, f"a step takes {seconds:.0f} s by now; if it never ends, start anew")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {PLAIN: {}}}})

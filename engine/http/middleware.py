@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -16,7 +17,10 @@ BODIES = {"/v1/boxes": 4 << 20}
 BODY = 128 << 10
 """The same of other routes: a layout is a few thousand."""
 HELD = 64 << 20
-"""Bytes of the bodies of all requests together."""
+"""Bytes of the bodies of all requests together to each route of ``BODIES``, and as many to all
+others: whoever sends pictures leaves room for drawings."""
+ENDED = "echogen.status"
+"""Where in a scope a stream leaves the status that it ended with."""
 SLOWEST = 30.0
 """Seconds in which all of a body comes."""
 
@@ -31,7 +35,7 @@ class Limited:
     """Refuses bodies that are too large, too slow or too many, before they are held."""
 
     def __init__(self, app: ASGIApp) -> None:
-        self._app, self._held = app, 0
+        self._app, self._held = app, Counter[str]()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -39,6 +43,7 @@ class Limited:
             return
         most, size, whole = BODIES.get(scope["path"], BODY), 0, False
         due = asyncio.get_running_loop().time() + SLOWEST
+        share = scope["path"] if scope["path"] in BODIES else ""
 
         async def limited() -> Message:
             nonlocal size, whole
@@ -52,27 +57,28 @@ class Limited:
                     408, f"{size} bytes of the body came in time; send it at once"
                 ) from None
             more = len(message.get("body", b""))
-            self._held, size = self._held + more, size + more
+            self._held[share] += more
+            size += more
             whole = not message.get("more_body", False)
-            self._check(size, most)
+            self._check(size, most, share)
             return message
 
         try:
             length = dict(scope["headers"]).get(b"content-length", b"0")
             if length.isdigit():
-                self._check(int(length), most)
+                self._check(int(length), most, share)
         except Refused as error:
             await failure(error)(scope, receive, send)
             return
         try:
             await self._app(scope, limited, send)
         finally:
-            self._held -= size
+            self._held[share] -= size
 
-    def _check(self, size: int, most: int) -> None:
+    def _check(self, size: int, most: int, share: str) -> None:
         if size > most:
             raise Refused(413, f"the body is larger than {most >> 10} KiB; send a smaller one")
-        if self._held > HELD:
+        if self._held[share] > HELD:
             raise Refused(503, "the bodies of others fill the room; try again later", again=True)
 
 
@@ -99,6 +105,7 @@ class Watched:
         finally:
             # By path, for what is refused before it is routed; anybody can make up others.
             known = {getattr(route, "path", None) for route in scope["app"].routes}
+            status = scope.get(ENDED, status)
             route = scope["path"] if scope["path"] in known else "other"
             took = time.perf_counter() - began
             self._exposition.seconds.labels(route, str(status)).observe(took)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from echogen.engine.serving.metrics import Metrics
 
-SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+"""Buckets of times, those below the limit of an answer; the last is the limit."""
 GAUGES = {
     "slots": "Rows that can be drawn at once; an image with guidance takes two",
     "live_slots": "Rows held now",
@@ -22,28 +23,42 @@ COUNTERS = {
     "codes": "Image codes drawn",
     "busy_seconds": "Time spent drawing, prompts included",
 }
-OUTCOMES = ("refused", "finished", "cancelled", "expired", "failed")
+OUTCOMES = ("full", "refused", "finished", "cancelled", "expired", "failed")
+"""What became of requests to draw; ``full``: the queue was, ``refused``: for another reason."""
 
 
 class Exposition(Collector):
-    """What ``GET /metrics`` tells: counters read as they are asked for, and the time of answers.
+    """What ``GET /metrics`` tells: counters read as they are asked for, the times of answers, and
+    what the process takes (memory, open files).
 
     Args:
         metrics: of the scheduler.
         busy: how much waits or is done beside it, by kind.
+        limit: seconds that an answer may take.
 
     Attributes:
         seconds: histogram of answers by route and status, to ``observe`` in.
+        parts: the same of requests to draw, by part: ``waiting`` for slots, and ``drawing`` from
+            there to their end.
     """
 
     def __init__(
-        self, metrics: Callable[[], Metrics], busy: Callable[[], Mapping[str, int]]
+        self,
+        metrics: Callable[[], Metrics],
+        busy: Callable[[], Mapping[str, int]],
+        limit: float,
     ) -> None:
         self._metrics, self._busy, self._registry = metrics, busy, CollectorRegistry()
+        buckets = [*(s for s in SECONDS if s < limit), limit]
         self.seconds = Histogram(
             "echogen_http_request_seconds", "From a request's head to the end of its answer",
-            ("route", "status"), buckets=SECONDS, registry=self._registry,
+            ("route", "status"), buckets=buckets, registry=self._registry,
         )  # fmt: skip
+        self.parts = Histogram(
+            "echogen_request_seconds", "Of requests to draw, by part: waiting for slots, drawing",
+            ("part",), buckets=buckets, registry=self._registry,
+        )  # fmt: skip
+        ProcessCollector(registry=self._registry)
         self._registry.register(self)
 
     def collect(self) -> Iterator[Metric]:
@@ -57,8 +72,10 @@ class Exposition(Collector):
         ended = CounterMetricFamily(
             "echogen_requests", "What became of requests to draw", labels=("outcome",)
         )
-        for outcome in OUTCOMES:
-            ended.add_metric((outcome,), getattr(now, outcome))
+        counted = {outcome: getattr(now, outcome) for outcome in OUTCOMES}
+        counted["refused"] -= now.full
+        for outcome, count in counted.items():
+            ended.add_metric((outcome,), count)
         yield ended
         beside = GaugeMetricFamily(
             "echogen_beside", "What waits or is done beside the drawing", labels=("kind",)

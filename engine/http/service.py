@@ -13,12 +13,21 @@ from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 from PIL import Image
+from torch import Tensor
 
 from echogen.engine.cycle import CycleResult, score
 from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
-from echogen.engine.http.wire import Drawing, Refused, Search, encoded, texts
-from echogen.engine.layout import Layout
+from echogen.engine.http.wire import (
+    GONE,
+    MOST_EXPRESSIONS,
+    Drawing,
+    Refused,
+    Search,
+    encoded,
+    texts,
+)
+from echogen.engine.layout import Box, Layout
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Request
 from echogen.engine.serving.scheduler import Scheduler
@@ -28,10 +37,13 @@ from echogen.engine.serving.worker import SchedulerClosed
 BEAT = 15.0
 """Seconds of silence after which a stream says that it is still there: proxies hang up on who says
 nothing (nginx after 60)."""
-POOLS = {"read": 2, "decode": 1, "sketch": 1, "search": 1}
-"""Threads beside the scheduler's: of prompts and pictures sent, of whole pictures, of partial ones
-(whom whole ones shall not wait for) and of finding. One each of what takes much memory: that is
-planned for one."""
+POOLS = {"prompt": 2, "read": 2, "decode": 1, "sketch": 1, "search": 1}
+"""Threads beside the scheduler's: of prompts, of pictures sent (whom drawings shall not wait for),
+of whole pictures, of partial ones (whom whole ones shall not wait for) and of finding. One each of
+what takes much memory: a picture's that is made is planned, and a search takes of what is left
+(`budget.SHARE`)."""
+
+SOONER = "ask for less, or with a longer timeout"
 
 T = TypeVar("T")
 
@@ -62,18 +74,25 @@ class Service:
         engine, scheduler: of one model; the scheduler's thread runs while this is used.
         model: name to tell who asks.
         limit: seconds that an answer may take, waiting included.
-        searches: that may wait for the one being made.
+        searches: that may wait for the one being made, checks of drawings among them.
+        timed: told of every request to draw how many seconds it was ``waiting``, and ``drawing``.
 
     Attributes:
         busy: how much is done, or waits, in each of ``POOLS``.
     """
 
     def __init__(
-        self, engine: Engine, scheduler: Scheduler, model: str, limit: float, searches: int
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        model: str,
+        limit: float,
+        searches: int,
+        timed: Callable[[str, float], None],
     ) -> None:
         self.engine, self.scheduler, self.model, self.limit = engine, scheduler, model, limit
         self.busy, self._counting = Counter(dict.fromkeys(POOLS, 0)), threading.Lock()
-        self._searches, self._finding = searches, 0
+        self._searches, self._finding, self._timed = searches, 0, timed
         self._pools = {n: ThreadPoolExecutor(k, f"echogen-{n}") for n, k in POOLS.items()}
 
     def about(self) -> dict[str, Any]:
@@ -91,8 +110,9 @@ class Service:
         }
 
     def shutdown(self) -> None:
-        """Draw and find what is asked for already, and end."""
-        self.scheduler.shutdown()
+        """Draw and find what is asked for already, and end; of a scheduler that stands still after
+        ``limit`` seconds."""
+        self.scheduler.shutdown(timeout=self.limit)  # behind it nobody waits any more
         for pool in self._pools.values():
             pool.shutdown()
 
@@ -121,7 +141,7 @@ class Service:
             return Job(body, layout, sampling, request, began, began + seconds)
 
         try:
-            return await self._do("read", submitted)
+            return await self._do("prompt", submitted, began + seconds)
         except QueueFull as error:
             raise Refused(503, str(error), again=True) from None
         except SchedulerClosed as error:
@@ -157,10 +177,12 @@ class Service:
         best = 0 if drawn.cycle is None else drawn.cycle.best
         return await self._do("decode", partial(encoded, drawn.images[best], kind), job.deadline)
 
-    async def stream(self, job: Job, news: asyncio.Event) -> AsyncGenerator[str, None]:
+    async def stream(
+        self, job: Job, news: asyncio.Event, ended: Callable[[int], None]
+    ) -> AsyncGenerator[str, None]:
         """Partial pictures, each time ``news`` says that there is more (who is slow skips some),
-        then the whole answer, as server-sent events."""
-        answer, sent = asyncio.create_task(self.answer(job)), 0
+        then the whole answer, as server-sent events; ``ended`` is told the status at the end."""
+        answer, sent, status = asyncio.create_task(self.answer(job)), 0, GONE
         try:
             while not answer.done():
                 more = asyncio.create_task(news.wait())
@@ -178,24 +200,41 @@ class Service:
                 if job.request.future.done() or drawn == part.tokens or drawn == sent:
                     continue  # a step that drew several codes tells of each
                 sent = drawn
-                sketched = partial(_sketched, part, job.body.format)
-                pictures = await self._do("sketch", sketched, job.deadline)
-                yield event("partial", {"drawn": drawn, "codes": part.tokens, "images": pictures})
+                pictures = await self._sketch(part, job.body.format, answer)
+                if pictures is not None:
+                    told = {"drawn": drawn, "codes": part.tokens, "images": pictures}
+                    yield event("partial", told)
             yield event("done", answer.result())
+            status = 200
         except Refused as error:
+            status = error.status
             yield event("error", {"error": str(error), "status": error.status})
         except Exception as error:
-            told = {"error": " ".join(f"{type(error).__name__}: {error}".split()), "status": 500}
-            yield event("error", told)
+            status = 500
+            said = " ".join(f"{type(error).__name__}: {error}".split())
+            yield event("error", {"error": said, "status": status})
             raise
         finally:
             answer.cancel()
+            ended(status)
+
+    async def _sketch(
+        self, part: Partial, kind: str, answer: asyncio.Task[dict[str, Any]]
+    ) -> list[str] | None:
+        """Partial pictures; None where the whole answer, which is in time or not, is there before
+        them."""
+        sketch = asyncio.create_task(self._do("sketch", partial(_sketched, part, kind)))
+        try:
+            await asyncio.wait((answer, sketch), return_when=asyncio.FIRST_COMPLETED)
+            return None if answer.done() else sketch.result()
+        finally:
+            sketch.cancel()
 
     async def _drawn(self, job: Job) -> Drawn:
         try:
-            codes = await job.request
+            codes = await _in_time(job.request.future, job.deadline, job.request.late)
         except TimeoutError as error:
-            raise Refused(504, f"{error}; ask for less, or with a longer timeout") from None
+            raise Refused(504, f"{error}; {SOONER}") from None
         except SchedulerClosed as error:
             raise Refused(503, str(error)) from None
         except asyncio.CancelledError:
@@ -203,17 +242,42 @@ class Service:
             if task is not None and task.cancelling():  # this answer, not the drawing
                 raise
             raise Refused(503, "the drawing was cancelled; ask again", again=True) from None
+        finally:
+            self._time(job)
         images = await self._do("decode", job.request.images, job.deadline)
         if not job.body.check:
             return Drawn(images, None)
-        asked = [[o.expr for o in job.layout.objects]] * len(images)
-        find = partial(self.engine.ground_codes, codes, asked)
-        boxes = await self._do("search", find, job.deadline)
+        self._finding += 1  # of those in line, though not refused: its pictures are drawn
+        try:
+            boxes = await self._recovered(job, codes)
+        finally:
+            self._finding -= 1
         scores = score(job.layout, boxes)
         return Drawn(
             images,
             CycleResult(job.layout, images, codes, boxes, *scores, seconds=_since(job.began)),
         )
+
+    def _time(self, job: Job) -> None:
+        """Tell how long it waited and was drawn, be it to its end or not."""
+        entered, now = job.request.entered, asyncio.get_running_loop().time()
+        self._timed("waiting", (now if entered is None else entered) - job.began)
+        if entered is not None:
+            self._timed("drawing", now - entered)
+
+    async def _recovered(self, job: Job, codes: Tensor) -> list[list[Box]]:
+        """Boxes of a layout's objects in pictures of codes [N, T]. A turn is no longer than that of
+        a search may be; between turns others have theirs, and who left needs none. Raises
+        Refused."""
+        asked, boxes = [o.expr for o in job.layout.objects], list[list[Box]]()
+        for picture in codes.split(1):
+            found = list[Box]()
+            for first in range(0, len(asked), MOST_EXPRESSIONS):
+                some = asked[first : first + MOST_EXPRESSIONS]
+                find = partial(self.engine.ground_codes, picture, [some])
+                found += (await self._do("search", find, job.deadline))[0]
+            boxes.append(found)
+        return boxes
 
     # --- finding --------------------------------------------------------------------------------
 
@@ -258,15 +322,21 @@ class Service:
             self.busy[pool] += 1
         doing = self._pools[pool].submit(work)
         doing.add_done_callback(ended)
-        turn, now = asyncio.wrap_future(doing), asyncio.get_running_loop().time()
-        try:
-            left = None if deadline is None else max(0.0, deadline - now)
-            if not (await asyncio.wait((turn,), timeout=left))[0]:
-                told = f"the time is up, with a turn to {pool} still to come or to end"
-                raise Refused(504, f"{told}; ask for less, or with a longer timeout")
-            return turn.result()
-        finally:
-            turn.cancel()  # of no effect where it is done
+        late = f"the time is up, with a turn to {pool} still to come or to end"
+        return await _in_time(doing, deadline, lambda: late)
+
+
+async def _in_time(future: Future[T], deadline: float | None, late: Callable[[], str]) -> T:
+    """Wait for what a thread makes; cancel it if it is not there in time, or nobody waits for it
+    any more. Raises Refused, and what the thread does."""
+    turn, now = asyncio.wrap_future(future), asyncio.get_running_loop().time()
+    try:
+        left = None if deadline is None else max(0.0, deadline - now)
+        if not (await asyncio.wait((turn,), timeout=left))[0]:
+            raise Refused(504, f"{late()}; {SOONER}")
+        return turn.result()
+    finally:
+        turn.cancel()  # of no effect where it is done
 
 
 def _sketched(part: Partial, kind: str) -> list[str]:

@@ -6,6 +6,7 @@ import base64
 import binascii
 import io
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, TypeVar
@@ -28,7 +29,11 @@ MOST_PIXELS = 4096**2
 """Of a picture to find objects in: a file of a megabyte can hold 13,000 × 13,000 of them, half
 a gigabyte in each of the copies that are made of it."""
 MOST_EXPRESSIONS = 64
-"""Of a search, which cannot be stopped once it is begun, and has others behind it."""
+"""Of a search's turn, which cannot be stopped once it is begun, and has others behind it."""
+
+MOST_PARTS = 1 << 17
+"""Commas and opening brackets of a body, those in texts as well: as many as a drawing's has room
+for, while a picture in base64 has none. Reading millions would hold up everybody."""
 
 
 class Refused(Exception):
@@ -188,6 +193,8 @@ async def read(http: Http, kind: type[B]) -> B:
         data = await http.body()
     except ClientDisconnect:
         raise Refused(GONE, "who asked hung up before the body's end") from None
+    if (parts := sum(map(data.count, (b",", b"[", b"{")))) > MOST_PARTS:
+        raise Refused(400, f"the body has {parts} commas and brackets; send {MOST_PARTS} at most")
     try:
         found = read_json(data.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -221,7 +228,7 @@ def what_is_wrong(errors: Sequence[Mapping[str, Any]]) -> str:
 
 def short(value: object) -> str:
     """A value in at most 60 characters of one line."""
-    text = repr(value[:60] if isinstance(value, str) else value)
+    text = repr(value[:60]) if isinstance(value, str) else reprlib.repr(value)
     if value is None or isinstance(value, bool):
         text = json.dumps(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

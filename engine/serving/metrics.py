@@ -13,6 +13,7 @@ class Metrics:
         slots, live_slots: in all, and held now.
         live, waiting: requests being drawn (their prompts, too), and in the queue.
         submitted, refused: requests taken, and turned away (queue full, can never fit, closed).
+        full: of those turned away, for the queue was full.
         admitted, finished, cancelled, expired, failed: what became of those taken; expired ones
             ran out of their time.
         steps: batched forwards.
@@ -26,6 +27,7 @@ class Metrics:
     waiting: int = 0
     submitted: int = 0
     refused: int = 0
+    full: int = 0
     admitted: int = 0
     finished: int = 0
     cancelled: int = 0

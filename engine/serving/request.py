@@ -66,6 +66,7 @@ class Request:
         priority: the higher are drawn first.
         deadline: when its time is up, on the scheduler's clock.
         overtaken: how often a later request went before it.
+        entered: when it was given its slots, on the scheduler's clock; None before.
         drawn: codes t drawn of each image.
         foreseeable: whether its codes can be drafted well (`jacobi.foreseeable`).
     """
@@ -82,6 +83,7 @@ class Request:
     ) -> None:
         self.prompts, self.priority, self.deadline = prompts, order.priority, deadline
         self.rows, self.overtaken, self.drawn = len(prompts) * len(codes), 0, 0
+        self.entered: float | None = None
         news = threading.Condition()
         self.foreseeable = foreseeable
         self._sampler: Sampler | None = sampler
@@ -172,6 +174,10 @@ class Request:
                 self._news.notify_all()
             if self._on_partial is not None:
                 self._on_partial(self._part(told))
+
+    def late(self) -> str:
+        """What is told at the end of its time."""
+        return f"its time is up, with {self.drawn} of {self.tokens} codes drawn"
 
     def codes(self) -> list[list[int]]:
         """Those drawn of each image."""

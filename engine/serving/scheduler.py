@@ -3,8 +3,9 @@
 An image is hundreds of steps, so a batch that waited for its last image, or for its next request,
 would run mostly empty. Here every step runs whatever is being drawn, each row at its own place:
 when images end, or are cancelled, their slots (`engine.serving.slots`) go to who waits at the very
-next step. Noise is keyed by (seed, draw, position), so what is drawn is a function of the request;
-the rest of the batch can change it by rounding at most, and in batch-invariant mode not at all.
+next step, a few prompts at a time. Noise is keyed by (seed, draw, position), so what is drawn is a
+function of the request; the rest of the batch can change it by rounding at most, and in
+batch-invariant mode not at all.
 """
 
 from __future__ import annotations
@@ -31,11 +32,15 @@ from echogen.engine.serving.metrics import Metrics
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Order, Request
 from echogen.engine.serving.slots import Slots
-from echogen.engine.serving.waiting import Waiting
+from echogen.engine.serving.waiting import QueueFull, Waiting
 from echogen.engine.serving.windows import Windowed
 from echogen.engine.serving.worker import SchedulerClosed, Worker
 
 OUTDATED = "the engine's weights were refreshed; make a new scheduler"
+
+PROMPTS = 256
+"""Tokens of prompts after which those left wait for the next step, for whoever is being drawn waits
+while they run. Of layouts of a few objects that is several prompts, of a thousand tokens one."""
 
 
 class Scheduler(Worker):
@@ -175,9 +180,10 @@ class Scheduler(Worker):
                 self._waiting.put(request)
                 self._metrics.submitted += 1
                 self._changed.notify_all()
-        except Exception:
+        except Exception as error:
             with self._changed:
                 self._metrics.refused += 1
+                self._metrics.full += isinstance(error, QueueFull)
             raise
         return request
 
@@ -226,16 +232,19 @@ class Scheduler(Worker):
                 self._bury(live.request)
 
     def _gone(self, request: Request) -> bool:
-        late = request.deadline is not None and self._clock() >= request.deadline
-        return late or self._cancelling or request.future.cancelled()
+        return self._late(request) or self._cancelling or request.future.cancelled()
+
+    def _late(self, request: Request) -> bool:
+        return request.deadline is not None and self._clock() >= request.deadline
 
     def _bury(self, request: Request) -> None:
         """Tell a request that it is not drawn any more; never under a lock, for a future calls
         back."""
         if self._cancelling:
             request.cancel()
-        late = f"its time is up, with {request.drawn} of {request.tokens} codes drawn"
-        self._count_outcome("expired", request.fail(TimeoutError(late)))
+        # Who waits may see the time himself, and cancel, while a step takes long.
+        told = request.fail(TimeoutError(request.late()))
+        self._count_outcome("expired", told or self._late(request))
 
     def _count(self, **more: float) -> None:
         with self._changed:
@@ -256,17 +265,22 @@ class Scheduler(Worker):
         self._drawers = None
 
     def _admit(self) -> None:
-        """Run the prompts of who fits, in turn, and draw their first codes."""
-        while True:
-            self._drop()  # prompts take their time: who left meanwhile needs none
+        """Run the prompts of who fits, in turn, up to ``PROMPTS`` tokens and the one that passes
+        them, and draw their first codes."""
+        ran = 0
+        while ran < PROMPTS:
+            self._drop()  # prompts take their time: who left meanwhile needs none,
+            self._leave()  # or has slots to give
             with self._changed:
                 request = self._waiting.take(self._slots.free)
                 if request is None:
                     return
                 self._live.append(live := Live(request))
                 self._metrics.admitted += 1
+            request.entered = self._clock()
             with span("engine/serve/admit", rows=request.rows):
                 self._enter(live)
+            ran += sum(map(len, request.prompts))
 
     def _enter(self, live: Live) -> None:
         """Put a request in its slots and draw its first codes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from types import TracebackType
 from typing import Self
@@ -25,11 +26,18 @@ class Worker(ABC):
         self._closed, self._cancelling = "", False
         self._thread: threading.Thread | None = None
         self._stepping: int | None = None
+        self._began: float | None = None
 
     @property
     def closed(self) -> str:
         """Why nothing more is taken; empty while it is."""
         return self._closed
+
+    @property
+    def step_s(self) -> float:
+        """Seconds that the step under way takes by now; 0 between steps."""
+        began = self._began
+        return 0.0 if began is None else time.monotonic() - began
 
     @abstractmethod
     def _work(self) -> bool:
@@ -56,14 +64,14 @@ class Worker(ABC):
         if self._stepping == threading.get_ident():
             raise RuntimeError("step() within a step; a callback must leave that to who drew")
         with self._turn:
-            self._stepping = threading.get_ident()
+            self._stepping, self._began = threading.get_ident(), time.monotonic()
             try:
                 return self._work()
             except BaseException as error:
                 self._die(error)
                 raise
             finally:
-                self._stepping = None
+                self._stepping = self._began = None
 
     def run(self) -> None:
         """Step until ``shutdown``; for a thread of the caller's own (``start`` makes one). Raises
@@ -88,21 +96,25 @@ class Worker(ABC):
         self._thread = thread
         return self
 
-    def shutdown(self, cancel: bool = False) -> None:
+    def shutdown(self, cancel: bool = False, timeout: float | None = None) -> bool:
         """Take no more requests, draw those there are (or ``cancel`` them), and end the thread.
 
-        Waits for that, so in an event loop call ``await asyncio.to_thread(scheduler.shutdown)``.
-        From within a step, called back, it returns at once, and who steps goes on to the end.
+        Waits for that, so in an event loop call ``await asyncio.to_thread(scheduler.shutdown)``;
+        for ``timeout`` seconds at most where the thread is its own: False says that it has not
+        ended by then (a device may never answer). From within a step, called back, it returns at
+        once, and who steps goes on to the end.
         """
         self._cancelling = self._cancelling or cancel
         self._close("the scheduler was shut down; make a new one")
         if self._stepping == threading.get_ident():
-            return
+            return False
         if self._thread is None:
             while self.step():
                 pass
         elif self._thread is not threading.current_thread():
-            self._thread.join()
+            self._thread.join(timeout)
+            return not self._thread.is_alive()
+        return True
 
     def _die(self, error: BaseException) -> None:
         reason = f"the scheduler died of {type(error).__name__}: {error}"

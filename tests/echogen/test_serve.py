@@ -121,6 +121,14 @@ def test_slots_that_draw_nothing_by_default_are_warned_of(run, model, monkeypatc
     assert run("serve", "--model", model, "--port", 0, "--slots", 2).err == ""
 
 
+def test_whoever_may_wait_may_connect(run, model, monkeypatch):
+    made = []
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: made.append(self.config))
+    options = ("--slots", 2, "--queue", 700, "--searches", 30)
+    assert run("serve", "--model", model, "--port", 0, *options).code == 0
+    assert 2 * 732 <= made[0].limit_concurrency < 3 * 732
+
+
 def test_what_it_needs_is_named(run, model, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "uvicorn" else find(n))

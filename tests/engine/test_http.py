@@ -18,9 +18,9 @@ import pytest
 from PIL import Image
 
 from echogen.engine.decoding.sampler import Sampling
-from echogen.engine.http import middleware
+from echogen.engine.http import middleware, wire
 from echogen.engine.http.middleware import BODIES, BODY
-from echogen.engine.http.wire import EVENTS, JSON, MEDIA, Refused, preferred
+from echogen.engine.http.wire import EVENTS, JSON, MEDIA, Refused, preferred, short
 from echogen.engine.layout import Layout, LayoutObject
 
 from .served import (
@@ -185,6 +185,28 @@ def test_bad_requests_are_told_what_to_mend(client, body, why):
     assert why in found.json["error"] and "\n" not in found.json["error"]
 
 
+def test_a_body_of_very_many_values_is_refused_unread(client, monkeypatch):
+    """Whoever read it, or wrote it all into the refusal, would hold up everybody."""
+    monkeypatch.setattr(wire, "read_json", lambda _: pytest.fail("it is read"))
+    body = b'{"image": [' + b"{}," * 1_000_000 + b"0]}"
+    found = client.ask("POST", "/v1/boxes", body)
+    assert found.status == 400
+    assert "has 2000002 commas and brackets; send 131072 at most" in found.json["error"]
+
+
+def test_a_refusal_tells_little_of_a_large_value():
+    written = list[None]()
+
+    class Value:
+        def __repr__(self):
+            written.append(None)
+            return "0"
+
+    assert short([Value()] * 1000).startswith("[0, 0") and len(written) < 10
+    assert short([0] * 9) == "[0, 0, 0, 0, 0, 0, ...]"
+    assert short({"a": "x" * 99, "b": None}) == "{'a': 'xxxxxxxxxxxx...xxxxxxxxxxxxx', 'b': None}"
+
+
 def test_what_is_asked_of_a_single_picture(client):
     several = client.ask("POST", "/v1/images", {"layout": LAYOUT, "samples": 2}, Accept="image/png")
     assert several.status == 400 and "with check = true" in several.json["error"]
@@ -272,6 +294,18 @@ def test_bodies_have_a_limit_together(client, monkeypatch):
     assert client.draw().status == 200
 
 
+def test_pictures_that_are_sent_leave_room_for_drawings(client, monkeypatch):
+    monkeypatch.setattr(middleware, "HELD", 1000)
+    slow = client.connect()
+    slow.putrequest("POST", "/v1/boxes")
+    slow.putheader("Content-Type", JSON)
+    slow.putheader("Content-Length", "1200")
+    slow.endheaders(b"{" * 999)
+    client.until(lambda: client.ask("POST", "/v1/boxes", {}).status == 503)
+    assert client.draw().status == 200
+    hang_up(slow)
+
+
 # --- finding, and what is told of it all ------------------------------------------------------
 
 
@@ -322,10 +356,24 @@ def test_counters_are_told_to_prometheus(engine):
         assert read["echogen_requests_total", (("outcome", "finished"),)] == 1
         assert read["echogen_requests_total", (("outcome", "refused"),)] == 1
         assert read["echogen_beside", (("kind", "search"),)] == 0
+        for part in ("waiting", "drawing"):
+            assert read["echogen_request_seconds_count", (("part", part),)] == 1
+        assert read["process_resident_memory_bytes", ()] > 1 << 20
         seconds = "echogen_http_request_seconds_count"
         assert read[seconds, (("route", "/v1/images"), ("status", "200"))] == 1
         assert read[seconds, (("route", "/v1/images"), ("status", "400"))] == 1
         assert read[seconds, (("route", "other"), ("status", "404"))] == 1
+
+
+def test_times_are_told_up_to_the_limit(engine):
+    with serving(engine, limit=200) as client:
+        client.ask("GET", "/health")
+        bounds = {
+            float(dict(labels)["le"])
+            for name, labels in counters(client)
+            if name == "echogen_http_request_seconds_bucket"
+        }
+    assert sorted(bounds)[-4:] == [60, 120, 200, float("inf")]
 
 
 def test_what_is_refused_before_it_is_routed_is_counted_by_route(engine, caplog):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -9,9 +10,21 @@ from typing import Any
 
 import pytest
 
-from echogen.engine.http import service
+from echogen.engine.http import app, connection, service
+from echogen.engine.http.wire import Drawing, Search
 
-from .served import LAYOUT, Answer, Client, beside, hang_up, next_event, picture, send, serving
+from .served import (
+    LAYOUT,
+    Answer,
+    Client,
+    beside,
+    counters,
+    hang_up,
+    next_event,
+    picture,
+    send,
+    serving,
+)
 
 
 @pytest.fixture
@@ -41,6 +54,44 @@ def test_a_silent_stream_says_that_it_is_there(held, monkeypatch):
     assert b"event: done" in answer.read()
 
 
+def test_a_stream_is_counted_by_its_end(held):
+    client, going = held
+    seconds, route = "echogen_http_request_seconds_count", ("route", "/v1/images")
+    late, gone, whole = (client.connect() for _ in range(3))
+    asked = {"layout": LAYOUT, "cfg": 1, "every": 16}
+    send(late, "POST", "/v1/images", asked | {"timeout": 0.1})
+    assert next_event(late.getresponse())[0] == "error"
+    send(gone, "POST", "/v1/images", asked)
+    client.until(lambda: client.scheduler.metrics().waiting == 1)
+    hang_up(gone)
+    client.until(lambda: (seconds, (route, ("status", "499"))) in counters(client))
+    going.set()
+    send(whole, "POST", "/v1/images", asked)
+    assert next_event(whole.getresponse())[0] == "done"
+    client.until(lambda: (seconds, (route, ("status", "200"))) in counters(client))
+    read = counters(client)
+    assert [read[seconds, (route, ("status", s))] for s in ("200", "499", "504")] == [1, 1, 1]
+
+
+def test_a_late_sketch_does_not_hold_the_whole(held, monkeypatch):
+    client, going = held
+    begun, sent = threading.Event(), threading.Event()
+
+    def sketched(*_: Any) -> Any:
+        begun.set()
+        sent.wait(30)
+
+    monkeypatch.setattr(service, "_sketched", sketched)
+    connection = client.connect()
+    asked = {"layout": LAYOUT, "cfg": 1, "every": 1, "timeout": 5}
+    send(connection, "POST", "/v1/images", asked)
+    answer = connection.getresponse()
+    assert begun.wait(30)
+    going.set()
+    assert next_event(answer)[0] == "done"
+    sent.set()
+
+
 @pytest.mark.parametrize("every", [0, 16], ids=["whole", "stream"])
 def test_who_hangs_up_frees_his_slots(held, every):
     client, going = held
@@ -59,6 +110,29 @@ def test_who_hangs_up_frees_his_slots(held, every):
     client.until(lambda: client.scheduler.metrics().cancelled == 2)
     assert client.scheduler.metrics().live_slots == 0
     assert client.draw().status == 200
+
+
+def test_who_does_not_ask_is_hung_up_on(engine, monkeypatch):
+    monkeypatch.setattr(connection, "SLOWEST", 0.1)
+    whole = b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    with serving(engine) as client:
+        for asked, begun in ((b"", b""), (b"", whole[:-2]), (whole, whole[:-2])):
+            with socket.create_connection(("127.0.0.1", client.port), timeout=5) as silent:
+                silent.sendall(asked)
+                assert not asked or silent.recv(1000).startswith(b"HTTP/1.1 200 OK")
+                silent.sendall(begun)
+                assert silent.recv(1000) == b""
+
+
+def test_who_does_not_read_frees_his_slots(held, monkeypatch):
+    client, _ = held
+    monkeypatch.setattr(connection, "SLOWEST", 0.1)
+    monkeypatch.setattr(service, "_sketched", lambda *_: ["x" * (16 << 20)])
+    idle = client.connect()
+    send(idle, "POST", "/v1/images", {"layout": LAYOUT, "every": 1})
+    client.until(lambda: client.scheduler.metrics().live == 1)
+    (live,) = client.scheduler._live
+    client.until(live.request.future.cancelled)
 
 
 def test_who_hangs_up_is_not_searched_for(engine, monkeypatch):
@@ -86,6 +160,30 @@ def test_who_hangs_up_is_not_searched_for(engine, monkeypatch):
     assert searched == ["a red circle"]
 
 
+def test_drawings_do_not_wait_for_pictures_that_are_read(engine, monkeypatch):
+    going = threading.Event()
+    monkeypatch.setattr(Search, "picture", lambda *_: going.wait(30))
+    body = {"image": picture(8, 8), "expressions": ["a red circle"]}
+    with serving(engine) as client:
+        connections = [client.connect() for _ in range(3)]
+        for connection in connections:
+            send(connection, "POST", "/v1/boxes", body)
+        client.until(lambda: beside(client, "read") == 3)
+        assert client.draw(timeout=5).status == 200
+        for connection in connections:
+            hang_up(connection)
+        going.set()
+
+
+def test_a_prompt_that_is_not_read_in_time_is_not_waited_for(engine, monkeypatch):
+    going = threading.Event()
+    monkeypatch.setattr(Drawing, "layouts", lambda _: going.wait(30))
+    with serving(engine) as client:
+        late = client.draw(timeout=0.1)
+        going.set()
+        assert late.status == 504 and "a turn to prompt still to come" in late.json["error"]
+
+
 def test_a_check_has_no_time_of_its_own(engine, monkeypatch):
     going = threading.Event()
     monkeypatch.setattr(engine, "ground_codes", lambda *_: going.wait(30))
@@ -93,6 +191,34 @@ def test_a_check_has_no_time_of_its_own(engine, monkeypatch):
         late = client.draw(check=True, timeout=0.5)
         assert late.status == 504 and "a turn to search still to come" in late.json["error"]
         going.set()
+
+
+def test_a_check_takes_turns_as_short_as_those_of_searches(engine, monkeypatch):
+    monkeypatch.setattr(service, "MOST_EXPRESSIONS", 1)
+    going, right, turns = threading.Semaphore(1), engine.ground_codes, []
+
+    def slow(codes: Any, expressions: list[list[str]]) -> Any:
+        turns.append((len(codes), *expressions))
+        assert going.acquire(timeout=30)
+        return right(codes, expressions)
+
+    monkeypatch.setattr(engine, "ground_codes", slow)
+    with serving(engine, searches=0) as client:
+        connection = client.connect()
+        body = {"layout": LAYOUT, "samples": 2, "check": True}
+        send(connection, "POST", "/v1/images", body)
+        client.until(lambda: len(turns) == 2)
+        first, second = (o["expr"] for o in LAYOUT["objects"])
+        assert turns == [(1, [first]), (1, [second])]
+        search = {"image": picture(8, 8), "expressions": ["a red circle"]}
+        full = client.ask("POST", "/v1/boxes", search)
+        assert full.status == 503 and "searches wait" in full.json["error"], "a check is in line"
+        hang_up(connection)
+        left = (("route", "/v1/images"), ("status", "499"))
+        client.until(lambda: ("echogen_http_request_seconds_count", left) in counters(client))
+        going.release()
+        client.until(lambda: beside(client, "search") == 0)
+        assert len(turns) == 2, "nothing is looked for that nobody waits for"
 
 
 def test_a_full_queue_is_told_to_come_later(held):
@@ -110,6 +236,9 @@ def test_a_full_queue_is_told_to_come_later(held):
     full = client.draw()
     assert (full.status, full.headers["retry-after"]) == (503, "1")
     assert "queue" in full.json["error"]
+    read = counters(client)
+    assert read["echogen_requests_total", (("outcome", "full"),)] == 1
+    assert read["echogen_requests_total", (("outcome", "refused"),)] == 0
     going.set()
     for thread in threads:
         thread.join()
@@ -127,6 +256,24 @@ def test_time_is_limited_by_who_asks_and_by_the_server(engine):
         send(connection, "POST", "/v1/images", {"layout": LAYOUT, "every": 15})
         name, data = next_event(connection.getresponse())
         assert (name, data["status"]) == ("error", 504)
+
+
+def test_a_step_that_does_not_end_holds_no_answer(held, monkeypatch):
+    """Whoever asks is told in time, and whoever watches the server that it stands still."""
+    client, going = held
+    connection = client.connect()
+    connection.timeout = 5
+    send(connection, "POST", "/v1/images", {"layout": LAYOUT, "timeout": 0.1})
+    late = connection.getresponse()
+    assert late.status == 504 and b"of 16 codes drawn; ask for less" in late.read()
+    assert client.ask("GET", "/health").status == 200, "a step may take some time"
+    monkeypatch.setattr(app, "STALLED", 0.05)
+    client.until(lambda: client.ask("GET", "/health").status == 503)
+    assert "a step takes" in client.ask("GET", "/health").json["error"]
+    going.set()
+    client.until(lambda: client.ask("GET", "/health").status == 200)
+    client.until(lambda: client.scheduler.metrics().expired == 1)
+    assert client.scheduler.metrics().live_slots == 0
 
 
 def test_an_error_is_of_who_it_is_of(engine, monkeypatch):

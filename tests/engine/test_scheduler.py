@@ -9,6 +9,7 @@ import threading
 import weakref
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from echogen.engine.serving import crowd as serving_crowd
 from echogen.engine.serving.crowd import Alone
 from echogen.engine.serving.request import Request
 from echogen.engine.serving.rows import PackedRows
-from echogen.engine.serving.scheduler import Scheduler
+from echogen.engine.serving.scheduler import PROMPTS, Scheduler
 from echogen.engine.serving.slots import row_counts
 from echogen.engine.serving.waiting import QueueFull, Waiting
 from echogen.engine.serving.worker import SchedulerClosed
@@ -232,6 +233,46 @@ def test_slots_of_an_ended_image_are_filled_at_the_next_step(engine):
     assert third.drawn == 2 and second.drawn < TOKENS
     finish(scheduler)
     assert scheduler.metrics().live_slots == 0
+
+
+def slow_prompts(scheduler: Scheduler, monkeypatch, now: list[float]) -> None:
+    """Let a token of a prompt take a second of the clock."""
+    right = scheduler._slots.run_prompt
+
+    def run_prompt(prompt, keep):
+        now[0] += len(prompt)
+        return right(prompt, keep)
+
+    monkeypatch.setattr(scheduler._slots, "run_prompt", run_prompt)
+
+
+def test_who_is_drawn_waits_for_few_prompts_between_two_codes(engine, monkeypatch):
+    now, heard = [0.0], []
+    scheduler = Scheduler(engine, slots=16, prompt_tokens=80, windows=False, clock=lambda: now[0])
+    slow_prompts(scheduler, monkeypatch, now)
+    scheduler.submit(ONE, 1, PLAIN, every=1, on_partial=lambda _: heard.append(now[0]))
+    scheduler.step()
+    others = [scheduler.submit(THREE, i, PLAIN) for i in range(15)]
+    finish(scheduler)
+    length = len(engine.prompts.l2i(THREE))
+    assert 15 * length > 3 * PROMPTS, "more than one step runs"
+    assert max(b - a for a, b in pairwise(heard)) < PROMPTS + length
+    assert all(other.result().shape == (1, TOKENS) for other in others)
+
+
+def test_time_runs_out_for_who_is_drawn_while_prompts_are_run(engine, monkeypatch):
+    now, late = [0.0], []
+    scheduler = Scheduler(engine, slots=2, prompt_tokens=80, windows=False, clock=lambda: now[0])
+    slow_prompts(scheduler, monkeypatch, now)
+    length = len(engine.prompts.l2i(ONE))
+    drawn = scheduler.submit(ONE, 1, PLAIN, timeout=1.5 * length)
+    drawn.future.add_done_callback(lambda _: late.append(now[0] - 1.5 * length))
+    others = [scheduler.submit(ONE, i, PLAIN) for i in (2, 3)]
+    scheduler.step()
+    with pytest.raises(TimeoutError, match="1 of 16 codes"):
+        drawn.result(0)
+    assert late == [0.5 * length], "behind the prompt that was being run"
+    assert [other.drawn for other in others] == [2, 2], "its slot was free for the next at once"
 
 
 def test_a_prompt_shared_by_samples_is_run_once(engine):

@@ -222,6 +222,21 @@ def test_a_callback_may_shut_down_who_steps_by_hand(scheduler, cancel):
     assert first.future.done() and second.future.done()
 
 
+def test_shutting_down_waits_no_longer_than_it_is_told_to(scheduler, monkeypatch):
+    right, going = getattr(scheduler._slots, stepping(scheduler)), threading.Event()
+
+    def held(*asked):
+        going.wait(30)
+        return right(*asked)
+
+    monkeypatch.setattr(scheduler._slots, stepping(scheduler), held)
+    request = scheduler.submit(LAYOUT, 1, PLAIN)
+    scheduler.start()
+    assert not scheduler.shutdown(timeout=0.05) and not request.future.done()
+    going.set()
+    assert scheduler.shutdown(timeout=30) and request.result(0).shape == (1, TOKENS)
+
+
 def test_what_cannot_be_awaited_is_told_all_the_same(scheduler):
     """Where an iterator runs out in a callback: asyncio takes no StopIteration and tells nobody."""
     parts = iter(())

@@ -1,0 +1,63 @@
+"""Connections that end: uvicorn waits without limit for a head to come, and for an answer to be
+read."""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from echogen.engine.http.middleware import SLOWEST
+
+
+class Connection(H11Protocol):
+    """Hangs up on whoever sends no whole head of a request, or reads nothing of an answer, in
+    ``SLOWEST`` seconds. (A body's time `middleware.Limited` watches, and that between requests
+    uvicorn itself.)"""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """See `asyncio.Protocol`, as of the others."""
+        super().connection_made(transport)
+        self._timers = dict[str, asyncio.TimerHandle]()
+        transport.set_write_buffer_limits(0)  # whatever is not read yet pauses writing
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._await_head()
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._await_reader()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._stop("reading")
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._stop("asking")
+        self._stop("reading")
+
+    def _await_head(self) -> None:
+        """Give the next head its time, from its first byte on; of a connection's first one, from
+        the beginning."""
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._stop("asking")
+        elif "asking" not in self._timers:
+            self._timers["asking"] = self.loop.call_later(SLOWEST, self.transport.close)
+
+    def _await_reader(self) -> None:
+        left = self.transport.get_write_buffer_size()
+
+        def look() -> None:
+            if self.transport.get_write_buffer_size() < left:
+                self._await_reader()  # slowly, but it is read
+            else:
+                self.transport.abort()
+
+        self._timers["reading"] = self.loop.call_later(SLOWEST, look)
+
+    def _stop(self, timer: str) -> None:
+        if timer in self._timers:
+            self._timers.pop(timer).cancel()
