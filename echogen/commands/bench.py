@@ -314,7 +314,7 @@ class BenchKernels:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure speed."""
+    """Measure speed, memory, gradients and quality; compare runs; write the tables of bench/README."""
 
     what: (
         Annotated[BenchEngine, tyro.conf.subcommand("engine")]

@@ -51,7 +51,7 @@ class Layouts:
     count: int = 1000
     """Layouts that the file shall hold (--from-llm)."""
     model: str | None = None
-    """The model's name at the endpoint."""
+    """The model's name at the endpoint; needed with --from-llm."""
     api_key_env: str | None = None
     """Environment variable that holds the key."""
     batch: int = 10

@@ -35,7 +35,7 @@ class BenchQuality:
     synergy and RL data, a cell (a run of at most 40 minutes on a CPU) after another."""
 
     recipe: str = "tiny"
-    """Which configuration."""
+    """Which configuration: tiny, small or janus_pro_1b."""
     seeds: int = 3
     """Seeds 0 … n − 1 of every arm."""
     table: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

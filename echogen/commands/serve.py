@@ -43,17 +43,16 @@ class Serve:
     memory: float | None = None
     """GiB to plan with; most of what is free, where the system says how much, if left out."""
     queue: int = 256
-    """Requests to draw that may wait; who comes when as many do is told 503."""
+    """Requests that may wait to be drawn; further ones are answered 503."""
     searches: int = 16
-    """The same of pictures to find objects in, of which one is read at a time; drawings that are
-    being checked count."""
+    """Pictures that may wait to be searched, one at a time; drawings that are being checked count."""
     timeout: float = 60.0
     """Seconds that an answer may take, waiting included."""
     keep_alive: int = 75
     """Seconds that an idle connection is kept open; more than the balancer before it does."""
     invariant: bool = False
     """A request draws the same codes, bit for bit, alone and in any crowd; images alone take
-    longer."""
+    longer, except in C++ (float32 on a CPU), where it holds anyway."""
     engine: ModelOptions = field(default_factory=ModelOptions)
 
     def run(self) -> None:

@@ -57,7 +57,7 @@ class RunOptions:
     out: Path
     """Folder of the run; the model ends in its model/."""
     recipe: str = "tiny"
-    """Which configuration."""
+    """Which configuration: tiny, small or janus_pro_1b."""
     steps: int | None = None
     """Optimizer steps, in place of the recipe's."""
     batch: int | None = None
@@ -65,7 +65,8 @@ class RunOptions:
     accumulate: int | None = None
     """Parts in which a step's batch goes through the model: less memory, the same step."""
     checkpoint_activations: bool = False
-    """Run each decoder block again in the backward pass instead of keeping what it made."""
+    """Run each decoder block again in the backward pass instead of keeping what it made (not for
+    vq)."""
     ema: float | None = None
     """Decay (0.999, say) of an average of the weights, which is then evaluated and exported."""
     float32: bool = False
@@ -77,7 +78,8 @@ class RunOptions:
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
     """How torchrun's processes share the weights: all in each (ddp, auto) or a slice (fsdp)."""
     lora: int = 0
-    """Rank of adapters to train in place of the weights; 0: the weights. Needs peft."""
+    """Rank of adapters to train in place of the weights; 0: the weights. Needs peft (not
+    for vq)."""
     resume: bool = False
     """Go on with the run in --out, from its last checkpoint, with the settings it began with."""
     repeat: Annotated[Path | None, tyro.conf.arg(metavar="DUMP")] = None
