@@ -314,7 +314,7 @@ class BenchKernels:
 
 @dataclass(frozen=True)
 class Bench:
-    """Measure speed, memory, gradients and quality; compare runs; write the tables of bench/README."""
+    """Measure speed, memory, gradients and quality; compare two runs; report what is recorded."""
 
     what: (
         Annotated[BenchEngine, tyro.conf.subcommand("engine")]

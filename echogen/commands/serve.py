@@ -45,7 +45,7 @@ class Serve:
     queue: int = 256
     """Requests that may wait to be drawn; further ones are answered 503."""
     searches: int = 16
-    """Pictures that may wait to be searched, one at a time; drawings that are being checked count."""
+    """Pictures that may wait to be searched, one at a time; checks of drawings count."""
     timeout: float = 60.0
     """Seconds that an answer may take, waiting included."""
     keep_alive: int = 75
