@@ -148,6 +148,7 @@ def _on_cuda(
 ) -> Callable[..., Any]:
     """The CUDA kernel of an operator. One in CUDA C++ falls back to its reference where it cannot
     be loaded, and says so once: a service then runs slower, but it runs."""
+    source = _source(reference.__module__)
 
     def in_torch(*arguments: Any) -> Any:
         return _exactly(reference, "cuda", arguments)
@@ -158,12 +159,13 @@ def _on_cuda(
         return launcher
 
     def on_cuda(*arguments: Any) -> Any:
-        if loader.loadable():
+        device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+        why = loader.unusable(source, device)
+        if why is None:
             return launcher(*arguments)
+        mend = "" if loader.loadable() else f" ({loader.INSTALL})"
         # Python shows a warning once for each place in the code and text.
-        warnings.warn(
-            f"{name} runs on plain torch: {loader.unloadable()} ({loader.INSTALL})", stacklevel=2
-        )
+        warnings.warn(f"{name} runs on plain torch: {why}{mend}", stacklevel=2)
         return in_torch(*arguments)
 
     return on_cuda
@@ -177,4 +179,9 @@ def implementation(name: str, device: str) -> str:
         return f"{kind}, interpreted" if INTERPRETED and kind == "Triton" else "reference"
     if FORCE_REFERENCE:
         return "reference (forced)"
-    return kind if kind == "Triton" else loader.status(operator.module.rpartition(".")[2])
+    return kind if kind == "Triton" else loader.status(_source(operator.module))
+
+
+def _source(module: str) -> str:
+    """The file in CUDA C++ that an operator's module launches, which bears its name."""
+    return module.rpartition(".")[2]
