@@ -162,6 +162,11 @@ def _rope_cache_kernel(
         )  # fmt: skip
 
 
+def _double(q: Tensor, k: Tensor) -> bool:
+    """Not a type to train in: kernels calculate in float32, and the reference in float64."""
+    return torch.float64 in (q.dtype, k.dtype)
+
+
 def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
@@ -175,6 +180,8 @@ def _tiles(q_heads: int, k_heads: int, width: int) -> dict[str, int]:
 
 
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    if _double(q, k):
+        return reference.rope(q, k, cos, sin, inverse)
     rows, length, q_heads, width = q.shape
     k_heads = k.shape[2]
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
@@ -190,6 +197,8 @@ def _launch_cache(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
     slots: Tensor, scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    if _double(q, k):
+        return reference.rope_cache(q, k, v, cos, sin, keys, values, slots, scales)
     rows, length, q_heads, width = q.shape
     k_heads = k.shape[2]
     q_out, apart = q.new_empty(q.shape), 0
