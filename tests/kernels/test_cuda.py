@@ -46,6 +46,10 @@ def test_no_kernel_spills_and_all_that_launchers_name_are_there(source, arch):
         assert all(r.wide_access_share > 0.3 for r in rows)
 
 
+def test_what_is_compiled_to_be_looked_at_is_what_is_built():
+    assert f"-fatbin {' '.join(nvcc.OPTIONS)} " in (ROOT / "CMakeLists.txt").read_text()
+
+
 @needs_nvcc
 def test_what_does_not_compile_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(nvcc, "FOLDER", tmp_path)
