@@ -661,28 +661,3 @@ def _check_prefix(
     if lengths is not None:
         checks.check_shape("prefix_lengths", lengths, (len(keys),))
     checks.check_not_empty(prefix_keys=keys)
-
-
-def bytes_read(
-    query: Tensor,
-    keys: Tensor,
-    lengths: Tensor,
-    prefix_keys: Tensor | None = None,
-    prefix_lengths: Tensor | None = None,
-    groups: Tensor | None = None,
-) -> int:
-    """Least memory traffic of a `decode_attention` call, in bytes: keys and values held, those of
-    every prefix in use once, the query, and the result written.
-
-    For benchmarks: it waits for the device.
-    """
-    tokens = int(lengths.clamp(0, keys.shape[2]).sum())
-    if prefix_keys is not None and groups is not None:
-        count, _, capacity, _ = prefix_keys.shape
-        held = torch.full((count,), capacity) if prefix_lengths is None else prefix_lengths.cpu()
-        used = torch.isin(torch.arange(count), groups.cpu())
-        tokens += int(held.clamp(0, capacity)[used].sum())
-    heads, width = keys.shape[1], keys.shape[3]
-    # 8 bits come with a float32 scale for each head of a token.
-    head = width * keys.element_size() + (4 if keys.element_size() == 1 else 0)
-    return 2 * (tokens * heads * head + query.numel() * query.element_size())

@@ -12,7 +12,6 @@ from echogen.kernels import decode_attention as module
 from echogen.kernels import dispatch
 from echogen.kernels.decode_attention import (
     Splits,
-    bytes_read,
     decode_attention,
     decode_members,
 )
@@ -316,22 +315,6 @@ def test_the_kernels_are_entered(generator, device, launched, monkeypatch):
     for _ in range(3):
         decode_attention(*inputs, None, *shared, order)
     assert launched["_decode_members_kernel"] == 1 and launched["_decode_shared_kernel"] == 3
-
-
-def test_bytes_read():
-    query, keys = torch.zeros(3, 4, 16), torch.zeros(3, 2, 9, 16)
-    lengths = torch.tensor([9, 0, 12])
-    token, rows = 2 * 2 * 16 * 4, 2 * 3 * 4 * 16 * 4
-    assert bytes_read(query, keys, lengths) == 18 * token + rows
-    prefix_keys, groups = torch.zeros(3, 2, 7, 16), torch.tensor([2, 0, 2])
-    assert bytes_read(query, keys, lengths, prefix_keys, None, groups) == 32 * token + rows
-    held = torch.tensor([1, 5, 2])
-    found = bytes_read(query, keys, lengths, prefix_keys, held, groups)
-    assert found == 21 * token + rows
-    halves = bytes_read(query.half(), keys.half(), lengths)
-    assert halves == (18 * token + rows) // 2
-    eighth = bytes_read(query.half(), keys.to(torch.float8_e4m3fn), lengths)
-    assert eighth == 18 * 2 * 2 * (16 + 4) + rows // 2, "a number is one byte, a scale four"
 
 
 def test_bad_arguments(device):
