@@ -100,7 +100,8 @@ def _double(x: Tensor, weight: Tensor) -> bool:
 def _tile(width: int) -> dict[str, int]:
     """Launch constants for rows of this width."""
     columns = triton.next_power_of_2(width)
-    # 16 elements a thread; 32 of a row of 8192 would spill where the width is no multiple of 16.
+    # 16 elements a thread, but 8 of a row above 4096: there backward would spill with 16 where the
+    # width is no multiple of 16, up to 56 bytes (Triton 3.9; with 8 up to 24, in bfloat16).
     warps = min(32, max(4, columns // (512 if columns <= 4096 else 256)))
     return {"ROWS": max(1, TILE // columns), "COLUMNS": columns, "num_warps": warps}
 
