@@ -37,10 +37,10 @@ LEAST_K = 8 if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9
 def _tile(width: int, rows: int, forward: bool, half: bool) -> dict[str, int]:
     """Rows and codes of a tile and warps that share it: few instructions an element in registers
     that do not spill on sm_80 to sm_100, as `echogen bench compile` reads them for 8 numbers a
-    code. Forward over many rows of half floats takes 80 a thread (126 on sm_80): each of its 256
-    numbers of the dot has a thread of its own, where 16 rows on eight warps make each twice.
-    Otherwise forward takes 70 to 80. Backward takes 96 to 114 (128 on sm_80 in bfloat16). Which is
-    fastest, only a GPU can tell."""
+    code, with targets, from Triton 3.9. Forward over many rows of half floats takes 80 a thread (72
+    on sm_80): each of its 256 numbers of the dot has a thread of its own, where 16 rows on eight
+    warps make each twice. Otherwise forward takes 64 to 80. Backward takes 96 to 114 (128 on sm_80
+    in bfloat16). Which is fastest, only a GPU can tell."""
     if width <= 16 and forward:
         tile = (32, 32, 4) if half and rows >= MANY else (ROWS, 128, 8)
     elif width <= 16:
