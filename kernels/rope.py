@@ -313,7 +313,7 @@ def rope_cache(
     Args:
         q, k, cos, sin: as for `rope`; no gradients.
         v: float [B, L, H_k, K], strides as for q.
-        keys, values: float [B, H_k, S, K], contiguous; written in their own type. With scales
+        keys, values: [B, H_k, S, K], contiguous; written; of k's and v's types, with scales
             float8_e4m3fn.
         slots: int64 [B, L], where in S each token goes. A slot outside 0 … S − 1 writes nothing
             (padding); of one that occurs twice in a row what it holds is undefined.
@@ -330,6 +330,9 @@ def rope_cache(
     _check(q, k, cos, sin, v)
     rows, length, heads, width = k.shape
     checks.check_scales("scales", scales, keys=keys, values=values)
+    for name, cache, of, new in (("keys", keys, "k", k), ("values", values, "v", v)):
+        if scales is None and cache.dtype != new.dtype:
+            raise TypeError(f"{name} is {cache.dtype} and {of} {new.dtype}; make them the same")
     checks.check_shape("keys", keys, (rows, heads, None, width))
     checks.check_shape("values", values, keys.shape)
     if slots.dtype != torch.int64:

@@ -267,6 +267,8 @@ def test_bad_arguments(device):
         ({"values": cache[:, :, :4]}, "values has shape"),
         ({"keys": cache.repeat(1, 1, 2, 1)[:, :, ::2]}, "keys has strides"),
         ({"values": cache.int()}, "values is torch.int32"),
+        ({"keys": cache.half()}, "keys is torch.float16 and k torch.float32; make them the same"),
+        ({"v": k.half()}, "values is torch.float32 and v torch.float16"),
         ({"slots": slots.int()}, "slots is torch.int32"),
         ({"slots": slots[:1]}, "slots has shape"),
     ]:
