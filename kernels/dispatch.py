@@ -69,16 +69,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
+def recorded(on: loader.Gpu = loader.H200) -> Iterator[list[Launch]]:
     """Record launches instead of making them, also those of operators called on CPU tensors: for
-    ahead-of-time compilation, and for counting what a launcher allocates without a GPU. The
-    operators' results are then uninitialised memory."""
+    ahead-of-time compilation, and for counting what a launcher allocates without a GPU. Launchers
+    are told that they launch on ``on``. The operators' results are then uninitialised memory."""
     global _recorded
     before, _recorded = _recorded, []
+    told = loader.RECORDED_FOR.set(on)
     try:
         yield _recorded
     finally:
         _recorded = before
+        loader.RECORDED_FOR.reset(told)
 
 
 @dataclass(frozen=True)

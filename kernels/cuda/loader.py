@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 from collections import defaultdict
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -51,13 +52,19 @@ class Gpu:
 
 
 H200 = Gpu(132, 232448)
+GPUS = {"sm_80": Gpu(108, 166912), "sm_90": H200, "sm_100": Gpu(148, 232448)}
+"""An A100, an H200 and a B200, by their architectures."""
+RECORDED_FOR = ContextVar("recorded_for", default=H200)
+
+
+def gpu(device: torch.device) -> Gpu:
+    """The device a launch is for; where it is none, what launches are recorded for: an H200, unless
+    `echogen.kernels.dispatch.recorded` was told otherwise."""
+    return _properties(device) if device.type == "cuda" else RECORDED_FOR.get()
 
 
 @cache
-def gpu(device: torch.device) -> Gpu:
-    """The device a launch is for; an H200 where it is none, as in launches that are recorded."""
-    if device.type != "cuda":
-        return H200
+def _properties(device: torch.device) -> Gpu:
     found = torch.cuda.get_device_properties(device)
     shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in the stubs
     return Gpu(found.multi_processor_count, shared)
