@@ -14,7 +14,7 @@ from echogen.engine.ranges import span
 from echogen.engine.rollout import Drawing, draw, ground
 from echogen.engine.sampler import Sampling
 from echogen.kernels.cycle_reward import CycleReward, cycle_reward
-from echogen.kernels.grpo import Mode
+from echogen.kernels.group_advantage import Mode
 
 
 @dataclass(frozen=True)

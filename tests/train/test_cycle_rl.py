@@ -16,7 +16,7 @@ from echogen.engine.layout import LayoutError
 from echogen.engine.prompt import PromptError, TextualCodec
 from echogen.engine.rollout import ground
 from echogen.engine.sampler import Sampling
-from echogen.kernels.grpo import group_advantage
+from echogen.kernels.group_advantage import group_advantage
 from echogen.train import cycle_rl, keys
 from echogen.train.config import CycleRLConfig
 from echogen.train.credit import by_image
