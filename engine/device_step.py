@@ -19,7 +19,7 @@ from echogen.engine.graphs import Step as Run
 from echogen.engine.graphs import bucket
 from echogen.engine.sampler import Drawn, Sampler
 from echogen.kernels.checks import FP8, device_seed
-from echogen.kernels.decode_attention import decode_members
+from echogen.kernels.decode_members import decode_members
 from echogen.kernels.overlap import overlapping
 from echogen.kernels.reference.sampling import COLDEST, branches, mixed, truncated
 from echogen.kernels.rope import scaled_heads
