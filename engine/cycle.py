@@ -12,7 +12,7 @@ from torch import Tensor
 from echogen.engine.layout import Box, Layout
 from echogen.engine.ranges import span
 from echogen.kernels.boxes import box_reward
-from echogen.kernels.grpo import group_advantage
+from echogen.kernels.group_advantage import group_advantage
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from echogen.kernels.cuda.loader import CudaKernel
+from echogen.kernels.cuda.loader import GPUS, H200, CudaKernel, Gpu
 from echogen.kernels.dispatch import INTERPRETED, Launch, recorded
 
 TYPES = {
@@ -73,6 +73,11 @@ def target_of(arch: str) -> GPUTarget:
     if re.fullmatch(r"gfx\w+", arch):
         return GPUTarget("hip", arch, 64)
     raise ValueError(f"arch = {arch!r}; write sm_NN for NVIDIA, gfxNNN for AMD")
+
+
+def gpu_of(arch: str) -> Gpu | None:
+    """The GPU that an architecture is compiled for; None where launchers know of none."""
+    return GPUS.get(arch.removesuffix("a"))
 
 
 class OnAnyDevice(TorchDispatchMode):
@@ -162,11 +167,11 @@ class Source:
         return Compiled(name, arch, shared_bytes=made.metadata.shared, **read)
 
 
-def launches(call: Callable[[], Any]) -> list[Launch]:
-    """What ``call`` launches in Triton when it runs operators on meta or CPU tensors, backward
-    included; launches of a kernel that compile to the same code are kept once."""
+def launches(call: Callable[[], Any], on: Gpu = H200) -> list[Launch]:
+    """What ``call`` launches in Triton on a GPU when it runs operators on meta or CPU tensors,
+    backward included; launches of a kernel that compile to the same code are kept once."""
     entered: AbstractContextManager[Any] = OnAnyDevice()
-    with recorded() as found, entered:
+    with recorded(on) as found, entered:
         call()
     unique: dict[str, Launch] = {}
     for launch in found:
@@ -181,14 +186,11 @@ def compile_launch(launch: Launch, arch: str) -> Compiled:
 
 
 def compile_all(
-    sources: Sequence[Source],
-    arches: Sequence[str],
+    asked: Sequence[tuple[Source, str]],
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Compiled]:
-    """Every source for every architecture that has its types, source by source, in that many
-    processes."""
-    asked = [(source, arch) for source in sources for arch in arches if source.runs_on(arch)]
+    """Every source for the architecture beside it, in that many processes."""
     found: dict[int, Compiled] = {}
     if processes < 2 or len(asked) < 2:
         for i, (source, arch) in enumerate(asked):

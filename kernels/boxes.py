@@ -15,7 +15,7 @@ from torch import Tensor
 
 from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
-from echogen.kernels.grpo import tree_sum
+from echogen.kernels.group_advantage import tree_sum
 from echogen.kernels.reference import boxes as reference
 
 BOXES, TILE = 16, 128  # boxes of a sample at a time; boxes of a tile of samples

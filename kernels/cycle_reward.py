@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from echogen.kernels import boxes, checks, grpo
+from echogen.kernels import boxes, checks, group_advantage
 from echogen.kernels.boxes import (
     check_targets,
     coordinates,
@@ -24,7 +24,7 @@ from echogen.kernels.boxes import (
     store_reward,
 )
 from echogen.kernels.dispatch import launch, operator
-from echogen.kernels.grpo import advantages
+from echogen.kernels.group_advantage import advantages
 from echogen.kernels.reference import cycle_reward as reference
 from echogen.kernels.reference.boxes import wide
 
@@ -96,7 +96,7 @@ def _launch(
     launch(
         _cycle_reward_kernel, (layouts,), tokens, target, mask, *made, flat, samples, count,
         first_location, bins, w_iou, w_l1, eps, MODE=mode, SAMPLES=high, BOXES=across,
-        GROUP=grpo.samples_block(samples), num_warps=warps, enable_fp_fusion=False,
+        GROUP=group_advantage.samples_block(samples), num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return (*made, flat)  # type: ignore[return-value]
 
@@ -147,7 +147,7 @@ def cycle_reward(
     bins: int,
     w_iou: float = 0.5,
     w_l1: float = 0.5,
-    mode: grpo.Mode = "grpo",
+    mode: group_advantage.Mode = "grpo",
     eps: float = 1e-6,
 ) -> CycleReward:
     """Score the answers of grounding branches (EchoGen, arXiv 2603.18001, stage 3).
@@ -179,7 +179,7 @@ def cycle_reward(
     checks.check_contiguous(tokens=tokens)
     check_targets(target, mask, tokens.shape[0], tokens.shape[2], w_iou, w_l1)
     checks.check_same_device(tokens=tokens, target=target, mask=mask)
-    grpo.check_mode(mode, eps)
+    group_advantage.check_mode(mode, eps)
     if not 0 <= first_location < 1 << 31:
         raise ValueError(f"first_location = {first_location}; it must be in 0 … 2^31 - 1")
     if not 2 <= bins <= 1 << 24:

@@ -30,6 +30,13 @@ import triton.language as tl
 from torch import Tensor
 
 from echogen.kernels import checks
+from echogen.kernels.decode_members import (
+    ROWS,
+    check_heads,
+    check_order,
+    launch_members,
+    members_of,
+)
 from echogen.kernels.dispatch import INTERPRETED, launch, operator
 from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.reference import decode_attention as reference
@@ -75,16 +82,11 @@ HALF = Tiles(keys=64, warps=4, stages=3)
 EIGHT = Tiles(keys=64, warps=4, stages=3)
 # float32 has no tensor cores: larger tiles than these spill registers.
 SINGLE, SINGLE_NARROW = Tiles(16, 4, 3), Tiles(32, 4, 3)
-# Query rows of a tile, of one sequence or of several that share a prefix: the least that tl.dot
-# takes. With 32 for prefixes two programs fit a multiprocessor instead of three (78 KB of shared
-# memory instead of 72, 128 wide); larger groups read their prefix again, out of the L2 cache.
-ROWS = 16
 # Times the weight and scale of a value: scales are a 448th of numbers that are about 1, and what is
 # small beside that should not vanish in float16.
 WEIGHED = tl.constexpr(64.0)
 MERGED = 8  # partials in flight a row while merging
-SCANNED = 1024  # sequences looked at in one go when members are gathered
-MOST_WIDE, MOST_SHARED = 128, ROWS
+MOST_WIDE = 128
 
 
 @triton.jit
@@ -196,39 +198,6 @@ def _keep_partial(
     tl.store(totals_ptr + place, total, mask=inside)
     keep = (inside & (total != 0))[:, None] & (c < WIDTH)[None, :]
     tl.store(sums_ptr + place[:, None] * WIDTH + c[None, :], sums, mask=keep)
-
-
-@triton.jit
-def _decode_members_kernel(
-    groups_ptr, order_ptr, sequences, prefixes, slots,
-    MEMBERS: tl.constexpr, SCANNED: tl.constexpr,
-):  # fmt: skip
-    """One prefix: its sequences in their order, and its tiles (prefix, first, end of the order),
-    which lie behind the order.
-
-    Prefix p with ``start`` sequences before it has slots from ``start // MEMBERS + p`` on: never
-    fewer than its tiles, known without the other prefixes, and B // MEMBERS + P in all.
-    """
-    prefix, i, tiles_ptr = tl.program_id(0), tl.arange(0, SCANNED), order_ptr + sequences
-    start, end = 0, 0
-    for first in range(0, sequences, SCANNED):
-        group = tl.load(groups_ptr + first + i, mask=first + i < sequences, other=-1)
-        start += tl.sum(((group >= 0) & (group < prefix)).to(tl.int32), 0)
-        end += tl.sum(((group >= 0) & (group <= prefix)).to(tl.int32), 0)
-    seen = start
-    for first in range(0, sequences, SCANNED):
-        group = tl.load(groups_ptr + first + i, mask=first + i < sequences, other=-1)
-        mine = (group == prefix).to(tl.int32)
-        tl.store(order_ptr + seen + tl.cumsum(mine, 0) - 1, first + i, mask=mine > 0)
-        seen += tl.sum(mine, 0)
-    slot = start // MEMBERS + prefix
-    stop = tl.where(prefix == prefixes - 1, slots, end // MEMBERS + prefix + 1)
-    for first in range(slot, stop, SCANNED):
-        at = start + (first - slot + i) * MEMBERS
-        place, keep = tiles_ptr + 3 * (first + i), first + i < stop
-        tl.store(place, tl.zeros_like(i) + prefix, mask=keep)
-        tl.store(place + 1, tl.minimum(at, end), mask=keep)
-        tl.store(place + 2, tl.minimum(at + MEMBERS, end), mask=keep)
 
 
 @triton.jit
@@ -367,28 +336,6 @@ def _tiles(query: Tensor, keys: Tensor) -> Tiles:
     return SINGLE_NARROW if query.shape[-1] <= 64 else SINGLE
 
 
-def _members(query: Tensor, kv_heads: int) -> int:
-    """Sequences whose queries fill a prefix's tile."""
-    return ROWS // (query.shape[1] // kv_heads)
-
-
-def _order_size(sequences: int, prefixes: int, members: int) -> int:
-    """Numbers of an order: the sequences', and three of every slot for a tile."""
-    return sequences + 3 * (sequences // members + prefixes)
-
-
-def _launch_members(groups: Tensor, prefixes: int, members: int) -> Tensor:
-    sequences = len(groups)
-    size = _order_size(sequences, prefixes, members)
-    order = torch.empty(size, dtype=torch.int32, device=groups.device)
-    launch(
-        _decode_members_kernel, (prefixes,), groups, order, sequences, prefixes,
-        sequences // members + prefixes, MEMBERS=members,
-        SCANNED=min(SCANNED, triton.next_power_of_2(sequences)), num_warps=4,
-    )  # fmt: skip
-    return order
-
-
 def _apart(scales: Tensor | None) -> int:
     """From a key's scale to its value's."""
     return 0 if scales is None else scales.stride(0)
@@ -427,7 +374,7 @@ def _launch(
     prefixes, splits, before = 0, SPLITS.of(places, capacity), 0
     if prefix_keys is not None:
         prefixes, _, length, _ = prefix_keys.shape
-        members = _members(query, kv_heads)
+        members = members_of(query, kv_heads)
         used = max(prefixes, triton.cdiv(sequences, members))
         before = SPLITS.of(used * kv_heads, length)
     parts = before + splits
@@ -443,7 +390,7 @@ def _launch(
     else:
         if order is None:
             assert groups is not None, "the public function sees to it"
-            order = _launch_members(groups, prefixes, members)
+            order = launch_members(groups, prefixes, members)
         slots = sequences // members + prefixes
         launch(
             _decode_shared_kernel, (slots * kv_heads * before + places * splits,), query, keys,
@@ -481,11 +428,6 @@ def _decode_attention(
     )  # fmt: skip
 
 
-@operator("decode_members", _launch_members)
-def _decode_members(groups: Tensor, prefixes: int, members: int) -> Tensor:
-    return reference.decode_members(groups, prefixes, members)
-
-
 @_decode_attention.register_fake
 def _fake(
     query: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, scale: float,
@@ -494,12 +436,6 @@ def _fake(
     prefix_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(query)
-
-
-@_decode_members.register_fake
-def _fake_members(groups: Tensor, prefixes: int, members: int) -> Tensor:
-    size = _order_size(len(groups), prefixes, members)
-    return groups.new_empty(size, dtype=torch.int32)
 
 
 def decode_attention(
@@ -575,11 +511,11 @@ def decode_attention(
     checks.check_shape("lengths", lengths, (sequences,))
     checks.check_not_empty(query=query, keys=keys)
     kv_heads = keys.shape[1]
-    _check_heads(heads, kv_heads)
+    check_heads(heads, kv_heads)
     if width > MOST_WIDE:
         raise ValueError(f"query is {width} wide; the kernel holds up to {MOST_WIDE}")
     _check_prefix(prefix_keys, prefix_values, prefix_lengths, groups, query, kv_heads)
-    _check_order(order, query, prefix_keys)
+    check_order(order, query, prefix_keys)
     factors = checks.halves("scales", scales) | checks.halves("prefix_scales", prefix_scales)
     checks.check_contiguous(**floats, **integers, **factors)
     checks.check_same_device(**floats, **integers, **factors)
@@ -590,55 +526,6 @@ def decode_attention(
         query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups,
         order, scales, prefix_scales,
     )  # fmt: skip
-
-
-def decode_members(groups: Tensor, query: Tensor, prefix_keys: Tensor) -> Tensor:
-    """The ``order`` of a `decode_attention` call, found once for all layers and steps in which the
-    groups are the same: a launch less for each.
-
-    Args:
-        groups: int64 or int32 [B], contiguous, as there.
-        query, prefix_keys: [B, H, K] and [P, Hk, Sp, K], read for their shapes and type alone.
-
-    Returns:
-        int32 [B + 3·n]: the sequences by prefix, in their order, and n tiles of them, each a
-        prefix with the places of its first sequence and of the one behind its last.
-
-    Raises:
-        ValueError: shapes, devices or strides that do not fit.
-        TypeError: groups that hold no integers.
-    """
-    checks.check_integers(groups=groups)
-    checks.check_shape("query", query, (None, None, None))
-    checks.check_shape("prefix_keys", prefix_keys, (None, None, None, query.shape[2]))
-    checks.check_not_empty(query=query, prefix_keys=prefix_keys)
-    checks.check_shape("groups", groups, (len(query),))
-    checks.check_contiguous(groups=groups)
-    checks.check_same_device(groups=groups, query=query, prefix_keys=prefix_keys)
-    prefixes, kv_heads, *_ = prefix_keys.shape
-    _check_heads(query.shape[1], kv_heads)
-    made: Tensor = _decode_members(groups, prefixes, _members(query, kv_heads))
-    return made
-
-
-def _check_heads(heads: int, kv_heads: int) -> None:
-    if heads % kv_heads or heads // kv_heads > MOST_SHARED:
-        raise ValueError(
-            f"query has {heads} heads and keys {kv_heads}; the query's must be the keys' times "
-            f"1 … {MOST_SHARED}"
-        )
-
-
-def _check_order(order: Tensor | None, query: Tensor, prefix_keys: Tensor | None) -> None:
-    if order is None:
-        return
-    if prefix_keys is None:
-        raise ValueError("order is given without a prefix, which it is about")
-    prefixes, kv_heads, *_ = prefix_keys.shape
-    size = _order_size(len(query), prefixes, _members(query, kv_heads))
-    checks.check_shape("order", order, (size,))
-    if order.dtype != torch.int32:
-        raise TypeError(f"order is {order.dtype}; it must be int32, as decode_members makes it")
 
 
 def _check_prefix(
@@ -661,28 +548,3 @@ def _check_prefix(
     if lengths is not None:
         checks.check_shape("prefix_lengths", lengths, (len(keys),))
     checks.check_not_empty(prefix_keys=keys)
-
-
-def bytes_read(
-    query: Tensor,
-    keys: Tensor,
-    lengths: Tensor,
-    prefix_keys: Tensor | None = None,
-    prefix_lengths: Tensor | None = None,
-    groups: Tensor | None = None,
-) -> int:
-    """Least memory traffic of a `decode_attention` call, in bytes: keys and values held, those of
-    every prefix in use once, the query, and the result written.
-
-    For benchmarks: it waits for the device.
-    """
-    tokens = int(lengths.clamp(0, keys.shape[2]).sum())
-    if prefix_keys is not None and groups is not None:
-        count, _, capacity, _ = prefix_keys.shape
-        held = torch.full((count,), capacity) if prefix_lengths is None else prefix_lengths.cpu()
-        used = torch.isin(torch.arange(count), groups.cpu())
-        tokens += int(held.clamp(0, capacity)[used].sum())
-    heads, width = keys.shape[1], keys.shape[3]
-    # 8 bits come with a float32 scale for each head of a token.
-    head = width * keys.element_size() + (4 if keys.element_size() == 1 else 0)
-    return 2 * (tokens * heads * head + query.numel() * query.element_size())

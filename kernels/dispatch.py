@@ -69,16 +69,18 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 @contextmanager
-def recorded() -> Iterator[list[Launch]]:
+def recorded(on: loader.Gpu = loader.H200) -> Iterator[list[Launch]]:
     """Record launches instead of making them, also those of operators called on CPU tensors: for
-    ahead-of-time compilation, and for counting what a launcher allocates without a GPU. The
-    operators' results are then uninitialised memory."""
+    ahead-of-time compilation, and for counting what a launcher allocates without a GPU. Launchers
+    are told that they launch on ``on``. The operators' results are then uninitialised memory."""
     global _recorded
     before, _recorded = _recorded, []
+    told = loader.RECORDED_FOR.set(on)
     try:
         yield _recorded
     finally:
         _recorded = before
+        loader.RECORDED_FOR.reset(told)
 
 
 @dataclass(frozen=True)
@@ -148,6 +150,7 @@ def _on_cuda(
 ) -> Callable[..., Any]:
     """The CUDA kernel of an operator. One in CUDA C++ falls back to its reference where it cannot
     be loaded, and says so once: a service then runs slower, but it runs."""
+    source = _source(reference.__module__)
 
     def in_torch(*arguments: Any) -> Any:
         return _exactly(reference, "cuda", arguments)
@@ -158,12 +161,13 @@ def _on_cuda(
         return launcher
 
     def on_cuda(*arguments: Any) -> Any:
-        if loader.loadable():
+        device = next(a.device for a in arguments if isinstance(a, torch.Tensor))
+        why = loader.unusable(source, device)
+        if why is None:
             return launcher(*arguments)
+        mend = "" if loader.loadable() else f" ({loader.INSTALL})"
         # Python shows a warning once for each place in the code and text.
-        warnings.warn(
-            f"{name} runs on plain torch: {loader.unloadable()} ({loader.INSTALL})", stacklevel=2
-        )
+        warnings.warn(f"{name} runs on plain torch: {why}{mend}", stacklevel=2)
         return in_torch(*arguments)
 
     return on_cuda
@@ -177,4 +181,9 @@ def implementation(name: str, device: str) -> str:
         return f"{kind}, interpreted" if INTERPRETED and kind == "Triton" else "reference"
     if FORCE_REFERENCE:
         return "reference (forced)"
-    return kind if kind == "Triton" else loader.status(operator.module.rpartition(".")[2])
+    return kind if kind == "Triton" else loader.status(_source(operator.module))
+
+
+def _source(module: str) -> str:
+    """The file in CUDA C++ that an operator's module launches, which bears its name."""
+    return module.rpartition(".")[2]

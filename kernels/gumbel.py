@@ -17,12 +17,12 @@ import triton.language as tl
 from torch import Tensor
 
 from echogen.kernels import checks
+from echogen.kernels.codebook_grad import codebook_grad
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.philox import gumbel_tile
 from echogen.kernels.reference import gumbel as reference
 
 ROWS = 16  # of a tile of [N, V] at least: they let a tile of codes be reused by one tl.dot
-SEGMENT = 256  # rows of one code that are summed at once: most tokens may be of one, background
 WARPS, LEAST, MOST_SPLITS = 3168, 1024, 8
 """A forward pass cuts the codes of its rows among several programs where there are few rows: up to
 24 warps for each of an H200's 132 multiprocessors, as many as fit by registers, each program with
@@ -37,10 +37,10 @@ LEAST_K = 8 if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9
 def _tile(width: int, rows: int, forward: bool, half: bool) -> dict[str, int]:
     """Rows and codes of a tile and warps that share it: few instructions an element in registers
     that do not spill on sm_80 to sm_100, as `echogen bench compile` reads them for 8 numbers a
-    code. Forward over many rows of half floats takes 80 a thread (126 on sm_80): each of its 256
-    numbers of the dot has a thread of its own, where 16 rows on eight warps make each twice.
-    Otherwise forward takes 70 to 80. Backward takes 96 to 114 (128 on sm_80 in bfloat16). Which is
-    fastest, only a GPU can tell."""
+    code, with targets, from Triton 3.9. Forward over many rows of half floats takes 80 a thread (72
+    on sm_80): each of its 256 numbers of the dot has a thread of its own, where 16 rows on eight
+    warps make each twice. Otherwise forward takes 64 to 80. Backward takes 96 to 114 (128 on sm_80
+    in bfloat16). Which is fastest, only a GPU can tell."""
     if width <= 16 and forward:
         tile = (32, 32, 4) if half and rows >= MANY else (ROWS, 128, 8)
     elif width <= 16:
@@ -274,24 +274,6 @@ def _gumbel_st_backward_kernel(
     tl.store(out_ptr + place, grad, mask=keep)
 
 
-@triton.jit
-def _codebook_grad_kernel(
-    d_embed_ptr, order_ptr, starts_ptr, out_ptr,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, SEGMENT: tl.constexpr,
-):  # fmt: skip
-    """One code: the sum over its rows, always in the same order, so that a rerun is identical."""
-    code, c = tl.program_id(0), tl.arange(0, PADDED)
-    start, end = tl.load(starts_ptr + code), tl.load(starts_ptr + code + 1)
-    total = tl.zeros([PADDED], tl.float32)
-    for first in range(start, end, SEGMENT):
-        i = first + tl.arange(0, SEGMENT)
-        row = tl.load(order_ptr + i, mask=i < end, other=0)
-        keep = (i < end)[:, None] & (c < WIDTH)[None, :]
-        place = row[:, None] * WIDTH + c[None, :]
-        total += tl.sum(tl.load(d_embed_ptr + place, mask=keep, other=0.0).to(tl.float32), 0)
-    tl.store(out_ptr + code * WIDTH + c, total, mask=c < WIDTH)
-
-
 def _padded(width: int, least: int = 8) -> int:
     return max(least, triton.next_power_of_2(width))
 
@@ -400,20 +382,6 @@ def launch_backward_into(
     )  # fmt: skip
 
 
-def _launch_codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
-    if d_embed.dtype == torch.float64:
-        return reference.codebook_grad(d_embed, index, codes)
-    width, padded = d_embed.shape[1], _padded(d_embed.shape[1])
-    ordered, order = index.sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(codes + 1, device=index.device))
-    out = torch.empty(codes, width, dtype=torch.float32, device=d_embed.device)
-    launch(
-        _codebook_grad_kernel, (codes,), d_embed, order, starts, out,
-        WIDTH=width, PADDED=padded, SEGMENT=min(SEGMENT, 4096 // padded), num_warps=4,
-    )  # fmt: skip
-    return out
-
-
 @operator("gumbel_st_embed", _launch_forward)
 def _gumbel_st_embed(
     logits: Tensor,
@@ -448,11 +416,6 @@ def _gumbel_st_embed_backward(
     )
 
 
-@operator("codebook_grad", _launch_codebook_grad)
-def codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
-    return reference.codebook_grad(d_embed, index, codes)
-
-
 def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
@@ -476,11 +439,6 @@ def _fake_backward(
     d_embed: Tensor | None, d_ce: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(logits)
-
-
-@codebook_grad.register_fake
-def _fake_codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
-    return d_embed.new_empty(codes, d_embed.shape[1], dtype=_wide(d_embed))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from echogen.kernels import checks, gumbel
+from echogen.kernels.codebook_grad import codebook_grad
 from echogen.kernels.dispatch import operator
 from echogen.kernels.gumbel import GumbelSample, Kept
 from echogen.kernels.head import (
@@ -186,7 +187,7 @@ def _backward(
         needed = zip((hidden, weight, bias), grads, strict=True)
         d_hidden, d_weight, d_bias = (grad if needs else None for needs, grad in needed)
     if with_codebook and d_embed is not None:
-        d_codebook = gumbel.codebook_grad(d_embed, index, len(codebook)).to(codebook.dtype)
+        d_codebook = codebook_grad(d_embed, index, len(codebook)).to(codebook.dtype)
     return d_hidden, d_weight, d_codebook, *[None] * 4, d_bias, None, None, None
 
 

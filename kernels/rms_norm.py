@@ -92,15 +92,23 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _double(x: Tensor, weight: Tensor) -> bool:
+    """Not a type to train in: kernels calculate in float32, and the reference in float64."""
+    return torch.float64 in (x.dtype, weight.dtype)
+
+
 def _tile(width: int) -> dict[str, int]:
     """Launch constants for rows of this width."""
     columns = triton.next_power_of_2(width)
-    # 16 elements a thread; 32 of a row of 8192 would spill where the width is no multiple of 16.
+    # 16 elements a thread, but 8 of a row above 4096: there backward would spill with 16 where the
+    # width is no multiple of 16, up to 56 bytes (Triton 3.9; with 8 up to 24, in bfloat16).
     warps = min(32, max(4, columns // (512 if columns <= 4096 else 256)))
     return {"ROWS": max(1, TILE // columns), "COLUMNS": columns, "num_warps": warps}
 
 
 def _launch_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    if _double(x, weight):
+        return reference.forward(x, weight, eps)
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
     return out, _launch_forward_into(out, None, x, None, weight, eps)
 
@@ -108,6 +116,8 @@ def _launch_forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tens
 def _launch_add(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if _double(x, weight):
+        return reference.add_forward(x, residual, weight, eps)
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
     summed = torch.empty_like(x)
     return out, summed, _launch_forward_into(out, summed, x, residual, weight, eps)
@@ -135,6 +145,8 @@ def _launch_backward(
     rstd: Tensor,
     weight_grad: bool,
 ) -> tuple[Tensor, Tensor]:
+    if _double(x, weight):
+        return reference.backward(d_out, d_summed, x, weight, rstd, weight_grad)
     rows, width, tile = rstd.numel(), x.shape[-1], _tile(x.shape[-1])
     programs = min(triton.cdiv(rows, tile["ROWS"]), PROGRAMS)
     dx, d_weight = torch.empty_like(x), weight.new_empty(width if weight_grad else 0)
@@ -162,9 +174,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 def _add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    summed = x + residual
-    out, rstd = reference.forward(summed, weight, eps)
-    return out, summed, rstd
+    return reference.add_forward(x, residual, weight, eps)
 
 
 @operator("rms_norm_backward", _launch_backward)

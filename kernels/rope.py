@@ -162,6 +162,11 @@ def _rope_cache_kernel(
         )  # fmt: skip
 
 
+def _double(q: Tensor, k: Tensor) -> bool:
+    """Not a type to train in: kernels calculate in float32, and the reference in float64."""
+    return torch.float64 in (q.dtype, k.dtype)
+
+
 def _strides(x: Tensor) -> tuple[int, ...]:
     return x.stride()[:3]
 
@@ -175,6 +180,8 @@ def _tiles(q_heads: int, k_heads: int, width: int) -> dict[str, int]:
 
 
 def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+    if _double(q, k):
+        return reference.rope(q, k, cos, sin, inverse)
     rows, length, q_heads, width = q.shape
     k_heads = k.shape[2]
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
@@ -190,6 +197,8 @@ def _launch_cache(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
     slots: Tensor, scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
+    if _double(q, k):
+        return reference.rope_cache(q, k, v, cos, sin, keys, values, slots, scales)
     rows, length, q_heads, width = q.shape
     k_heads = k.shape[2]
     q_out, apart = q.new_empty(q.shape), 0
@@ -304,7 +313,7 @@ def rope_cache(
     Args:
         q, k, cos, sin: as for `rope`; no gradients.
         v: float [B, L, H_k, K], strides as for q.
-        keys, values: float [B, H_k, S, K], contiguous; written in their own type. With scales
+        keys, values: [B, H_k, S, K], contiguous; written; of k's and v's types, with scales
             float8_e4m3fn.
         slots: int64 [B, L], where in S each token goes. A slot outside 0 … S − 1 writes nothing
             (padding); of one that occurs twice in a row what it holds is undefined.
@@ -321,6 +330,9 @@ def rope_cache(
     _check(q, k, cos, sin, v)
     rows, length, heads, width = k.shape
     checks.check_scales("scales", scales, keys=keys, values=values)
+    for name, cache, of, new in (("keys", keys, "k", k), ("values", values, "v", v)):
+        if scales is None and cache.dtype != new.dtype:
+            raise TypeError(f"{name} is {cache.dtype} and {of} {new.dtype}; make them the same")
     checks.check_shape("keys", keys, (rows, heads, None, width))
     checks.check_shape("values", values, keys.shape)
     if slots.dtype != torch.int64:

@@ -81,6 +81,9 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _launch_forward_into(out: Tensor, gate: Tensor, up: Tensor) -> None:
+    if gate.dtype == torch.float64:  # not a type to train in: kernels calculate in float32
+        _rows(out).copy_(reference.forward(gate, up))
+        return
     rows, columns = gate.shape
     launch(
         _swiglu_forward_kernel, _grid(rows, columns), gate, up, gate.stride(0), out, rows, columns,
@@ -91,6 +94,9 @@ def _launch_forward_into(out: Tensor, gate: Tensor, up: Tensor) -> None:
 def _launch_backward_into(
     d_gate: Tensor, d_up: Tensor, d_out: Tensor, gate: Tensor, up: Tensor
 ) -> None:
+    if gate.dtype == torch.float64:
+        reference.backward_into(_rows(d_gate), _rows(d_up), _rows(d_out), gate, up)
+        return
     rows, columns = gate.shape
     launch(
         _swiglu_backward_kernel, _grid(rows, columns), d_out, gate, up, d_gate, d_up,

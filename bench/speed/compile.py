@@ -17,6 +17,7 @@ from echogen.bench.registry import Case, Mode, ShapesOnly, named
 from echogen.bench.speed import contest
 from echogen.kernels import aot
 from echogen.kernels.cuda import nvcc
+from echogen.kernels.cuda.loader import H200, Gpu
 from echogen.kernels.dispatch import OPERATORS
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -52,17 +53,21 @@ def run(
     if aot.INTERPRETED:
         raise RuntimeError("TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled")
     asked = named(operators)
-    found: dict[str, tuple[aot.Source, dict[str, str]]] = {}
+    gpus: dict[Gpu, list[str]] = {}
+    for arch in arches:
+        gpus.setdefault(aot.gpu_of(arch) or H200, []).append(arch)
+    found: dict[str, tuple[aot.Source, dict[str, str], set[str]]] = {}
     for case in asked:
         for dtype in DTYPES if case.only is None else (case.only,):
             about = {"operator": case.name, "dtype": str(dtype).removeprefix("torch.")}
-            for source in sources(case, dtype):
-                found.setdefault(repr(source), (source, about))
-    unique = [source for source, _ in found.values()]
+            for on, its in gpus.items():
+                for source in sources(case, dtype, on):
+                    wanted = found.setdefault(repr(source), (source, about, set()))[2]
+                    wanted.update(arch for arch in its if source.runs_on(arch))
+    each = [(s, a, about) for s, about, wanted in found.values() for a in arches if a in wanted]
     processes = os.cpu_count() or 1 if processes is None else processes
-    compiled = aot.compile_all(unique, arches, processes, progress)
-    labels = [about for source, about in found.values() for a in arches if source.runs_on(a)]
-    rows = [one.to_dict() | about for one, about in zip(compiled, labels, strict=True)]
+    compiled = aot.compile_all([(s, a) for s, a, _ in each], processes, progress)
+    rows = [one.to_dict() | about for one, (*_, about) in zip(compiled, each, strict=True)]
     rows += _in_cuda({case.operator for case in asked}, arches, note)
     return {"arches": list(arches), "kernels": rows} | environment()
 
@@ -90,8 +95,8 @@ def _in_cuda(
     ]
 
 
-def sources(case: Case, dtype: torch.dtype) -> list[aot.Source]:
-    """What a case launches, forward and backward, at every size but the tiny one."""
+def sources(case: Case, dtype: torch.dtype, on: Gpu = H200) -> list[aot.Source]:
+    """What a case launches on a GPU, forward and backward, at every size but the tiny one."""
 
     def call() -> None:
         for size, dims in case.sizes.items():
@@ -101,15 +106,23 @@ def sources(case: Case, dtype: torch.dtype) -> list[aot.Source]:
             mode: Mode = "both" if "backward" in case.modes(size) else "forward"
             contest.once(case, case.run, case.outputs, mode, mine)()
 
-    return [aot.Source.of(launch) for launch in aot.launches(call)]
+    return [aot.Source.of(launch) for launch in aot.launches(call, on)]
 
 
 def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each kernel that spills or does not compile; AMD's are reported, not held against
-    the run, as no test has ever run there."""
+    """A line for each kernel that spills, does not compile or asks for more shared memory than
+    there is; AMD's are reported, not held against the run, as no test has ever run there."""
     return [
-        f"{r['name']} of {r['operator']}, {r['arch']}: "
-        + (r["error"] or f"{r['spill_bytes']} bytes of registers spilled")
+        f"{r['name']} of {r['operator']}, {r['arch']}: {fault}"
         for r in rows
-        if r["arch"].startswith("sm_") and (r["error"] or r["spill_bytes"])
+        if r["arch"].startswith("sm_") and (fault := _fault(r))
     ]
+
+
+def _fault(row: dict[str, Any]) -> str | None:
+    if row["error"] or row["spill_bytes"]:
+        return row["error"] or f"{row['spill_bytes']} bytes of registers spilled"
+    on, shared = aot.gpu_of(row["arch"]), row["shared_bytes"]
+    if on is not None and shared is not None and shared > on.shared_bytes:
+        return f"{shared} bytes of shared memory, a block may have {on.shared_bytes}"
+    return None

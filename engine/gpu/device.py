@@ -43,6 +43,7 @@ from echogen.engine.model import Block, RMSNorm, UnifiedTransformer
 from echogen.kernels import decode_attention as attention
 from echogen.kernels import rms_norm as norms
 from echogen.kernels.decode_attention import decode_attention
+from echogen.kernels.decode_members import MOST_SHARED
 from echogen.kernels.dispatch import implementation
 from echogen.kernels.rms_norm import rms_norm
 from echogen.kernels.rope import rope_cache
@@ -61,7 +62,7 @@ class Prefixes:
         keys, values: [layers, P, Hk, Sp, K], each prompt's once.
         lengths: int64 [P].
         groups: int64 [R], which prompt each row continues; −1: none.
-        order: `kernels.decode_attention.decode_members` of the groups.
+        order: `kernels.decode_members.decode_members` of the groups.
         scales: float32 [layers, 2, P, Hk, Sp] of keys and values in 8 bits; None: they are not.
     """
 
@@ -396,7 +397,7 @@ def misfit(model: UnifiedTransformer) -> str | None:
     limits = {
         "width": (c.width, norms.MAX_WIDTH),
         "head_dim": (c.head_dim, attention.MOST_WIDE),
-        "heads for one of keys": (c.heads // c.kv_heads, attention.MOST_SHARED),
+        "heads for one of keys": (c.heads // c.kv_heads, MOST_SHARED),
     }
     for what, (value, most) in limits.items():
         if value > most:

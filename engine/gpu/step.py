@@ -20,7 +20,7 @@ from echogen.engine.gpu.device import DeviceTransformer, Piece, Places, Prefixes
 from echogen.engine.gpu.graphs import Step as Run
 from echogen.engine.gpu.graphs import bucket
 from echogen.kernels.checks import FP8, device_seed
-from echogen.kernels.decode_attention import decode_members
+from echogen.kernels.decode_members import decode_members
 from echogen.kernels.overlap import overlapping
 from echogen.kernels.reference.sampling import COLDEST, branches, mixed, truncated
 from echogen.kernels.sampling import cfg_sample

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+from collections import defaultdict
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, partial
 from importlib import import_module
@@ -32,6 +34,8 @@ CTYPES: dict[type, Any] = {
     np.float32: ctypes.c_float,
     np.int64: ctypes.c_longlong,
 }
+NAMED: defaultdict[str, set[str]] = defaultdict(set)
+"""Kernels that launchers name, by source."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +52,19 @@ class Gpu:
 
 
 H200 = Gpu(132, 232448)
+GPUS = {"sm_80": Gpu(108, 166912), "sm_90": H200, "sm_100": Gpu(148, 232448)}
+"""An A100, an H200 and a B200, by their architectures."""
+RECORDED_FOR = ContextVar("recorded_for", default=H200)
+
+
+def gpu(device: torch.device) -> Gpu:
+    """The device a launch is for; where it is none, what launches are recorded for: an H200, unless
+    `echogen.kernels.dispatch.recorded` was told otherwise."""
+    return _properties(device) if device.type == "cuda" else RECORDED_FOR.get()
 
 
 @cache
-def gpu(device: torch.device) -> Gpu:
-    """The device a launch is for; an H200 where it is none, as in launches that are recorded."""
-    if device.type != "cuda":
-        return H200
+def _properties(device: torch.device) -> Gpu:
     found = torch.cuda.get_device_properties(device)
     shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in the stubs
     return Gpu(found.multi_processor_count, shared)
@@ -84,14 +94,39 @@ def unloadable() -> str | None:
     try:
         import_module("cupy")
     except ImportError as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        return f"cupy cannot be imported ({reason})"
+        return f"cupy cannot be imported ({_reason(error)})"
     return None
 
 
+def unusable(source: str, device: torch.device) -> str | None:
+    """Why the kernels of a source cannot be launched on a GPU; None where they can. The first call
+    loads them, and is not to be captured in a graph: only then does CuPy look for NVRTC, and does
+    the driver take or refuse the code."""
+    return unloadable() or _load(source, device)
+
+
+@cache
+def _load(source: str, device: torch.device) -> str | None:
+    try:
+        with torch.cuda.device(device):
+            for name in NAMED[source]:
+                _function(source, name, device)
+    except Exception as error:  # CuPy, NVRTC and the driver each raise kinds of their own
+        return f"{source}.cu cannot be loaded ({_reason(error)})"
+    return None
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def status(source: str) -> str:
-    """What runs the operators of a source on a GPU here, in words, and why."""
-    why = unloadable()
+    """What runs the operators of a source on a GPU here, in words, and why; where there is a GPU,
+    by loading them."""
+    if torch.cuda.is_available():
+        why = unusable(source, torch.device("cuda", torch.cuda.current_device()))
+    else:
+        why = unloadable()
     if why is not None:
         return f"reference: {why}"
     if fatbin(source) is not None:
@@ -104,8 +139,8 @@ def status(source: str) -> str:
 class CudaKernel:
     """One kernel, launched as Triton's are: ``kernel[grid](*arguments, block=…, shared=…)``.
 
-    A launch neither allocates nor waits, and can be captured in a CUDA graph once the kernel has
-    been launched before on its device, which loads it. Arguments are passed as the kernels declare
+    A launch neither allocates nor waits, and can be captured in a CUDA graph once the kernel is
+    loaded on its device (`unusable`). Arguments are passed as the kernels declare
     them: tensors as pointers (None as null), ints as ``long long``, floats as ``float``.
 
     Args:
@@ -117,6 +152,7 @@ class CudaKernel:
     def __init__(self, source: str, name: str, overlaps: bool = False) -> None:
         self.source, self.__name__ = source, name
         self.arg_names = ("DEPENDENT",) if overlaps else ()
+        NAMED[source].add(name)
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return partial(self._launch, grid)

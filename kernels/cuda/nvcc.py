@@ -18,6 +18,8 @@ from echogen.kernels.cuda.loader import FOLDER
 
 ARCHES = {"sm_90": "sm_90a"}
 """What CMakeLists.txt builds in place of an architecture; all others as they are named."""
+OPTIONS = ("-std=c++17", "-ftz=true")
+"""Those of CMakeLists.txt that shape the code: other code has other registers."""
 
 
 def find() -> Path | None:
@@ -48,7 +50,7 @@ def compile_source(source: str, arch: str, nvcc: Path) -> list[Compiled]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"
         done = subprocess.run(
-            [nvcc, "-cubin", "-std=c++17", f"-arch={ARCHES.get(arch, arch)}", "-Xptxas", "-v",
+            [nvcc, "-cubin", *OPTIONS, f"-arch={ARCHES.get(arch, arch)}", "-Xptxas", "-v",
              "-o", cubin, FOLDER / f"{source}.cu"],
             capture_output=True, text=True, check=False,
         )  # fmt: skip

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echogen.kernels.reference import boxes, grpo
+from echogen.kernels.reference import boxes, group_advantage
 
 Cycle = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -33,5 +33,5 @@ def cycle_reward(
     """(boxes, iou, l1, reward, advantage, flat); see `echogen.kernels.cycle_reward`."""
     box = parse(tokens, first_location, bins, boxes.wide(target))
     iou, l1, reward, _ = boxes.box_reward(box, target, mask, w_iou, w_l1)
-    advantage, flat = grpo.group_advantage(reward, None, None, mode, eps)
+    advantage, flat = group_advantage.group_advantage(reward, None, None, mode, eps)
     return box, iou, l1, reward, advantage, flat

@@ -1,5 +1,5 @@
-"""Plain-torch group advantage and policy loss: the oracle of every test and the CPU path. Rows of
-the loss are taken in chunks, so that memory is bounded as it is in the kernel."""
+"""Plain-torch policy loss: the oracle of every test and the CPU path. Rows are taken in chunks, so
+that memory is bounded as it is in the kernel."""
 
 from __future__ import annotations
 
@@ -7,54 +7,15 @@ import torch
 from torch import Tensor
 
 CHUNK = 1024
-LIMIT = 1e15  # a reward beyond it counts as not finite: its square would overflow
 RATIO_LIMIT = 60.0  # log-ratios are held within ±60, exp(±60) within float32
 SERIES_BELOW = 0.5  # of |d|, where exp(d) − d − 1 cancels and its series does not
 
 Loss = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def wide(x: Tensor) -> Tensor:
+def _wide(x: Tensor) -> Tensor:
     """In float32 at least."""
     return x if x.dtype == torch.float64 else x.float()
-
-
-def group_advantage(
-    reward: Tensor, offsets: Tensor | None, mask: Tensor | None, mode: str, eps: float
-) -> tuple[Tensor, Tensor]:
-    """(advantage, flat); see `echogen.kernels.grpo`."""
-    r = wide(reward).reshape(-1)
-    keep = torch.ones_like(r, dtype=torch.bool) if mask is None else mask.reshape(-1)
-    if offsets is None:
-        groups = reward.shape[0]
-        group = torch.arange(groups, device=r.device).repeat_interleave(reward.shape[1])
-    else:
-        groups = len(offsets) - 1
-        place = torch.arange(len(r), device=r.device)
-        group = torch.searchsorted(offsets, place, right=True) - 1
-
-    sound = r.abs() <= LIMIT
-    broken = r.new_zeros(groups).index_add_(0, group, (keep & ~sound).to(r.dtype)) > 0
-    r = torch.where(keep & sound, r, 0.0)
-    low = r.new_full((groups,), torch.inf)
-    low = low.scatter_reduce(0, group, torch.where(keep, r, torch.inf), "amin")
-    high = r.new_full((groups,), -torch.inf)
-    high = high.scatter_reduce(0, group, torch.where(keep, r, -torch.inf), "amax")
-    flat = (low >= high) & ~broken
-
-    count = r.new_zeros(groups).index_add_(0, group, keep.to(r.dtype))
-    mean = r.new_zeros(groups).index_add_(0, group, r) / count.clamp(min=1)
-    centred = torch.where(keep, r - torch.where(broken, torch.nan, mean)[group], 0.0)
-    if mode == "grpo":
-        squares = r.new_zeros(groups).index_add_(0, group, centred.square())
-        spread = (squares / count.clamp(min=1)).sqrt() + eps
-        advantage = centred / torch.where(spread > 0, spread, 1.0)[group]
-    elif mode == "rloo":
-        advantage = centred * (count / (count - 1).clamp(min=1))[group]
-    else:
-        advantage = centred
-    advantage = torch.where(keep & ~flat[group], advantage, 0.0)
-    return advantage.reshape(reward.shape), flat
 
 
 def _held(d: Tensor) -> Tensor:
@@ -84,7 +45,7 @@ def _tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, clipped (bool), k3 and d loss/d logp of every token; 0 where masked."""
     keep = mask[rows]
-    new = torch.where(keep, wide(logp[rows]), 0.0)
+    new = torch.where(keep, _wide(logp[rows]), 0.0)
     old = new if old_logp is None else torch.where(keep, old_logp[rows].to(new.dtype), 0.0)
     a = advantage[rows, None].to(new.dtype)
     change = new - old

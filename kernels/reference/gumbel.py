@@ -105,12 +105,3 @@ def backward(
             grad += torch.where(t < 0, 0.0, plain)
         out[rows] = grad.to(out.dtype)
     return out
-
-
-def codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
-    """Sum of d_embed [N, C] over the rows that chose each code, in order of rows; [V, C]. Rows
-    whose code is none count for nothing."""
-    wide, inside = _wide(d_embed), (index >= 0) & (index < codes)
-    counted = wide.masked_fill(~inside[:, None], 0)
-    chosen = torch.where(inside, index, 0)
-    return wide.new_zeros(codes, wide.shape[1]).index_add_(0, chosen, counted)

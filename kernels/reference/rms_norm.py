@@ -29,6 +29,15 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     return out.view(x.shape), rstd.view(x.shape[:-1])
 
 
+def add_forward(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(normed sum, sum, 1/rms [...]); see `echogen.kernels.rms_norm`."""
+    summed = x + residual
+    out, rstd = forward(summed, weight, eps)
+    return out, summed, rstd
+
+
 def backward(
     d_out: Tensor,
     d_summed: Tensor | None,

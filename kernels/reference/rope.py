@@ -46,7 +46,7 @@ def rope_cache(
     for i, (cache, new) in enumerate(((keys, rotated), (values, v))):
         heads = new[row, token]
         if scales is None:
-            cache[row, :, slot] = heads.to(cache.dtype)
+            cache[row, :, slot] = heads
         else:
             cache[row, :, slot], scales[i, row, :, slot] = scaled_heads(heads)
     return _rotate(q, cos, sin, False)

@@ -16,6 +16,7 @@ from echogen.bench.speed import compile as ahead
 from echogen.bench.speed import tables
 from echogen.kernels import aot, dispatch
 from echogen.kernels.cuda import nvcc
+from echogen.kernels.cuda.loader import GPUS
 from echogen.kernels.decode_attention import decode_attention
 
 KEYS = {"name", "arch", "registers", "shared_bytes", "spill_bytes", "wide_access_share"}
@@ -94,6 +95,27 @@ def test_shared_memory_is_what_a_launch_asks_for():
     rows = ahead.run(["sm_90"], ["decode_attention:shared prefix"], 1)["kernels"]
     shared = {(r["name"], r["dtype"]): r["shared_bytes"] for r in rows}
     assert shared["decode_shared", "bfloat16"] > 48 << 10
+
+
+def test_launches_are_those_of_the_architecture():
+    """An A100 has fewer multiprocessors than an H200, and less shared memory in each."""
+    case = cases()["wide_linear:residual"]
+    found = {
+        arch: [s.options["num_stages"] for s in ahead.sources(case, torch.bfloat16, on)]
+        for arch, on in GPUS.items()
+    }
+    assert max(found["sm_80"]) < max(found["sm_90"])
+    rows = ahead.run(["sm_80"], ["wide_linear:residual"], 1)["kernels"]
+    assert rows and ahead.failures(rows) == []
+
+
+def test_more_shared_memory_than_there_is_is_a_failure():
+    row = {"name": "wide", "operator": "wide_linear", "error": None, "spill_bytes": 0}
+    row |= {"arch": "sm_80", "shared_bytes": 180_224}
+    assert ahead.failures([row]) == [
+        "wide of wide_linear, sm_80: 180224 bytes of shared memory, a block may have 166912"
+    ]
+    assert ahead.failures([row | {"arch": "sm_90a"}, row | {"shared_bytes": 166_912}]) == []
 
 
 def test_a_spill_is_a_failure():

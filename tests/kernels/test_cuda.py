@@ -7,6 +7,7 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from echogen.kernels import parse_boxes, skinny_linear
+from echogen.kernels import aot, parse_boxes, skinny_linear
 from echogen.kernels.cuda import loader, nvcc
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,10 @@ def test_no_kernel_spills_and_all_that_launchers_name_are_there(source, arch):
         assert all(r.wide_access_share > 0.3 for r in rows)
 
 
+def test_what_is_compiled_to_be_looked_at_is_what_is_built():
+    assert f"-fatbin {' '.join(nvcc.OPTIONS)} " in (ROOT / "CMakeLists.txt").read_text()
+
+
 @needs_nvcc
 def test_what_does_not_compile_is_reported(monkeypatch, tmp_path):
     monkeypatch.setattr(nvcc, "FOLDER", tmp_path)
@@ -67,12 +72,14 @@ def test_what_does_not_compile_is_reported(monkeypatch, tmp_path):
 def test_cmake_builds_a_fatbin_a_source(tmp_path):
     out = tmp_path / "fatbins"
     out.mkdir()
-    options = [f"-DECHOGEN_CUDA_OUTPUT={out}", "-DECHOGEN_CUDA_ARCHITECTURES=90a"]
+    options = [f"-DECHOGEN_CUDA_OUTPUT={out}", "-DECHOGEN_CUDA_ARCHITECTURES=100;90a"]
     subprocess.run(["cmake", "-S", ROOT, "-B", tmp_path / "build", *options], check=True)
     subprocess.run(["cmake", "--build", tmp_path / "build"], check=True)
     assert sorted(p.stem for p in out.glob("*.fatbin")) == nvcc.sources()
     magic = {p.read_bytes()[:4] for p in out.glob("*.fatbin")}
     assert magic == {b"\x50\xed\x55\xba"}
+    for built in out.glob("*.fatbin"):  # one PTX, for all later GPUs
+        assert re.findall(r"sm_\w+", aot._run("cuobjdump", "-lptx", built)) == ["sm_90"]
 
 
 def test_a_fatbin_older_than_its_source_is_not_loaded(monkeypatch, tmp_path):

@@ -11,10 +11,11 @@ import torch
 
 import echogen.engine
 from echogen.engine.prompt import LocationCodec, location_token
-from echogen.kernels import boxes, dispatch, grpo
+from echogen.kernels import boxes, dispatch
+from echogen.kernels import group_advantage as advantage
 from echogen.kernels.boxes import box_reward
 from echogen.kernels.cycle_reward import cycle_reward
-from echogen.kernels.grpo import group_advantage
+from echogen.kernels.group_advantage import group_advantage
 
 SHAPES = [(1, 1, 1), (2, 3, 5), (3, 7, 2), (2, 11, 11)]
 """Layouts, samples, boxes: ones, primes, and (in tiles of 2 × 4, groups of 4) three ragged tiles
@@ -32,7 +33,7 @@ class Vocabulary:
 @pytest.fixture
 def small(monkeypatch):
     """Tiles of 2 samples by 4 boxes, groups in blocks of 4."""
-    for module, name, size in ((boxes, "BOXES", 4), (boxes, "TILE", 8), (grpo, "SAMPLES", 4)):
+    for module, name, size in ((boxes, "BOXES", 4), (boxes, "TILE", 8), (advantage, "SAMPLES", 4)):
         monkeypatch.setattr(module, name, size)
 
 
@@ -81,7 +82,7 @@ def check(tokens, target, mask, dtype, **rest):
     return found
 
 
-@pytest.mark.parametrize("mode", grpo.MODES)
+@pytest.mark.parametrize("mode", advantage.MODES)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_equal_to_its_pieces(mode, shape, small, generator, device):
     tokens, target, mask = inputs(shape, generator, device)

@@ -9,13 +9,10 @@ import pytest
 import torch
 
 from echogen.kernels import decode_attention as module
+from echogen.kernels import decode_members as gathering
 from echogen.kernels import dispatch
-from echogen.kernels.decode_attention import (
-    Splits,
-    bytes_read,
-    decode_attention,
-    decode_members,
-)
+from echogen.kernels.decode_attention import Splits, decode_attention
+from echogen.kernels.decode_members import decode_members
 from echogen.kernels.rope import scaled_heads
 
 HEADS = [(1, 1), (3, 3), (6, 2)]
@@ -38,7 +35,7 @@ class Fixed(Splits):
 def cut(monkeypatch):
     """Sets the number of splits; every loop of the kernels but that over keys takes small steps."""
     monkeypatch.setattr(module, "MERGED", 2)
-    monkeypatch.setattr(module, "SCANNED", 4)
+    monkeypatch.setattr(gathering, "SCANNED", 4)
     return lambda splits: monkeypatch.setattr(module, "SPLITS", Fixed(0, splits))
 
 
@@ -198,13 +195,6 @@ def test_members_found_once_serve_every_call(heads, cut, generator, device):
     order = decode_members(shared[3], inputs[0], shared[0])
     first = decode_attention(*inputs, None, *shared)
     assert torch.equal(decode_attention(*inputs, None, *shared, order), first)
-    known = sum(0 <= g < 3 for g in groups)
-    by_prefix = sorted((g, b) for b, g in enumerate(groups) if 0 <= g < 3)
-    assert order[:known].tolist() == [b for _, b in by_prefix]
-    tiles = [t for t in order[75:].view(-1, 3).tolist() if t[1] < t[2]]
-    covered = [(prefix, place) for prefix, begin, end in tiles for place in range(begin, end)]
-    assert covered == [(g, place) for place, (g, _) in enumerate(by_prefix)]
-    assert max(end - begin for _, begin, end in tiles) <= 16 // heads[0]
 
 
 def test_prefixes_are_full_without_lengths(generator, device, relative_error):
@@ -296,9 +286,6 @@ def test_opcheck(generator, device):
     # The schema's test multiplies what it is given, which no CPU does in 8 bits.
     eight = (inputs[0], *held, inputs[3], 0.25, *rest)
     torch.library.opcheck(operator, eight, test_utils="test_faketensor")
-    # Entries that nothing continues are not written; those of one full tile all are.
-    full = torch.zeros(16, dtype=torch.int64, device=device)
-    torch.library.opcheck(torch.ops.echogen.decode_members.default, (full, 1, 15))
 
 
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="counts launches of interpreted kernels")
@@ -318,22 +305,6 @@ def test_the_kernels_are_entered(generator, device, launched, monkeypatch):
     assert launched["_decode_members_kernel"] == 1 and launched["_decode_shared_kernel"] == 3
 
 
-def test_bytes_read():
-    query, keys = torch.zeros(3, 4, 16), torch.zeros(3, 2, 9, 16)
-    lengths = torch.tensor([9, 0, 12])
-    token, rows = 2 * 2 * 16 * 4, 2 * 3 * 4 * 16 * 4
-    assert bytes_read(query, keys, lengths) == 18 * token + rows
-    prefix_keys, groups = torch.zeros(3, 2, 7, 16), torch.tensor([2, 0, 2])
-    assert bytes_read(query, keys, lengths, prefix_keys, None, groups) == 32 * token + rows
-    held = torch.tensor([1, 5, 2])
-    found = bytes_read(query, keys, lengths, prefix_keys, held, groups)
-    assert found == 21 * token + rows
-    halves = bytes_read(query.half(), keys.half(), lengths)
-    assert halves == (18 * token + rows) // 2
-    eighth = bytes_read(query.half(), keys.to(torch.float8_e4m3fn), lengths)
-    assert eighth == 18 * 2 * 2 * (16 + 4) + rows // 2, "a number is one byte, a scale four"
-
-
 def test_bad_arguments(device):
     rows = torch.ones(2, dtype=torch.int64, device=device)
     good = {
@@ -348,10 +319,6 @@ def test_bad_arguments(device):
     }
     order = decode_members(rows, good["query"], good["prefix_keys"])
     decode_attention(**good, order=order)
-    with pytest.raises(ValueError, match="groups has shape"):
-        decode_members(rows[:1], good["query"], good["prefix_keys"])
-    with pytest.raises(TypeError, match=r"groups is torch\.float32"):
-        decode_members(rows.float(), good["query"], good["prefix_keys"])
     names = ("keys", "values", "prefix_keys", "prefix_values")
     eight = {name: good[name].to(EIGHT) for name in names}
     eight["scales"] = torch.zeros(2, 2, 2, 5, device=device)

@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -155,8 +157,30 @@ def test_without_cupy_cuda_falls_back_and_says_so_once(monkeypatch):
     monkeypatch.setattr(loader, "unloadable", lambda: "cupy is absent")
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("default")
-        assert [on_cuda(i) for i in range(3)] == [1, 2, 3]
+        assert [on_cuda(torch.tensor(i)) for i in range(3)] == [1, 2, 3]
     assert len(seen) == 1 and "skinny_linear runs on plain torch: cupy" in str(seen[0].message)
-    monkeypatch.setattr(loader, "unloadable", lambda: None)
+    monkeypatch.setattr(loader, "unusable", lambda *_: None)
     with pytest.raises(AssertionError, match="launched"):
-        on_cuda(0)
+        on_cuda(torch.tensor(0))
+
+
+def test_kernels_that_cannot_be_loaded_fall_back_too(monkeypatch):
+    """CuPy is there, but the NVRTC that it looks for at the first launch is not, say."""
+    monkeypatch.setattr(loader, "unloadable", lambda: None)
+    monkeypatch.setattr(loader, "_load", loader._load.__wrapped__)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+
+    def fails(*_):
+        raise RuntimeError("CuPy failed to load libnvrtc.so.13: OSError\nmore")
+
+    monkeypatch.setattr(loader, "_function", fails)
+    why = "skinny_linear.cu cannot be loaded (CuPy failed to load libnvrtc.so.13: OSError)"
+    assert dispatch.implementation("skinny_linear", "cuda") == f"reference: {why}"
+    monkeypatch.setattr(loader, "_load", lambda *_: why)
+    on_cuda = dispatch._on_cuda("skinny_linear", lambda x: x + 1, fails, "CUDA C++")
+    with pytest.warns(UserWarning, match=f"{re.escape(why)}$"):
+        assert on_cuda(torch.tensor(1)) == 2
+    monkeypatch.setattr(loader, "_load", lambda *_: None)
+    assert dispatch.implementation("skinny_linear", "cuda").startswith("CUDA C++")

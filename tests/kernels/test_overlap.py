@@ -19,7 +19,8 @@ from triton.compiler import ASTSource
 
 from echogen.kernels import aot, dispatch, overlap
 from echogen.kernels.cuda import loader
-from echogen.kernels.decode_attention import decode_attention, decode_members
+from echogen.kernels.decode_attention import decode_attention
+from echogen.kernels.decode_members import decode_members
 from echogen.kernels.philox import gumbel_noise
 from echogen.kernels.rms_norm import rms_norm
 from echogen.kernels.rope import rope_cache

@@ -10,6 +10,7 @@ from echogen.kernels import dispatch, rope
 
 SHAPES = [(1, 1, 1, 1, 2), (2, 3, 5, 1, 6), (2, 5, 7, 3, 16), (1, 4, 16, 16, 8)]
 """B, L, H, H_k, K: ones, primes, and, with small tiles, several blocks of heads with a tail."""
+BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float64: 1e-13}
 
 
 @pytest.fixture(params=[8, 1024], ids=["small blocks", "one block"])
@@ -84,16 +85,16 @@ def test_halves_of_a_table_may_differ(blocks, generator, device):
     torch.testing.assert_close(ours.grad, eager.grad)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types(dtype, generator, device, relative_error):
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_other_types(dtype, generator, device, relative_error):
     q, k, _, angle = inputs((2, 5, 3, 2, 16), generator, device, dtype)
     q.requires_grad_()
-    found = rope.rope(q, k, *tables(angle, dtype))
+    found = rope.rope(q, k, *tables(angle.double(), dtype))
     assert all(t.dtype == dtype for t in found)
-    assert relative_error(found[0], oracle(q.double(), angle)) < 1e-2
+    assert relative_error(found[0], oracle(q.double(), angle)) < BOUNDS[dtype]
     found[0].sum().backward()
     ones = torch.ones_like(q, dtype=torch.float64)
-    assert relative_error(q.grad, oracle(ones, -angle)) < 1e-2
+    assert relative_error(q.grad, oracle(ones, -angle)) < BOUNDS[dtype]
 
 
 def test_slices_and_transposed_gradients(blocks, generator, device):
@@ -113,7 +114,7 @@ def test_slices_and_transposed_gradients(blocks, generator, device):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_cache(shape, dtype, blocks, generator, device):
     q, k, v, angle = inputs(shape, generator, device, dtype)
     rows, length, _, heads, width = shape
@@ -266,6 +267,8 @@ def test_bad_arguments(device):
         ({"values": cache[:, :, :4]}, "values has shape"),
         ({"keys": cache.repeat(1, 1, 2, 1)[:, :, ::2]}, "keys has strides"),
         ({"values": cache.int()}, "values is torch.int32"),
+        ({"keys": cache.half()}, "keys is torch.float16 and k torch.float32; make them the same"),
+        ({"v": k.half()}, "values is torch.float32 and v torch.float16"),
         ({"slots": slots.int()}, "slots is torch.int32"),
         ({"slots": slots[:1]}, "slots has shape"),
     ]:

@@ -16,7 +16,7 @@ from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.ground import locations
 from echogen.engine.layout import LayoutError
 from echogen.engine.prompt import PromptError, TextualCodec
-from echogen.kernels.grpo import group_advantage
+from echogen.kernels.group_advantage import group_advantage
 from echogen.train.config import CycleRLConfig
 from echogen.train.data.rows import cheapest
 from echogen.train.data.scenes import load_scenes

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from echogen.kernels.cycle_reward import CycleReward
-from echogen.kernels.grpo import Mode, group_advantage
+from echogen.kernels.group_advantage import Mode, group_advantage
 
 EPS = 0.02
 """ε of an object's advantage, in units of reward. Boxes are quantised, so objects drawn equally

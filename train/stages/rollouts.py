@@ -14,7 +14,7 @@ from echogen.engine.ground import Answers, locations
 from echogen.engine.layout import Layout
 from echogen.engine.ranges import span
 from echogen.kernels.cycle_reward import CycleReward, cycle_reward
-from echogen.kernels.grpo import Mode
+from echogen.kernels.group_advantage import Mode
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from echogen.bench.registry import Case, Dims, Floor, Inputs, Make, Outputs, Pas
 from echogen.bench.speed.cases.heads import BETA, older, token_losses
 from echogen.kernels.boxes import box_reward
 from echogen.kernels.cycle_reward import cycle_reward
-from echogen.kernels.grpo import group_advantage, grpo_loss
+from echogen.kernels.group_advantage import group_advantage
+from echogen.kernels.grpo import grpo_loss
 
 BINS, FIRST_LOCATION = 1000, 100_016
 _GROUPS = {"tiny": {"layouts": 6, "samples": 8}, "training": {"layouts": 64, "samples": 8}}
