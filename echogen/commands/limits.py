@@ -90,7 +90,8 @@ class BenchMemory:
 @dataclass(frozen=True)
 class BenchCompile:
     """Compile every operator for named architectures, without a GPU: registers, shared memory,
-    spills, wide accesses. Exit code 1 where a kernel spills or does not compile."""
+    spills, wide accesses. Exit code 1 where a kernel spills, takes more shared memory than a block
+    may have, or does not compile."""
 
     arch: str = "sm_80,sm_90,sm_100"
     """Architectures with commas between them: sm_NN of NVIDIA, gfxNNN of AMD (reported only)."""
