@@ -21,7 +21,8 @@ TRAINS = "RECIPES"
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
+    found = re.findall(r"^```(.*?)\n(.*?)^```$", page.read_text(), re.M | re.S)
+    return [block for named, block in found if named == language]
 
 
 def anchors(page: Path) -> set[str]:
@@ -40,6 +41,18 @@ def test_links(page):
         assert there.exists(), f"{page.name}: {target}"
         if anchor:
             assert anchor in anchors(there), f"{page.name}: {target}"
+
+
+def test_blocks_are_found():
+    readme = ROOT / "README.md"
+    assert "echogen doctor" in "".join(blocks(readme, "")) and len(blocks(readme, "python")) == 1
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_nothing_is_left_to_fill_in(page):
+    """A word in capitals that stands for what is to come."""
+    left = re.findall(r"^([A-Z]{4,})$| (?:TODO|TBD|MISSING)\b", page.read_text(), re.M)
+    assert not left
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)

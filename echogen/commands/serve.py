@@ -145,11 +145,33 @@ class Serve:
         # Beyond the time of an answer nobody has a claim on the end's waiting: a body that never
         # comes, or an answer that is never read, would hold it for ever.
         graceful = math.ceil(self.timeout) + 5
-        # Twice as many connections as may be answered, and some for who watches: beyond those
-        # requests are told 503, while there are files to open still.
-        most = 100 + 2 * (scheduler.plan.slots + self.queue + self.searches)
+        # Twice as many connections as may be answered, and some for who watches; beyond those
+        # requests are told 503.
+        most = _connections(100 + 2 * (scheduler.plan.slots + self.queue + self.searches))
         config = uvicorn.Config(
             app, http=Connection, limit_concurrency=most, timeout_keep_alive=self.keep_alive,
             timeout_graceful_shutdown=graceful,
         )  # fmt: skip
         Server(config).run([place])
+
+
+OTHER_FILES = 100
+"""Open files beside connections, with some to spare."""
+
+
+def _connections(wanted: int) -> int:
+    """As many as are wanted, or as the files that this process may have open allow."""
+    import resource
+
+    from echogen.engine.http.connection import SPARE
+
+    needed, (soft, hard) = wanted + SPARE + OTHER_FILES, resource.getrlimit(resource.RLIMIT_NOFILE)
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        warn(
+            f"{hard} files may be open, too few for all connections of --queue and --searches; "
+            f"raise the limit (ulimit -n {needed}), or give less"
+        )
+    return max(1, allowed - SPARE - OTHER_FILES)

@@ -1,5 +1,5 @@
-"""Connections that end: uvicorn waits without limit for a head to come, and for an answer to be
-read."""
+"""Connections that end, and are not too many: uvicorn waits without limit for a head to come and
+for an answer to be read, and counts who is connected only once a head has come."""
 
 from __future__ import annotations
 
@@ -9,16 +9,24 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from echogen.engine.http.middleware import SLOWEST
 
+SPARE = 64
+"""Connections beyond ``limit_concurrency``, whose requests uvicorn answers with 503; who comes
+behind those is hung up on, for each holds an open file."""
+
 
 class Connection(H11Protocol):
     """Hangs up on whoever sends no whole head of a request, or reads nothing of an answer, in
-    ``SLOWEST`` seconds. (A body's time `middleware.Limited` watches, and that between requests
-    uvicorn itself.)"""
+    ``SLOWEST`` seconds, and on all who come when ``SPARE`` more are there than may be answered. (A
+    body's time `middleware.Limited` watches, and that between requests uvicorn itself.)"""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See `asyncio.Protocol`, as of the others."""
-        super().connection_made(transport)
         self._timers = dict[str, asyncio.TimerHandle]()
+        super().connection_made(transport)
+        most = self.limit_concurrency
+        if most is not None and len(self.connections) > most + SPARE:
+            transport.abort()
+            return
         transport.set_write_buffer_limits(0)  # whatever is not read yet pauses writing
         self._await_head()
 

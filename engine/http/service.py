@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple, TypeVar
@@ -93,6 +94,7 @@ class Service:
         self.engine, self.scheduler, self.model, self.limit = engine, scheduler, model, limit
         self.busy, self._counting = Counter(dict.fromkeys(POOLS, 0)), threading.Lock()
         self._searches, self._finding, self._timed = searches, 0, timed
+        self._doing = set[Future[Any]]()
         self._pools = {n: ThreadPoolExecutor(k, f"echogen-{n}") for n, k in POOLS.items()}
 
     def about(self) -> dict[str, Any]:
@@ -110,11 +112,13 @@ class Service:
         }
 
     def shutdown(self) -> None:
-        """Draw and find what is asked for already, and end; of a scheduler that stands still after
-        ``limit`` seconds."""
+        """Draw and find what is asked for already, and end, after ``limit`` seconds though a device
+        stands still."""
+        end = time.monotonic() + self.limit
         self.scheduler.shutdown(timeout=self.limit)  # behind it nobody waits any more
+        wait(tuple(self._doing), max(0.0, end - time.monotonic()))
         for pool in self._pools.values():
-            pool.shutdown()
+            pool.shutdown(wait=False, cancel_futures=True)
 
     # --- drawing --------------------------------------------------------------------------------
 
@@ -314,13 +318,15 @@ class Service:
         """Do something in a thread of a pool when it is its turn; what nobody waits for any more is
         not begun. Raises Refused."""
 
-        def ended(_: Future[T]) -> None:
+        def ended(done: Future[T]) -> None:
             with self._counting:
                 self.busy[pool] -= 1
+                self._doing.discard(done)
 
         with self._counting:
             self.busy[pool] += 1
-        doing = self._pools[pool].submit(work)
+            doing = self._pools[pool].submit(work)
+            self._doing.add(doing)
         doing.add_done_callback(ended)
         late = f"the time is up, with a turn to {pool} still to come or to end"
         return await _in_time(doing, deadline, lambda: late)

@@ -102,17 +102,24 @@ def unusable(source: str, device: torch.device) -> str | None:
     """Why the kernels of a source cannot be launched on a GPU; None where they can. The first call
     loads them, and is not to be captured in a graph: only then does CuPy look for NVRTC, and does
     the driver take or refuse the code."""
-    return unloadable() or _load(source, device)
+    try:
+        return unloadable() or _load(source, device)
+    except MemoryError as error:
+        return str(error)
 
 
 @cache
 def _load(source: str, device: torch.device) -> str | None:
+    """See `unusable`. Raises MemoryError, and so is asked again, for want of memory: it passes."""
     try:
         with torch.cuda.device(device):
             for name in NAMED[source]:
                 _function(source, name, device)
     except Exception as error:  # CuPy, NVRTC and the driver each raise kinds of their own
-        return f"{source}.cu cannot be loaded ({_reason(error)})"
+        why = f"{source}.cu cannot be loaded ({_reason(error)})"
+        if "OUT_OF_MEMORY" in str(error):  # of CUDA_ERROR_OUT_OF_MEMORY
+            raise MemoryError(why) from error
+        return why
     return None
 
 

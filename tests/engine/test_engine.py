@@ -315,8 +315,10 @@ def test_a_tokenizer_that_is_not_read_as_it_is_stored_is_refused(saved, monkeypa
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: spaceless)
-    with pytest.raises(CheckpointError, match=r"'3größereÄpfel,12km'\); upgrade transformers"):
-        Engine.from_pretrained(saved)
+    for version, mend in (("5.17.0", "upgrade transformers"), ("5.22.1", "see which kind")):
+        monkeypatch.setattr("transformers.__version__", version)
+        with pytest.raises(CheckpointError, match=rf"'3größereÄpfel,12km'\); {mend}"):
+            Engine.from_pretrained(saved)
 
 
 def test_a_tokenizer_of_another_model_is_refused(saved):

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_stream_is_counted_by_its_end(held):
     seconds, route = "echogen_http_request_seconds_count", ("route", "/v1/images")
     late, gone, whole = (client.connect() for _ in range(3))
     asked = {"layout": LAYOUT, "cfg": 1, "every": 16}
-    send(late, "POST", "/v1/images", asked | {"timeout": 0.1})
+    send(late, "POST", "/v1/images", asked | {"timeout": 1})
     assert next_event(late.getresponse())[0] == "error"
     send(gone, "POST", "/v1/images", asked)
     client.until(lambda: client.scheduler.metrics().waiting == 1)
@@ -112,16 +113,39 @@ def test_who_hangs_up_frees_his_slots(held, every):
     assert client.draw().status == 200
 
 
-def test_who_does_not_ask_is_hung_up_on(engine, monkeypatch):
-    monkeypatch.setattr(connection, "SLOWEST", 0.1)
+@pytest.mark.parametrize(("asked", "begun"), [(False, False), (False, True), (True, True)])
+def test_who_does_not_ask_is_hung_up_on(engine, monkeypatch, asked, begun):
     whole = b"HEAD /health HTTP/1.1\r\nHost: x\r\n\r\n"
     with serving(engine) as client:
-        for asked, begun in ((b"", b""), (b"", whole[:-2]), (whole, whole[:-2])):
-            with socket.create_connection(("127.0.0.1", client.port), timeout=5) as silent:
-                silent.sendall(asked)
-                assert not asked or silent.recv(1000).startswith(b"HTTP/1.1 200 OK")
-                silent.sendall(begun)
+        monkeypatch.setattr(connection, "SLOWEST", 30 if asked else 0.1)
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as silent:
+            if asked:
+                silent.sendall(whole)
+                assert silent.recv(1000).startswith(b"HTTP/1.1 200 OK")
+                monkeypatch.setattr(connection, "SLOWEST", 0.1)
+            try:
+                silent.sendall(whole[:-2] if begun else b"")
                 assert silent.recv(1000) == b""
+            except ConnectionError:
+                pass  # hung up before it was all sent
+
+
+def test_who_comes_when_too_many_are_there_is_hung_up_on(engine, monkeypatch):
+    """Each of them holds an open file, though none has asked for anything yet."""
+    monkeypatch.setattr(connection, "SPARE", 2)
+    made = connection.Connection.connection_made
+
+    def few(self, transport):
+        self.limit_concurrency = 3
+        made(self, transport)
+
+    monkeypatch.setattr(connection.Connection, "connection_made", few)
+    with serving(engine) as client, ExitStack() as stack:
+        for _ in range(5):
+            stack.enter_context(socket.create_connection(("127.0.0.1", client.port), timeout=20))
+        late = stack.enter_context(socket.create_connection(("127.0.0.1", client.port), timeout=20))
+        with suppress(ConnectionError):
+            assert late.recv(1000) == b""
 
 
 def test_who_does_not_read_frees_his_slots(held, monkeypatch):
@@ -263,7 +287,7 @@ def test_a_step_that_does_not_end_holds_no_answer(held, monkeypatch):
     client, going = held
     connection = client.connect()
     connection.timeout = 5
-    send(connection, "POST", "/v1/images", {"layout": LAYOUT, "timeout": 0.1})
+    send(connection, "POST", "/v1/images", {"layout": LAYOUT, "timeout": 1})
     late = connection.getresponse()
     assert late.status == 504 and b"of 16 codes drawn; ask for less" in late.read()
     assert client.ask("GET", "/health").status == 200, "a step may take some time"
@@ -332,3 +356,18 @@ def test_searches_wait_in_a_queue_of_their_own(engine, monkeypatch):
         for thread in threads:
             thread.join()
         assert sorted(answer.status for answer in answers) == [200, 200, 503]
+
+
+def test_a_search_that_does_not_end_does_not_hold_the_end(engine, monkeypatch):
+    going = threading.Event()
+    monkeypatch.setattr(engine, "ground", lambda *_: going.wait(60))
+    with serving(engine, limit=0.5) as client:
+        answer = client.ask(
+            "POST", "/v1/boxes", {"image": picture(16, 16), "expressions": ["a star"]}
+        )
+        assert answer.status == 504
+        began = time.monotonic()
+    try:
+        assert time.monotonic() - began < 20
+    finally:
+        going.set()

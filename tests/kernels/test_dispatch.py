@@ -164,6 +164,19 @@ def test_without_cupy_cuda_falls_back_and_says_so_once(monkeypatch):
         on_cuda(torch.tensor(0))
 
 
+def test_memory_that_lacks_for_a_moment_is_asked_for_again(monkeypatch):
+    def lacks(*_):
+        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY: out of memory")
+
+    device = torch.device("cuda", 99)
+    monkeypatch.setattr(loader, "unloadable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(loader, "_function", lacks)
+    assert "OUT_OF_MEMORY" in loader.unusable("skinny_linear", device)
+    monkeypatch.setattr(loader, "_function", lambda *_: None)
+    assert loader.unusable("skinny_linear", device) is None
+
+
 def test_kernels_that_cannot_be_loaded_fall_back_too(monkeypatch):
     """CuPy is there, but the NVRTC that it looks for at the first launch is not, say."""
     monkeypatch.setattr(loader, "unloadable", lambda: None)
