@@ -222,7 +222,7 @@ def test_sigterm_before_the_first_step_is_answered(tmp_path):
         "import os, sys, time\n"
         "from echogen.cli import main\n"
         "from echogen.train.data import scenes\n"
-        "def slow(split, seed, indices):\n"
+        "def slow(split, indices):\n"
         "    os.write(1, b'drawing\\n')\n"
         "    time.sleep(600)\n"
         "if __name__ == '__main__':\n"
