@@ -116,7 +116,9 @@ class Service:
         stands still."""
         end = time.monotonic() + self.limit
         self.scheduler.shutdown(timeout=self.limit)  # behind it nobody waits any more
-        wait(tuple(self._doing), max(0.0, end - time.monotonic()))
+        with self._counting:
+            doing = tuple(self._doing)
+        wait(doing, max(0.0, end - time.monotonic()))
         for pool in self._pools.values():
             pool.shutdown(wait=False, cancel_futures=True)
 

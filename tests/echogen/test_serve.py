@@ -121,12 +121,18 @@ def test_slots_that_draw_nothing_by_default_are_warned_of(run, model, monkeypatc
     assert run("serve", "--model", model, "--port", 0, "--slots", 2).err == ""
 
 
-def test_whoever_may_wait_may_connect(run, model, monkeypatch):
-    made = []
+@pytest.mark.parametrize(("files", "most"), [(1 << 20, 2 * 732 + 100), (1000, 1000 - 164)])
+def test_whoever_may_wait_may_connect(run, model, monkeypatch, files, most):
+    """As long as there are files to open for all of them; a soft limit is raised for that."""
+    made, raised = [], []
+    monkeypatch.setattr("resource.getrlimit", lambda _: (256, files))
+    monkeypatch.setattr("resource.setrlimit", lambda _, limits: raised.append(limits))
     monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: made.append(self.config))
     options = ("--slots", 2, "--queue", 700, "--searches", 30)
-    assert run("serve", "--model", model, "--port", 0, *options).code == 0
-    assert 2 * 732 <= made[0].limit_concurrency < 3 * 732
+    found = run("serve", "--model", model, "--port", 0, *options)
+    assert found.code == 0 and made[0].limit_concurrency == most
+    assert raised == [(most + 164, files)]
+    assert ("ulimit -n" in found.err) == (files == 1000)
 
 
 def test_what_it_needs_is_named(run, model, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ def ask(sample: Sample, branches: int, rng: np.random.Generator) -> list[tuple[s
     return list(asked.items())
 
 
-class WorldStage:
+class WorldStage(ABC):
     """A stage on ShapesWorld but for its batches and its loss.
 
     Args:
@@ -120,11 +121,11 @@ class WorldStage:
         """See `Stage`."""
         return self.loss_part(step, 0, 1)
 
+    @abstractmethod
     def loss_part(self, step: int, part: int, parts: int) -> tuple[Tensor, dict[str, Any]]:
         """See `Stage`."""
-        raise NotImplementedError
 
-    def after_step(self, step: int) -> None:
+    def after_step(self, step: int) -> None:  # noqa: B027 - most stages need none
         """Nothing follows the optimizer step."""
 
     @torch.no_grad()
