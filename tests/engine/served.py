@@ -79,6 +79,16 @@ def send(connection: HTTPConnection, method: str, path: str, body: Any, **header
     connection.request(method, path, data, kind | named)
 
 
+def begin(client: Client, path: str, length: int, sent: bytes) -> HTTPConnection:
+    """Ask with a body of which only the beginning is sent."""
+    connection = client.connect()
+    connection.putrequest("POST", path)
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", str(length))
+    connection.endheaders(sent)
+    return connection
+
+
 @contextmanager
 def serving(engine: Engine, **options: Any) -> Iterator[Client]:
     """Options are of `Scheduler` and `make_app`."""

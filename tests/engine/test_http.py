@@ -27,6 +27,7 @@ from .served import (
     LAYOUT,
     TWO,
     Client,
+    begin,
     counters,
     hang_up,
     next_event,
@@ -263,22 +264,14 @@ def test_bodies_have_a_limit(client, told, path):
 
 def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch):
     monkeypatch.setattr(middleware, "SLOWEST", 0.05)
-    connection = client.connect()
-    connection.putrequest("POST", "/v1/images")
-    connection.putheader("Content-Type", JSON)
-    connection.putheader("Content-Length", "10")
-    connection.endheaders(b"{")
+    connection = begin(client, "/v1/images", 10, b"{")
     answer = connection.getresponse()
     assert answer.status == 408 and b"1 bytes of the body came" in answer.read()
 
 
 def test_a_body_that_comes_byte_by_byte_has_no_more_time(client, monkeypatch):
     monkeypatch.setattr(middleware, "SLOWEST", 0.2)
-    connection = client.connect()
-    connection.putrequest("POST", "/v1/images")
-    connection.putheader("Content-Type", JSON)
-    connection.putheader("Content-Length", "20")
-    connection.endheaders(b"{")
+    connection = begin(client, "/v1/images", 20, b"{")
     for _ in range(19):
         if select.select([connection.sock], [], [], 0.05)[0]:
             break
@@ -296,11 +289,7 @@ def test_bodies_have_a_limit_together(client, monkeypatch):
 
 def test_pictures_that_are_sent_leave_room_for_drawings(client, monkeypatch):
     monkeypatch.setattr(middleware, "HELD", 1000)
-    slow = client.connect()
-    slow.putrequest("POST", "/v1/boxes")
-    slow.putheader("Content-Type", JSON)
-    slow.putheader("Content-Length", "1200")
-    slow.endheaders(b"{" * 999)
+    slow = begin(client, "/v1/boxes", 1200, b"{" * 999)
     client.until(lambda: client.ask("POST", "/v1/boxes", {}).status == 503)
     assert client.draw().status == 200
     hang_up(slow)
@@ -380,11 +369,7 @@ def test_what_is_refused_before_it_is_routed_is_counted_by_route(engine, caplog)
     seconds = "echogen_http_request_seconds_count"
     with serving(engine) as client:
         assert client.ask("POST", "/v1/boxes", b"x" * (BODIES["/v1/boxes"] + 1)).status == 413
-        begun = client.connect()  # and left in the middle of its body
-        begun.putrequest("POST", "/v1/images")
-        begun.putheader("Content-Type", JSON)
-        begun.putheader("Content-Length", "10")
-        begun.endheaders(b"{")
+        begun = begin(client, "/v1/images", 10, b"{")  # and left in the middle of its body
         hang_up(begun)
         left = (seconds, (("route", "/v1/images"), ("status", "499")))
         client.until(lambda: left in counters(client))
