@@ -24,7 +24,7 @@ Run = Callable[[Inputs], Outputs]
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 """What rounding explains: a few units in the last place of sums as long as a row."""
 OURS, EAGER, COMPILED = "echogen", "eager", "compile"
-MODULES = ("noise", "heads", "rewards", "transformer", "decoding", "grammar")
+MODULES = ("noise", "heads", "rewards", "transformer", "decoding", "windows", "grammar")
 """Modules of `echogen.bench.speed.cases`, in the order of the table."""
 
 NO_CASE = {

@@ -295,15 +295,10 @@ class Engine:
         Raises:
             LayoutError: a layout that leaves no room for the image, or holds a reserved token.
             ValueError: a negative layout without guidance; guidance behind the last position;
-                draws that are not one 32-bit word for each layout; "jacobi" in 8 bits.
+                draws that are not one 32-bit word for each layout.
         """
         if decoding not in get_args(Method):
             raise ValueError(f"decoding = {decoding!r}; choose one of {get_args(Method)}")
-        if decoding == "jacobi" and (self.fp8 or self.fp8_cache):
-            raise ValueError(
-                "decoding = 'jacobi' on a GPU runs the weights and caches as they are, not in 8 "
-                "bits; choose 'auto', or load the model without fp8 and fp8_cache"
-            )
         sampling = sampling or self.sampling
         prompts = self.prompt_rows(layouts, sampling, negative)
         ids = torch.tensor(check_draws(draws, len(layouts)), dtype=torch.int64, device=self.device)

@@ -1,5 +1,5 @@
-"""Attention of one query a sequence over its cache: decoding, where reading keys and values is the
-whole cost.
+"""Attention of a sequence's newest query, or of a few, over its cache: decoding, where reading keys
+and values is the whole cost.
 
 Two things are done about that cost. The keys of a sequence are cut among several programs, so that
 a small batch still fills the device, and their partial softmaxes merged (flash-decoding, Dao et
@@ -11,6 +11,9 @@ once for many calls (`decode_members`).
 
 A partial is the maximum m of the scores (base 2), the sum l of 2^(s − m), and the sum a of
 2^(s − m)·v, in float32; partials merge as ``Σ 2^(mᵢ − m)·aᵢ / Σ 2^(mᵢ − m)·lᵢ`` with m = max mᵢ.
+
+Several queries of one sequence (a window of codes that are run together) lie in one tile too, each
+with an end of its own, so that what they see is read once for all of them.
 
 Caches may hold 8 bits a number, with a scale for every token and head (`rope.rope_cache` writes
 them): a key's scales its scores, a value's its weights, so that nothing wider is ever stored.
@@ -98,12 +101,13 @@ def _dot(a, b, WIDE: tl.constexpr):
 
 @triton.jit
 def _fold(
-    query, scale, keys_ptr, values_ptr, scales_ptr, apart, first, end, top, total, sums,
-    WHOLE: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
-    WIDE: tl.constexpr,
+    query, scale, keys_ptr, values_ptr, scales_ptr, apart, first, end, ends, top, total, sums,
+    WHOLE: tl.constexpr, RAGGED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """A partial softmax with one more tile of keys, of which one at least lies before the end: the
-    maximum is a number. All of a WHOLE one do, which then needs no masks."""
+    maximum is a number. All of a WHOLE one do, which then needs no masks. Where it is RAGGED, rows
+    have ends of their own, the last of which is the end, and one may see nothing of a tile."""
     c, j = tl.arange(0, PADDED), tl.arange(0, KEYS)
     there = (j < KEYS) if WHOLE else (first + j < end)
     keep = there[:, None] & (c < WIDTH)[None, :]
@@ -114,9 +118,13 @@ def _fold(
     if scales_ptr is not None:
         scores *= tl.load(scales_ptr + token + j, mask=there, other=0.0)[None, :]
     if not WHOLE:
-        scores = tl.where(there[None, :], scores, float("-inf"))
+        seen = (first + j[None, :] < ends[:, None]) if RAGGED else there[None, :]
+        scores = tl.where(seen, scores, float("-inf"))
     now = tl.maximum(top, tl.max(scores, 1))
-    p, shrink = tl.exp2(scores - now[:, None]), tl.exp2(top - now)
+    base = now
+    if RAGGED:
+        base = tl.where(now == float("-inf"), 0.0, now)  # a row that has seen nothing yet
+    p, shrink = tl.exp2(scores - base[:, None]), tl.exp2(top - base)
     total = total * shrink + tl.sum(p, 1)
     values = tl.load(values_ptr + tile, mask=keep, other=0.0)
     if scales_ptr is not None:
@@ -128,12 +136,13 @@ def _fold(
 
 @triton.jit
 def _attend(
-    query_ptr, keys_ptr, values_ptr, scales_ptr, apart, token, row, inside, start, end, scale,
-    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    WIDE: tl.constexpr,
+    query_ptr, keys_ptr, values_ptr, scales_ptr, apart, token, row, inside, start, end, ends, scale,
+    RAGGED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Partial softmax of query rows over keys start … end of the cache that begins with ``token``
-    of all; with scales a value's is ``apart`` from its key's."""
+    of all, or, RAGGED, up to their own ``ends``; with scales a value's is ``apart`` from its
+    key's."""
     c = tl.arange(0, PADDED)
     place = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
     within = (c < WIDTH)[None, :]
@@ -149,23 +158,23 @@ def _attend(
     top, total = tl.full([ROWS], float("-inf"), tl.float32), tl.zeros([ROWS], tl.float32)
     sums = tl.zeros([ROWS, PADDED], tl.float32)
     # Whole tiles of float32 take 255 registers and spill; with masks they take 66 (sm_90).
-    if query.dtype == tl.float32 and not WIDE:
+    if (query.dtype == tl.float32 and not WIDE) or RAGGED:
         for first in range(start, end, KEYS):
             top, total, sums = _fold(
-                query, scale, keys_ptr, values_ptr, scales_ptr, apart, first, end, top, total, sums,
-                False, WIDTH, PADDED, KEYS, WIDE,
+                query, scale, keys_ptr, values_ptr, scales_ptr, apart, first, end, ends, top, total,
+                sums, False, RAGGED, WIDTH, PADDED, KEYS, WIDE,
             )  # fmt: skip
     else:
         rest = end - (end - start) % KEYS
         for first in range(start, rest, KEYS):
             top, total, sums = _fold(
-                query, scale, keys_ptr, values_ptr, scales_ptr, apart, first, end, top, total, sums,
-                True, WIDTH, PADDED, KEYS, WIDE,
+                query, scale, keys_ptr, values_ptr, scales_ptr, apart, first, end, ends, top, total,
+                sums, True, RAGGED, WIDTH, PADDED, KEYS, WIDE,
             )  # fmt: skip
         if rest < end:
             top, total, sums = _fold(
-                query, scale, keys_ptr, values_ptr, scales_ptr, apart, rest, end, top, total, sums,
-                False, WIDTH, PADDED, KEYS, WIDE,
+                query, scale, keys_ptr, values_ptr, scales_ptr, apart, rest, end, ends, top, total,
+                sums, False, RAGGED, WIDTH, PADDED, KEYS, WIDE,
             )  # fmt: skip
     if scales_ptr is not None:
         sums /= WEIGHED
@@ -203,14 +212,26 @@ def _keep_partial(
 @triton.jit
 def _own(
     lengths_ptr, place, split, splits, capacity,
-    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr, MEMBERS: tl.constexpr,
+    ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One sequence and head of its keys: query rows, one split of its own cache, and the first of
-    its tokens among all."""
-    r = tl.arange(0, ROWS)
-    length = _held(lengths_ptr + place // KV_HEADS, capacity)
+    """One sequence, head of its keys and tile of its window: query rows, one split of its own
+    cache, where it ends for each row, and the first of its tokens among all."""
+    TILES: tl.constexpr = (WINDOW + MEMBERS - 1) // MEMBERS
+    r, sequence, head = tl.arange(0, ROWS), place // (KV_HEADS * TILES), place // TILES % KV_HEADS
+    member = r // SHARED + place % TILES * MEMBERS
+    query, inside = sequence * WINDOW + member, (r < MEMBERS * SHARED) & (member < WINDOW)
+    if WINDOW == 1:
+        length = _held(lengths_ptr + sequence, capacity)
+        ends = tl.zeros_like(r) + length
+    else:
+        held = tl.load(lengths_ptr + query, mask=inside, other=0)
+        ends = tl.minimum(tl.maximum(held, 0), capacity).to(tl.int32)
+        length = tl.max(ends, 0)
     start, end = _part_of(length, split, splits, KEYS)
-    return place * SHARED + r, r < SHARED, start, end, place.to(tl.int64) * capacity
+    row = (query * KV_HEADS + head) * SHARED + r % SHARED
+    token = (sequence * KV_HEADS + head).to(tl.int64) * capacity
+    return row, inside, start, end, tl.minimum(ends, end), token
 
 
 # Numbers that change with the batch: Triton would compile the kernel anew where one is 1 or
@@ -219,20 +240,21 @@ def _own(
 def _decode_own_kernel(
     query_ptr, keys_ptr, values_ptr, scales_ptr, apart, lengths_ptr, out_ptr,
     sums_ptr, tops_ptr, totals_ptr, capacity, parts, scale,
-    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-    ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr, WHOLE: tl.constexpr,
+    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr, MEMBERS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WIDE: tl.constexpr, WHOLE: tl.constexpr,
     DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """Sequences without prefixes; the result where one split is the whole."""
     wait_for_earlier(DEPENDENT)
     split = tl.program_id(1)
-    row, inside, start, end, token = _own(
+    row, inside, start, end, ends, token = _own(
         lengths_ptr, tl.program_id(0), split, tl.num_programs(1), capacity,
-        KV_HEADS, SHARED, ROWS, KEYS,
+        KV_HEADS, SHARED, WINDOW, MEMBERS, ROWS, KEYS,
     )  # fmt: skip
     top, total, sums = _attend(
-        query_ptr, keys_ptr, values_ptr, scales_ptr, apart, token, row, inside, start, end, scale,
-        WIDTH, PADDED, ROWS, KEYS, WIDE,
+        query_ptr, keys_ptr, values_ptr, scales_ptr, apart, token, row, inside, start, end, ends,
+        scale, WINDOW > 1, WIDTH, PADDED, ROWS, KEYS, WIDE,
     )  # fmt: skip
     if WHOLE:
         c = tl.arange(0, PADDED)
@@ -246,14 +268,14 @@ def _decode_own_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["apart", "prefix_apart", "sequences", "slots", "before", "parts"])
+@triton.jit(do_not_specialize=["apart", "prefix_apart", "queries", "slots", "before", "parts"])
 def _decode_shared_kernel(
     query_ptr, keys_ptr, values_ptr, scales_ptr, apart, lengths_ptr, prefix_keys_ptr,
     prefix_values_ptr, prefix_scales_ptr, prefix_apart, prefix_lengths_ptr, order_ptr, sums_ptr,
-    tops_ptr, totals_ptr, capacity, prefix_capacity, sequences, slots, before, parts, scale,
-    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, MEMBERS: tl.constexpr, WIDTH: tl.constexpr,
-    PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, WIDE: tl.constexpr,
-    DEPENDENT: tl.constexpr = False,
+    tops_ptr, totals_ptr, capacity, prefix_capacity, queries, slots, before, parts, scale,
+    KV_HEADS: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr, MEMBERS: tl.constexpr,
+    WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    WIDE: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
     """Either one tile of a prefix's sequences, one head of its keys and one split of them, or the
     same of a sequence's own cache."""
@@ -262,32 +284,33 @@ def _decode_shared_kernel(
     program, of_prefixes = tl.program_id(0), slots * KV_HEADS * before
     if program < of_prefixes:
         head, part = program // slots % KV_HEADS, program // (slots * KV_HEADS)
-        entry, r = order_ptr + sequences + 3 * (program % slots), tl.arange(0, ROWS)
+        entry, r = order_ptr + queries + 3 * (program % slots), tl.arange(0, ROWS)
         prefix = tl.load(entry).to(tl.int64)
         first, last = tl.load(entry + 1), tl.load(entry + 2)
         member = first + r // SHARED
         inside = (r < MEMBERS * SHARED) & (member < last)
-        sequence = tl.load(order_ptr + member, mask=inside, other=0)
-        row = (sequence * KV_HEADS + head) * SHARED + r % SHARED
+        query = tl.load(order_ptr + member, mask=inside, other=0)
+        row = (query * KV_HEADS + head) * SHARED + r % SHARED
         length = prefix_capacity
         if prefix_lengths_ptr is not None:
             length = _held(prefix_lengths_ptr + prefix, prefix_capacity)
         length = tl.where(first < last, length, 0)
         start, end = _part_of(length, part, before, KEYS)
-        token = (prefix * KV_HEADS + head) * prefix_capacity
+        ends, token = tl.zeros_like(r) + end, (prefix * KV_HEADS + head) * prefix_capacity
         keys_ptr, values_ptr = prefix_keys_ptr, prefix_values_ptr
         if scales_ptr is not None:
             scales_ptr, apart = prefix_scales_ptr, prefix_apart
     else:
-        own, places = program - of_prefixes, sequences * KV_HEADS
+        own = program - of_prefixes
+        places = queries // WINDOW * KV_HEADS * ((WINDOW + MEMBERS - 1) // MEMBERS)
         part = before + own // places
-        row, inside, start, end, token = _own(
+        row, inside, start, end, ends, token = _own(
             lengths_ptr, own % places, own // places, parts - before, capacity,
-            KV_HEADS, SHARED, ROWS, KEYS,
+            KV_HEADS, SHARED, WINDOW, MEMBERS, ROWS, KEYS,
         )  # fmt: skip
     top, total, sums = _attend(
-        query_ptr, keys_ptr, values_ptr, scales_ptr, apart, token, row, inside, start, end, scale,
-        WIDTH, PADDED, ROWS, KEYS, WIDE,
+        query_ptr, keys_ptr, values_ptr, scales_ptr, apart, token, row, inside, start, end, ends,
+        scale, WINDOW > 1, WIDTH, PADDED, ROWS, KEYS, WIDE,
     )  # fmt: skip
     _keep_partial(
         sums_ptr, tops_ptr, totals_ptr, row, inside, part, parts, top, total, sums, WIDTH, PADDED
@@ -360,11 +383,13 @@ def _launch(
             query, keys, values, lengths, scale, prefix_keys, prefix_values, prefix_lengths, groups,
             scales, prefix_scales,
         )  # fmt: skip
-    sequences, heads, width = query.shape
-    _, kv_heads, capacity, _ = keys.shape
-    tiles, places = _tiles(query, keys), sequences * kv_heads
+    queries, heads, width = query.shape
+    sequences, kv_heads, capacity, _ = keys.shape
+    tiles, window, members = _tiles(query, keys), queries // sequences, members_of(query, kv_heads)
+    places = sequences * kv_heads * triton.cdiv(window, members)
     constants = {
-        "KV_HEADS": kv_heads, "SHARED": heads // kv_heads, "WIDTH": width,
+        "KV_HEADS": kv_heads, "SHARED": heads // kv_heads, "WINDOW": window,
+        "MEMBERS": members, "WIDTH": width,
         "PADDED": max(16, triton.next_power_of_2(width)), "ROWS": ROWS, "KEYS": tiles.keys,
         "WIDE": INTERPRETED, "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
@@ -374,14 +399,13 @@ def _launch(
     prefixes, splits, before = 0, SPLITS.of(places, capacity), 0
     if prefix_keys is not None:
         prefixes, _, length, _ = prefix_keys.shape
-        members = members_of(query, kv_heads)
-        used = max(prefixes, triton.cdiv(sequences, members))
+        used = max(prefixes, triton.cdiv(queries, members))
         before = SPLITS.of(used * kv_heads, length)
     parts = before + splits
     sums = tops = totals = None
     if parts > 1:
-        sums = torch.empty(sequences * heads, parts, width, dtype=torch.float32, device=out.device)
-        tops, totals = sums.new_empty(2, sequences * heads, parts)
+        sums = torch.empty(queries * heads, parts, width, dtype=torch.float32, device=out.device)
+        tops, totals = sums.new_empty(2, queries * heads, parts)
     if prefix_keys is None:
         launch(
             _decode_own_kernel, (places, splits), query, keys, values, scales, _apart(scales),
@@ -391,16 +415,16 @@ def _launch(
         if order is None:
             assert groups is not None, "the public function sees to it"
             order = launch_members(groups, prefixes, members)
-        slots = sequences // members + prefixes
+        slots = queries // members + prefixes
         launch(
             _decode_shared_kernel, (slots * kv_heads * before + places * splits,), query, keys,
             values, scales, _apart(scales), lengths, prefix_keys, prefix_values, prefix_scales,
             _apart(prefix_scales), prefix_lengths, order, sums, tops, totals, capacity, length,
-            sequences, slots, before, parts, scale, MEMBERS=members, **constants,
+            queries, slots, before, parts, scale, **constants,
         )  # fmt: skip
     if parts > 1:
         launch(
-            _decode_merge_kernel, (sequences * heads,), sums, tops, totals, groups, out, prefixes,
+            _decode_merge_kernel, (queries * heads,), sums, tops, totals, groups, out, prefixes,
             before, parts, HEADS=heads, WIDTH=width, PADDED=constants["PADDED"], MERGED=MERGED,
             num_warps=1,
         )  # fmt: skip
@@ -452,7 +476,8 @@ def decode_attention(
     scales: Tensor | None = None,
     prefix_scales: Tensor | None = None,
 ) -> Tensor:
-    """Attention of one query a sequence over the prefix of its group and then its own cache.
+    """Attention of a sequence's query over the prefix of its group and then its own cache; or of a
+    window of W queries, each up to a length of its own.
 
     ``softmax(scale · q·[prefix keys, keys]ᵀ)·[prefix values, values]`` (Vaswani et al. 2017), each
     cache up to its length; what lies behind is not read. Query head h attends to head
@@ -463,15 +488,17 @@ def decode_attention(
     the reference's, on CUDA too. Not differentiable.
 
     Args:
-        query: float [B, H, K], contiguous, as are all; K up to 128.
+        query: float [B·W, H, K], contiguous, as are all; K up to 128. The W queries of a sequence
+            stand together.
         keys, values: [B, Hk, S, K] of the query's type, or with scales float8_e4m3fn; H is Hk
             times 1 … 16.
-        lengths: int64 or int32 [B], tokens held of each sequence, the query's own among them.
+        lengths: int64 or int32 [B·W], tokens that each query sees of its sequence, its own among
+            them.
         scale: of the scores; 1/√K if None.
         prefix_keys, prefix_values: [P, Hk, Sp, K], each stored once for all that share it.
         prefix_lengths: int64 or int32 [P]; Sp each if None.
-        groups: int64 or int32 [B], in any order: which prefix each sequence continues; outside
-            0 … P − 1: none. Needed with prefixes.
+        groups: int64 or int32 [B·W], in any order: which prefix each query's sequence continues;
+            outside 0 … P − 1: none. Needed with prefixes.
         order: `decode_members` of these groups, where several calls share it; made here if None.
             One of other groups gives wrong results, which nothing notices.
         scales, prefix_scales: float32 [2, B, Hk, S] and [2, P, Hk, Sp] of caches in 8 bits, of keys
@@ -481,7 +508,7 @@ def decode_attention(
             lose digits.
 
     Returns:
-        [B, H, K] in the query's type.
+        [B·W, H, K] in the query's type.
 
     Raises:
         ValueError: shapes, devices, strides or numbers that do not fit, or only part of a prefix.
@@ -505,12 +532,17 @@ def decode_attention(
         if tensor.dtype != keys.dtype:
             raise TypeError(f"{name} is {tensor.dtype} and keys {keys.dtype}; make them the same")
     checks.check_shape("query", query, (None, None, None))
-    sequences, heads, width = query.shape
-    checks.check_shape("keys", keys, (sequences, None, None, width))
+    queries, heads, width = query.shape
+    checks.check_shape("keys", keys, (None, None, None, width))
     checks.check_shape("values", values, keys.shape)
-    checks.check_shape("lengths", lengths, (sequences,))
+    checks.check_shape("lengths", lengths, (queries,))
     checks.check_not_empty(query=query, keys=keys)
-    kv_heads = keys.shape[1]
+    sequences, kv_heads, *_ = keys.shape
+    if queries % sequences:
+        raise ValueError(
+            f"query has {queries} rows for the {sequences} sequences of keys; it needs as many for "
+            f"each"
+        )
     check_heads(heads, kv_heads)
     if width > MOST_WIDE:
         raise ValueError(f"query is {width} wide; the kernel holds up to {MOST_WIDE}")

@@ -25,6 +25,8 @@ from torch import Tensor
 from echogen.engine.cpu.packed import PackedTransformer
 from echogen.engine.decoding.decode import Decoder, Progress, check_drawing, open_windows
 from echogen.engine.decoding.sampler import Sampler
+from echogen.engine.gpu.device import DeviceTransformer
+from echogen.engine.gpu.windows import DeviceWindows
 from echogen.engine.layout import Layout
 from echogen.engine.ranges import span
 
@@ -82,7 +84,9 @@ def wins(model: Decoder, dtype: torch.dtype, layouts: Sequence[Layout], guided: 
     one row is as much faster than one of sixteen as it draws fewer codes: windows draw an image of
     the bundled model 1.01 times as fast, and 0.72 times with CFG 5 (`bench/results/jacobi-tiny-cpu
     .json`). One of 110 M parameters, whose weights fit no cache, would be drawn 2.2 times as fast
-    if its drafts were as good (`bench/results/window-100m-cpu.json`); none is trained, to tell."""
+    if its drafts were as good (`bench/results/window-100m-cpu.json`); none is trained, to tell. On
+    a GPU, where one picture at a time should gain most, nothing has been timed: windows run there
+    on request alone (``decoding="jacobi"``)."""
     if len(layouts) * (1 + guided) > MOST_ROWS or not isinstance(model, PackedTransformer):
         return False
     return all(foreseeable(layout, dtype) for layout in layouts)
@@ -207,6 +211,12 @@ def decode_windows(
     if draft not in ("above", "left"):
         raise ValueError(f"draft = {draft!r}; choose 'above' or 'left'")
     columns = columns_of(tokens) if draft == "above" else 1
+    if isinstance(model, DeviceTransformer) and sampler.on_device and tokens > 1:
+        # In the weights' own type, as a step recorded under autocast would stay under it.
+        with model.lock, torch.autocast(code_table.device.type, enabled=False):
+            width = min(window, tokens - 1)
+            on_device = DeviceWindows(model, prompts, guided, sampler, width, columns)
+            return WindowDrawing(*on_device.draw_windows(progress))
     decoding = open_windows(model, code_table, prompts, pad, guided)
     asked = sum(map(len, prompts))
     with span("engine/prefill", rows=len(prompts)):

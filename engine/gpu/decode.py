@@ -17,7 +17,7 @@ from echogen.engine.cache import KVCache
 from echogen.engine.decoding.sampler import Sampler
 from echogen.engine.gpu.device import DeviceTransformer
 from echogen.engine.gpu.graphs import Step as Run
-from echogen.engine.gpu.step import Choice, Shape, recorded, unrecorded
+from echogen.engine.gpu.step import Choice, DeviceStep, Shape, recorded, unrecorded
 from echogen.engine.ranges import span
 
 TOGETHER = 32
@@ -35,6 +35,7 @@ class DeviceDecoding:
         guided: they are.
         share: keep equal prompts once; False keeps a copy a row, for comparisons.
         sampler: what `draw` is going to draw with; None where it is not called.
+        kind, window, columns: of the step, see `Shape`.
     """
 
     def __init__(
@@ -44,6 +45,9 @@ class DeviceDecoding:
         guided: bool,
         share: bool = True,
         sampler: Sampler | None = None,
+        kind: type[DeviceStep] = DeviceStep,
+        window: int = 1,
+        columns: int = 1,
     ) -> None:
         self._model, self._rows, self._sampler = model, len(prompts), sampler
         self._images = len(prompts) // 2 if guided else len(prompts)
@@ -54,12 +58,12 @@ class DeviceDecoding:
             list(dict(zip(groups, prompts, strict=True)).values()),
             groups,
         )
-        shape = Shape.of(len(prompts), guided, self._different)
+        shape = Shape.of(len(prompts), guided, self._different, window, columns)
         self._run: Run | None = None
         if sampler is None:
             self._step = unrecorded(model, shape)
         else:
-            self._step, self._run = recorded(model, shape, Choice.of(sampler))
+            self._step, self._run = recorded(kind, model, shape, Choice.of(sampler))
         # An unconditional row is as far behind the conditional ones as there are images, idle ones
         # among them.
         self._places = [

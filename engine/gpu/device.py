@@ -78,13 +78,15 @@ class Prefixes:
 class Places:
     """Where the rows of a step stand, on the device alone.
 
+    A row is a token. Of each of C sequences there are one, or W side by side: R = C·W.
+
     Attributes:
         slots: int64 [R], where in its cache a row's token goes; outside: nowhere (an idle row).
-        lengths: int64 [R], tokens of its own that a row then sees.
+        lengths: int64 [R], tokens of its own sequence that a row then sees.
         positions: int64 [R], of RoPE.
-        keys, values: [layers, R, Hk, S, K], the rows' own caches.
+        keys, values: [layers, C, Hk, S, K], the sequences' own caches.
         prefixes: what the rows see before them.
-        scales: float32 [layers, 2, R, Hk, S] of caches in 8 bits; None: they are not.
+        scales: float32 [layers, 2, C, Hk, S] of caches in 8 bits; None: they are not.
     """
 
     slots: Tensor
@@ -96,7 +98,7 @@ class Places:
     scales: Tensor | None = None
 
     def attended(self, query: Tensor, layer: int) -> Tensor:
-        """[R, H, K] → [R, H, K]: attention of one query a row over all that it sees."""
+        """[R, H, K] → [R, H, K]: attention of every row's query over all that it sees."""
         keys, values, scales = self.keys[layer], self.values[layer], _of_layer(self.scales, layer)
         p = self.prefixes
         if p is None:
@@ -185,7 +187,7 @@ class DeviceLinear:
 
 
 class DeviceBlock:
-    """`model.Block` for one token a row; see the module for its launches."""
+    """`model.Block` for few tokens of each sequence; see the module for its launches."""
 
     def __init__(self, block: Block, fp8: bool) -> None:
         self._heads, self._kv_heads, self._dim = block.heads, block.kv_heads, block.head_dim
@@ -198,15 +200,15 @@ class DeviceBlock:
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, places: Places, layer: int
     ) -> Tensor:
-        """Residual stream x [R, D] → the same, perhaps in place; cos, sin [R, 1, K]; the places'
-        slots as [R, 1]."""
+        """Residual stream x [R, D] → the same, perhaps in place; cos, sin [C, W, K]; the places'
+        slots as [C, W]."""
         rows, h, kv = len(x), self._heads, self._kv_heads
-        heads = self._qkv(x).view(rows, 1, h + 2 * kv, self._dim)
+        heads = self._qkv(x).view(*slots.shape, h + 2 * kv, self._dim)
         query = rope_cache(
             heads[:, :, :h], heads[:, :, h : h + kv], heads[:, :, h + kv :], cos, sin,
             places.keys[layer], places.values[layer], slots, _of_layer(places.scales, layer),
         )  # fmt: skip
-        attended = places.attended(query[:, 0], layer)
+        attended = places.attended(query.flatten(0, 1), layer)
         x = self._out(attended.view(rows, h * self._dim), residual=x)
         return self._down(self._gate_up(x, gated=True), residual=x)
 
@@ -317,9 +319,9 @@ class DeviceTransformer:
 
     def logits(self, x: Tensor, places: Places) -> Tensor:
         """One token a row, [R, D] (overwritten) → image logits [R, V]; writes the cache."""
-        rotation = self._rope.index_select(1, places.positions).unsqueeze(2)
+        slots = places.slots.view(places.keys.shape[1], -1)
+        rotation = self._rope.index_select(1, places.positions).view(2, *slots.shape, -1)
         cos, sin = rotation.unbind(0)
-        slots = places.slots.unsqueeze(1)
         for i, block in enumerate(self.blocks):
             x = block(x, cos, sin, slots, places, i)
         return self._out(F.gelu(self._into(x)))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,7 +24,9 @@ from echogen.kernels.checks import FP8, device_seed
 from echogen.kernels.decode_members import decode_members
 from echogen.kernels.overlap import overlapping
 from echogen.kernels.reference.sampling import COLDEST, branches, mixed, truncated
-from echogen.kernels.sampling import cfg_sample
+from echogen.kernels.sampling import CfgSample, cfg_sample
+
+S = TypeVar("S", bound="DeviceStep")
 
 EDGE = 64
 """Prompts' caches end at a multiple of this, so that few different steps are recorded."""
@@ -35,27 +38,44 @@ class Shape:
 
     Attributes:
         images: samples N, a `bucket`.
-        guided: there are 2N rows, the conditional ones first.
+        guided: there are 2N sequences, the conditional ones first.
         prompts: different prompts held, a `bucket`.
         prompt_tokens: of the longest, rounded up to ``EDGE``.
+        window: codes of an image that a step runs, one after another in the image.
+        columns: of windows, how far back a draft looks where no step has sampled yet.
     """
 
     images: int
     guided: bool
     prompts: int
     prompt_tokens: int
+    window: int = 1
+    columns: int = 1
 
     @classmethod
-    def of(cls, rows: int, guided: bool, prompts: Sequence[Sequence[int]]) -> Shape:
-        """For so many rows, which continue these different prompts."""
+    def of(
+        cls,
+        sequences: int,
+        guided: bool,
+        prompts: Sequence[Sequence[int]],
+        window: int = 1,
+        columns: int = 1,
+    ) -> Shape:
+        """For so many sequences, which continue these different prompts."""
         longest = max(map(len, prompts))
         tokens = -(-longest // EDGE) * EDGE
-        return cls(bucket(rows // 2 if guided else rows), guided, bucket(len(prompts)), tokens)
+        images = bucket(sequences // 2 if guided else sequences)
+        return cls(images, guided, bucket(len(prompts)), tokens, window, columns)
+
+    @property
+    def sequences(self) -> int:
+        """Of a step, idle ones among them; with guidance two an image."""
+        return 2 * self.images if self.guided else self.images
 
     @property
     def rows(self) -> int:
-        """Rows of a step, idle ones among them."""
-        return 2 * self.images if self.guided else self.images
+        """Tokens of a step, those of a sequence side by side."""
+        return self.sequences * self.window
 
 
 @dataclass(frozen=True)
@@ -132,9 +152,9 @@ class DeviceStep:
         return decode_members(groups, query, self.prompts[0, 0])
 
     def _prepare_sampling(self, steps: int, device: torch.device) -> None:
-        images = self.shape.images
+        images, window = self.shape.images, self.shape.window
         self._seed = torch.zeros(1, dtype=torch.int64, device=device)
-        self._draws = torch.zeros(images, dtype=torch.int64, device=device)
+        self._draws = torch.zeros(images, window, dtype=torch.int64, device=device)
         # Temperature, top-p, and the scale of guidance at every code.
         self._numbers = torch.ones(2 + steps, dtype=torch.float32, device=device)
         self._temperature, self._top_p, self._scales = self._numbers.split([1, 1, steps])
@@ -179,15 +199,16 @@ class DeviceStep:
         s, images = sampler.sampling, len(sampler.draws)
         self._seed.copy_(device_seed(sampler.seed, self._seed.device))
         self._draws.zero_()
-        self._draws[:images].copy_(sampler.draws)
+        self._draws[:images] = sampler.draws[:, None]
         scales = s.scales(self.codes.shape[1])
         self._numbers.copy_(torch.tensor([s.temperature, s.top_p, *scales]))
 
     # --- what is run again and again --------------------------------------------------------------
 
     def feed(self, embedded: Tensor) -> None:
-        """Embeddings [n, D] of the leading images' codes, for all rows of theirs."""
-        self._x.view(-1, self.shape.images, self._x.shape[1])[:, : len(embedded)] = embedded
+        """Embeddings [n, D] of the leading images' codes, for all sequences of theirs."""
+        each = self.shape.images * self.shape.window
+        self._x.view(-1, each, self._x.shape[1])[:, : len(embedded)] = embedded
 
     def layers(self) -> Tensor:
         """Append the codes fed; image logits [R, V]."""
@@ -197,21 +218,28 @@ class DeviceStep:
 
     def sample(self, logits: Tensor) -> None:
         """Draw every image's next code from logits [R, V], keep it, and feed it."""
-        guided, cut = self.shape.guided, self._code[:, None]
+        cut = self._code[:, None]
         cfg: Tensor | float = 1.0
-        if guided:  # all images are at the same code; the first is never idle
+        if self.shape.guided:  # all images are at the same code; the first is never idle
             cfg = self._scales.index_select(0, self._code[:1])
-        drawn = cfg_sample(
-            logits, self._seed, self._draws, self._code, cfg,
-            0.0 if self.choice.greedy else self._temperature, self.choice.top_k,
-            self._top_p if self.choice.nucleus else 1.0, "blocked" if guided else "none",
-            self._model.table,
-        )  # fmt: skip
+        drawn = self._drawn(logits, self._draws.flatten(), self._code, cfg, self._model.table)
         self.codes.scatter_(1, cut, drawn.token[:, None])
         self.logprob.scatter_(1, cut, drawn.logprob[:, None])
         if self.kept is not None:
             self.kept.scatter_(1, cut, self._choices(logits, cfg)[:, None])
         self.feed(drawn.embed)
+
+    def _drawn(
+        self, logits: Tensor, draws: Tensor, position: Tensor, cfg: Tensor | float,
+        table: Tensor | None = None,
+    ) -> CfgSample:  # fmt: skip
+        """Draw from logits by the sampler's numbers; see `cfg_sample`."""
+        return cfg_sample(
+            logits, self._seed, draws, position, cfg,
+            0.0 if self.choice.greedy else self._temperature, self.choice.top_k,
+            self._top_p if self.choice.nucleus else 1.0,
+            "blocked" if self.shape.guided else "none", table,
+        )  # fmt: skip
 
     def _choices(self, logits: Tensor, cfg: Tensor | float) -> Tensor:
         """How many codes the truncation leaves, int64 [N]."""
@@ -234,11 +262,11 @@ class DeviceStep:
 
 
 def caches(model: DeviceTransformer, shape: Shape) -> list[Piece]:
-    """Keys and values of the prompts and of the rows' own codes, [2, layers, …] each, keys first;
+    """Keys and values of the prompts and of images' own codes, [2, layers, …] each, keys first;
     in 8 bits with their scales, [layers, 2, …]. The last code of an image is never fed."""
     c = model.config
     own, kind = max(1, c.image_tokens - 1), FP8 if model.fp8_cache else model.table.dtype
-    held = ((shape.prompts, c.kv_heads, shape.prompt_tokens), (shape.rows, c.kv_heads, own))
+    held = ((shape.prompts, c.kv_heads, shape.prompt_tokens), (shape.sequences, c.kv_heads, own))
     found = [Piece((2, c.layers, *heads, c.head_dim), kind) for heads in held]
     if model.fp8_cache:
         found += [Piece((c.layers, 2, *heads), torch.float32) for heads in held]
@@ -259,13 +287,16 @@ def unrecorded(model: DeviceTransformer, shape: Shape) -> DeviceStep:
     return DeviceStep(model, shape, Choice())
 
 
-def recorded(model: DeviceTransformer, shape: Shape, choice: Choice) -> tuple[DeviceStep, Run]:
-    """The step for a shape and a choice, and what runs it; made and recorded at first use. What
-    lies in its caches is overwritten, and so is that of every other step."""
+def recorded(
+    kind: type[S], model: DeviceTransformer, shape: Shape, choice: Choice
+) -> tuple[S, Run]:
+    """The step of a kind for a shape and a choice, and what runs it; made and recorded at first
+    use. What lies in its caches is overwritten, and so is that of every other step."""
     _make_room(model, shape)
 
-    def make() -> tuple[DeviceStep, Run]:
-        step = DeviceStep(model, shape, choice)
+    def make() -> tuple[S, Run]:
+        step = kind(model, shape, choice)
         return step, model.recorder.record(step.run)
 
-    return model.steps.get((shape, choice), make)
+    found: tuple[S, Run] = model.steps.get((kind, shape, choice), make)
+    return found

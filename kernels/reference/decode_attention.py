@@ -32,8 +32,8 @@ def decode_attention(
     scales: Tensor | None = None,
     prefix_scales: Tensor | None = None,
 ) -> Tensor:
-    """[B, H, K]; see `echogen.kernels.decode_attention`."""
-    out = torch.empty_like(query)
+    """[B·W, H, K]; see `echogen.kernels.decode_attention`."""
+    out, window = torch.empty_like(query), len(query) // len(keys)
     prefixes = 0 if prefix_keys is None else len(prefix_keys)
     if groups is None:
         groups = torch.full_like(lengths, -1)
@@ -50,8 +50,9 @@ def decode_attention(
             )
         members = (groups.clamp(min=-1) == prefix).nonzero()[:, 0]
         for rows in members.split(CHUNK) if len(members) else ():
+            own = rows // window
             out[rows] = _attend(
-                _wide(query[rows]), keys, values, rows, lengths[rows], scale, shared, scales
+                _wide(query[rows]), keys, values, own, lengths[rows], scale, shared, scales
             ).to(out.dtype)
     return out
 
@@ -60,22 +61,23 @@ def _attend(
     query: Tensor,
     keys: Tensor,
     values: Tensor,
-    rows: Tensor,
+    sequences: Tensor,
     lengths: Tensor,
     scale: float,
     shared: tuple[Tensor, Tensor] | None,
     scales: Tensor | None,
 ) -> Tensor:
-    """Sequences ``rows``, all of one prefix; heads are [kv heads, heads of a group] within."""
+    """Queries of ``sequences``, all of one prefix; heads are [kv heads, heads of a group]."""
     count, heads, width = query.shape
     kv_heads = keys.shape[1]
     grouped = query.reshape(count, kv_heads, heads // kv_heads, width)
     longest = min(max(int(lengths.max()), 0), keys.shape[2])
     keep = torch.arange(longest, device=query.device) < lengths[:, None]
-    by = (None, None) if scales is None else scales[:, rows, :, :longest]
-    own_keys = _scaled(keys[rows, :, :longest], by[0])
+    by = (None, None) if scales is None else scales[:, sequences, :, :longest]
+    own_keys = _scaled(keys[sequences, :, :longest], by[0])
     # What lies behind a sequence's length was never written: NaN there must not reach the sum.
-    own_values = _scaled(values[rows, :, :longest], by[1]).masked_fill_(~keep[:, None, :, None], 0)
+    own_values = _scaled(values[sequences, :, :longest], by[1])
+    own_values = own_values.masked_fill_(~keep[:, None, :, None], 0)
     scores = (grouped @ own_keys.mT).masked_fill(~keep[:, None, None], float("-inf"))
     if shared is not None:
         by_head = grouped.transpose(0, 1).reshape(kv_heads, -1, width)

@@ -37,7 +37,7 @@ def _views(args: tuple[Any, ...], made: Any) -> bool:
     if not first or not isinstance(first[0], Tensor) or not result or result[0] is first[0]:
         return False
     where = first[0].untyped_storage().data_ptr()
-    return all(t.untyped_storage().data_ptr() == where for t in result)
+    return all(isinstance(t, Tensor) and t.untyped_storage().data_ptr() == where for t in result)
 
 
 def written(step: Callable[[], object]) -> _Writing:

@@ -25,7 +25,6 @@ from echogen.engine.gpu.decode import DeviceDecoding
 from echogen.engine.gpu.device import DeviceLinear, DeviceTransformer, Piece, misfit
 from echogen.engine.gpu.graphs import CaptureError, Eager, recorder
 from echogen.engine.gpu.step import DeviceStep
-from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.serving.slots import Slots
 from echogen.kernels.dispatch import recorded
@@ -490,11 +489,6 @@ def test_8_bits_are_refused_where_nothing_multiplies_by_them(monkeypatch):
     there = torch.zeros(1).as_subclass(OnCuda)
     with pytest.raises(ValueError, match=r"its weights are torch\.float64.*leave fp8 out"):
         on_operators(build().double(), there, fp8=True)
-    engine = Engine.from_pretrained("tiny")
-    engine.fp8_cache = True  # as if it lay on a GPU
-    layout = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
-    with pytest.raises(ValueError, match=r"'jacobi' on a GPU runs .* not in 8 bits; choose 'auto'"):
-        engine.generate(layout, decoding="jacobi")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     with pytest.raises(ValueError, match=r"capability 8\.0: it takes 8\.9"):
         on_operators(build(), there, fp8_cache=True)

@@ -102,6 +102,41 @@ def test_shared_prefixes(heads, groups, splits, cut, generator, device, relative
     assert torch.equal((found == 0).all(-1), (wanted == 0).all(-1))
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("window", [2, 16, 19])  # of several tiles, too
+@pytest.mark.parametrize("splits", [1, 3])
+def test_windows(heads, window, splits, cut, generator, device, relative_error):
+    """Queries of one sequence, each with an end of its own: as of as many sequences."""
+    cut(splits)
+    held, groups = [150, 0, window, 71], [1, 0, -1, 1]
+    query, keys, values, _ = own(held, heads, 150, 32, generator, device)
+    query = torch.randn(len(held) * window, *query.shape[1:], generator=generator).to(device)
+    ends = [[max(0, n - window + 1 + w) for w in range(window)] for n in held]
+    lengths = torch.tensor(ends, device=device).flatten()
+    each = [t.repeat_interleave(window, 0) for t in (keys, values)]
+    found = decode_attention(query, keys, values, lengths)
+    assert relative_error(found, oracle(query, *each, lengths)) < 2e-6
+    shared = prefix([61, 100], groups, heads, 100, 32, generator, device)
+    shared = (*shared[:3], shared[3].repeat_interleave(window))
+    found = decode_attention(query, keys, values, lengths, None, *shared)
+    wanted = oracle(query, *each, lengths, shared)
+    assert relative_error(found, wanted) < 2e-6
+    order = decode_members(shared[3], query, shared[0])
+    assert torch.equal(decode_attention(query, keys, values, lengths, None, *shared, order), found)
+    assert torch.equal((found == 0).all(-1), (wanted == 0).all(-1))
+
+
+def test_a_window_in_8_bits(generator, device, relative_error):
+    held, window = [40, 9], 4
+    _, keys, values, _ = own(held, (2, 1), 40, 32, generator, device)
+    query = torch.randn(8, 2, 32, generator=generator).to(device)
+    lengths = torch.tensor([37, 38, 39, 40, 6, 7, 8, 9], device=device)
+    eight, scales, meant = in_8_bits(keys, values, held)
+    found = decode_attention(query, *eight, lengths, scales=scales)
+    each = [t.repeat_interleave(window, 0) for t in meant]
+    assert relative_error(found, oracle(query, *each, lengths)) < 2e-3
+
+
 def in_8_bits(keys, values, lengths):
     """A cache in 8 bits with its scales, both NaN behind the lengths, and what it stands for."""
     held, scales = zip(*(scaled_heads(t.nan_to_num()) for t in (keys, values)), strict=True)
@@ -338,6 +373,8 @@ def test_bad_arguments(device):
         ({"keys": good["keys"][:, :, :0], "values": good["values"][:, :, :0]}, "keys has shape"),
         ({"keys": good["keys"][..., :8]}, "keys has shape"),
         ({"keys": crossed}, "keys has strides"),
+        ({"query": torch.zeros(3, 4, 16, device=device), "lengths": rows[[0, 0, 0]]},
+         "3 rows for the 2 sequences"),
         ({"values": good["values"][:, :, :4]}, "values has shape"),
         ({"lengths": rows[:1]}, "lengths has shape"),
         ({"lengths": rows.float()}, "lengths is torch.float32"),
