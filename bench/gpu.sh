@@ -1,12 +1,32 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in order of value, in less than ten minutes; a part that fails or
-# runs out of time does not stop the next, and a benchmark that is interrupted leaves what it has
-# measured. Without a GPU each part says why it is skipped and only starts up.
-# Usage: [PYTHON=python3] [RESULTS=bench/results/gpu] [SECONDS_IN_ALL=570] bash bench/gpu.sh
-# Leaves PART.txt (output), PART.err and, of parts that end with a line of JSON, PART.json;
-# summary.json holds every line of JSON by part, written anew after each.
+# Everything that needs a GPU, in order of value; a part that fails or runs out of time does not stop
+# the next, and a benchmark that is interrupted leaves what it has measured. Without a GPU each part
+# says why it is skipped and only starts up.
+# Usage: [PYTHON=python3] [RESULTS=bench/results/gpu] [SECONDS_IN_ALL=570] bash bench/gpu.sh [PART…]
+# What does not fit into SECONDS_IN_ALL is skipped, by name. Named parts run alone, in the order of
+# PARTS, and leave what other calls found in RESULTS.
+# Leaves PART.txt (output), PART.err, of parts that end with a line of JSON PART.json, and of those
+# that fail PART.failed; summary.json holds every line of JSON by part, and all.tar.gz every file,
+# so that one is all there is to copy: both are written anew after each part.
 set -u
 cd "$(dirname "$0")/.."
+PARTS=(
+  doctor cuda test_device latency-janus rollout-janus-256 rollout-janus-256-guided
+  test_kernels kernels rollout-janus train-pmtp-janus train-djo-janus train-cycle-rl-janus
+  test_device_overlap overlap-latency-janus fused-rollout-janus window-janus
+  latency-tiny latency-100m rollout-tiny train-pmtp-small train-djo-small train-cycle-rl-small
+  cycle profile_generate profile_cycle kernels-compile roofline test_engine
+)
+for name in "$@"; do
+  case " ${PARTS[*]} " in
+    *" $name "*) ;;
+    *)
+      echo "no part $name; choose ${PARTS[*]}"
+      exit 2
+      ;;
+  esac
+done
+asked=" ${*:-${PARTS[*]}} "
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-570}
 if ! why=$("$PYTHON" -c 'import echogen.cli, echogen.train.stages.cycle_rl' 2>&1); then
@@ -18,13 +38,12 @@ GPU=yes
 [ "$GPU" = yes ] || echo "no GPU that torch sees: every part is started up and skipped"
 if [ "$GPU" = yes ]; then RESULTS=${RESULTS:-bench/results/gpu}; else RESULTS=${RESULTS:-build/gpu-dry-run}; fi
 mkdir -p "$RESULTS"
-rm -f "$RESULTS"/*.json "$RESULTS"/*.txt "$RESULTS"/*.err "$RESULTS"/failed
 unset TRITON_INTERPRET ECHOGEN_FORCE_REFERENCE
 export PYTHONUNBUFFERED=1 # so that a part that is killed leaves what it had said
 
 summarise() {
   "$PYTHON" - "$RESULTS" << 'END'
-import json, sys
+import json, sys, tarfile
 from pathlib import Path
 
 folder, parts = Path(sys.argv[1]), {}
@@ -34,9 +53,14 @@ for path in sorted(folder.glob("*.json")):
             parts[path.stem] = json.loads(path.read_text())
         except ValueError as error:
             parts[path.stem] = {"error": f"not JSON: {error}"}
-failed = folder / "failed"
-parts["failed"] = failed.read_text().split() if failed.exists() else []
+parts["failed"] = sorted(path.stem for path in folder.glob("*.failed"))
 (folder / "summary.json").write_text(json.dumps(parts))
+new, packed = folder / "new.tar.gz", folder / "all.tar.gz"
+with tarfile.open(new, "w:gz", compresslevel=1) as archive:
+    for path in sorted(folder.iterdir()):
+        if path not in (new, packed):
+            archive.add(path, path.name)
+new.replace(packed)
 END
 }
 
@@ -47,7 +71,7 @@ part() {
   shift 2
   if [ "$left" -lt 5 ]; then
     echo "== $name: skipped, $SECONDS_IN_ALL s are over"
-    echo "$name" >> "$RESULTS/failed"
+    touch "$RESULTS/$name.failed"
     return
   fi
   echo "== $name ($SECONDS s)"
@@ -58,7 +82,7 @@ part() {
   tail -n 1 "$RESULTS/$name.txt" | grep '^{' > "$RESULTS/$name.json" || rm -f "$RESULTS/$name.json"
   if [ "$code" -ne 0 ]; then
     echo "$name failed ($code): see $RESULTS/$name.err and $RESULTS/$name.txt"
-    echo "$name" >> "$RESULTS/failed"
+    touch "$RESULTS/$name.failed"
   fi
 }
 
@@ -82,7 +106,7 @@ gpu() {
   echo "== $name: skipped, no GPU; starts up"
   if ! timeout 120 "$@" > "$RESULTS/$name.txt" 2> "$RESULTS/$name.err"; then
     echo "$name does not start: see $RESULTS/$name.err and $RESULTS/$name.txt"
-    echo "$name" >> "$RESULTS/failed"
+    touch "$RESULTS/$name.failed"
   fi
 }
 
@@ -96,84 +120,128 @@ tests() {
     -p no:cacheprovider "$@"
 }
 
-part doctor 60 "$PYTHON" -m echogen doctor --json
-if command -v nvcc > /dev/null && command -v cmake > /dev/null; then
-  arch=$([ "$GPU" = yes ] && "$PYTHON" -c '
-import torch
-major, minor = torch.cuda.get_device_capability()
-print(f"{major}{minor}" + "a" * (major == 9))' || echo "80;90a;100")
-  part cuda 120 bash -c "cmake -S . -B build/cuda '-DECHOGEN_CUDA_ARCHITECTURES=$arch' && cmake --build build/cuda --parallel"
-else
-  echo "== cuda: skipped, nvcc or cmake is missing; CuPy compiles at first use"
-fi
-# Each file in a process of its own, as an illegal access ends every later test of its process; and
-# without the tests that run the CUDA C++ on a CPU.
-lanes=$(($(nproc) > 3 ? $(nproc) - 2 : 1))
-if [ "$GPU" = yes ]; then files=(tests/kernels/test_*.py); else files=(tests/kernels); fi
-for file in "${files[@]}"; do
-  tests "$(basename "$file" .py)" 150 -- -k "not emulated" "$file" &
-  while [ "$(jobs -rp | wc -l)" -ge "$lanes" ]; do wait -n; done
-done
-wait
-# A step of drawing in a graph and without, and the same with launches that overlap.
-tests test_device 90 -- tests/engine/test_device.py &
-tests test_device_overlap 90 ECHOGEN_PDL=1 -- tests/engine/test_device.py &
-wait
-summarise
-# All operators beside eager torch and their peers; torch.compile, which takes far longer to compile
-# than all else to run, comes last.
-gpu kernels 150 "$PYTHON" -m echogen bench kernels --device cuda --provider eager \
-  --provider torch --provider torchvision --provider liger --provider trl \
-  --provider flash-attn --json
 engine() { # NAME SECONDS ARGUMENTS…, of the environment's switches
   local name=$1 most=$2
   shift 2
   gpu "$name" "$most" "$PYTHON" -m echogen bench engine --device cuda --dtype bfloat16 --json "$@"
 }
-engine latency-janus 120 --mode latency --model janus_pro_1b --repeats 3
-engine rollout-janus 100 --mode rollout --model janus_pro_1b --batch 64 --repeats 2
-engine rollout-janus-256 60 --mode rollout --model janus_pro_1b --batch 256 --repeats 2 --peer none
-summarise
+
 training() { # NAME SECONDS ARGUMENTS…
   local name=$1 most=$2
   shift 2
   gpu "$name" "$most" "$PYTHON" -m echogen bench train --device cuda --json "$@"
 }
-for stage in pmtp djo cycle-rl; do
-  training "train-$stage-janus" 90 --stage "$stage" --recipe janus_pro_1b --repeats 3
-done
-export ECHOGEN_PDL=1
-engine overlap-latency-janus 60 --mode latency --model janus_pro_1b --repeats 3 --peer none
-unset ECHOGEN_PDL
-export ECHOGEN_FUSED=1
-engine fused-rollout-janus 60 --mode rollout --model janus_pro_1b --batch 64 --repeats 2 --peer none
-unset ECHOGEN_FUSED
-engine window-janus 60 --mode window --model janus_pro_1b
-engine latency-tiny 60 --mode latency --model tiny
-engine latency-100m 60 --mode latency --model random:100m
-engine rollout-tiny 60 --mode rollout --model tiny
-for stage in pmtp djo cycle-rl; do training "train-$stage-small" 60 --stage "$stage" --recipe small; done
-gpu cycle 60 "$PYTHON" -m echogen cycle --layout examples/overlap.json --out "$RESULTS/cycle" \
-  --device cuda --json
+
 profile() { # NAME SECONDS WHAT ARGUMENTS…
   local name=$1 most=$2 what=$3
   shift 3
   gpu "$name" "$most" "$PYTHON" -m echogen profile "$what" --tool torch --device cuda \
     --dtype bfloat16 --out "$RESULTS/$name" --json "$@"
 }
-profile profile_generate 60 generate --model random --recipe janus_pro_1b --batch 1
-profile profile_cycle 60 cycle
-summarise
-gpu kernels-compile 120 "$PYTHON" -m echogen bench kernels --device cuda --provider compile \
-  --operator linear_logprob --operator gumbel_st_embed --operator rms_norm --operator swiglu \
-  --operator rope --json
-gpu roofline 60 "$PYTHON" -m echogen bench roofline --device cuda \
-  --dtype bfloat16 --out "$RESULTS/roofline" --json
-tests test_engine 240 -- --ignore tests/engine/test_http.py \
-  --ignore tests/engine/test_http_load.py tests/engine # over HTTP nothing of a GPU is new
-summarise
-if [ -e "$RESULTS/failed" ]; then
-  echo "failed: $(tr '\n' ' ' < "$RESULTS/failed")"
+
+cuda() { # the operators in CUDA C++, for this GPU or for all that are supported
+  local arch
+  if ! command -v nvcc > /dev/null || ! command -v cmake > /dev/null; then
+    echo "== cuda: skipped, nvcc or cmake is missing; CuPy compiles at first use"
+    return
+  fi
+  arch=$([ "$GPU" = yes ] && "$PYTHON" -c '
+import torch
+major, minor = torch.cuda.get_device_capability()
+print(f"{major}{minor}" + "a" * (major == 9))' || echo "80;90a;100")
+  part cuda 120 bash -c "cmake -S . -B build/cuda '-DECHOGEN_CUDA_ARCHITECTURES=$arch' && cmake --build build/cuda --parallel"
+}
+
+# Each file in a process of its own, as an illegal access ends every later test of its process; and
+# without the tests that run the CUDA C++ on a CPU.
+test_kernels() {
+  local file files=(tests/kernels/test_*.py) lanes=$(($(nproc) > 3 ? $(nproc) - 2 : 1))
+  [ "$GPU" = yes ] || files=(tests/kernels)
+  for file in "${files[@]}"; do
+    tests "test_kernels.$(basename "$file" .py)" 150 -- -k "not emulated" "$file" &
+    while [ "$(jobs -rp | wc -l)" -ge "$lanes" ]; do wait -n; done
+  done
+  wait
+}
+
+run() { # NAME
+  local janus="--model janus_pro_1b"
+  case $1 in
+    doctor) part doctor 60 "$PYTHON" -m echogen doctor --json ;;
+    cuda) cuda ;;
+    # A step of drawing in a graph and without: the figures of drawing depend on it.
+    test_device) tests "$1" 90 -- tests/engine/test_device.py ;;
+    latency-janus) engine "$1" 150 --mode latency $janus --repeats 3 ;;
+    rollout-janus-256) engine "$1" 120 --mode rollout $janus --batch 256 --cfg 1 --repeats 2 ;;
+    rollout-janus-256-guided)
+      engine "$1" 200 --mode rollout $janus --batch 256 --cfg 5 --repeats 2
+      ;;
+    test_kernels) test_kernels ;;
+    # All operators beside eager torch and their peers; torch.compile, which takes far longer to
+    # compile than all else to run, is a part of its own.
+    kernels)
+      gpu "$1" 150 "$PYTHON" -m echogen bench kernels --device cuda --provider eager \
+        --provider torch --provider torchvision --provider liger --provider trl \
+        --provider flash-attn --json
+      ;;
+    rollout-janus) engine "$1" 150 --mode rollout $janus --batch 64 --repeats 2 ;;
+    train-*-janus)
+      training "$1" 90 --stage "$(stage "$1")" --recipe janus_pro_1b --repeats 3
+      ;;
+    # The same steps with launches that overlap.
+    test_device_overlap) tests "$1" 90 ECHOGEN_PDL=1 -- tests/engine/test_device.py ;;
+    overlap-latency-janus)
+      ECHOGEN_PDL=1 engine "$1" 60 --mode latency $janus --repeats 3 --peer none
+      ;;
+    fused-rollout-janus)
+      ECHOGEN_FUSED=1 engine "$1" 60 --mode rollout $janus --batch 64 --repeats 2 --peer none
+      ;;
+    window-janus) engine "$1" 60 --mode window $janus ;;
+    latency-tiny) engine "$1" 60 --mode latency --model tiny ;;
+    latency-100m) engine "$1" 60 --mode latency --model random:100m ;;
+    rollout-tiny) engine "$1" 60 --mode rollout --model tiny ;;
+    train-*-small) training "$1" 60 --stage "$(stage "$1")" --recipe small ;;
+    cycle)
+      gpu "$1" 60 "$PYTHON" -m echogen cycle --layout examples/overlap.json \
+        --out "$RESULTS/cycle" --device cuda --json
+      ;;
+    profile_generate) profile "$1" 60 generate --model random --recipe janus_pro_1b --batch 1 ;;
+    profile_cycle) profile "$1" 60 cycle ;;
+    kernels-compile)
+      gpu "$1" 120 "$PYTHON" -m echogen bench kernels --device cuda --provider compile \
+        --operator linear_logprob --operator gumbel_st_embed --operator rms_norm \
+        --operator swiglu --operator rope --json
+      ;;
+    roofline)
+      gpu "$1" 60 "$PYTHON" -m echogen bench roofline --device cuda --dtype bfloat16 \
+        --out "$RESULTS/roofline" --json
+      ;;
+    test_engine) # over HTTP nothing of a GPU is new
+      tests "$1" 240 -- --ignore tests/engine/test_http.py --ignore tests/engine/test_http_load.py \
+        tests/engine
+      ;;
+    *) echo "part $1 has a name and no command" && touch "$RESULTS/$1.failed" ;;
+  esac
+}
+
+stage() { # PART, as train-STAGE-RECIPE
+  local rest=${1#train-}
+  echo "${rest%-*}"
+}
+
+
+failed=()
+for name in "${PARTS[@]}"; do
+  case $asked in *" $name "*) ;; *) continue ;; esac
+  rm -f "$RESULTS/$name".*
+  run "$name"
+  summarise
+  for mark in "$RESULTS/$name.failed" "$RESULTS/$name".*.failed; do
+    [ ! -e "$mark" ] || failed+=("$(basename "$mark" .failed)")
+  done
+done
+if [ "${#failed[@]}" -gt 0 ]; then
+  echo "failed: ${failed[*]}"
   exit 1
 fi
 echo "everything is in $RESULTS"

@@ -20,6 +20,12 @@ class WrongResult(RuntimeError):
     """The contestants do not compute the same, so a comparison of their speed means nothing."""
 
 
+def said(error: BaseException) -> str:
+    """An error in one line."""
+    first = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first}"
+
+
 def environment(device: str = "cpu") -> dict[str, Any]:
     """Device and its state, processor, versions and commit, JSON-ready; commit and dirty are None
     outside git, unless ECHOGEN_COMMIT says which commit a copy is of; gpu is None on a CPU."""

@@ -60,10 +60,17 @@ class JanusPort:
 
         self._plain = self._port.model.language_model.forward
         self._compiled: Any = None
+        self._kept: tuple[tuple[int, int], StaticCache] | None = None
 
     def to(self, device: str, dtype: torch.dtype = torch.float32) -> None:
         """Move the model."""
         self._port.to(device, dtype)
+
+    def release(self) -> None:
+        """Give back what compiled drawings keep: their cache, and the memory of their graphs."""
+        if self._compiled is not None:
+            self._compiled = self._kept = None
+            torch.compiler.reset()
 
     @torch.inference_mode()
     def generate(
@@ -78,8 +85,8 @@ class JanusPort:
     ) -> Tensor:
         """Codes int64 [N, T] of prompts int64 [N, L] that end in begin-of-image: the most likely
         ones, or with ``sample`` drawn at temperature 1 by PyTorch's own generator. ``compiled``:
-        the transformer runs through torch.compile. ``codes``: stop after so many, with the cache
-        of a whole image. ``told`` is called when the logits of each code are there.
+        the transformer's steps run through torch.compile. ``codes``: stop after so many, with the
+        cache of a whole image. ``told`` is called when the logits of each code are there.
 
         Raises:
             ValueError: ``cfg`` is not above 1; the port's loop only runs with guidance.
@@ -91,12 +98,10 @@ class JanusPort:
         past = (
             DynamicCache(config=config.text_config)
             if cache == "dynamic"
-            else StaticCache(config=config.text_config, max_cache_len=length)
+            else self._static(2 * len(prompts), length, compiled)
         )
         body: Any = self._port.model.language_model
-        if compiled and self._compiled is None:
-            self._compiled = torch.compile(self._plain)
-        body.forward = self._compiled if compiled else self._plain
+        body.forward = self._steps_compiled if compiled else self._plain
         with self._until(codes, told):
             drawn: Tensor = self._port.generate(
                 inputs=prompts,
@@ -109,6 +114,26 @@ class JanusPort:
                 **{CACHE: past},
             )
         return drawn
+
+    def _steps_compiled(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
+        """The body as transformers' own ``generate`` compiles it: steps alone, with CUDA graphs, as
+        launches are most of a small batch's time. The prompts run as they are: there the cache is
+        made, which compiled code could not place where graphs find it again."""
+        if self._compiled is None:
+            self._compiled = torch.compile(self._plain, mode="reduce-overhead")
+        run = self._compiled if inputs_embeds.shape[1] == 1 else self._plain
+        return run(*args, inputs_embeds=inputs_embeds, **kwargs)
+
+    def _static(self, rows: int, length: int, kept: bool) -> StaticCache:
+        """An empty cache of ``length`` tokens a row; if ``kept``, the same for drawing after
+        drawing, as with another one every graph would be recorded anew."""
+        if kept and self._kept is not None and self._kept[0] == (rows, length):
+            self._kept[1].reset()
+            return self._kept[1]
+        made = StaticCache(config=self._port.config.text_config, max_cache_len=length)
+        if kept:
+            self._kept = (rows, length), made
+        return made
 
     @contextmanager
     def _until(self, codes: int | None, told: Callable[[], None] | None) -> Iterator[None]:

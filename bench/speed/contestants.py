@@ -12,6 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from echogen.bench.harness import WrongResult, said
 from echogen.bench.peers.janus_port import CacheKind
 from echogen.bench.registry import OURS, Floor
 from echogen.bench.roofline import Roofline, measure
@@ -33,7 +34,9 @@ EAGER, PORT = "eager", "transformers"
 STATIC, COMPILED = "transformers:static", "transformers:compile"
 COPIES = "echogen:copies"
 FP8, FP8_CACHE = "echogen:fp8", "echogen:fp8-cache"
-PEERS = (PORT, STATIC, COMPILED, EAGER, COPIES, FP8, FP8_CACHE)
+PEERS = (COPIES, FP8, FP8_CACHE, PORT, EAGER, STATIC, COMPILED)
+"""In the order of timing: the quick ones, then the port, whose time all are held against; last the
+one that takes minutes to compile and whose graphs may disturb this engine's."""
 CACHES: dict[str, CacheKind] = {PORT: "dynamic", STATIC: "static", COMPILED: "static"}
 
 
@@ -83,12 +86,18 @@ class Contestants:
                 self._models[eight] = on_operators(s.transformer, s.code_table, *eight)
         return self._models[eight]
 
-    def release(self) -> None:
-        """Give back what drawings on a GPU keep for the next; of large batches there is room for
-        one provider's alone."""
+    def forget_steps(self) -> None:
+        """Give back this engine's steps and caches on a GPU; its next drawing records anew."""
         for model in self._models.values():
             if isinstance(model, DeviceTransformer):
                 model.release()
+
+    def release(self) -> None:
+        """Give back what drawings on a GPU keep for the next; of large batches there is room for
+        one provider's alone."""
+        self.forget_steps()
+        if self._subject.port is not None and self._subject.code_table.is_cuda:
+            self._subject.port.release()
 
     def check_logits(self, asked: Asked) -> tuple[float, float] | None:
         """Errors of this engine's logits and of plain torch's (`logits.errors`), where it draws by
@@ -113,17 +122,19 @@ class Contestants:
         return self._subject.transformer.config.image_tokens
 
     def names(self, asked: Asked) -> list[str]:
-        """This engine, and the peers that draw such a batch; the port draws only above cfg 1."""
+        """This engine, and the peers that draw such a batch, in the order of PEERS; the port draws
+        only above cfg 1."""
         there = {EAGER} | ({COPIES} if self._shares(asked) else set())
         there |= set(CACHES) if asked.cfg > 1 else set()
         rounded = isinstance(self._model(), DeviceTransformer) and not self.exact
         there |= {FP8, FP8_CACHE} if rounded else set()
-        return [OURS, *(p for p in self._peers if p in there - self._broken)]
+        return [OURS, *(p for p in PEERS if p in self._peers and p in there - self._broken)]
 
     def _shares(self, asked: Asked) -> bool:
-        """Whether rows have a prompt in common that this engine keeps once, on a CPU."""
+        """Whether rows have a prompt in common that this engine keeps once."""
         rows = self._rows(asked)
-        return isinstance(self._model(), NativeTransformer) and len({*map(tuple, rows)}) < len(rows)
+        keeps_once = isinstance(self._model(), NativeTransformer | DeviceTransformer)
+        return keeps_once and len({*map(tuple, rows)}) < len(rows)
 
     def greedy(self, name: str, asked: Asked) -> Draw:
         """The most likely codes, to compare."""
@@ -136,16 +147,21 @@ class Contestants:
 
     def attempt(self, name: str, call: Callable[[], T]) -> T | None:
         """What a peer's ``call`` gives; None where it raises, and from now on the peer is left out
-        (where there is no room for it, this time)."""
+        (where there is no room for it, this time).
+
+        Raises:
+            WrongResult: the call does.
+        """
         try:
             return call()
+        except WrongResult:
+            raise
         except torch.OutOfMemoryError:
             self._leave(f"{self._about}{name}: no room beside the others")
             return None
         except Exception as error:  # whatever a compiler or another version says is the reason
             self._broken.add(name)
-            lines = str(error).strip().splitlines()
-            self._leave(f"{self._about}{name}: {type(error).__name__}: {(lines or [''])[0]}")
+            self._leave(f"{self._about}{name}: {said(error)}")
             return None
 
     def _draw(self, name: str, asked: Asked, sampling: Sampling, told: Told = None) -> Draw:
@@ -195,14 +211,19 @@ class Contestants:
                 logits = decoding.step(code)
         return codes
 
-    def ceiling(self, threads: int) -> Roofline:
+    def ceiling(self, threads: int) -> Roofline | None:
         """Rates of the machine, measured once, with this engine's threads on a CPU. There the copy
-        is as large as the weights, which may lie in a cache that is faster than memory."""
+        is as large as the weights, which may lie in a cache that is faster than memory. None where
+        they cannot be measured, which takes no time from anybody."""
         if threads not in self._ceilings:
             torch.set_num_threads(threads)
             weights, table = Weights.of(self._subject.transformer.config), self._subject.code_table
             held = table.element_size() * (weights.body + weights.image_head)
-            self._ceilings[threads] = measure(table.device, table.dtype, held)
+            try:
+                self._ceilings[threads] = measure(table.device, table.dtype, held)
+            except Exception as error:
+                self._leave(f"{self._about}rates of the machine: {said(error)}")
+                return None
         return self._ceilings[threads]
 
     def floor(self, asked: Asked, name: str = OURS) -> Floor:

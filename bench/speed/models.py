@@ -23,13 +23,12 @@ from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer
 
 BOS, EOS, PAD, BEGIN_IMAGE, PLACEHOLDER = range(5)
-PROMPT_TOKENS = 60
-"""Length of a random model's prompt; ShapesWorld's layouts are about that long."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a random model; its VQ and its SigLIP tower are stubs, which drawing never runs."""
+    """Sizes of a random model, and its prompts' length: ShapesWorld's layouts have about 60 tokens.
+    Its VQ and its SigLIP tower are stubs, which drawing never runs."""
 
     width: int
     layers: int
@@ -38,6 +37,7 @@ class Shape:
     vocabulary: int = 600
     codebook: int = 1024
     grid: int = 8
+    prompt_tokens: int = 60
 
     def janus_config(self) -> JanusConfig:
         """The `transformers` configuration."""
@@ -90,11 +90,12 @@ RANDOM = {
     ),
     "janus_pro_1b": Shape(
         width=2048, layers=24, heads=16, mlp_width=5632, vocabulary=102_400, codebook=16_384,
-        grid=24,
+        grid=24, prompt_tokens=128,
     ),
 }  # fmt: skip
 """Random models: one for tests, one shaped like the bundled model, one of 100M parameters, whose
-weights no longer fit a cache, and one shaped like Janus-Pro 1B."""
+weights no longer fit a cache, and one shaped like Janus-Pro 1B, with layouts of as many tokens as
+several objects in a sentence each take."""
 GPU_ONLY = ("janus_pro_1b",)
 """Whose 576 codes an image take minutes on a CPU."""
 
@@ -163,10 +164,8 @@ def load(name: str, batch: int, seed: int, with_port: bool, device: str = "cpu")
         share_weights(model, theirs)
         port = JanusPort(theirs, BEGIN_IMAGE)
     generator = torch.Generator().manual_seed(seed)
-    vocabulary = model.config.vocab_size
-    prompts = torch.randint(
-        PLACEHOLDER + 1, vocabulary, (batch, PROMPT_TOKENS), generator=generator
-    )
+    sizes = batch, RANDOM[name].prompt_tokens
+    prompts = torch.randint(PLACEHOLDER + 1, model.config.vocab_size, sizes, generator=generator)
     prompts[:, 0], prompts[:, -1] = BOS, BEGIN_IMAGE
     with torch.inference_mode():
         table = model.code_table()

@@ -134,7 +134,7 @@ def drawing(result: Row) -> Table:
             f"{r['ms_per_step']:.3f}",
             f"{r['ms_per_step_q20']:.3f} … {r['ms_per_step_q80']:.3f}",
             f"{r['bytes_per_step'] / 1e6:.1f}",
-            f"{100 * r['limit_share']:.1f} ({r['bound']})",
+            "" if r["limit_share"] is None else f"{100 * r['limit_share']:.1f} ({r['bound']})",
             "" if r["peak_mib"] is None else f"{r['peak_mib']:.1f}",
             "" if r["ratio"] is None else f"{r['ratio']:.2f}",
         )

@@ -127,8 +127,8 @@ class BenchEngine:
             print_json(result)
         if result["interrupted"]:
             raise KeyboardInterrupt
-        if result["refused"]:
-            raise Failure("; ".join(result["refused"]))
+        if result["refused"] or result["failed"]:
+            raise Failure("; ".join(result["refused"] + result["failed"]))
 
     def _window(self) -> None:
         self._refuse_jacobis()

@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 
 import pytest
 import torch
 from rich.console import Console
 
+from echogen.bench import harness, report
 from echogen.bench.harness import WrongResult
 from echogen.bench.peers.janus_port import JanusPort
 from echogen.bench.roofline import Roofline
-from echogen.bench.speed import contestants, drawing, logits, stretches, tables
-from echogen.bench.speed.contestants import COMPILED, COPIES, EAGER, PORT, STATIC, Contestants
+from echogen.bench.speed import cell, contestants, drawing, logits, stretches, tables
+from echogen.bench.speed.contestants import (
+    COMPILED,
+    COPIES,
+    EAGER,
+    FP8,
+    FP8_CACHE,
+    PORT,
+    STATIC,
+    Contestants,
+)
 from echogen.bench.speed.held import held_mib
-from echogen.bench.speed.models import hollow, load
+from echogen.bench.speed.models import RANDOM, hollow, load
 from echogen.bench.speed.phases import Weights, step_floor
 from echogen.cli import main
 from echogen.engine.config import ModelConfig
@@ -49,7 +60,7 @@ def test_latency_reports_everybody():
     assert json.loads(json.dumps(result)) == result
     assert result["mode"] == "latency" and {"commit", "cpu", "versions"} <= result.keys()
     rows = result["results"]
-    assert [r["provider"] for r in rows] == ["echogen", PORT, STATIC, EAGER]
+    assert [r["provider"] for r in rows] == ["echogen", PORT, EAGER, STATIC]
     for r in rows:
         assert (r["mode"], r["model"], r["batch"], r["cfg"]) == ("latency", MICRO, 1, 5.0)
         assert r["tokens_per_s"] == pytest.approx(16 * r["images_per_s"])
@@ -57,7 +68,8 @@ def test_latency_reports_everybody():
         assert r["ms_per_step_q20"] <= r["ms_per_step"] <= r["ms_per_step_q80"]
         assert 0 < r["limit_share"] < 1 and r["bound"] == "memory" and r["peak_mib"] > 0
         assert r["same_images"] == 1 and r["threads"] == 1
-        assert r["ratio"] == pytest.approx(rows[1]["ms_per_step"] / r["ms_per_step"])
+        assert r["ratio"] == pytest.approx(rows[1]["times_as_long"] / r["times_as_long"])
+        assert (r["times_as_long"] == 1) == (r is rows[0])
         assert ("overhead_us_per_token" in r) == (r is rows[0])
     assert rows[0]["overhead_us_per_token"] > 0
     Console(quiet=True).print(tables.drawing(result))
@@ -141,42 +153,107 @@ def test_another_picture_is_refused_before_timing(monkeypatch):
     monkeypatch.setattr(
         contestants, "decode_image", lambda *a, **k: (decode_image(*a, **k) + 1) % 64
     )
-    monkeypatch.setattr(drawing, "alternate", lambda *_: pytest.fail("timed a wrong result"))
+    right = cell.alternate
+    monkeypatch.setattr(
+        cell, "alternate",
+        lambda draws, n: pytest.fail("timed a wrong result") if PORT in draws else right(draws, n),
+    )  # fmt: skip
     result = drawing.run(plan(), [MICRO])
+    # Of two that draw different codes either may be wrong, so this engine's time goes as well.
     assert result["results"] == [] and len(result["refused"]) == 1
     assert result["refused"][0].startswith(f"{MICRO}, batch 1, cfg 5: ")
     assert "drew 100% of 1 images otherwise" in result["refused"][0]
-    assert result["refused"][0].endswith("nothing was timed")
+    assert result["refused"][0].endswith("no time is kept")
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError("no room")])
+@pytest.mark.parametrize(
+    "error",
+    [KeyboardInterrupt(), torch.OutOfMemoryError("no room"), RuntimeError("illegal\nor so")],
+)
 def test_what_was_measured_is_kept(monkeypatch, error):
-    right, cells = drawing._cell, []
+    right, cells = cell.Cell._own, []
 
-    def cell(plan, contestants, asked, threads):
-        cells.append(len(asked.prompts))
+    def own(self):
+        cells.append(1)
         if len(cells) == 2:
             raise error
-        return right(plan, contestants, asked, threads)
+        return right(self)
 
-    monkeypatch.setattr(drawing, "_cell", cell)
+    monkeypatch.setattr(cell.Cell, "_own", own)
     interrupted = isinstance(error, KeyboardInterrupt)
     result = drawing.run(plan("rollout", batches=(8, 16, 24), scales=(1.0,), peers=()), [MICRO])
     assert [r["batch"] for r in result["results"]] == ([8] if interrupted else [8, 24])
     assert result["interrupted"] == interrupted
-    why = (
-        "interrupted at {0}, with 1 results" if interrupted else "{0}, batch 16, cfg 1: needs more"
-    )
-    assert result["left_out"][0].startswith(why.format(MICRO))
+    said = result["left_out"] + result["failed"]
+    why = {
+        KeyboardInterrupt: [f"interrupted at {MICRO}, with 1 results"],
+        torch.OutOfMemoryError: [f"{MICRO}, batch 16, cfg 1: needs more memory than there is"],
+        RuntimeError: [f"{MICRO}, batch 16, cfg 1: RuntimeError: illegal"],
+    }
+    assert said == why[type(error)]
+    assert bool(result["failed"]) == (type(error) is RuntimeError)
 
 
-def test_an_interrupted_run_prints_what_it_has(monkeypatch, capsys):
-    def stop(*_):
-        raise KeyboardInterrupt
+def in_timed_runs(monkeypatch, name, error):
+    """The peer draws as it should to be compared, and not to be timed."""
+    right = Contestants.timed
 
-    monkeypatch.setattr(drawing, "_cell", stop)
-    assert main(["bench", "engine", "--mode", "latency", "--model", MICRO, "--json"]) == 130
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["interrupted"]
+    def timed(self, who, asked, told=None):
+        def raises():
+            raise error
+
+        return raises if who == name else right(self, who, asked, told)
+
+    monkeypatch.setattr(Contestants, "timed", timed)
+
+
+def test_an_interrupt_within_a_cell_keeps_the_rows_before_it(monkeypatch, capsys):
+    in_timed_runs(monkeypatch, EAGER, KeyboardInterrupt())
+    result = drawing.run(plan(peers=(PORT, EAGER, STATIC)), [MICRO])
+    assert [r["provider"] for r in result["results"]] == ["echogen", PORT]
+    assert result["results"][0]["ratio"] == result["results"][1]["times_as_long"]
+    assert result["interrupted"]
+    assert result["left_out"] == [f"interrupted at {MICRO}, with 2 results"]
+    options = ["--mode", "latency", "--model", MICRO, "--repeats", "1", "--threads", "1", "--json"]
+    assert main(["bench", "engine", *options]) == 130
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["interrupted"] and printed["results"][0]["provider"] == "echogen"
+
+
+def test_a_peer_that_fails_when_it_is_timed_is_left_out(monkeypatch):
+    in_timed_runs(monkeypatch, PORT, RuntimeError("launch failed\nand more"))
+    result = drawing.run(plan(peers=(PORT, EAGER)), [MICRO])
+    assert [r["provider"] for r in result["results"]] == ["echogen", EAGER]
+    assert result["left_out"] == [f"{MICRO}: {PORT}: RuntimeError: launch failed"]
+    assert [r["ratio"] for r in result["results"]] == [None, None]
+    assert result["results"][1]["times_as_long"] > 0 and not result["failed"]
+
+
+def test_rates_that_cannot_be_measured_leave_the_times(monkeypatch, tmp_path):
+    def measure(*_):
+        raise AttributeError("no attribute 'clock_rate'")
+
+    monkeypatch.setattr(contestants, "measure", measure)
+    result = drawing.run(plan(peers=(EAGER,)), [MICRO])
+    ours, eager = result["results"]
+    assert ours["ms_per_step"] > 0 and eager["times_as_long"] > 0
+    assert ours["limit_share"] is ours["bound"] is eager["limit_share"] is None
+    wanted = f"{MICRO}: rates of the machine: AttributeError: no attribute 'clock_rate'"
+    assert result["left_out"] == [wanted]
+    Console(quiet=True).print(tables.drawing(result))
+    (tmp_path / "latency-x.json").write_text(json.dumps(result))
+    assert f"| {MICRO}, float32 | 1, 5 |" in report.section(tmp_path)
+
+
+def test_a_failed_cell_fails_the_command(monkeypatch, capsys):
+    def own(self):
+        raise RuntimeError("an illegal access")
+
+    monkeypatch.setattr(cell.Cell, "_own", own)
+    assert main(["bench", "engine", "--mode", "latency", "--model", MICRO, "--json"]) == 1
+    told = capsys.readouterr()
+    assert json.loads(told.out.splitlines()[-1])["results"] == []
+    assert told.err.splitlines()[-1].endswith("cfg 5: RuntimeError: an illegal access")
 
 
 def test_a_peer_without_room_is_tried_again_at_the_next_batch(monkeypatch):
@@ -196,15 +273,107 @@ def test_a_peer_without_room_is_tried_again_at_the_next_batch(monkeypatch):
     assert result["left_out"] == [f"{MICRO}: {EAGER}: no room beside the others"]
 
 
-def test_on_a_gpu_slow_peers_are_drawn_once(monkeypatch):
-    now = iter(range(1000))
-    drawn = []
-    monkeypatch.setattr(drawing, "seconds", lambda draw: draw() or next(now))
-    monkeypatch.setattr(drawing, "SLOW", 1.5)
-    draws = {name: lambda name=name: drawn.append(name) for name in ("echogen", EAGER, PORT)}
-    times = drawing._on_gpu(draws, 3)
-    assert drawn[:3] == ["echogen", EAGER, PORT] and drawn.count(PORT) == 1
-    assert times[PORT] == [2] and len(times["echogen"]) == len(times[EAGER]) == 3
+class OnGpu:
+    """Contestants whose drawings take so many seconds, by a clock of their own."""
+
+    exact = False
+
+    def __init__(self, monkeypatch, spent):
+        self.spent, self.seen, self.now = spent, [], 0.0
+        monkeypatch.setattr(cell, "seconds", self.seconds)
+        monkeypatch.setattr(harness, "seconds", self.seconds)
+        monkeypatch.setattr(cell, "held_mib", lambda draw, device: draw() or 1.0)
+
+    def seconds(self, call):
+        began = self.now
+        call()
+        return self.now - began
+
+    def draw(self, kind, name, asked):
+        self.seen.append((kind, name) if asked.codes is None else ("warm up", name))
+        self.now += self.spent[name] if asked.codes is None else 0.0
+        return torch.zeros(1, 16, dtype=torch.int64)
+
+    def greedy(self, name, asked):
+        return partial(self.draw, "greedy", name, asked)
+
+    def timed(self, name, asked, told=None):
+        return partial(self.draw, "timed", name, asked)
+
+    def release(self):
+        self.seen.append("release")
+
+    def forget_steps(self):
+        self.seen.append("forget")
+
+    def names(self, asked):
+        return list(self.spent)
+
+    def attempt(self, name, call):
+        return call()
+
+    def check_logits(self, asked):
+        return None
+
+    def ceiling(self, threads):
+        return None
+
+    def floor(self, asked, name):
+        return step_floor(load(MICRO, 1, 0, False).transformer.config, 2, 2, 60, 2)
+
+
+@pytest.mark.parametrize("took", [1.0, 60.0])
+@pytest.mark.parametrize("name", [FP8, PORT, COMPILED])
+def test_on_a_gpu_this_engine_comes_first_and_then_in_turn(monkeypatch, name, took):
+    made = OnGpu(monkeypatch, {"echogen": 0.5, name: took})
+    prompts = torch.zeros(1, 60, dtype=torch.int64)
+    one = cell.Cell(made, contestants.Asked(prompts, 5.0, False, 0), 2, None, {})
+    one._on_gpu = True
+    rows = one.rows((name,))
+    own, ours, theirs = next(rows), ("timed", "echogen"), ("timed", name)
+    assert own["ms_per_step"] == 500 / 16 and own["repeats"] == 2 and own["peak_mib"] == 1
+    assert made.seen == ["release", ("greedy", "echogen"), ours, ours, ours]
+    made.seen.clear()
+    (row,) = rows
+    assert row["times_as_long"] == took / 0.5
+    warm = [] if name == FP8 else [("warm up", name)]
+    assert made.seen[: 3 + len(warm)] == ["release", *warm, ("greedy", name), ours]
+    found, slow = made.seen[3 + len(warm) :], took > cell.SLOW and name != FP8
+    assert row["repeats"] == (1 if slow else 2)
+    if slow:  # the drawing that was compared is the one timed
+        assert found == [ours]
+    elif name == COMPILED:  # whose graphs may have taken the memory of this engine's
+        assert found == [theirs] + [theirs, "forget", ours, ours] * 2
+    else:
+        assert found == [theirs] + [ours, theirs] * 2
+
+
+def test_copies_of_prompts_are_offered_on_a_gpu_too():
+    subject = load(MICRO, 2, 0, with_port=False).to("cpu", torch.bfloat16)
+    made = Contestants(subject, contestants.PEERS, "", pytest.fail)
+    with torch.inference_mode():
+        made._models[False, False] = DeviceTransformer(subject.transformer, subject.code_table)
+    groups = contestants.Asked(subject.prompts.repeat_interleave(8, 0), 1.0, True, 0)
+    assert made.names(groups) == ["echogen", COPIES, FP8, FP8_CACHE, EAGER]
+    assert COPIES not in made.names(contestants.Asked(subject.prompts, 1.0, True, 0))
+
+
+def test_compiled_steps_draw_the_same_in_a_cache_that_stays(monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda f, mode: compiled.append(mode) or f)
+    subject = load(MICRO, 2, 0, with_port=True)
+    made = Contestants(subject, (STATIC, COMPILED), "", pytest.fail)
+    asked = contestants.Asked(subject.prompts, 5.0, False, 0)
+    wanted = made.greedy(STATIC, asked)()
+    assert torch.equal(made.greedy(COMPILED, asked)(), wanted)
+    kept = subject.port._kept
+    made.greedy(COMPILED, dataclasses.replace(asked, codes=3))()  # leaves a part of it full
+    assert torch.equal(made.greedy(COMPILED, asked)(), wanted)
+    assert subject.port._kept is kept and compiled == ["reduce-overhead"]
+    fewer = dataclasses.replace(asked, prompts=subject.prompts[:1])
+    assert torch.equal(made.greedy(COMPILED, fewer)(), wanted[:1])
+    subject.port.release()
+    assert torch.equal(made.greedy(COMPILED, asked)(), wanted) and len(compiled) == 2
 
 
 def test_logits_of_the_operators_are_held_against_float32(monkeypatch):
@@ -248,6 +417,12 @@ def test_the_floor_counts_a_prompt_once_and_every_rows_codes():
     four = contestants.Asked(subject.prompts.repeat_interleave(2, 0), 5.0, False, 0)
     # Two prompts, and one that is unconditional for all.
     assert made.floor(four) == step_floor(c, 8, 3, 60, 4)
+
+
+def test_prompts_are_as_long_as_the_model_says():
+    assert load(MICRO, 1, 0, with_port=False).prompts.shape == (1, 60)
+    # What the limits of rollouts on a GPU are told for.
+    assert RANDOM["janus_pro_1b"].prompt_tokens == 128
 
 
 def test_prompts_of_the_bundled_model_differ_and_fit_together():
