@@ -48,6 +48,7 @@ def build_cuda() -> None:
 setup(
     packages=list(packages()),
     package_dir=packages(),
+    include_package_data=False,  # what is named below goes in; folders of data are no packages
     package_data={
         "echogen.engine": ["models/*/*", "cpu/*.cpp"],
         "echogen.kernels": ["cuda/*.cu", "cuda/*.cuh", "cuda/*.fatbin"],

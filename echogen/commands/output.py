@@ -7,7 +7,8 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,6 +123,21 @@ def make_folder(path: Path) -> None:
         raise InputError(f"--out {path}: cannot be made ({error.strerror})") from None
     if not os.access(path, os.W_OK):
         raise InputError(f"--out {path}: cannot be written to")
+
+
+@contextmanager
+def folder_for(path: Path) -> Iterator[None]:
+    """An output folder and its parents, made before the work within that fills it; where that ends
+    in an error with nothing written, those made are gone again."""
+    made = list(takewhile(lambda folder: not os.path.lexists(folder), (path, *path.parents)))
+    try:
+        make_folder(path)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # it was never made, or holds something
+                folder.rmdir()
+        raise
 
 
 def write(path: Path, data: bytes) -> None:

@@ -22,7 +22,7 @@ from echogen.commands.output import (
     InputError,
     check_file,
     finite,
-    make_folder,
+    folder_for,
     print_json,
     progress,
     show,
@@ -185,17 +185,17 @@ class Cycle:
         self.sampling.check()
         engine = self.engine.load()
         sampling = self.sampling.over(engine)
-        make_folder(self.out)
-        with progress("drawing") as update:
-            result = engine.cycle(layout, self.samples, self.seed, sampling, update)
-        data = result.to_dict(result.best)
-        data |= {"seed": self.seed, "model": self.engine.model, "sampling": asdict(sampling)}
-        data["files"] = self._write_pictures(result)
-        if self.samples > 1:
-            data["best"] = result.best
-            data["samples"] = [_sample(result, i) for i in range(self.samples)]
-        report = Path(data["files"]["report"])
-        write(report, (json.dumps(finite(data), indent=2) + "\n").encode())
+        with folder_for(self.out):
+            with progress("drawing") as update:
+                result = engine.cycle(layout, self.samples, self.seed, sampling, update)
+            data = result.to_dict(result.best)
+            data |= {"seed": self.seed, "model": self.engine.model, "sampling": asdict(sampling)}
+            data["files"] = self._write_pictures(result)
+            if self.samples > 1:
+                data["best"] = result.best
+                data["samples"] = [_sample(result, i) for i in range(self.samples)]
+            report = Path(data["files"]["report"])
+            write(report, (json.dumps(finite(data), indent=2) + "\n").encode())
         self._show(data)
         if self.json:
             print_json(data)

@@ -21,6 +21,7 @@ import echogen
 from echogen import __version__
 from echogen.cli import main
 from echogen.commands.options import ModelOptions
+from echogen.commands.output import InputError, folder_for
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutError
 
@@ -208,12 +209,30 @@ def test_an_environment_that_cannot_be_is_refused(
     ("expr", "word"), [("a </box> circle", "</box>"), ("word " * 2000, "tokens")]
 )
 def test_layouts_that_no_prompt_can_hold(run, model, tmp_path, expr, word):
-    path, out = tmp_path / "layout.json", tmp_path / "image.png"
+    """They are refused when drawing begins; a folder made for the pictures goes again."""
+    path = tmp_path / "layout.json"
     objects = [{"expr": expr, "box": [0.1, 0.1, 0.5, 0.5]}]
     path.write_text(json.dumps({"caption": "a circle", "objects": objects}))
-    done = run("generate", "--layout", path, "--model", model, "--out", out)
-    assert done.refused(word), done
-    assert not out.exists()
+    for command, out in (("generate", "image.png"), ("cycle", "new/folder")):
+        done = run(command, "--layout", path, "--model", model, "--out", tmp_path / out)
+        assert done.refused(word), done
+        assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_folders_stay_with_what_they_hold(tmp_path):
+    """Those that were there before, and those that something was written to."""
+    there, file = tmp_path / "there", tmp_path / "there" / "new" / "written"
+    there.mkdir()
+    for held in ([], [file.parent, file]):
+        with pytest.raises(KeyboardInterrupt), folder_for(file.parent / "deep"):
+            if held:
+                file.touch()
+            raise KeyboardInterrupt
+        assert sorted(there.rglob("*")) == held
+    nameless = there / "other" / ("x" * 300)
+    with pytest.raises(InputError, match="cannot be made"), folder_for(nameless):
+        pytest.fail("worked first")
+    assert sorted(there.iterdir()) == [file.parent]
 
 
 @pytest.mark.parametrize(

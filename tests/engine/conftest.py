@@ -130,17 +130,35 @@ def small_tokenizer() -> PreTrainedTokenizerFast:
     return train_tokenizer(texts * 3, bins=33, merges=60)
 
 
+@pytest.fixture(scope="session")
+def random_engine(
+    tmp_path_factory, janus_config, random_janus, small_tokenizer
+) -> Callable[..., Engine]:
+    """``random_engine(device, dtype, fp8_cache, vision={...}, vq={...}, **text)``: a small engine
+    with random weights and 33 bins, for schedulers."""
+
+    def build(
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        fp8_cache: bool = False,
+        **shape: Any,
+    ) -> Engine:
+        text = {"max_position_embeddings": 160, "num_key_value_heads": 1} | shape
+        config = janus_config(vocab_size=len(small_tokenizer), **text)
+        folder = tmp_path_factory.mktemp("checkpoint")
+        random_janus(config, seed=30).save_pretrained(folder)
+        made = load_checkpoint(folder, dtype, device)
+        prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
+        modules = made.transformer.eval(), made.vq, made.siglip
+        return Engine(made.config, *modules, prompts, fp8_cache=fp8_cache)
+
+    return build
+
+
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory, janus_config, random_janus, small_tokenizer) -> Engine:
-    """A small engine with random weights and 33 bins, for schedulers."""
-    config = janus_config(
-        vocab_size=len(small_tokenizer), max_position_embeddings=160, num_key_value_heads=1
-    )
-    folder = tmp_path_factory.mktemp("checkpoint")
-    random_janus(config, seed=30).save_pretrained(folder)
-    made = load_checkpoint(folder)
-    prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
-    return Engine(made.config, made.transformer.eval(), made.vq, made.siglip, prompts)
+def engine(random_engine) -> Engine:
+    """A small engine on the CPU."""
+    return random_engine()
 
 
 @pytest.fixture(params=["native", "packed", "plain"])

@@ -31,6 +31,7 @@ from echogen.kernels.dispatch import recorded
 from echogen.kernels.rope import rope, rope_cache, scaled_heads
 from echogen.kernels.skinny_linear import fp8_weight
 
+from .devices import GPU
 from .tape import Tape, written
 
 BOS, PAD, BEGIN = 1, 0, 58
@@ -40,7 +41,6 @@ CONFIG = ModelConfig(
     rope_theta=1e4, norm_eps=1e-6, image_tokens=9, image_size=12, max_positions=64, tied=False,
 )  # fmt: skip
 SHAPES = {"plain": {}, "grouped heads": {"heads": 6, "kv_heads": 2, "head_dim": 8}}
-GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SAMPLINGS = {
     "plain": Sampling(),
     "greedy": Sampling(temperature=0, cfg=4.0),
