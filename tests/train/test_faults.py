@@ -158,6 +158,12 @@ def test_sigterm_saves_at_the_end_of_the_step_and_says_so(
     same_run(tmp_path, whole)
 
 
+def test_a_path_is_said_as_it_is(order: Order, tmp_path: Path) -> None:
+    folder = tmp_path / "[bold] run [/1]"
+    assert order(folder, term=["loss", 3])["code"] == 143
+    assert str(folder / "state.pt") in (folder / "log").read_text()
+
+
 def test_a_run_stops_where_it_can_be_gone_on_with(order: Order, tmp_path: Path) -> None:
     ended = order(tmp_path, term=["loss", 7], updates=3)  # in step 4
     assert ended["code"] == 143 and load_state(tmp_path / "state.pt")["step"] == 6

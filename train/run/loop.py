@@ -222,7 +222,7 @@ class Run:
         return nullcontext() if average is None else average.in_place()
 
     def _say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True)
+        self.console.print(line, soft_wrap=True, markup=False)  # a path may hold [brackets]
 
     # --- checkpoints ----------------------------------------------------------------------------
 
