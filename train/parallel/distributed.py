@@ -28,6 +28,9 @@ from echogen.train.stages.stage import BeginRefused, Stage, TrainingError
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
 """How long processes wait for what one of them does alone; a dead one is torchrun's to notice."""
+LAST_WRITE = 60.0
+"""Seconds that a process with an error gives the checkpoint under way; only then does it end, and
+torchrun notices."""
 
 
 def world_size() -> int:
@@ -180,6 +183,11 @@ class Several(Processes):
         """See `Processes`."""
         self._saver.settle()
         dist.barrier(self._side)  # what only the first process writes is there too
+
+    def settle_alone(self) -> None:
+        """See `Processes`. In a barrier a process whose error is its own would wait for others that
+        wait for it in a step, and torchrun, which ends them all as soon as one ends, for both."""
+        self._saver.settle(LAST_WRITE)
 
     def load(self, path: Path, trained: Trained) -> dict[str, Any]:
         """See `Processes`."""

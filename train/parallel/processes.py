@@ -117,6 +117,10 @@ class Processes:
     def settle(self) -> None:
         """Wait until all that was written is on the disk. Raises StateError where it cannot be."""
 
+    def settle_alone(self) -> None:
+        """`settle` in a process that ends with an error, which the others may not have: they are
+        not waited for."""
+
     def load(self, path: Path, trained: Trained) -> dict[str, Any]:
         """What `save` wrote, in however many processes: the head, and what `Trained.load` takes."""
         if path.is_dir() or previous(path).is_dir():

@@ -235,13 +235,17 @@ class Run:
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """However the block ends, what was begun to be written is on the disk behind it."""
+        """However the block ends, what was begun to be written is on the disk behind it.
+
+        An error may be this process's alone (its memory, its disk) or that of all: they are not
+        told apart. Errors that all have in common have waited for each other where they came up.
+        """
         try:
             yield
         except BaseException:
             try:
-                self.processes.settle()
-            except StateError as error:  # beside the one that is under way
+                self.processes.settle_alone()
+            except RuntimeError as error:  # beside the one that is under way
                 self._say(f"{self.stage.name}: {error}")
             raise
         self.processes.settle()
