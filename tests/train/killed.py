@@ -76,6 +76,7 @@ class Toy:
             order,
             Counter[str](),
         )
+        self.taken: dict[int, dict[str, Tensor]] = {}
         self.module = nn.Sequential()
         self.module.blocks = nn.ModuleList([nn.Linear(48, 48), nn.Linear(48, 1)])
 
@@ -101,7 +102,11 @@ class Toy:
         return {"found": 0.25}
 
     def inputs(self, step: int) -> dict[str, Tensor]:
-        return {"x": torch.randn(8, 48, generator=torch.Generator().manual_seed(step))}
+        """The batch, and as in Cycle RL what this process has taken of it, part by part."""
+        return {"x": self.batch(step)} | self.taken.get(step, {})
+
+    def batch(self, step: int) -> Tensor:
+        return torch.randn(8, 48, generator=torch.Generator().manual_seed(step))
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         return self.loss_part(step, 0, 1)
@@ -110,7 +115,8 @@ class Toy:
         self.passes("loss")
         if step == self.order.get("full"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        x = self.inputs(step)["x"][part::parts]
+        x = self.batch(step)[part::parts]
+        self.taken.setdefault(step, {})[f"part {part} of {parts}"] = x
         hidden = torch.dropout(self.module.blocks[0](x).relu(), 0.5, True)
         loss = (self.module.blocks[1](hidden) - x[:, :1]).float().square().sum() / 8
         if step == self.order.get("nan") and part == parts - 1:

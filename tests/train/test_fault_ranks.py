@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from echogen.train.run.checkpoint import load_state
+from echogen.train.run.dump import repeat_dump
 
 Order = Callable[..., list[dict[str, Any]]]
 
@@ -130,4 +131,19 @@ def test_sigterm_to_one_process_stops_all_behind_the_step(
         f"with --resume"
     )
     assert saved(tmp_path) == 4
+    goes_on(ranks, tmp_path, whole)
+
+
+def test_a_nan_of_any_process_is_dumped_once_with_what_all_have_read(
+    ranks: Order, whole: Path, tmp_path: Path, killed: Any
+) -> None:
+    assert codes(ranks(tmp_path, nan=7)) == [2, 2]  # in the second one's part
+    dump = tmp_path / "dump-step7.pt"
+    assert list(tmp_path.glob("dump*")) == [dump]
+    assert str(dump) in log(tmp_path, 0).splitlines()[-1]
+    assert saved(tmp_path) == 6
+    names = {"x", *(f"part {part} of 4" for part in range(4))}
+    assert load_state(dump)["inputs"].keys() == names
+    again = repeat_dump(killed.Toy({"nan": 7}), killed.CONFIG, dump)  # by one process
+    assert again.same_inputs and again.loss != again.loss
     goes_on(ranks, tmp_path, whole)

@@ -8,6 +8,7 @@ split they would be other numbers for another number of processes.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -146,6 +147,17 @@ class Several(Processes):
         dist.all_reduce(row, group=self._side)
         added = dict(zip(names, row.tolist(), strict=True))
         return {n: added[n] for n in numbers}
+
+    def gathered(self, held: dict[str, Any]) -> dict[str, Any]:
+        """See `Processes`."""
+        told = io.BytesIO()
+        torch.save(held, told)
+        every: list[Any] = [b""] * self.count
+        dist.gather_object(told.getvalue(), every if self.rank == 0 else None, 0, self._side)
+        found: dict[str, Any] = {}
+        for data in filter(None, every):  # not onto the devices that the others have it on
+            found |= torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return found
 
     def any(self, here: bool) -> bool:
         """See `Processes`."""

@@ -101,6 +101,11 @@ class Processes:
         their norm before."""
         return float(nn.utils.clip_grad_norm_(parameters, limit))
 
+    def gathered(self, held: dict[str, Any]) -> dict[str, Any]:
+        """What any process holds by a name, of tensors in containers, for a file; what processes
+        get that do not write is not used."""
+        return held
+
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
         return here
