@@ -9,8 +9,41 @@ from __future__ import annotations
 import os
 import runpy
 import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import torch.distributed as dist
+
+
+@contextmanager
+def leaving() -> Iterator[None]:
+    """Leave the other processes behind the block: with them where all went well, and with an error
+    at once.
+
+    torchrun notices an error by the process that ends of it. It then sends the others SIGTERM and
+    30 seconds later (its ``--shutdown-timeout``) SIGKILL, which ends those too that wait within a
+    collective, where no handler of Python's runs. So a process with an error waits for nobody: not
+    in `destroy_process_group`, which may wait for collectives under way, and not at the end of the
+    interpreter, which joins the threads that write checkpoints.
+    """
+    code: object = 0
+    try:
+        yield
+    except BaseException as error:
+        if not dist.is_initialized():
+            raise
+        if isinstance(error, SystemExit):  # what there was to say is said
+            code = error.code
+        else:
+            traceback.print_exc()
+            code = 1
+    if code:
+        with suppress(OSError):
+            sys.stdout.flush()
+        os._exit(code if isinstance(code, int) else 1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def main() -> None:
@@ -18,11 +51,8 @@ def main() -> None:
     sys.argv = ["echogen", "train", *sys.argv[1:]]
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives
-    try:
+    with leaving():
         runpy.run_module("echogen", run_name="__main__", alter_sys=True)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

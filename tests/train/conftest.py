@@ -1,10 +1,17 @@
-"""A stage-1 run of the smallest size, for the tests of the stages that follow it."""
+"""A stage-1 run of the smallest size, for the tests of the stages that follow it, and runs that end
+badly."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,3 +116,35 @@ def plain_image_logprob(plain_hidden) -> Callable[..., Tensor]:
         return torch.stack(rows)
 
     return score
+
+
+@pytest.fixture(scope="module")
+def order() -> Iterator[Callable[..., Any]]:
+    """``order(folder, **how)`` runs the toy stage of killed.py there; how it ended, one process or
+    each."""
+    script = Path(__file__).with_name("killed.py")
+    env = os.environ | {"PYTHONPATH": str(script.parents[2])}  # the code under test
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, str(script)], env=env, **pipes) as server:
+        assert server.stdin is not None and server.stdout is not None
+        assert server.stdout.readline() == "ready\n"
+
+        def give(folder: Path, **how: Any) -> Any:
+            assert server.stdin is not None and server.stdout is not None
+            print(json.dumps({"folder": str(folder), **how}), file=server.stdin, flush=True)
+            return json.loads(server.stdout.readline())
+
+        yield give
+        server.stdin.close()
+
+
+@pytest.fixture(scope="module")
+def killed() -> Any:
+    """The module killed.py."""
+    path = Path(__file__).with_name("killed.py")
+    spec = importlib.util.spec_from_file_location("killed", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["killed"] = module  # dataclasses look themselves up there
+    spec.loader.exec_module(module)
+    return module

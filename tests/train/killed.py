@@ -1,11 +1,18 @@
-"""Runs that come to a bad end, for test_faults.py: a process that forks a child for each of them.
+"""Runs that come to a bad end, for test_faults.py and test_fault_ranks.py: a process that forks a
+child for each of them.
 
 Torch is imported once, so that a run takes a fraction of a second. On stdin one JSON object a run,
-on stdout one that says how it ended: {"signal": …, "code": …}.
+on stdout one that says how it ended: {"signal": …, "code": …}, or in several processes a list.
 
     folder, resume: of the run.
+    ranks: processes of the run; each has a log of its own.
+    rank: of the one that all of this but ``nan`` is about (0).
     kill: [place, count]: the child sends itself SIGKILL the count-th time it comes by a place.
     term: [place, count]: the same with SIGTERM.
+    fail: the same with an error, as of a device that is out of memory.
+    hang: the same, and the thread that comes by never returns.
+    no_room: the same, and from there on metrics.jsonl is on a full device; what it held is kept.
+    last_write: in place of LAST_WRITE, in all processes.
     after: seconds after which this process sends it ``signal`` (SIGKILL).
     full: step at which the disk becomes full (nothing above 20 kB can be written any more).
     nan: step whose loss is NaN.
@@ -20,7 +27,9 @@ import json
 import os
 import resource
 import signal
+import socket
 import sys
+import threading
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -30,7 +39,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from echogen.train.__main__ import leaving
 from echogen.train.config import LoopConfig
+from echogen.train.parallel import distributed
 from echogen.train.run import checkpoint
 from echogen.train.run.checkpoint import StateError
 from echogen.train.run.loop import TrainingError, run
@@ -41,6 +52,10 @@ CONFIG = LoopConfig(
     steps=14, lr=1e-2, muon_lr=1e-2, warmup=2, log_every=1, eval_every=4, save_every=3, threads=1,
     ema=0.9, accumulate=2, decay_shape="cosine",
 )  # fmt: skip
+OF_ALL = {"folder", "resume", "ranks", "updates", "nan", "last_write"}
+"""What of an order is about every process."""
+PATIENCE = 100
+"""Seconds after which a run that hangs is ended by SIGALRM."""
 
 
 @dataclass(frozen=True)
@@ -61,22 +76,37 @@ class Toy:
             order,
             Counter[str](),
         )
+        self.taken: dict[int, dict[str, Tensor]] = {}
         self.module = nn.Sequential()
         self.module.blocks = nn.ModuleList([nn.Linear(48, 48), nn.Linear(48, 1)])
 
     def passes(self, place: str) -> None:
         """Come by a place, where an order may end the process."""
         self.passed[place] += 1
-        for name, number in (("kill", signal.SIGKILL), ("term", signal.SIGTERM)):
-            if self.order.get(name) == [place, self.passed[place]]:
-                os.kill(os.getpid(), number)
+        ends = [how for how, at in self.order.items() if at == [place, self.passed[place]]]
+        if "kill" in ends:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "term" in ends:
+            os.kill(os.getpid(), signal.SIGTERM)
+        if "fail" in ends:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        if "hang" in ends:
+            threading.Event().wait()
+        if "no_room" in ends:
+            metrics = Path(self.order["folder"]) / "metrics.jsonl"
+            metrics.rename(metrics.with_suffix(".kept"))
+            metrics.symlink_to("/dev/full")
 
     def begin(self) -> dict[str, float]:
         self.passes("begin")
         return {"found": 0.25}
 
     def inputs(self, step: int) -> dict[str, Tensor]:
-        return {"x": torch.randn(8, 48, generator=torch.Generator().manual_seed(step))}
+        """The batch, and as in Cycle RL what this process has taken of it, part by part."""
+        return {"x": self.batch(step)} | self.taken.get(step, {})
+
+    def batch(self, step: int) -> Tensor:
+        return torch.randn(8, 48, generator=torch.Generator().manual_seed(step))
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, float]]:
         return self.loss_part(step, 0, 1)
@@ -85,7 +115,8 @@ class Toy:
         self.passes("loss")
         if step == self.order.get("full"):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        x = self.inputs(step)["x"][part::parts]
+        x = self.batch(step)[part::parts]
+        self.taken.setdefault(step, {})[f"part {part} of {parts}"] = x
         hidden = torch.dropout(self.module.blocks[0](x).relu(), 0.5, True)
         loss = (self.module.blocks[1](hidden) - x[:, :1]).float().square().sum() / 8
         if step == self.order.get("nan") and part == parts - 1:
@@ -129,6 +160,7 @@ def with_places(stage: Toy) -> None:
 
     def replaced(source: Any, target: Any) -> None:
         stage.passes("before rename")
+        stage.passes(f"before {Path(target).name}")
         replace(source, target)
         stage.passes("behind rename")
 
@@ -149,18 +181,23 @@ def with_places(stage: Toy) -> None:
     MetricsFile._append = appended  # type: ignore[method-assign]
 
 
-def child(order: dict[str, Any]) -> int:
+def child(order: dict[str, Any], rank: int = 0) -> int:
     """Run, in a process of its own; the exit code."""
     folder = Path(order["folder"])
     folder.mkdir(parents=True, exist_ok=True)
-    log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    name = f"log{rank}" if "ranks" in order else "log"
+    log = os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    if rank != order.get("rank", 0):
+        order = {what: order[what] for what in order.keys() & OF_ALL}
+    distributed.LAST_WRITE = order.get("last_write", distributed.LAST_WRITE)
     stage = Toy(order)
     with_places(stage)
     try:
         run(stage, CONFIG, folder, order.get("resume", False))
-        (folder / "passed.json").write_text(json.dumps(stage.passed))
+        if not rank:
+            (folder / "passed.json").write_text(json.dumps(stage.passed))
     except Stopped as stopped:
         assert isinstance(stopped.code, int)
         return stopped.code
@@ -170,27 +207,56 @@ def child(order: dict[str, Any]) -> int:
     return 0
 
 
+def begun(order: dict[str, Any], rank: int = 0, **environment: str) -> int:
+    """The id of a process that carries an order out."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 70
+    try:
+        os.environ |= environment
+        signal.alarm(PATIENCE)
+        with leaving():
+            code = child(order, rank)
+            sys.exit(code)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def ended(pid: int) -> dict[str, Any]:
+    """How a process came to its end."""
+    status = os.waitpid(pid, 0)[1]
+    dead = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+    code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
+    return {"signal": dead, "code": code}
+
+
+def several(order: dict[str, Any]) -> list[dict[str, Any]]:
+    """How the processes of a run ended, that torchrun would start."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    count = order["ranks"]
+    common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    pids = [begun(order, rank, **common, RANK=str(rank)) for rank in range(count)]
+    return [ended(pid) for pid in pids]
+
+
 def main() -> None:
     """Take orders until stdin ends."""
     torch.set_num_threads(1)
     print("ready", flush=True)
     for line in sys.stdin:
         order = json.loads(line)
-        pid = os.fork()
-        if not pid:
-            code = 70
-            try:
-                code = child(order)
-            finally:
-                sys.stdout.flush()
-                os._exit(code)
+        if "ranks" in order:
+            print(json.dumps(several(order)), flush=True)
+            continue
+        pid = begun(order)
         if "after" in order:
             time.sleep(order["after"])
             os.kill(pid, order.get("signal", signal.SIGKILL))
-        status = os.waitpid(pid, 0)[1]
-        dead = os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
-        code = os.WEXITSTATUS(status) if os.WIFEXITED(status) else None
-        print(json.dumps({"signal": dead, "code": code}), flush=True)
+        print(json.dumps(ended(pid)), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import os
 import shutil
 import sys
 import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from echogen.train.stages import cycle_rl, world
 from echogen.train.stages.cycle_rl import CycleRLStage
 from echogen.train.stages.djo import DJOStage
 from echogen.train.stages.pmtp import PMTPStage
+from echogen.train.stages.stage import TrainingError
 from echogen.train.stages.vq import build_vq
 from echogen.train.start import load_start
 
@@ -110,6 +112,20 @@ def run_all(start: Path, out: Path, parallel: str, names: tuple[str, ...] = ()) 
             run(stage, stage.config.loop, out / name)
 
 
+def broken(start: Path, folder: Path) -> None:
+    """Stage 3, whose loss is NaN at step 1, by the rollout of the second process."""
+    stage: Any = rl(start, with_parallel(SHORT, "ddp"))
+    loss_part = stage.loss_part
+
+    def nan(step: int, part: int, parts: int) -> Any:
+        loss, numbers = loss_part(step, part, parts)
+        return loss * (float("nan") if (step, part) == (1, 1) else 1.0), numbers
+
+    stage.loss_part = nan
+    with suppress(TrainingError):
+        run(stage, stage.config.loop, folder)
+
+
 def resumed(begun: Path, folder: Path, parallel: str) -> None:
     """Go on with a run of stage 1 from its last state but one, in another folder."""
     if os.environ.get("RANK", "0") == "0":
@@ -129,6 +145,7 @@ def main(start: Path, out: Path) -> None:
     for module, name, value in SMALL:
         setattr(module, name, value)
     run_all(start, out / "ddp", "ddp", ("pmtp", "many", "djo", "rl"))
+    broken(start, out / "ddp" / "broken")
     run_all(start, out / "fsdp", "fsdp", ("pmtp", "many", "sampled", "rl", "lora"))
     while not (out / "none" / "done").exists():  # by the test itself, beside these two
         time.sleep(0.05)

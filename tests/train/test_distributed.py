@@ -20,7 +20,8 @@ from echogen.train.config import LoopConfig
 from echogen.train.parallel.distributed import start, world_size
 from echogen.train.parallel.processes import Processes
 from echogen.train.parallel.shard_state import flat, nested
-from echogen.train.run.checkpoint import StateError
+from echogen.train.run.checkpoint import StateError, load_state
+from echogen.train.run.dump import repeat_dump
 from echogen.train.stages.stage import BeginRefused
 from echogen.train.start import model_folder
 
@@ -145,6 +146,18 @@ def test_the_runs_were_of_parts_that_differ(runs: Path, ranks: ModuleType, pmtp_
     djo = ranks.djo(pmtp_run, ranks.SHORT)
     kept = [[x.kept for x in djo.examples(step)] for step in range(3)]
     assert any(a != b for a, b in kept)  # one of them has no loop of its own
+
+
+def test_a_dump_holds_the_rollouts_of_every_process(runs: Path, ranks, pmtp_run, small) -> None:
+    """And one process makes them again, in the parts that they were made in."""
+    dump = runs / "ddp" / "broken" / "dump-step1.pt"
+    inputs = load_state(dump)["inputs"]
+    assert inputs.keys() == {"part 0 of 2", "part 1 of 2"}
+    stage = ranks.rl(pmtp_run, ranks.SHORT)
+    again = repeat_dump(stage, stage.config.loop, dump)
+    assert again.same_inputs and not again.broken
+    row = next(r for r in rows(runs / "ddp" / "rl") if r["step"] == 2 and "loss" in r)
+    assert again.loss == pytest.approx(row["loss"], rel=BOUND, abs=BOUND)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,26 +21,6 @@ Order = Callable[..., dict[str, Any]]
 SEED = 11
 WRITING = ("torn save", "save", "sync", "before rename", "behind rename", "torn line")
 PLACES = (*WRITING, "loss", "after step", "evaluation", "export", "begin")
-
-
-@pytest.fixture(scope="module")
-def order(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Order]:
-    """``order(folder, **how)`` runs the toy stage of killed.py there; how it ended."""
-    script = Path(__file__).with_name("killed.py")
-    env = os.environ | {"PYTHONPATH": str(script.parents[2])}  # the code under test
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, str(script)], env=env, **pipes) as server:
-        assert server.stdin is not None and server.stdout is not None
-        assert server.stdout.readline() == "ready\n"
-
-        def give(folder: Path, **how: Any) -> dict[str, Any]:
-            assert server.stdin is not None and server.stdout is not None
-            print(json.dumps({"folder": str(folder), **how}), file=server.stdin, flush=True)
-            ended: dict[str, Any] = json.loads(server.stdout.readline())
-            return ended
-
-        yield give
-        server.stdin.close()
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +133,12 @@ def test_sigterm_saves_at_the_end_of_the_step_and_says_so(
     assert max(steps) == done
     assert order(tmp_path, resume=True)["code"] == 0
     same_run(tmp_path, whole)
+
+
+def test_a_path_is_said_as_it_is(order: Order, tmp_path: Path) -> None:
+    folder = tmp_path / "[bold] run [/1]"
+    assert order(folder, term=["loss", 3])["code"] == 143
+    assert str(folder / "state.pt") in (folder / "log").read_text()
 
 
 def test_a_run_stops_where_it_can_be_gone_on_with(order: Order, tmp_path: Path) -> None:
@@ -288,18 +271,6 @@ def test_two_torn_states_are_refused_and_left_alone(order: Order, tmp_path: Path
 
 
 # --- losses that are not finite -------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def killed() -> Any:
-    """The module killed.py."""
-    path = Path(__file__).with_name("killed.py")
-    spec = importlib.util.spec_from_file_location("killed", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["killed"] = module  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_nan_loss_leaves_a_dump_that_repeats_it(

@@ -8,6 +8,7 @@ split they would be other numbers for another number of processes.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,6 +29,9 @@ from echogen.train.stages.stage import BeginRefused, Stage, TrainingError
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
 """How long processes wait for what one of them does alone; a dead one is torchrun's to notice."""
+LAST_WRITE = 60.0
+"""Seconds that a process with an error gives the checkpoint under way; only then does it end, and
+torchrun notices."""
 
 
 def world_size() -> int:
@@ -144,6 +148,17 @@ class Several(Processes):
         added = dict(zip(names, row.tolist(), strict=True))
         return {n: added[n] for n in numbers}
 
+    def gathered(self, held: dict[str, Any]) -> dict[str, Any]:
+        """See `Processes`."""
+        told = io.BytesIO()
+        torch.save(held, told)
+        every: list[Any] = [b""] * self.count
+        dist.gather_object(told.getvalue(), every if self.rank == 0 else None, 0, self._side)
+        found: dict[str, Any] = {}
+        for data in filter(None, every):  # not onto the devices that the others have it on
+            found |= torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        return found
+
     def any(self, here: bool) -> bool:
         """See `Processes`."""
         flag = torch.tensor(int(here))
@@ -180,6 +195,11 @@ class Several(Processes):
         """See `Processes`."""
         self._saver.settle()
         dist.barrier(self._side)  # what only the first process writes is there too
+
+    def settle_alone(self) -> None:
+        """See `Processes`. In a barrier a process whose error is its own would wait for others that
+        wait for it in a step, and torchrun, which ends them all as soon as one ends, for both."""
+        self._saver.settle(LAST_WRITE)
 
     def load(self, path: Path, trained: Trained) -> dict[str, Any]:
         """See `Processes`."""

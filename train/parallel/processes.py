@@ -101,6 +101,11 @@ class Processes:
         their norm before."""
         return float(nn.utils.clip_grad_norm_(parameters, limit))
 
+    def gathered(self, held: dict[str, Any]) -> dict[str, Any]:
+        """What any process holds by a name, of tensors in containers, for a file; what processes
+        get that do not write is not used."""
+        return held
+
     def any(self, here: bool) -> bool:
         """Whether it is so in any process."""
         return here
@@ -116,6 +121,10 @@ class Processes:
 
     def settle(self) -> None:
         """Wait until all that was written is on the disk. Raises StateError where it cannot be."""
+
+    def settle_alone(self) -> None:
+        """`settle` in a process that ends with an error, which the others may not have: they are
+        not waited for."""
 
     def load(self, path: Path, trained: Trained) -> dict[str, Any]:
         """What `save` wrote, in however many processes: the head, and what `Trained.load` takes."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
@@ -77,15 +77,21 @@ class Saver:
             os.replace(beside, path)
             sync(path.parent)
 
-    def settle(self) -> None:
-        """Wait until what was begun is on the disk.
+    def settle(self, patience: float | None = None) -> None:
+        """Wait until what was begun is on the disk; None: however long that takes.
 
         Raises:
-            StateError: it could not be written; the state before it is untouched.
+            StateError: it could not be written (in ``patience`` seconds); the state before it is
+                untouched.
         """
         pending, self._pending = self._pending, None
         if pending is None:
             return
+        if wait([pending], patience).not_done:
+            raise StateError(
+                f"{self._path}: not written in {patience:g} seconds, and given up; the previous "
+                f"state is untouched, so go on with --resume"
+            )
         try:
             pending.result()
         except (CheckpointException, OSError) as error:

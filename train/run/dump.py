@@ -8,7 +8,7 @@ which numbers of it are not finite.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,24 +23,36 @@ from echogen.train.run.update import check, gradients
 from echogen.train.stages.stage import Stage, identity, other_run, resumable
 
 
+def inputs_of(stage: Stage, step: int) -> dict[str, Any]:
+    """What the loss of a step reads in this process, where the stage tells it."""
+    inputs = getattr(stage, "inputs", None)
+    return {} if inputs is None else inputs(step)
+
+
 def write_dump(
-    folder: Path, stage: Stage, step: int, error: str, weights: dict[str, Tensor]
+    folder: Path,
+    stage: Stage,
+    step: int,
+    error: str,
+    weights: dict[str, Tensor],
+    inputs: dict[str, Any],
+    parts: int,
 ) -> Path:
     """Write ``dump-stepN.pt`` into a run's folder; its path.
 
     It holds: ``stage`` and ``config`` of the run, ``step``, the ``error``, the module's ``weights``
-    before the step, whole, and their ``fingerprint``, and the ``inputs`` of the loss (where the
-    stage tells them) in this process.
+    before the step, whole, and their ``fingerprint``, the ``inputs`` of the loss in all processes,
+    and in how many ``parts`` (processes × accumulate) these took the batch.
     """
     path = folder / f"dump-step{step}.pt"
-    inputs = getattr(stage, "inputs", None)
     found = {
         **identity(stage),
         "step": step,
         "error": error,
         "module": weights,
         "fingerprint": fingerprint(weights),
-        "inputs": {} if inputs is None else inputs(step),
+        "inputs": inputs,
+        "parts": parts,
     }
     save_state(path, found)
     return path
@@ -82,7 +94,8 @@ class Repeated:
 
 def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
     """Compute the step of a dump again, on its weights, which the stage then has; nothing is
-    written and nothing updated.
+    written and nothing updated. The parts are those of the run, in one process one after another:
+    in others, what a stage draws in each would be other inputs.
 
     Raises:
         StateError: a file that is torn, no dump, of another run, or whose weights are not those
@@ -108,11 +121,11 @@ def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
     trained = [p for p in named.values() if p.requires_grad]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    config = replace(config, accumulate=found.get("parts", config.accumulate))
     check(stage, config, Processes())
     with only_deterministic(config.deterministic):
         loss, numbers = gradients(stage, config, trained, step, Processes())
     grads = {n: p.grad for n, p in named.items() if p.grad is not None}
-    inputs = getattr(stage, "inputs", None)
     return Repeated(
         step=step,
         loss=loss,
@@ -120,7 +133,7 @@ def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
         numbers={name: float(value) for name, value in numbers.items()},
         broken=[n for n, grad in grads.items() if not _finite(grad)],
         weights=[n for n, p in named.items() if not _finite(p)],
-        same_inputs=_same(found["inputs"], {} if inputs is None else inputs(step)),
+        same_inputs=_same(found["inputs"], inputs_of(stage, step)),
     )
 
 

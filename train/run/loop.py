@@ -30,7 +30,7 @@ from echogen.train.parallel.processes import Processes, Trained
 from echogen.train.run.average import Average
 from echogen.train.run.board import Board, open_board
 from echogen.train.run.checkpoint import StateError, previous, put_back, write_text
-from echogen.train.run.dump import write_dump
+from echogen.train.run.dump import inputs_of, write_dump
 from echogen.train.run.metrics import MetricsFile
 from echogen.train.run.optim import build_optimizers, schedule
 from echogen.train.run.progress import Pace, note, progress_bar
@@ -170,15 +170,19 @@ class Run:
             )
         except NotFinite as error:
             told, weights = str(error), self.processes.weights(stage.module)
+            inputs = self.processes.gathered(inputs_of(stage, step))
             if self.processes.writes:
-                told += self._dumped(step, told, weights)
+                told += self._dumped(step, told, weights, inputs)
             told += self._kept()
             raise TrainingError(f"{told} (try a lower lr)") from None
 
-    def _dumped(self, step: int, told: str, weights: dict[str, Tensor]) -> str:
+    def _dumped(
+        self, step: int, told: str, weights: dict[str, Tensor], inputs: dict[str, Any]
+    ) -> str:
         """Dump a step; where to, or why not."""
+        parts = self.config.accumulate * self.processes.count
         try:
-            path = write_dump(self.folder, self.stage, step, told, weights)
+            path = write_dump(self.folder, self.stage, step, told, weights, inputs, parts)
         except StateError as error:
             return f"; it is not dumped: {error}"
         return f"; what it was computed from is in {path} (--repeat {path})"
@@ -222,7 +226,7 @@ class Run:
         return nullcontext() if average is None else average.in_place()
 
     def _say(self, line: str) -> None:
-        self.console.print(line, soft_wrap=True)
+        self.console.print(line, soft_wrap=True, markup=False)  # a path may hold [brackets]
 
     # --- checkpoints ----------------------------------------------------------------------------
 
@@ -235,13 +239,17 @@ class Run:
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """However the block ends, what was begun to be written is on the disk behind it."""
+        """However the block ends, what was begun to be written is on the disk behind it.
+
+        An error may be this process's alone (its memory, its disk) or that of all: they are not
+        told apart. Errors that all have in common have waited for each other where they came up.
+        """
         try:
             yield
         except BaseException:
             try:
-                self.processes.settle()
-            except StateError as error:  # beside the one that is under way
+                self.processes.settle_alone()
+            except RuntimeError as error:  # beside the one that is under way
                 self._say(f"{self.stage.name}: {error}")
             raise
         self.processes.settle()

@@ -39,8 +39,9 @@ class Stop:
     """Listens for SIGTERM and SIGINT within a block.
 
     The first signal is noted; a second SIGINT is an ordinary `KeyboardInterrupt` for those who do
-    not want to wait for the step's end. Outside the main thread, where Python allows no handlers,
-    nothing is listened for.
+    not want to wait for the step's end. A process that waits for others in a collective notes it
+    when that ends; where it never does, who has sent SIGTERM sends SIGKILL later. Outside the main
+    thread, where Python allows no handlers, nothing is listened for.
     """
 
     def __init__(self) -> None:
