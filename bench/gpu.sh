@@ -13,7 +13,8 @@ cd "$(dirname "$0")/.."
 PARTS=(
   doctor cuda test_device latency-janus rollout-janus-256 rollout-janus-256-guided
   test_kernels kernels rollout-janus train-pmtp-janus train-djo-janus train-cycle-rl-janus
-  test_device_overlap overlap-latency-janus fused-rollout-janus window-janus
+  test_device_overlap overlap-latency-janus fused-rollout-janus jacobi-tiny window-janus
+  test_device_serving
   latency-tiny latency-100m rollout-tiny train-pmtp-small train-djo-small train-cycle-rl-small
   cycle profile_generate profile_cycle kernels-compile roofline test_engine
 )
@@ -170,7 +171,10 @@ run() { # NAME
     doctor) part doctor 60 "$PYTHON" -m echogen doctor --json ;;
     cuda) cuda ;;
     # A step of drawing in a graph and without: the figures of drawing depend on it.
-    test_device) tests "$1" 90 -- tests/engine/test_device.py ;;
+    test_device)
+      tests "$1" 90 -- tests/engine/test_device.py tests/engine/test_device_windows.py
+      ;;
+    test_device_serving) tests "$1" 90 -- tests/engine/test_device_serving.py ;;
     latency-janus) engine "$1" 150 --mode latency $janus --repeats 3 ;;
     rollout-janus-256) engine "$1" 120 --mode rollout $janus --batch 256 --cfg 1 --repeats 2 ;;
     rollout-janus-256-guided)
@@ -197,6 +201,9 @@ run() { # NAME
       ECHOGEN_FUSED=1 engine "$1" 60 --mode rollout $janus --batch 64 --repeats 2 --peer none
       ;;
     window-janus) engine "$1" 60 --mode window $janus ;;
+    jacobi-tiny) # what a trained model's drafts gain: the same codes, in fewer steps
+      engine "$1" 60 --mode jacobi --model tiny --layouts 40 --window 8 --window 16 --temperature 1
+      ;;
     latency-tiny) engine "$1" 60 --mode latency --model tiny ;;
     latency-100m) engine "$1" 60 --mode latency --model random:100m ;;
     rollout-tiny) engine "$1" 60 --mode rollout --model tiny ;;

@@ -25,6 +25,7 @@ from echogen.bench.report import RESULTS
 from echogen.bench.speed.drawing import DTYPES
 from echogen.bench.speed.models import Subject, load
 from echogen.engine.decoding.decode import Decoder, Windows, decode_image, open_windows
+from echogen.engine.decoding.jacobi import decode_windows
 from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import on_operators
 from echogen.engine.gpu.device import DeviceTransformer
@@ -60,8 +61,8 @@ def run(
         model: what ``Engine.from_pretrained`` takes, or a random model (``models.RANDOM``).
         windows: codes W a step.
         batch, cfg: images at once, and the guidance scale.
-        dtype, device: of the weights, and where. One code a step runs as images are drawn there;
-            windows run on a CPU as `decode_windows` has them, on a GPU by plain torch.
+        dtype, device: of the weights, and where. On a GPU whole images are drawn, whose steps are
+            recorded: a step is what the image took over their number.
         repeats: how often each is timed.
         threads: on a CPU; None leaves torch's.
         seed: of random weights, prompts and noise.
@@ -119,6 +120,8 @@ class _Drawing:
         self._rows = s.rows(s.prompts[:batch], cfg)
         self._sampling, self._seed, self._batch = Sampling(cfg=cfg), seed, batch
         self._model: Decoder = on_operators(s.transformer, s.code_table)
+        if isinstance(self._model, DeviceTransformer):
+            return
         self._windows: Windows = open_windows(
             self._model, s.code_table, self._rows, s.pad, self._sampling.guided
         )
@@ -140,6 +143,16 @@ class _Drawing:
     def in_windows(self, width: int) -> float:
         """Seconds a step of ``width`` codes, sampling included, as one follows another: behind
         other work the first finds its weights out of the cache."""
+        if isinstance(self._model, DeviceTransformer):
+            s, steps = self._subject, list[int]()
+
+            def draw() -> None:
+                drawn = decode_windows(
+                    self._model, s.code_table, self._rows, self._sampler(), s.pad, width
+                )
+                steps.append(max(drawn.steps))  # which waits for the device
+
+            return seconds(draw) / steps[0]
         self._window(width)
         began = time.perf_counter()
         for _ in range(STEPS):

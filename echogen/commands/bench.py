@@ -69,7 +69,7 @@ class BenchEngine:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the weights (mode peer is float32)."""
     device: Literal["cpu", "cuda"] = "cpu"
-    """Where to run (mode jacobi: cpu)."""
+    """Where to run."""
     seed: int = 0
     """Of the noise."""
     json: Json = False
@@ -167,9 +167,7 @@ class BenchEngine:
             print_json(result)
 
     def _jacobi(self) -> None:
-        if self.device != "cpu":
-            raise InputError(f"--device {self.device}: mode jacobi runs on cpu so far")
-        model = self.model or "tiny"
+        model, device = self.model or "tiny", usual_device(self.device)
         if model.startswith("random:"):
             raise InputError(f"--model {model}: random weights accept nothing that means much")
         from echogen.bench.speed import jacobi, tables
@@ -179,7 +177,7 @@ class BenchEngine:
         with progress("drawing") as update:
             result = jacobi.run(
                 model, self.layouts, self.window, self.draft or ("above",), temperatures,
-                scales, self.batch or 1, self.dtype, self.seed, update,
+                scales, self.batch or 1, self.dtype, self.seed, update, device,
             )  # fmt: skip
         tables.console().print(jacobi.table(result))
         if self.json:

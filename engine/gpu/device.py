@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echogen.engine.gpu.graphs import Kept, Recorder, recorder
+from echogen.engine.gpu.graphs import ONE, Kept, Recorder, recorder
 from echogen.engine.model import Block, RMSNorm, UnifiedTransformer
 from echogen.kernels import decode_attention as attention
 from echogen.kernels import rms_norm as norms
@@ -314,8 +314,10 @@ class DeviceTransformer:
             self.memory.release()
             if self.table.is_cuda:
                 # Left in torch's cache, tensors that stay would be cut from it, and then there
-                # would be no room for as much in one piece again.
-                torch.cuda.empty_cache()
+                # would be no room for as much in one piece again. Not while a step is recorded, in
+                # whatever thread, as torch refuses it then.
+                with ONE:
+                    torch.cuda.empty_cache()
 
     def logits(self, x: Tensor, places: Places) -> Tensor:
         """One token a row, [R, D] (overwritten) → image logits [R, V]; writes the cache."""
