@@ -120,16 +120,16 @@ class _Drawing:
         self._rows = s.rows(s.prompts[:batch], cfg)
         self._sampling, self._seed, self._batch = Sampling(cfg=cfg), seed, batch
         self._model: Decoder = on_operators(s.transformer, s.code_table)
+        c = s.transformer.config
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(c.codebook_size, (batch, c.image_tokens), generator=generator)
+        self._codes, self._made = codes.to(s.code_table.device), self._sampler()
         if isinstance(self._model, DeviceTransformer):
             return
         self._windows: Windows = open_windows(
             self._model, s.code_table, self._rows, s.pad, self._sampling.guided
         )
         self._windows.prefill()
-        c = s.transformer.config
-        generator = torch.Generator().manual_seed(seed)
-        codes = torch.randint(c.codebook_size, (batch, c.image_tokens), generator=generator)
-        self._codes, self._made = codes.to(s.code_table.device), self._sampler()
         half = c.image_tokens // 2
         for first in range(0, half, 16):  # what stands before the window
             here = self._codes[:, first : min(first + 16, half)]
