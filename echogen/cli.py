@@ -75,10 +75,10 @@ def _loaded(errors: dict[str, str]) -> list[type[Exception]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 2 bad usage or input, 1 anything else).
+    """Run one command; returns the exit code (0 done, 2 bad usage or input, 130 Ctrl-C, 1 other).
 
     Args:
-        argv: the arguments behind the program's name; None: those of this process.
+        argv: the arguments after the program's name; None: those of this process.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a terminal without × or – still gets its table
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -44,8 +44,8 @@ MOST_DECODED = 1 << 32
 class Engine:
     """One set of weights for drawing, grounding and (shared with the trainer) training.
 
-    Any thread may draw and ground; on a GPU drawings wait for each other. Nothing may while the
-    weights change, up to ``refresh``. On a GPU it switches torch's cuDNN attention off
+    Any thread may draw and ground; on a GPU drawings run one at a time. No thread may while the
+    weights change, until ``refresh`` has run. On a GPU it switches torch's cuDNN attention off
     (`attention.plan_no_shapes`).
 
     Args:
@@ -58,7 +58,7 @@ class Engine:
         fp8_cache: draw with keys and values in 8 bits.
 
     Raises:
-        ValueError: either of them where drawing cannot run on the operators of a GPU; says why.
+        ValueError: fp8 or fp8_cache where drawing cannot run on the GPU's operators; says why.
     """
 
     def __init__(
@@ -108,23 +108,22 @@ class Engine:
                 or a hub id such as ``deepseek-community/Janus-Pro-1B``; the transformers Janus
                 format or the original deepseek-ai layout.
             device, dtype: where and in what precision the weights live.
-            codec: how boxes are written; None reads it from the checkpoint (``echogen.json``), and
-                takes PlanGen's textual codec where it says nothing.
-            bins: location tokens, when ``codec="location"`` is asked of a checkpoint without them
-                (None: 1000): they are added, each starting at the mean embedding of its number's
-                digits.
-            fp8: draw on a GPU with weights rounded to float8_e4m3fn, a scale for each output
-                channel: half the bytes of weights a step, and other codes than in ``dtype``.
-                Prompts and grounding are run on the weights as they are.
-            fp8_cache: draw on a GPU (of compute capability 8.9 or later) with keys and values
-                rounded to float8_e4m3fn, a scale for each head of a token: half the memory of a
-                drawing and of a `Scheduler`'s slots, half of what many rows read a step, and other
-                codes. Grounding keeps its own in ``dtype``.
+            codec: how boxes are written; None takes the checkpoint's (``echogen.json``), or
+                PlanGen's textual codec where the checkpoint names none.
+            bins: number of location tokens to add if ``codec="location"`` is asked of a checkpoint
+                without them (None: 1000). Each starts at the mean embedding of its number's digits.
+            fp8: draw on a GPU with weights rounded to float8_e4m3fn, one scale per output channel.
+                A step then reads half the bytes of weights, and the codes differ from those in
+                ``dtype``. Prompts and grounding use the weights as they are.
+            fp8_cache: draw on a GPU (compute capability 8.9 or later) with keys and values rounded
+                to float8_e4m3fn, one scale per head of a token. This halves the memory of a drawing
+                and of a `Scheduler`'s slots and what many rows read per step, and the codes differ.
+                Grounding keeps its keys and values in ``dtype``.
 
         Raises:
             CheckpointError: nothing there, or a broken checkpoint; names the file and the key.
             ValueError: an unknown codec, or bins that are not the checkpoint's; fp8 where drawing
-                cannot run on the operators of a GPU, says why.
+                cannot run on the GPU's operators, says why.
         """
         folder = resolve(model)
         checkpoint = load_checkpoint(folder, dtype, device)
@@ -183,10 +182,10 @@ class Engine:
             self.release()
 
     def release(self) -> None:
-        """Give back what drawing keeps for the next drawing, which then makes it anew: on a CPU the
-        packed copy, on a GPU recorded steps and caches. Those are as large as the largest drawing
-        so far needs, 2·layers·rows·kv_heads·(T − 1)·head_dim numbers without its prompts: 27 GiB
-        for 256 rows of Janus-Pro-1B in bfloat16."""
+        """Free what drawing keeps for the next drawing, which then rebuilds it: on a CPU the packed
+        copy, on a GPU recorded steps and caches. The caches are as large as the largest drawing so
+        far needed, 2·layers·rows·kv_heads·(T − 1)·head_dim numbers without its prompts: 27 GiB for
+        256 rows of Janus-Pro-1B in bfloat16."""
         with self._making:
             held, self._decoder = self._decoder, None
         if isinstance(held, DeviceTransformer):
@@ -194,12 +193,12 @@ class Engine:
 
     @property
     def decoder(self) -> Decoder:
-        """The transformer as drawing runs it, made at first use: on a CPU a packed copy, held until
-        ``refresh`` (`echogen bench engine` reports what making it takes as ``pack_ms``), on a GPU
-        the operators' steps on its own weights. A model that neither takes is run as it is, on a
-        GPU with a warning that says why. With ``fp8`` the operators multiply by copies of the
-        weights in 8 bits, which ``refresh`` renews; with ``fp8_cache`` drawings keep keys and
-        values in 8 bits."""
+        """The transformer as drawing runs it, made at first use: on a CPU a packed copy, kept until
+        ``refresh`` (`echogen bench engine` reports its cost as ``pack_ms``); on a GPU the steps of
+        the operators on the weights themselves. A model that fits neither is run as it is, on a GPU
+        with a warning that says why. With ``fp8`` the operators multiply by 8-bit copies of the
+        weights, which ``refresh`` renews; with ``fp8_cache`` drawings keep keys and values in 8
+        bits."""
         with self._making:
             if self._decoder is None:
                 with torch.inference_mode():
@@ -235,7 +234,7 @@ class Engine:
         negative: Layout | None = None,
     ) -> Image.Image:
         """Draw one picture of a layout; the same seed draws the same picture. ``negative``: a
-        layout of what the picture shall keep away from; see ``generate_codes``."""
+        layout of what the picture should not show. See ``generate_codes`` for the arguments."""
         codes = self.generate_codes([layout], seed, None, sampling, progress, decoding, negative)
         return self.decode(codes)[0]
 
@@ -245,18 +244,17 @@ class Engine:
         sampling: Sampling,
         negative: Layout | Sequence[Layout] | None = None,
     ) -> list[list[int]]:
-        """The prompts that draw N layouts: N conditional ones and, with guidance, N that it leads
-        away from (the unconditional prompt, or the prompts of negative layouts).
+        """The prompts that draw N layouts: N conditional ones and, with guidance, N to steer away
+        from (the unconditional prompt, or the prompts of negative layouts).
 
         Raises:
-            ValueError: negative layouts without guidance, or another number of them.
+            ValueError: negative layouts without guidance, or not one for each layout.
             LayoutError: texts that hold reserved tokens.
         """
         rows = [self.prompts.l2i(layout) for layout in layouts]
         if negative is not None and not sampling.guided:
             raise ValueError(
-                f"negative layouts act through guidance, and cfg = {sampling.cfg} is off; "
-                f"set cfg above 1"
+                f"negative layouts need guidance, and cfg = {sampling.cfg} is off; set cfg above 1"
             )
         if not sampling.guided:
             return rows
@@ -264,7 +262,7 @@ class Engine:
             return rows + [self.prompts.unconditional(p, sampling.unconditional) for p in rows]
         away = [negative] * len(rows) if isinstance(negative, Layout) else list(negative)
         if len(away) != len(rows):
-            raise ValueError(f"{len(away)} negative layouts for {len(rows)} layouts; give as many")
+            raise ValueError(f"{len(away)} negative layouts for {len(rows)} layouts; give one each")
         return rows + [self.prompts.l2i(layout) for layout in away]
 
     def generate_codes(
@@ -282,19 +280,19 @@ class Engine:
         Args:
             layouts: N layouts (repeat one for several samples).
             seed: noise key.
-            draws: the noise's draw id of each image; 0 … N-1 where None. The same (seed, draw)
-                gives the same noise whatever else is in the batch.
+            draws: the number of each image's noise; None: 0 … N-1. The same (seed, draw) gives the
+                same noise whatever else is in the batch.
             sampling: None: the checkpoint's default.
             progress: called after every step.
             decoding: "sequential" draws one code a step, "jacobi" several
-                (`engine.decoding.jacobi`), "auto" what is faster. The codes are the same, up to
-                ones within rounding of each other.
-            negative: a layout, or one for each, whose rows take the place of the unconditional
-                ones (PlanGen's object removal: name what shall not be there); needs guidance.
+                (`engine.decoding.jacobi`), "auto" whichever is faster. The codes are the same,
+                except where two are equally likely up to rounding.
+            negative: a layout, or one for each, whose rows replace the unconditional ones
+                (PlanGen's object removal: name what should not be there); needs guidance.
 
         Raises:
             LayoutError: a layout that leaves no room for the image, or holds a reserved token.
-            ValueError: a negative layout without guidance; guidance behind the last position;
+            ValueError: a negative layout without guidance; guidance beyond the last position;
                 draws that are not one 32-bit word for each layout.
         """
         if decoding not in get_args(Method):
@@ -358,13 +356,13 @@ class Engine:
 
         Raises:
             LayoutError: an expression that cannot be used.
-            ValueError: an image without expressions, or another number of them.
+            ValueError: an image without expressions, or not one list for each image.
         """
         if len(codes) != len(expressions) or not all(expressions):
             counts = [len(row) for row in expressions]
             raise ValueError(
-                f"{len(codes)} images and expressions of {len(counts)}, {counts} of each; give "
-                f"every image its list of at least one"
+                f"{len(codes)} images and expressions of {len(counts)} images ({counts} of each); "
+                f"give every image a list of at least one"
             )
         return ground_images(
             self.transformer, self.prompts, self._code_table[codes.to(self.device)], expressions
@@ -405,8 +403,8 @@ def check_fp8(model: UnifiedTransformer, code_table: Tensor, weights: bool, cach
     device = code_table.device
     if device.type != "cuda":
         raise ValueError(
-            f"{asked} on {device.type}: the operators multiply by 8 bits on a GPU alone; leave "
-            f"{asked} out, or load the model with device='cuda'"
+            f"{asked} on {device.type}: only GPUs run 8-bit products; leave {asked} out, or load "
+            f"the model with device='cuda'"
         )
     why = misfit(model)
     if why is not None:

@@ -210,7 +210,7 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(text: str) -> object:
-    """JSON in which no key stands twice.
+    """JSON in which no key appears twice.
 
     Raises:
         LayoutError: anything else, nested too deeply, or with a number that Python does not read.
@@ -235,7 +235,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     data: dict[str, Any] = {}
     for key, value in pairs:
         if key in data:
-            raise LayoutError(f"key {_show(key)} stands twice; keep one")
+            raise LayoutError(f"key {_show(key)} appears twice; keep one")
         data[key] = value
     return data
 

@@ -5,9 +5,9 @@ Two things are done about that cost. The keys of a sequence are cut among severa
 a small batch still fills the device, and their partial softmaxes merged (flash-decoding, Dao et
 al. 2023). And a prefix that several sequences share is stored once and read once for all of them,
 with their queries stacked into one tile (cascade inference, Ye et al. 2024; Hydragen, Juravsky et
-al. 2024); what it gives is one more partial softmax of each of its sequences. Prefixes and own
-caches are read side by side, by one launch; who continues which prefix is found out by another, or
-once for many calls (`decode_members`).
+al. 2024); it adds one more partial softmax to each of its sequences. Prefixes and own caches are
+read side by side in one launch; another finds which sequence continues which prefix, and many calls
+can share it (`decode_members`).
 
 A partial is the maximum m of the scores (base 2), the sum l of 2^(s − m), and the sum a of
 2^(s − m)·v, in float32; partials merge as ``Σ 2^(mᵢ − m)·aᵢ / Σ 2^(mᵢ − m)·lᵢ`` with m = max mᵢ.
@@ -499,8 +499,8 @@ def decode_attention(
         prefix_lengths: int64 or int32 [P]; Sp each if None.
         groups: int64 or int32 [B·W], in any order: which prefix each query's sequence continues;
             outside 0 … P − 1: none. Needed with prefixes.
-        order: `decode_members` of these groups, where several calls share it; made here if None.
-            One of other groups gives wrong results, which nothing notices.
+        order: `decode_members` of these groups, where several calls share it; None: made here. An
+            order of other groups silently gives wrong results.
         scales, prefix_scales: float32 [2, B, Hk, S] and [2, P, Hk, Sp] of caches in 8 bits, of keys
             and of values, each contiguous, as `rope.rope_cache` and `rope.scaled_heads` make them.
             8 bits need a GPU of compute capability 8.9 or later, which multiplies in float16: a

@@ -318,7 +318,7 @@ def grpo_loss(
         old_logp: [N, T], under the policy that sampled; None: the same policy (one update per
             rollout), so that the ratio is 1 and has a gradient.
         advantage: float [N].
-        mask: bool [N, T]; False is no token of the sequence and contributes nothing, whatever the
+        mask: bool [N, T]; False marks padding, which contributes nothing, whatever the
             log-probabilities hold there.
         ref_logp: [N, T], under the frozen reference.
         clip_low, clip_high: how far the ratio may fall below and rise above 1.

@@ -1,4 +1,4 @@
-"""Boxes read out of token sequences, and what may follow, without a word to the host.
+"""Boxes read from token sequences, and which tokens may follow, without a host synchronisation.
 
 Reading answers on the host stops the device once a step; here a row's tokens run through the
 grammar's finite-state machine in one thread. Both codecs of the engine have one: four location
@@ -163,8 +163,8 @@ def allowed_location_mask(
 ) -> Tensor:
     """Which tokens may follow so that a box can be completed, as `LocationCodec.allowed` lists.
 
-    Behind a complete box, and behind its ``close``, only ``close`` may follow, so that rows that
-    are done can stay in a batch. Nothing may follow what no token can mend.
+    After a complete box, and after its ``close``, only ``close`` may follow, so that finished rows
+    can stay in a batch. After an error that no token can repair, nothing may follow.
 
     Args:
         tokens, first_location, bins, close: as in `parse_location_boxes`.

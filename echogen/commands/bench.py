@@ -33,45 +33,41 @@ from echogen.commands.training import find_recipe
 
 @dataclass(frozen=True)
 class BenchEngine:
-    """Drawing, from the prompt to the last image code: beside the same weights in a peer; one
-    picture (--mode latency) or groups of eight (--mode rollout) beside every peer and what the
-    machine allows; or several codes a step beside one, with steps, acceptance and identity (--mode
-    jacobi), or of any weights what such a step costs (--mode window)."""
+    """Time drawing, from the prompt to the last image code. --mode peer: against the same weights
+    in one peer. latency, rollout: one picture, or groups of eight, against every peer and the
+    machine's limits. jacobi: several codes a step against one, with steps, acceptance and identity.
+    window: what a step of several codes costs, with any weights."""
 
     model: str | None = None
-    """A bundled model, a folder, a hub id in the Janus format, or random weights: random:tiny,
-    random:100m, janus_pro_1b (on a GPU). Left out: tiny; in modes latency and rollout tiny,
-    random:100m and janus_pro_1b."""
+    """A bundled model, a folder, a hub id, or random weights: random:tiny, random:100m,
+    janus_pro_1b (GPU). Left out: tiny; in modes latency and rollout also the last two."""
     mode: Literal["peer", "jacobi", "window", "latency", "rollout"] = "peer"
-    """What to compare with: a peer's loop, drawing one code a step, or (latency, rollout) the port
-    with either cache and compiled, eager PyTorch, and the machine's limits."""
+    """What to time, see above."""
     peer: Literal["transformers", "none"] = "transformers"
-    """The peer of mode peer; "none" leaves out all of modes latency and rollout."""
+    """The peer in mode peer; "none" also leaves out all peers in modes latency and rollout."""
     repeats: int = 5
     """Timed runs of each; mode jacobi draws once."""
     batch: int | None = None
-    """Pictures drawn at once: 1 if left out, in mode rollout 8, 16 … 512."""
+    """Pictures drawn at once (left out: 1, in mode rollout 8, 16 … 512)."""
     threads: int | None = None
-    """On a CPU, in modes latency, rollout and window: of everybody; in the first two each one's
-    quickest if left out."""
+    """CPU threads in modes latency, rollout and window (left out: in the first two each's best)."""
     cfg: float | None = None
-    """Scale of classifier-free guidance: 5 if left out, and 1 too in mode jacobi. The port draws
-    only with guidance, above 1."""
+    """Scale of classifier-free guidance (left out: 5; in modes jacobi and rollout 1 and 5). The
+    transformers port needs it above 1."""
     temperature: float | None = None
-    """Of the draws, in mode jacobi (mode peer is greedy): 0.3, 0.7 and 1 if left out."""
+    """Temperature in mode jacobi (left out: 0.3, 0.7 and 1); mode peer is greedy."""
     layouts: int = 200
-    """Test layouts that mode jacobi draws, and a quarter as many crowded ones."""
+    """Test layouts to draw in mode jacobi, plus a quarter as many crowded ones."""
     window: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
-    """Codes a step in modes jacobi and window (may be repeated); the engine's choice, or 1 to 32,
-    if left out."""
+    """Codes a step; repeatable (left out: the engine's choice; in mode window 1 to 32)."""
     draft: Annotated[tuple[Literal["above", "left"], ...], tyro.conf.UseAppendAction] = ()
-    """Where mode jacobi takes a first guess from (may be repeated); above if left out."""
+    """Neighbour from which mode jacobi guesses a code first; repeatable (left out: above)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the weights (mode peer is float32)."""
+    """Type of the weights (mode peer: always float32)."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to run."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -103,7 +99,7 @@ class BenchEngine:
         } | {f"--{name}": there for name, there in others.items()}
         for name, there in given.items():
             if there:
-                raise InputError(f"{name}: it belongs to another mode than --mode {self.mode}")
+                raise InputError(f"{name}: not used by --mode {self.mode}; leave it out")
 
     def _drawing(self) -> None:
         self._refuse_jacobis()
@@ -169,7 +165,9 @@ class BenchEngine:
     def _jacobi(self) -> None:
         model, device = self.model or "tiny", usual_device(self.device)
         if model.startswith("random:"):
-            raise InputError(f"--model {model}: random weights accept nothing that means much")
+            raise InputError(
+                f"--model {model}: acceptance on random weights means nothing; name a trained model"
+            )
         from echogen.bench.speed import jacobi, tables
 
         temperatures = jacobi.TEMPERATURES if self.temperature is None else (self.temperature,)
@@ -186,24 +184,24 @@ class BenchEngine:
 
 @dataclass(frozen=True)
 class BenchTrain:
-    """Optimizer steps of a training stage: images and tokens a second, and where the time goes."""
+    """Time optimizer steps of a training stage: images and tokens a second, and where time goes."""
 
     stage: Literal["pmtp", "djo", "cycle-rl"]
     """Which stage."""
     recipe: str = "tiny"
-    """Whose sizes, batch, parts, type and checkpointing: tiny, small or janus_pro_1b (on a GPU)."""
+    """Recipe of sizes, batch, accumulation, type, checkpointing: tiny, small or janus_pro_1b."""
     model: str | None = None
-    """The model it begins with (stage 1: whose image tokenizer it takes): a bundled one, a folder,
-    a hub id, or random, for weights of the recipe's sizes. Left out: the bundled model of the
-    recipe's name, else random."""
+    """Model to start from (stage 1: only for its image tokenizer): a bundled one, a folder, a hub
+    id, or random, for the recipe's sizes. Left out: the bundled model of the recipe's name, else
+    random."""
     batch: int | None = None
-    """Samples a step; layouts a rollout in Cycle RL. Left out: the recipe's."""
+    """Samples per step, in Cycle RL layouts per rollout (left out: the recipe's)."""
     repeats: int = 5
     """Timed steps."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where to train."""
     float32: bool = False
-    """Multiply in float32 where the recipe says bfloat16: for CPUs without instructions for it."""
+    """Use float32 where the recipe says bfloat16: for CPUs without bfloat16 instructions."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -244,22 +242,22 @@ class BenchTrain:
 
 @dataclass(frozen=True)
 class BenchKernels:
-    """Every operator beside eager torch, torch.compile and its peers; times of a GPU where there is
-    one, else of the plain-torch references."""
+    """Time every operator against eager torch, torch.compile and other libraries: on a GPU if there
+    is one, else the plain-torch references."""
 
     operator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Which operator (may be repeated); all of them if none is named."""
+    """Which operator; repeatable (left out: all)."""
     size: str | None = None
-    """tiny (the CPU's default), training or decoding (both of a GPU)."""
+    """tiny (default on a CPU), training or decoding (default on a GPU: both)."""
     provider: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Whom to compare with (may be repeated): eager, compile, liger, trl, torchvision, torch,
-    flash-attn; all if left out."""
+    """What to compare with; repeatable: eager, compile, liger, trl, torchvision, torch, flash-attn
+    (left out: all)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     repeats: int = 20
     """Timed runs of each on a CPU."""
     out: Path | None = None
-    """Folder for kernels.csv and a plot an operator."""
+    """Folder for kernels.csv and one plot per operator."""
     json: Json = False
     """End with one JSON object on stdout."""
 

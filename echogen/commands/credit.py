@@ -13,23 +13,23 @@ from echogen.commands.output import InputError, print_json, progress, show
 
 @dataclass(frozen=True)
 class BenchCredit:
-    """How much of a batch's gradient is signal, and whether it leads where the judge's does: Cycle
-    RL's, an image's reward credited to all of its tokens or an object's to those in its box, by one
-    decoded box or several sampled ones, and that of stage 2's loop; of each, the parts of the
-    network it lies in."""
+    """How much of a batch's gradient is signal, and does it point where the judge's does? For Cycle
+    RL, with an image's reward credited to all its tokens or an object's to those in its box, from
+    one decoded box or several sampled ones; for stage 2's loop; and for each part of the
+    network."""
 
     model: str = "tiny"
-    """Whose gradients: a bundled model, a run, a folder, or a hub id."""
+    """Model to measure: a bundled model, a run, a folder, or a hub id."""
     rollouts: int = 64
-    """Of each gradient."""
+    """Rollouts per gradient."""
     batch: int = 8
-    """Layouts a rollout, each drawn eight times."""
+    """Layouts per rollout, each drawn eight times."""
     gradient: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """Of these alone, by the names in the table; may be given several times."""
+    """Measure only this gradient, by its name in the table; repeatable."""
     float32: bool = False
     """Multiply in float32, for CPUs without bfloat16 instructions."""
     seed: int = 0
-    """Of layouts and noise."""
+    """Seed of layouts and noise."""
     json: Json = False
     """End with one JSON object on stdout."""
 

@@ -34,40 +34,39 @@ SHOWN = 10  # rejected lines of a checked file that are printed
 
 @dataclass(frozen=True)
 class Layouts:
-    """Make a file of layouts for `train cycle-rl --layouts`, one a line: by a language model behind
-    an OpenAI-compatible address, drawn at random, or ShapesWorld's; or check one."""
+    """Make a file of layouts for `train cycle-rl --layouts`, one per line: from a language model
+    behind an OpenAI-compatible API, at random, or from ShapesWorld. Or check a file."""
 
     from_llm: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
-    """Base of the API (http://localhost:8000/v1). A file that is there is gone on with."""
+    """Base URL of the API (http://localhost:8000/v1). An existing --out file is continued."""
     random: int | None = None
-    """Draw so many evenly at random."""
+    """Make this many layouts uniformly at random."""
     world: int | None = None
-    """Take so many of ShapesWorld's training layouts."""
+    """Take this many of ShapesWorld's training layouts."""
     check: Path | None = None
-    """Hold a file, of one layout or of one a line, to the rules and make none; exit code 1 where
-    some do not keep to them."""
+    """Only check a file (one layout, or one per line) by the rules; exit code 1 if any fails."""
     out: Path | None = None
-    """File to write; with --from-llm what is turned away goes beside it, *.rejects.jsonl."""
+    """File to write; --from-llm puts rejected layouts beside it, in *.rejects.jsonl."""
     count: int = 1000
-    """Layouts that the file shall hold (--from-llm)."""
+    """Layouts the file should hold in the end (--from-llm)."""
     model: str | None = None
     """The model's name at the endpoint; needed with --from-llm."""
     api_key_env: str | None = None
-    """Environment variable that holds the key."""
+    """Environment variable that holds the API key."""
     batch: int = 10
-    """Layouts a request."""
+    """Layouts asked for in one request."""
     temperature: float | None = None
-    """Of the language model; left out, the server's own."""
+    """Temperature of the language model (left out: the server's own)."""
     timeout: float = 120.0
-    """Seconds without an answer before a request is made again."""
+    """Seconds without an answer before a request is retried."""
     per_minute: float = 60.0
-    """Requests a minute, at most."""
+    """Most requests per minute."""
     open: bool = False
-    """Free layouts of everyday scenes, instead of ones in ShapesWorld's language."""
+    """Ask for free layouts of everyday scenes, instead of ones in ShapesWorld's language."""
     room_of: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """A model (bundled name, folder, hub id) that must have room for every layout's prompt."""
     seed: int = 0
-    """Of the requests, or of the sampler."""
+    """Seed of the requests, or of the random layouts."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -199,9 +198,7 @@ class Layouts:
             data: dict[str, Any] = {"file": str(path), "good": good, "rejected": dict(kinds)}
             print_json({**data, "lines": lines})
         if bad:
-            raise Failure(
-                f"{path}: {len(bad)} of {good + len(bad)} layouts do not keep to the rules"
-            )
+            raise Failure(f"{path}: {len(bad)} of {good + len(bad)} layouts break the rules")
         if not good:
             raise InputError(f"--check {path}: holds no layout; write one JSON object a line")
 

@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BenchRoofline:
-    """The machine's ceilings, measured, and how close operators and the engine's phases come."""
+    """Measure the machine's ceilings, and how close operators and the engine's phases come."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
     model: str = "tiny"
-    """Whose phases are timed: a bundled model, a folder, or a hub id."""
+    """Model whose phases are timed: a bundled model, a folder, or a hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of its weights."""
+    """Type of its weights."""
     batch: int = 1
     """Pictures drawn at once."""
     out: Path | None = None
@@ -67,8 +67,8 @@ class BenchRoofline:
 
 @dataclass(frozen=True)
 class BenchMemory:
-    """Peak memory of every operator that trains, and of the same in eager torch, at the shapes of
-    training; counted, not measured, so it needs neither a GPU nor the memory."""
+    """Peak memory of every operator that has a backward pass, and of the same in eager torch, at
+    training shapes; counted, not measured, so it needs neither a GPU nor that much memory."""
 
     operator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Which operator (may be repeated); all of them if none is named."""
@@ -94,11 +94,11 @@ class BenchCompile:
     may have, or does not compile."""
 
     arch: str = "sm_80,sm_90,sm_100"
-    """Architectures with commas between them: sm_NN of NVIDIA, gfxNNN of AMD (reported only)."""
+    """Comma-separated architectures: sm_NN (NVIDIA) or gfxNNN (AMD; reported, never a failure)."""
     operator: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Which operator (may be repeated); all of them if none is named."""
     processes: int | None = None
-    """That compile side by side; one a core if left out."""
+    """Processes that compile in parallel (left out: one per core)."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -129,17 +129,17 @@ class BenchCompile:
 
 @dataclass(frozen=True)
 class BenchCompare:
-    """Two runs of a benchmark, as ratios to a peer of the same run. Exit code 1 where a case became
-    slower than the threshold, beyond what either run wandered, or has no time any more."""
+    """Compare two runs of a benchmark, as ratios to a peer in the same run. Exit code 1 if a case
+    became slower by more than the threshold and by more than the noise, or has no time any more."""
 
     before: Annotated[Path, tyro.conf.Positional]
-    """What `--json` printed before: a file whose last line is that object."""
+    """The earlier run: a file whose last line is the object that `--json` printed."""
     after: Annotated[Path, tyro.conf.Positional]
-    """And after."""
+    """The later run, likewise."""
     to: str | None = None
-    """The peer; none compares times. Left out: eager of operators, transformers of the engine."""
+    """The peer; none compares times. Left out: eager for operators, transformers for the engine."""
     threshold: float = 1.15
-    """How many times slower is too slow."""
+    """Factor by which slower is too slow."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -184,10 +184,10 @@ def _verdict(change: Change, threshold: float) -> str:
 
 @dataclass(frozen=True)
 class BenchReport:
-    """The tables of bench/README.md, from the results that are committed."""
+    """Print the tables of bench/README.md, made from the committed results."""
 
     write: bool = False
-    """Put them there; else they are printed."""
+    """Write them into bench/README.md instead of printing them."""
 
     def run(self) -> None:
         from echogen.bench import report

@@ -24,15 +24,15 @@ class ModelOptions:
     """Which model, and where it runs."""
 
     model: str = "tiny"
-    """A bundled model, a folder, or a hub id in the Janus format."""
+    """A bundled model, a folder, or a Hugging Face id, in the Janus format."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Of the weights; a GPU is quickest in bfloat16."""
+    """Type of the weights; bfloat16 is fastest on a GPU."""
     fp8: bool = False
-    """Draw with weights rounded to 8 bits (on a GPU alone)."""
+    """Draw with weights rounded to 8 bits (GPU only)."""
     fp8_cache: bool = False
-    """Draw with keys and values rounded to 8 bits (on a GPU alone)."""
+    """Draw with keys and values rounded to 8 bits (GPU only)."""
 
     def check(self) -> None:
         """Refuse a device that is not there, and 8 bits where nothing multiplies by them."""
@@ -47,7 +47,7 @@ class ModelOptions:
         for option, on in (("--fp8", self.fp8), ("--fp8-cache", self.fp8_cache)):
             if on and kind == "cpu":
                 raise InputError(
-                    f"{option} with --device cpu: a GPU alone multiplies by 8 bits; leave it out"
+                    f"{option} with --device cpu: only GPUs run 8-bit products; leave it out"
                 )
 
     def load(self) -> Engine:
@@ -73,7 +73,7 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How image codes are drawn; what is left out is the model's own default."""
+    """How image codes are sampled; an option left out takes the model's own default."""
 
     temperature: float | None = None
     """Divides the logits; 0 takes the most likely code."""
@@ -82,13 +82,13 @@ class SamplingOptions:
     top_k: int | None = None
     """Keep the k most likely codes; 0 keeps all."""
     top_p: float | None = None
-    """Keep the smallest set of codes with this probability; 1 keeps all."""
+    """Keep the fewest most likely codes that reach this probability; 1 keeps all."""
     cfg_schedule: Literal["constant", "linear", "cosine"] | None = None
-    """How the scale of guidance moves over the image: not at all, or from --cfg-start to --cfg."""
+    """How guidance changes over the image: not at all, or from --cfg-start to --cfg."""
     cfg_start: float | None = None
-    """Where a schedule begins; 1 if left out."""
+    """Scale at which a schedule begins (left out: 1)."""
     cfg_span: tuple[int, int] | None = None
-    """Two positions in the order of drawing: guide from the first to before the second alone."""
+    """Two positions in drawing order: guide from the first up to, not including, the second."""
 
     def _given(self) -> dict[str, Any]:
         return {name: value for name, value in asdict(self).items() if value is not None}

@@ -48,7 +48,7 @@ class Generate:
     seed: int = 0
     """The same seed draws the same picture."""
     negative: Path | None = None
-    """Layout file of what the picture shall keep away from; it acts through --cfg above 1."""
+    """Layout file of what the picture should not show; it needs --cfg above 1."""
     json: Json = False
     """End with one JSON object on stdout."""
     engine: ModelOptions = field(default_factory=ModelOptions)

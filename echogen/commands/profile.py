@@ -21,29 +21,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Profile:
-    """Where the time of one piece of work goes: a trace, kernels by time, time by range."""
+    """Show where the time of a piece of work goes: a trace, kernels by time, time by range."""
 
     what: Annotated[
         Literal["generate", "ground", "cycle", "pmtp", "djo", "cycle-rl"], tyro.conf.Positional
     ]
     """The work: drawing, grounding, the cycle, or a training step of a stage."""
     tool: Literal["torch", "nsys", "ncu", "none"] = "torch"
-    """PyTorch's profiler (anywhere), Nsight Systems (a timeline), Nsight Compute (counters of
-    single kernels), or none: run the work between the marks that another profiler waits for."""
+    """torch: PyTorch's profiler (anywhere). nsys: Nsight Systems (a timeline). ncu: Nsight Compute
+    (counters of single kernels). none: only run the work, between marks for another profiler."""
     out: Path | None = None
     """Folder of the trace and summary; not needed with --tool none."""
     model: str = "tiny"
     """A bundled model, a folder, or a hub id in the Janus format; or random, for weights of the
     recipe's sizes."""
     recipe: str = "tiny"
-    """Whose settings a stage is trained with, and whose sizes --model random has: tiny, small or
+    """Recipe of a training step, and of the sizes of --model random: tiny, small or
     janus_pro_1b."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """Of the weights that draw and find (left out: float32); a training step takes its recipe's."""
+    """Type of the weights to draw and find with (left out: float32); stages take the recipe's."""
     batch: int = 8
-    """Pictures at once."""
+    """Pictures per batch."""
     within: str | None = None
     """Nsight Compute: the innermost range whose kernels are read, such as step."""
     dry_run: bool = False

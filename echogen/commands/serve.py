@@ -28,31 +28,29 @@ def check_installed(command: str) -> None:
 
 @dataclass(frozen=True)
 class Serve:
-    """Draw and find over HTTP: POST /v1/images and /v1/boxes, GET /v1/model, /health, /metrics, and
-    /docs, which describes them. SIGTERM: what is asked for is finished, nothing more taken."""
+    """Draw and find over HTTP: POST /v1/images and /v1/boxes; GET /v1/model, /health, /metrics and
+    /docs, which describes them. On SIGTERM, finish accepted requests and take no new ones."""
 
     host: str = "127.0.0.1"
-    """Address to listen on; whoever reaches it may draw: there are no keys."""
+    """Address to listen on. There is no authentication: whoever can reach it can draw."""
     port: int = 8000
-    """0 takes a free one; the line that says it listens says which."""
+    """Port to listen on; 0 takes a free one, which the line printed at start-up names."""
     slots: int | None = None
-    """Rows that are drawn at once, two an image with guidance; what the memory holds, at most 16 on
-    a CPU and 256 on a GPU, if left out."""
+    """Rows drawn at once, two per guided image (left out: by memory, at most 16, on a GPU 256)."""
     prompt_tokens: int | None = None
-    """Tokens of the longest layout; the model's room, at most 1024, if left out."""
+    """Tokens of the longest prompt (left out: what the model has room for, at most 1024)."""
     memory: float | None = None
-    """GiB to plan with; most of what is free, where the system says how much, if left out."""
+    """GiB to plan with (left out: most of the free memory, if the system reports it)."""
     queue: int = 256
-    """Requests that may wait to be drawn; further ones are answered 503."""
+    """Requests that may wait to be drawn; further ones are answered with 503."""
     searches: int = 16
-    """Pictures that may wait to be searched, one at a time; checks of drawings count."""
+    """Pictures that may wait for grounding, one at a time; those with "check" count too."""
     timeout: float = 60.0
-    """Seconds that an answer may take, waiting included."""
+    """Seconds that an answer may take, time in the queue included."""
     keep_alive: int = 75
-    """Seconds that an idle connection is kept open; more than the balancer before it does."""
+    """Seconds that an idle connection stays open; set it longer than the load balancer's."""
     invariant: bool = False
-    """A request draws the same codes, bit for bit, alone and in any crowd; images alone take
-    longer, except in C++ (float32 on a CPU), where it holds anyway."""
+    """Draw bit-identical codes alone and in any batch: slower for a few images. C++ always does."""
     engine: ModelOptions = field(default_factory=ModelOptions)
 
     def run(self) -> None:
@@ -171,7 +169,7 @@ def _connections(wanted: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
     if allowed < needed:
         warn(
-            f"{hard} files may be open, too few for all connections of --queue and --searches; "
-            f"raise the limit (ulimit -n {needed}), or give less"
+            f"only {hard} files may be open, too few for the connections that --queue and "
+            f"--searches allow; raise the limit (ulimit -n {needed}), or lower those options"
         )
     return max(1, allowed - SPARE - OTHER_FILES)

@@ -14,9 +14,9 @@ from echogen.commands.serve import check_installed
 
 @dataclass(frozen=True)
 class BenchServing:
-    """Mixed requests through the scheduler, beside one after another and in fixed batches, and what
-    batch-invariant mode costs; then the same kinds of requests as they come over time, at several
-    loads. On one thread of a CPU."""
+    """Time mixed requests through the scheduler, against one after another and in fixed batches,
+    and the cost of batch-invariant mode; then such requests arriving over time, at several loads.
+    On one CPU thread."""
 
     model: str = "tiny"
     """A bundled model, a folder, or a hub id in the Janus format."""
@@ -27,17 +27,17 @@ class BenchServing:
     repeats: int = 5
     """Timed runs of each."""
     arrivals: int = 1000
-    """Requests that come over time, at every load, the first fifth not counted; p99 needs 625 that
-    are not refused, and 1000 of the tiny model take about ten minutes. 0 leaves this part out."""
+    """Requests that arrive over time at each load; the first fifth is not counted. p99 needs 625
+    that are not refused; 1000 take about ten minutes with the tiny model. 0 skips this part."""
     load: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
-    """Share of what the scheduler can draw that comes (may be repeated); 0.5, 0.8 and 1.2 if
-    neither this nor --rate is given."""
+    """Arrivals as a share of the scheduler's capacity; repeatable (without this and --rate: 0.5,
+    0.8 and 1.2)."""
     rate: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
-    """The same in requests a second (may be repeated)."""
+    """Arrivals in requests a second; repeatable."""
     queue: int = 16
-    """Requests that may wait; who comes when as many do is refused."""
+    """Requests that may wait; further ones are refused."""
     seed: int = 0
-    """Of the settings, the noise and the moments."""
+    """Seed of the settings, the noise and the arrival times."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -78,19 +78,19 @@ class BenchServing:
 
 @dataclass(frozen=True)
 class BenchHttp:
-    """What HTTP adds: the same pictures from the engine, its scheduler, and over a socket, alone
-    and of many clients at once. On one thread of a CPU."""
+    """Time what HTTP adds: the same pictures from the engine, from its scheduler and over a socket,
+    one by one and for many clients at once. On one CPU thread."""
 
     model: str = "tiny"
     """A bundled model, a folder, or a hub id in the Janus format."""
     images: int = 200
     """Layouts of the test split."""
     clients: int = 16
-    """That ask again as soon as they are answered."""
+    """Concurrent clients, each of which asks again as soon as it is answered."""
     repeats: int = 5
     """Timed runs of all clients together."""
     seed: int = 0
-    """Of the noise."""
+    """Seed of the noise."""
     json: Json = False
     """End with one JSON object on stdout."""
 

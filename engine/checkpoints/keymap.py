@@ -237,7 +237,7 @@ def original_config(
 
     def size(key: str, dim: int = 0) -> int:
         if key not in state or state[key].dim() <= dim:
-            raise CheckpointError(f"{key} is missing, which tells a size; complete the checkpoint")
+            raise CheckpointError(f"{key} is missing and gives a size; complete the checkpoint")
         return state[key].shape[dim]
 
     def count(pattern: str) -> int:

@@ -72,12 +72,12 @@ def _open_indexed(index: Path, opener: Callable[[Path], Shard]) -> list[Shard]:
     for name, keys in sorted(keys_of.items()):
         path = index.parent / name
         if not path.is_file():
-            raise CheckpointError(f"{path} is missing, which {index.name} names; download it again")
+            raise CheckpointError(f"{path}, named in {index.name}, is missing; download it again")
         shard = opener(path)
         for key in sorted(keys - shard.shapes.keys()):
-            raise CheckpointError(f"{path}: {key} is missing, which {index.name} puts there")
+            raise CheckpointError(f"{path}: {key} is missing, but {index.name} lists it there")
         for key in sorted(shard.shapes.keys() - keys):
-            raise CheckpointError(f"{path}: {key} is there, which {index.name} does not say")
+            raise CheckpointError(f"{path}: holds {key}, but {index.name} does not list it there")
         shards.append(shard)
     return shards
 

@@ -198,7 +198,7 @@ def _sources(shards: list[Shard], original: bool) -> tuple[dict[str, _Source], d
                 raise CheckpointError(f"{shard.path}: {error}") from None
             for key in parts:
                 if key in sources:
-                    raise CheckpointError(f"{shard.path}: {stored_as} stands twice; keep one")
+                    raise CheckpointError(f"{shard.path}: {stored_as} appears twice; keep one")
                 sources[key] = _Source(shard, stored_as, original)
             shapes |= parts
     return sources, shapes

@@ -63,8 +63,7 @@ class Sampling:
             the scale goes from ``cfg_start`` at the first guided position to ``cfg`` at the last,
             in equal steps or along half a period of a cosine.
         cfg_start: where such a schedule begins.
-        cfg_span: (a, b), guide positions a … b − 1 alone and leave the others as they are; None
-            guides all of them.
+        cfg_span: (a, b) guides only positions a … b − 1, in drawing order; None guides all.
     """
 
     temperature: float = 1.0

@@ -1,8 +1,8 @@
 """The scheduler over HTTP: what a service puts behind its load balancer.
 
 One process serves one model. Requests of any kind share the scheduler's batch; objects are found
-one picture after another beside it. Whoever hangs up frees the slots of what he asked for (unless
-he sent another request behind it: then the server does not see him go before its turn).
+one picture after another beside it. A client that disconnects frees its slots, unless it has sent
+another request on the same connection: then the server notices only when that one's turn comes.
 """
 
 from __future__ import annotations
@@ -93,8 +93,9 @@ def make_app(
         """Draw pictures of a layout.
 
         The answer is JSON with the pictures in base64; with `every`, server-sent events: `partial`
-        ones, then `done` or `error`; with `Accept: image/png` (or jpeg, webp) the picture itself,
-        of several samples, which takes `check`, the one with the highest reward.
+        ones, then `done` or `error`; with `Accept: image/png` (or jpeg, webp) the picture itself.
+        If that is asked of several samples, `check` is needed, and the one with the highest reward
+        is sent.
         """
         body = await read(http, Drawing)
         kind = preferred(http.headers.get("accept", ""), [EVENTS] if body.every else [JSON, *MEDIA])
@@ -126,7 +127,7 @@ def make_app(
         responses=_answers(400, 408, 413, 415, 500, 503, 504),
     )  # fmt: skip
     async def boxes(http: Http) -> Response:
-        """Find objects in a picture: one box an expression, be it there or not."""
+        """Find objects in a picture: one box per expression, whether it is there or not."""
         body = await read(http, Search)
         return JSONResponse(await heeded(http, service.find(body)))
 
@@ -142,7 +143,7 @@ def make_app(
         if scheduler.closed:
             raise Refused(503, scheduler.closed)
         if (seconds := scheduler.step_s) > STALLED:
-            raise Refused(503, f"a step takes {seconds:.0f} s by now; if it never ends, start anew")
+            raise Refused(503, f"a step takes {seconds:.0f} s so far; if it never ends, restart")
         return {"status": "ok"}
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {PLAIN: {}}}})

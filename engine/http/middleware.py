@@ -54,7 +54,7 @@ class Limited:
                     message = await receive()
             except TimeoutError:
                 raise Refused(
-                    408, f"{size} bytes of the body came in time; send it at once"
+                    408, f"only {size} bytes of the body arrived in time; send it without pauses"
                 ) from None
             more = len(message.get("body", b""))
             self._held[share] += more
@@ -79,7 +79,7 @@ class Limited:
         if size > most:
             raise Refused(413, f"the body is larger than {most >> 10} KiB; send a smaller one")
         if self._held[share] > HELD:
-            raise Refused(503, "the bodies of others fill the room; try again later", again=True)
+            raise Refused(503, "other requests' bodies fill the memory; try later", again=True)
 
 
 class Watched:

@@ -291,7 +291,9 @@ class Service:
         """Boxes of what is asked for. Raises Refused."""
         if self._finding > self._searches:
             raise Refused(
-                503, f"{self._searches} searches wait, as many as may; try again later", again=True
+                503,
+                f"{self._searches} searches wait, the most allowed; try again later",
+                again=True,
             )
         self._finding += 1
         try:
@@ -330,7 +332,7 @@ class Service:
             doing = self._pools[pool].submit(work)
             self._doing.add(doing)
         doing.add_done_callback(ended)
-        late = f"the time is up, with a turn to {pool} still to come or to end"
+        late = f"the request timed out before its turn to {pool} was over"
         return await _in_time(doing, deadline, lambda: late)
 
 

@@ -71,8 +71,8 @@ LAYOUT = {
 
 
 class Drawing(Body):
-    """Pictures to draw. Of what decides how codes are drawn, what is left out is the model's own
-    default, which /v1/model tells."""
+    """Pictures to draw. Sampling fields that are left out take the model's own defaults, which
+    /v1/model lists."""
 
     layout: dict[str, Any] = Field(
         description="what to draw, as in a layout file: caption, objects, and size where boxes are "
@@ -80,12 +80,12 @@ class Drawing(Body):
         examples=[LAYOUT],
     )
     negative: dict[str, Any] | None = Field(
-        None, description="a layout that guidance leads away from; needs cfg above 1"
+        None, description="a layout of what the picture should not show; needs cfg above 1"
     )
-    seed: int = Field(0, description="0 … 2^63 − 1; the same draws the same picture")
-    samples: int = Field(1, description="pictures; each takes a slot, two with guidance")
+    seed: int = Field(0, description="0 … 2^63 − 1; the same seed draws the same picture")
+    samples: int = Field(1, description="number of pictures; each takes a slot, two with guidance")
     draws: list[int] | None = Field(
-        None, fail_fast=True, description="number of each picture's noise; 0, 1, … where left out"
+        None, fail_fast=True, description="number of each picture's noise; left out: 0, 1, …"
     )
     temperature: float | None = Field(
         None, description="divides the logits; 0 takes the most likely code"
@@ -107,19 +107,19 @@ class Drawing(Body):
     cfg_span: list[int] | None = Field(
         None,
         fail_fast=True,
-        description="two positions: guide from the first to before the second alone",
+        description="two positions: guide only from the first up to, not including, the second",
     )
-    priority: int = Field(0, description="the higher are drawn first")
+    priority: int = Field(0, description="higher ones are drawn first")
     timeout: float | None = Field(
-        None, description="seconds until the answer is made; at most the server's own limit"
+        None, description="seconds that the answer may take; at most the server's own limit"
     )
     check: bool = Field(
         False, description="find the layout in every picture: boxes, IoU, L1 and reward"
     )
     every: int = Field(
         0,
-        description="send a partial result when so many more codes are drawn, of all that are "
-        "drawn by then; 0: only the whole",
+        description="send a partial result whenever this many more codes are drawn; 0: only the "
+        "finished pictures",
     )
     format: Format = Field("png", description="of the pictures in JSON and in events")
 
@@ -148,7 +148,7 @@ class Search(Body):
         fail_fast=True,
         min_length=1,
         max_length=MOST_EXPRESSIONS,
-        description="what to find; one box each, be it there or not",
+        description="what to find; one box for each, whether it is there or not",
         examples=[["a red circle"]],
     )
     features: Literal["tokens", "pixels"] = Field(

@@ -50,8 +50,8 @@ def load_image(source: str | Image.Image, size: int) -> Image.Image:
         ) from None
     if image.mode in ("I", "F"):
         raise ImageError(
-            f"{named} has pixels of mode {image.mode}, which do not say what is black and white; "
-            f"scale them to 0 … 255 and make it mode L or RGB"
+            f"{named} has pixels of mode {image.mode}, which does not define black and white; "
+            f"scale them to 0 … 255 and convert it to mode L or RGB"
         )
     if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -145,8 +145,8 @@ def plan(
     if fitting < needed.slots:
         many = f"{needed.slots} slots" if needed.slots > 1 else "1 slot"
         raise NoRoom(
-            f"{many} of {capacity} tokens would take {_mib(needed.bytes)}, and {_mib(budget)} are "
-            f"to be used, in which {fitting} fit",
+            f"{many} of {capacity} tokens would take {_mib(needed.bytes)}, but only {_mib(budget)} "
+            f"may be used, in which {fitting} fit",
             longest, windows,
         )  # fmt: skip
     return planned(slots or fitting)

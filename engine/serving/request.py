@@ -177,7 +177,7 @@ class Request:
 
     def late(self) -> str:
         """What is told at the end of its time."""
-        return f"its time is up, with {self.drawn} of {self.tokens} codes drawn"
+        return f"the request timed out with {self.drawn} of {self.tokens} codes drawn"
 
     def codes(self) -> list[list[int]]:
         """Those drawn of each image."""

@@ -1,11 +1,11 @@
 """Continuous batching: requests of any length, seed and sampling share the steps of one batch.
 
-An image is hundreds of steps, so a batch that waited for its last image, or for its next request,
-would run mostly empty. Here every step runs whatever is being drawn, each row at its own place:
-when images end, or are cancelled, their slots (`engine.serving.slots`) go to who waits at the very
-next step, a few prompts at a time. Noise is keyed by (seed, draw, position), so what is drawn is a
-function of the request; the rest of the batch can change it by rounding at most, and in
-batch-invariant mode not at all.
+An image takes hundreds of steps, so a batch that waited for its last image, or for its next
+request, would run mostly empty. Here every step runs whatever is being drawn, each row at its own
+position. When an image ends or is cancelled, its slots (`engine.serving.slots`) go to waiting
+requests at the very next step, a few prompts at a time. Noise is keyed by (seed, draw, position),
+so what is drawn depends on the request alone; the rest of the batch can change it only by rounding,
+and in batch-invariant mode not at all.
 """
 
 from __future__ import annotations
@@ -53,34 +53,33 @@ class Scheduler(Worker):
             images = request.images()  # or await request, or for part in request.partials()
 
     Args:
-        engine: its weights as they are now; after ``engine.refresh()`` make a new scheduler. This
-            one then takes no more. On a CPU's packed weights, a copy, it goes on with what it has;
-            elsewhere it would draw one image with two models, and everybody is told
+        engine: it uses the weights as they are now. After ``engine.refresh()`` it takes no more
+            requests: make a new one. On a CPU, where it draws from a packed copy, it finishes what
+            it has; elsewhere an image would mix two models, so all its requests fail with
             `SchedulerClosed`.
-        slots: rows that are drawn at once, two an image with guidance; None: as many as the memory
-            holds, at most `serving.budget.MOST`.
+        slots: rows drawn at once, two per image with guidance; None: as many as the memory holds,
+            at most `serving.budget.MOST`.
         queue: requests that may wait.
         memory: bytes to plan with; None: most of what is free (`serving.budget.SHARE`).
         prompt_tokens: the longest prompt; None: what the model has room for, at most
-            `serving.budget.PROMPT_TOKENS`. Slots are made for it, and batch-invariant steps read
-            all of them.
+            `serving.budget.PROMPT_TOKENS`. Every slot has room for it, and batch-invariant steps
+            read all of that.
         invariant: batch-invariant mode: a request draws the same codes, bit for bit, alone or in
-            any crowd of this scheduler. In C++ (`echogen.engine.cpu.native`) that is so in any mode
-            and at no cost. Elsewhere every step then has one shape, all slots and all their places
-            (whose numbers decide how sums are rounded), and what this stands on is tried at once
-            (`Slots.rows_agree`); in the usual mode a step runs the rows and reads the places it
-            needs, and codes within rounding of each other may be drawn otherwise in another crowd.
-        windows: on weights packed for PyTorch's operations draw several codes of an image a step
-            while at most `slots.WINDOW_ROWS` are held and half of the rows can be drafted well
-            (`jacobi.foreseeable`); False: always code by code, as batch-invariant
-            steps of one shape are.
+            any batch of this scheduler. In C++ (`echogen.engine.cpu.native`) that holds in any mode
+            and at no cost. Elsewhere every step then has one shape, all slots at full length, since
+            shapes decide how sums are rounded; that this suffices is checked at once
+            (`Slots.rows_agree`). In the usual mode a step runs only the rows and positions it
+            needs, and codes that are equally likely up to rounding may differ between batches.
+        windows: with weights packed for PyTorch's operations, draw several codes of an image a step
+            while at most `slots.WINDOW_ROWS` are in use and half of the rows can be drafted well
+            (`jacobi.foreseeable`). False: always code by code, as batch-invariant mode does.
         patience: how often a request may be overtaken, see `Waiting`.
         clock: seconds; for tests.
 
     Raises:
         BudgetError: what is asked for does not fit the memory or the model.
-        ValueError: a queue that holds nobody; batch-invariant mode with a number of slots that it
-            does not hold for on this machine.
+        ValueError: a queue without places; batch-invariant mode with a number of slots for which it
+            does not hold on this machine.
         CaptureError: on a GPU, steps that cannot be recorded (`echogen.engine.gpu.graphs`).
     """
 
@@ -97,7 +96,9 @@ class Scheduler(Worker):
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if queue < 1 or patience < 0:
-            raise ValueError(f"queue = {queue}, patience = {patience}; from 1 and from 0 on")
+            raise ValueError(
+                f"queue = {queue}, patience = {patience}; they must be at least 1 and at least 0"
+            )
         super().__init__()
         decoder, table = engine.decoder, engine.code_table
         self._copied = isinstance(decoder, Packed)
@@ -120,9 +121,9 @@ class Scheduler(Worker):
                 warm_up(self._sampling, logits)
             if invariant and not self._slots.rows_agree([engine.prompts.bos, *range(16)]):
                 raise ValueError(
-                    f"slots = {self.plan.slots}: products of so many rows round a row by its place "
-                    f"here, so this is not batch-invariant; take another number (4 or more will "
-                    f"mostly do)"
+                    f"slots = {self.plan.slots}: here products of so many rows round a row by its "
+                    f"place in the batch, so they are not batch-invariant; take another number "
+                    f"(4 or more usually works)"
                 )
         self._waiting, self._live = Waiting[Request](queue, patience), list[Live]()
         self._drawers: list[Drawer] | None = None  # of all that live; None: somebody came or went
@@ -148,18 +149,19 @@ class Scheduler(Worker):
 
         Args:
             layout, seed, sampling, negative: as for `Engine.generate_codes`.
-            samples: images; they are drawn together, and their prompt is run once.
-            draws: the noise's draw id of each; 0 … samples − 1 where None.
-            priority: the higher go first (within ``patience``).
-            timeout: seconds from now after which it fails with `TimeoutError`, done or not.
-            every: partial results come at every so many codes, several after a step that drew
-                more; 0: only the whole.
-            on_partial: called with each, in the thread that draws: what it takes, all wait for.
-                (In an event loop let it call ``loop.call_soon_threadsafe``.) What it raises fails
-                this request alone.
+            samples: number of images; they are drawn together, and their prompt is run once.
+            draws: the number of each image's noise; None: 0 … samples − 1.
+            priority: higher ones go first (within ``patience``).
+            timeout: seconds from now after which it fails with `TimeoutError`, waiting or drawn in
+                part.
+            every: give a partial result whenever this many more codes are drawn (several after a
+                step that drew more); 0: only the finished images.
+            on_partial: called with each partial result in the drawing thread, so all requests wait
+                for it. (In an event loop let it call ``loop.call_soon_threadsafe``.) If it raises,
+                only this request fails.
 
         Raises:
-            QueueFull: as many wait as may.
+            QueueFull: the queue is full.
             LayoutError: a prompt too long for the slots, or with reserved tokens.
             ValueError: more rows than there are slots, or values out of range.
             SchedulerClosed: after ``shutdown`` or ``engine.refresh()``, or when a step died of an

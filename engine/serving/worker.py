@@ -62,7 +62,7 @@ class Worker(ABC):
                 nothing more is taken.
         """
         if self._stepping == threading.get_ident():
-            raise RuntimeError("step() within a step; a callback must leave that to who drew")
+            raise RuntimeError("step() was called within a step; a callback must not call it")
         with self._turn:
             self._stepping, self._began = threading.get_ident(), time.monotonic()
             try:

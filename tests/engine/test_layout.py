@@ -153,7 +153,7 @@ def test_the_refusal_names_the_object_the_value_and_the_mend(name):
 TEXTS = {
     "empty": ("", "not valid JSON at line 1"),
     "truncated": (json.dumps(PLAIN)[:-20], "not valid JSON at line 1 column"),
-    "duplicate key": ('{"caption": "a", "caption": "b", "objects": []}', '"caption" stands twice'),
+    "duplicate key": ('{"caption": "a", "caption": "b", "objects": []}', '"caption" appears twice'),
     "bare NaN": (json.dumps(changed(BOX, [0, 0, math.nan, 1])), "finite"),
     "bare 1e999": (json.dumps(PLAIN).replace("0.45", "1e999"), "finite"),
     "too many digits": (json.dumps(PLAIN).replace("0.45", "1" * 5000), "digits"),
