@@ -21,6 +21,7 @@ from echogen.train.parallel.distributed import start, world_size
 from echogen.train.parallel.processes import Processes
 from echogen.train.parallel.shard_state import flat, nested
 from echogen.train.run.checkpoint import StateError
+from echogen.train.run.metrics import TIMED
 from echogen.train.stages.stage import BeginRefused
 from echogen.train.start import model_folder
 
@@ -108,7 +109,7 @@ def runs(pmtp_run: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Module
 
 def rows(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k != "seconds_per_step"} for x in lines]
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMED} for x in lines]
 
 
 def check_same(found: Path, wanted: Path, bound: float = BOUND) -> None:

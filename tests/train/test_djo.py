@@ -24,6 +24,7 @@ from echogen.train.config import DJOConfig, LoopConfig
 from echogen.train.data.packing import i2l_tree, l2i_tree, pack
 from echogen.train.run.checkpoint import StateError
 from echogen.train.run.loop import run
+from echogen.train.run.metrics import TIMED
 from echogen.train.stages.djo import DJOStage, Noise, draw_codes, loop_loss, temperature
 from echogen.train.stages.passes import hidden_states
 from echogen.train.start import load_start
@@ -166,7 +167,7 @@ def stage(pmtp_run: Path, loop: LoopConfig, **settings) -> DJOStage:
 
 def rows(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k != "seconds_per_step"} for x in lines]
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMED} for x in lines]
 
 
 @pytest.mark.usefixtures("small_world")
