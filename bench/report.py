@@ -251,7 +251,7 @@ def _training(results: list[Result]) -> str:
         prefix = f"train/{r['stage']}/"
         shares = [
             f"{name.removeprefix(prefix)} {100 * share:.0f}%"
-            for name, share in r.get("phases", r["shares"]).items()
+            for name, share in (r["phases"] if "phases" in r else r["shares"]).items()
             if share >= 0.05
         ]
         rows.append(
