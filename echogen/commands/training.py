@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         VQConfig,
     )
     from echogen.train.run.loop import Stage
+    from echogen.train.start import Start
 
     StageConfig = TypeVar("StageConfig", VQConfig, PMTPConfig, DJOConfig, CycleRLConfig)
 
@@ -48,6 +49,9 @@ OWN_OPTIONS = {"bf16": "float32", "muon_lr": "lora"}
 
 Set = Annotated[
     tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE"), tyro.conf.UseAppendAction
+]
+AnyShape = Annotated[
+    bool, tyro.conf.arg(help="Begin with a model of another shape than the recipe's.")
 ]
 Begin = Annotated[str, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
 BeginOrNot = Annotated[str | None, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
@@ -185,6 +189,7 @@ class TrainPMTP(RunOptions):
     pretrained: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Instead of --vq, begin with a Janus checkpoint (folder or hub id) that no stage has trained;
     location tokens are added to its vocabulary."""
+    any_shape: AnyShape = False
 
     def run(self) -> None:
         self.check()
@@ -196,17 +201,10 @@ class TrainPMTP(RunOptions):
         recipe = find_recipe(self.recipe)
         config = self.sized(recipe.pmtp if self.begin is None else recipe.pmtp_on)
         from echogen.train.stages.pmtp import PMTPStage
-        from echogen.train.start import load_start
 
-        if self.pretrained is not None:
-            from echogen.train.vocabulary import pretrained_start
-
-            start = pretrained_start(self.pretrained, config.bins, self.place())
-            stage = PMTPStage(config, start)
-        elif self.begin is not None:
-            start = load_start(self.begin, "pmtp", device=self.place())
-            stage = PMTPStage(config, start)
-        elif self.vq is not None:
+        if self.vq is None:
+            stage = PMTPStage(config, self._start(replace(recipe, pmtp=config)))
+        else:
             if not (self.vq / "config.json").is_file():
                 raise InputError(
                     f"--vq {self.vq}: no config.json there; name the model/ of `train vq`"
@@ -214,6 +212,21 @@ class TrainPMTP(RunOptions):
             vq = load_vq(self.vq, config.width, self.place())
             stage = PMTPStage(config, vq)
         self.train(stage)
+
+    def _start(self, recipe: Recipe) -> Start:
+        """What --from or --pretrained names."""
+        from echogen.train.start import check_shape, load_start
+        from echogen.train.vocabulary import pretrained_start
+
+        path = self.begin or self.pretrained
+        assert path is not None
+        if self.begin is not None:
+            start = load_start(path, "pmtp", device=self.place())
+        else:
+            start = pretrained_start(path, recipe.pmtp.bins, self.place())
+        if not self.any_shape:
+            check_shape(start, path, recipe)
+        return start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,15 +237,18 @@ class TrainDJO(RunOptions):
     """Where to begin: the run of `train pmtp`, a model that came from one, or a bundled name."""
     any_stage: bool = False
     """Begin with a model of whatever stage."""
+    any_shape: AnyShape = False
 
     def run(self) -> None:
         self.check()
         recipe = find_recipe(self.recipe)
         config = self.sized(recipe.djo)
         from echogen.train.stages.djo import DJOStage
-        from echogen.train.start import load_start
+        from echogen.train.start import check_shape, load_start
 
         start = load_start(self.begin, "pmtp", self.any_stage, self.place())
+        if not self.any_shape:
+            check_shape(start, self.begin, recipe)
         stage = DJOStage(config, start)
         self.train(stage)
 
@@ -247,6 +263,7 @@ class TrainCycleRL(RunOptions):
     """What to draw: real (ShapesWorld), random, or a file with one JSON layout a line."""
     any_stage: bool = False
     """Begin with a model of whatever stage."""
+    any_shape: AnyShape = False
     force: bool = False
     """Begin even if the self-reward hardly agrees with the judge."""
 
@@ -263,9 +280,11 @@ class TrainCycleRL(RunOptions):
         if config.layouts not in ("real", "random") and not Path(config.layouts).is_file():
             raise InputError(f"--layouts {config.layouts}: no such file; name one, real or random")
         from echogen.train.stages.cycle_rl import CycleRLStage
-        from echogen.train.start import load_start
+        from echogen.train.start import check_shape, load_start
 
         start = load_start(self.begin, "djo", self.any_stage, self.place())
+        if not self.any_shape:
+            check_shape(start, self.begin, recipe)
         stage = CycleRLStage(config, start)
         self.train(stage)
 

@@ -45,7 +45,7 @@ def asked(run, model, tmp_path, monkeypatch):
     monkeypatch.setattr("echogen.train.run.loop.run", loop)
 
     def call(name, *options):
-        begin = () if name == "vq" else ("--from", model, "--any-stage")
+        begin = () if name == "vq" else ("--from", model, "--any-stage", "--any-shape")
         return run("train", name, *begin, "--out", tmp_path / f"run{len(configs)}", *options)
 
     call.configs = configs
