@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from echogen.engine.decoding.sampler import Sampling
-from echogen.train.config import LoopConfig
+from echogen.train.config import LoopConfig, to_json
 from echogen.train.recipes import RECIPES, tiny
 from echogen.train.settings import FOUND_OUT, changed, read, settings_of, written
 
@@ -139,6 +140,17 @@ def test_a_setting_given_twice_is_given_alike(asked, options, words):
 def test_a_setting_given_twice_alike_is_taken(asked):
     assert asked("djo", "--steps", "5", *setting("steps=5", "loop.steps=5")).code == 0
     assert asked.configs[0].loop.steps == 5
+
+
+def test_a_run_goes_on_with_what_was_set_for_it(asked, tmp_path):
+    config, out = replace(tiny().djo, loop=replace(tiny().djo.loop, seed=1)), tmp_path / "run0"
+    out.mkdir()
+    (out / "state.pt").touch()
+    (out / "config.json").write_text(json.dumps(to_json(config)))
+    assert asked("djo", "--resume").refused("other settings (loop.seed 1 → 0)")
+    other = asked("djo", "--resume", *setting("seed=1", "loop_weight=2"))
+    assert other.refused("other settings (loop_weight 0.2 → 2.0)")
+    assert asked("djo", "--resume", *setting("loop.seed=1", "loop.accumulate=2")).code == 0
 
 
 def test_settings_are_listed(run):
