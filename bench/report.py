@@ -249,7 +249,8 @@ def _windows(results: list[Result]) -> str:
 
 
 def _training(results: list[Result]) -> str:
-    """One row a stage of a recipe, and the ranges that take most of its step."""
+    """One row a stage of a recipe, and the phases that take most of its step; of older results,
+    which name none, the innermost ranges."""
     if not results:
         return ""
     rows = []
@@ -257,7 +258,7 @@ def _training(results: list[Result]) -> str:
         prefix = f"train/{r['stage']}/"
         shares = [
             f"{name.removeprefix(prefix)} {100 * share:.0f}%"
-            for name, share in r["shares"].items()
+            for name, share in (r["phases"] if "phases" in r else r["shares"]).items()
             if share >= 0.05
         ]
         rows.append(
@@ -276,6 +277,10 @@ def _training(results: list[Result]) -> str:
         )
     threads = ", ".join(dict.fromkeys(f"{r['threads']}" for r in results if r["device"] == "cpu"))
     on = f"threads: {threads}; " * bool(threads)
+    older = ["phases" not in r for r in results]
+    counted = "innermost range" if all(older) else "phase of the step that it lies in"
+    if any(older) and not all(older):
+        counted += " (in older results for the innermost range)"
     headings = ("stage, recipe", "type", "images a step", "ms a step", "images/s", "tokens/s",
                 "padding, %", "utilisation, %", "peak MiB", "of the time")  # fmt: skip
     return (
@@ -284,7 +289,7 @@ def _training(results: list[Result]) -> str:
         "the decoder's weights for them, 6 operations a weight and token, over the rate of matrix "
         "products measured in the same run: heads, attention and rollouts are no part of it. On a "
         "GPU the memory is that of tensors, on a CPU the process's. Of the time, a moment counts "
-        "for the innermost range. A GPU is waited for at the ends of each to count it, so `data`, "
+        f"for the {counted}. A GPU is waited for at the ends of each to count it, so `data`, "
         "which is made beside backward, has a share here and takes no time of a step."
         "\n\n" + _table(headings, rows)
     )

@@ -77,16 +77,22 @@ class LoopConfig:
     lora_also: tuple[str, ...] = later(())
 
     def __post_init__(self) -> None:
-        for name in ("steps", "log_every", "eval_every", "save_every", "accumulate"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}; it must be at least 1")
+        _at_least(
+            self, 1, "steps", "log_every", "eval_every", "save_every", "accumulate", "threads"
+        )
+        _at_least(self, 0, "warmup", "weight_decay")
+        _above_zero(self, "lr", "muon_lr", "clip")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed = {self.seed}; it must be in 0 … 2^32 - 1")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas = {self.betas}; each must be in [0, 1)")
         _one_of("decay_shape", self.decay_shape, ("linear", "cosine"))
         self._check_lora()
         _one_of("parallel", self.parallel, ("auto", "none", "ddp", "fsdp"))
         if self.ema is not None and not 0 < self.ema < 1:
             raise ValueError(f"ema = {self.ema}; it must lie between 0 and 1 (None: no average)")
-        if not self.lr > 0 or not 0 <= self.decay <= 1:
-            raise ValueError(f"lr = {self.lr} must be positive, decay = {self.decay} in [0, 1]")
+        if not 0 <= self.decay <= 1:
+            raise ValueError(f"decay = {self.decay}; it must be in [0, 1]")
 
     def _check_lora(self) -> None:
         if self.lora < 0:
@@ -132,6 +138,13 @@ class VQConfig:
     agreement: float = 1.0
     ema: float = 0.98
 
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "channels", "res_blocks", "latent", "codes", "code_dim", "image_size",
+                  "batch")  # fmt: skip
+        _at_least(self, 0, "warmup_steps", "commitment", "agreement")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema = {self.ema}; it must be in [0, 1)")
+
 
 @dataclass(frozen=True)
 class PMTPConfig:
@@ -173,6 +186,18 @@ class PMTPConfig:
 
     def __post_init__(self) -> None:
         _one_of("mask", self.mask, ("isolated", "shared"))
+        _at_least(self, 1, "width", "layers", "heads", "mlp_width", "scenes", "batch", "branches")
+        _at_least(self, 2, "bins")
+        _at_least(self, 0, "extra_grounding")
+        _above_zero(self, "rope_theta")
+        if self.width % (2 * self.heads):
+            raise ValueError(
+                f"width = {self.width} with heads = {self.heads}: a head's share of the width must "
+                f"be whole and even; make width a multiple of {2 * self.heads}"
+            )
+        if not 0 <= self.prompt_dropout < 1:
+            raise ValueError(f"prompt_dropout = {self.prompt_dropout}; it must be in [0, 1)")
+        Sampling(temperature=self.temperature, cfg=self.cfg)  # refuses what it cannot be
 
 
 @dataclass(frozen=True)
@@ -208,12 +233,11 @@ class DJOConfig:
 
     def __post_init__(self) -> None:
         _one_of("prefix", self.prefix, ("teacher", "sampled"))
+        _at_least(self, 1, "scenes", "batch", "branches")
         for name in ("loop_weight", "grounding_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} = {getattr(self, name)}; it must be finite and 0 or more")
-        for name in ("tau_start", "tau_end"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise ValueError(f"{name} = {getattr(self, name)}; it must be finite and above 0")
+        _above_zero(self, "tau_start", "tau_end")
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"prompt_dropout = {self.prompt_dropout}; it must be in [0, 1)")
 
@@ -296,10 +320,9 @@ class CycleRLConfig:
         _one_of("rollout_dtype", self.rollout_dtype, ("float32", "bfloat16"))
         _one_of("advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
         _one_of("normalise", self.normalise, ("sequence", "token", "constant"))
-        for name, least in (("batch", 1), ("group", 2), ("updates", 1), ("gate_scenes", 1),
-                            ("gate_group", 2), ("reward_boxes", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} = {getattr(self, name)}; it must be at least {least}")
+        _at_least(self, 2, "group", "gate_group")
+        _at_least(self, 1, "scenes", "batch", "updates", "gate_scenes")
+        _at_least(self, 0, "reward_boxes", "w_iou", "w_l1", "clip_low", "clip_high")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta = {self.beta}; it must be finite and 0 or more")
         for name in ("save_every", "eval_every"):
@@ -368,6 +391,20 @@ class Recipe:
     pmtp_on: PMTPConfig
     djo: DJOConfig
     cycle_rl: CycleRLConfig
+
+
+def _at_least(config: Any, least: int, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not value >= least:
+            raise ValueError(f"{name} = {value}; it must be at least {least}")
+
+
+def _above_zero(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise ValueError(f"{name} = {value}; it must be finite and above 0")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -17,8 +17,10 @@ import torch
 from echogen.engine.checkpoints.keymap import CheckpointError
 from echogen.engine.checkpoints.pretrained import bundled, resolve
 from echogen.engine.engine import Engine
+from echogen.train.config import Recipe
 from echogen.train.data.samples import module_hash
 from echogen.train.data.shapes import IMAGE_SIZE
+from echogen.train.recipes import RECIPES
 from echogen.train.run.checkpoint import StateError
 
 RECORD = "stage.json"
@@ -81,6 +83,35 @@ def load_start(
         )
     engine = Engine.from_pretrained(folder, device)
     return Start(engine, stages, module_hash(engine.transformer))
+
+
+def recipe_shape(recipe: Recipe) -> dict[str, int]:
+    """What tells a recipe's models from another's, in the words of its settings."""
+    names = ("width", "layers", "heads", "mlp_width")
+    codes = {"codes": recipe.vq.codes, "image_size": recipe.vq.image_size}
+    return {name: getattr(recipe.pmtp, name) for name in names} | codes
+
+
+def check_shape(start: Start, path: str | Path, recipe: Recipe) -> None:
+    """Refuse to train a model by a recipe for models of another shape, whose rates, batches and
+    steps are not meant for it.
+
+    Raises:
+        StateError: it names what differs, and the recipe that fits, if one does.
+    """
+    c, wanted = start.engine.transformer.config, recipe_shape(recipe)
+    found = {name: getattr(c, name) for name in ("width", "layers", "heads", "mlp_width")}
+    found |= {"codes": c.codebook_size, "image_size": c.image_size}
+    if found == wanted:
+        return
+    other = [name for name, value in found.items() if value != wanted[name]]
+    has, asks = (", ".join(f"{k} {shape[k]}" for k in other) for shape in (found, wanted))
+    fits = [name for name, made in RECIPES.items() if recipe_shape(made()) == found]
+    mend = f"take --recipe {fits[0]}" if fits else "no recipe has its shape"
+    raise StateError(
+        f"{path}: this model has {has}, and recipe {recipe.name} is for {asks}; {mend} "
+        f"(--any-shape takes it all the same)"
+    )
 
 
 def read_record(folder: Path) -> tuple[str, ...]:

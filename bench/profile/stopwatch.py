@@ -47,6 +47,11 @@ class Stopwatch:
         self._count()
         return self._since - self._began
 
+    @property
+    def ranked(self) -> list[Row]:
+        """The rows, the longest first."""
+        return sorted(self.rows.values(), key=lambda row: -row.seconds)
+
     def begin(self, category: str, payload: dict[str, int]) -> None:
         """A range opens."""
         self._count()

@@ -70,7 +70,7 @@ def _by_range(work: Callable[[], object], device: str) -> tuple[list[dict[str, A
         watch.start()
         work()
         wall = watch.stop()
-    rows = sorted(watch.rows.values(), key=lambda row: -row.seconds)
+    rows = watch.ranked
     return [
         {
             "category": row.category,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from echogen.bench.harness import environment, quantiles
-from echogen.bench.profile.stopwatch import Stopwatch
+from echogen.bench.profile.stopwatch import OUTSIDE, Stopwatch
 from echogen.bench.profile.subjects import (
     FRESH,
     STAGES,
@@ -32,6 +32,20 @@ from echogen.train.run.progress import PASS, peak_memory
 
 WATCHED = 2
 """Steps whose time is given out to ranges, at most."""
+PHASES = {
+    name: {f"train/{name}/{part}": part for part in ("data", "forward", "backward", "optimizer")}
+    for name in ("pmtp", "djo")
+} | {
+    "cycle-rl": {
+        "train/cycle-rl/rollout": "rollout",
+        "engine/ground": "grounding",
+        "train/cycle-rl/reward": "reward",
+        **{f"train/cycle-rl/{part}": "update" for part in ("forward", "backward", "optimizer")},
+    }
+}
+"""What a stage's step consists of, by the ranges that begin it."""
+REST = "rest"
+"""Of a step outside its phases, as clipping is."""
 
 Progress = Callable[[int, int], None]
 
@@ -53,8 +67,8 @@ def run(
     """Time optimizer steps of a stage with a recipe's settings, on 64 scenes; JSON-ready.
 
     The steps follow one another as in training: a GPU is waited for before the first and after the
-    last, and in between only where a step itself does. ``shares`` come from further steps, in which
-    it is waited for at the ends of every range.
+    last, and in between only where a step itself does. ``phases`` and ``shares`` come from further
+    steps, in which it is waited for at the ends of every range.
 
     Args:
         stage: one of ``STAGES``.
@@ -74,7 +88,9 @@ def run(
         next one too and so leaves the first out), ``ms_per_step`` with quantiles,
         ``utilisation`` (`needed` over the measured rate of matrix products in ``dtype``, the
         stage's type), ``peak_mib`` of the process or, on CUDA, of the tensors of the steps timed,
-        ``shares`` of the time by range, and the environment.
+        ``phases``, shares of the time by what a step consists of (see ``PHASES``; whatever runs
+        inside a phase is part of it, but for another phase), ``shares`` of it by innermost range,
+        and the environment.
 
     Raises:
         ValueError: no such stage.
@@ -103,7 +119,7 @@ def run(
         times, whole = timed(work, repeats, device, progress)
     padding, spread = packed.padding, quantiles(times)
     peak = peak_memory() / 2**20
-    shares = _shares(work, min(repeats, WATCHED), device)
+    phases, shares = _shares(work, min(repeats, WATCHED), device, stage)
     dtype = torch.bfloat16 if subject.config.loop.bf16 else torch.float32
     ceiling = measure(torch.device(device), dtype).flops_per_s
     return {
@@ -121,6 +137,7 @@ def run(
         "padding": padding,
         "utilisation": needed(subject.module.config, passes) * (1 - padding) / whole / ceiling,
         "peak_mib": peak,
+        "phases": phases,
         "shares": shares,
         "threads": torch.get_num_threads(),
     } | environment(device)
@@ -189,13 +206,32 @@ def timed(work: Work, repeats: int, device: str, progress: Progress) -> tuple[li
     return [b - a for a, b in pairwise(marks)], whole
 
 
-def _shares(work: Work, steps: int, device: str) -> dict[str, float]:
-    """Shares of the time by range, the largest first."""
-    watch = Stopwatch(clock(device))
-    with listening(watch):
-        watch.start()
+class Phases(Stopwatch):
+    """Wall time by phase: ranges that begin none count for the phase that they are in."""
+
+    def __init__(self, phases: dict[str, str], clock: Callable[[], float]) -> None:
+        super().__init__(clock)
+        self._phases = phases
+
+    def begin(self, category: str, payload: dict[str, int]) -> None:
+        """See `Listener`."""
+        super().begin(self._phases.get(category, self._open[-1]), {})
+
+
+def _shares(
+    work: Work, steps: int, device: str, stage: str
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Shares of the time by phase and by innermost range, the largest first."""
+    watches = Phases(PHASES[stage], clock(device)), Stopwatch(clock(device))
+    with listening(*watches):
+        for watch in watches:
+            watch.start()
         for _ in range(steps):
             work()
-        whole = watch.stop()
-    rows = sorted(watch.rows.values(), key=lambda row: -row.seconds)
-    return {row.category: row.seconds / whole for row in rows}
+        wholes = [watch.stop() for watch in watches]
+    phases, shares = (
+        {row.category: row.seconds / whole for row in watch.ranked}
+        for watch, whole in zip(watches, wholes, strict=True)
+    )
+    phases[REST] = phases.pop(OUTSIDE)
+    return phases, shares

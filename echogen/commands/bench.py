@@ -234,8 +234,9 @@ class BenchTrain:
                 )
             ],
         )
-        shares = [(name, f"{share:.1%}") for name, share in r["shares"].items()]
-        show("Where the time goes", ("range", "share"), shares)
+        for what, by in (("phase", "phases"), ("innermost range", "shares")):
+            shares = [(name, f"{share:.1%}") for name, share in r[by].items()]
+            show(f"Time by {what}", (what, "share"), shares)
         if self.json:
             print_json(r)
 

@@ -6,7 +6,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -37,15 +37,22 @@ if TYPE_CHECKING:
         VQConfig,
     )
     from echogen.train.run.loop import Stage
+    from echogen.train.start import Start
 
     StageConfig = TypeVar("StageConfig", VQConfig, PMTPConfig, DJOConfig, CycleRLConfig)
 
 MOST_SAMPLES = 1_000_000
 RUN_FILES = ("state.pt", "state.prev.pt", "best.pt", "config.json", "metrics.jsonl", "model")
-FOUND_OUT = ("start", "layouts_hash")
-"""Settings that a stage finds out by itself, from the model and the file it is given."""
+OWN_OPTIONS = {"bf16": "float32", "muon_lr": "lora"}
+"""Settings of the loop that an option of another name makes something of."""
 
 
+Set = Annotated[
+    tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE"), tyro.conf.UseAppendAction
+]
+AnyShape = Annotated[
+    bool, tyro.conf.arg(help="Begin with a model of another shape than the recipe's.")
+]
 Begin = Annotated[str, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
 BeginOrNot = Annotated[str | None, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
 
@@ -80,6 +87,8 @@ class RunOptions:
     lora: int = 0
     """Rank of adapters to train in place of the weights; 0: the weights. Needs peft (not
     for vq)."""
+    assign: Set = ()
+    """Any other setting (`train settings STAGE` lists them), as loop.seed=1; may be repeated."""
     resume: bool = False
     """Go on with the run in --out, from its last checkpoint, with the settings it began with."""
     repeat: Annotated[Path | None, tyro.conf.arg(metavar="DUMP")] = None
@@ -93,9 +102,6 @@ class RunOptions:
             check_run_folder(self.out, self.resume)
         elif not self.repeat.is_file():
             raise InputError(f"--repeat {self.repeat}: no such file; name a dump-stepN.pt of a run")
-        if self.deterministic:  # read when CUDA starts, which a stage may do that is only built
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
         self.place()
 
     def place(self) -> str:
@@ -115,30 +121,29 @@ class RunOptions:
         own = self.repeat is None and os.environ.get("RANK", "0") == "0"
         return run_folder(self.out) if own else nullcontext()
 
-    def loop(self, recipe: LoopConfig) -> LoopConfig:
-        """The recipe's step loop with what was asked for. Raises InputError."""
-        names = ("accumulate", "checkpoint_activations", "ema", "deterministic")
-        asked: dict[str, Any] = {name: getattr(self, name) for name in names}
+    def asked(self) -> dict[str, Any]:
+        """The settings that options of their own ask for, by name."""
+        names = ("steps", "accumulate", "checkpoint_activations", "ema", "deterministic")
+        asked: dict[str, Any] = {f"loop.{name}": getattr(self, name) for name in names}
+        asked["batch"] = self.batch
         asked = {k: v for k, v in asked.items() if v is not None and v is not False}
-        asked["parallel"] = self.parallel
+        if self.parallel != "auto":
+            asked["loop.parallel"] = self.parallel
         if self.float32:
-            asked["bf16"] = False
+            asked["loop.bf16"] = False
         if self.lora:  # Muon is for whole matrices
-            asked |= {"lora": self.lora, "muon_lr": None}
-        try:
-            return replace(with_steps(recipe, self.steps), **asked)
-        except ValueError as error:
-            raise InputError(flagged(error)) from None
+            asked |= {"loop.lora": self.lora, "loop.muon_lr": None}
+        return asked
 
-    def sized(self, config: StageConfig, **changes: Any) -> StageConfig:
-        """A stage's configuration with the step loop and the batch asked for. Raises InputError."""
+    def sized(self, config: StageConfig) -> StageConfig:
+        """A stage's configuration with the settings asked for. Raises InputError."""
+        if self.steps is not None and self.steps < 1:
+            raise InputError(f"--steps {self.steps}: it must be at least 1")
         if self.batch is not None:
             check_range("batch", self.batch, 1, MOST_SAMPLES)
-            changes["batch"] = self.batch
-        try:
-            sized = replace(config, loop=self.loop(config.loop), **changes)
-        except ValueError as error:
-            raise InputError(flagged(error)) from None
+        sized = with_settings(config, self.assign, self.asked())
+        if sized.loop.deterministic:  # read by cuBLAS, which a stage may start that is only built
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.resume and self.repeat is None:
             check_same_run(self.out, sized)
         return sized
@@ -184,6 +189,7 @@ class TrainPMTP(RunOptions):
     pretrained: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
     """Instead of --vq, begin with a Janus checkpoint (folder or hub id) that no stage has trained;
     location tokens are added to its vocabulary."""
+    any_shape: AnyShape = False
 
     def run(self) -> None:
         self.check()
@@ -195,17 +201,10 @@ class TrainPMTP(RunOptions):
         recipe = find_recipe(self.recipe)
         config = self.sized(recipe.pmtp if self.begin is None else recipe.pmtp_on)
         from echogen.train.stages.pmtp import PMTPStage
-        from echogen.train.start import load_start
 
-        if self.pretrained is not None:
-            from echogen.train.vocabulary import pretrained_start
-
-            start = pretrained_start(self.pretrained, config.bins, self.place())
-            stage = PMTPStage(config, start)
-        elif self.begin is not None:
-            start = load_start(self.begin, "pmtp", device=self.place())
-            stage = PMTPStage(config, start)
-        elif self.vq is not None:
+        if self.vq is None:
+            stage = PMTPStage(config, self._start(replace(recipe, pmtp=config)))
+        else:
             if not (self.vq / "config.json").is_file():
                 raise InputError(
                     f"--vq {self.vq}: no config.json there; name the model/ of `train vq`"
@@ -213,6 +212,21 @@ class TrainPMTP(RunOptions):
             vq = load_vq(self.vq, config.width, self.place())
             stage = PMTPStage(config, vq)
         self.train(stage)
+
+    def _start(self, recipe: Recipe) -> Start:
+        """What --from or --pretrained names."""
+        from echogen.train.start import check_shape, load_start
+        from echogen.train.vocabulary import pretrained_start
+
+        path = self.begin or self.pretrained
+        assert path is not None
+        if self.begin is not None:
+            start = load_start(path, "pmtp", device=self.place())
+        else:
+            start = pretrained_start(path, recipe.pmtp.bins, self.place())
+        if not self.any_shape:
+            check_shape(start, path, recipe)
+        return start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -223,15 +237,18 @@ class TrainDJO(RunOptions):
     """Where to begin: the run of `train pmtp`, a model that came from one, or a bundled name."""
     any_stage: bool = False
     """Begin with a model of whatever stage."""
+    any_shape: AnyShape = False
 
     def run(self) -> None:
         self.check()
         recipe = find_recipe(self.recipe)
         config = self.sized(recipe.djo)
         from echogen.train.stages.djo import DJOStage
-        from echogen.train.start import load_start
+        from echogen.train.start import check_shape, load_start
 
         start = load_start(self.begin, "pmtp", self.any_stage, self.place())
+        if not self.any_shape:
+            check_shape(start, self.begin, recipe)
         stage = DJOStage(config, start)
         self.train(stage)
 
@@ -246,21 +263,62 @@ class TrainCycleRL(RunOptions):
     """What to draw: real (ShapesWorld), random, or a file with one JSON layout a line."""
     any_stage: bool = False
     """Begin with a model of whatever stage."""
+    any_shape: AnyShape = False
     force: bool = False
     """Begin even if the self-reward hardly agrees with the judge."""
 
+    def asked(self) -> dict[str, Any]:
+        asked = super().asked()
+        if self.layouts != "real":
+            asked["layouts"] = self.layouts
+        return asked | ({"force": True} if self.force else {})
+
     def run(self) -> None:
         self.check()
-        if self.layouts not in ("real", "random") and not Path(self.layouts).is_file():
-            raise InputError(f"--layouts {self.layouts}: no such file; name one, real or random")
         recipe = find_recipe(self.recipe)
-        config = self.sized(recipe.cycle_rl, layouts=self.layouts, force=self.force)
+        config = self.sized(recipe.cycle_rl)
+        if config.layouts not in ("real", "random") and not Path(config.layouts).is_file():
+            raise InputError(f"--layouts {config.layouts}: no such file; name one, real or random")
         from echogen.train.stages.cycle_rl import CycleRLStage
-        from echogen.train.start import load_start
+        from echogen.train.start import check_shape, load_start
 
         start = load_start(self.begin, "djo", self.any_stage, self.place())
+        if not self.any_shape:
+            check_shape(start, self.begin, recipe)
         stage = CycleRLStage(config, start)
         self.train(stage)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Every setting of a stage: its value, and what `--set NAME=VALUE` takes for it."""
+
+    stage: Annotated[Literal["vq", "pmtp", "pmtp-on", "djo", "cycle-rl"], tyro.conf.Positional]
+    """Which stage; pmtp-on is stage 1 gone on with (`train pmtp --from`)."""
+    recipe: str = "tiny"
+    """Which configuration: tiny, small or janus_pro_1b."""
+    assign: Set = ()
+    """Settings to try, as loop.seed=1; may be repeated."""
+    json: Json = False
+    """End with one JSON object on stdout."""
+
+    def folder(self) -> AbstractContextManager[None]:
+        """Nothing is written."""
+        return nullcontext()
+
+    def run(self) -> None:
+        from echogen.train.config import to_json
+        from echogen.train.settings import accepted, settings_of, written
+
+        config = getattr(find_recipe(self.recipe), self.stage.replace("-", "_"))
+        config = with_settings(config, self.assign, {})
+        rows = [
+            (name, written(setting.value), accepted(setting.kind))
+            for name, setting in settings_of(config).items()
+        ]
+        show(f"{self.stage} by {self.recipe}", ("setting", "value", "takes"), rows)
+        if self.json:
+            print_json(to_json(config))
 
 
 @dataclass(frozen=True)
@@ -272,6 +330,7 @@ class Train:
         | Annotated[TrainPMTP, tyro.conf.subcommand("pmtp")]
         | Annotated[TrainDJO, tyro.conf.subcommand("djo")]
         | Annotated[TrainCycleRL, tyro.conf.subcommand("cycle-rl")]
+        | Annotated[TrainSettings, tyro.conf.subcommand("settings")]
     )
 
     def run(self) -> None:
@@ -325,6 +384,7 @@ def check_same_run(out: Path, config: Any) -> None:
     """Refuse to go on with a run that has other settings, before a model and data are loaded for
     it. Without a state it begins anew, and the loop has the last word (`other_run`)."""
     from echogen.train.config import differences, to_json
+    from echogen.train.settings import FOUND_OUT
     from echogen.train.stages.stage import few, settings
 
     if not any((out / name).exists() for name in ("state.pt", "state.prev.pt")):
@@ -356,11 +416,30 @@ def find_recipe(name: str) -> Recipe:
     return RECIPES[name]()
 
 
-def with_steps(loop: LoopConfig, steps: int | None) -> LoopConfig:
-    """The step loop with another number of steps. Raises InputError below 1."""
-    if steps is not None and steps < 1:
-        raise InputError(f"--steps {steps}: it must be at least 1")
-    return loop if steps is None else replace(loop, steps=steps)
+def with_settings(config: StageConfig, assign: Sequence[str], asked: dict[str, Any]) -> StageConfig:
+    """A stage's configuration with what ``--set`` assigns and what options of their own ask for, by
+    the settings' names. Raises InputError, also where a setting is given twice, and differently."""
+    from echogen.train.settings import SettingError, assigned, changed, written
+
+    values = dict(asked)
+    for text in assign:
+        try:
+            name, value = assigned(config, text)
+        except SettingError as error:
+            raise InputError(f"--set {error}") from None
+        if values.setdefault(name, value) != value:
+            last = name.rpartition(".")[2]
+            by = OWN_OPTIONS.get(last, last).replace("_", "-")
+            by = f"--{by}" if name in asked else "another --set"
+            raise InputError(
+                f"--set {text}: {by} makes {name} {written(values[name])}; leave one of them out"
+            )
+    try:
+        return changed(config, values)
+    except ValueError as error:
+        own = {name.rpartition(".")[2] for name in asked}
+        told = flagged(error) if str(error).partition(" ")[0] in own else f"--set {error}"
+        raise InputError(told) from None
 
 
 def load_vq(folder: Path, width: int, device: str = "cpu") -> JanusVQVAE:

@@ -107,6 +107,13 @@ def test_training_says_what_a_stage_takes(tmp_path):
     assert f"| pmtp, tiny | {told} backward 61%, train/pass 30% |" in text
     assert text.index("| pmtp, tiny |") < text.index(f"| cycle-rl, tiny | {told}")
     assert "threads: 1; medians) (2 cores of Some CPU; PyTorch 2.13.0; commit 012345678)" in text
+    assert "a moment counts for the innermost range. A GPU" in text
+    newer = later | {"phases": {"rollout": 0.31, "grounding": 0.252, "update": 0.4, "reward": 0.01}}
+    (tmp_path / "train-cycle-rl-tiny.json").write_text(json.dumps(newer))
+    text = report.section(tmp_path)
+    assert f"| pmtp, tiny | {told} backward 61%, train/pass 30% |" in text
+    assert f"| cycle-rl, tiny | {told} rollout 31%, grounding 25%, update 40% |" in text
+    assert "phase of the step that it lies in (in older results for the innermost range)" in text
 
 
 def test_a_gpu_changes_what_is_said(tmp_path):

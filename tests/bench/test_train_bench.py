@@ -13,6 +13,7 @@ from echogen.bench.profile import subjects
 from echogen.bench.speed import train
 from echogen.engine.config import ModelConfig
 from echogen.engine.model import UnifiedTransformer
+from echogen.engine.ranges import span
 from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, Recipe, VQConfig
 from echogen.train.recipes import RECIPES, janus_pro_1b, small
 from echogen.train.stages.vq import build_vq
@@ -55,6 +56,36 @@ def test_run(stage, float32):
     wanted = {"data", "forward", "backward", "optimizer"}
     wanted |= {"rollout", "reward"} if stage == "cycle-rl" else set()
     assert {f"train/{stage}/{part}" for part in wanted} | {train.PASS} <= result["shares"].keys()
+    phases = result["phases"]
+    assert sum(phases.values()) == pytest.approx(1)
+    parts = {"rollout", "grounding", "reward", "update"} if stage == "cycle-rl" else wanted
+    assert phases.keys() == parts | {"rest"} and min(phases.values()) >= 0
+    if stage == "cycle-rl":  # what runs in the engine has its share here
+        inside = sum(v for k, v in result["shares"].items() if k.startswith("engine/ground"))
+        assert phases["grounding"] == pytest.approx(inside, rel=0.01)
+        assert phases["rollout"] > 5 * result["shares"]["train/cycle-rl/rollout"]
+
+
+def test_a_moment_counts_for_the_phase_it_lies_in():
+    now = iter(range(100))
+    watch = train.Phases(train.PHASES["cycle-rl"], lambda: float(next(now)))
+    watch.start()
+    with train.listening(watch):
+        with span("train/cycle-rl/forward"):  # from 1 to 14
+            with span("train/cycle-rl/rollout"):  # from 2 to 11
+                with span("engine/decode/step"):
+                    pass
+                with span("engine/ground"), span("engine/ground/step"):  # from 5 to 8
+                    pass
+                with span("train/cycle-rl/reward"):  # from 9 to 10
+                    pass
+            with span("train/pass"):
+                pass
+        assert watch.stop() == 15
+    found = {row.category: row.seconds for row in watch.ranked}
+    assert found.pop("rollout") == 9 - 3 - 1
+    assert (found.pop("grounding"), found.pop("reward"), found.pop("update")) == (3, 1, 4)
+    assert list(found.values()) == [2]
 
 
 def test_an_unknown_stage_is_refused():

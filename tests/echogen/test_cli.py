@@ -192,7 +192,11 @@ def test_generate_refuses(run, layout, tmp_path, monkeypatch, options, words):
     [
         ("ECHOGEN_NATIVE", ["generate", "--layout", "{layout}"], "ECHOGEN_NATIVE=2: write 0"),
         ("ECHOGEN_NATIVE", ["serve", "--port", "0"], "ECHOGEN_NATIVE=2: write 0"),
-        ("WORLD_SIZE", ["train", "djo", "--any-stage", "--out", "x"], "WORLD_SIZE = 2, but"),
+        (
+            "WORLD_SIZE",
+            ["train", "djo", "--any-stage", "--any-shape", "--out", "x"],
+            "WORLD_SIZE = 2, but",
+        ),
     ],
 )
 def test_an_environment_that_cannot_be_is_refused(

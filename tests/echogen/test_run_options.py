@@ -35,7 +35,8 @@ def djo(run, model, tmp_path, monkeypatch):
 
         monkeypatch.setattr("echogen.train.run.loop.run", loop)
         out = tmp_path / f"run{len(found)}"
-        return run("train", "djo", "--from", model, "--any-stage", "--out", out, *options)
+        begin = ("--from", model, "--any-stage", "--any-shape", "--out", out)
+        return run("train", "djo", *begin, *options)
 
     call.loops = found
     return call

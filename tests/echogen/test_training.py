@@ -23,9 +23,10 @@ from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
 from echogen.train.config import to_json
-from echogen.train.recipes import tiny
+from echogen.train.recipes import janus_pro_1b, tiny
+from echogen.train.run.checkpoint import StateError
 from echogen.train.run.loop import BeginRefused
-from echogen.train.start import RECORD, write_record
+from echogen.train.start import RECORD, check_shape, write_record
 
 
 @pytest.fixture
@@ -99,7 +100,7 @@ def test_train_pmtp_goes_on_from_its_own_model(run, model, tmp_path, handed_on):
     assert run(*begin, "--pretrained", model, "--from", model).refused("--pretrained")
     write_record(model, ("pmtp",))
     try:
-        done = run(*begin, "--from", model, "--steps", "3")
+        done = run(*begin, "--from", model, "--any-shape", "--steps", "3")
         assert done.code == 0, done.err
         assert handed_on["stages"] == ("pmtp",) and handed_on["steps"] == 3
         assert handed_on["config"].scenes == tiny().pmtp_on.scenes
@@ -108,7 +109,8 @@ def test_train_pmtp_goes_on_from_its_own_model(run, model, tmp_path, handed_on):
 
 
 def test_train_pmtp_begins_with_a_checkpoint_of_no_stage(run, model, tmp_path, handed_on):
-    done = run("train", "pmtp", "--out", tmp_path / "new", "--pretrained", model, "--steps", "3")
+    begin = ("train", "pmtp", "--any-shape", "--out", tmp_path / "new")
+    done = run(*begin, "--pretrained", model, "--steps", "3")
     assert done.code == 0, done.err
     assert handed_on["stages"] == () and handed_on["config"].scenes == tiny().pmtp.scenes
     away = run("train", "pmtp", "--out", tmp_path / "no", "--pretrained", tmp_path / "nowhere")
@@ -154,7 +156,7 @@ def test_what_says_how_a_step_is_computed_may_differ_on_resume(run, model, tmp_p
     write_record(model, ("pmtp",))
     djo = tiny().djo
     out = begun(tmp_path / "run", replace(djo, loop=replace(djo.loop, accumulate=2), start="abc"))
-    again = ("train", "djo", "--from", model, "--out", out, "--resume")
+    again = ("train", "djo", "--from", model, "--any-shape", "--out", out, "--resume")
     try:
         assert run(*again, "--accumulate", "4", "--checkpoint-activations").code == 0
         (out / "config.json").write_text("torn")  # nothing reads it but people and this check
@@ -207,7 +209,7 @@ def test_a_lock_that_was_removed_while_it_was_waited_for_is_not_taken(tmp_path, 
 def test_a_refused_run_leaves_no_folder(run, model, tmp_path, handed_on):
     out = tmp_path / "runs" / "rl"
     handed_on["refuse"] = True
-    begin = ("train", "cycle-rl", "--from", model, "--any-stage", "--out")
+    begin = ("train", "cycle-rl", "--from", model, "--any-stage", "--any-shape", "--out")
     assert run(*begin, out).refused("it would do harm")
     assert not (tmp_path / "runs").exists()
     (tmp_path / "mine").mkdir()
@@ -254,17 +256,18 @@ def test_sigterm_before_the_first_step_is_answered(tmp_path):
 
 def test_train_djo_begins_with_stage_one(run, model, tmp_path, handed_on):
     out = tmp_path / "djo"
-    assert run("train", "djo", "--from", model, "--out", out).refused("names no stage", "pmtp")
+    begin = ("train", "djo", "--from", model, "--any-shape", "--out", out)
+    assert run(*begin).refused("names no stage", "pmtp")
     assert not out.exists()
     write_record(model, ("pmtp",))
     try:
-        done = run("train", "djo", "--from", model, "--out", out, "--steps", "3", "--json")
+        done = run(*begin, "--steps", "3", "--json")
         assert done.code == 0, done.err
         assert done.data["stage"] == "djo" and done.data["loss"] == 0.5
         assert handed_on["stages"] == ("pmtp",) and handed_on["steps"] == 3
         assert handed_on["config"].tau_end == tiny().djo.tau_end
-        assert run("train", "djo", "--from", model, "--out", out).refused("--resume")
-        assert run("train", "djo", "--from", model, "--out", out, "--resume").code == 0
+        assert run(*begin).refused("--resume")
+        assert run(*begin, "--resume").code == 0
         assert handed_on["resume"]
         away = run("train", "cycle-rl", "--from", model, "--out", tmp_path / "rl")
         assert away.refused("comes from stage pmtp", "one from djo", "--any-stage")
@@ -272,10 +275,47 @@ def test_train_djo_begins_with_stage_one(run, model, tmp_path, handed_on):
         (model / RECORD).unlink()
 
 
+def test_a_recipe_is_for_models_of_its_shape(run, model, tmp_path, handed_on):
+    out = ("--out", tmp_path / "run")
+    away = run("train", "djo", "--recipe", "janus_pro_1b", "--from", "tiny-stage1", *out)
+    assert away.refused(
+        "tiny-stage1: this model has width 192, layers 6, heads 3, mlp_width 512, codes 1024, "
+        "image_size 64, and recipe janus_pro_1b is for width 2048, layers 24, heads 16",
+        "image_size 384; take --recipe tiny (--any-shape",
+    )
+    small = ("train", "cycle-rl", "--recipe", "small", "--from", "tiny", "--any-stage", *out)
+    assert run(*small).refused("recipe small is for width 512", "take --recipe tiny")
+    on = ("train", "pmtp", "--from", "tiny-stage1", *out)
+    assert run(*on, "--recipe", "small").refused("recipe small is for width 512", "--recipe tiny")
+    wider = run(*on, "--set", "width=384")
+    assert wider.refused("this model has width 192, and recipe tiny is for width 384;")
+    own = run("train", "pmtp", "--pretrained", model, *out)
+    assert own.refused("has width 32, layers 1,", "codes 32, and", "no recipe has its shape")
+    assert "image_size" not in own.err and not handed_on  # which is tiny's
+    shape = ("--set", "width=32", "--set", "layers=1", "--set", "heads=2", "--set", "mlp_width=48")
+    assert run("train", "pmtp", "--pretrained", model, *shape, *out).refused("has codes 32, and")
+    assert not (tmp_path / "run").exists()
+    for stage, start in (("djo", "tiny-stage1"), ("pmtp", "tiny-stage1"), ("cycle-rl", "tiny")):
+        done = run("train", stage, "--from", start, "--out", tmp_path / stage)
+        assert done.code == 0, done.err
+        assert handed_on["name"] == stage
+
+
+def test_a_pretrained_janus_has_the_shape_of_its_recipe():
+    """Of the checkpoint's own config.json."""
+    c = SimpleNamespace(
+        width=2048, layers=24, heads=16, mlp_width=5632, codebook_size=16_384, image_size=384
+    )
+    start = SimpleNamespace(engine=SimpleNamespace(transformer=SimpleNamespace(config=c)))
+    check_shape(start, "deepseek-community/Janus-Pro-1B", janus_pro_1b())
+    with pytest.raises(StateError, match="take --recipe janus_pro_1b"):
+        check_shape(start, "runs/pmtp", tiny())
+
+
 def test_train_cycle_rl_takes_layouts_and_says_why_it_will_not_begin(
     run, model, layout, tmp_path, handed_on
 ):
-    begin = ("train", "cycle-rl", "--from", model, "--any-stage", "--out")
+    begin = ("train", "cycle-rl", "--from", model, "--any-stage", "--any-shape", "--out")
     file = tmp_path / "layouts.jsonl"
     file.write_text(Layout.load(layout).dumps() + "\n")
     for i, source in enumerate(("real", "random", file)):
@@ -338,7 +378,8 @@ def test_engine_survives_saving(model, layout, tmp_path):
 
 
 def test_a_run_is_placed_on_the_device_asked_for(run, model, vq, tmp_path, handed_on, monkeypatch):
-    begin = ("train", "djo", "--from", model, "--any-stage", "--out", tmp_path / "djo")
+    begin = ("train", "djo", "--from", model, "--any-stage", "--any-shape")
+    begin += ("--out", tmp_path / "djo")
     assert run(*begin, "--device", "gpu").refused("--device gpu", "cuda:N")
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert run(*begin, "--device", "cuda").refused("PyTorch sees 0 CUDA devices")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
+from rich.text import Text
 
 from echogen.train.config import LoopConfig, PMTPConfig
 from echogen.train.run.board import TensorBoard
 from echogen.train.run.checkpoint import StateError
 from echogen.train.run.loop import run
-from echogen.train.run.progress import Pace, note, peak_memory
+from echogen.train.run.metrics import TIMED
+from echogen.train.run.progress import Pace, note, peak_memory, progress_bar
 from echogen.train.stages.pmtp import PMTPStage
 from echogen.train.start import load_start
 
@@ -111,3 +116,35 @@ def test_a_pace_counts_steps_and_what_passed_through_them(monkeypatch: pytest.Mo
     assert told.startswith("loss 0.5000  reward 0.2500  100 tokens/s  3.0 images/s  ")
     assert told.endswith("MiB")
     assert "reward" not in note({"loss": 0.5}, Pace(None).rates())
+    assert pace.left(3) == 18.0  # evaluations are on the way too
+
+
+def test_without_a_terminal_a_line_holds_rates_and_the_time_left(
+    stage: PMTPStage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loop = stage.config.loop
+    run(stage, loop, tmp_path)
+    rates = r"\d+\.\d{3} s/step  [\d,]+ tokens/s  [\d.,]+ images/s  [\d,]+ MiB"
+    lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith("pmtp {'step'")]
+    assert len(lines) == loop.steps // loop.log_every
+    assert all(re.search(rf"}} {rates}  about \d+ (s|min|h) left$", x) for x in lines[:-1])
+    assert re.search(rf"}} {rates}$", lines[-1])
+    rows = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    told = [row for row in rows if "loss" in row]
+    assert len(told) == len(lines) and all(row.keys() >= set(TIMED) for row in told)
+    assert told[-1]["images_per_s"] == pytest.approx(3 / told[-1]["seconds_per_step"], rel=0.01)
+
+
+def test_on_a_terminal_a_bar_holds_them() -> None:
+    file = io.StringIO()
+    console = Console(force_terminal=True, file=file, width=120)
+    with progress_bar(console, "djo", steps=40, start=10) as bar:
+        told = note({"loss": 0.5}, {"tokens_per_s": 1234.0, "images_per_s": 5, "memory_mib": 678})
+        bar.update(bar.task_ids[0], completed=20, note=told)
+    shown = Text.from_ansi(file.getvalue()).plain
+    assert re.search(r"djo .* 20/40 .*loss 0\.5000  1,234 tokens/s  5\.0 images/s  678 MiB", shown)
+    # Elsewhere there is none.
+    file = io.StringIO()
+    with progress_bar(Console(file=file), "djo", steps=40, start=0) as bar:
+        bar.update(bar.task_ids[0], completed=20, note="loss")
+    assert not file.getvalue()

@@ -22,6 +22,7 @@ from echogen.train.parallel.processes import Processes
 from echogen.train.parallel.shard_state import flat, nested
 from echogen.train.run.checkpoint import StateError, load_state
 from echogen.train.run.dump import repeat_dump
+from echogen.train.run.metrics import TIMED
 from echogen.train.stages.stage import BeginRefused
 from echogen.train.start import model_folder
 
@@ -109,7 +110,7 @@ def runs(pmtp_run: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Module
 
 def rows(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k != "seconds_per_step"} for x in lines]
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMED} for x in lines]
 
 
 def check_same(found: Path, wanted: Path, bound: float = BOUND) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 from echogen.engine.checkpoints.weights import CheckpointError
 from echogen.engine.config import ModelConfig
 from echogen.engine.layout import Layout, LayoutObject
-from echogen.engine.model import UnifiedTransformer, additive_mask
+from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.kernels.philox import gumbel_noise
 from echogen.train import start as starts
@@ -24,10 +23,13 @@ from echogen.train.config import DJOConfig, LoopConfig
 from echogen.train.data.packing import i2l_tree, l2i_tree, pack
 from echogen.train.run.checkpoint import StateError
 from echogen.train.run.loop import run
+from echogen.train.run.metrics import TIMED
 from echogen.train.stages.djo import DJOStage, Noise, draw_codes, loop_loss, temperature
 from echogen.train.stages.passes import hidden_states
 from echogen.train.start import load_start
 from echogen.train.tokenizer import train_tokenizer
+
+from . import plain
 
 T, V = 9, 20
 LAYOUTS = [
@@ -82,33 +84,63 @@ def the_loop(model, prompts, tau, frozen=False, given=False) -> Tensor:
     return loop_loss(model, grounding, drawn.embed, frozen)
 
 
-def plain_loop(generator, grounder, prompts, tau, noise, given=False) -> Tensor:
-    """The same in plain autograd: one sequence after another, one-hot vectors, no operator."""
+def plain_drawing(w: plain.Weights, c: ModelConfig, prompt: list[int], codes: Tensor) -> Tensor:
+    """Logits [T, V] of an image's codes, behind a prompt."""
+    image = plain.lifted(w, w["code_embedding.weight"][codes[:-1]])
+    x = torch.cat((w["text_embedding.weight"][prompt], image))
+    return plain.image_logits(w, plain.hidden(w, c, x)[len(prompt) - 1 :])
 
-    def causal(model, parts: list[Tensor]) -> Tensor:
-        x = torch.cat(parts).unsqueeze(0)
-        n = x.shape[1]
-        mask = additive_mask(torch.ones(1, n, n, dtype=torch.bool).tril(), x.dtype)
-        return model(x, torch.arange(n), mask)[0]
 
-    before, after = (torch.tensor(ids) for ids in prompts.i2l())
+def plain_grounding(
+    w: plain.Weights, c: ModelConfig, prompts: Prompts, image: Tensor, o: LayoutObject
+) -> tuple[Tensor, Tensor]:
+    """Logits of the box tokens of an object in an image [T, C], and these tokens."""
+    before, after = prompts.i2l()
+    answer = prompts.answer(o.box)
+    text = w["text_embedding.weight"]
+    parts = (
+        text[before],
+        plain.lifted(w, image),
+        text[after + prompts.branch(o.expr) + answer[:-1]],
+    )
+    x = plain.hidden(w, c, torch.cat(parts))
+    return plain.text_logits(w, x[-len(answer) :]), torch.tensor(answer)
+
+
+def plain_loop(generator, grounder, c, prompts, tau, noise, given=False) -> Tensor:
+    """The loop loss in plain autograd: one sequence after another, one-hot vectors, and no code of
+    the project but the words of its prompts."""
     losses = []
     for i, layout in enumerate(LAYOUTS):
-        prompt = torch.tensor(prompts.l2i(layout))
-        image = generator.code_aligner(generator.code_embedding(CODES[i, :-1]))
-        hidden = causal(generator, [generator.text_embedding(prompt), image])[len(prompt) - 1 :]
-        noisy = generator.image_head(hidden) + noise[i]
+        noisy = plain_drawing(generator, c, prompts.l2i(layout), CODES[i]) + noise[i]
         soft = (noisy / tau).softmax(-1)
         hard = F.one_hot(CODES[i] if given else noisy.argmax(-1), V).to(soft.dtype)
         y = hard + soft - soft.detach()
-        drawn = grounder.code_aligner(y @ grounder.code_embedding.weight)
+        drawn = y @ grounder["code_embedding.weight"]
         for o in layout.objects:
-            question, answer = prompts.branch(o.expr), torch.tensor(prompts.answer(o.box))
-            text = [before, after, torch.tensor(question), answer[:-1]]
-            b, a, q, r = (grounder.text_embedding(t) for t in text)
-            out = grounder.text_head(causal(grounder, [b, drawn, a, q, r]))
-            losses.append(F.cross_entropy(out[-len(answer) :], answer, reduction="none"))
+            out, answer = plain_grounding(grounder, c, prompts, drawn, o)
+            losses.append(F.cross_entropy(out, answer, reduction="none"))
     return torch.cat(losses).mean()
+
+
+def test_logits_are_those_of_a_plain_transformer(model, prompts) -> None:
+    """Packed, with branches, against one sequence after another."""
+    w, c, vocab = dict(model.named_parameters()), model.config, model.config.vocab_size
+    drawing = [l2i_tree(prompts.l2i(y), z.numpy(), vocab) for y, z in zip(LAYOUTS, CODES)]  # noqa: B905
+    asked = [[(o.expr, o.box) for o in y.objects] for y in LAYOUTS]
+    finding = [i2l_tree(prompts, z.numpy(), q, vocab) for q, z in zip(asked, CODES)]  # noqa: B905
+    batch = pack(drawing + finding, prompts.pad)
+    with torch.no_grad():
+        states = hidden_states(model, batch).flatten(0, 1)
+        found = model.image_head(states[batch.code_at]), model.text_head(states[batch.text_at])
+        images, boxes = [], []
+        for layout, codes in zip(LAYOUTS, CODES, strict=True):
+            images.append(plain_drawing(w, c, prompts.l2i(layout), codes))
+            image = w["code_embedding.weight"][codes]
+            boxes += [plain_grounding(w, c, prompts, image, o)[0] for o in layout.objects]
+    for ours, theirs in zip(found, (torch.cat(images), torch.cat(boxes)), strict=True):
+        assert ours.dtype == torch.float64 and ours.std() > 0.1
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def gradients(model: UnifiedTransformer, loss: Tensor) -> dict[str, Tensor]:
@@ -128,8 +160,9 @@ def test_gradients_are_those_of_the_plain_formula(model, prompts, tau, frozen, g
     noise = gumbel_noise(NOISE.key, NOISE.draws[:, None].expand(-1, T), torch.arange(T), V).double()
     loss = the_loop(model, prompts, tau, frozen, given)
     # A frozen grounder is another model with the same weights, which has no gradients.
-    grounder = copy.deepcopy(model).requires_grad_(False) if frozen else model
-    wanted = plain_loop(model, grounder, prompts, tau, noise, given)
+    generator = dict(model.named_parameters())
+    grounder = {k: p.detach() for k, p in generator.items()} if frozen else generator
+    wanted = plain_loop(generator, grounder, model.config, prompts, tau, noise, given)
     assert float(loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-12)
     found, plain = gradients(model, loss), gradients(model, wanted)
     for name, grad in plain.items():
@@ -166,7 +199,7 @@ def stage(pmtp_run: Path, loop: LoopConfig, **settings) -> DJOStage:
 
 def rows(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k != "seconds_per_step"} for x in lines]
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMED} for x in lines]
 
 
 @pytest.mark.usefixtures("small_world")

@@ -15,6 +15,7 @@ import torch
 
 from echogen.train.run.checkpoint import StateError, load_state, previous, put_back, save_state
 from echogen.train.run.dump import repeat_dump
+from echogen.train.run.metrics import TIMED
 from echogen.train.run.stop import Stop
 
 Order = Callable[..., dict[str, Any]]
@@ -35,7 +36,7 @@ def same_run(a: Path, b: Path) -> None:
     """Metrics but for the time, exported weights and states are equal bit by bit."""
     rows = [
         [
-            {k: v for k, v in json.loads(line).items() if k != "seconds_per_step"}
+            {k: v for k, v in json.loads(line).items() if k not in TIMED}
             for line in (folder / "metrics.jsonl").read_text().splitlines()
         ]
         for folder in (a, b)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from echogen.train.config import LoopConfig
 from echogen.train.run.checkpoint import StateError, load_state, save_state
 from echogen.train.run.loop import TrainingError, run
+from echogen.train.run.metrics import TIMED
 from echogen.train.run.optim import schedule
 from echogen.train.start import RECORD, read_record, write_record
 
@@ -94,7 +95,7 @@ CONFIG = LoopConfig(
 
 def rows(folder: Path) -> list[dict[str, float]]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k != "seconds_per_step"} for x in lines]
+    return [{k: v for k, v in json.loads(x).items() if k not in TIMED} for x in lines]
 
 
 @pytest.mark.parametrize("break_at", [1, 5, 10])

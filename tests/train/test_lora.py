@@ -148,6 +148,7 @@ def test_nonsense_is_refused(loop, pmtp_run, small_world) -> None:
     with pytest.raises(ValueError, match="lora_also = 'head'; choose 'text_embedding'"):
         dataclasses.replace(plain, lora=4, lora_also=("head",))
     vq = build_vq(VQConfig(loop=plain, codes=32, latent=32, multipliers=(1, 1, 1, 1)), 32)
-    fresh = PMTPConfig(loop=dataclasses.replace(plain, lora=4), width=32, scenes=24, bins=17)
+    shape = {"width": 32, "heads": 2, "bins": 17}
+    fresh = PMTPConfig(loop=dataclasses.replace(plain, lora=4), scenes=24, **shape)
     with pytest.raises(StateError, match="lora = 4 adapts a model that has been trained"):
         PMTPStage(fresh, vq)

@@ -33,7 +33,7 @@ from echogen.train.run.checkpoint import StateError, previous, put_back, write_t
 from echogen.train.run.dump import inputs_of, write_dump
 from echogen.train.run.metrics import MetricsFile
 from echogen.train.run.optim import build_optimizers, schedule
-from echogen.train.run.progress import Pace, note, progress_bar
+from echogen.train.run.progress import Pace, duration, note, progress_bar
 from echogen.train.run.runtime import keep_pages, only_deterministic
 from echogen.train.run.selection import Best
 from echogen.train.run.stop import Stop, Stopped
@@ -151,11 +151,14 @@ class Run:
         bar.update(bar.task_ids[0], completed=done, note=told)
         if logged:
             row = {**_rounded(numbers), "lr": rate * c.lr, "grad_norm": round(norm, 4)}
-            self.metrics.write(step=done, **row, seconds_per_step=round(pace.step, 4))
-            self.board.numbers(done, "train", row | pace.rates())
+            rates = _rounded(pace.rates())
+            self.metrics.write(step=done, **row, seconds_per_step=round(pace.step, 4), **rates)
+            self.board.numbers(done, "train", row | rates)
             if not self.console.is_terminal:
-                line = {"step": done, **row}
-                self._say(f"{self.stage.name} {line} {pace.step:.3f} s/step")
+                line, left = {"step": done, **row}, pace.left(c.steps - done)
+                told = f"{pace.step:.3f} s/step  {note({}, rates)}"
+                told += f"  {duration(left)} left" * (not last)
+                self._say(f"{self.stage.name} {line} {told}")
         # Saved first: a failing evaluation costs no training.
         if done % c.save_every == 0 or last:
             self._save(done)

@@ -13,6 +13,10 @@ from typing import Any
 
 from echogen.train.run.checkpoint import StateError, write_text
 
+TIMED = ("seconds_per_step", "tokens_per_s", "images_per_s", "memory_mib")
+"""Numbers of the clock and of the machine; in all others a resumed run repeats an uninterrupted one
+exactly."""
+
 
 class MetricsFile:
     """`metrics.jsonl`; on resume, lines beyond the restored step and a torn last one are dropped.

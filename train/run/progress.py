@@ -45,7 +45,8 @@ class Pace:
     def __init__(self, images: int | None, processes: int = 1) -> None:
         self._images, self._processes, self._meter = images, processes, Meter()
         self._steps, self._seconds, self._tokens = 0, 0.0, 0
-        self._began = 0.0
+        self._first: float | None = None
+        self._began = self._ended = 0.0
 
     @property
     def meter(self) -> Meter:
@@ -55,13 +56,16 @@ class Pace:
     def start(self) -> None:
         """A step begins."""
         self._began, self._meter.tokens = time.perf_counter(), 0
+        if self._first is None:
+            self._first = self._began
 
     def stop(self, wait: bool = False) -> None:
         """And ends. A step that is logged waits for the device, or the work still queued there
         would pass for none; the others need not, since the next one waits for them."""
         if wait and torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
-        self._seconds += time.perf_counter() - self._began
+        self._ended = time.perf_counter()
+        self._seconds += self._ended - self._began
         self._steps += 1
         self._tokens += self._meter.tokens
 
@@ -69,6 +73,11 @@ class Pace:
     def step(self) -> float:
         """Seconds a step."""
         return self._seconds / max(1, self._steps)
+
+    def left(self, steps: int) -> float:
+        """Seconds that so many more steps take, with evaluations and checkpoints between them as
+        there have been."""
+        return (self._ended - (self._first or 0.0)) / max(1, self._steps) * steps
 
     def rates(self) -> dict[str, float]:
         """Per second: steps' images and, padding and frozen passes included, tokens; and the memory

@@ -349,8 +349,8 @@ class CycleRLStage(WorldStage):
             raise BeginRefused(
                 f"the judge tells the images of {found.groups} of {found.of} validation layouts "
                 f"apart ({c.gate_group} images each), and {least} are needed to hold the "
-                f"self-reward against it. Train drawing further, raise gate_group, or begin all "
-                f"the same with --force"
+                f"self-reward against it. Train drawing further, draw more (--set gate_group="
+                f"{2 * c.gate_group}), or begin all the same with --force"
             )
         if not found.correlation >= c.gate_bound and not c.force:  # NaN is refused too
             unsure = found.correlation + 2 * found.stderr >= c.gate_bound
@@ -360,9 +360,14 @@ class CycleRLStage(WorldStage):
                 f"{found.of} groups of {c.gate_group} validation images that the judge tells "
                 f"apart), below {c.gate_bound}: it would "
                 f"reinforce the grounder's mistakes. "
-                + ("That is within its noise: a larger gate_scenes measures it better. " * unsure)
+                + (
+                    "That is within its noise: more scenes measure it better "
+                    f"(--set gate_scenes={4 * c.gate_scenes}). "
+                )
+                * unsure
                 + "Train grounding further, let the reward be the mean over several sampled boxes "
-                "(reward_boxes), or begin all the same with --force"
+                f"(--set reward_boxes={max(2, 2 * c.reward_boxes)}), or begin all the same with "
+                "--force"
             )
         names = ("rank_correlation", "rank_correlation_stderr", "groups")
         told = dict(zip(names, found[:3], strict=True))
