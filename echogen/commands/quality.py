@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from echogen.commands.options import Json, check_evaluates, check_range
+from echogen.commands.options import Json, ModelOptions, check_evaluates, check_range
 from echogen.commands.output import (
     Failure,
     InputError,
@@ -49,11 +49,13 @@ class BenchQuality:
     again: bool = False
     """Forget what is there of the cells named by --cell and run them anew."""
     out: Path | None = None
-    """Folder of the finished cells: bench/results/quality of the checkout if left out."""
+    """Folder of the finished cells: bench/results/quality of the checkout if left out, of another
+    recipe than tiny quality-RECIPE beside it."""
     models: Path | None = None
     """Folder of the runs and models, outside the repository: below the cache if left out."""
-    start: str = "tiny-stage1"
-    """The model of stage 1 that the ablation begins with; {seed} in it stands for the seed."""
+    start: str | None = None
+    """The model of stage 1, of the recipe's shapes, that the ablation begins with, and whose image
+    tokenizer fresh weights take; {seed} in it stands for the seed. tiny has tiny-stage1."""
     llm_layouts: Path | None = None
     """File with one LLM-written JSON layout a line, for the arm of RL data that needs one."""
     scale: float = 1.0
@@ -62,6 +64,8 @@ class BenchQuality:
     """Begin Cycle RL even if the self-reward hardly agrees with the judge."""
     float32: bool = False
     """Train in float32 where the recipe says bfloat16: for CPUs without instructions for it."""
+    device: str = "cpu"
+    """Where cells are trained and evaluated: cpu, cuda or cuda:N."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -88,6 +92,7 @@ class BenchQuality:
             raise InputError("--again: name what to run anew with --cell")
         if self.llm_layouts is not None and not self.llm_layouts.is_file():
             raise InputError(f"--llm-layouts {self.llm_layouts}: no such file")
+        ModelOptions(device=self.device).check()
 
     def _lab(self) -> Lab:
         recipe = find_recipe(self.recipe)
@@ -95,11 +100,16 @@ class BenchQuality:
         from echogen.bench.quality.lab import Lab
         from echogen.engine.cache_folder import cache_folder
 
-        usual = Path(quality.__file__).parents[1] / "results" / "quality"
+        if self.device != "cpu":
+            import torch
+
+            torch.cuda.set_device(self.device)
+        results = "quality" if recipe.name == "tiny" else f"quality-{recipe.name}"
+        usual = Path(quality.__file__).parents[1] / "results" / results
         models = cache_folder() / "quality" / f"{recipe.name}-{self.scale:g}"
         return Lab(
             recipe, self.out or usual, self.models or models, tuple(range(self.seeds)), self.start,
-            self.llm_layouts, self.scale, self.force, self.float32,
+            self.llm_layouts, self.scale, self.force, self.float32, self.device,
             lambda line: print(line, flush=True),
         )  # fmt: skip
 
@@ -125,8 +135,9 @@ class BenchQuality:
         from echogen.bench.quality.records import QualityError
         from echogen.bench.quality.run import run_all
 
-        make_folder(lab.results)
         try:
+            lab.given(chosen[0])  # or every cell would be refused for want of it
+            make_folder(lab.results)
             failed = run_all(lab, chosen, self.again)
             states = {cell.name: lab.state(cell)[0] for cell in chosen}
         except QualityError as error:
