@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,12 @@ def read_record(folder: Path, name: str) -> Record | None:
     if record["cell"] != name:
         raise QualityError(f"{path}: holds the cell {record['cell']!r}; remove or rename it")
     return record
+
+
+def recorded_seeds(folder: Path) -> set[int]:
+    """The seeds of which there are finished cells."""
+    found = (re.fullmatch(r".+-seed(\d+)", path.stem) for path in folder.glob("*.json"))
+    return {int(match[1]) for match in found if match}
 
 
 def precision(record: Record) -> str | None:

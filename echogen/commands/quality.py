@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -25,6 +26,7 @@ from echogen.commands.training import find_recipe
 if TYPE_CHECKING:
     from echogen.bench.quality.cells import Cell
     from echogen.bench.quality.lab import Lab
+    from echogen.bench.quality.report import Table
 
 MOST_SEEDS = 100
 
@@ -32,7 +34,8 @@ MOST_SEEDS = 100
 @dataclass(frozen=True)
 class BenchQuality:
     """Does each stage help? Train and evaluate what is missing of the tables ablation, mask,
-    synergy and RL data, a cell (a run of at most 40 minutes on a CPU) after another."""
+    synergy and RL data, a cell (on a CPU a run of minutes to two hours) after another, and write
+    the tables, with plots and a contact sheet, behind the last."""
 
     recipe: str = "tiny"
     """Which configuration: tiny, small or janus_pro_1b."""
@@ -45,7 +48,8 @@ class BenchQuality:
     listing: Annotated[bool, tyro.conf.arg(name="list")] = False
     """Say how the cells stand and run none."""
     report: bool = False
-    """Write tables, plots and a contact sheet of the finished cells and run none."""
+    """Write tables, plots and a contact sheet of the finished cells, print the tables and run
+    none."""
     again: bool = False
     """Forget what is there of the cells named by --cell and run them anew."""
     out: Path | None = None
@@ -132,7 +136,7 @@ class BenchQuality:
     def _run(self, lab: Lab) -> None:
         chosen = self._chosen(lab)
         check_evaluates()
-        from echogen.bench.quality.records import QualityError
+        from echogen.bench.quality.records import QualityError, recorded_seeds
         from echogen.bench.quality.run import run_all
 
         try:
@@ -140,8 +144,11 @@ class BenchQuality:
             make_folder(lab.results)
             failed = run_all(lab, chosen, self.again)
             states = {cell.name: lab.state(cell)[0] for cell in chosen}
+            # Of all seeds that are there: a run of fewer is not to take them out of the tables.
+            self._write_report(lab, sorted({*lab.seeds, *recorded_seeds(lab.results)}))
         except QualityError as error:
             raise InputError(str(error)) from None
+        print(f"tables of the finished cells written to {lab.results / 'README.md'}")
         if self.json:
             print_json({"cells": states, "failed": failed, "results": str(lab.results)})
         if failed and len(chosen) == 1:
@@ -174,16 +181,25 @@ class BenchQuality:
             print_json({"cells": states, "results": str(lab.results)})
 
     def _report(self, lab: Lab) -> None:
-        from echogen.bench.quality import pictures, report
+        from echogen.bench.quality import report
         from echogen.bench.quality.records import QualityError
 
         make_folder(lab.results)
         try:
-            tables = report.make(lab.results, lab.seeds)
+            tables = self._write_report(lab, lab.seeds)
         except QualityError as error:
             raise InputError(str(error)) from None
-        text = report.markdown(tables)
-        write(lab.results / "README.md", text.encode())
+        print(report.markdown(tables))
+        if self.json:
+            print_json(tables)
+
+    def _write_report(self, lab: Lab, seeds: Iterable[int]) -> dict[str, Table]:
+        """Write tables and pictures of the finished cells of these seeds; the tables. Raises
+        QualityError for a record that cannot be read."""
+        from echogen.bench.quality import pictures, report
+
+        tables = report.make(lab.results, seeds)
+        write(lab.results / "README.md", report.markdown(tables).encode())
         data = json.dumps(finite(tables), indent=1, allow_nan=False)
         write(lab.results / "tables.json", (data + "\n").encode())
         for name, table in tables.items():
@@ -196,6 +212,4 @@ class BenchQuality:
         why = pictures.contact_sheet(lab, sheet)
         if why is not None:
             warn(f"no contact sheet was made: {why}")
-        print(text)
-        if self.json:
-            print_json(tables)
+        return tables

@@ -684,6 +684,7 @@ def test_list_report_and_run(command, finished, tmp_path):
     assert states["rl-data-llm-seed0"] == "blocked"
     code, out, err = command("--cell", TWO, "--json", *where)
     assert code == 0 and json.loads(out.splitlines()[-1])["cells"] == {TWO: "done"}
+    assert json.loads((tmp_path / "results" / "tables.json").read_text())["ablation"]["rows"]
     code, out, err = command("--report", *where)
     assert code == 0 and "# Quality experiments" in out and "(n = 1)" in out
     written = {p.name for p in (tmp_path / "results").iterdir()}
@@ -692,3 +693,18 @@ def test_list_report_and_run(command, finished, tmp_path):
     (tmp_path / "results" / f"{TWO}.json").write_text("{")
     code, out, err = command("--report", *where)
     assert code == 2 and "not valid JSON" in err
+
+
+def test_a_run_ends_with_the_tables_of_all_seeds_that_are_there(command, finished, tmp_path):
+    shutil.copytree(finished[0].results, tmp_path / "results")
+    write_record(tmp_path / "results", hand_made("ablation-stage1-seed2", 0.5), None)
+    where = ("--out", tmp_path / "results", "--models", tmp_path / "models", "--scale", SCALE)
+    code, out, err = command("--cell", "ablation-stage1-seed0", *where)
+    page = tmp_path / "results" / "README.md"
+    assert code == 0 and out.splitlines()[-1] == f"tables of the finished cells written to {page}"
+    assert "| stage 1 | 0, 2 |" in page.read_text() and "no contact sheet was made" in err
+    page.unlink()
+    llm = tmp_path / "llm.jsonl"
+    llm.write_text("{\n")
+    code, out, err = command("--cell", "rl-data-llm-seed0", "--llm-layouts", llm, *where)
+    assert code == 2 and "llm.jsonl" in err and page.is_file()  # whatever failed
