@@ -97,7 +97,7 @@ def _table(table: str, known: dict[str, Cell], records: dict[str, Record]) -> Ta
             if where[0] == "l2i" and where[1] != "fd_vq"
         },
         "missing": [c.name for group in mine.values() for c in group if c.name not in records],
-        "notes": _notes(some, records) + _paces(some, known, records),
+        "notes": _notes(some, records) + _forced(some) + _paces(some, known, records),
     }
 
 
@@ -197,6 +197,21 @@ def _notes(some: list[Record], records: dict[str, Record]) -> list[str]:
             "the seeds share one model of stage 1, so errors are those of what follows it, and "
             "stage 1's own are those of drawing"
         )
+    return notes
+
+
+def _forced(some: list[Record]) -> list[str]:
+    """The cells of Cycle RL whose reward agreed less with the judge than they ask for."""
+    notes = []
+    for r in some:
+        before, config = r.get("before") or {}, r["settings"].get("config", {})
+        found, error = before.get("rank_correlation"), before.get("rank_correlation_stderr")
+        if found is not None and error is not None and found < config.get("gate_bound", found):
+            notes.append(
+                f"{r['cell']} was run with --force: it began with a rank correlation of self-reward"
+                f" and judge of {found:.3f} ± {error:.3f}, below the {config['gate_bound']:g} that "
+                f"Cycle RL asks for"
+            )
     return notes
 
 

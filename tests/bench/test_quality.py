@@ -610,6 +610,18 @@ def test_cells_that_do_not_belong_together_are_named(tmp_path):
     assert f"{THREE} began with another model than {TWO} is now" in notes
 
 
+def test_a_cell_that_was_forced_to_begin_is_named(tmp_path):
+    for seed, found in enumerate((0.235, 0.303)):
+        made = hand_made(f"ablation-stage3-seed{seed}", 0.5)
+        made["settings"]["config"] = {"loop": {"bf16": False}, "gate_bound": 0.3}
+        made["before"] = {"rank_correlation": found, "rank_correlation_stderr": 0.051}
+        write_record(tmp_path, made, None)
+    tables = report.make(tmp_path, (0, 1))
+    for name in ("ablation", "rl-data"):
+        (note,) = (x for x in tables[name]["notes"] if "--force" in x)
+        assert note.startswith(f"{THREE} was run") and "0.235 ± 0.051, below the 0.3 " in note
+
+
 def test_plots_and_contact_sheet(finished, tmp_path):
     pytest.importorskip("matplotlib")
     lab = finished[0]
