@@ -17,7 +17,7 @@ from echogen.engine.images.vision import decode_codes, encode_image, to_images, 
 from echogen.engine.layout import Box, Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import Prompts
-from echogen.train.data.scenes import load_scenes, render
+from echogen.train.data.scenes import load_scenes, load_statistics, render
 from echogen.train.data.shapes import Scene
 from echogen.train.eval.intervals import Estimate, estimate
 from echogen.train.eval.judge import Detection, box_iou, detect
@@ -136,7 +136,9 @@ def evaluate(
     Returns:
         JSON-ready data with ``l2i``, ``i2l``, ``cycle``, ``judge_ceiling`` (accuracy at IoU 0.5 of
         the judge on the true pictures), ``vq_ceiling`` (the L2I table of the true pictures after a
-        round trip through the image tokenizer) and ``count``.
+        round trip through the image tokenizer), ``misread`` (the share of otherwise valid scenes
+        that the judge misread when they were made, and that were drawn again; None: not known of
+        scenes that were cached before it was counted) and ``count``.
     """
     scenes = load_scenes(split, count)
     layouts = layouts_of(scenes, seed)
@@ -155,6 +157,7 @@ def evaluate(
     codes = torch.cat(drawn)
     images = torch.cat([decode_codes(engine.vq, c) for c in codes.split(BATCH)])
     found = [detect(i) for i in to_images(images)]
+    made = load_statistics(split, count)
     tables = {
         "l2i": l2i_table(scenes, layouts, found),
         "i2l": i2l_table([s.boxes() for s in scenes], recovered),
@@ -169,6 +172,7 @@ def evaluate(
                 for i in to_images(decode_codes(engine.vq, c))
             ],
         ),
+        "misread": made.shares()["misread"] if made is not None else None,
         "count": count,
     }
     tables["l2i"]["fd_vq"] = frechet_distance(
