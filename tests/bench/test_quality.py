@@ -38,6 +38,7 @@ from echogen.train.eval.tables import layouts_of
 from echogen.train.parallel import processes
 from echogen.train.recipes import RECIPES
 from echogen.train.run import loop
+from echogen.train.run.loop import TrainingError
 from echogen.train.stages import cycle_rl, passes, world
 from echogen.train.stages.pmtp import PMTPStage
 from echogen.train.stages.vq import build_vq
@@ -204,6 +205,15 @@ def test_steps_are_timed_and_the_best_checkpoint_is_named(tmp_path, task, by, be
     assert 0.04 <= timed.seconds(4)["seconds"] < 0.3  # evaluations take 0.4 s
     assert timed.seconds(8)["seconds"] == pytest.approx(2 * timed.seconds(4)["seconds"], abs=0.002)
     assert timed.seconds(4)["cpu_seconds"] < timed.seconds(4)["seconds"]  # it sleeps
+
+
+def test_a_timed_stage_goes_through_a_step_in_parts_if_its_own_does(small, tmp_path):
+    stage = PMTPStage(PMTP, Engine.from_pretrained(small / "start" / "model").vq)
+    timed, config = Timed(stage, tmp_path / "a", "both"), replace(LOOP, steps=2, accumulate=3)
+    loop.run(timed, config, tmp_path / "a")
+    assert timed.seconds(2)["seconds"] > 0 and timed.ahead == stage.ahead
+    with pytest.raises(TrainingError, match="not made of parts"):
+        loop.run(Timed(Scripted(2), tmp_path / "b", "both"), config, tmp_path / "b")
 
 
 # --- running --------------------------------------------------------------------------------------
