@@ -13,18 +13,26 @@ from echogen.bench.quality import score
 from echogen.bench.quality.cells import (
     FRESH,
     LLM_LAYOUTS,
-    START,
+    STARTS,
     Cell,
     Config,
     cells,
     scaled,
     settings,
 )
-from echogen.bench.quality.records import QualityError, Record, pace, precision, read_record
-from echogen.engine.engine import Engine
+from echogen.bench.quality.records import (
+    QualityError,
+    Record,
+    clock,
+    kind,
+    kind_of,
+    pace,
+    precision_of,
+    read_record,
+)
+from echogen.bench.quality.start import Given, look_at, unlike
 from echogen.train.config import CycleRLConfig, Recipe, differences, to_json
-from echogen.train.data.samples import module_hash
-from echogen.train.start import load_start, model_folder
+from echogen.train.start import model_folder
 from echogen.train.start import read_record as read_stages
 
 
@@ -38,13 +46,15 @@ class Lab:
         models: folder of the runs and of their models.
         seeds: of the cells.
         start: the model of stage 1 that the ablation begins with, and whose image tokenizer the
-            cells with fresh weights take; ``{seed}`` in it stands for the cell's seed.
+            cells with fresh weights take; ``{seed}`` in it stands for the cell's seed. None: the
+            recipe's bundled one, where it has one.
         llm_layouts: file with one LLM-written layout a line, for the arm that needs one.
         scale: of steps and scenes.
         force: begin Cycle RL however little its reward agrees with the judge.
         float32: multiply in float32 where the recipe says bfloat16. It is a cell's machine rather
             than its experiment: a finished cell stands in whichever it was trained, and the tables
             name those of a kind.
+        device: where cells are trained and evaluated, of the machine like ``float32``.
         tell: called with a line about what is being done.
     """
 
@@ -52,19 +62,22 @@ class Lab:
     results: Path
     models: Path
     seeds: tuple[int, ...]
-    start: str = "tiny-stage1"
+    start: str | None = None
     llm_layouts: Path | None = None
     scale: float = 1.0
     force: bool = False
     float32: bool = False
+    device: str = "cpu"
     tell: Callable[[str], None] = print
     cells: dict[str, Cell] = field(init=False)
-    environment: dict[str, Any] = field(init=False, default_factory=environment)
+    environment: dict[str, Any] = field(init=False)
     """Of this process, taken when it began: the commit whose code it runs."""
-    _hashes: dict[tuple[str, bool], str] = field(init=False, default_factory=dict)
+    _looked_at: dict[str, Given] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.cells = cells(self.seeds)
+        self.environment = environment(self.device)
+        self.start = self.start or STARTS.get(self.recipe.name)
 
     def find(self, name: str) -> Cell:
         """The cell of that name. Raises QualityError."""
@@ -75,7 +88,18 @@ class Lab:
     # --- what a cell is -------------------------------------------------------------------------
 
     def given(self, cell: Cell) -> str:
-        """The model of stage 1 that a cell of this seed begins with."""
+        """The model of stage 1 that a cell of this seed begins with.
+
+        Raises:
+            QualityError: none is named, and the recipe has none.
+        """
+        if self.start is None:
+            name = self.recipe.name
+            raise QualityError(
+                f"the recipe {name} has no bundled model of stage 1: make one (`echogen train vq "
+                f"--recipe {name} --out VQ`, then `echogen train pmtp --recipe {name} --vq "
+                f"VQ/model --out RUN`, on a GPU with --device cuda) and name it with --start RUN"
+            )
         return self.start.replace("{seed}", str(cell.seed))
 
     @property
@@ -88,16 +112,16 @@ class Lab:
         )  # fmt: skip
 
     def steps(self, cell: Cell) -> int | None:
-        """Steps of a cell that spends the measured CPU seconds of others: theirs over the seconds
-        a step of its pace. None for every other cell, and where those are not finished."""
+        """Steps of a cell that spends the measured seconds of others (see `clock`): theirs over the
+        seconds a step of its pace. None for every other cell, and where those are not finished."""
         if not cell.budget:
             return None
         pace = self._pace(cell)
         spent = [read_record(self.results, name) for name in cell.budget]
         if pace is None or None in spent:
             return None
-        each = pace["cpu_seconds"] / pace["steps"]
-        return max(1, round(sum(r["cpu_seconds"] for r in spent if r is not None) / each))
+        each = pace[clock(pace)] / pace["steps"]
+        return max(1, round(sum(r[clock(r)] for r in spent if r is not None) / each))
 
     def _pace(self, cell: Cell) -> Record | None:
         return pace(cell, self.cells, lambda name: read_record(self.results, name))
@@ -133,41 +157,48 @@ class Lab:
         if cell.parent is not None:
             record = read_record(self.results, cell.parent)
             return None if record is None else str(record["model"])
-        name, fresh = self.given(cell), cell.start == FRESH
-        if (name, fresh) not in self._hashes:
-            if fresh:
-                found = module_hash(Engine.from_pretrained(model_folder(name)).vq)
-            else:
-                found = load_start(name, "pmtp", any_stage=True).fingerprint
-            self._hashes[name, fresh] = found
-        return self._hashes[name, fresh]
+        given = self._look_at(self.given(cell))
+        return given.tokenizer if cell.start == FRESH else given.weights
+
+    def _look_at(self, name: str) -> Given:
+        if name not in self._looked_at:
+            self._looked_at[name] = look_at(name)
+        return self._looked_at[name]
 
     def check_start(self, cell: Cell) -> None:
-        """Refuse to continue stage 1 from a model that is not of stage 1. Raises QualityError."""
-        if cell.start != START:
+        """Refuse to continue stage 1 from a model that is not of stage 1, and one, or its image
+        tokenizer, that is not of the recipe's shapes. Raises QualityError."""
+        if cell.parent is not None:
             return
-        stages = read_stages(model_folder(self.given(cell)))
-        if stages[-1:] != ("pmtp",):
+        name, fresh = self.given(cell), cell.start == FRESH
+        if odd := unlike(self._look_at(name), self.recipe, fresh):
+            raise QualityError(
+                f"{cell.name}: the model {name} has other shapes than the recipe "
+                f"{self.recipe.name} ({'; '.join(odd)}); name one with --start that `echogen train "
+                f"pmtp --recipe {self.recipe.name}` made"
+            )
+        stages = read_stages(model_folder(name))
+        if not fresh and stages[-1:] != ("pmtp",):
             found = f"comes from stage {stages[-1]}" if stages else "names no stage"
             raise QualityError(
-                f"{cell.name}: the model {self.given(cell)} {found}; the ablation begins with one "
+                f"{cell.name}: the model {name} {found}; the ablation begins with one "
                 f"of stage 1, so name one with --start (`echogen train pmtp` makes it)"
             )
 
     def check_pace(self, cell: Cell) -> None:
-        """Refuse to spend seconds that were measured in one type at the pace of another, or in
-        another. Raises QualityError."""
+        """Refuse to spend seconds that were measured in one type, or on one device, at the pace of
+        another, or in another. Raises QualityError."""
         if not cell.budget:
             return
         found = [self._pace(cell), *(read_record(self.results, name) for name in cell.budget)]
-        types = {record["cell"]: precision(record) for record in found if record is not None}
-        own = "bfloat16" if self.config(cell).loop.bf16 else "float32"
-        if set(types.values()) - {own}:
-            told = ", ".join(f"{name} in {kind}" for name, kind in types.items())
+        kinds = {record["cell"]: kind(record) for record in found if record is not None}
+        own = kind_of(precision_of(self.config(cell).loop.bf16), self.environment["device"])
+        if set(kinds.values()) - {own}:
+            told = ", ".join(f"{name} in {each}" for name, each in kinds.items())
             raise QualityError(
                 f"{cell.name}: it spends the seconds of others in {own}, and they were trained "
-                f"otherwise ({told}); give or leave out --float32 as they did, or run them anew "
-                f"with --cell NAME --again"
+                f"otherwise ({told}); give or leave out --float32 and --device as they did, or run "
+                f"them anew with --cell NAME --again"
             )
 
     # --- how it stands --------------------------------------------------------------------------

@@ -74,9 +74,10 @@ def contact_sheet(lab: Lab, path: Path) -> str | None:
             continue
         scenes = load_scenes("test", COLUMNS)
         layouts = layouts_of(scenes, seed)
-        rows = {"true": [Image.fromarray(x) for x in render(scenes)]}
-        for stem, engine in models.items():
-            assert engine is not None
+        engines = {stem: model for stem, model in models.items() if model is not None}
+        size = engines[STAGES[0]].image_size
+        rows = {"true": [Image.fromarray(x) for x in render(scenes, size)]}
+        for stem, engine in engines.items():
             codes = engine.generate_codes(layouts, seed, None, PLAIN)
             rows[lab.cells[f"{stem}-seed{seed}"].arm] = engine.decode(codes)
         _sheet(rows).save(path)
@@ -91,9 +92,10 @@ def _models(lab: Lab, seed: int) -> dict[str, Engine | None]:
         cell = cells([seed])[f"{stem}-seed{seed}"]
         record = read_record(lab.results, cell.name)
         folder = folder_of(lab, cell) / "model"
-        folder = model_folder(lab.given(cell)) if cell.stage == "none" else folder
+        if cell.stage == "none" and lab.start is not None:
+            folder = model_folder(lab.given(cell))
         there = record is not None and folder.is_dir()
-        engine = Engine.from_pretrained(folder) if there else None
+        engine = Engine.from_pretrained(folder, lab.device) if there else None
         if engine is not None and record is not None:
             same = module_hash(engine.transformer) == record["model"]
             engine = engine if same else None
@@ -102,8 +104,8 @@ def _models(lab: Lab, seed: int) -> dict[str, Engine | None]:
 
 
 def _sheet(rows: dict[str, list[Image.Image]]) -> Image.Image:
-    """Labelled rows of pictures, each twice its size."""
-    side = 2 * SIDE
+    """Labelled rows of pictures, small ones at twice their size."""
+    side = max(2 * SIDE, next(iter(rows.values()))[0].width)
     wide = LEFT + COLUMNS * (side + EDGE) + EDGE
     sheet = Image.new("RGB", (wide, len(rows) * (side + EDGE) + EDGE), "white")
     pen = ImageDraw.Draw(sheet)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,29 +52,63 @@ def read_record(folder: Path, name: str) -> Record | None:
     return record
 
 
+def recorded_seeds(folder: Path) -> set[int]:
+    """The seeds of which there are finished cells."""
+    found = (re.fullmatch(r".+-seed(\d+)", path.stem) for path in folder.glob("*.json"))
+    return {int(match[1]) for match in found if match}
+
+
 def precision(record: Record) -> str | None:
     """What a cell's training multiplied in, "bfloat16" or "float32"; None: it had none."""
     config = record["settings"].get("config")
-    return config and ("bfloat16" if config["loop"]["bf16"] else "float32")
+    return config and precision_of(config["loop"]["bf16"])
+
+
+def precision_of(bf16: bool) -> str:
+    """The name of the type that a loop multiplies in."""
+    return "bfloat16" if bf16 else "float32"
+
+
+def clock(record: Record) -> str:
+    """By which of its numbers a cell's compute is counted: CPU seconds, which leave out what else
+    the machine did, or on a GPU, of whose work they tell nothing, wall "seconds" of its steps."""
+    found: str = record.get("clock", "cpu_seconds")  # early records are of a CPU, and do not say
+    return found
+
+
+def device(record: Record) -> str:
+    """Where a cell was trained: "cpu", or a GPU's name."""
+    places: list[dict[str, str]] = record.get("trained_in") or [record["environment"]]
+    return places[-1]["device"]
+
+
+def kind(record: Record) -> str | None:
+    """What seconds a step are compared within: a type, and off the CPU the device."""
+    return (found := precision(record)) and kind_of(found, device(record))
+
+
+def kind_of(precision: str, device: str) -> str:
+    """See `kind`."""
+    return precision if device == "cpu" else f"{precision} on {device}"
 
 
 def pace(
     cell: Cell, known: Mapping[str, Cell], read: Callable[[str], Record | None]
 ) -> Record | None:
     """The record whose seconds a step turn a cell's budget into steps: that of its own seed, or,
-    where this was trained in another type than the budget was, of the first seed's that was not.
-    Steps of all seeds cost the same, those of two types do not.
+    where this was trained in another type than the budget was, or on another device, of the first
+    seed's that was not. Steps of all seeds cost the same, those of two types or devices do not.
 
     Args:
         known: all cells, by name.
         read: gives a finished cell's record, None where there is none.
     """
-    own, spent = read(cell.pace), [precision(r) for name in cell.budget if (r := read(name))]
-    if own is None or precision(own) in spent:
+    own, spent = read(cell.pace), [kind(r) for name in cell.budget if (r := read(name))]
+    if own is None or kind(own) in spent:
         return own
     stem = known[cell.pace].stem
     others = (read(name) for name, other in known.items() if other.stem == stem)
-    return next((r for r in others if r is not None and precision(r) in spent), own)
+    return next((r for r in others if r is not None and kind(r) in spent), own)
 
 
 def write_record(folder: Path, record: Record, log: Path | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from echogen.bench.quality.cells import COMPARED, RENAMED, ROWS, Cell, cells
-from echogen.bench.quality.records import Record, pace, precision, read_record
+from echogen.bench.quality.records import Record, clock, device, pace, precision, read_record
 
 TITLES = {
     "ablation": "Ablation: does each stage help?",
@@ -97,7 +97,7 @@ def _table(table: str, known: dict[str, Cell], records: dict[str, Record]) -> Ta
             if where[0] == "l2i" and where[1] != "fd_vq"
         },
         "missing": [c.name for group in mine.values() for c in group if c.name not in records],
-        "notes": _notes(some, records) + _paces(some, known, records),
+        "notes": _notes(some, records) + _forced(some) + _paces(some, known, records),
     }
 
 
@@ -130,7 +130,7 @@ def _row(stem: str, arm: str, by_seed: dict[int, Record]) -> dict[str, Any]:
             for at in AT
         },
         "spent": {
-            name: mean_and_error([float(r[name]) for r in records])
+            name: mean_and_error([float(r[name]) for r in records if name not in _untold(r)])
             for name in ("steps", "samples", "drawn", "seconds", "cpu_seconds")
         },
         "sampling": [r["evaluation"]["best"]["sampling"] for r in records],
@@ -140,6 +140,11 @@ def _row(stem: str, arm: str, by_seed: dict[int, Record]) -> dict[str, Any]:
             _commit(place) for r in records for place in r.get("trained_in", [r["environment"]])
         ],
     }
+
+
+def _untold(record: Record) -> tuple[str, ...]:
+    """What is not told of a cell's compute, since it would mean nothing."""
+    return () if clock(record) == "cpu_seconds" else ("cpu_seconds",)
 
 
 def _commit(place: dict[str, Any]) -> str:
@@ -173,6 +178,13 @@ def _notes(some: list[Record], records: dict[str, Record]) -> list[str]:
     if all(types.values()):
         fewer = min(TYPES, key=lambda kind: len(types[kind]))
         notes.append(f"trained in {fewer}, the others not: {', '.join(types[fewer])}")
+    away = [(device(r), r["cell"]) for r in some if clock(r) == "seconds"]
+    for name in dict.fromkeys(name for name, _ in away):
+        cells = ", ".join(cell for other, cell in away if other == name)
+        notes.append(
+            f"trained on {name}, where what is spent is counted in seconds of steps (wall), as CPU "
+            f"seconds tell nothing of it: {cells}"
+        )
     if any(r["scale"] != 1 for r in some):
         notes.append("scaled down: made to try the experiments out, they mean nothing")
     for r in some:
@@ -185,6 +197,21 @@ def _notes(some: list[Record], records: dict[str, Record]) -> list[str]:
             "the seeds share one model of stage 1, so errors are those of what follows it, and "
             "stage 1's own are those of drawing"
         )
+    return notes
+
+
+def _forced(some: list[Record]) -> list[str]:
+    """The cells of Cycle RL whose reward agreed less with the judge than they ask for."""
+    notes = []
+    for r in some:
+        before, config = r.get("before") or {}, r["settings"].get("config", {})
+        found, error = before.get("rank_correlation"), before.get("rank_correlation_stderr")
+        if found is not None and error is not None and found < config.get("gate_bound", found):
+            notes.append(
+                f"{r['cell']} was run with --force: it began with a rank correlation of self-reward"
+                f" and judge of {found:.3f} ± {error:.3f}, below the {config['gate_bound']:g} that "
+                f"Cycle RL asks for"
+            )
     return notes
 
 
@@ -270,8 +297,9 @@ def _spent(rows: list[dict[str, Any]]) -> str:
                  ("steps", "samples", "drawn", "seconds", "cpu_seconds")]  # fmt: skip
         settings = [f"{s['temperature']:g}, {s['cfg']:g}" for s in r["sampling"]]
         commits = sorted(set(r["commits"]))
-        lines.append([r["arm"], *(f"{x:.0f}" for x in spent), _list(r["checkpoints"]),
-                      "; ".join(settings), ", ".join(commits)])  # fmt: skip
+        numbers = ["–" if x is None else f"{x:.0f}" for x in spent]
+        lines.append([r["arm"], *numbers, _list(r["checkpoints"]), "; ".join(settings),
+                      ", ".join(commits)])  # fmt: skip
     return _grid(
         ["arm", "steps", "true images", "drawn images", "seconds of steps", "CPU seconds",
          "checkpoints", "best T, CFG", "commits"],

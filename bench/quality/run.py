@@ -121,7 +121,7 @@ def _finish(lab: Lab, cell: Cell) -> None:
     """Train and evaluate a cell, and write its record."""
     run = folder_of(lab, cell) / "run"
     if cell.stage == "none":
-        begun = load_start(lab.given(cell), "pmtp")
+        begun = load_start(lab.given(cell), "pmtp", device=lab.device)
         engine, log = begun.engine, None
         trained: dict[str, Any] = {
             "start": {"fingerprint": begun.fingerprint, "stages": list(begun.stages)},
@@ -129,12 +129,13 @@ def _finish(lab: Lab, cell: Cell) -> None:
         }
     else:
         trained = dict(trained_model(lab, cell))
-        engine, log = Engine.from_pretrained(folder_of(lab, cell) / "model"), run / "metrics.jsonl"
+        engine = Engine.from_pretrained(folder_of(lab, cell) / "model", lab.device)
+        log = run / "metrics.jsonl"
     lab.tell(f"{cell.name}: evaluating")
     found = score.measure(engine, lab.sizes, cell.seed, choose=cell.task != "i2l")
     start = {"cell": cell.parent, **trained.pop("start")}
-    if cell.parent is None and "/" not in lab.start:
-        start["model"] = lab.given(cell)  # a bundled name; a path would mean nothing elsewhere
+    if cell.parent is None and "/" not in (name := lab.given(cell)):
+        start["model"] = name  # a bundled name; a path would mean nothing elsewhere
     record: Record = {
         "cell": cell.name,
         "arm": cell.arm,
@@ -170,14 +171,20 @@ def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
         told: dict[str, Any] = json.loads(mark.read_text())
         return told
     config = lab.config(cell)
-    stage, start = build(cell, config, _beginning(lab, cell))
     run = folder / "run"
     if not (run / "state.pt").is_file():  # what was timed and kept belongs to no state
         shutil.rmtree(run, ignore_errors=True)
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(begun, wanted)
     places = run / "environments.json"  # of every process that had a part in it
     there = json.loads(places.read_text()) if places.is_file() else []
+    here = lab.environment["device"]
+    if there and there[-1]["device"] != here:  # its seconds would be of both
+        raise QualityError(
+            f"{cell.name}: its run in {folder} began on {there[-1]['device']}, and this is {here}; "
+            f"go on there (--device), or begin it anew with --cell {cell.name} --again"
+        )
+    stage, start = build(cell, config, _beginning(lab, cell), lab.device)
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(begun, wanted)
     if lab.environment not in there:
         write_json(places, [*there, lab.environment])
     lab.tell(f"{cell.name}: {config.loop.steps} steps of {cell.stage} in {folder}")
@@ -193,6 +200,7 @@ def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
         "samples": shown,
         "drawn": drawn,
         **timed.seconds(config.loop.steps),
+        "clock": timed.clock,
         "checkpoint": checkpoint(log, timed.selects),
         "trained_in": json.loads(places.read_text()),
         # What Cycle RL finds out before its first step: how its reward agrees with the judge.

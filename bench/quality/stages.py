@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import JanusVQVAE
 
@@ -40,23 +42,27 @@ class OneTaskStage(PMTPStage):
         return [asked._replace(draw=None) for asked in every]
 
 
-def build(cell: Cell, config: Config, start: Path | str) -> tuple[Stage, dict[str, Any]]:
+def build(
+    cell: Cell, config: Config, start: Path | str, device: str = "cpu"
+) -> tuple[Stage, dict[str, Any]]:
     """The stage of a cell, and what is recorded of its beginning.
 
     Args:
         start: the model it begins with, or (fresh weights) whose image tokenizer it takes.
+        device: where it is trained.
 
     Raises:
         StateError: a model of another stage.
         CheckpointError: a model that does not load.
     """
     if isinstance(config, PMTPConfig):
-        vq = Engine.from_pretrained(model_folder(start)).vq
+        vq = Engine.from_pretrained(model_folder(start), device).vq
         told = {"fingerprint": module_hash(vq), "stages": []}
         if cell.task == "both":
             return PMTPStage(config, vq), told
         return OneTaskStage(config, vq, cell.task), told
-    begun = load_start(start, "djo" if isinstance(config, CycleRLConfig) else "pmtp")
+    after = "djo" if isinstance(config, CycleRLConfig) else "pmtp"
+    begun = load_start(start, after, device=device)
     told = {"fingerprint": begun.fingerprint, "stages": list(begun.stages)}
     if isinstance(config, DJOConfig):
         return DJOStage(config, begun), told
@@ -66,7 +72,8 @@ def build(cell: Cell, config: Config, start: Path | str) -> tuple[Stage, dict[st
 class Timed:
     """A stage whose optimizer steps are timed, evaluations left out.
 
-    The clock lies in the run's folder, so that a resumed run goes on with it. The checkpoint that
+    The clock lies in the run's folder, so that a resumed run goes on with it; on a GPU a step ends
+    when the device is through with it, and wall seconds count (``clock``). The checkpoint that
     the loop exports is the best on validation by the stage's own number where it has one, else by
     the judge's IoU (grounding alone: by its own).
     """
@@ -75,6 +82,9 @@ class Timed:
         self.stage = stage
         usual = "ground_iou" if task == "i2l" else "judge_iou"
         self.selects: str = getattr(stage, "selects", None) or usual
+        self._device = next(stage.module.parameters()).device
+        self.clock = "seconds" if self._device.type == "cuda" else "cpu_seconds"
+        """The name of the number that compute is counted by."""
         self._path, self._began = folder / "clock.json", (0.0, 0.0)
         self._clock = {"steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
         if self._path.is_file():
@@ -99,9 +109,26 @@ class Timed:
         self._began = (time.perf_counter(), time.process_time())
         return self.stage.loss(step)
 
+    def __getattr__(self, name: str) -> Any:
+        """What a stage may have besides (see `Stage`), as far as its steps need it."""
+        if name not in ("ahead", "loss_part"):
+            raise AttributeError(name)
+        found = getattr(self.stage, name)
+        return self._timed(found) if name == "loss_part" else found
+
+    def _timed(self, loss_part: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(step: int, part: int, parts: int) -> tuple[Tensor, dict[str, float]]:
+            if part == 0:
+                self._began = (time.perf_counter(), time.process_time())
+            return loss_part(step, part, parts)
+
+        return timed
+
     def after_step(self, step: int) -> None:
         """Called behind the optimizer: from ``loss`` to here is one step."""
         self.stage.after_step(step)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
         self._clock["steps"] += 1
         self._clock["seconds"] += time.perf_counter() - self._began[0]
         self._clock["cpu_seconds"] += time.process_time() - self._began[1]

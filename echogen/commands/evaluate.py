@@ -107,6 +107,9 @@ class Eval:
         judge = data.get("judge_ceiling")
         if isinstance(judge, float):
             print(f"judge ceiling: accuracy at IoU 0.5 on the true pictures {judge:.3f}")
+        misread = data.get("misread")
+        if isinstance(misread, float):
+            print(f"scenes that the judge misread when they were made, drawn again: {misread:.1%}")
 
 
 def _number(value: float | None) -> str:

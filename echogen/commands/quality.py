@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from echogen.commands.options import Json, check_evaluates, check_range
+from echogen.commands.options import Json, ModelOptions, check_evaluates, check_range
 from echogen.commands.output import (
     Failure,
     InputError,
@@ -25,6 +26,7 @@ from echogen.commands.training import find_recipe
 if TYPE_CHECKING:
     from echogen.bench.quality.cells import Cell
     from echogen.bench.quality.lab import Lab
+    from echogen.bench.quality.report import Table
 
 MOST_SEEDS = 100
 
@@ -32,7 +34,8 @@ MOST_SEEDS = 100
 @dataclass(frozen=True)
 class BenchQuality:
     """Does each stage help? Train and evaluate what is missing of the tables ablation, mask,
-    synergy and RL data, a cell (a run of at most 40 minutes on a CPU) after another."""
+    synergy and RL data, a cell (on a CPU a run of minutes to two hours) after another, and write
+    the tables, with plots and a contact sheet, behind the last."""
 
     recipe: str = "tiny"
     """Which configuration: tiny, small or janus_pro_1b."""
@@ -45,15 +48,18 @@ class BenchQuality:
     listing: Annotated[bool, tyro.conf.arg(name="list")] = False
     """Say how the cells stand and run none."""
     report: bool = False
-    """Write tables, plots and a contact sheet of the finished cells and run none."""
+    """Write tables, plots and a contact sheet of the finished cells, print the tables and run
+    none."""
     again: bool = False
     """Forget what is there of the cells named by --cell and run them anew."""
     out: Path | None = None
-    """Folder of the finished cells: bench/results/quality of the checkout if left out."""
+    """Folder of the finished cells: bench/results/quality of the checkout if left out, of another
+    recipe than tiny quality-RECIPE beside it."""
     models: Path | None = None
     """Folder of the runs and models, outside the repository: below the cache if left out."""
-    start: str = "tiny-stage1"
-    """The model of stage 1 that the ablation begins with; {seed} in it stands for the seed."""
+    start: str | None = None
+    """The model of stage 1, of the recipe's shapes, that the ablation begins with, and whose image
+    tokenizer fresh weights take; {seed} in it stands for the seed. tiny has tiny-stage1."""
     llm_layouts: Path | None = None
     """File with one LLM-written JSON layout a line, for the arm of RL data that needs one."""
     scale: float = 1.0
@@ -62,6 +68,8 @@ class BenchQuality:
     """Begin Cycle RL even if the self-reward hardly agrees with the judge."""
     float32: bool = False
     """Train in float32 where the recipe says bfloat16: for CPUs without instructions for it."""
+    device: str = "cpu"
+    """Where cells are trained and evaluated: cpu, cuda or cuda:N."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -88,6 +96,7 @@ class BenchQuality:
             raise InputError("--again: name what to run anew with --cell")
         if self.llm_layouts is not None and not self.llm_layouts.is_file():
             raise InputError(f"--llm-layouts {self.llm_layouts}: no such file")
+        ModelOptions(device=self.device).check()
 
     def _lab(self) -> Lab:
         recipe = find_recipe(self.recipe)
@@ -95,11 +104,16 @@ class BenchQuality:
         from echogen.bench.quality.lab import Lab
         from echogen.engine.cache_folder import cache_folder
 
-        usual = Path(quality.__file__).parents[1] / "results" / "quality"
+        if self.device != "cpu":
+            import torch
+
+            torch.cuda.set_device(self.device)
+        results = "quality" if recipe.name == "tiny" else f"quality-{recipe.name}"
+        usual = Path(quality.__file__).parents[1] / "results" / results
         models = cache_folder() / "quality" / f"{recipe.name}-{self.scale:g}"
         return Lab(
             recipe, self.out or usual, self.models or models, tuple(range(self.seeds)), self.start,
-            self.llm_layouts, self.scale, self.force, self.float32,
+            self.llm_layouts, self.scale, self.force, self.float32, self.device,
             lambda line: print(line, flush=True),
         )  # fmt: skip
 
@@ -122,15 +136,19 @@ class BenchQuality:
     def _run(self, lab: Lab) -> None:
         chosen = self._chosen(lab)
         check_evaluates()
-        from echogen.bench.quality.records import QualityError
+        from echogen.bench.quality.records import QualityError, recorded_seeds
         from echogen.bench.quality.run import run_all
 
-        make_folder(lab.results)
         try:
+            lab.given(chosen[0])  # or every cell would be refused for want of it
+            make_folder(lab.results)
             failed = run_all(lab, chosen, self.again)
             states = {cell.name: lab.state(cell)[0] for cell in chosen}
+            # Of all seeds that are there: a run of fewer is not to take them out of the tables.
+            self._write_report(lab, sorted({*lab.seeds, *recorded_seeds(lab.results)}))
         except QualityError as error:
             raise InputError(str(error)) from None
+        print(f"tables of the finished cells written to {lab.results / 'README.md'}")
         if self.json:
             print_json({"cells": states, "failed": failed, "results": str(lab.results)})
         if failed and len(chosen) == 1:
@@ -163,16 +181,25 @@ class BenchQuality:
             print_json({"cells": states, "results": str(lab.results)})
 
     def _report(self, lab: Lab) -> None:
-        from echogen.bench.quality import pictures, report
+        from echogen.bench.quality import report
         from echogen.bench.quality.records import QualityError
 
         make_folder(lab.results)
         try:
-            tables = report.make(lab.results, lab.seeds)
+            tables = self._write_report(lab, lab.seeds)
         except QualityError as error:
             raise InputError(str(error)) from None
-        text = report.markdown(tables)
-        write(lab.results / "README.md", text.encode())
+        print(report.markdown(tables))
+        if self.json:
+            print_json(tables)
+
+    def _write_report(self, lab: Lab, seeds: Iterable[int]) -> dict[str, Table]:
+        """Write tables and pictures of the finished cells of these seeds; the tables. Raises
+        QualityError for a record that cannot be read."""
+        from echogen.bench.quality import pictures, report
+
+        tables = report.make(lab.results, seeds)
+        write(lab.results / "README.md", report.markdown(tables).encode())
         data = json.dumps(finite(tables), indent=1, allow_nan=False)
         write(lab.results / "tables.json", (data + "\n").encode())
         for name, table in tables.items():
@@ -185,6 +212,4 @@ class BenchQuality:
         why = pictures.contact_sheet(lab, sheet)
         if why is not None:
             warn(f"no contact sheet was made: {why}")
-        print(text)
-        if self.json:
-            print_json(tables)
+        return tables

@@ -5,34 +5,46 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 from echogen.bench.quality import cells as declared
+from echogen.bench.quality import lab as lab_module
 from echogen.bench.quality import pictures, report, run, score
 from echogen.bench.quality.cells import COMPARED, FRESH, ROWS, START, cells
 from echogen.bench.quality.lab import Lab
-from echogen.bench.quality.records import QualityError, read_record, write_record
+from echogen.bench.quality.records import QualityError, device, read_record, write_record
 from echogen.bench.quality.run import held, run_all, run_cell
 from echogen.bench.quality.stages import OneTaskStage, Timed, build, checkpoint
+from echogen.bench.quality.start import look_at, unlike
 from echogen.cli import main
 from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
+from echogen.engine.model import additive_mask
 from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, Recipe, VQConfig
 from echogen.train.data import samples as data
 from echogen.train.data import scenes
+from echogen.train.data.packing import visibility
 from echogen.train.eval.tables import layouts_of
 from echogen.train.parallel import processes
+from echogen.train.recipes import RECIPES
 from echogen.train.run import loop
-from echogen.train.stages import cycle_rl, world
+from echogen.train.run.loop import TrainingError
+from echogen.train.stages import cycle_rl, passes, world
 from echogen.train.stages.pmtp import PMTPStage
 from echogen.train.stages.vq import build_vq
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
+from away import AWAY, Away, Machine, is_away, send
 
 LOOP = LoopConfig(
     steps=4, lr=2e-3, warmup=2, log_every=1, eval_every=4, save_every=2, threads=1, bf16=False
@@ -63,7 +75,8 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             patch.setattr(module, "world_version", lambda: version)
         patch.setattr(world, "VAL_SAMPLES", 4)
         patch.setattr(cycle_rl, "VAL_LAYOUTS", 4)
-        patch.setattr(declared, "STEPS", {"pmtp": 2200, "djo": 900, "cycle-rl": 240})  # of SCALE
+        steps = {"pmtp": 2200, "djo": 900, "cycle-rl": 240}  # of which SCALE is taken
+        patch.setattr(declared, "STEPS", {"small": steps})
         patch.setattr(score, "GRID", (Sampling(0.5, 1.0), Sampling(1.0, 2.0)))
         torch.manual_seed(0)  # of the image tokenizer
         loop.run(PMTPStage(PMTP, build_vq(RECIPE.vq, PMTP.width)), LOOP, folder / "start")
@@ -111,17 +124,20 @@ def test_cells_come_in_the_order_of_the_tables_and_after_what_they_begin_with():
 
 
 def test_the_arms_of_one_seed_differ_in_what_they_are_named_for_only():
-    known = cells([2])
+    known, recipe = cells([2]), replace(RECIPE, name="tiny")
     two, control = (
-        declared.settings(known[f"ablation-{arm}-seed2"], RECIPE) for arm in ("stage2", "samples")
+        declared.settings(known[f"ablation-{arm}-seed2"], recipe) for arm in ("stage2", "samples")
     )
     assert replace(two, loop_weight=0.0) == control and two.loop.seed == 2
-    isolated = declared.settings(known["mask-isolated-seed2"], RECIPE)
-    assert replace(isolated, mask="shared") == declared.settings(known["mask-shared-seed2"], RECIPE)
-    assert isolated == declared.settings(known["synergy-i2l-seed2"], RECIPE)
-    assert declared.samples(two) == (declared.STEPS["djo"] * 3, 0)
-    rl = declared.settings(known["ablation-stage3-seed2"], RECIPE)
-    assert declared.samples(rl) == (0, declared.STEPS["cycle-rl"] * 2 * 2) and not rl.force
+    isolated = declared.settings(known["mask-isolated-seed2"], recipe)
+    assert replace(isolated, mask="shared") == declared.settings(known["mask-shared-seed2"], recipe)
+    assert isolated == declared.settings(known["synergy-i2l-seed2"], recipe)
+    steps = declared.STEPS["tiny"]
+    assert declared.samples(two) == (steps["djo"] * 3, 0)
+    rl = declared.settings(known["ablation-stage3-seed2"], recipe)
+    assert declared.samples(rl) == (0, steps["cycle-rl"] * 2 * 2) and not rl.force
+    another = replace(RECIPE, name="another")  # has no steps but its own
+    assert declared.settings(known["ablation-stage2-seed2"], another).loop.steps == LOOP.steps
 
 
 def test_one_task_alone_learns_from_what_it_has_in_company(small):
@@ -189,6 +205,15 @@ def test_steps_are_timed_and_the_best_checkpoint_is_named(tmp_path, task, by, be
     assert 0.04 <= timed.seconds(4)["seconds"] < 0.3  # evaluations take 0.4 s
     assert timed.seconds(8)["seconds"] == pytest.approx(2 * timed.seconds(4)["seconds"], abs=0.002)
     assert timed.seconds(4)["cpu_seconds"] < timed.seconds(4)["seconds"]  # it sleeps
+
+
+def test_a_timed_stage_goes_through_a_step_in_parts_if_its_own_does(small, tmp_path):
+    stage = PMTPStage(PMTP, Engine.from_pretrained(small / "start" / "model").vq)
+    timed, config = Timed(stage, tmp_path / "a", "both"), replace(LOOP, steps=2, accumulate=3)
+    loop.run(timed, config, tmp_path / "a")
+    assert timed.seconds(2)["seconds"] > 0 and timed.ahead == stage.ahead
+    with pytest.raises(TrainingError, match="not made of parts"):
+        loop.run(Timed(Scripted(2), tmp_path / "b", "both"), config, tmp_path / "b")
 
 
 # --- running --------------------------------------------------------------------------------------
@@ -374,6 +399,27 @@ def test_the_ablation_begins_with_stage_1(copied):
     assert state == "changed" and "--start" in why and "--start" not in copied.state(cell)[1]
 
 
+@pytest.mark.parametrize(
+    ("name", "wider", "odd"),
+    [
+        (TWO, {"layers": 3, "mlp_width": 96}, "layers 2, not 3; mlp width 64, not 96"),
+        ("mask-isolated-seed0", {"width": 64, "layers": 3}, "width 32, not 64"),
+    ],
+)
+def test_a_start_of_other_shapes_is_refused(small, tmp_path, name, wider, odd):
+    """Fresh weights take its image tokenizer alone."""
+    lab = replace(make_lab(small, tmp_path), recipe=replace(RECIPE, pmtp=replace(PMTP, **wider)))
+    with pytest.raises(QualityError, match=rf"has other shapes than the recipe small \({odd}\)"):
+        run_cell(lab, lab.find(name))
+
+
+def test_the_bundled_start_is_of_its_recipe():
+    given = look_at(declared.STARTS["tiny"])
+    assert not unlike(given, RECIPES["tiny"](), fresh=False)
+    odd = unlike(given, RECIPES["small"](), fresh=True)
+    assert odd[:2] == ["image size 64, not 128", "image tokens 64, not 256"]
+
+
 def test_one_process_at_a_time(copied):
     cell = copied.find(TWO)
     with held(copied, cell), pytest.raises(QualityError, match=f"process {os.getpid()} on "):
@@ -387,6 +433,107 @@ def test_diversity(small):
     assert same["distinct_codes"] == 1 and same["pixel_distance"] == pytest.approx(0, abs=1e-6)
     varied = score.diversity(engine, layouts, 3, 0, score.PLAIN)
     assert 1 < varied["distinct_codes"] <= 3 and 0 < varied["pixel_distance"] < 1
+
+
+# --- on a GPU -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """A GPU that is not there (see `away`), with the models that were loaded for it; its steps are
+    waited for by `torch.cuda.synchronize`, which is noted among them."""
+    usual, to, noted = Engine.from_pretrained, nn.Module.to, []
+
+    def load(model: str | Path, device: str | torch.device = "cpu") -> Engine:
+        engine = usual(model)
+        if is_away(device):
+            for module in (engine.transformer, engine.vq, engine.siglip):
+                send(module)
+            engine.refresh()
+            noted.append(engine)
+        return engine
+
+    def move(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        if not (args and args[0] == AWAY):
+            return to(module, *args, **kwargs)
+        send(module)
+        return module
+
+    dense = lambda batch, x: additive_mask(visibility(batch), x.dtype)  # noqa: E731
+    here = lab_module.environment
+    named = lambda device: here() | {"device": "a GPU" if is_away(device) else device}  # noqa: E731
+    monkeypatch.setattr(passes, "attention_mask", dense)  # without FlexAttention
+    monkeypatch.setattr(Engine, "from_pretrained", load)
+    monkeypatch.setattr(nn.Module, "to", move)
+    monkeypatch.setattr(lab_module, "environment", named)
+    monkeypatch.setattr(torch.cuda, "synchronize", noted.append)
+    with Machine(), torch.serialization.safe_globals([Away]):  # of states
+        yield noted
+
+
+@pytest.mark.parametrize("name", ["mask-isolated-seed0", TWO])
+def test_a_cell_is_trained_and_evaluated_on_a_gpu(small, tmp_path, gpu, name, monkeypatch):
+    monkeypatch.setattr(declared, "STEPS", {"small": {"pmtp": 400, "djo": 400}})  # two
+    monkeypatch.setattr(score, "GRID", ())
+    lab = replace(make_lab(small, tmp_path), device="cuda")
+    run_cell(lab, lab.find(name))
+    record = read_record(lab.results, name)
+    assert record is not None and record["environment"]["device"] == "a GPU"
+    assert record["clock"] == "seconds" and device(record) == "a GPU"
+    trained, evaluated = (x for x in gpu if isinstance(x, Engine))
+    assert trained.device == evaluated.device == AWAY
+    assert [x for x in gpu if not isinstance(x, Engine)] == [AWAY] * record["steps"]
+
+
+def test_a_run_that_began_on_another_device_is_not_gone_on_with(small, tmp_path, monkeypatch):
+    lab, cell = make_lab(small, tmp_path), cells([0])[TWO]
+    monkeypatch.setattr(processes, "save_state", lives(processes.save_state, 1))
+    with pytest.raises(KeyboardInterrupt):
+        run_cell(lab, cell)
+    lab.environment = lab.environment | {"device": "a GPU"}
+    with pytest.raises(QualityError, match=r"began on cpu, and this is a GPU; .* --again"):
+        run_cell(lab, cell)
+
+
+def lives(work: Callable[..., Any], times: int) -> Callable[..., Any]:
+    """The work, until it has been done so often; then Ctrl-C."""
+    left = iter(range(times))
+
+    def once(*arguments: Any, **named: Any) -> Any:
+        work(*arguments, **named)
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return None
+
+    return once
+
+
+def test_seconds_on_a_gpu_are_those_of_the_clock(small, tmp_path):
+    lab = make_lab(small, tmp_path)
+    cell = lab.find("ablation-seconds2-seed0")
+
+    def keep(stem: str, **told: Any) -> None:
+        made = hand_made(f"ablation-{stem}-seed0", 0.5) | {"cpu_seconds": 1.0, "steps": 4} | told
+        made["settings"]["config"] = {"loop": {"bf16": False}}
+        write_record(lab.results, made, None)
+
+    there = {"clock": "seconds", "trained_in": [{"commit": "1", "device": "a GPU"}]}
+    keep("stage2", seconds=12.0, **there)
+    keep("samples", seconds=8.0, **there)
+    assert lab.steps(cell) == 6
+    with pytest.raises(QualityError, match=r"in float32, and .*stage2-seed0 in float32 on a GPU"):
+        lab.check_pace(cell)  # which would be run on a CPU
+    lab.environment = lab.environment | {"device": "a GPU"}
+    lab.check_pace(cell)
+    keep("samples", seconds=8.0)
+    with pytest.raises(QualityError, match="ablation-samples-seed0 in float32, "):
+        lab.check_pace(cell)
+    table = report.make(lab.results, (0,))["ablation"]
+    rows = {row["stem"]: row["spent"]["cpu_seconds"]["mean"] for row in table["rows"]}
+    assert rows["ablation-stage2"] is None and rows["ablation-samples"] == 1
+    (note,) = (x for x in table["notes"] if "a GPU" in x)
+    assert "seconds of steps (wall)" in note and note.endswith(": ablation-stage2-seed0")
+    assert "| 4 | 28800 | 0 | 12 | – |" in report.markdown({"ablation": table})
 
 
 # --- the report -----------------------------------------------------------------------------------
@@ -411,7 +558,7 @@ def hand_made(name: str, ap: float, task: str = "both", start: str = "s") -> dic
         "steps": 900, "samples": 28800, "drawn": 0, "seconds": 1000.0, "cpu_seconds": 900.0,
         "checkpoint": {"step": 900}, "before": {"rank_correlation": 0.25},
         "evaluation": {"plain": tables(ap), "best": tables(ap + 0.1)},
-        "environment": {"commit": "0123456789abcdef", "dirty": True},
+        "environment": {"commit": "0123456789abcdef", "dirty": True, "device": "cpu"},
     }  # fmt: skip
 
 
@@ -473,6 +620,18 @@ def test_cells_that_do_not_belong_together_are_named(tmp_path):
     assert f"{THREE} began with another model than {TWO} is now" in notes
 
 
+def test_a_cell_that_was_forced_to_begin_is_named(tmp_path):
+    for seed, found in enumerate((0.235, 0.303)):
+        made = hand_made(f"ablation-stage3-seed{seed}", 0.5)
+        made["settings"]["config"] = {"loop": {"bf16": False}, "gate_bound": 0.3}
+        made["before"] = {"rank_correlation": found, "rank_correlation_stderr": 0.051}
+        write_record(tmp_path, made, None)
+    tables = report.make(tmp_path, (0, 1))
+    for name in ("ablation", "rl-data"):
+        (note,) = (x for x in tables[name]["notes"] if "--force" in x)
+        assert note.startswith(f"{THREE} was run") and "0.235 ± 0.051, below the 0.3 " in note
+
+
 def test_plots_and_contact_sheet(finished, tmp_path):
     pytest.importorskip("matplotlib")
     lab = finished[0]
@@ -520,11 +679,20 @@ def command(
         (("--again",), "--again: name what to run anew"),
         (("--list", "--report"), "choose one"),
         (("--llm-layouts", "no.jsonl"), "--llm-layouts no.jsonl: no such file"),
+        (("--device", "cuda:7"), "--device cuda:7: PyTorch sees 0 CUDA devices; use cpu"),
     ],
 )
 def test_bad_names_and_numbers_are_refused(command, argv, words):
     code, out, err = command(*argv)
     assert code == 2 and not out and words in err and len(err.splitlines()) == 1
+
+
+def test_a_recipe_without_a_start_says_how_to_make_one(capfd, tmp_path):
+    where = ["--recipe", "small", "--out", str(tmp_path / "out"), "--models", str(tmp_path)]
+    assert main(["bench", "quality", *where]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert "`echogen train vq --recipe small --out VQ`" in line and "--start RUN" in line
+    assert main(["bench", "quality", *where, "--list"]) == 0
 
 
 def test_list_report_and_run(command, finished, tmp_path):
@@ -538,6 +706,7 @@ def test_list_report_and_run(command, finished, tmp_path):
     assert states["rl-data-llm-seed0"] == "blocked"
     code, out, err = command("--cell", TWO, "--json", *where)
     assert code == 0 and json.loads(out.splitlines()[-1])["cells"] == {TWO: "done"}
+    assert json.loads((tmp_path / "results" / "tables.json").read_text())["ablation"]["rows"]
     code, out, err = command("--report", *where)
     assert code == 0 and "# Quality experiments" in out and "(n = 1)" in out
     written = {p.name for p in (tmp_path / "results").iterdir()}
@@ -546,3 +715,18 @@ def test_list_report_and_run(command, finished, tmp_path):
     (tmp_path / "results" / f"{TWO}.json").write_text("{")
     code, out, err = command("--report", *where)
     assert code == 2 and "not valid JSON" in err
+
+
+def test_a_run_ends_with_the_tables_of_all_seeds_that_are_there(command, finished, tmp_path):
+    shutil.copytree(finished[0].results, tmp_path / "results")
+    write_record(tmp_path / "results", hand_made("ablation-stage1-seed2", 0.5), None)
+    where = ("--out", tmp_path / "results", "--models", tmp_path / "models", "--scale", SCALE)
+    code, out, err = command("--cell", "ablation-stage1-seed0", *where)
+    page = tmp_path / "results" / "README.md"
+    assert code == 0 and out.splitlines()[-1] == f"tables of the finished cells written to {page}"
+    assert "| stage 1 | 0, 2 |" in page.read_text() and "no contact sheet was made" in err
+    page.unlink()
+    llm = tmp_path / "llm.jsonl"
+    llm.write_text("{\n")
+    code, out, err = command("--cell", "rl-data-llm-seed0", "--llm-layouts", llm, *where)
+    assert code == 2 and "llm.jsonl" in err and page.is_file()  # whatever failed

@@ -482,6 +482,7 @@ def test_eval(run, model, tmp_path, monkeypatch):
     )
     assert {"i2l", "cycle", "judge_ceiling", "sampling", "model"} <= set(done.data)
     assert done.data["count"] == 3 and done.data["sampling"]["cfg"] == 3
+    assert 0 <= done.data["misread"] < 1 and "drawn again: " in done.out
     assert json.loads(out.read_text()) == done.data
 
 

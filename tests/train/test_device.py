@@ -173,7 +173,13 @@ def test_an_evaluation_runs_on_a_device(pmtp_run, loop) -> None:
         assert set(stage.begin()) >= {"groups"}
         values = stage.evaluate()
         assert len(stage.pictures()) == 4
-    assert {"l2i", "i2l", "judge_iou", "reward", "cycle_iou"} <= set(values)
+    assert {"l2i", "i2l", "judge_iou", "reward", "self_iou", "gap", "cycle_iou"} <= set(values)
+
+
+def test_what_stage_1_watches_is_found_on_a_device(pmtp_run, loop) -> None:
+    with Machine():
+        values = pmtp(begin(pmtp_run, True), replace(loop, bf16=False)).evaluate()
+    assert values["gap"] == values["self_iou"] - values["judge_iou"]
 
 
 def test_the_image_tokenizer_trains_on_a_device(loop) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from echogen.train.run.checkpoint import load_state
 from echogen.train.run.dump import repeat_dump
+from echogen.train.run.metrics import TIMED
 
 Order = Callable[..., list[dict[str, Any]]]
 
@@ -50,7 +51,7 @@ def goes_on(ranks: Order, folder: Path, whole: Path) -> None:
     assert codes(ranks(folder, resume=True)) == [0, 0], log(folder, 0)
     rows = [
         [
-            {k: v for k, v in json.loads(line).items() if k != "seconds_per_step"}
+            {k: v for k, v in json.loads(line).items() if k not in TIMED}
             for line in (run / "metrics.jsonl").read_text().splitlines()
         ]
         for run in (folder, whole)

@@ -17,7 +17,7 @@ import pytest
 import echogen
 from echogen.train.config import LoopConfig, VQConfig
 from echogen.train.data import parts, samples, scenes
-from echogen.train.data.shapes import sample_scene
+from echogen.train.data.shapes import draw_statistics, sample_scene
 from echogen.train.run import progress
 from echogen.train.stages.vq import build_vq
 
@@ -111,7 +111,8 @@ def test_a_killed_run_draws_scenes_on_from_its_parts(
     monkeypatch.setattr(scenes, "_draw_all", noted)
     assert scenes.load_scenes("val", 10) == [sample_scene("val", i) for i in range(10)]
     assert asked == [range(6, 9), range(9, 10)]
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.iterdir())) == 2  # the scenes and their statistics
+    assert scenes.load_statistics("val", 10) == draw_statistics("val", 10)
     assert "drawing 10 val scenes (6 of them are there already)" in capfd.readouterr().err
 
 
@@ -122,8 +123,8 @@ def test_parts_that_another_run_drops_are_made_again(
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(parts, "drop", lives(parts.drop, 0))
         scenes.load_scenes("val", 4)
-    (whole,) = (path for path in cache.iterdir() if ".part" not in path.name)
-    whole.unlink()
+    for path in [path for path in cache.iterdir() if ".part" not in path.name]:
+        path.unlink()
     read = Path.read_bytes
 
     def late(path: Path) -> bytes:
@@ -145,8 +146,17 @@ def test_a_torn_part_is_made_again(cache: Path, monkeypatch: pytest.MonkeyPatch)
         parts.place(path, part).write_bytes(damage)
     with pytest.raises(Killed):  # four batches more are needed, and not only two
         samples.load_codes(vq, "train", drawn, batch=2)
-    torn = scenes._whole(b'[["a"]]\n[["b"', range(2))
-    assert torn is None and scenes._whole(b"[]\n[]\n", range(2)) == b"[]\n[]\n"
+    torn = scenes._whole(b'[["a"]]\n[["b"]]\n{"kept"', range(2))
+    assert torn is None and scenes._whole(b"[]\n[]\n{}\n", range(2)) == b"[]\n[]\n{}\n"
+    assert scenes._whole(b"[]\n[]\n", range(2)) is None  # as older code kept them
+
+
+def test_of_scenes_that_older_code_kept_there_are_no_statistics(cache: Path) -> None:
+    scenes.load_scenes("val", 3)
+    (path,) = cache.glob("*.draws.json")
+    path.unlink()
+    assert len(scenes.load_scenes("val", 3)) == 3
+    assert scenes.load_statistics("val", 3) is None
 
 
 def test_where_there_is_no_terminal_a_line_now_and_then_says_how_far_it_is(

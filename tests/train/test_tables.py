@@ -8,18 +8,25 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
+from echogen.engine.decoding.sampler import Sampling
+from echogen.engine.engine import Engine
+from echogen.engine.images.vision import encode_image, to_pixels
 from echogen.train.data.scenes import render
 from echogen.train.data.shapes import Scene, sample_scene
+from echogen.train.eval import tables
 from echogen.train.eval.intervals import estimate
 from echogen.train.eval.judge import Detection, detect
 from echogen.train.eval.matching import class_ious
 from echogen.train.eval.tables import (
     cycle_table,
+    expressions_of,
     frechet_distance,
     i2l_table,
     l2i_table,
     layouts_of,
+    quick_scores,
 )
 
 
@@ -85,6 +92,24 @@ def test_the_gap_is_self_judged_minus_judged(
     assert table["self_iou"] == pytest.approx(1) and table["judge_iou"] == 0
     assert table["gap"] == pytest.approx(1) and table["reward"] == pytest.approx(1)
     assert cycle_table(scenes, layouts, boxes, found)["gap"] < 0.05
+
+
+@torch.no_grad()
+def test_the_gap_that_a_trainer_watches_is_that_of_the_cycle(
+    scenes: list[Scene], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the first scenes alone, as many as are drawn."""
+    monkeypatch.setattr(tables, "QUICK", 6)
+    engine, layouts = Engine.from_pretrained("tiny-stage1"), layouts_of(scenes[:6], 0)
+    true = encode_image(engine.vq, to_pixels(render(scenes[:8]))).numpy()
+    watched = quick_scores(engine.transformer, engine.vq, engine.prompts, true, scenes[:8])
+    codes = engine.generate_codes(layouts, 0, sampling=Sampling(temperature=0.7))
+    boxes = engine.ground_codes(codes, expressions_of(layouts))
+    images = [np.asarray(image) for image in engine.decode(codes)]
+    table = cycle_table(scenes[:6], layouts, boxes, [detect(image) for image in images])
+    for name in ("self_iou", "judge_iou", "gap"):
+        assert watched[name] == pytest.approx(table[name], abs=1e-5), name
+    assert table["self_iou"] > 0.5
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:

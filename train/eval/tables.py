@@ -17,7 +17,7 @@ from echogen.engine.images.vision import decode_codes, encode_image, to_images, 
 from echogen.engine.layout import Box, Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import Prompts
-from echogen.train.data.scenes import load_scenes, render
+from echogen.train.data.scenes import load_scenes, load_statistics, render
 from echogen.train.data.shapes import Scene
 from echogen.train.eval.intervals import Estimate, estimate
 from echogen.train.eval.judge import Detection, box_iou, detect
@@ -136,7 +136,9 @@ def evaluate(
     Returns:
         JSON-ready data with ``l2i``, ``i2l``, ``cycle``, ``judge_ceiling`` (accuracy at IoU 0.5 of
         the judge on the true pictures), ``vq_ceiling`` (the L2I table of the true pictures after a
-        round trip through the image tokenizer) and ``count``.
+        round trip through the image tokenizer), ``misread`` (the share of otherwise valid scenes
+        that the judge misread when they were made, and that were drawn again; None: not known of
+        scenes that were cached before it was counted) and ``count``.
     """
     scenes = load_scenes(split, count)
     layouts = layouts_of(scenes, seed)
@@ -155,6 +157,7 @@ def evaluate(
     codes = torch.cat(drawn)
     images = torch.cat([decode_codes(engine.vq, c) for c in codes.split(BATCH)])
     found = [detect(i) for i in to_images(images)]
+    made = load_statistics(split, count)
     tables = {
         "l2i": l2i_table(scenes, layouts, found),
         "i2l": i2l_table([s.boxes() for s in scenes], recovered),
@@ -169,6 +172,7 @@ def evaluate(
                 for i in to_images(decode_codes(engine.vq, c))
             ],
         ),
+        "misread": made.shares()["misread"] if made is not None else None,
         "count": count,
     }
     tables["l2i"]["fd_vq"] = frechet_distance(
@@ -184,27 +188,36 @@ def quick_scores(
     codes: np.ndarray,
     scenes: list[Scene],
 ) -> dict[str, float]:
-    """What a trainer watches: grounding of true images (all scenes) and the judge's reading of the
-    first ``QUICK`` scenes' layouts drawn at temperature 0.7 without guidance. ``codes`` [N, T]."""
+    """What a trainer watches: grounding of true images (all scenes), and the first ``QUICK``
+    scenes' layouts drawn at temperature 0.7 without guidance, as the judge reads them
+    (``judge_iou``) and as the model itself does (``self_iou``), with the signed ``gap`` of the two,
+    self less judge. On one thread 6.8 s for `tiny` and 256 scenes, 0.9 s of them for ``self_iou``.
+
+    Args:
+        codes: of the true images [N, T].
+    """
     table = model.code_table().detach()
     layouts = layouts_of(scenes, 0)
-    recovered: list[list[Box]] = []
-    for i in range(0, len(scenes), BATCH):
-        image = table[torch.from_numpy(codes[i : i + BATCH])]
-        asked = expressions_of(layouts[i : i + BATCH])
-        recovered += ground_images(model, prompts, image, asked)
-    ious = np.concatenate(
-        [
-            [box_iou(a, b) for a, b in zip(s.boxes().tolist(), row, strict=True)]
-            for s, row in zip(scenes, recovered, strict=True)
-        ]
-    )
+
+    def ground(images: Tensor) -> np.ndarray:
+        """IoU of every object of the first scenes with the box that is found in its image."""
+        found: list[list[Box]] = []
+        for i, part in enumerate(images.split(BATCH)):
+            asked = expressions_of(layouts[i * BATCH : i * BATCH + len(part)])
+            found += ground_images(model, prompts, table[part], asked)
+        true = [box for s in scenes[: len(found)] for box in s.boxes().tolist()]
+        boxes = [box for row in found for box in row]
+        return np.array([box_iou(a, b) for a, b in zip(true, boxes, strict=True)])
+
+    ious = ground(torch.from_numpy(codes))
     inputs = [prompts.l2i(layout) for layout in layouts[:QUICK]]
     draws = torch.arange(len(inputs), device=table.device)
     sampler = Sampler(Sampling(temperature=0.7), 0, draws, *_code_shape(model))
-    images = decode_codes(vq, decode_image(model, table, inputs, sampler, prompts.pad))
+    drawn = decode_image(model, table, inputs, sampler, prompts.pad)
     scores = {"ground_acc50": float((ious >= 0.5).mean()), "ground_iou": float(ious.mean())}
-    return scores | judge_boxes(images, scenes[:QUICK])
+    scores |= judge_boxes(decode_codes(vq, drawn), scenes[:QUICK])
+    self_iou = float(ground(drawn).mean())
+    return scores | {"self_iou": self_iou, "gap": self_iou - scores["judge_iou"]}
 
 
 def _code_shape(model: UnifiedTransformer) -> tuple[int, int]:

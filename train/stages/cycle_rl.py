@@ -377,8 +377,8 @@ class CycleRLStage(WorldStage):
     def evaluate(self) -> dict[str, float]:
         """What every stage watches, and on validation layouts, drawn as in training, the reward (of
         the most likely boxes, whatever ``reward_boxes``) beside the judge: ``gap`` is self-judged
-        minus independently judged IoU. A gap that grows is a private language between the two
-        halves."""
+        minus independently judged IoU (``self_iou``, ``cycle_iou``), and so of other images than
+        ``judge_iou``. A gap that grows is a private language between the two halves."""
         values = super().evaluate()
         scenes = load_scenes("val", VAL_LAYOUTS)
         c, layouts = self.config, layouts_of(scenes, 0)

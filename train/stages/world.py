@@ -130,7 +130,8 @@ class WorldStage(ABC):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Validation losses, free-running grounding on true images, the judge on drawn ones."""
+        """Validation losses, free-running grounding on true images, the judge on drawn ones beside
+        the model's own grounding there (see `quick_scores`)."""
         from echogen.train.eval.tables import quick_scores
 
         rng = keys.generator(self._seed, keys.VALIDATION)
