@@ -46,10 +46,10 @@ class LoopConfig:
         parallel: how the processes that torchrun has started share the weights: "ddp", all in each;
             "fsdp", a slice of every weight in each, for models that do not fit one GPU with their
             gradients and AdamW's two moments (16 bytes a weight); "none", there is one process;
-            "auto": "none" or "ddp", as many as there are. A run may go on in another way.
+            "auto": "none" for one process, "ddp" for several. A run may resume with another choice.
         lora: rank of the adapters that are trained in place of the blocks' projections (see
             `lora`); 0: the weights themselves.
-        lora_also: parts of the transformer that are trained as they are beside them, of
+        lora_also: parts of the transformer that are trained in full beside the adapters: any of
             text_embedding, code_embedding, code_aligner, text_head, image_head.
     """
 
@@ -251,15 +251,15 @@ class CycleRLConfig:
             layout a line.
         scenes: how many training layouts "real" chooses from.
         batch, group: layouts a rollout, images a layout.
-        sampling: the distribution that images are drawn from; the same one is scored, so there is
-            no second place to set it. Off by default: no guidance, no truncation, temperature 1.
+        sampling: the distribution that images are drawn from, and by which they are scored. The
+            default has no guidance, no truncation and temperature 1.
         policy: the tokens that are reinforced: "image", "boxes" (then sampled, not the most
             likely) or "both".
         w_iou, w_l1: weights of the reward's terms.
-        reward_boxes: boxes sampled of each object, over which its IoU and L1 are averaged; 0 takes
-            the most likely box alone. Several say how sure the grounder is, and cost the grounding
-            of as many; that training gains by it is not shown. Reinforced boxes are sampled once
-            each, and this is then 0.
+        reward_boxes: boxes sampled for each object, over which its IoU and L1 are averaged; 0 takes
+            only the most likely box. Several reflect how sure the grounder is and cost as many
+            groundings; training has not been shown to gain from it. It must be 0 if boxes are
+            reinforced (``policy``): they are sampled once each.
         credit: whose tokens an advantage goes to: "image", all of an image's, by its mean reward;
             "object", those in an object's box, by that object's (see `credit`).
         advantage: "grpo", "dr_grpo" or "rloo", see `group_advantage`.
@@ -273,10 +273,10 @@ class CycleRLConfig:
             more. How far the sampler's log-probabilities are from the trainer's is logged as
             ``sampler_gap``; the ratio of `grpo_loss` is between the trainer's own.
         gate_scenes, gate_group: validation layouts, and images of each, on which the self-reward is
-            held against the judge before the first step.
-        gate_bound: the least within-group rank correlation to begin with, over at least a quarter
-            of the layouts.
-        force: begin below it all the same.
+            compared with the judge before the first step.
+        gate_bound: lowest within-group rank correlation of the two at which training starts,
+            measured over at least a quarter of the layouts.
+        force: start below it anyway.
         loop: the step loop; ``save_every`` and ``eval_every`` are multiples of ``updates``.
         start: fingerprint of the model that the run began with; filled in by the stage.
         layouts_hash: of the bytes of a file of layouts, without which an edited one would pass for
@@ -382,7 +382,7 @@ class CycleRLConfig:
 class Recipe:
     """A whole model: its image tokenizer and its stages.
 
-    ``pmtp_on`` is stage 1 gone on with, from its own model: more data, and the rate raised again.
+    ``pmtp_on`` continues stage 1 from its own model, with the learning rate raised again.
     """
 
     name: str

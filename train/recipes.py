@@ -100,19 +100,20 @@ def small() -> Recipe:
 
 
 def janus_pro_1b() -> Recipe:
-    """The paper's: Janus-Pro 1B at 384×384, 576 image tokens, B = 1000 location tokens.
+    """The paper's model: Janus-Pro 1B at 384×384, 576 image tokens, B = 1000 location tokens.
 
-    The paper's: AdamW at 5e-5 in all stages; 125k, 60k and 50k steps on 4M, 2M and 50k samples,
-    hence 32, 32 and 1 a step; groups of 8. The rest of AdamW, and a constant rate, are its
-    predecessor's (PlanGen), as the sources at hand do not say. The image tokenizer and the first
+    From the paper: AdamW at 5e-5 in all stages; 125k, 60k and 50k steps on 4M, 2M and 50k samples,
+    hence 32, 32 and 1 per step; groups of 8. The rest of AdamW, and a constant rate, are taken from
+    its predecessor (PlanGen), as the sources at hand do not say. The image tokenizer and the first
     weights are the checkpoint's (`train pmtp --pretrained`), and ``vq`` only describes it. Until
-    real images can be loaded, the world is ShapesWorld at 384×384. A step of stage 3 is one layout,
-    and so one process's; several need a larger batch (`--batch`). No run of it has been made.
+    real images can be loaded, the data are ShapesWorld at 384×384. A step of stage 3 is one layout,
+    and so runs on one process; several need a larger batch (`--batch`). It has not been run.
 
-    Stages 1 and 2 go through a step in two parts, for one GPU of 141 GB: a layer keeps 83,016 bytes
-    a token for backward, which of 45,000 tokens (stage 2 with its loop: 65,000) and 24 layers is 83
-    (121) GiB beside 27 GiB of weights, moments and casts: in one part stage 2 would not fit, and
-    stage 1 would leave a fifth for logits and all else. Many GPUs need none (`--accumulate 1`).
+    Stages 1 and 2 split a step into two parts, for one GPU of 141 GB: a layer keeps 83,016 bytes
+    per token for backward, which for 45,000 tokens (stage 2 with its loop: 65,000) and 24 layers is
+    83 (121) GiB beside 27 GiB of weights, moments and casts. In one part stage 2 would not fit, and
+    stage 1 would leave a fifth for logits and all else. Several GPUs need no split
+    (`--accumulate 1`).
 
     Of the bytes, what the norms read takes 2 · 8192 (float32), what the products read 3 · 4096 and
     11,264, queries and keys turned 8192 and as they were, with the values, 12,288, gate and up

@@ -79,7 +79,7 @@ def load_start(
         found = f"comes from stage {stages[-1]}" if stages else f"names no stage (no {RECORD})"
         raise StateError(
             f"{path}: this model {found}; this stage begins with one from {after} "
-            f"(--any-stage takes it all the same)"
+            f"(--any-stage accepts it anyway)"
         )
     engine = Engine.from_pretrained(folder, device)
     return Start(engine, stages, module_hash(engine.transformer))

@@ -37,8 +37,8 @@ def pretrained_start(path: str | Path, bins: int, device: str | torch.device = "
     folder = resolve(path)
     if stages := read_record(folder):
         raise StateError(
-            f"{path}: this model comes from stage {stages[-1]} ({RECORD}), and is not one to begin "
-            f"anew from; go on with it through --from"
+            f"{path}: this model comes from stage {stages[-1]} ({RECORD}), and --pretrained takes "
+            f"only models that no stage has trained; continue it with --from"
         )
     asked = bins if Meta.read(folder).bins is None else None
     engine = Engine.from_pretrained(folder, device, codec="location", bins=asked)

@@ -37,14 +37,14 @@ COUNT_MIN, COUNT_MAX = 2, 100_000
 
 @dataclass(frozen=True)
 class Eval:
-    """Measure a model on ShapesWorld."""
+    """Measure a model on ShapesWorld: drawing, finding and the cycle, with 95% intervals."""
 
     split: str = "test"
-    """train, val or test."""
+    """Which scenes: train, val or test."""
     count: int = 200
-    """Scenes."""
+    """Number of scenes."""
     seed: int = 0
-    """Of the drawing and of the expressions."""
+    """Seed of the drawing and of the expressions."""
     out: Path | None = None
     """JSON file to write."""
     json: Json = False

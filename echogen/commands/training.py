@@ -62,7 +62,7 @@ class RunOptions:
     """Where a run lies and how its steps are taken, whatever the stage."""
 
     out: Path
-    """Folder of the run; the model ends in its model/."""
+    """Folder of the run; the trained model goes to its subfolder model/."""
     recipe: str = "tiny"
     """Which configuration: tiny, small or janus_pro_1b."""
     steps: int | None = None
@@ -185,18 +185,18 @@ class TrainPMTP(RunOptions):
     vq: Path | None = None
     """Folder of the trained image tokenizer (the model/ of `train vq`), for fresh weights."""
     begin: BeginOrNot = None
-    """Instead of --vq, go on with stage 1: a run of this command, its model, or a bundled name."""
+    """Instead of --vq, continue stage 1: a run of this command, its model, or a bundled name."""
     pretrained: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """Instead of --vq, begin with a Janus checkpoint (folder or hub id) that no stage has trained;
-    location tokens are added to its vocabulary."""
+    """Instead of --vq, start from a plain Janus checkpoint (folder or hub id); adds location
+    tokens."""
     any_shape: AnyShape = False
 
     def run(self) -> None:
         self.check()
         if sum(given is not None for given in (self.vq, self.begin, self.pretrained)) != 1:
             raise InputError(
-                "name one of --vq (fresh weights behind an image tokenizer), --from (a model of "
-                "this stage to go on with) and --pretrained (a Janus checkpoint)"
+                "name one of --vq (an image tokenizer, for fresh weights), --from (a model of this "
+                "stage, to continue) and --pretrained (a plain Janus checkpoint)"
             )
         recipe = find_recipe(self.recipe)
         config = self.sized(recipe.pmtp if self.begin is None else recipe.pmtp_on)
@@ -231,12 +231,12 @@ class TrainPMTP(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainDJO(RunOptions):
-    """Train stage 2: ground what is drawn, and let the gradient through."""
+    """Train stage 2: ground expressions in the model's own drawing and let the gradient through."""
 
     begin: Begin
-    """Where to begin: the run of `train pmtp`, a model that came from one, or a bundled name."""
+    """Where to start: a run of `train pmtp`, a model that came from one, or a bundled name."""
     any_stage: bool = False
-    """Begin with a model of whatever stage."""
+    """Accept a model of any stage."""
     any_shape: AnyShape = False
 
     def run(self) -> None:
@@ -374,7 +374,7 @@ def check_run_folder(out: Path, resume: bool) -> None:
     if present and not resume:
         raise InputError(
             f"--out {out}: holds a run already ({', '.join(present)}); "
-            "add --resume to go on with it, or name another folder"
+            "add --resume to continue it, or name another folder"
         )
     if resume and not present:
         raise InputError(f"--out {out}: holds no run to resume; leave --resume out")
@@ -460,7 +460,10 @@ def load_vq(folder: Path, width: int, device: str = "cpu") -> JanusVQVAE:
     vq, info = loaded
     odd = sorted([*info["missing_keys"], *info["unexpected_keys"]])
     if odd:
-        raise InputError(f"--vq {folder}: no whole image tokenizer ({len(odd)} keys, as {odd[0]})")
+        raise InputError(
+            f"--vq {folder}: no whole image tokenizer ({len(odd)} keys missing or unknown, such as "
+            f"{odd[0]})"
+        )
     if vq.config.projection_dim != width:
         raise InputError(
             f"--vq {folder}: was trained for width {vq.config.projection_dim}, "

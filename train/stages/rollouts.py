@@ -73,17 +73,19 @@ def roll_out(
 ) -> Rollout:
     """Draw, ground and score with the engine's present weights.
 
-    What is derived from the weights is made anew first, so that rollouts run on the trained weights
-    of this very step: the table of code embeddings and, on a CPU, the packed copy that drawing
-    reads (``pack_ms`` of `echogen bench engine`, in bench/results/engine-tiny-cpu.json, is what the
-    copy takes for the tiny model).
+    What is derived from the weights is rebuilt first, so that rollouts use the weights of this very
+    step: the table of code embeddings and, on a CPU, the packed copy that drawing reads (for its
+    cost with the tiny model see ``pack_ms`` in bench/results/engine-tiny-cpu.json).
 
     Args:
-        group: G.
-        key, draws: of the noise; draw ids int64 [B·G].
-        boxes: 0 takes the most likely box of each object; n ≥ 1 samples n of them, and the object's
-            IoU and L1 are the mean over these: an unbiased estimate of what they are expected to be
-            under the grounder's distribution.
+        engine: the model.
+        layouts: B layouts.
+        group: G, images drawn of each layout.
+        sampling: how their codes are drawn.
+        key, draws: of the noise: its seed, and the draw ids int64 [B·G].
+        boxes: 0 takes the most likely box of each object; n ≥ 1 samples n, and the object's IoU and
+            L1 are their mean: an unbiased estimate of the expectation under the grounder's
+            distribution.
         w_iou, w_l1, mode: see `cycle_reward`.
     """
     # What the trainer's autocast would do to the engine's products is not what users run.
