@@ -33,41 +33,40 @@ MOST_SEEDS = 100
 
 @dataclass(frozen=True)
 class BenchQuality:
-    """Does each stage help? Train and evaluate what is missing of the tables ablation, mask,
-    synergy and RL data, a cell (on a CPU a run of minutes to two hours) after another, and write
-    the tables, with plots and a contact sheet, behind the last."""
+    """Does each stage help? Train and evaluate the missing cells of the tables ablation, mask,
+    synergy and rl-data, one by one, and then write the tables, plots and a contact sheet. A cell
+    is one run, of minutes to two hours on a CPU."""
 
     recipe: str = "tiny"
     """Which configuration: tiny, small or janus_pro_1b."""
     seeds: int = 3
     """Seeds 0 … n − 1 of every arm."""
     table: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """ablation, mask, synergy or rl-data (may be repeated); all if left out."""
+    """ablation, mask, synergy or rl-data; repeatable (left out: all)."""
     cell: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """One cell by its name, after those it needs (may be repeated)."""
+    """Run only this cell, by name, after those it needs; repeatable."""
     listing: Annotated[bool, tyro.conf.arg(name="list")] = False
-    """Say how the cells stand and run none."""
+    """List the cells and their state; run none."""
     report: bool = False
-    """Write tables, plots and a contact sheet of the finished cells, print the tables and run
-    none."""
+    """Write and print the tables of the finished cells, with plots and pictures; run none."""
     again: bool = False
-    """Forget what is there of the cells named by --cell and run them anew."""
+    """Discard the results of the cells named by --cell and run them again."""
     out: Path | None = None
-    """Folder of the finished cells: bench/results/quality of the checkout if left out, of another
-    recipe than tiny quality-RECIPE beside it."""
+    """Folder of the finished cells (left out: bench/results/quality of the checkout, or next to it
+    quality-RECIPE for other recipes than tiny)."""
     models: Path | None = None
-    """Folder of the runs and models, outside the repository: below the cache if left out."""
+    """Folder of the runs and models, outside the repository (left out: in the cache)."""
     start: str | None = None
-    """The model of stage 1, of the recipe's shapes, that the ablation begins with, and whose image
-    tokenizer fresh weights take; {seed} in it stands for the seed. tiny has tiny-stage1."""
+    """Stage 1 model of the recipe's shapes: the ablation starts from it, fresh weights take its
+    tokenizer. {seed} in it stands for the seed (left out: tiny-stage1, for tiny only)."""
     llm_layouts: Path | None = None
-    """File with one LLM-written JSON layout a line, for the arm of RL data that needs one."""
+    """File with one LLM-written JSON layout per line, for the arm of rl-data that needs one."""
     scale: float = 1.0
-    """Of steps and scenes, to try things out (then --out has to be named)."""
+    """Factor on steps and scenes, for trial runs (needs --out)."""
     force: bool = False
-    """Begin Cycle RL even if the self-reward hardly agrees with the judge."""
+    """Start Cycle RL even if the self-reward hardly agrees with the judge."""
     float32: bool = False
-    """Train in float32 where the recipe says bfloat16: for CPUs without instructions for it."""
+    """Use float32 where the recipe says bfloat16: for CPUs without bfloat16 instructions."""
     device: str = "cpu"
     """Where cells are trained and evaluated: cpu, cuda or cuda:N."""
     json: Json = False

@@ -50,9 +50,7 @@ OWN_OPTIONS = {"bf16": "float32", "muon_lr": "lora"}
 Set = Annotated[
     tuple[str, ...], tyro.conf.arg(name="set", metavar="NAME=VALUE"), tyro.conf.UseAppendAction
 ]
-AnyShape = Annotated[
-    bool, tyro.conf.arg(help="Begin with a model of another shape than the recipe's.")
-]
+AnyShape = Annotated[bool, tyro.conf.arg(help="Accept a model of another shape than the recipe's.")]
 Begin = Annotated[str, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
 BeginOrNot = Annotated[str | None, tyro.conf.arg(name="from", metavar="MODEL-OR-RUN")]
 
@@ -66,33 +64,31 @@ class RunOptions:
     recipe: str = "tiny"
     """Which configuration: tiny, small or janus_pro_1b."""
     steps: int | None = None
-    """Optimizer steps, in place of the recipe's."""
+    """Optimizer steps, instead of the recipe's."""
     batch: int | None = None
-    """Samples a step over all processes (in cycle-rl layouts), in place of the recipe's."""
+    """Samples per step over all processes (cycle-rl: layouts), instead of the recipe's."""
     accumulate: int | None = None
-    """Parts in which a step's batch goes through the model: less memory, the same step."""
+    """Parts to split each step's batch into: less memory, the same step."""
     checkpoint_activations: bool = False
-    """Run each decoder block again in the backward pass instead of keeping what it made (not for
-    vq)."""
+    """Recompute each decoder block in the backward pass, to save memory (not for vq)."""
     ema: float | None = None
-    """Decay (0.999, say) of an average of the weights, which is then evaluated and exported."""
+    """Decay (say 0.999) of a moving average of the weights, which is evaluated and exported."""
     float32: bool = False
-    """Multiply in float32 where the recipe says bfloat16: for CPUs without instructions for it."""
+    """Use float32 where the recipe says bfloat16: for CPUs without bfloat16 instructions."""
     deterministic: bool = False
     """Refuse operations whose result may differ from run to run, as some do on a GPU."""
     device: str = "cpu"
     """cpu, cuda or cuda:N; cuda under torchrun is each process's own GPU."""
     parallel: Literal["auto", "none", "ddp", "fsdp"] = "auto"
-    """How torchrun's processes share the weights: all in each (ddp, auto) or a slice (fsdp)."""
+    """How torchrun's processes hold the weights: all in each (ddp, auto) or a shard (fsdp)."""
     lora: int = 0
-    """Rank of adapters to train in place of the weights; 0: the weights. Needs peft (not
-    for vq)."""
+    """Rank of LoRA adapters to train instead of the weights; 0: none. Needs peft (not for vq)."""
     assign: Set = ()
-    """Any other setting (`train settings STAGE` lists them), as loop.seed=1; may be repeated."""
+    """Any other setting, such as loop.seed=1 (`train settings STAGE` lists them); repeatable."""
     resume: bool = False
-    """Go on with the run in --out, from its last checkpoint, with the settings it began with."""
+    """Continue the run in --out from its last checkpoint, with the settings it began with."""
     repeat: Annotated[Path | None, tyro.conf.arg(metavar="DUMP")] = None
-    """Compute the step of a dump-stepN.pt of a run with these settings again; write nothing."""
+    """Recompute the step in a dump-stepN.pt of a run with these settings; write nothing."""
     json: Json = False
     """End with one JSON object on stdout."""
 
@@ -255,17 +251,17 @@ class TrainDJO(RunOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainCycleRL(RunOptions):
-    """Train stage 3: reinforce the images in which their layout is found again."""
+    """Train stage 3: reinforce the drawings in which the layout is found again."""
 
     begin: Begin
-    """Where to begin: the run of `train djo`, a model that came from one, or a bundled name."""
+    """Where to start: a run of `train djo`, a model that came from one, or a bundled name."""
     layouts: str = "real"
-    """What to draw: real (ShapesWorld), random, or a file with one JSON layout a line."""
+    """What to draw: real (ShapesWorld), random, or a file with one JSON layout per line."""
     any_stage: bool = False
-    """Begin with a model of whatever stage."""
+    """Accept a model of any stage."""
     any_shape: AnyShape = False
     force: bool = False
-    """Begin even if the self-reward hardly agrees with the judge."""
+    """Start even if the self-reward hardly agrees with the judge."""
 
     def asked(self) -> dict[str, Any]:
         asked = super().asked()

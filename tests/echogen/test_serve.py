@@ -109,7 +109,7 @@ def test_memory_is_named_where_the_system_does_not_say(run, model, monkeypatch):
     serve = ("serve", "--model", model, "--port", 0)
     assert run(*serve).refused("--memory = None", "say how much")
     assert run(*serve, "--memory", 0.5).code == 0
-    assert run(*serve, "--memory", 0.001).refused("1.0 MiB are to be used", "more --memory")
+    assert run(*serve, "--memory", 0.001).refused("only 1.0 MiB may be used", "more --memory")
     assert run(*serve, "--memory", 0).refused("--memory 0.0")
 
 
