@@ -8,9 +8,12 @@ import torch
 
 from echogen.engine.decoding.decode import decode_image
 from echogen.engine.decoding.jacobi import decode_windows
-from echogen.engine.decoding.sampler import Sampler
+from echogen.engine.decoding.sampler import Sampler, Sampling
+from echogen.engine.engine import Engine
 from echogen.engine.gpu.graphs import recorder
 from echogen.engine.gpu.windows import WindowStep
+from echogen.train.data.scenes import load_scenes
+from echogen.train.eval.tables import layouts_of
 
 from .tape import Tape, written
 from .test_device import (
@@ -123,6 +126,17 @@ def test_a_layer_of_a_window_is_launched_as_one_of_rows(model):
         launches = written(step.run).launches
     assert launches.count("echogen::accept_window") == 1
     assert launches.count("echogen::decode_attention") == CONFIG.layers
+
+
+def test_the_bundled_model_draws_the_same_codes_in_half_the_steps():
+    engine = Engine.from_pretrained("tiny")
+    made, c, cfg = operators(engine.transformer), engine.transformer.config, Sampling(cfg=5.0)
+    layouts = layouts_of(load_scenes("test", 3), 0)
+    rows = engine.prompt_rows(layouts, cfg)
+    drawer = Sampler(cfg, 7, torch.arange(3), c.codebook_size, c.image_tokens)
+    wanted = decode_image(made, made.table, rows, drawer, engine.prompts.pad)
+    found = decode_windows(made, made.table, rows, drawer, engine.prompts.pad, 16)
+    assert torch.equal(found.codes, wanted) and max(found.steps) <= c.image_tokens // 2
 
 
 @GPU
