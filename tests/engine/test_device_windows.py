@@ -15,10 +15,10 @@ from echogen.engine.gpu.windows import WindowStep
 from echogen.train.data.scenes import load_scenes
 from echogen.train.eval.tables import layouts_of
 
+from .devices import GPU
 from .tape import Tape, written
 from .test_device import (
     CONFIG,
-    GPU,
     GROUPS,
     PAD,
     RAGGED,
