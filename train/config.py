@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from echogen.engine.decoding.sampler import Sampling
+from echogen.train.data.shapes import IMAGE_SIZE
 
 
 def later(default: Any) -> Any:
@@ -114,9 +115,9 @@ class VQConfig:
 
     Attributes:
         channels, multipliers, res_blocks, latent: shape of `JanusVQVAE`; the image side shrinks by
-            2^(len(multipliers) − 1).
+            2^(len(multipliers) − 1). Its norms take channels in 32 groups.
         codes, code_dim: codebook size and width.
-        image_size: pixels along a side.
+        image_size: pixels along a side, a multiple of ShapesWorld's.
         batch: images a step.
         warmup_steps: steps as a plain autoencoder before the codebook is seeded by k-means.
         commitment: weight of the pull of features towards their codes.
@@ -144,6 +145,15 @@ class VQConfig:
         _at_least(self, 0, "warmup_steps", "commitment", "agreement")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema = {self.ema}; it must be in [0, 1)")
+        _multiple_of(self, 32, "channels")
+        _multiple_of(self, IMAGE_SIZE, "image_size")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers = {self.multipliers}; give one or more, each at least 1")
+        if self.image_size % (shrunk := 1 << (len(self.multipliers) - 1)):
+            raise ValueError(
+                f"multipliers = {self.multipliers}: they shrink an image {shrunk} times, and "
+                f"image_size = {self.image_size} is no multiple of that; give fewer"
+            )
 
 
 @dataclass(frozen=True)
@@ -405,6 +415,11 @@ def _above_zero(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if value is not None and not 0 < value < float("inf"):
             raise ValueError(f"{name} = {value}; it must be finite and above 0")
+
+
+def _multiple_of(config: Any, unit: int, name: str) -> None:
+    if (value := getattr(config, name)) % unit:
+        raise ValueError(f"{name} = {value}; it must be a multiple of {unit}")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

@@ -108,6 +108,8 @@ def check_shape(start: Start, path: str | Path, recipe: Recipe) -> None:
     has, asks = (", ".join(f"{k} {shape[k]}" for k in other) for shape in (found, wanted))
     fits = [name for name, made in RECIPES.items() if recipe_shape(made()) == found]
     mend = f"take --recipe {fits[0]}" if fits else "no recipe has its shape"
+    if recipe.name in fits:  # whose settings were changed
+        mend = f"leave {', '.join(other)} as the recipe has {'it' if len(other) == 1 else 'them'}"
     raise StateError(
         f"{path}: this model has {has}, and recipe {recipe.name} is for {asks}; {mend} "
         f"(--any-shape takes it all the same)"

@@ -131,6 +131,15 @@ def usual_device(asked: str) -> str:
     return "cuda" if asked != "cpu" and there else "cpu"
 
 
+def make_current(device: str) -> None:
+    """Make a GPU with a number the current one, which what waits for a GPU waits for; "cuda" is
+    the current one, and torch takes no name without a number here."""
+    if ":" in device:
+        import torch
+
+        torch.cuda.set_device(device)
+
+
 def check_seed(seed: int) -> None:
     """Refuse a seed that is no key of the noise."""
     if not 0 <= seed <= SEED_MAX:

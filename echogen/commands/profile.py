@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from echogen.commands.options import Json, ModelOptions, check_range
+from echogen.commands.options import Json, ModelOptions, check_range, make_current
 from echogen.commands.output import Failure, InputError, make_folder, print_json, show, warn, write
 from echogen.commands.training import find_recipe
 
@@ -81,8 +81,7 @@ class Profile:
 
         from echogen.bench.profile import subjects
 
-        if self.device != "cpu":
-            torch.cuda.set_device(self.device)  # what waits, waits for the current device
+        make_current(self.device)
         dtype = getattr(torch, self.dtype or "float32")
         asked = subjects.Asked(self.model, self.device, self.batch, recipe=recipe, dtype=dtype)
         if self.tool == "none":

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from echogen.commands.options import Json, ModelOptions, check_evaluates, check_range
+from echogen.commands.options import (
+    Json,
+    ModelOptions,
+    check_evaluates,
+    check_range,
+    make_current,
+)
 from echogen.commands.output import (
     Failure,
     InputError,
@@ -103,10 +109,7 @@ class BenchQuality:
         from echogen.bench.quality.lab import Lab
         from echogen.engine.cache_folder import cache_folder
 
-        if self.device != "cpu":
-            import torch
-
-            torch.cuda.set_device(self.device)
+        make_current(self.device)
         results = "quality" if recipe.name == "tiny" else f"quality-{recipe.name}"
         usual = Path(quality.__file__).parents[1] / "results" / results
         models = cache_folder() / "quality" / f"{recipe.name}-{self.scale:g}"

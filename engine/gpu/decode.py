@@ -35,7 +35,8 @@ class DeviceDecoding:
         guided: they are.
         share: keep equal prompts once; False keeps a copy a row, for comparisons.
         sampler: what `draw` is going to draw with; None where it is not called.
-        kind, window, columns: of the step, see `Shape`.
+        kind: of the step that `draw` runs.
+        window, columns: of that step, see `Shape`.
     """
 
     def __init__(

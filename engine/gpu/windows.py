@@ -117,8 +117,8 @@ class DeviceWindows(DeviceDecoding):
         steps of each image, the prompt's among them.
 
         Args:
-            tell: called after every step with (codes drawn of the image that has the fewest, codes
-                in all); the device is then waited for each time.
+            tell: called after every step, the prompts' too, with (codes drawn of the image that has
+                the fewest, codes in all); the device is then waited for each time.
         """
         step, run, sampler = self._step, self._run, self._sampler
         assert isinstance(step, WindowStep) and run is not None and sampler is not None
@@ -128,6 +128,8 @@ class DeviceWindows(DeviceDecoding):
         with span("engine/sample", rows=self._images, step=0):
             step.begin(logits)
         tokens, window, fewest = step.codes.shape[1], step.shape.window, 1
+        if tell is not None:
+            tell(int(step.done[: self._images].min()), tokens)
         while fewest < tokens:
             sure = -(-(tokens - fewest) // window) if tell is None else 1
             about = {"rows": self._rows * window, "tokens": self._rows * window}

@@ -6,12 +6,14 @@ import json
 import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from echogen.bench.profile import nsight, trace
+from echogen.bench.profile import nsight, subjects, trace
 from echogen.bench.profile.stopwatch import OUTSIDE, Stopwatch
+from echogen.cli import main
 from echogen.engine.ranges import listening, span
 
 
@@ -113,3 +115,29 @@ def test_what_to_do_where_it_fails(tool, tmp_path, script, words):
 def test_a_missing_tool_is_named(tmp_path):
     with pytest.raises(nsight.NsightError, match="nsys is not on PATH: install Nsight Systems"):
         nsight.run("nsys", ["nsys"], tmp_path / "cycle")
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cuda", []), ("cuda:1", ["cuda:1"])])
+def test_a_gpu_is_made_the_current_one(monkeypatch, device, chosen):
+    asked, placed = [], []
+
+    def warmed(what, it):
+        asked.append((what, it.device))
+        return SimpleNamespace(work=lambda: None)
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", _numbered(placed))
+    monkeypatch.setattr(subjects, "warmed", warmed)
+    monkeypatch.setattr(subjects, "between_marks", lambda work: work())
+    assert main(["profile", "generate", "--tool", "none", "--device", device]) == 0
+    assert asked == [("generate", device)] and placed == chosen
+
+
+def _numbered(placed):
+    """`torch.cuda.set_device`, which refuses "cuda"."""
+
+    def place(device):
+        assert torch.device(device).index is not None
+        placed.append(device)
+
+    return place

@@ -687,6 +687,16 @@ def test_bad_names_and_numbers_are_refused(command, argv, words):
     assert code == 2 and not out and words in err and len(err.splitlines()) == 1
 
 
+def test_cuda_is_the_current_gpu(command, tmp_path, monkeypatch):
+    """Which `torch.cuda.set_device` does not take, without its number."""
+    here = lab_module.environment
+    monkeypatch.setattr(lab_module, "environment", lambda device: here() | {"device": device})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    where = ("--out", tmp_path / "out", "--models", tmp_path / "models")
+    code, out, err = command("--device", "cuda", "--list", *where)
+    assert code == 0 and TWO in out, err
+
+
 def test_a_recipe_without_a_start_says_how_to_make_one(capfd, tmp_path):
     where = ["--recipe", "small", "--out", str(tmp_path / "out"), "--models", str(tmp_path)]
     assert main(["bench", "quality", *where]) == 2

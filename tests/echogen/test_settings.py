@@ -179,7 +179,9 @@ def test_a_loop_that_cannot_be_is_refused(wrong):
 
 @pytest.mark.parametrize(
     ("stage", "wrong"),
-    [("vq", {"batch": 0}), ("vq", {"ema": 1.0}), ("pmtp", {"heads": 5}), ("pmtp", {"bins": 1}),
+    [("vq", {"batch": 0}), ("vq", {"ema": 1.0}), ("vq", {"channels": 33}),
+     ("vq", {"image_size": 65}), ("vq", {"multipliers": ()}), ("vq", {"multipliers": (1, 0)}),
+     ("vq", {"multipliers": (1,) * 8}), ("pmtp", {"heads": 5}), ("pmtp", {"bins": 1}),
      ("pmtp", {"branches": 0}), ("pmtp", {"cfg": -1.0}), ("djo", {"batch": 0}),
      ("cycle_rl", {"scenes": 0})],
 )  # fmt: skip

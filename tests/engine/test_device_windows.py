@@ -90,11 +90,13 @@ def test_8_bits_draw_what_they_draw_code_by_code(options):
 
 
 def test_progress_counts_the_image_that_has_the_fewest(model):
-    made, told = operators(model), []
-    drawn = windows(made, RAGGED, sampler(Sampler, SAMPLINGS["plain"], 3), 4,
-                    progress=lambda *counts: told.append(counts))  # fmt: skip
-    assert len(told) == max(drawn.steps) - 1
-    assert told == sorted(told) and told[-1] == (T, T) and {total for _, total in told} == {T}
+    made, told, plain = operators(model), [], []
+    drawer = sampler(Sampler, SAMPLINGS["plain"], 3)
+    drawn = windows(made, RAGGED, drawer, 4, progress=lambda *counts: told.append(counts))
+    assert len(told) == max(drawn.steps)
+    assert told == sorted(told) and told[0] == (1, T) and told[-1] == (T, T)
+    decode_windows(model, made.table, RAGGED, drawer, PAD, 4, progress=lambda *c: plain.append(c))
+    assert told == plain
 
 
 def test_the_host_asks_only_where_an_image_may_be_done(model, monkeypatch):
