@@ -216,7 +216,7 @@ def decode_windows(
         with model.lock, torch.autocast(code_table.device.type, enabled=False):
             width = min(window, tokens - 1)
             on_device = DeviceWindows(model, prompts, guided, sampler, width, columns)
-            return WindowDrawing(*on_device.draw_windows(progress))
+            return WindowDrawing(*on_device.draw(progress))
     decoding = open_windows(model, code_table, prompts, pad, guided)
     asked = sum(map(len, prompts))
     with span("engine/prefill", rows=len(prompts)):

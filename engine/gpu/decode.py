@@ -9,6 +9,7 @@ where causal attention never looks, so that none of it depends on what it is dra
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Generic
 
 import torch
 from torch import Tensor
@@ -17,27 +18,26 @@ from echogen.engine.cache import KVCache
 from echogen.engine.decoding.sampler import Sampler
 from echogen.engine.gpu.device import DeviceTransformer
 from echogen.engine.gpu.graphs import Step as Run
-from echogen.engine.gpu.step import Choice, DeviceStep, Shape, recorded, unrecorded
+from echogen.engine.gpu.step import Choice, DeviceStep, S, Shape, recorded, unrecorded
 from echogen.engine.ranges import span
 
 TOGETHER = 32
 """Prompts run at once: their activations are little beside the caches of a drawing."""
 
 
-class DeviceDecoding:
-    """One drawing on the device; see `decode.Decoding` for driving it code by code from outside.
-    The memory is that of all drawings on one model: hold ``model.lock``, finish one drawing before
-    the next begins, and draw all of them on one stream, whose order keeps them apart.
+class Prompted(Generic[S]):
+    """The prompts of a drawing on the device, and the step that continues them. The memory is that
+    of all drawings on one model: hold ``model.lock``, finish one drawing before the next begins,
+    and draw all of them on one stream, whose order keeps them apart.
 
     Args:
         model: what runs the steps.
-        prompts: of R rows, with guidance R = 2N, the conditional ones first.
+        prompts: of R sequences, with guidance R = 2N, the conditional ones first.
         guided: they are.
-        share: keep equal prompts once; False keeps a copy a row, for comparisons.
-        sampler: what `draw` is going to draw with; None where it is not called.
-        kind: of the step that `draw` runs.
-        window, columns: of that step, see `Shape`.
+        share: keep equal prompts once; False keeps a copy a sequence, for comparisons.
     """
+
+    _step: S
 
     def __init__(
         self,
@@ -45,33 +45,26 @@ class DeviceDecoding:
         prompts: list[list[int]],
         guided: bool,
         share: bool = True,
-        sampler: Sampler | None = None,
-        kind: type[DeviceStep] = DeviceStep,
-        window: int = 1,
-        columns: int = 1,
     ) -> None:
-        self._model, self._rows, self._sampler = model, len(prompts), sampler
+        self._model, self._rows, self._guided = model, len(prompts), guided
         self._images = len(prompts) // 2 if guided else len(prompts)
         found: dict[object, int] = {}
         keys = [tuple(p) if share else row for row, p in enumerate(prompts)]
-        groups = [found.setdefault(key, len(found)) for key in keys]
-        self._different, self._groups = (
-            list(dict(zip(groups, prompts, strict=True)).values()),
-            groups,
-        )
-        shape = Shape.of(len(prompts), guided, self._different, window, columns)
-        self._run: Run | None = None
-        if sampler is None:
-            self._step = unrecorded(model, shape)
-        else:
-            self._step, self._run = recorded(kind, model, shape, Choice.of(sampler))
-        # An unconditional row is as far behind the conditional ones as there are images, idle ones
-        # among them.
-        self._places = [
-            row if row < self._images else row - self._images + shape.images
-            for row in range(self._rows)
-        ]
-        self._step.open(self._places, groups, [len(p) for p in self._different])
+        self._groups = [found.setdefault(key, len(found)) for key in keys]
+        self._different = list(dict(zip(self._groups, prompts, strict=True)).values())
+
+    def shape(self, window: int = 1, columns: int = 1) -> Shape:
+        """Of the step that continues the prompts."""
+        return Shape.of(self._rows, self._guided, self._different, window, columns)
+
+    def open(self) -> None:
+        """Begin the drawing in the step's memory."""
+        # An unconditional sequence is as far behind the conditional ones as there are images, idle
+        # ones among them.
+        behind = self._step.shape.images - self._images
+        images = self._images
+        self._places = [row if row < images else row + behind for row in range(self._rows)]
+        self._step.open(self._places, self._groups, [len(p) for p in self._different])
 
     @property
     def held(self) -> int:
@@ -99,6 +92,32 @@ class DeviceDecoding:
     def prefill(self) -> Tensor:
         """See `decode.Decoding`."""
         return self._prompt_logits()[self._groups]
+
+
+class DeviceDecoding(Prompted[DeviceStep]):
+    """One drawing code by code, whole, or driven from outside: see `decode.Decoding`.
+
+    Args:
+        model, prompts, guided, share: see `Prompted`.
+        sampler: what `draw` is going to draw with; None where it is not called.
+    """
+
+    def __init__(
+        self,
+        model: DeviceTransformer,
+        prompts: list[list[int]],
+        guided: bool,
+        share: bool = True,
+        sampler: Sampler | None = None,
+    ) -> None:
+        super().__init__(model, prompts, guided, share)
+        self._sampler = sampler
+        self._run: Run | None = None
+        if sampler is None:
+            self._step = unrecorded(model, self.shape())
+        else:
+            self._step, self._run = recorded(DeviceStep, model, self.shape(), Choice.of(sampler))
+        self.open()
 
     def step(self, code: Tensor) -> Tensor:
         """See `decode.Decoding`; one after another, operator by operator."""

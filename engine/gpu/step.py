@@ -26,7 +26,7 @@ from echogen.kernels.overlap import overlapping
 from echogen.kernels.reference.sampling import COLDEST, branches, mixed, truncated
 from echogen.kernels.sampling import CfgSample, cfg_sample
 
-S = TypeVar("S", bound="DeviceStep")
+S = TypeVar("S", bound="BatchStep")
 
 EDGE = 64
 """Prompts' caches end at a multiple of this, so that few different steps are recorded."""
@@ -101,8 +101,8 @@ class Choice:
         return cls(s.temperature == 0, s.top_k, s.top_p < 1, sampler.counts)
 
 
-class DeviceStep:
-    """See the module.
+class BatchStep:
+    """What every step of a shape reads and writes, however many codes of an image it runs.
 
     Args:
         model: what runs the layers.
@@ -110,8 +110,12 @@ class DeviceStep:
 
     Attributes:
         places: where the rows stand.
-        codes, logprob, kept: what was drawn, [N, T]; see `sampler.Drawn`.
+        codes: int64 [N, T], what was drawn.
     """
+
+    _slots: Tensor
+    _lengths: Tensor
+    _positions: Tensor
 
     def __init__(self, model: DeviceTransformer, shape: Shape, choice: Choice) -> None:
         self._model, self.shape, self.choice = model, shape, choice
@@ -125,14 +129,8 @@ class DeviceStep:
         self._prepare_sampling(c.image_tokens, device)
 
     def _count(self, device: torch.device) -> None:
-        """Counters in one piece, which one addition moves on: slots, lengths and positions of the
-        rows, and the code that each image draws next."""
-        rows, images = self.shape.rows, self.shape.images
-        self._counters = torch.zeros(3 * rows + images, dtype=torch.int64, device=device)
-        self._ahead = torch.zeros_like(self._counters)
-        parts = [rows, rows, rows, images]
-        self._slots, self._lengths, self._positions, self._code = self._counters.split(parts)
-        self._slots.fill_(-1)
+        """Make what says where the rows stand, all of them idle."""
+        raise NotImplementedError
 
     def _prepare_prefixes(self, device: torch.device) -> None:
         shape = self.shape
@@ -140,11 +138,12 @@ class DeviceStep:
         lengths = torch.zeros(shape.prompts, dtype=torch.int64, device=device)
         keys, values = self.prompts.unbind(0)
         order = self._order(groups)
-        prefixes = Prefixes(keys, values, lengths, groups, order, self._prompt_scales)
+        self._prefixes = Prefixes(keys, values, lengths, groups, order, self._prompt_scales)
         keys, values = self.own.unbind(0)
         self.places = Places(
-            self._slots, self._lengths, self._positions, keys, values, prefixes, self._own_scales
-        )
+            self._slots, self._lengths, self._positions, keys, values, self._prefixes,
+            self._own_scales,
+        )  # fmt: skip
 
     def _order(self, groups: Tensor) -> Tensor:
         c, kind = self._model.config, self._model.table.dtype
@@ -159,29 +158,16 @@ class DeviceStep:
         self._numbers = torch.ones(2 + steps, dtype=torch.float32, device=device)
         self._temperature, self._top_p, self._scales = self._numbers.split([1, 1, steps])
         self.codes = torch.zeros(images, steps, dtype=torch.int64, device=device)
-        self.logprob = torch.zeros(images, steps, dtype=torch.float32, device=device)
-        self.kept = torch.zeros_like(self.codes) if self.choice.counted else None
 
     # --- a new drawing ----------------------------------------------------------------------------
 
     def open(self, places: Sequence[int], groups: Sequence[int], lengths: Sequence[int]) -> None:
-        """Begin a drawing: rows at ``places`` continue the prompts ``groups``, whose numbers of
-        tokens are ``lengths``; the other rows are idle."""
-        shape, prefixes = self.shape, self.places.prefixes
-        assert prefixes is not None
-        group, counters = [-1] * shape.rows, torch.zeros_like(self._counters, device="cpu")
-        ahead = torch.zeros_like(counters)
-        slots, held, positions, _ = counters.split([shape.rows] * 3 + [shape.images])
-        moves = ahead[: 3 * shape.rows].view(3, shape.rows)
-        slots.fill_(-1)
-        for row, prompt in zip(places, groups, strict=True):
-            group[row] = prompt
-            slots[row], held[row], positions[row] = 0, 1, lengths[prompt]
-            moves[:, row] = 1
-            ahead[3 * shape.rows + row % shape.images] = 1
-        self._counters.copy_(counters)
-        self._ahead.copy_(ahead)
-        prefixes.groups.copy_(torch.tensor(group))
+        """Begin a drawing: the sequences at ``places`` continue the prompts ``groups``, whose
+        numbers of tokens are ``lengths``; the others are idle."""
+        shape, prefixes = self.shape, self._prefixes
+        group = torch.full((shape.sequences,), -1)
+        group[list(places)] = torch.tensor(groups)
+        prefixes.groups.copy_(group.repeat_interleave(shape.window))
         prefixes.order.copy_(self._order(prefixes.groups))
         prefixes.lengths.copy_(torch.tensor([*lengths, *[0] * (shape.prompts - len(lengths))]))
 
@@ -210,6 +196,60 @@ class DeviceStep:
         each = self.shape.images * self.shape.window
         self._x.view(-1, each, self._x.shape[1])[:, : len(embedded)] = embedded
 
+    def _pick(
+        self, logits: Tensor, draws: Tensor, position: Tensor, cfg: Tensor | float,
+        table: Tensor | None = None,
+    ) -> CfgSample:  # fmt: skip
+        """Draw from logits by the sampler's numbers; see `cfg_sample`."""
+        return cfg_sample(
+            logits, self._seed, draws, position, cfg,
+            0.0 if self.choice.greedy else self._temperature, self.choice.top_k,
+            self._top_p if self.choice.nucleus else 1.0,
+            "blocked" if self.shape.guided else "none", table,
+        )  # fmt: skip
+
+    def run(self) -> None:
+        """A step of every image, without arguments, to be recorded."""
+        raise NotImplementedError
+
+
+class DeviceStep(BatchStep):
+    """A step of one code an image.
+
+    Attributes:
+        logprob, kept: of what was drawn, [N, T]; see `sampler.Drawn`.
+    """
+
+    def _count(self, device: torch.device) -> None:
+        """Counters in one piece, which one addition moves on: slots, lengths and positions of the
+        rows, and the code that each image draws next."""
+        rows, images = self.shape.rows, self.shape.images
+        self._counters = torch.zeros(3 * rows + images, dtype=torch.int64, device=device)
+        self._ahead = torch.zeros_like(self._counters)
+        parts = [rows, rows, rows, images]
+        self._slots, self._lengths, self._positions, self._code = self._counters.split(parts)
+        self._slots.fill_(-1)
+
+    def _prepare_sampling(self, steps: int, device: torch.device) -> None:
+        super()._prepare_sampling(steps, device)
+        self.logprob = torch.zeros_like(self.codes, dtype=torch.float32)
+        self.kept = torch.zeros_like(self.codes) if self.choice.counted else None
+
+    def open(self, places: Sequence[int], groups: Sequence[int], lengths: Sequence[int]) -> None:
+        """See `BatchStep`."""
+        super().open(places, groups, lengths)
+        shape, counters = self.shape, torch.zeros_like(self._counters, device="cpu")
+        ahead = torch.zeros_like(counters)
+        slots, held, positions, _ = counters.split([shape.rows] * 3 + [shape.images])
+        moves = ahead[: 3 * shape.rows].view(3, shape.rows)
+        slots.fill_(-1)
+        for row, prompt in zip(places, groups, strict=True):
+            slots[row], held[row], positions[row] = 0, 1, lengths[prompt]
+            moves[:, row] = 1
+            ahead[3 * shape.rows + row % shape.images] = 1
+        self._counters.copy_(counters)
+        self._ahead.copy_(ahead)
+
     def layers(self) -> Tensor:
         """Append the codes fed; image logits [R, V]."""
         logits = self._model.logits(self._x, self.places)
@@ -222,24 +262,12 @@ class DeviceStep:
         cfg: Tensor | float = 1.0
         if self.shape.guided:  # all images are at the same code; the first is never idle
             cfg = self._scales.index_select(0, self._code[:1])
-        drawn = self._drawn(logits, self._draws.flatten(), self._code, cfg, self._model.table)
+        drawn = self._pick(logits, self._draws.flatten(), self._code, cfg, self._model.table)
         self.codes.scatter_(1, cut, drawn.token[:, None])
         self.logprob.scatter_(1, cut, drawn.logprob[:, None])
         if self.kept is not None:
             self.kept.scatter_(1, cut, self._choices(logits, cfg)[:, None])
         self.feed(drawn.embed)
-
-    def _drawn(
-        self, logits: Tensor, draws: Tensor, position: Tensor, cfg: Tensor | float,
-        table: Tensor | None = None,
-    ) -> CfgSample:  # fmt: skip
-        """Draw from logits by the sampler's numbers; see `cfg_sample`."""
-        return cfg_sample(
-            logits, self._seed, draws, position, cfg,
-            0.0 if self.choice.greedy else self._temperature, self.choice.top_k,
-            self._top_p if self.choice.nucleus else 1.0,
-            "blocked" if self.shape.guided else "none", table,
-        )  # fmt: skip
 
     def _choices(self, logits: Tensor, cfg: Tensor | float) -> Tensor:
         """How many codes the truncation leaves, int64 [N]."""

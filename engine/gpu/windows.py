@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from echogen.engine.decoding.sampler import Sampler
-from echogen.engine.gpu.decode import DeviceDecoding
+from echogen.engine.gpu.decode import Prompted
 from echogen.engine.gpu.device import DeviceTransformer
-from echogen.engine.gpu.step import DeviceStep
+from echogen.engine.gpu.step import BatchStep, Choice, recorded
 from echogen.engine.ranges import span
 from echogen.kernels.accept_window import accept_window
 from echogen.kernels.overlap import overlapping
 
 
-class WindowStep(DeviceStep):
-    """`DeviceStep` of a window of codes, each image's at a place of its own.
+class WindowStep(BatchStep):
+    """A step of a window of codes an image, each image's at a place of its own.
 
     Attributes:
         done: int64 [N], final codes of each image; T of an idle one.
@@ -43,55 +43,50 @@ class WindowStep(DeviceStep):
         self.drafted = torch.zeros(shape.images, tokens, dtype=torch.bool, device=device)
 
     def open(self, places: Sequence[int], groups: Sequence[int], lengths: Sequence[int]) -> None:
-        """See `DeviceStep`, of sequences; the first window is that behind the first code."""
-        shape, prefixes = self.shape, self.places.prefixes
-        assert prefixes is not None
-        group = torch.full((shape.sequences,), -1)
-        origin, done = group.clone(), torch.full((shape.images,), self.codes.shape[1])
+        """See `BatchStep`; the first window is that behind the first code."""
+        super().open(places, groups, lengths)
+        shape = self.shape
+        origin = torch.full((shape.sequences,), -1)
+        done = torch.full((shape.images,), self.codes.shape[1])
         for sequence, prompt in zip(places, groups, strict=True):
-            group[sequence], origin[sequence] = prompt, lengths[prompt]
-            done[sequence % shape.images] = 1
+            origin[sequence], done[sequence % shape.images] = lengths[prompt], 1
         first = torch.arange(shape.window).expand(shape.sequences, -1)
-        live = origin[:, None] >= 0
         where = torch.stack((first, first + 1, first + origin[:, None]))
         idle = torch.tensor([-1, 0, 0])[:, None, None]
-        self._where.copy_(torch.where(live, where, idle).flatten(1))
+        self._where.copy_(torch.where(origin[:, None] >= 0, where, idle).flatten(1))
         self._origin.copy_(origin)
         self.done.copy_(done)
         self.steps.zero_()
         self.drafted.zero_()
         self._code.copy_(first[: shape.images].flatten() + 1)
-        prefixes.groups.copy_(group.repeat_interleave(shape.window))
-        prefixes.order.copy_(self._order(prefixes.groups))
-        prefixes.lengths.copy_(torch.tensor([*lengths, *[0] * (shape.prompts - len(lengths))]))
 
     def begin(self, logits: Tensor) -> None:
         """Draw the first codes of the leading images from their prompts' logits; they are all that
         a draft knows."""
         draws = self._draws[: len(logits) // (2 if self.shape.guided else 1), 0].contiguous()
-        first = self._pick(logits, draws, torch.zeros_like(draws))
+        first = self._sampled(logits, draws, torch.zeros_like(draws))
         self.codes[: len(first)] = first[:, None]
         self._fed.view(self.shape.images, -1)[: len(first)] = first[:, None]
 
-    def _pick(self, logits: Tensor, draws: Tensor, position: Tensor) -> Tensor:
+    def _sampled(self, logits: Tensor, draws: Tensor, position: Tensor) -> Tensor:
         guided = self.shape.guided
         cfg = self._scales.index_select(0, position) if guided else 1.0
-        return self._drawn(logits, draws, position, cfg).token
+        return self._pick(logits, draws, position, cfg).token
 
     def run(self) -> None:
         """One window more of every image."""
         with overlapping(self._x.device):
             self.feed(self._model.table.index_select(0, self._fed))
             logits = self._model.logits(self._x, self.places)
-            sampled = self._pick(logits, self._draws.flatten(), self._code)
+            sampled = self._sampled(logits, self._draws.flatten(), self._code)
             accept_window(
                 sampled, self.codes, self.drafted, self.done, self.steps, self._fed, self._code,
                 self._where, self._origin, self.shape.columns,
             )  # fmt: skip
 
 
-class DeviceWindows(DeviceDecoding):
-    """One drawing in windows; see `DeviceDecoding`, whose rules it keeps.
+class DeviceWindows(Prompted[WindowStep]):
+    """One drawing in windows, code for code that of `DeviceDecoding`.
 
     Args:
         model, prompts, guided, sampler: as there.
@@ -108,9 +103,13 @@ class DeviceWindows(DeviceDecoding):
         window: int,
         columns: int,
     ) -> None:
-        super().__init__(model, prompts, guided, True, sampler, WindowStep, window, columns)
+        super().__init__(model, prompts, guided)
+        shape = self.shape(window, columns)
+        self._sampler = sampler
+        self._step, self._run = recorded(WindowStep, model, shape, Choice.of(sampler))
+        self.open()
 
-    def draw_windows(
+    def draw(
         self, tell: Callable[[int, int], None] | None = None
     ) -> tuple[Tensor, Tensor, list[int]]:
         """The whole drawing: codes int64 [N, T], which of them were drafted bool [N, T], and the
@@ -121,7 +120,6 @@ class DeviceWindows(DeviceDecoding):
                 the fewest, codes in all); the device is then waited for each time.
         """
         step, run, sampler = self._step, self._run, self._sampler
-        assert isinstance(step, WindowStep) and run is not None and sampler is not None
         step.choose(sampler)
         with span("engine/prefill", rows=self._rows):
             logits = self.prefill()
