@@ -120,7 +120,7 @@ def _run(argv: list[str]) -> int:
     except refusals() as error:
         fail(str(error))
         return 2
-    except failures() as error:  # behind the refusals: some are a kind of failure
+    except failures() as error:  # after the refusals: some are a kind of failure
         sys.stdout.flush()
         fail(str(error))
         return 1

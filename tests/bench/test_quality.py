@@ -676,7 +676,7 @@ def command(
         (("--scale", "2", "--out", "x"), "--scale 2.0: it must be above 0 and at most 1"),
         (("--seeds", "0"), "--seeds 0"),
         (("--recipe", "huge"), "--recipe huge: unknown; choose small"),
-        (("--again",), "--again: name what to run anew"),
+        (("--again",), "--again: name what to run again"),
         (("--list", "--report"), "choose one"),
         (("--llm-layouts", "no.jsonl"), "--llm-layouts no.jsonl: no such file"),
         (("--device", "cuda:7"), "--device cuda:7: PyTorch sees 0 CUDA devices; use cpu"),
