@@ -110,7 +110,7 @@ def missing(before: dict[str, Any], after: dict[str, Any], peer: str | None) -> 
 
 
 def usual_peer(data: dict[str, Any]) -> str:
-    """Whom a benchmark's results are held against unless somebody else is named."""
+    """What a benchmark's results are compared with unless another peer is named."""
     return "eager" if isinstance(data.get("kernels"), list) else "transformers"
 
 

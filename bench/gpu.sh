@@ -7,7 +7,7 @@
 # PARTS, and leave what other calls found in RESULTS.
 # Leaves PART.txt (output), PART.err, of parts that end with a line of JSON PART.json, and of those
 # that fail PART.failed; summary.json holds every line of JSON by part, and all.tar.gz every file,
-# so that one is all there is to copy: both are written anew after each part.
+# so that one is all there is to copy: both are written again after each part.
 set -u
 cd "$(dirname "$0")/.."
 PARTS=(

@@ -128,7 +128,7 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Seconds of each call, ``repeats`` times in turn, so that a busy moment meets all of them.
 
-    ``after`` is called behind each timed call. Warming up is the caller's: every contestant has
+    ``after`` is called after each timed call. Warming up is the caller's: every contestant has
     run before, to have its result checked.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}

@@ -13,6 +13,7 @@ import tyro
 from echogen import __version__
 from echogen.commands.bench import Bench
 from echogen.commands.evaluate import Eval
+from echogen.commands.helptext import readable
 from echogen.commands.layouts import Layouts
 from echogen.commands.output import Failure, InputError, fail
 from echogen.commands.pictures import Cycle, Generate, Ground
@@ -96,7 +97,7 @@ def _run(argv: list[str]) -> int:
         print(f"echogen {__version__}")
         return 0
     try:
-        with told_in_one_line():
+        with told_in_one_line(), readable():
             command = tyro.cli(
                 Command,
                 prog="echogen",
@@ -119,7 +120,7 @@ def _run(argv: list[str]) -> int:
     except refusals() as error:
         fail(str(error))
         return 2
-    except failures() as error:  # behind the refusals: some are a kind of failure
+    except failures() as error:  # after the refusals: some are a kind of failure
         sys.stdout.flush()
         fail(str(error))
         return 1

@@ -1,4 +1,4 @@
-"""Softmax attention over whole sequences, by who does it best where it runs. One query a sequence
+"""Softmax attention over whole sequences, the way that is best where it runs. One query a sequence
 over a cache is another job: `kernels.decode_attention`, and on a CPU `engine/cpu`."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from echogen.engine.flex import BlockMask, blocked_attention
 
 Mask = Tensor | BlockMask | Literal["causal"] | None
 """What a query sees: additive in its type [B or 1, 1, L, S]; blocks of FlexAttention; "causal",
-itself and what stands before it (S = L); None: every key."""
+itself and what is before it (S = L); None: every key."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:

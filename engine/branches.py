@@ -82,7 +82,7 @@ class Branches:
             return self._step(tokens.unsqueeze(-1), torch.ones_like(tokens))
 
     def feed(self, new: list[list[list[int]]]) -> Tensor:
-        """Feed each branch its own tokens, as many as it has; text logits [B, K, vocab] behind the
+        """Feed each branch its own tokens, as many as it has; text logits [B, K, vocab] after the
         last of each (those of a branch that has none mean nothing)."""
         most = max(len(tokens) for row in new for tokens in row)
         device = self._ids.device
@@ -104,7 +104,7 @@ class Branches:
         number = torch.arange(1, width + 1, device=tokens.device)[:, None]
         branch = torch.where(place < counts[..., None], number, -1).flatten(1)
         position = ((self._next + self._fed)[..., None] + place).flatten(1)
-        # A pad is read by nobody, but it needs a position all the same.
+        # A pad is never read, but it needs a position all the same.
         position = position.clamp(max=self._model.config.max_positions - 1)
         cached, new = self._branch.shape[1], width * most
         self._branch = torch.cat((self._branch, branch), 1)

@@ -27,7 +27,7 @@ class KVCache:
 
     Attributes:
         keys, values: for each layer [B, kv_heads, S, head_dim].
-        length: tokens written so far; the next write goes behind them.
+        length: tokens written so far; the next write goes after them.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class KVCache:
         self._seen = self._halves(self._block[:, :, :, :end])
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write ``key`` and ``value`` [B, kv_heads, n, head_dim] behind ``length`` and return views
+        """Write ``key`` and ``value`` [B, kv_heads, n, head_dim] after ``length`` and return views
         of everything up to and including them. ``advance`` moves ``length`` once all layers wrote.
 
         Raises:
@@ -89,7 +89,7 @@ class WindowCache(KVCache):
     """A cache whose rows are written at slots of their own, again and again: a window of drafted
     codes overwrites what the last one left.
 
-    It starts at zero: a slot nobody wrote yet is masked, and a weight of 0 on what memory held
+    It starts at zero: a slot not written yet is masked, and a weight of 0 on what memory held
     before could still make NaN.
     """
 
@@ -125,7 +125,7 @@ class WindowCache(KVCache):
 @dataclass(frozen=True)
 class Prefix:
     """What a prompt leaves behind: ``keys_values`` [2, layers, kv_heads, L, K], keys first, and the
-    ``logits`` [V] behind its last token."""
+    ``logits`` [V] after its last token."""
 
     keys_values: Tensor
     logits: Tensor

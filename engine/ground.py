@@ -39,7 +39,7 @@ class Answers(NamedTuple):
     """Boxes found, in location tokens.
 
     Attributes:
-        tokens: int64 [N, K, 4]; what stands at padding (k ≥ K_n) means nothing.
+        tokens: int64 [N, K, 4]; what is at padding (k ≥ K_n) means nothing.
         logprob: float32 [N, K, 4], of each token under the grammar-constrained distribution.
     """
 
@@ -242,7 +242,7 @@ def _spelled(
 
 
 def _forced(codec: BoxCodec, answer: list[int]) -> list[int]:
-    """The tokens behind an answer that leave no choice."""
+    """The tokens after an answer that leave no choice."""
     forced: list[int] = []
     while len(allowed := codec.allowed((*answer, *forced))) == 1:
         forced += allowed

@@ -1,7 +1,7 @@
 """The domain's nouns: a box, an object with its referring expression, a layout; and their JSON.
 
 Everything that enters the project as a layout passes through here, so a layout that exists is a
-layout that is valid: each refusal names the object, the value and the mend.
+layout that is valid: each refusal names the object, the value and the fix.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ French, Japanese, Persian and emoji are written with, and no letters newer than 
 
 
 class LayoutError(ValueError):
-    """A layout that is refused; the message is one line that names the value and the mend."""
+    """A layout that is refused; the message is one line that names the value and the fix."""
 
 
 def _show(value: object) -> str:

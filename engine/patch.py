@@ -83,7 +83,7 @@ FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     LlamaAttention: _attention,
     LlamaMLP: _mlp,
 }
-"""What stands in for whose forward. Subclasses are left alone: they may compute something else."""
+"""What replaces each class's forward. Subclasses are left alone, as they may differ in it."""
 
 
 class Patch:

@@ -44,7 +44,7 @@ def quantise(box: Box, scale: int) -> tuple[int, int, int, int]:
 
 
 class BoxCodec(Protocol):
-    """How a box stands between ``<box>`` and ``</box>``.
+    """How a box is written between ``<box>`` and ``</box>``.
 
     Attributes:
         name: "location" or "textual".
@@ -177,7 +177,7 @@ def feasible(text: str, scale: int) -> bool:
 
 
 def _extendable(digits: str, low: int, high: int) -> bool:
-    """Whether digits, perhaps with more digits behind, can be an integer in low…high."""
+    """Whether digits, perhaps with more digits after them, can be an integer in low…high."""
     if not digits or digits == "0":
         return low <= (high if not digits else 0)
     if digits[0] == "0":
@@ -337,7 +337,7 @@ class Prompts:
     # --- image → layout -------------------------------------------------------------------------
 
     def i2l(self) -> tuple[list[int], list[int]]:
-        """The ids before and behind the image codes in the trunk of an I2L sequence."""
+        """The ids before and after the image codes in the trunk of an I2L sequence."""
         before = [self.bos, *self._encode(f"{USER}: "), self.begin_image]
         return before, [self.end_image, *self._encode(f" {self.question}\n\n{ASSISTANT}:")]
 

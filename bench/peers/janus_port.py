@@ -126,7 +126,7 @@ class JanusPort:
 
     def _static(self, rows: int, length: int, kept: bool) -> StaticCache:
         """An empty cache of ``length`` tokens a row; if ``kept``, the same for drawing after
-        drawing, as with another one every graph would be recorded anew."""
+        drawing, as with another one every graph would be recorded again."""
         if kept and self._kept is not None and self._kept[0] == (rows, length):
             self._kept[1].reset()
             return self._kept[1]

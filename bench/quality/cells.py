@@ -15,7 +15,7 @@ from echogen.train.config import CycleRLConfig, DJOConfig, PMTPConfig, Recipe
 START = "(start)"
 """What a cell begins with that begins with no other cell: the given model of stage 1."""
 FRESH = "(fresh weights)"
-"""Fresh weights, behind the image tokenizer of the given model."""
+"""Fresh weights, with the image tokenizer of the given model."""
 LLM_LAYOUTS = "(file of LLM-written layouts)"
 THREADS = 1  # two cells then run side by side on two cores, and CPU seconds are the compute spent
 
@@ -83,7 +83,7 @@ class Cell:
         return tuple(dict.fromkeys(name for name in named if name))
 
 
-# Which cells stand in the rows of a table, in order; the same cell may stand in two tables.
+# Which cells are the rows of a table, in order; the same cell may be in two tables.
 ROWS: dict[str, tuple[str, ...]] = {
     "ablation": (
         "ablation-stage1",

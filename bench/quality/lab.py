@@ -1,4 +1,4 @@
-"""What decides a cell's outcome, and how every cell stands: done, missing, or done otherwise."""
+"""What decides a cell's outcome, and each cell's state: done, missing, or done otherwise."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class Lab:
         scale: of steps and scenes.
         force: begin Cycle RL however little its reward agrees with the judge.
         float32: multiply in float32 where the recipe says bfloat16. It is a cell's machine rather
-            than its experiment: a finished cell stands in whichever it was trained, and the tables
-            name those of a kind.
+            than its experiment: a finished cell counts in whichever type it was trained, and the
+            tables name those of a kind.
         device: where cells are trained and evaluated, of the machine like ``float32``.
         tell: called with a line about what is being done.
     """
@@ -198,10 +198,10 @@ class Lab:
             raise QualityError(
                 f"{cell.name}: it spends the seconds of others in {own}, and they were trained "
                 f"otherwise ({told}); give or leave out --float32 and --device as they did, or run "
-                f"them anew with --cell NAME --again"
+                f"them again with --cell NAME --again"
             )
 
-    # --- how it stands --------------------------------------------------------------------------
+    # --- its state ------------------------------------------------------------------------------
 
     def state(self, cell: Cell) -> tuple[str, str]:
         """("done" | "missing" | "blocked" | "changed", why)."""
@@ -220,10 +220,10 @@ class Lab:
         changed = differences(old, new)
         begun = self.fingerprint(cell)
         if begun is not None and begun != record["start"]["fingerprint"]:
-            mend = (
+            fix = (
                 ""
                 if cell.parent
                 else ", the model of stage 1: name the one it began with (--start)"
             )
-            changed.append(f"start {record['start']['fingerprint']} → {begun}{mend}")
+            changed.append(f"start {record['start']['fingerprint']} → {begun}{fix}")
         return ("changed", "; ".join(changed)) if changed else ("done", "")

@@ -18,7 +18,7 @@ KEYS = {"cell", "arm", "seed", "stage", "scale", "settings", "start", "model", "
 
 
 class QualityError(ValueError):
-    """An experiment that cannot be run or read; the message names the cell and the mend."""
+    """An experiment that cannot be run or read; the message names the cell and the fix."""
 
 
 def record_path(folder: Path, name: str) -> Path:

@@ -18,7 +18,7 @@ TITLES = {
 }
 AT = {"plain": "At T = 1, CFG = 1", "best": "At each run's own validation-best T and CFG"}
 
-# name in a table → (where it stands in an evaluation, the task that has to be learnt for it)
+# name in a table → (where it is in an evaluation, the task that has to be learnt for it)
 MEASURES: dict[str, tuple[tuple[str, str], str]] = {
     "AP": (("l2i", "ap"), "l2i"),
     "AP50": (("l2i", "ap50"), "l2i"),
@@ -43,14 +43,22 @@ DIFFERING = ("AP", "AP50", "judge acc50", "mAcc")
 
 Table = dict[str, Any]
 READING = """\
-Mean ± standard error over seeds (standard deviation with n − 1, over √n); one seed has no standard
-error, and is marked n = 1. AP and the accuracies of place, colour, texture and shape are the exact
-judge's on drawn test layouts; Acc and mAcc those of free-running grounding in true test images;
-fd_vq is a Fréchet distance of VQ features (lower is better); the gap is self-judged less
-independently judged IoU; codes of 4 (different codes at a place of four pictures of one layout) and
-pixel distance (mean absolute difference of two of them) say how varied pictures are. Checkpoints, T
-and CFG are chosen on validation scenes. Stage 1 continued is stage 2 without its loop: the same
-batches, schedule and optimizer. CPU seconds are those of the steps alone, on one thread."""
+Made by `echogen bench quality --report` from the cells in this folder, each with its metrics log.
+
+- Figures are the mean ± standard error over seeds: the standard deviation (with n − 1) over √n. One
+  seed has no standard error, and is marked n = 1.
+- **AP**, **judge acc50** and the accuracies **spatial** (place), **colour**, **texture** and
+  **shape** are the exact judge's, on drawn test layouts.
+- **Acc** and **mAcc** are those of free-running grounding in true test images.
+- **fd_vq** is a Fréchet distance of VQ features; lower is better.
+- **codes of 4** and **pixel distance** say how varied pictures are. Of four pictures of one layout,
+  the first counts the different codes at a place; the second is the mean absolute difference of two
+  of them.
+- **gap** is self-judged IoU less independently judged IoU.
+- Checkpoints, T and CFG are chosen on validation scenes.
+- Stage 1 continued (by the samples or the seconds of stage 2) is stage 2 without its loop: the same
+  batches, schedule and optimizer.
+- **CPU seconds** are those of the steps alone, on one thread."""
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
@@ -130,7 +138,7 @@ def _row(stem: str, arm: str, by_seed: dict[int, Record]) -> dict[str, Any]:
             for at in AT
         },
         "spent": {
-            name: mean_and_error([float(r[name]) for r in records if name not in _untold(r)])
+            name: mean_and_error([float(r[name]) for r in records if name not in _not_counted(r)])
             for name in ("steps", "samples", "drawn", "seconds", "cpu_seconds")
         },
         "sampling": [r["evaluation"]["best"]["sampling"] for r in records],
@@ -142,8 +150,8 @@ def _row(stem: str, arm: str, by_seed: dict[int, Record]) -> dict[str, Any]:
     }
 
 
-def _untold(record: Record) -> tuple[str, ...]:
-    """What is not told of a cell's compute, since it would mean nothing."""
+def _not_counted(record: Record) -> tuple[str, ...]:
+    """What is left out of a cell's compute, since it would mean nothing."""
     return () if clock(record) == "cpu_seconds" else ("cpu_seconds",)
 
 
@@ -177,16 +185,16 @@ def _notes(some: list[Record], records: dict[str, Record]) -> list[str]:
     types = {kind: [r["cell"] for r in some if precision(r) == kind] for kind in TYPES}
     if all(types.values()):
         fewer = min(TYPES, key=lambda kind: len(types[kind]))
-        notes.append(f"trained in {fewer}, the others not: {', '.join(types[fewer])}")
+        notes.append(f"trained in {fewer}, unlike the others: {', '.join(types[fewer])}")
     away = [(device(r), r["cell"]) for r in some if clock(r) == "seconds"]
     for name in dict.fromkeys(name for name, _ in away):
         cells = ", ".join(cell for other, cell in away if other == name)
         notes.append(
-            f"trained on {name}, where what is spent is counted in seconds of steps (wall), as CPU "
-            f"seconds tell nothing of it: {cells}"
+            f"trained on {name}, where compute is counted in seconds of steps (wall), since CPU "
+            f"seconds say nothing of it: {cells}"
         )
     if any(r["scale"] != 1 for r in some):
-        notes.append("scaled down: made to try the experiments out, they mean nothing")
+        notes.append("scaled down, to try the experiments out: the figures mean nothing")
     for r in some:
         parent = records.get(r["start"]["cell"] or "")
         if parent is not None and parent["model"] != r["start"]["fingerprint"]:
@@ -194,8 +202,8 @@ def _notes(some: list[Record], records: dict[str, Record]) -> list[str]:
     starts = {r["start"]["fingerprint"] for r in some if r["stage"] == "none"}
     if len(starts) == 1 and len([r for r in some if r["stage"] == "none"]) > 1:
         notes.append(
-            "the seeds share one model of stage 1, so errors are those of what follows it, and "
-            "stage 1's own are those of drawing"
+            "the seeds share one model of stage 1: its errors come from drawing alone, those of "
+            "the other arms from what follows it"
         )
     return notes
 
@@ -208,35 +216,34 @@ def _forced(some: list[Record]) -> list[str]:
         found, error = before.get("rank_correlation"), before.get("rank_correlation_stderr")
         if found is not None and error is not None and found < config.get("gate_bound", found):
             notes.append(
-                f"{r['cell']} was run with --force: it began with a rank correlation of self-reward"
-                f" and judge of {found:.3f} ± {error:.3f}, below the {config['gate_bound']:g} that "
-                f"Cycle RL asks for"
+                f"{r['cell']} was run with --force: at its start the rank correlation of "
+                f"self-reward and judge was {found:.3f} ± {error:.3f}, below the "
+                f"{config['gate_bound']:g} that Cycle RL asks for"
             )
     return notes
 
 
-# --- Markdown -------------------------------------------------------------------------------------
-
-
 def _paces(some: list[Record], known: dict[str, Cell], records: dict[str, Record]) -> list[str]:
-    """By what the seconds of others became steps: a cell's own say nothing of that where another
-    machine ran it than measured the budget."""
+    """Whose pace turned a budget of seconds into steps; a cell's own pace cannot, where it ran on
+    another machine than the cell that set the budget."""
     of: dict[str, list[str]] = {}
     for r in some:
         cell = known[r["cell"]]
         if cell.budget and (by := pace(cell, known, records.get)) is not None:
             of.setdefault(by["cell"], []).append(r["cell"])
     return [
-        f"the seconds that {', '.join(names)} had to spend became steps at the pace of {by}, not "
-        f"at their own, which tells of the machine they ran on"
+        f"the seconds that {', '.join(names)} had to spend were turned into steps at the pace of "
+        f"{by}, since their own pace depends on the machine they ran on"
         for by, names in of.items()
     ]
 
 
+# --- Markdown -------------------------------------------------------------------------------------
+
+
 def markdown(tables: dict[str, Table]) -> str:
     """All tables as one page."""
-    parts = ["# Quality experiments", "Made by `echogen bench quality --report` from the cells "
-             "beside it, each with its metrics log.\n" + READING]  # fmt: skip
+    parts = ["# Quality experiments", READING]
     for table in tables.values():
         parts += _section(table)
     return "\n\n".join(parts) + "\n"
@@ -250,12 +257,13 @@ def _section(table: Table) -> list[str]:
     if not rows:
         return parts
     parts.append(
-        f"Ceilings: the judge on the true pictures reads {shown(table['judge_ceiling'])} at IoU "
-        f"0.5; after a round trip through the image tokenizer AP is "
-        f"{shown(table['vq_ceiling']['AP'])} and its accuracy "
-        f"{shown(table['vq_ceiling']['judge acc50'])}."
+        f"Ceilings: on the true pictures judge acc50 is {shown(table['judge_ceiling'])}. After a "
+        f"round trip through the image tokenizer it is "
+        f"{shown(table['vq_ceiling']['judge acc50'])}, and AP is "
+        f"{shown(table['vq_ceiling']['AP'])}."
     )
-    parts += [f"Note: {note}." for note in table["notes"]]
+    if table["notes"]:
+        parts.append("Notes:\n\n" + "\n".join(f"- {note}." for note in table["notes"]))
     for at, title in AT.items():
         measures = [(r, r["measures"][at]) for r in rows]
         parts.append(f"### {title}")

@@ -67,7 +67,7 @@ def run_cell(lab: Lab, cell: Cell, again: bool = False) -> None:
     """Run a cell, unless it is done, after those it needs.
 
     Args:
-        again: forget what is there of this cell and run it anew.
+        again: forget what is there of this cell and run it again.
 
     Raises:
         QualityError: done with other settings; lacking something; run by another process.
@@ -80,7 +80,7 @@ def run_cell(lab: Lab, cell: Cell, again: bool = False) -> None:
     if state == "changed" and not again:
         raise QualityError(
             f"{cell.name}: done already with other settings ({why}); --cell {cell.name} --again "
-            f"runs it anew"
+            f"runs it again"
         )
     if state == "done" and not again:
         lab.tell(f"{cell.name}: done already")
@@ -165,7 +165,7 @@ def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
     if begun.is_file() and (changed := differences(json.loads(begun.read_text()), wanted)):
         raise QualityError(
             f"{cell.name}: its run in {folder} has other settings ({'; '.join(changed)}); "
-            f"--cell {cell.name} --again begins it anew"
+            f"--cell {cell.name} --again starts it over"
         )
     if mark.is_file() and (folder / "model").is_dir():
         told: dict[str, Any] = json.loads(mark.read_text())
@@ -180,7 +180,7 @@ def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
     if there and there[-1]["device"] != here:  # its seconds would be of both
         raise QualityError(
             f"{cell.name}: its run in {folder} began on {there[-1]['device']}, and this is {here}; "
-            f"go on there (--device), or begin it anew with --cell {cell.name} --again"
+            f"go on there (--device), or start it over with --cell {cell.name} --again"
         )
     stage, start = build(cell, config, _beginning(lab, cell), lab.device)
     run.mkdir(parents=True, exist_ok=True)
@@ -227,6 +227,6 @@ def _beginning(lab: Lab, cell: Cell) -> Path | str:
         raise QualityError(
             f"{parent.name}: the model in {folder} ({found}) is not that of its record "
             f"({record and record['model']}), since another machine trains other weights; bring "
-            f"the recorded model there, or --cell {parent.name} --again and then this one anew"
+            f"the recorded model there, or --cell {parent.name} --again and then this one again"
         )
     return folder

@@ -125,7 +125,7 @@ class Timed:
         return timed
 
     def after_step(self, step: int) -> None:
-        """Called behind the optimizer: from ``loss`` to here is one step."""
+        """Called after the optimizer: from ``loss`` to here is one step."""
         self.stage.after_step(step)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

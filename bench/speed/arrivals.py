@@ -3,7 +3,7 @@
 Gaps between requests are exponential (a Poisson process), in real time, and every provider meets
 the same requests at the same moments. Times are counted from the moment a request was due, so that
 a server cannot look better by being slow to take it. Queue and slots are looked at when a request
-comes: those who come at random moments find what there is on average.
+comes: those that come at random moments find what there is on average.
 
 Loads are shares of the scheduler's own capacity, measured in the same run by a queue that is never
 empty. Fixed batches have another one (`echogen.bench.speed.serving`).
@@ -47,7 +47,7 @@ LOADS = (0.5, 0.8, 1.2)
 """Shares of the capacity: easy, busy, and more than can be drawn."""
 WHO_WAITS = "batches of who waits"
 PROVIDERS = (SCHEDULER, STATIC, WHO_WAITS)
-"""The scheduler; batches that wait until they are full; batches of whoever waits when the one
+"""The scheduler; batches that wait until they are full; batches of what waits when the one
 before has ended."""
 PARTS = 4
 """The first part of an image is so many times smaller than the whole."""
@@ -71,7 +71,7 @@ class Fate:
         waiting, held: requests that waited and slots that were held, as it found them.
         first, ended: when the first part of its images was there, and all; None where refused.
         future: of its codes; None where refused.
-        over: set behind all of them; a future's result may be there before it has called back.
+        over: set after all of them; a future's result may be there before it has called back.
     """
 
     due: float
@@ -150,7 +150,7 @@ def measure(
         requests: that come at each load, of all kinds (`serving.mixed`); the first ``SETTLING`` of
             them are not counted.
         slots: rows of the scheduler and of a batch.
-        queue: requests that may wait; who comes then is refused.
+        queue: requests that may wait; any more are refused.
         loads: shares of the scheduler's capacity.
         rates: further loads, in requests a second.
         seed: of the requests, their moments and the noise.

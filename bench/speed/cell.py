@@ -23,7 +23,7 @@ from echogen.bench.speed.held import held_mib
 Row = dict[str, Any]
 LEAST_SAME = 0.9
 """Share of images that must be code for code those of this engine: in a batch of hundreds two codes
-of random weights stand within rounding of each other now and then."""
+of random weights are within rounding of each other now and then."""
 SLOW = 5.0
 """Seconds of a drawing on a GPU above which the one that a peer is compared by is its time: the
 port's loop may take half a minute for an image, which its launches decide and noise does not."""
@@ -39,7 +39,7 @@ class Cell:
         contestants: those who may.
         asked: the batch.
         repeats: timed drawings of each.
-        fixed: everybody's threads on a CPU; None: those that draw quickest.
+        fixed: the threads of all on a CPU; None: those that draw quickest.
         threads: of each provider, as known so far; added to.
     """
 
@@ -135,7 +135,7 @@ class Cell:
         """On a GPU: seconds of this engine and of a peer in turn, where the one that was compared
         took so long."""
         ours, theirs = (partial(self._at_best, one) for one in (OURS, name))
-        ours()  # records anew
+        ours()  # records again
         if took > SLOW and not name.startswith(OURS):
             return {name: [took], OURS: [seconds(ours)]}
         theirs()  # records what is timed
@@ -144,8 +144,8 @@ class Cell:
         times: dict[str, list[float]] = {name: [], OURS: []}
         for _ in range(self._repeats):
             times[name].append(seconds(theirs))
-            # Where Inductor records a graph it frees cuBLAS's workspaces, whose addresses stand in
-            # this engine's graphs: they are recorded anew before they run again.
+            # Where Inductor records a graph it frees cuBLAS's workspaces, whose addresses are in
+            # this engine's graphs: they are recorded again before they run again.
             self._contestants.forget_steps()
             ours()
             times[OURS].append(seconds(ours))

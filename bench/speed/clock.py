@@ -2,7 +2,7 @@
 
 Events around a call that is shorter than its launch would time the host. So the device is held up
 first, for as long as the host needs to be ahead; calls of some microseconds, as decoding makes
-them, are captured in one graph, all behind each other, and share its replay.
+them, are captured in one graph, one after another, and share its replay.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def times(call: Call, cold: bool = True, repeats: int = REPEATS) -> dict[str, fl
 
 
 def _host_ms(call: Call, repeats: int) -> float:
-    """Median of launching a call on an idle device: behind a lead, a call that waits for the device
+    """Median of launching a call on an idle device: after a lead, a call that waits for the device
     would wait for the lead too, and so would one that finds the queue of launches full (it holds
     about a thousand)."""
     host = list[float]()
@@ -67,7 +67,7 @@ def _host_ms(call: Call, repeats: int) -> float:
 
 
 def captured(calls: Sequence[Call]) -> Call:
-    """One graph of all calls, one behind the other, without gradients.
+    """One graph of all calls, one after the other, without gradients.
 
     Raises:
         CaptureError: one of them waits for the device; calls outside go on as before.

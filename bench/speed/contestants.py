@@ -87,7 +87,7 @@ class Contestants:
         return self._models[eight]
 
     def forget_steps(self) -> None:
-        """Give back this engine's steps and caches on a GPU; its next drawing records anew."""
+        """Give back this engine's steps and caches on a GPU; its next drawing records again."""
         for model in self._models.values():
             if isinstance(model, DeviceTransformer):
                 model.release()

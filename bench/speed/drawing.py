@@ -186,7 +186,7 @@ def run(
                 _model(plan, name, device, dtype, seed, found, told)
             except RuntimeError as error:  # of the device: its weights may not even be there
                 found.fail(name, error)
-    except KeyboardInterrupt:  # whoever is out of time keeps what he has
+    except KeyboardInterrupt:  # what was measured until then is kept
         found.interrupted = True
         found.leave(f"interrupted at {name}, with {len(found.results)} results")
     finally:
@@ -276,8 +276,9 @@ def _suited(plan: Plan, contestants: Contestants, least: Asked, leave: Note) -> 
     codes = min(stretches.CODES, contestants.image_tokens)
     leave(
         f"{len(least.prompts)} images, cfg {least.cfg:g}, take {took:.1f} s on this CPU, so each "
-        f"batch is drawn {repeats} times, of peers the first {codes} of "
-        f"{contestants.image_tokens} codes (the rest is taken to go as fast), without {COPIES}"
+        f"batch is drawn {repeats} times, peers draw only the first {codes} of "
+        f"{contestants.image_tokens} codes (the rest is assumed to go as fast) and {COPIES} is not "
+        f"timed"
     )
     return replace(plan, peers=peers, repeats=repeats, codes=codes)
 

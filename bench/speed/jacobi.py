@@ -279,7 +279,7 @@ def _draw(
         made = sampler()
         drawn[0] = decode_windows(engine.decoder, embeddings, prompts, made, pad, window, draft)
 
-    if embeddings.is_cuda:  # steps of this shape are recorded by who draws it first
+    if embeddings.is_cuda:  # steps of this shape are recorded when it is first drawn
         one_by_one()
         for tally in tallies:
             several(tally.window, tally.draft)

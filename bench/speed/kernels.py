@@ -134,7 +134,7 @@ def run(
                     for row in _case(case, name, dtype, on, providers, repeats, rate, note):
                         rows.append(row)
                 progress(done + 1, total)
-    except KeyboardInterrupt:  # whoever is out of time keeps what he has
+    except KeyboardInterrupt:  # what was measured until then is kept
         ended = "interrupted"
     except Exception as error:
         if on.type == "cpu":
@@ -263,7 +263,7 @@ def _refusal(
 ) -> str | None:
     """Why a contestant is not timed; None where it computes the same."""
     try:
-        # Without gradients where it is timed without: torch.compile compiles for either anew.
+        # Without gradients where it is timed without: torch.compile compiles again for either.
         with torch.set_grad_enabled(bool(case.trains) or size not in case.graphed):
             found = contest.results(case, one.run, inputs, one.outputs)
         contest.check(case, case.bounds[dtype], one.name, found, wanted)
@@ -352,7 +352,7 @@ def _cuda_times(
         calls = [contest.call(case, one.run, one.outputs, mode, [mine]) for mine in copies]
         if graphed:
             try:
-                # Every copy once behind a cleared cache, and one copy again and again.
+                # Every copy once after clearing the cache, and one copy again and again.
                 cold = clock.shared(clock.times(clock.captured(calls)), count)
                 again = clock.captured(calls[:1] * count)
                 warm = clock.shared(clock.times(again, cold=False), count)

@@ -28,7 +28,7 @@ def errors(
     model: DeviceTransformer, rows: list[list[int]], guided: bool, pad: int
 ) -> tuple[float, float]:
     """‖difference‖/‖logits‖ from float32 of the operators, and of plain torch in the type of the
-    weights, behind the prompts ``rows`` and a few codes more.
+    weights, after the prompts ``rows`` and a few codes more.
 
     Raises:
         WrongResult: the operators are further off than their rounding explains.

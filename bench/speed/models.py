@@ -120,7 +120,7 @@ class Subject:
     begin_image: int
 
     def rows(self, prompts: Tensor, cfg: float) -> list[list[int]]:
-        """What a drawing of ``prompts`` [N, L] runs: with guidance unconditional ones behind."""
+        """What a drawing of ``prompts`` [N, L] runs: with guidance then unconditional ones."""
         found: list[list[int]] = prompts.tolist()
         if cfg != 1:
             middle = [self.pad] * (prompts.shape[1] - 2)

@@ -45,7 +45,7 @@ HEADS = {
     "engine/ground/prefill": "text_head",
     "engine/ground/step": "text_head",
 }
-"""Phases that have a floor, and the head behind each. Others (sampling, the image decoder) show
+"""Phases that have a floor, and the head after each. Others (sampling, the image decoder) show
 their time alone."""
 
 

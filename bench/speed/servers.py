@@ -69,7 +69,7 @@ class Continuous:
         return found.waiting, found.live_slots
 
     def end(self) -> None:
-        """A scheduler draws whoever is there."""
+        """A scheduler draws what is there."""
 
 
 @dataclass(eq=False)
@@ -89,7 +89,7 @@ class Batches(Worker):
         queue: requests that may wait.
         part: codes of an image's first part.
         full: wait until a batch is full, or until no more requests come; otherwise the machine,
-            once free, takes whoever waits.
+            once free, takes what waits.
     """
 
     def __init__(self, engine: Engine, slots: int, queue: int, part: int, full: bool) -> None:
@@ -139,7 +139,7 @@ class Batches(Worker):
         return True
 
     def _next(self) -> list[_Waits]:
-        """The next batch, of the kind whose turn it is; empty where nobody waits or may begin."""
+        """The next batch, of the kind whose turn it is; empty where none waits or may begin."""
         for guided in dict.fromkeys(each.asked.sampling.guided for each in self._waiting):
             mine = [each for each in self._waiting if each.asked.sampling.guided == guided]
             count = fitting([each.asked for each in mine], self._slots)

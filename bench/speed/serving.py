@@ -1,8 +1,8 @@
 """Many requests at once: through the scheduler, one after another, and in batches that are fixed.
 
 All requests are there at the beginning and all images of a model take as many steps, so here fixed
-batches are at their best: their rows stand at one place, and a step writes and reads views of the
-cache where the scheduler's gathers. What a scheduler is for, that who comes later need not wait for
+batches are at their best: their rows are all at one place, and a step writes and reads views of the
+cache where the scheduler's gathers. What a scheduler is for, that later requests need not wait for
 a batch to end, `echogen.bench.speed.arrivals` measures. Codes are compared before anything is
 timed; usual steps may differ from drawing one by one where codes are within rounding,
 batch-invariant ones in no bit from a request alone.
@@ -44,7 +44,7 @@ SCHEDULER = "scheduler"
 CODES, INVARIANT = "scheduler, code by code", "scheduler, batch-invariant"
 ALONE, DEFAULT, STATIC = "one by one", "one by one, several codes a step", "fixed batches"
 FOR_ONE = (SCHEDULER, CODES, INVARIANT, ALONE, DEFAULT)
-"""Who is timed with a single image, too. Batch-invariant steps cost most there: slots that stand
+"""What is timed with a single image, too. Batch-invariant steps cost most there: slots that are
 empty are run all the same."""
 MOST_DIFFERENT = 0.05
 """Share of the images that may differ by rounding before a result counts as wrong."""

@@ -1,10 +1,10 @@
-"""Models one of whose drawings takes seconds on a CPU: this engine draws whole images, everybody
-else their first codes.
+"""Models one of whose drawings takes seconds on a CPU: this engine draws whole images, its peers
+their first codes.
 
 Six providers of a 100M model, each drawing eight images with guidance nine times (to compare, to
 choose its threads, five times to be timed, to count memory), would be a quarter of an hour for the
-smallest batch of a rollout. What the port and eager PyTorch need for the codes behind the first
-ones is taken to be what they need for those. That flatters them, as later codes read a longer
+smallest batch of a rollout. What the port and eager PyTorch need for the codes after the first
+ones is assumed to be what they need for those. That flatters them, as later codes read a longer
 cache; of this engine nothing is projected.
 """
 

@@ -131,7 +131,7 @@ class _Drawing:
         )
         self._windows.prefill()
         half = c.image_tokens // 2
-        for first in range(0, half, 16):  # what stands before the window
+        for first in range(0, half, 16):  # what is before the window
             here = self._codes[:, first : min(first + 16, half)]
             self._windows.window(here, [first] * batch)
 
@@ -141,7 +141,7 @@ class _Drawing:
         return Sampler(self._sampling, self._seed, draws, c.codebook_size, c.image_tokens)
 
     def in_windows(self, width: int) -> float:
-        """Seconds a step of ``width`` codes, sampling included, as one follows another: behind
+        """Seconds a step of ``width`` codes, sampling included, as one follows another: after
         other work the first finds its weights out of the cache."""
         if isinstance(self._model, DeviceTransformer):
             s, steps = self._subject, list[int]()

@@ -305,7 +305,7 @@ class BenchKernels:
             tables.plot(rows, self.out)
         except ImportError:
             warn("matplotlib is not installed; no plots were drawn")
-        except Exception as error:  # the figures are there, and printed behind this
+        except Exception as error:  # the figures are there, and printed after this
             warn(f"no plots were drawn ({type(error).__name__}: {error})")
 
 

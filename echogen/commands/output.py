@@ -19,7 +19,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class InputError(Exception):
-    """Bad input found by a command; the message is one line that names the value and the mend."""
+    """Bad input found by a command; the message is one line that names the value and the fix."""
 
 
 class Failure(Exception):

@@ -98,7 +98,7 @@ class BenchQuality:
         if self.listing and self.report:
             raise InputError("--list and --report: choose one")
         if self.again and (not self.cell or self.listing or self.report):
-            raise InputError("--again: name what to run anew with --cell")
+            raise InputError("--again: name what to run again with --cell")
         if self.llm_layouts is not None and not self.llm_layouts.is_file():
             raise InputError(f"--llm-layouts {self.llm_layouts}: no such file")
         ModelOptions(device=self.device).check()

@@ -21,7 +21,7 @@ except ImportError:  # Windows, where nothing is locked
 @contextmanager
 def run_folder(out: Path) -> Iterator[None]:
     """Make a run's folder and hold it within the block; folders that were made for it and in which
-    nothing was written are removed behind it.
+    nothing was written are removed after it.
 
     Raises:
         InputError: it cannot be made or written to, or another process holds it.
@@ -42,7 +42,7 @@ def run_folder(out: Path) -> Iterator[None]:
 @contextmanager
 def held(folder: Path, name: str) -> Iterator[None]:
     """Hold a folder against other processes. The lock ends with the process, however that ends, so
-    a file ``lock`` that a kill left behind holds nobody up. Raises InputError, with the name."""
+    a file ``lock`` that a kill left behind blocks no one. Raises InputError, with the name."""
     if fcntl is None:
         yield
         return
@@ -60,7 +60,7 @@ def held(folder: Path, name: str) -> Iterator[None]:
 def _locked(path: Path, name: str) -> TextIO:
     """The file, locked."""
     while True:
-        file = open(path, "a+")  # noqa: SIM115 - the caller's, for as long as he holds the lock
+        file = open(path, "a+")  # noqa: SIM115 - the caller's, for as long as it holds the lock
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_at(file, path):

@@ -71,7 +71,7 @@ class Serve:
 
     def _bound(self) -> socket.socket:
         """A socket at the address, before the model is loaded, so that one in use is told at once;
-        it listens only when there is somebody to answer."""
+        it listens only once requests can be answered."""
         place = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -140,11 +140,11 @@ class Serve:
                 await super().startup(sockets)
                 print(line, flush=True)
 
-        # Beyond the time of an answer nobody has a claim on the end's waiting: a body that never
-        # comes, or an answer that is never read, would hold it for ever.
+        # The end waits no longer than an answer may take: a body that never comes, or an answer
+        # that is never read, would hold it for ever.
         graceful = math.ceil(self.timeout) + 5
-        # Twice as many connections as may be answered, and some for who watches; beyond those
-        # requests are told 503.
+        # Twice as many connections as may be answered, and some for monitoring; requests
+        # beyond those are answered with 503.
         most = _connections(100 + 2 * (scheduler.plan.slots + self.queue + self.searches))
         config = uvicorn.Config(
             app, http=Connection, limit_concurrency=most, timeout_keep_alive=self.keep_alive,

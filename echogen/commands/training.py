@@ -378,7 +378,7 @@ def check_run_folder(out: Path, resume: bool) -> None:
 
 def check_same_run(out: Path, config: Any) -> None:
     """Refuse to go on with a run that has other settings, before a model and data are loaded for
-    it. Without a state it begins anew, and the loop has the last word (`other_run`)."""
+    it. Without a state it starts over, and the loop has the last word (`other_run`)."""
     from echogen.train.config import differences, to_json
     from echogen.train.settings import FOUND_OUT
     from echogen.train.stages.stage import few, settings

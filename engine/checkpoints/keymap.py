@@ -19,13 +19,13 @@ from echogen.engine.config import ModelConfig
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or written; one line with the file, the key and the mend."""
+    """A checkpoint that cannot be read or written; one line with the file, the key and the fix."""
 
 
 VQ_PREFIX = "model.vqmodel."
 VISION_PREFIX = "model.vision_model."
 
-# Tensors that hold no knowledge: tables that are computed anew, a usage counter of VQ training, and
+# Tensors that hold no knowledge: tables that are recomputed, a usage counter of VQ training, and
 # the pooling head of SigLIP, which Janus never runs.
 IGNORED = tuple(
     re.compile(pattern)

@@ -202,12 +202,12 @@ def _check_reading(folder: Path, tokenizer: PreTrainedTokenizerBase, stored: Tok
     stored.no_padding()
     read = tokenizer.encode(PROBE, add_special_tokens=False)
     if read != stored.encode(PROBE, add_special_tokens=False).ids:
-        mend = "upgrade transformers to 5.22 or later"
+        fix = "upgrade transformers to 5.22 or later"
         if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 22):
-            mend = "see which kind of tokenizer its tokenizer_config.json names"
+            fix = "see which kind of tokenizer its tokenizer_config.json names"
         raise CheckpointError(
             f"{folder}: transformers {transformers.__version__} does not read its tokenizer as "
-            f"tokenizer.json has it ({PROBE!r} comes back as {tokenizer.decode(read)!r}); {mend}"
+            f"tokenizer.json has it ({PROBE!r} comes back as {tokenizer.decode(read)!r}); {fix}"
         )
 
 

@@ -49,7 +49,7 @@ def switched_off() -> bool:
 
 
 def compiler() -> list[str] | None:
-    """``$CXX``, which may have words behind it (``ccache g++``), or the first of ``COMPILERS`` on
+    """``$CXX``, which may have words after it (``ccache g++``), or the first of ``COMPILERS`` on
     PATH; None where there is none."""
     asked = os.environ.get("CXX", "").strip()
     # As one name first: a path may have spaces in it.

@@ -75,7 +75,7 @@ class _Call(ctypes.Structure):
 REFUSED = {
     1: "an id that the embedding does not have",
     2: "a row that the cache does not have",
-    3: "a place behind the cache's end or the model's last position",
+    3: "a place beyond the cache's end or the model's last position",
 }
 
 
@@ -116,7 +116,7 @@ def gumbel_noise(seed: int, draw: Tensor, position: Tensor, columns: int) -> Ten
         return philox.gumbel_noise(seed, draw, position, columns)
     try:
         library = loader.library(SOURCE)
-    except loader.CompilerError:  # who draws is told, see `decode.packed`
+    except loader.CompilerError:  # drawing reports it, see `decode.packed`
         return philox.gumbel_noise(seed, draw, position, columns)
     draw, position = (t.contiguous() for t in torch.broadcast_tensors(draw, position))
     noise = torch.empty(*draw.shape, columns, dtype=torch.float32, device=CPU)
@@ -156,7 +156,7 @@ class NativeTransformer:
         )  # fmt: skip
 
     def _layer(self, block: Block) -> _Layer:
-        """Gains lie in the weights behind them."""
+        """Gains are multiplied into the weights after them."""
         qkv = pairs_beside(block.qkv.weight * block.attn_norm.weight, block)
         gate, up = (block.gate_up.weight * block.mlp_norm.weight).chunk(2)
         gate_up = torch.cat((self._more_rows(gate), self._more_rows(up)))
@@ -225,7 +225,7 @@ class Sequences:
         model: what runs them.
         table: float32 [ids, D], the embeddings of the tokens that are run.
         caches: of each row its own keys and values, a view [2, layers, kv_heads, capacity, K] whose
-            last two dimensions are contiguous, and what stands before them: contiguous
+            last two dimensions are contiguous, and what is before them: contiguous
             [2, layers, kv_heads, L, K], which many rows may have, or None.
     """
 
@@ -252,11 +252,11 @@ class Sequences:
         )  # fmt: skip
 
     def before(self, row: int) -> Tensor | None:
-        """What stands before a row's own keys and values."""
+        """The prefix before a row's own keys and values, or None."""
         return self._before[row]
 
     def put_before(self, row: int, prefix: Tensor | None) -> None:
-        """From now on this stands there, see ``caches``.
+        """Set the prefix before a row's own keys and values, see ``caches``.
 
         Raises:
             ValueError: another shape, type or layout of memory.
@@ -279,11 +279,11 @@ class Sequences:
         self._before[row] = prefix
 
     def run(self, ids: Tensor, row: Tensor, at: Tensor, last_only: bool = False) -> Tensor:
-        """Append tokens to their rows and read the logits behind them.
+        """Append tokens to their rows and read the logits after them.
 
         Args:
-            ids, row, at: int64 [N], each token's id, row and place behind the row's prefix. Tokens
-                of a row stand beside each other and in order; those before the first are there.
+            ids, row, at: int64 [N], each token's id, row and place after the row's prefix. Tokens
+                of a row are beside each other and in order; those before the first are there.
             last_only: of each row's last token alone.
 
         Returns:
@@ -304,7 +304,7 @@ class Sequences:
 
 class NativeDecoding:
     """One drawing in C++, code by code (`decode.Decoding`) or in windows (`decode.Windows`); a
-    prompt's keys and values lie in memory once, whoever has it.
+    prompt's keys and values are in memory once, however many rows have it.
 
     Args:
         model: the packed weights.

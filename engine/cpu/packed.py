@@ -3,7 +3,7 @@ made of few of them. For bfloat16, large models on many threads, whose step is t
 (`PackedLinear`), and without a compiler; `echogen.engine.cpu.native` draws the others.
 
 Cutting a view costs as much as using it: buffers and their views are made once for a drawing,
-norms' gains and scales lie in the weights. The packed weights are a copy: whoever holds one makes a
+norms' gains and scales lie in the weights. The packed weights are a copy: what holds one makes a
 new one after the weights changed. Measured by `echogen bench engine --peer transformers`.
 """
 
@@ -57,7 +57,7 @@ def pairs_beside(qkv: Tensor, block: Block) -> Tensor:
 
 
 def _gain_folded(norm: RMSNorm, layer: nn.Linear) -> tuple[Callable[[Stream], Tensor], Tensor]:
-    """A norm without its gain, and the weight of the layer behind it with the gain multiplied in.
+    """A norm without its gain, and the weight of the layer after it with the gain multiplied in.
 
     F.rms_norm is seven operations on a CPU, 7 µs on two rows; one norm over the stream with its
     floor beside it and one division are 2 µs. In bfloat16 ‖x‖ would be rounded: the norm stays

@@ -62,7 +62,7 @@ class PackedDecoding:
         slot = torch.arange(capacity)
         ragged = any(self._pads)
         positions = (slot[length:] - pads[:, None]) if ragged else slot[None, length:]
-        # Slots behind the last code hold nothing that is read; they need a position all the same.
+        # Slots after the last code hold nothing that is read; they need a position all the same.
         positions = positions.clamp(max=c.max_positions - 1)
         # One [R or 1, 1, heads + kv_heads, K/2] a step.
         self._turns = model.turns(positions).unsqueeze(2).unbind(1)
@@ -194,9 +194,9 @@ LEAST = 4
 
 
 class PackedWindows(PackedDecoding):
-    """A drawing on packed weights whose steps take several codes, anywhere behind the prompt.
+    """A drawing on packed weights whose steps take several codes, anywhere after the prompt.
 
-    A code's logits do not depend on what stands beside it, to the last bit. oneDNN's blocked
+    A code's logits do not depend on what is beside it, to the last bit. oneDNN's blocked
     products give a row the same numbers among 1 as among 64, and MKL's batched ones of attention
     among 4 or more, so windows shorter than ``LEAST`` are padded to it. A masked key weighs an
     exact 0. Windows of one code are therefore sequential decoding in the same arithmetic: in

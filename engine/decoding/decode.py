@@ -53,7 +53,7 @@ class Windows(Protocol):
 
     def window(self, codes: Tensor, first: list[int]) -> Tensor:
         """Run image codes int64 [N, W], of image n at positions ``first[n]`` and on; the image
-        logits [R, W, V] behind each, which depend on no later code. Everything before ``first[n]``
+        logits [R, W, V] after each, which depend on no later code. Everything before ``first[n]``
         has been run; what an earlier call left from there on is overwritten."""
         ...
 

@@ -4,8 +4,8 @@ The noise of a code is keyed by (seed, draw, position), so a drawing is a functi
 ``z_t = argmax(ℓ_t(z_<t)/temperature + g_t)``. One forward over a draft of the next W codes gives
 every ``ℓ_t`` at once, and each that has only right codes before it gives the right next code. So a
 step takes over the draft as far as it agrees with what the step itself samples, and one code more;
-the samples behind are the next draft. This is Jacobi iteration of the equations above (Song et al.,
-"Accelerating feedforward computation via parallel nonlinear equation solving", ICML 2021; with
+the samples after it are the next draft. This is Jacobi iteration of the equations above (Song et
+al., "Accelerating feedforward computation via parallel nonlinear equation solving", ICML 2021; with
 sampling: Teng et al., "Accelerating auto-regressive text-to-image generation with training-free
 speculative Jacobi decoding", 2024), and because the noise does not change between steps it needs
 neither a rule of acceptance nor a correction: the fixed point is the sequential drawing.
@@ -123,7 +123,7 @@ class WindowDrawing:
 
 
 class Drafted:
-    """One image on its way: the codes that are final, and a draft behind them.
+    """One image on its way: the codes that are final, and a draft after them.
 
     Args:
         drawn: the codes drawn so far, one at least.
@@ -182,7 +182,7 @@ def decode_windows(
 ) -> WindowDrawing:
     """Draw one image for each prompt, several codes a step.
 
-    The codes are those of `decode_image` unless two stand within rounding of each other: products
+    The codes are those of `decode_image` unless two are within rounding of each other: products
     of another number of rows round differently (as between two sizes of a batch). None of 1,500
     drawings of 64 codes in float32, and none of 300 in bfloat16, came out otherwise (``identical``
     of `echogen bench engine --mode jacobi`). On packed weights they are those of ``window=1``

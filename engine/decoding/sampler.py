@@ -176,7 +176,7 @@ class Drawn(NamedTuple):
     Attributes:
         codes: int64 [N, T].
         logprob: float32 [N, T], of each code under the distribution drawn from.
-        kept: int64 [N, T], how many codes its truncation left; None where nobody counts them.
+        kept: int64 [N, T], how many codes its truncation left; None where they are not counted.
     """
 
     codes: Tensor
@@ -202,7 +202,7 @@ class Sampler:
         scales: float32 [T], the guidance scale of every position, where the draws are.
 
     Raises:
-        ValueError: guidance asked for behind the last position (`Sampling.scales`).
+        ValueError: guidance asked for beyond the last position (`Sampling.scales`).
     """
 
     counts = False
@@ -257,7 +257,7 @@ class Sampler:
     def scores(self, logits: Tensor, positions: Tensor | int | None = None) -> Tensor:
         """Logits [N, ..., V], or [2N, ..., V] with guidance → float32 [N, ..., V], guided, over the
         temperature and truncated: all that comes before the noise. ``positions`` int64 [N, ...], or
-        one for all, says where they stand; only a schedule of guidance needs it."""
+        one for all, says where they are; only a schedule of guidance needs it."""
         s, scores = self.sampling, self.tempered(logits, positions)
         return scores if s.temperature == 0 else truncated(scores, s.top_k, s.top_p)
 
@@ -275,7 +275,7 @@ class Sampler:
         if self.sampling.temperature == 0 or not positions.numel():
             return scores.argmax(-1)
         which = positions // self._chunk
-        # Images may stand far apart: between them lie blocks that nobody needs.
+        # Images may be far apart: the blocks between them are not needed.
         blocks = self._held(sorted(set(which.flatten().tolist())))
         if len(blocks) == 1:
             ((index, noise),) = blocks.items()

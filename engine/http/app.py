@@ -186,7 +186,7 @@ def _add_refusals(app: FastAPI) -> None:
 
 
 async def heeded(http: Http, answer: Coroutine[Any, Any, T]) -> T:
-    """Wait for an answer unless who asked hangs up. Raises Refused."""
+    """Wait for an answer unless the client hangs up. Raises Refused."""
 
     async def left() -> None:
         while (await http.receive())["type"] != "http.disconnect":
@@ -196,7 +196,7 @@ async def heeded(http: Http, answer: Coroutine[Any, Any, T]) -> T:
     try:
         await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
         if not answering.done():
-            raise Refused(GONE, "who asked hung up")
+            raise Refused(GONE, "the client hung up")
         return answering.result()
     finally:  # of no effect on what is done
         answering.cancel()

@@ -1,5 +1,5 @@
 """Connections that end, and are not too many: uvicorn waits without limit for a head to come and
-for an answer to be read, and counts who is connected only once a head has come."""
+for an answer to be read, and counts a connection only once its head has come."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from echogen.engine.http.middleware import SLOWEST
 
 SPARE = 64
-"""Connections beyond ``limit_concurrency``, whose requests uvicorn answers with 503; who comes
-behind those is hung up on, for each holds an open file."""
+"""Connections beyond ``limit_concurrency``, whose requests uvicorn answers with 503; any
+beyond those are hung up on, for each holds an open file."""
 
 
 class Connection(H11Protocol):
-    """Hangs up on whoever sends no whole head of a request, or reads nothing of an answer, in
-    ``SLOWEST`` seconds, and on all who come when ``SPARE`` more are there than may be answered. (A
+    """Hangs up on a client that sends no whole head of a request, or reads nothing of an answer, in
+    ``SLOWEST`` seconds, and on every new one when ``SPARE`` more are there than may be answered. (A
     body's time `middleware.Limited` watches, and that between requests uvicorn itself.)"""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]

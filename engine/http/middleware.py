@@ -1,4 +1,4 @@
-"""What stands before every route: limits of bodies, and a watch of answers."""
+"""What runs before every route: limits of bodies, and a watch of answers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BODY = 128 << 10
 """The same of other routes: a layout is a few thousand."""
 HELD = 64 << 20
 """Bytes of the bodies of all requests together to each route of ``BODIES``, and as many to all
-others: whoever sends pictures leaves room for drawings."""
+others: pictures sent leave room for drawings."""
 ENDED = "echogen.status"
 """Where in a scope a stream leaves the status that it ended with."""
 SLOWEST = 30.0
@@ -47,7 +47,7 @@ class Limited:
 
         async def limited() -> Message:
             nonlocal size, whole
-            if whole:  # what comes now is that who asked hung up
+            if whole:  # what comes now is that the client hung up
                 return await receive()
             try:
                 async with asyncio.timeout_at(due):

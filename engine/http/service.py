@@ -1,4 +1,4 @@
-"""What is done for who asks over HTTP: pictures from the scheduler, boxes beside it."""
+"""What is done for a client over HTTP: pictures from the scheduler, boxes beside it."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from echogen.engine.serving.waiting import QueueFull
 from echogen.engine.serving.worker import SchedulerClosed
 
 BEAT = 15.0
-"""Seconds of silence after which a stream says that it is still there: proxies hang up on who says
-nothing (nginx after 60)."""
+"""Seconds of silence after which a stream says that it is still there: proxies hang up on a
+silent one (nginx after 60)."""
 POOLS = {"prompt": 2, "read": 2, "decode": 1, "sketch": 1, "search": 1}
-"""Threads beside the scheduler's: of prompts, of pictures sent (whom drawings shall not wait for),
-of whole pictures, of partial ones (whom whole ones shall not wait for) and of finding. One each of
+"""Threads beside the scheduler's: of prompts, of pictures sent (which drawings must not wait for),
+of whole pictures, of partial ones (which whole ones must not wait for) and of finding. One each of
 what takes much memory: a picture's that is made is planned, and a search takes of what is left
 (`budget.SHARE`)."""
 
@@ -73,7 +73,7 @@ class Service:
 
     Args:
         engine, scheduler: of one model; the scheduler's thread runs while this is used.
-        model: name to tell who asks.
+        model: its name, for clients.
         limit: seconds that an answer may take, waiting included.
         searches: that may wait for the one being made, checks of drawings among them.
         timed: told of every request to draw how many seconds it was ``waiting``, and ``drawing``.
@@ -112,10 +112,10 @@ class Service:
         }
 
     def shutdown(self) -> None:
-        """Draw and find what is asked for already, and end, after ``limit`` seconds though a device
-        stands still."""
+        """Draw and find what is asked for already, and end, after ``limit`` seconds even if a
+        device hangs."""
         end = time.monotonic() + self.limit
-        self.scheduler.shutdown(timeout=self.limit)  # behind it nobody waits any more
+        self.scheduler.shutdown(timeout=self.limit)  # after it no request waits any more
         with self._counting:
             doing = tuple(self._doing)
         wait(doing, max(0.0, end - time.monotonic()))
@@ -186,7 +186,7 @@ class Service:
     async def stream(
         self, job: Job, news: asyncio.Event, ended: Callable[[int], None]
     ) -> AsyncGenerator[str, None]:
-        """Partial pictures, each time ``news`` says that there is more (who is slow skips some),
+        """Partial pictures, each time ``news`` says that there is more (a slow client skips some),
         then the whole answer, as server-sent events; ``ended`` is told the status at the end."""
         answer, sent, status = asyncio.create_task(self.answer(job)), 0, GONE
         try:
@@ -273,7 +273,7 @@ class Service:
 
     async def _recovered(self, job: Job, codes: Tensor) -> list[list[Box]]:
         """Boxes of a layout's objects in pictures of codes [N, T]. A turn is no longer than that of
-        a search may be; between turns others have theirs, and who left needs none. Raises
+        a search may be; between turns others have theirs, and a client that left needs none. Raises
         Refused."""
         asked, boxes = [o.expr for o in job.layout.objects], list[list[Box]]()
         for picture in codes.split(1):
@@ -319,7 +319,7 @@ class Service:
         return {"objects": objects, "seconds": _since(began)}
 
     async def _do(self, pool: str, work: Callable[[], T], deadline: float | None = None) -> T:
-        """Do something in a thread of a pool when it is its turn; what nobody waits for any more is
+        """Do something in a thread of a pool when it is its turn; what no one waits for any more is
         not begun. Raises Refused."""
 
         def ended(done: Future[T]) -> None:
@@ -337,7 +337,7 @@ class Service:
 
 
 async def _in_time(future: Future[T], deadline: float | None, late: Callable[[], str]) -> T:
-    """Wait for what a thread makes; cancel it if it is not there in time, or nobody waits for it
+    """Wait for what a thread makes; cancel it if it is not there in time, or no client waits for it
     any more. Raises Refused, and what the thread does."""
     turn, now = asyncio.wrap_future(future), asyncio.get_running_loop().time()
     try:

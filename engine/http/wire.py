@@ -24,20 +24,20 @@ Format = Literal["png", "jpeg", "webp"]
 JSON, EVENTS = "application/json", "text/event-stream"
 MEDIA: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/webp": "webp"}
 GONE = 499
-"""Status, as nginx writes it, of an answer that nobody waited for."""
+"""Status, as nginx writes it, of an answer that the client did not wait for."""
 MOST_PIXELS = 4096**2
 """Of a picture to find objects in: a file of a megabyte can hold 13,000 × 13,000 of them, half
 a gigabyte in each of the copies that are made of it."""
 MOST_EXPRESSIONS = 64
-"""Of a search's turn, which cannot be stopped once it is begun, and has others behind it."""
+"""Of a search's turn, which cannot be stopped once it is begun, and has others waiting for it."""
 
 MOST_PARTS = 1 << 17
 """Commas and opening brackets of a body, those in texts as well: as many as a drawing's has room
-for, while a picture in base64 has none. Reading millions would hold up everybody."""
+for, while a picture in base64 has none. Reading millions would hold up every client."""
 
 
 class Refused(Exception):
-    """A request that is answered with an error: its status, one line that says what to mend, and
+    """A request that is answered with an error: its status, one line that says what to fix, and
     whether the same may be asked again in a moment."""
 
     def __init__(self, status: int, message: str, again: bool = False) -> None:
@@ -192,7 +192,7 @@ async def read(http: Http, kind: type[B]) -> B:
     try:
         data = await http.body()
     except ClientDisconnect:
-        raise Refused(GONE, "who asked hung up before the body's end") from None
+        raise Refused(GONE, "the client hung up before the body's end") from None
     if (parts := sum(map(data.count, (b",", b"[", b"{")))) > MOST_PARTS:
         raise Refused(400, f"the body has {parts} commas and brackets; send {MOST_PARTS} at most")
     try:

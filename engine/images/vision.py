@@ -20,7 +20,7 @@ from echogen.engine.ranges import span
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message names the value and the mend."""
+    """A picture that cannot be used; the message names the value and the fix."""
 
 
 def load_image(source: str | Image.Image, size: int) -> Image.Image:

@@ -116,7 +116,7 @@ def test_of_a_large_model_peers_draw_the_first_codes(monkeypatch):
     result = drawing.run(asked, [MICRO])
     (line,) = result["left_out"]
     assert line.startswith(f"{MICRO}: 8 images, cfg 1, take ")
-    assert "drawn 2 times, of peers the first 5 of 16 codes" in line and COPIES in line
+    assert "drawn 2 times, peers draw only the first 5 of 16 codes" in line and COPIES in line
     rows = {(r["cfg"], r["provider"]): r for r in result["results"]}
     assert sorted(rows) == [(1.0, EAGER), (1.0, "echogen"), (5.0, EAGER), (5.0, "echogen"),
                             (5.0, PORT)]  # fmt: skip

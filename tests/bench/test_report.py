@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,19 @@ def test_every_part_names_machine_and_commit(tmp_path):
     (tmp_path / "engine-tiny.json").write_text(json.dumps(engine))
     text = report.section(tmp_path)
     assert "2 cores of an Some CPU" not in text and "2 cores of Some CPU" in text
-    assert "PyTorch 2.13.0; commit 012345678)" in text
+    assert "PyTorch 2.13.0; commit 012345678)." in text
     assert (
         "| tiny, 3.2 M, float32 | 1, 5 | 2000 tokens/s, 0.50 ms | 640 tokens/s, 1.56 ms | 3.12 |"
         in text
     )
-    assert report.NO_GPU in text
+    assert report.NO_GPU.about in text
+
+
+def test_every_question_is_in_the_index_and_has_one_part():
+    index, *parts = re.split(r"^### ", report.section(), flags=re.M)
+    links = re.findall(r"^- \[(.+)\]\(#.+\)$", index, re.M)
+    assert links == [part.partition("\n")[0] for part in parts]
+    assert len(set(links)) == len(links) > 1 and all(link.endswith("?") for link in links)
 
 
 def test_latency_and_rollouts_stand_in_one_table(tmp_path):
@@ -61,13 +69,32 @@ def test_latency_and_rollouts_stand_in_one_table(tmp_path):
     )
     assert "| tiny, float32 | 8, 5 | 30.00 | 0.50 | 13 | 12 (memory) | 3 |  |" in text
     assert "calls without arithmetic take 112 µs of 500 (tiny)" in text
-    assert text.count("janus_pro_1b: needs a GPU") == 1
+    assert text.count("- janus_pro_1b: needs a GPU.") == 1
     late = [f"tiny, batch {n}, cfg 5: would take 169 s on this CPU" for n in (8, 64)]
     (tmp_path / "rollout-more-cpu.json").write_text(
         json.dumps(latency | {"results": [], "left_out": late})
     )
     text = report.section(tmp_path)
     assert late[0] not in text and late[1] in text  # the first was taken by another run
+
+
+def test_a_shortened_run_is_told_in_the_same_words_whenever_it_was_taken(tmp_path):
+    result = {
+        "device": "cpu", "cpu": "Some CPU", "cpus": 2, "versions": {"torch": "2.13.0"},
+        "commit": None, "dirty": False,
+        "left_out": ["tiny: 8 images, cfg 5, take 4.0 s on this CPU, so each batch is drawn 2 "
+                     "times, of peers the first 17 of 64 codes (the rest is taken to go as fast), "
+                     "without echogen:copies"],
+        "results": [{"provider": "echogen", "model": "tiny", "dtype": "float32", "batch": 8,
+                     "cfg": 5.0, "images_per_s": 30.0, "ms_per_step": 0.5, "bytes_per_step": 13e6,
+                     "limit_share": None, "bound": None, "peak_mib": 3.1}],
+    }  # fmt: skip
+    (tmp_path / "rollout-cpu.json").write_text(json.dumps(result))
+    assert (
+        "Left out:\n\n- tiny: 8 images, cfg 5, take 4.0 s on this CPU, so each batch is drawn 2 "
+        "times, peers draw only the first 17 of 64 codes (the rest is assumed to go as fast) and "
+        "echogen:copies is not timed." in report.section(tmp_path)
+    )
 
 
 def test_a_projection_is_named_one(tmp_path):
@@ -106,7 +133,8 @@ def test_training_says_what_a_stage_takes(tmp_path):
     told = "float32 | 32 | 1400 | 22.9 | 5713 | 1.2 | 43 | 1234 |"
     assert f"| pmtp, tiny | {told} backward 61%, train/pass 30% |" in text
     assert text.index("| pmtp, tiny |") < text.index(f"| cycle-rl, tiny | {told}")
-    assert "threads: 1; medians) (2 cores of Some CPU; PyTorch 2.13.0; commit 012345678)" in text
+    assert "medians of steps (threads: 1)" in text
+    assert "(2 cores of Some CPU; PyTorch 2.13.0; commit 012345678)" in text
     assert "a moment counts for the innermost range. A GPU" in text
     newer = later | {"phases": {"rollout": 0.31, "grounding": 0.252, "update": 0.4, "reward": 0.01}}
     (tmp_path / "train-cycle-rl-tiny.json").write_text(json.dumps(newer))
@@ -127,7 +155,9 @@ def test_a_gpu_changes_what_is_said(tmp_path):
     }  # fmt: skip
     (tmp_path / "gpu" / "kernels.json").write_text(json.dumps(kernels))
     text = report.section(tmp_path)
-    assert report.NO_GPU not in text and "(NVIDIA H200; PyTorch 2.11.0; commit no commit+)" in text
+    assert report.NO_GPU.question not in text
+    assert "### How fast are the operators on a GPU?" in text
+    assert "(NVIDIA H200; PyTorch 2.11.0; commit no commit+)" in text
     assert "| `swiglu` | rows=16 | bfloat16 | forward | 0.100 | 92 (memory) | eager 2.50× |" in text
     ours, eager = kernels["kernels"]
     graphed = [ours | {"graph": True}, eager | {"graph": False}]

@@ -62,6 +62,14 @@ def test_help_of_commands(run, argv):
     assert run(*argv[:-1], "--help").code == 0
 
 
+def test_texts_of_options_run_on_and_name_no_default_where_there_is_none(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    told = run("bench", "quality", "--help").out
+    assert "(default: None)" not in told and "(default: tiny)" in told
+    (line,) = (line for line in told.splitlines() if "next to it" in line)
+    assert "quality-RECIPE" in line  # which begins a line of the source
+
+
 def test_version(run):
     assert run("--version").out == f"echogen {__version__}\n"
 

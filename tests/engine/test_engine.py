@@ -315,9 +315,9 @@ def test_a_tokenizer_that_is_not_read_as_it_is_stored_is_refused(saved, monkeypa
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda _: spaceless)
-    for version, mend in (("5.17.0", "upgrade transformers"), ("5.22.1", "see which kind")):
+    for version, fix in (("5.17.0", "upgrade transformers"), ("5.22.1", "see which kind")):
         monkeypatch.setattr("transformers.__version__", version)
-        with pytest.raises(CheckpointError, match=rf"'3größereÄpfel,12km'\); {mend}"):
+        with pytest.raises(CheckpointError, match=rf"'3größereÄpfel,12km'\); {fix}"):
             Engine.from_pretrained(saved)
 
 

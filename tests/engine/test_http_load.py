@@ -205,7 +205,7 @@ def test_a_prompt_that_is_not_read_in_time_is_not_waited_for(engine, monkeypatch
     with serving(engine) as client:
         late = client.draw(timeout=0.1)
         going.set()
-        assert late.status == 504 and "a turn to prompt still to come" in late.json["error"]
+        assert late.status == 504 and "before its turn to prompt was over" in late.json["error"]
 
 
 def test_a_check_has_no_time_of_its_own(engine, monkeypatch):
@@ -213,7 +213,7 @@ def test_a_check_has_no_time_of_its_own(engine, monkeypatch):
     monkeypatch.setattr(engine, "ground_codes", lambda *_: going.wait(30))
     with serving(engine) as client:
         late = client.draw(check=True, timeout=0.5)
-        assert late.status == 504 and "a turn to search still to come" in late.json["error"]
+        assert late.status == 504 and "before its turn to search was over" in late.json["error"]
         going.set()
 
 

@@ -243,8 +243,8 @@ def test_what_is_no_number_is_not_hidden(model, part, bits):
         ([3, 24], [0, 1], [0, 0], "an id that the embedding does not have"),
         ([3, -1], [0, 1], [0, 0], "an id that the embedding does not have"),
         ([3, 4], [0, 2], [0, 0], "a row that the cache does not have"),
-        ([3, 4], [0, 1], [0, 9], "a place behind the cache's end"),
-        ([3, 4], [0, 1], [0, -1], "a place behind the cache's end"),
+        ([3, 4], [0, 1], [0, 9], "a place beyond the cache's end"),
+        ([3, 4], [0, 1], [0, -1], "a place beyond the cache's end"),
     ],
 )
 def test_a_token_outside_is_refused_before_anything_is_written(model, ids, row, at, words):

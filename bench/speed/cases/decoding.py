@@ -125,7 +125,7 @@ def _eight_floor(dims: Dims, size: int, mode: Pass) -> Floor:
 
 EPS = 1e-6
 # Janus-Pro's layers at batch 1 with guidance: the fused projection of queries, keys and values
-# behind its norm, the fused gate and up behind theirs, and the way back with the residual.
+# after its norm, the fused gate and up after theirs, and the way back with the residual.
 _QKV = {
     "tiny": {"rows": 2, "depth": 64, "channels": 48},
     "decoding": {"rows": 2, "depth": 2048, "channels": 3 * 2048},

@@ -16,7 +16,7 @@ from echogen.kernels.parse_boxes import (
 from echogen.kernels.reference import parse_boxes as grammar
 
 BINS, SCALE = 1000, 1000
-# 64 layouts × 8 samples, eight boxes each; Janus-Pro's vocabulary with the location tokens behind.
+# 64 layouts × 8 samples, eight boxes each; Janus-Pro's vocabulary and location tokens after it.
 _ANSWERS = {
     "tiny": {"rows": 6, "vocab": 1100},
     "decoding": {"rows": 4096, "vocab": 103_424},

@@ -1,4 +1,4 @@
-"""Cases of the linear head: the straight-through sample and log-probabilities behind it."""
+"""Cases of the linear head: the straight-through sample and log-probabilities after it."""
 
 from __future__ import annotations
 

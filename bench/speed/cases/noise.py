@@ -94,7 +94,7 @@ def _eager_gumbel(i: Inputs) -> Outputs:
 
 
 def gumbel_floor(dims: Dims, size: int, logits_passes: int) -> Floor:
-    """Of the sampler behind logits that cross memory ``logits_passes`` times.
+    """Of the sampler after logits that cross memory ``logits_passes`` times.
 
     Forward keeps p·E and two sums a row (4·C + 8) beside embed, index and cross entropy and needs
     2·N·V·C for p·E; backward reads them again, needs 2·N·V·C for dO·Eᵀ, and sums dE.
