@@ -16,7 +16,7 @@ PARTS=(
   test_device_overlap overlap-latency-janus fused-rollout-janus jacobi-tiny window-janus
   test_device_serving
   latency-tiny latency-100m rollout-tiny train-pmtp-small train-djo-small train-cycle-rl-small
-  cycle profile_generate profile_cycle kernels-compile roofline test_engine
+  cycle profile_generate profile_cycle kernels-compile roofline test_engine tune
 )
 for name in "$@"; do
   case " ${PARTS[*]} " in
@@ -226,6 +226,9 @@ run() { # NAME
     test_engine) # over HTTP nothing of a GPU is new
       tests "$1" 240 -- --ignore tests/engine/test_http.py --ignore tests/engine/test_http_load.py \
         tests/engine
+      ;;
+    tune) # what the operators' launch constants should be
+      gpu "$1" 500 "$PYTHON" -m echogen bench kernels --tune --device cuda --json
       ;;
     *) echo "part $1 has a name and no command" && touch "$RESULTS/$1.failed" ;;
   esac

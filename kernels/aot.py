@@ -46,6 +46,7 @@ class Compiled:
         name, arch: kernel and architecture.
         registers, shared_bytes, spill_bytes: of one thread, block, thread (None: not NVIDIA's).
         wide_access_share: global loads and stores of 16 bytes a thread over all.
+        instructions: of the machine's code, each counted once however often it runs.
         error: first line of the compiler's complaint; None where it compiled.
     """
 
@@ -55,6 +56,7 @@ class Compiled:
     shared_bytes: int | None = None
     spill_bytes: int | None = None
     wide_access_share: float | None = None
+    instructions: int | None = None
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -218,6 +220,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         "registers": sizes["REG"],
         "spill_bytes": sizes["STACK"] + sizes["LOCAL"],
         "wide_access_share": wide_access_share(assembly),
+        "instructions": instructions(assembly),
     }
 
 
@@ -231,6 +234,12 @@ def wide_access_share(assembly: str) -> float:
     accesses = re.findall(r"\b(?:LDG|STG|LDGSTS|UBLKCP)[.\w]*", assembly)
     wide = [a for a in accesses if ".128" in a or a.startswith("UBLKCP")]
     return len(wide) / len(accesses) if accesses else 0.0
+
+
+def instructions(assembly: str) -> int:
+    """Those of a kernel, without the NOPs behind it."""
+    found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(\w+)", assembly, re.MULTILINE)
+    return sum(name != "NOP" for name in found)
 
 
 def _run(tool: str, *arguments: str | Path) -> str:

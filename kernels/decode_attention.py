@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from echogen.kernels import checks
+from echogen.kernels.constants import chosen
 from echogen.kernels.decode_members import (
     ROWS,
     check_heads,
@@ -63,6 +64,10 @@ class Splits:
         """Splits of up to ``keys`` keys where there are ``programs`` without splitting."""
         return max(1, min(triton.cdiv(self.programs, programs), triton.cdiv(keys, self.least)))
 
+    def candidates(self) -> list[Splits]:
+        """Two to six programs for each of an H200's multiprocessors, of one to four tiles."""
+        return [Splits(132 * n, least) for n in (2, 3, 4, 6) for least in (64, 128, 256)]
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -76,6 +81,11 @@ class Tiles:
     keys: int
     warps: int
     stages: int
+
+    def candidates(self) -> list[Tiles]:
+        """Tiles of half, as many and twice the keys, of 16 at least, as `tl.dot` wants."""
+        sizes = [keys for keys in (self.keys // 2, self.keys, 2 * self.keys) if keys >= 16]
+        return [Tiles(k, warps, stages) for k in sizes for warps in (4, 8) for stages in (2, 3, 4)]
 
 
 SPLITS = Splits()
@@ -385,7 +395,8 @@ def _launch(
         )  # fmt: skip
     queries, heads, width = query.shape
     sequences, kv_heads, capacity, _ = keys.shape
-    tiles, window, members = _tiles(query, keys), queries // sequences, members_of(query, kv_heads)
+    tiles, cut = chosen(_tiles(query, keys)), chosen(SPLITS)
+    window, members = queries // sequences, members_of(query, kv_heads)
     places = sequences * kv_heads * triton.cdiv(window, members)
     constants = {
         "KV_HEADS": kv_heads, "SHARED": heads // kv_heads, "WINDOW": window,
@@ -396,11 +407,11 @@ def _launch(
     # The scores are powers of two: one multiplication less than e^x for each.
     scale = scale / math.log(2)
     out = torch.empty_like(query)
-    prefixes, splits, before = 0, SPLITS.of(places, capacity), 0
+    prefixes, splits, before = 0, cut.of(places, capacity), 0
     if prefix_keys is not None:
         prefixes, _, length, _ = prefix_keys.shape
         used = max(prefixes, triton.cdiv(queries, members))
-        before = SPLITS.of(used * kv_heads, length)
+        before = cut.of(used * kv_heads, length)
     parts = before + splits
     sums = tops = totals = None
     if parts > 1:

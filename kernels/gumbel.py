@@ -9,7 +9,8 @@ online, as flash attention sums its output (Dao et al. 2022).
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 import triton
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from echogen.kernels import checks
 from echogen.kernels.codebook_grad import codebook_grad
+from echogen.kernels.constants import chosen
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.philox import gumbel_tile
 from echogen.kernels.reference import gumbel as reference
@@ -34,22 +36,48 @@ LEAST_K = 8 if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9
 """Numbers that `tl.dot` sums over in float32, at least; 3.6 and 3.7 take no eight."""
 
 
-def _tile(width: int, rows: int, forward: bool, half: bool) -> dict[str, int]:
-    """Rows and codes of a tile and warps that share it: few instructions an element in registers
-    that do not spill on sm_80 to sm_100, as `echogen bench compile` reads them for 8 numbers a
-    code, with targets, from Triton 3.9. Forward over many rows of half floats takes 80 a thread (72
-    on sm_80): each of its 256 numbers of the dot has a thread of its own, where 16 rows on eight
-    warps make each twice. Otherwise forward takes 64 to 80. Backward takes 96 to 114 (128 on sm_80
-    in bfloat16). Which is fastest, only a GPU can tell."""
-    if width <= 16 and forward:
-        tile = (32, 32, 4) if half and rows >= MANY else (ROWS, 128, 8)
-    elif width <= 16:
-        tile = 32, 64, 4
-    elif width <= 32:
-        tile = (ROWS, 64, 4) if forward else (32, 32, 4)
-    else:
-        tile = ROWS, 32 if width <= 64 else 16, 4
-    return dict(zip(("ROWS", "COLUMNS", "num_warps"), tile, strict=True))
+@dataclass(frozen=True)
+class Tile:
+    """Launch constants of a pass: rows and codes of a tile, and warps that share it.
+
+    The rules below take those of few instructions an element in registers that do not spill on
+    sm_80 to sm_100, as `echogen bench compile` reads them for 8 numbers a code, with targets, from
+    Triton 3.9. Forward over many rows of half floats takes 80 a thread (72 on sm_80): each of its
+    256 numbers of the dot has a thread of its own, where 16 rows on eight warps make each twice.
+    Otherwise forward takes 64 to 80. Backward takes 96 to 114 (128 on sm_80 in bfloat16). Which is
+    fastest, only a GPU can tell: `echogen bench kernels --tune`.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+
+    def candidates(self) -> list[Self]:
+        """16 to 64 rows, half to twice the codes of 16 at least, by four and eight warps."""
+        sizes = [c for c in (self.columns // 2, self.columns, 2 * self.columns) if c >= 16]
+        return [type(self)(r, c, warps) for r in (16, 32, 64) for c in sizes for warps in (4, 8)]
+
+
+class ForwardTile(Tile):
+    """Of the forward pass."""
+
+
+class BackwardTile(Tile):
+    """Of the backward pass."""
+
+
+def _forward_tile(width: int, rows: int, half: bool) -> ForwardTile:
+    if width <= 16:
+        return ForwardTile(32, 32, 4) if half and rows >= MANY else ForwardTile(ROWS, 128, 8)
+    if width <= 32:
+        return ForwardTile(ROWS, 64, 4)
+    return ForwardTile(ROWS, 32 if width <= 64 else 16, 4)
+
+
+def _backward_tile(width: int) -> BackwardTile:
+    if width <= 32:
+        return BackwardTile(32, 64 if width <= 16 else 32, 4)
+    return BackwardTile(ROWS, 32 if width <= 64 else 16, 4)
 
 
 @triton.jit
@@ -317,10 +345,10 @@ def launch_forward_into(
 ) -> None:  # fmt: skip
     """The forward pass, into tensors or rows of tensors given."""
     (rows, columns), width = logits.shape, codebook.shape[1]
-    tile = _tile(width, rows, forward=True, half=logits.element_size() == 2)
-    tiles, at_once = triton.cdiv(rows, tile["ROWS"]), tile["COLUMNS"]
-    splits = _splits(tiles, columns, tile["num_warps"])
-    share = triton.cdiv(triton.cdiv(columns, splits), at_once) * at_once
+    tile = chosen(_forward_tile(width, rows, half=logits.element_size() == 2))
+    tiles = triton.cdiv(rows, tile.rows)
+    splits = _splits(tiles, columns, tile.warps)
+    share = triton.cdiv(triton.cdiv(columns, splits), tile.columns) * tile.columns
     parts = soft = None
     if splits > 1:
         # top, total, best, its index, and of the plain logits top, total, the target's
@@ -329,7 +357,8 @@ def launch_forward_into(
     constants = {"TARGETS": targets is not None, "WIDTH": width, "PADDED": _padded(width)}
     launch(
         _gumbel_st_forward_kernel, (tiles, splits), logits, codebook, tau, seed, draw, position,
-        index, targets, *out, parts, soft, rows, columns, share, **tile, **constants,
+        index, targets, *out, parts, soft, rows, columns, share, ROWS=tile.rows,
+        COLUMNS=tile.columns, num_warps=tile.warps, **constants,
     )  # fmt: skip
     if splits > 1:
         launch(
@@ -373,12 +402,13 @@ def launch_backward_into(
     """The backward pass; ``out`` may be ``logits``, as every element is read by the program that
     writes it, before."""
     (rows, columns), width = logits.shape, codebook.shape[1]
-    tile = _tile(width, rows, forward=False, half=logits.element_size() == 2)
-    grid = triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"])
+    tile = chosen(_backward_tile(width))
+    grid = triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)
     launch(
         _gumbel_st_backward_kernel, grid, logits, codebook, tau, seed, draw, position, targets,
         lse_a, lse_l, e_soft, d_embed, None if targets is None else d_ce, out, rows, columns,
-        WIDTH=width, PADDED=_padded(width, LEAST_K), **tile,
+        WIDTH=width, PADDED=_padded(width, LEAST_K), ROWS=tile.rows, COLUMNS=tile.columns,
+        num_warps=tile.warps,
     )  # fmt: skip
 
 

@@ -11,7 +11,8 @@ with their gradient and multiplies that on, as Liger's fused linear cross entrop
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
 
 import torch
 import triton
@@ -19,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from echogen.kernels import checks
+from echogen.kernels.constants import chosen
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.head import (
     HeadGradients,
@@ -30,7 +32,29 @@ from echogen.kernels.head import (
 )
 from echogen.kernels.reference import logprob as reference
 
-COLUMNS = 2048  # of a row at once; 16 a thread, loaded 16 bytes at a time
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch constants of a pass: columns of a row at once, and warps of a program."""
+
+    columns: int = 2048  # 16 a thread, loaded 16 bytes at a time
+    warps: int = 4
+
+    def candidates(self) -> list[Self]:
+        """Half to twice the columns, by two to eight warps."""
+        sizes = (self.columns // 2, self.columns, 2 * self.columns)
+        return [type(self)(columns, warps) for columns in sizes for warps in (2, 4, 8)]
+
+
+class ForwardTile(Tile):
+    """Of the forward pass."""
+
+
+class BackwardTile(Tile):
+    """Of the backward pass."""
+
+
+FORWARD, BACKWARD = ForwardTile(), BackwardTile()
 MIXED_ROWS = 4096  # of hidden states that are guided at once
 
 
@@ -112,10 +136,12 @@ def _launch_forward(
         return reference.forward(hidden, weight, targets, temperature, bias, chunk)
     logprob = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
     entropy, lse = torch.empty_like(logprob), torch.empty_like(logprob)
+    tile = chosen(FORWARD)
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         launch(
             _logprob_forward_kernel, (len(logits),), logits, targets[rows], temperature,
-            logprob[rows], entropy[rows], lse[rows], len(weight), COLUMNS=COLUMNS, num_warps=4,
+            logprob[rows], entropy[rows], lse[rows], len(weight), COLUMNS=tile.columns,
+            num_warps=tile.warps,
         )  # fmt: skip
     return logprob, entropy, lse
 
@@ -142,11 +168,12 @@ def _launch_backward(
             chunk,
         )  # fmt: skip
     grads = HeadGradients(hidden, weight, needs, triton.cdiv(len(hidden), chunk))
+    tile = chosen(BACKWARD)
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         launch(
-            _logprob_backward_kernel, (len(logits), triton.cdiv(columns, COLUMNS)), logits,
+            _logprob_backward_kernel, (len(logits), triton.cdiv(columns, tile.columns)), logits,
             targets[rows], temperature, lse[rows], entropy[rows], d_logprob[rows],
-            d_entropy[rows], columns, COLUMNS=COLUMNS, num_warps=4,
+            d_entropy[rows], columns, COLUMNS=tile.columns, num_warps=tile.warps,
         )  # fmt: skip
         grads.add(rows, logits)
     return grads.result()

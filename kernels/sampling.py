@@ -12,6 +12,7 @@ by bit, by counting the codes above it (top-k) or adding up their probability (t
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -21,18 +22,40 @@ import triton.language as tl
 from torch import Tensor
 
 from echogen.kernels import checks
+from echogen.kernels.constants import chosen
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.philox import gumbel_tile
 from echogen.kernels.reference import sampling as reference
 
 ROWS = 1  # a program; while decoding there are fewer rows than multiprocessors
-COLUMNS = 4096
+COLUMNS = 4096  # of a row at once, by eight warps
 LONGEST = 65536  # row that is held in one block to be truncated; above 16384 registers spill
 EMBED = 4096
 COLDEST, SMALLEST = tl.constexpr(reference.COLDEST), tl.constexpr(reference.SMALLEST)
 
 Guided = Literal["none", "blocked", "interleaved"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch constants: columns of a row that are drawn from at once, and warps of a program, which
+    hold the whole row where it is truncated."""
+
+    columns: int
+    warps: int
+
+    def candidates(self) -> list[Tile]:
+        """Half to twice the columns, by four to sixteen warps."""
+        sizes = (self.columns // 2, self.columns, 2 * self.columns)
+        return [Tile(columns, warps) for columns in sizes for warps in (4, 8, 16)]
+
+
+def _tile(columns: int, truncated: bool) -> Tile:
+    """For rows of so many columns. 16 elements a thread in the online pass; 32 of a row of 16,384
+    that is held."""
+    warps = min(16, max(4, columns // 1024)) if truncated else min(8, max(4, columns // 512))
+    return Tile(COLUMNS * warps // 8, warps)
 
 
 @triton.jit
@@ -212,18 +235,16 @@ def _launch(
     embed = (logits if table is None else table).new_empty(rows, width)
     truncated = temperature is not None and (top_k > 0 or top_p is not None)
     row = max(4, triton.next_power_of_2(columns))
-    # 16 elements a thread in the online pass; 32 of a row of 16,384 that is held.
-    warps = min(16, max(4, row // 1024)) if truncated else min(8, max(4, row // 512))
-    tile = min(row, COLUMNS * warps // 8)
+    tile = chosen(_tile(row, truncated))
     launch(
         _cfg_sample_kernel, (triton.cdiv(rows, ROWS),), logits, seed, draw, position, table, cfg,
         temperature, top_p, token, logprob, embed, rows, columns, width,
         2 if guided == "interleaved" else 1, rows if guided == "blocked" else 1, top_k,
         *(int(t is not None and len(t) > 1) for t in (seed, cfg, temperature, top_p)),
         MIXED=cfg is not None, GREEDY=temperature is None, TOP_K=truncated and top_k > 0,
-        TOP_P=truncated and top_p is not None, TABLE=width > 0, ROWS=ROWS, COLUMNS=tile,
-        BLOCK=row if truncated else 0, EMBED=EMBED,
-        num_warps=warps,
+        TOP_P=truncated and top_p is not None, TABLE=width > 0, ROWS=ROWS,
+        COLUMNS=min(row, tile.columns), BLOCK=row if truncated else 0, EMBED=EMBED,
+        num_warps=tile.warps,
     )  # fmt: skip
     return token, logprob, embed
 

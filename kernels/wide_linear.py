@@ -12,11 +12,14 @@ the division, where Llama's norm rounds on both sides of the gain: a rounding le
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from echogen.kernels.constants import chosen
 from echogen.kernels.cuda.loader import Gpu, gpu
 from echogen.kernels.dispatch import INTERPRETED, launch, operator
 from echogen.kernels.overlap import wait_for_earlier
@@ -33,6 +36,32 @@ STAGES, MOST_STAGES = 4, 11
 program. More should help there (by arithmetic: not timed); no register spills, but with 12 some
 do on sm_80 (Triton 3.9)."""
 SPARE = 16 << 10  # bytes of shared memory that tiles under way leave to the rest
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Launch constants.
+
+    Attributes:
+        rows, columns, depth: of the tiles of x, W and both.
+        warps, stages: of a program; tiles of the inputs under way.
+    """
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+    def candidates(self) -> list[Tile]:
+        """Both heights, half to twice the columns of 16 at least, and more or less under way."""
+        columns = [c for c in (self.columns // 2, self.columns, 2 * self.columns) if c >= 16]
+        return [
+            Tile(rows, c, self.depth, warps, stages)
+            for rows, warps in ((ROWS, 4), (MORE_ROWS, 8))
+            for c in columns
+            for stages in sorted({3, STAGES, 6, self.stages})
+        ]
 
 
 @triton.jit
@@ -106,15 +135,22 @@ def _launch(
         )
     outputs = len(weight) // 2 if swiglu else len(weight)
     out = torch.empty(rows, outputs, dtype=x.dtype, device=x.device)
-    tile, columns = tiles(rows, outputs, swiglu, gpu(x.device).sms)
-    programs = triton.cdiv(rows, tile) * triton.cdiv(outputs, columns)
-    held = DEPTH * (tile * x.element_size() + columns * weight.element_size() * (1 + swiglu))
+    tile = chosen(_tile(x, weight, outputs, swiglu))
+    programs = triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.columns)
     launch(
         _wide_linear_kernel, (programs,), x, weight, scale, gain, residual, out, rows, depth,
-        outputs, eps, SWIGLU=swiglu, ROWS=tile, COLUMNS=columns, DEPTH=DEPTH, WIDE=INTERPRETED,
-        num_warps=4 if tile == ROWS else 8, num_stages=stages(programs, held, gpu(x.device)),
+        outputs, eps, SWIGLU=swiglu, ROWS=tile.rows, COLUMNS=tile.columns, DEPTH=tile.depth,
+        WIDE=INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
+
+
+def _tile(x: Tensor, weight: Tensor, outputs: int, swiglu: bool) -> Tile:
+    on = gpu(x.device)
+    rows, columns = tiles(len(x), outputs, swiglu, on.sms)
+    programs = triton.cdiv(len(x), rows) * triton.cdiv(outputs, columns)
+    held = DEPTH * (rows * x.element_size() + columns * weight.element_size() * (1 + swiglu))
+    return Tile(rows, columns, DEPTH, 4 if rows == ROWS else 8, stages(programs, held, on))
 
 
 def stages(programs: int, held: int, on: Gpu) -> int:

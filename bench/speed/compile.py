@@ -18,7 +18,7 @@ from echogen.bench.speed import contest
 from echogen.kernels import aot
 from echogen.kernels.cuda import nvcc
 from echogen.kernels.cuda.loader import H200, Gpu
-from echogen.kernels.dispatch import OPERATORS
+from echogen.kernels.dispatch import OPERATORS, Launch
 
 DTYPES = (torch.float32, torch.bfloat16)
 NO_NVCC = "nvcc is not installed; the kernels in CUDA C++ were not compiled"
@@ -97,16 +97,26 @@ def _in_cuda(
 
 def sources(case: Case, dtype: torch.dtype, on: Gpu = H200) -> list[aot.Source]:
     """What a case launches on a GPU, forward and backward, at every size but the tiny one."""
+    found: dict[str, aot.Source] = {}
+    for size in case.sizes:
+        if size == "tiny":
+            continue
+        mode: Mode = "both" if "backward" in case.modes(size) else "forward"
+        for launch in launches(case, size, dtype, mode, on):
+            source = aot.Source.of(launch)
+            found.setdefault(repr(source), source)
+    return list(found.values())
+
+
+def launches(case: Case, size: str, dtype: torch.dtype, mode: Mode, on: Gpu = H200) -> list[Launch]:
+    """What one pass over a case, and what has to come before it, launches on a GPU."""
 
     def call() -> None:
-        for size, dims in case.sizes.items():
-            if size == "tiny":
-                continue
-            mine = contest.own(case, case.inputs(ShapesOnly(), dims, dtype), forget=True)
-            mode: Mode = "both" if "backward" in case.modes(size) else "forward"
-            contest.once(case, case.run, case.outputs, mode, mine)()
+        inputs = case.inputs(ShapesOnly(), case.sizes[size], dtype)
+        mine = contest.own(case, inputs, forget=True)
+        contest.once(case, case.run, case.outputs, mode, mine)()
 
-    return [aot.Source.of(launch) for launch in aot.launches(call, on)]
+    return aot.launches(call, on)
 
 
 def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -115,14 +125,15 @@ def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [
         f"{r['name']} of {r['operator']}, {r['arch']}: {fault}"
         for r in rows
-        if r["arch"].startswith("sm_") and (fault := _fault(r))
+        if r["arch"].startswith("sm_") and (fault := fault_of(r, aot.gpu_of(r["arch"])))
     ]
 
 
-def _fault(row: dict[str, Any]) -> str | None:
+def fault_of(row: dict[str, Any], on: Gpu | None) -> str | None:
+    """Why a kernel is not to be launched on a GPU; None where it may be."""
     if row["error"] or row["spill_bytes"]:
         return row["error"] or f"{row['spill_bytes']} bytes of registers spilled"
-    on, shared = aot.gpu_of(row["arch"]), row["shared_bytes"]
+    shared = row["shared_bytes"]
     if on is not None and shared is not None and shared > on.shared_bytes:
         return f"{shared} bytes of shared memory, a block may have {on.shared_bytes}"
     return None

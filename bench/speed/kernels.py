@@ -216,16 +216,16 @@ def _case(
     wanted = contest.results(case, case.eager, contest.raised(inputs), case.outputs)
     agreed = list[Contestant]()
     for one in _contestants(case, device, providers, note):
-        reason = _refusal(case, size, one, dtype, inputs, wanted)
+        reason = refusal(case, size, one, dtype, inputs, wanted)
         if reason is not None:
             note(reason)
-            about = _about(case, size, dtype, one.name, "forward")
+            about = labels(case, size, dtype, one.name, "forward")
             yield about | dict.fromkeys(NUMBERS) | {"error": reason}
         elif device.type == "cpu":
             agreed.append(one)
         else:
             for mode in case.modes(size):
-                measured = _on_gpu(case, size, mode, one, inputs)
+                measured = on_gpu(case, size, mode, one, inputs)
                 yield _row(case, size, dtype, mode, one, measured, rate, note)
     for mode in case.modes(size) if agreed else ():
         found = _on_cpu(case, size, dtype, mode, agreed, inputs, repeats)
@@ -243,7 +243,7 @@ def _row(
     rate: Roofline | None,
     note: Note,
 ) -> Row:
-    about = _about(case, size, dtype, one.name, mode)
+    about = labels(case, size, dtype, one.name, mode)
     if isinstance(measured, str):
         note(measured)
         return about | dict.fromkeys(NUMBERS) | {"error": measured}
@@ -253,7 +253,7 @@ def _row(
     return about | {"graph": graph} | numbers | {"mib": mib, "error": None}
 
 
-def _refusal(
+def refusal(
     case: Case,
     size: str,
     one: Contestant,
@@ -303,7 +303,7 @@ def _on_cpu(
     return found
 
 
-def _on_gpu(case: Case, size: str, mode: Mode, one: Contestant, inputs: Inputs) -> Measured | str:
+def on_gpu(case: Case, size: str, mode: Mode, one: Contestant, inputs: Inputs) -> Measured | str:
     """Times and peak of a contestant, or why there are none."""
     try:
         ms, graph = _cuda_times(case, size, mode, one, inputs)
@@ -366,7 +366,8 @@ def _cuda_times(
     return found | {"warm": warm["median"]}, False
 
 
-def _about(case: Case, size: str, dtype: torch.dtype, provider: str, mode: Mode) -> Row:
+def labels(case: Case, size: str, dtype: torch.dtype, provider: str, mode: Mode) -> Row:
+    """What a row is about."""
     return {
         "operator": case.name,
         "provider": provider,

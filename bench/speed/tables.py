@@ -107,6 +107,36 @@ def compiled(rows: Sequence[Row]) -> Table:
     return shown
 
 
+def tuned(result: Row) -> Table:
+    """What `echogen.bench.speed.tune.run` found."""
+    title = f"Launch constants and their candidates, {result['arch']}"
+    if result["timed"]:
+        title += f" on {result['device']}"
+    else:
+        title += ": compiled only, nothing was timed"
+    shown = Table(title=title, caption="warps: that a multiprocessor holds at once")
+    for heading in ("operator", "constants", "kernel"):
+        shown.add_column(heading, overflow="fold")
+    numbers = ("registers", "shared_bytes", "spill_bytes", "warps", "instructions")
+    for heading in ("registers", "shared", "spilled", "warps", "instructions", "ms",
+                    "times as fast"):  # fmt: skip
+        shown.add_column(heading, justify="right")
+    shown.add_column("", overflow="fold")
+    for r in result["tuned"]:
+        about = ""
+        if r["now"]:
+            shown.add_section()
+            about = f"{r['operator']}, {r['mode']}, {r['dtype']}, {r['shape']}"
+        constants = ", ".join(f"{name} {value}" for name, value in r["constants"].items())
+        code = [[k[n] for k in r["kernels"]] for n in ("name", *numbers)]
+        cells = ["\n".join("" if n is None else str(n) for n in column) for column in code]
+        times = ["" if r[n] is None else f"{r[n]:.3f}" for n in ("ms", "times_as_fast")]
+        told = r["error"] or ", ".join(word for word in ("now", "best") if r[word])
+        style = "red" if r["error"] else "bold" if r["best"] else None
+        shown.add_row(about, constants, *cells, *times, told, style=style)
+    return shown
+
+
 def drawing(result: Row) -> Table:
     """What `echogen.bench.speed.drawing.run` found."""
     shown = Table(

@@ -15,6 +15,7 @@ from echogen.commands.limits import (
     BenchMemory,
     BenchReport,
     BenchRoofline,
+    refuse_interpreted,
 )
 from echogen.commands.options import Json, ModelOptions, check_range, check_seed, usual_device
 from echogen.commands.output import (
@@ -257,6 +258,11 @@ class BenchKernels:
     """Where to run."""
     repeats: int = 20
     """Timed runs of each on a CPU."""
+    tune: bool = False
+    """Instead: try every candidate for the operators' launch constants. Changes nothing. Without a
+    GPU they are compiled only: registers, shared memory, spills, warps at once, instructions."""
+    arch: str = "sm_90"
+    """Architecture that --tune compiles for without a GPU: sm_NN (NVIDIA) or gfxNNN (AMD)."""
     out: Path | None = None
     """Folder for kernels.csv and one plot per operator."""
     json: Json = False
@@ -267,6 +273,9 @@ class BenchKernels:
         if self.out is not None:
             make_folder(self.out)
         device = usual_device(self.device)
+        if self.tune:
+            self._tune(device)
+            return
         from echogen.bench.speed import kernels, tables
 
         try:
@@ -292,6 +301,31 @@ class BenchKernels:
         wrong = [r for r in result["kernels"] if r["error"] and r["provider"] == "echogen"]
         if wrong:
             raise Failure(wrong[0]["error"])
+
+    def _tune(self, device: str) -> None:
+        if self.provider or self.out is not None:
+            name = "provider" if self.provider else "out"
+            raise InputError(f"--{name}: not used by --tune; leave it out")
+        refuse_interpreted()
+        from echogen.bench.speed import tables, tune
+
+        with progress("compiling" if device == "cpu" else "timing") as update:
+            try:
+                result = tune.run(
+                    self.operator, self.size, device, self.arch, note=warn, progress=update
+                )
+            except ValueError as error:
+                raise InputError(f"--{error}") from None
+        tables.console().print(tables.tuned(result))
+        if self.json:
+            print_json(result)
+        if result["ended"] == "interrupted":
+            raise KeyboardInterrupt
+        if result["ended"]:
+            raise Failure(result["ended"])
+        faults = [r["error"] for r in result["tuned"] if r["now"] and r["error"]]
+        if faults:
+            raise Failure(faults[0])
 
     def _write(self, rows: list[dict[str, object]]) -> None:
         from echogen.bench.speed import tables

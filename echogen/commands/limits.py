@@ -87,6 +87,12 @@ class BenchMemory:
             print_json(result)
 
 
+def refuse_interpreted() -> None:
+    """Raises InputError where kernels are interpreted, of a command that compiles them."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise InputError("TRITON_INTERPRET=1: an interpreted kernel cannot be compiled; unset it")
+
+
 @dataclass(frozen=True)
 class BenchCompile:
     """Compile every operator for named architectures, without a GPU: registers, shared memory,
@@ -104,10 +110,7 @@ class BenchCompile:
 
     def run(self) -> None:
         check_range("processes", 1 if self.processes is None else self.processes, 1, 1024)
-        if os.environ.get("TRITON_INTERPRET") == "1":
-            raise InputError(
-                "TRITON_INTERPRET=1: an interpreted kernel cannot be compiled; unset it"
-            )
+        refuse_interpreted()
         from echogen.bench.speed import compile as ahead
         from echogen.bench.speed import tables
 

@@ -45,10 +45,12 @@ class Gpu:
     Attributes:
         sms: streaming multiprocessors.
         shared_bytes: the most shared memory that one block may have.
+        warps: that a multiprocessor holds at most.
     """
 
     sms: int
     shared_bytes: int
+    warps: int = 64
 
 
 H200 = Gpu(132, 232448)
@@ -67,7 +69,8 @@ def gpu(device: torch.device) -> Gpu:
 def _properties(device: torch.device) -> Gpu:
     found = torch.cuda.get_device_properties(device)
     shared = found.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in the stubs
-    return Gpu(found.multi_processor_count, shared)
+    warps = found.max_threads_per_multi_processor // found.warp_size
+    return Gpu(found.multi_processor_count, shared, warps)
 
 
 def fatbin(source: str) -> Path | None:

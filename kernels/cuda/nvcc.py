@@ -13,7 +13,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from echogen.kernels.aot import Compiled, disassembly, wide_access_share
+from echogen.kernels.aot import Compiled, disassembly, instructions, wide_access_share
 from echogen.kernels.cuda.loader import FOLDER
 
 ARCHES = {"sm_90": "sm_90a"}
@@ -80,6 +80,7 @@ def _read(report: str, assembly: str, arch: str) -> list[Compiled]:
                 shared_bytes=int(shared[1]) if shared else 0,  # the launch adds its own
                 spill_bytes=int(frame[1]),
                 wide_access_share=wide_access_share(code[name[1]]),
+                instructions=instructions(code[name[1]]),
             )
         )
     return found

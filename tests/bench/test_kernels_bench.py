@@ -309,7 +309,7 @@ def test_what_is_checked_is_compiled_as_it_is_timed(monkeypatch, name, size, ask
     one = kernels.Contestant("echogen", run, case.outputs)
     inputs = case.inputs(Drawn(torch.Generator().manual_seed(0)), case.sizes["tiny"], torch.float32)
     wanted = kernels.contest.results(case, case.eager, inputs, case.outputs)
-    assert kernels._refusal(case, size, one, torch.float32, inputs, wanted) is None
+    assert kernels.refusal(case, size, one, torch.float32, inputs, wanted) is None
     kernels._cuda_times(case, size, "forward", one, inputs)
     assert modes == asked
 

@@ -23,7 +23,8 @@ CHUNK = 16
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(logprob, "COLUMNS", 128)
+    monkeypatch.setattr(logprob, "FORWARD", logprob.ForwardTile(128))
+    monkeypatch.setattr(logprob, "BACKWARD", logprob.BackwardTile(128))
 
 
 def inputs(shape, generator, device, dtype=torch.float32):
@@ -154,12 +155,13 @@ def test_peaked_and_masked_rows(generator, device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_outputs_masked_by_the_least_number(dtype, generator, device):
     """The other way to mask: tiles of finfo.min before one of logits, and behind it."""
-    columns = 3 * logprob.COLUMNS + 5
+    tile = logprob.FORWARD.columns
+    columns = 3 * tile + 5
     hidden, weight, bias, _ = inputs((3, columns, 4), generator, device, dtype)
     allowed = torch.zeros(columns, dtype=torch.bool, device=device)
-    allowed[2 * logprob.COLUMNS + 7 : 2 * logprob.COLUMNS + 40] = True
+    allowed[2 * tile + 7 : 2 * tile + 40] = True
     bias = torch.where(allowed, bias, torch.finfo(dtype).min)
-    targets = torch.full((3,), 2 * logprob.COLUMNS + 9, device=device)
+    targets = torch.full((3,), 2 * tile + 9, device=device)
     ours = leaves(hidden, weight, bias)
     found = linear_logprob(ours[0], ours[1], targets, ours[2], CHUNK)
     logits = (hidden.double() @ weight.double().T + bias.double())[:, allowed]
