@@ -9,7 +9,7 @@ into every slot that continues it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -188,17 +188,23 @@ class Slots:
         return logits
 
     def rows_agree(self, prompt: list[int]) -> bool:
-        """Whether a sequence has the same logits in every slot, bit for bit, for a few steps; all
-        slots are free before and after. It is what batch-invariant mode stands on: in one shape
-        libraries round a row without regard to what the others hold, and mostly, but not in every
-        shape, without regard to its place (MKL's products of 2 and 3 rows do regard it)."""
-        rows = self.take([self.run_prompt(prompt)] * self.rows)
-        agreed = True
-        for code in range(8):
-            self.feed(rows, torch.tensor([[code]], device=rows.index.device))
-            logits = self.step()
-            agreed = agreed and torch.equal(logits, logits[:1].expand_as(logits))
-        self.release(rows)
+        """Whether a sequence has the same logits in every slot, bit for bit, for a few steps, and
+        whoever shares its prompt; all slots are free before and after. It is what batch-invariant
+        mode stands on: in one shape libraries round a row without regard to what the others hold,
+        and mostly, but not in every shape, without regard to its place (MKL's products of 2 and 3
+        rows do regard it)."""
+        prefix, wanted, agreed = self.run_prompt(prompt), list[Tensor](), True
+        # Shared by all, by every other one, and by none; where there are copies, it is one case.
+        for apart in (1, 2, self.rows) if self._sharer is not None else (1,):
+            prefixes = [replace(prefix) for _ in range(apart)]
+            rows = self.take([prefixes[row % apart] for row in range(self.rows)])
+            for code in range(8):
+                self.feed(rows, torch.tensor([[code]], device=rows.index.device))
+                logits = self.step()
+                if len(wanted) == code:
+                    wanted.append(logits[:1].clone())
+                agreed = agreed and torch.equal(logits, wanted[code].expand_as(logits))
+            self.release(rows)
         return agreed
 
     def run_prompt(self, prompt: list[int], keep: bool = False) -> Prefix:

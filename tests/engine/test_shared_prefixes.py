@@ -240,3 +240,17 @@ def test_who_cancels_leaves_the_prompt_to_the_others(engine, place):
         assert torch.equal(request.result(0), stays.alone(engine))
         assert torch.equal(other.result(0), later.alone(engine))
     assert set(shared_of(scheduler._slots)._place) == {-1}
+
+
+@torch.inference_mode()
+def test_rows_that_regard_who_shares_their_prompt_do_not_agree(engine, monkeypatch):
+    """Rounded here by the place of their prompt."""
+    right = device.decode_attention
+
+    def attention(query, keys, values, lengths, scale, *before, **more):
+        found, groups = right(query, keys, values, lengths, scale, *before, **more), before[3]
+        return found * (1 + 0.01 * (groups == 1)).to(found.dtype)[:, None, None]
+
+    monkeypatch.setattr(device, "decode_attention", attention)
+    made = Slots(engine.decoder, engine.code_table, 4, 96, invariant=True)
+    assert not made.rows_agree([engine.prompts.bos, *range(16)]) and made.free == 4
