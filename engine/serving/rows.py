@@ -16,6 +16,7 @@ from echogen.engine.cpu.packed_decode import run_prompts
 from echogen.engine.gpu.device import DeviceTransformer, Places
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.ranges import span
+from echogen.engine.serving.prefixes import SharedPrefixes
 from echogen.kernels.overlap import overlapping
 
 
@@ -32,6 +33,29 @@ class Runner(Protocol):
         ...
 
 
+class Sharer(Protocol):
+    """A `Runner` whose cache has the rows' own codes alone: what they begin with lies elsewhere,
+    once for all rows that begin with the same `Prefix` object."""
+
+    def hold(self, row: int, prefix: Prefix | None) -> None:
+        """From now on a row begins with a prefix, or (None) with nothing."""
+        ...
+
+    def move(self, old: int, new: int) -> None:
+        """What a row begins with to another one, which holds nothing; its codes are the cache's."""
+        ...
+
+
+def run_plainly(model: UnifiedTransformer, table: Tensor, prompt: list[int]) -> Prefix:
+    """Run a prompt by the transformer as it is."""
+    device, length = table.device, len(prompt)
+    ids, slot = torch.tensor([prompt], device=device), torch.arange(length, device=device)
+    cache = KVCache(model.config, 1, length, table.dtype, device)
+    with span("engine/prefill/run", rows=1, tokens=length):
+        hidden = model(model.embed_text(ids), slot, "causal", cache)
+        return Prefix(cache.block[:, :, 0], model.image_head(hidden[:, -1])[0])
+
+
 class PlainRows:
     """`Runner` on the transformer as it is, for any device and type."""
 
@@ -41,12 +65,7 @@ class PlainRows:
 
     def run_prompt(self, prompt: list[int]) -> Prefix:
         """See `Runner`."""
-        table, length = self._table, len(prompt)
-        ids, slot = torch.tensor([prompt], device=table.device), self._slot[:length]
-        cache = KVCache(self._model.config, 1, length, table.dtype, table.device)
-        with span("engine/prefill/run", rows=1, tokens=length):
-            hidden = self._model(self._model.embed_text(ids), slot, "causal", cache)
-            return Prefix(cache.block[:, :, 0], self._model.image_head(hidden[:, -1])[0])
+        return run_plainly(self._model, self._table, prompt)
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """See `Runner`."""
@@ -57,8 +76,8 @@ class PlainRows:
         return self._model.image_head(self._model(embedded, at, mask, self._cache)[:, 0])
 
 
-class DeviceRows(PlainRows):
-    """`Runner` whose steps run on a GPU's operators, each recorded and replayed.
+class DeviceRows:
+    """`Runner` and `Sharer` whose steps run on a GPU's operators, each recorded and replayed.
 
     They are recorded at once, for every number of rows: later a request would wait for it, and
     memory that is not there is to be missed now. The largest comes first, so that the others find
@@ -66,8 +85,9 @@ class DeviceRows(PlainRows):
 
     Args:
         model: what runs the layers.
-        cache, scales: of the rows, see `Slots`.
+        cache, scales: of the rows' own codes, see `Slots`.
         counts: the numbers of rows steps come in.
+        prompt_tokens: of the longest prompt.
     """
 
     def __init__(
@@ -76,21 +96,24 @@ class DeviceRows(PlainRows):
         cache: WindowCache,
         scales: Tensor | None,
         counts: list[int],
+        prompt_tokens: int,
     ) -> None:
-        super().__init__(model.plain, model.table, cache)
         rows, device, table = max(counts), model.table.device, model.table
         every = torch.zeros(2, rows, dtype=torch.int64, device=device)
         logits = table.new_zeros(rows, model.config.codebook_size)
+        shared = SharedPrefixes(model, counts, prompt_tokens)
+        self._model, self._shared = model, shared
         (self._codes, self._at), self._logits = every.unbind(0), logits
 
-        # Of tensors alone: with this object in it, steps that are not recorded would keep it.
+        # It refers to no part of this object, as steps that are not recorded would keep that.
         def launch(count: int) -> None:
             codes, at = every[:, :count].unbind(0)
             keys, values = cache.block[:, :, :count].unbind(0)
             own = None if scales is None else scales[:, :, :count]
             with overlapping(device):  # from the lookup on, which takes no part
                 embedded = table.index_select(0, codes)
-                places = Places(at, at + 1, at, keys, values, scales=own)
+                slots, prefixes = at - shared.starts(count), shared.of(count)
+                places = Places(slots, slots + 1, at, keys, values, prefixes, own)
                 logits[:count] = model.logits(embedded, places)
 
         # Drawings of the same model run between these steps, in the memory of its own recorder.
@@ -102,17 +125,30 @@ class DeviceRows(PlainRows):
                 for count in sorted(counts, reverse=True)
             }
 
+    def hold(self, row: int, prefix: Prefix | None) -> None:
+        """See `Sharer`."""
+        self._shared.hold(row, prefix)
+
+    def move(self, old: int, new: int) -> None:
+        """See `Sharer`."""
+        self._shared.move(old, new)
+
+    def run_prompt(self, prompt: list[int]) -> Prefix:
+        """See `Runner`."""
+        return run_plainly(self._model.plain, self._model.table, prompt)
+
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """See `Runner`; a row reads what it holds, whatever ``read`` is."""
         count = len(codes)
+        self._shared.get_ready(count)
         self._codes[:count], self._at[:count] = codes, at
         self._runs[count]()
         return self._logits[:count]
 
 
 class NativeRows:
-    """`Runner` in C++; a row reads what it holds, whatever ``read`` is. The cache has the rows'
-    codes alone: a prompt's keys and values are read where they lie, by all that ``hold`` them."""
+    """`Runner` and `Sharer` in C++; a row reads what it holds, whatever ``read`` is. A prompt's
+    keys and values are read where they lie, by all that ``hold`` them."""
 
     def __init__(self, model: NativeTransformer, code_table: Tensor, cache: WindowCache) -> None:
         self._model = model
@@ -121,13 +157,13 @@ class NativeRows:
         self._lengths = torch.zeros_like(self._row)  # of what stands before a row's codes
 
     def hold(self, row: int, prefix: Prefix | None) -> None:
-        """From now on a row begins with a prefix, or (None) with nothing."""
+        """See `Sharer`."""
         held = None if prefix is None else prefix.keys_values
         self._rows.put_before(row, held)
         self._lengths[row] = 0 if held is None else held.shape[-2]
 
     def move(self, old: int, new: int) -> None:
-        """What a row begins with to another one; its codes are the cache's."""
+        """See `Sharer`."""
         self._rows.put_before(new, self._rows.before(old))
         self._lengths[new] = self._lengths[old]
         self.hold(old, None)

@@ -1,15 +1,15 @@
 """The rows that a scheduler fills: one static cache, each row with a sequence of its own length.
 
-A slot is a row of the cache. A prompt is run by itself and copied into its slot (into as many as
-share it: SDPA and PyTorch's products read one cache a row, so the copies are what sharing costs; in
-C++ it stays where it is), and from then on a step runs all rows together, each at its own place.
+A slot is a row of the cache. A prompt is run by itself, and from then on a step runs all rows
+together, each at its own place. In C++ and on a GPU's operators rows share a prompt's keys and
+values (`rows.Sharer`). SDPA and PyTorch's products read one cache a row: there the prompt is copied
+into every slot that continues it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -22,7 +22,14 @@ from echogen.engine.decoding.jacobi import default_window
 from echogen.engine.gpu.device import DeviceTransformer
 from echogen.engine.gpu.graphs import bucket
 from echogen.engine.ranges import span
-from echogen.engine.serving.rows import DeviceRows, NativeRows, PackedRows, PlainRows, Runner
+from echogen.engine.serving.rows import (
+    DeviceRows,
+    NativeRows,
+    PackedRows,
+    PlainRows,
+    Runner,
+    Sharer,
+)
 from echogen.kernels.checks import FP8
 
 EDGE = 32
@@ -102,9 +109,10 @@ class Slots:
             and in steps that may have any shape.
 
     Attributes:
-        cache: made here, once; nothing else of its size is made later.
-        scales: float32 [layers, 2, rows, Hk, capacity] of keys and values in 8 bits; None: they
-            are not (``DeviceTransformer.fp8_cache``).
+        cache: made here, once; nothing else of its size is made later. Where rows share prompts it
+            has their own codes alone, and the prompts have the rest of the capacity.
+        scales: float32 [layers, 2, rows, Hk, …] of its keys and values in 8 bits; None: they are
+            not (``DeviceTransformer.fp8_cache``).
     """
 
     def __init__(
@@ -124,17 +132,18 @@ class Slots:
         )
         self.rows, self.capacity = rows, capacity
         self.invariant = invariant and not native
+        # Prompts that are shared take no more memory than slots would have had for them.
+        before = capacity - c.image_tokens + 1
+        own = max(1, capacity - before) if native or on_device else capacity  # no sum needs an edge
         self.scales: Tensor | None = None
         if isinstance(model, DeviceTransformer) and model.fp8_cache:
-            held = c.layers, 2, rows, c.kv_heads, capacity
+            held = c.layers, 2, rows, c.kv_heads, own
             self.scales, dtype = torch.zeros(held, device=device), FP8
-        # In C++ prompts stay where they are, in no more memory than slots would have had for them.
-        own = max(1, c.image_tokens - 1) if native else capacity  # its sums need no edge
         self.cache = WindowCache(c, rows, own, dtype, device)
         self._counts = row_counts(rows, self.invariant, recorded=on_device, any_number=native)
         self._widths = dict[int, int]()
         self._packed: PackedRows | None = None
-        self._native: NativeRows | None = None
+        self._sharer: Sharer | None = None
         self._runner: Runner
         if isinstance(model, PackedTransformer):
             if windows and not invariant:
@@ -142,9 +151,11 @@ class Slots:
             shapes = [(count, 1) for count in self._counts] + list(self._widths.items())
             self._runner = self._packed = PackedRows(model, code_table, self.cache, shapes)
         elif isinstance(model, NativeTransformer):
-            self._runner = self._native = NativeRows(model, code_table, self.cache)
+            self._runner = self._sharer = NativeRows(model, code_table, self.cache)
         elif isinstance(model, DeviceTransformer):
-            self._runner = DeviceRows(model, self.cache, self.scales, self._counts)
+            self._runner = self._sharer = DeviceRows(
+                model, self.cache, self.scales, self._counts, before
+            )
         else:
             self._runner = PlainRows(model, code_table, self.cache)
         # Unconditional prompts come again and again; see `PrefixCache`.
@@ -177,17 +188,23 @@ class Slots:
         return logits
 
     def rows_agree(self, prompt: list[int]) -> bool:
-        """Whether a sequence has the same logits in every slot, bit for bit, for a few steps; all
-        slots are free before and after. It is what batch-invariant mode stands on: in one shape
-        libraries round a row without regard to what the others hold, and mostly, but not in every
-        shape, without regard to its place (MKL's products of 2 and 3 rows do regard it)."""
-        rows = self.take([self.run_prompt(prompt)] * self.rows)
-        agreed = True
-        for code in range(8):
-            self.feed(rows, torch.tensor([[code]], device=rows.index.device))
-            logits = self.step()
-            agreed = agreed and torch.equal(logits, logits[:1].expand_as(logits))
-        self.release(rows)
+        """Whether a sequence has the same logits in every slot, bit for bit, for a few steps, and
+        whoever shares its prompt; all slots are free before and after. It is what batch-invariant
+        mode stands on: in one shape libraries round a row without regard to what the others hold,
+        and mostly, but not in every shape, without regard to its place (MKL's products of 2 and 3
+        rows do regard it)."""
+        prefix, wanted, agreed = self.run_prompt(prompt), list[Tensor](), True
+        # Shared by all, by every other one, and by none; where there are copies, it is one case.
+        for apart in (1, 2, self.rows) if self._sharer is not None else (1,):
+            prefixes = [replace(prefix) for _ in range(apart)]
+            rows = self.take([prefixes[row % apart] for row in range(self.rows)])
+            for code in range(8):
+                self.feed(rows, torch.tensor([[code]], device=rows.index.device))
+                logits = self.step()
+                if len(wanted) == code:
+                    wanted.append(logits[:1].clone())
+                agreed = agreed and torch.equal(logits, wanted[code].expand_as(logits))
+            self.release(rows)
         return agreed
 
     def run_prompt(self, prompt: list[int], keep: bool = False) -> Prefix:
@@ -198,6 +215,7 @@ class Slots:
             found = self._runner.run_prompt(prompt)
             if keep:
                 self._prefixes.put(key, found)
+                found = self._prefixes.get(key) or found  # what is to be shared is one object
         return found
 
     def take(self, prefixes: list[Prefix]) -> Rows:
@@ -209,14 +227,9 @@ class Slots:
         assert len(prefixes) <= self.free, "the scheduler admits what fits"
         rows = self._free[: len(prefixes)]
         lengths = [prefix.keys_values.shape[-2] for prefix in prefixes]
-        if self._native is None:
-            for row, length in zip(rows, lengths, strict=True):
-                # What the last holder left is masked, but a weight of 0 on its NaN would be NaN.
-                self.cache.block[:, :, row, :, length:].zero_()
         try:
-            for _, alike in groupby(zip(prefixes, rows, strict=True), lambda pair: id(pair[0])):
-                some = list(alike)
-                self._keep(some[0][0], [row for _, row in some])
+            for row, prefix in zip(rows, prefixes, strict=True):
+                self._begin(row, prefix)
         except BaseException:
             self._forget(rows)
             raise
@@ -228,19 +241,21 @@ class Slots:
             self._ends[row] = length
         return Rows(rows, taken)
 
-    def _keep(self, prefix: Prefix, rows: list[int]) -> None:
-        """Copy a prefix into some slots."""
-        if self._native is None:
-            put_prefix(self.cache.block, self.scales, rows, prefix.keys_values)
+    def _begin(self, row: int, prefix: Prefix) -> None:
+        """Let a slot begin with a prefix, or with a copy of it."""
+        if self._sharer is not None:
+            self._sharer.hold(row, prefix)
             return
-        for row in rows:
-            self._native.hold(row, prefix)
+        block, held = self.cache.block, prefix.keys_values
+        put_prefix(block, None, [row], held)
+        # What the last holder left is masked, but a weight of 0 on its NaN would be NaN.
+        block[:, :, row, :, held.shape[-2] :].zero_()
 
     def _forget(self, rows: Iterable[int]) -> None:
         """Let go of what free rows began with, where it is not a copy."""
-        if self._native is not None:
+        if self._sharer is not None:
             for row in rows:
-                self._native.hold(row, None)
+                self._sharer.hold(row, None)
 
     def release(self, rows: Rows) -> None:
         """Give slots back."""
@@ -275,8 +290,8 @@ class Slots:
                 of_row[source] = 0
         for old, new in moved.items():
             self._ends[new], self._ends[old] = self._ends[old], 0
-            if self._native is not None:
-                self._native.move(old, new)
+            if self._sharer is not None:
+                self._sharer.move(old, new)
         self._free = [row for row, end in enumerate(self._ends) if not end]
         return now
 

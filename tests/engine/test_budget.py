@@ -11,6 +11,8 @@ import torch
 from echogen.engine.config import ModelConfig
 from echogen.engine.cpu.native import NativeTransformer
 from echogen.engine.decoding.sampler import Sampling
+from echogen.engine.engine import Engine
+from echogen.engine.gpu.device import DeviceTransformer
 from echogen.engine.serving import budget
 from echogen.engine.serving.budget import BudgetError
 from echogen.engine.serving.scheduler import Scheduler
@@ -25,6 +27,7 @@ from .requests import (
     crowd,
     finish,
 )
+from .tape import Tape
 
 
 def test_memory_is_planned_and_made_once(either):
@@ -46,6 +49,34 @@ def test_memory_is_planned_and_made_once(either):
     assert held.live + drawing.peak <= scheduler.plan.bytes
     planned = block.nbytes * scheduler.plan.capacity / block.shape[-2]  # in C++ without prompts
     assert drawing.largest < planned / 4  # nothing of the cache's size in mid-flight
+
+
+@pytest.mark.parametrize("fp8_cache", [False, True])
+def test_memory_on_a_gpus_operators_is_planned_and_made_once(engine, monkeypatch, fp8_cache):
+    """Codes and prompts apart take together what slots of both would."""
+    with torch.inference_mode():
+        made = DeviceTransformer(
+            engine.transformer, engine.code_table, fp8_cache=fp8_cache, record=Tape()
+        )
+    monkeypatch.setattr(Engine, "decoder", property(lambda self: made))
+    with Held() as held:
+        scheduler = Scheduler(engine, slots=8)
+    slots, plan = scheduler._slots, scheduler.plan
+    shared = slots._runner._shared
+    blocks = [slots.cache.block, shared._block]
+    scales = [each for each in (slots.scales, shared._scales) if each is not None]
+    assert len(scales) == 2 * fp8_cache
+    c = made.config
+    head = c.head_dim + 4 if fp8_cache else 4 * c.head_dim
+    cache = 2 * c.layers * plan.slots * c.kv_heads * plan.capacity * head
+    assert sum(each.nbytes for each in blocks + scales) == cache
+    assert shared._block.shape[-2] >= plan.prompt_tokens
+    with Held() as drawing:
+        for each in crowd(12, seed=4):
+            each.submit(scheduler)
+        finish(scheduler)
+    assert held.live + drawing.peak <= plan.bytes
+    assert drawing.largest < cache / 2
 
 
 def test_in_cpp_a_slot_and_a_prompt_of_its_own_are_no_more_than_a_planned_slot(engine):

@@ -27,6 +27,7 @@ from echogen.engine.serving.partial import GREY
 from echogen.engine.serving.scheduler import Scheduler
 from echogen.engine.serving.slots import Slots
 from echogen.engine.serving.worker import SchedulerClosed
+from echogen.kernels.reference import decode_attention as reference
 
 from .devices import GPU, PLACES, Place
 from .requests import (
@@ -51,6 +52,15 @@ LARGE = {
     "vision": {"image_size": 16, "num_image_tokens": 64}, "vq": {"num_embeddings": 1024},
 }  # fmt: skip
 EXACT = pytest.mark.parametrize("place", PLACES[:2], indirect=True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def row_by_row() -> Iterator[None]:
+    """The kernel's sums are a row's own, whoever shares its prompt. The reference multiplies those
+    rows together, and MKL rounds by their number, unless it takes them one by one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "CHUNK", 1)
+        yield
 
 
 @pytest.fixture(scope="module", params=PLACES)
