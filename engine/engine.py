@@ -428,5 +428,5 @@ def on_operators(
     why = misfit(model)
     if why is None:
         return DeviceTransformer(model, code_table)
-    warnings.warn(f"drawing runs on plain torch, code by code: {why}", stacklevel=2)
+    warnings.warn(f"drawing runs on plain torch: {why}", stacklevel=2)
     return model

@@ -33,8 +33,10 @@ def leaving() -> Iterator[None]:
     except BaseException as error:
         if not dist.is_initialized():
             raise
-        if isinstance(error, SystemExit):  # what there was to say is said
+        if isinstance(error, SystemExit):
             code = error.code
+            if isinstance(code, str):  # which the interpreter would say
+                print(code, file=sys.stderr)
         else:
             traceback.print_exc()
             code = 1

@@ -111,7 +111,7 @@ class Timed:
 
     def __getattr__(self, name: str) -> Any:
         """What a stage may have besides (see `Stage`), as far as its steps need it."""
-        if name not in ("ahead", "loss_part"):
+        if name not in ("ahead", "inputs", "loss_part"):
             raise AttributeError(name)
         found = getattr(self.stage, name)
         return self._timed(found) if name == "loss_part" else found
