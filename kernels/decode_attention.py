@@ -65,8 +65,8 @@ class Splits:
         return max(1, min(triton.cdiv(self.programs, programs), triton.cdiv(keys, self.least)))
 
     def candidates(self) -> list[Splits]:
-        """Two to six programs for each of an H200's multiprocessors, of one to four tiles."""
-        return [Splits(132 * n, least) for n in (2, 3, 4, 6) for least in (64, 128, 256)]
+        """One to six programs for each of an H200's multiprocessors, of one to four tiles."""
+        return [Splits(132 * n, least) for n in (1, 2, 3, 4, 6) for least in (64, 128, 256)]
 
 
 @dataclass(frozen=True)

@@ -53,9 +53,11 @@ class Tile:
     warps: int
 
     def candidates(self) -> list[Self]:
-        """16 to 64 rows, half to twice the codes of 16 at least, by four and eight warps."""
-        sizes = [c for c in (self.columns // 2, self.columns, 2 * self.columns) if c >= 16]
-        return [type(self)(r, c, warps) for r in (16, 32, 64) for c in sizes for warps in (4, 8)]
+        """16 to 64 rows, half to twice the codes, 16 at least, by four and eight warps. Nearly all
+        tiles of more than 4,096 numbers spill (sm_90)."""
+        codes = (self.columns // 2, self.columns, 2 * self.columns)
+        sizes = [(r, c) for r in (16, 32, 64) for c in codes if c >= 16 and r * c <= 4096]
+        return [type(self)(*size, warps) for size in sizes for warps in (4, 8)]
 
 
 class ForwardTile(Tile):

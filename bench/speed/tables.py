@@ -115,25 +115,28 @@ def tuned(result: Row) -> Table:
     else:
         title += ": compiled only, nothing was timed"
     shown = Table(title=title, caption="warps: that a multiprocessor holds at once")
-    for heading in ("operator", "constants", "kernel"):
-        shown.add_column(heading, overflow="fold")
+    shown.add_column("operator", overflow="fold", max_width=48)
+    for heading in ("constants", "kernel"):
+        shown.add_column(heading, no_wrap=True)
     numbers = ("registers", "shared_bytes", "spill_bytes", "warps", "instructions")
-    for heading in ("registers", "shared", "spilled", "warps", "instructions", "ms",
-                    "times as fast"):  # fmt: skip
+    times = ("ms", "times_as_fast") if result["timed"] else ()
+    for heading in (*numbers, *times):
+        heading = heading.removesuffix("_bytes").replace("_", " ")
         shown.add_column(heading, justify="right")
     shown.add_column("", overflow="fold")
     for r in result["tuned"]:
         about = ""
         if r["now"]:
             shown.add_section()
-            about = f"{r['operator']}, {r['mode']}, {r['dtype']}, {r['shape']}"
-        constants = ", ".join(f"{name} {value}" for name, value in r["constants"].items())
+            names = f"{r['choice']}({', '.join(r['constants'])})"
+            about = f"{r['operator']}, {r['mode']}, {r['dtype']}, {r['shape']}: {names}"
+        constants = ", ".join(map(str, r["constants"].values()))
         code = [[k[n] for k in r["kernels"]] for n in ("name", *numbers)]
         cells = ["\n".join("" if n is None else str(n) for n in column) for column in code]
-        times = ["" if r[n] is None else f"{r[n]:.3f}" for n in ("ms", "times_as_fast")]
+        took = ["" if r[n] is None else f"{r[n]:.3f}" for n in times]
         told = r["error"] or ", ".join(word for word in ("now", "best") if r[word])
         style = "red" if r["error"] else "bold" if r["best"] else None
-        shown.add_row(about, constants, *cells, *times, told, style=style)
+        shown.add_row(about, constants, *cells, *took, told, style=style)
     return shown
 
 
