@@ -165,6 +165,8 @@ class PMTPConfig:
         loop: the step loop.
         start: fingerprint of the model of stage 1 that the run goes on with; filled in by the
             stage. "": fresh weights.
+        data_hash: fingerprint of what the stage learns from, without which other data would pass
+            for the same run; filled in by the stage. "": ShapesWorld.
     """
 
     loop: LoopConfig
@@ -183,6 +185,7 @@ class PMTPConfig:
     temperature: float = 1.0
     cfg: float = 1.0
     start: str = ""
+    data_hash: str = later("")
 
     def __post_init__(self) -> None:
         _one_of("mask", self.mask, ("isolated", "shared"))
@@ -216,6 +219,7 @@ class DJOConfig:
             read the image.
         loop: the step loop.
         start: fingerprint of the model that the run began with; filled in by the stage.
+        data_hash: as in stage 1.
     """
 
     loop: LoopConfig
@@ -230,6 +234,7 @@ class DJOConfig:
     prefix: Literal["teacher", "sampled"] = "teacher"
     freeze_grounder: bool = False
     start: str = ""
+    data_hash: str = later("")
 
     def __post_init__(self) -> None:
         _one_of("prefix", self.prefix, ("teacher", "sampled"))
