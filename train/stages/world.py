@@ -71,6 +71,8 @@ class WorldStage(ABC):
     """
 
     name = "world"
+    selects: str | None = None
+    """See `Stage`. Without a judge it is the validation loss, which alone comes from outside."""
     engine_dtype: torch.dtype | None = None
     """Of the weights that the engine runs on where it has its own (see ``gather``)."""
 
@@ -87,6 +89,8 @@ class WorldStage(ABC):
             self.gather()
         with one_goes_first():
             self._val = source.validation(self.vq, VAL_SAMPLES)
+        if self._val.judge is None and self.selects is None:
+            self.selects = "-loss"
 
     # --- trees ----------------------------------------------------------------------------------
 
@@ -135,7 +139,8 @@ class WorldStage(ABC):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Validation losses, free-running grounding on true images, the judge on drawn ones beside
-        the model's own grounding there (see `quick_scores`)."""
+        the model's own grounding there (see `quick_scores`). Without a judge also ``loss``, the sum
+        of the two losses, by which weights are then chosen."""
         samples, layouts, judge = self._val
         rng = keys.generator(self._seed, keys.VALIDATION)
         drawn = [self.drawing(self.prompt(s.layout(rng)), s.codes) for s in samples]
@@ -147,7 +152,8 @@ class WorldStage(ABC):
         model = self.engine.transformer
         scores = quick_scores(model, self.vq, self.prompts, codes, layouts, judge)
         self.module.train()
-        return {"l2i": image, "i2l": text, **scores}
+        values = {"l2i": image, "i2l": text, **scores}
+        return values if judge is not None else {"loss": image + text, **values}
 
     def _validation(self, trees: list[Tree], loss: Loss) -> float:
         """The mean over the targets of trees, which go through the model in pieces: in one, those
