@@ -154,7 +154,9 @@ class PMTPConfig:
         width, layers, heads, mlp_width: the transformer.
         rope_theta: RoPE base; small, since sequences are short.
         bins: location tokens of the box codec.
-        scenes: layouts of the training set.
+        data: folder of pictures with their layouts to learn from (see `data.pictures`); "":
+            ShapesWorld.
+        scenes: layouts of ShapesWorld's training set.
         batch: samples a step that carry both tasks.
         extra_grounding: further samples a step that carry grounding only.
         branches: grounding branches (expressions) of one image.
@@ -165,7 +167,7 @@ class PMTPConfig:
         loop: the step loop.
         start: fingerprint of the model of stage 1 that the run goes on with; filled in by the
             stage. "": fresh weights.
-        data_hash: fingerprint of what the stage learns from, without which other data would pass
+        data_hash: fingerprint of what the stage learns from, without which changed data would pass
             for the same run; filled in by the stage. "": ShapesWorld.
     """
 
@@ -185,6 +187,7 @@ class PMTPConfig:
     temperature: float = 1.0
     cfg: float = 1.0
     start: str = ""
+    data: str = later("")
     data_hash: str = later("")
 
     def __post_init__(self) -> None:
@@ -208,7 +211,7 @@ class DJOConfig:
     """Stage 2, dual joint optimisation: `J = L_L2I + μ·L_I2L + λ·L_loop`.
 
     Attributes:
-        scenes, batch, branches, prompt_dropout: as in stage 1.
+        data, scenes, batch, branches, prompt_dropout: as in stage 1.
         loop_weight: λ; 0 leaves the loop out.
         grounding_weight: μ, of grounding in the real images; 0 (the paper) leaves it out.
         tau_start, tau_end: temperature of the soft sample at the first and at the last step,
@@ -234,6 +237,7 @@ class DJOConfig:
     prefix: Literal["teacher", "sampled"] = "teacher"
     freeze_grounder: bool = False
     start: str = ""
+    data: str = later("")
     data_hash: str = later("")
 
     def __post_init__(self) -> None:

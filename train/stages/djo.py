@@ -24,7 +24,7 @@ from echogen.kernels.head_gumbel import head_gumbel_st_embed
 from echogen.train.config import DJOConfig
 from echogen.train.data.packing import Batch
 from echogen.train.data.samples import Sample
-from echogen.train.data.source import ShapesWorld, Source
+from echogen.train.data.source import Source
 from echogen.train.parallel.distributed import one_goes_first
 from echogen.train.stages import keys
 from echogen.train.stages.ahead import Ahead
@@ -36,7 +36,7 @@ from echogen.train.stages.passes import (
     worth_logging,
 )
 from echogen.train.stages.shares import part_of_mean, places
-from echogen.train.stages.world import WorldStage, ask
+from echogen.train.stages.world import WorldStage, ask, source_of
 from echogen.train.start import Start
 
 
@@ -188,8 +188,8 @@ class DJOStage(WorldStage):
     name = "djo"
 
     def __init__(self, config: DJOConfig, start: Start, source: Source | None = None) -> None:
-        """Args: ``source``: what it learns from; None: ShapesWorld."""
-        source = ShapesWorld(config.scenes) if source is None else source
+        """Args: ``source``: what it learns from; None: what the configuration says."""
+        source = source_of(config) if source is None else source
         super().__init__(start.engine, config.loop, source, start.stages)
         self.config = replace(config, start=start.fingerprint, data_hash=source.fingerprint)
         with one_goes_first():

@@ -36,14 +36,14 @@ from echogen.engine.ranges import span
 from echogen.train.config import PMTPConfig
 from echogen.train.data.packing import Batch, shared_tree
 from echogen.train.data.samples import Sample
-from echogen.train.data.source import ShapesWorld, Source
+from echogen.train.data.source import Source
 from echogen.train.parallel.distributed import one_goes_first
 from echogen.train.run.checkpoint import StateError
 from echogen.train.stages import keys
 from echogen.train.stages.ahead import Ahead
 from echogen.train.stages.passes import box_loss, hidden_states, image_loss, worth_logging
 from echogen.train.stages.shares import places
-from echogen.train.stages.world import WorldStage, ask
+from echogen.train.stages.world import WorldStage, ask, source_of
 from echogen.train.start import Start
 from echogen.train.tokenizer import IMAGE_PLACEHOLDER, train_tokenizer
 
@@ -141,7 +141,7 @@ class PMTPStage(WorldStage):
         shape, vocabulary and image tokenizer then stand, whatever the configuration says.
 
         Args:
-            source: what it learns from; None: ShapesWorld.
+            source: what it learns from; None: what the configuration says.
 
         Raises:
             PromptError: a model whose boxes are not location tokens.
@@ -152,7 +152,7 @@ class PMTPStage(WorldStage):
                 f"lora = {config.loop.lora} adapts a model that has been trained; name one with "
                 f"--from, or set lora to 0"
             )
-        source = ShapesWorld(config.scenes) if source is None else source
+        source = source_of(config) if source is None else source
         self.config = replace(config, data_hash=source.fingerprint)
         self._laid = Ahead(self._lay)
         if isinstance(begin, Start):

@@ -17,7 +17,7 @@ from echogen.engine.engine import Engine
 from echogen.engine.images.picture import overlay
 from echogen.engine.layout import Layout
 from echogen.engine.model import UnifiedTransformer
-from echogen.train.config import LoopConfig
+from echogen.train.config import DJOConfig, LoopConfig, PMTPConfig
 from echogen.train.data.packing import (
     Batch,
     Tree,
@@ -27,8 +27,9 @@ from echogen.train.data.packing import (
     pack,
     prompt_or_none,
 )
+from echogen.train.data.pictures import Pictures
 from echogen.train.data.samples import Sample
-from echogen.train.data.source import Source
+from echogen.train.data.source import ShapesWorld, Source
 from echogen.train.eval.tables import quick_scores
 from echogen.train.lora import add_adapters, save_adapter
 from echogen.train.parallel.distributed import one_goes_first
@@ -45,6 +46,11 @@ VAL_TREES = 64
 """Trees validated at once."""
 BRANCHES = 6
 """Questions about one image when losses are validated, the same in every stage."""
+
+
+def source_of(config: PMTPConfig | DJOConfig) -> Source:
+    """What a configuration says to learn from."""
+    return Pictures(config.data) if config.data else ShapesWorld(config.scenes)
 
 
 def ask(sample: Sample, branches: int, rng: np.random.Generator) -> list[tuple[str, tuple]]:
