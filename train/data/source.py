@@ -1,7 +1,7 @@
 """What a stage learns from: samples to train on, others to validate on, and who judges drawings.
 
-A stage asks nothing else of its data. ShapesWorld is one `Source`; whoever has another writes its
-methods and hands it to the stage.
+A stage asks nothing else of its data. ShapesWorld is one `Source`, a folder of pictures another
+(`pictures`); whoever has a third writes its methods and hands it to the stage.
 """
 
 from __future__ import annotations
