@@ -164,7 +164,9 @@ class PMTPConfig:
         width, layers, heads, mlp_width: the transformer.
         rope_theta: RoPE base; small, since sequences are short.
         bins: location tokens of the box codec.
-        scenes: layouts of the training set.
+        data: folder of pictures with their layouts to learn from (see `data.pictures`); "":
+            ShapesWorld.
+        scenes: layouts of ShapesWorld's training set.
         batch: samples a step that carry both tasks.
         extra_grounding: further samples a step that carry grounding only.
         branches: grounding branches (expressions) of one image.
@@ -175,6 +177,8 @@ class PMTPConfig:
         loop: the step loop.
         start: fingerprint of the model of stage 1 that the run goes on with; filled in by the
             stage. "": fresh weights.
+        data_hash: fingerprint of what the stage learns from, without which changed data would pass
+            for the same run; filled in by the stage. "": ShapesWorld.
     """
 
     loop: LoopConfig
@@ -193,6 +197,8 @@ class PMTPConfig:
     temperature: float = 1.0
     cfg: float = 1.0
     start: str = ""
+    data: str = later("")
+    data_hash: str = later("")
 
     def __post_init__(self) -> None:
         _one_of("mask", self.mask, ("isolated", "shared"))
@@ -215,7 +221,7 @@ class DJOConfig:
     """Stage 2, dual joint optimisation: `J = L_L2I + μ·L_I2L + λ·L_loop`.
 
     Attributes:
-        scenes, batch, branches, prompt_dropout: as in stage 1.
+        data, scenes, batch, branches, prompt_dropout: as in stage 1.
         loop_weight: λ; 0 leaves the loop out.
         grounding_weight: μ, of grounding in the real images; 0 (the paper) leaves it out.
         tau_start, tau_end: temperature of the soft sample at the first and at the last step,
@@ -226,6 +232,7 @@ class DJOConfig:
             read the image.
         loop: the step loop.
         start: fingerprint of the model that the run began with; filled in by the stage.
+        data_hash: as in stage 1.
     """
 
     loop: LoopConfig
@@ -240,6 +247,8 @@ class DJOConfig:
     prefix: Literal["teacher", "sampled"] = "teacher"
     freeze_grounder: bool = False
     start: str = ""
+    data: str = later("")
+    data_hash: str = later("")
 
     def __post_init__(self) -> None:
         _one_of("prefix", self.prefix, ("teacher", "sampled"))

@@ -105,8 +105,8 @@ def janus_pro_1b() -> Recipe:
     From the paper: AdamW at 5e-5 in all stages; 125k, 60k and 50k steps on 4M, 2M and 50k samples,
     hence 32, 32 and 1 per step; groups of 8. The rest of AdamW, and a constant rate, are taken from
     its predecessor (PlanGen), as the sources at hand do not say. The image tokenizer and the first
-    weights are the checkpoint's (`train pmtp --pretrained`), and ``vq`` only describes it. Until
-    real images can be loaded, the data are ShapesWorld at 384×384. A step of stage 3 is one layout,
+    weights are the checkpoint's (`train pmtp --pretrained`), and ``vq`` only describes it. The data
+    are ShapesWorld at 384×384, or (``data``) a folder of pictures. A step of stage 3 is one layout,
     and so runs on one process; several need a larger batch (`--batch`). It has not been run.
 
     Stages 1 and 2 split a step into two parts, for one GPU of 141 GB: a layer keeps 83,016 bytes

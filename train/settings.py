@@ -10,8 +10,8 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 
 Config = TypeVar("Config")
 
-FOUND_OUT = ("start", "layouts_hash")
-"""Settings that a stage finds out by itself, from the model and the file it is given."""
+FOUND_OUT = ("start", "layouts_hash", "data_hash")
+"""Settings that a stage finds out by itself, from the model and the data it is given."""
 
 _BASIC = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 

@@ -14,12 +14,10 @@ from typing import Any
 
 import torch
 
-from echogen.engine.checkpoints.keymap import CheckpointError
 from echogen.engine.checkpoints.pretrained import bundled, resolve
 from echogen.engine.engine import Engine
 from echogen.train.config import Recipe
 from echogen.train.data.samples import module_hash
-from echogen.train.data.shapes import IMAGE_SIZE
 from echogen.train.recipes import RECIPES
 from echogen.train.run.checkpoint import StateError
 
@@ -140,12 +138,3 @@ def note_chosen(folder: Path, chosen: dict[str, Any]) -> None:
     path = folder / RECORD
     if path.is_file():
         path.write_text(json.dumps({**json.loads(path.read_text()), "chosen": chosen}) + "\n")
-
-
-def check_world(engine: Engine) -> None:
-    """Refuse a model on whose images the world cannot be drawn. Raises CheckpointError."""
-    if engine.image_size % IMAGE_SIZE:
-        raise CheckpointError(
-            f"the model's images have {engine.image_size} pixels a side, those of "
-            f"ShapesWorld {IMAGE_SIZE} or a multiple of it; begin with a model trained on them"
-        )

@@ -175,7 +175,28 @@ class TrainVQ(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainPMTP(RunOptions):
+class DataOptions(RunOptions):
+    """A run that learns from pictures."""
+
+    data: Annotated[str | None, tyro.conf.arg(metavar="FOLDER")] = None
+    """Learn from pictures of your own: a folder with a layouts.jsonl, instead of ShapesWorld."""
+
+    def asked(self) -> dict[str, Any]:
+        return super().asked() | ({"data": self.data} if self.data is not None else {})
+
+    def sized(self, config: StageConfig) -> StageConfig:
+        sized = super().sized(config)
+        folder = getattr(sized, "data", "")
+        if folder and not (Path(folder) / "layouts.jsonl").is_file():
+            raise InputError(
+                f"--data {folder}: no layouts.jsonl there; write one layout a line, each with the "
+                f'path of its picture as "image"'
+            )
+        return sized
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainPMTP(DataOptions):
     """Train stage 1: draw layouts and ground expressions in parallel."""
 
     vq: Path | None = None
@@ -226,7 +247,7 @@ class TrainPMTP(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainDJO(RunOptions):
+class TrainDJO(DataOptions):
     """Train stage 2: ground expressions in the model's own drawing and let the gradient through."""
 
     begin: Begin

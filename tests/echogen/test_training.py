@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -271,6 +272,30 @@ def test_train_djo_begins_with_stage_one(run, model, tmp_path, handed_on):
         assert handed_on["resume"]
         away = run("train", "cycle-rl", "--from", model, "--out", tmp_path / "rl")
         assert away.refused("comes from stage pmtp", "one from djo", "--any-stage")
+    finally:
+        (model / RECORD).unlink()
+
+
+def test_stages_one_and_two_take_a_folder_of_pictures(run, model, tmp_path, handed_on):
+    mine, layout = tmp_path / "mine", ("--any-shape", "--out", tmp_path / "run")
+    write_record(model, ("pmtp",))
+    try:
+        for stage in ("pmtp", "djo"):
+            begin = ("train", stage, "--from", model, *layout)
+            mine.mkdir()
+            assert run(*begin, "--data", mine).refused(f"--data {mine}", "no layouts.jsonl there")
+            (mine / "layouts.jsonl").write_text("")
+            done = run(*begin, "--data", mine)
+            assert done.code == 0, done.err
+            assert handed_on["config"].data == str(mine)
+            twice = run(*begin, "--resume", "--data", mine, "--set", "data=else")
+            assert twice.refused("--data makes data ")
+            config = replace(handed_on["config"], data_hash="abc")
+            (tmp_path / "run" / "config.json").write_text(json.dumps(to_json(config)))
+            assert run(*begin, "--data", mine, "--resume").code == 0
+            assert run(*begin, "--resume").refused(f"data {mine} → None")
+            shutil.rmtree(tmp_path / "run")
+            shutil.rmtree(mine)
     finally:
         (model / RECORD).unlink()
 

@@ -18,8 +18,8 @@ from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.kernels.philox import gumbel_noise
-from echogen.train import start as starts
 from echogen.train.config import DJOConfig, LoopConfig
+from echogen.train.data import source as sources
 from echogen.train.data.packing import i2l_tree, l2i_tree, pack
 from echogen.train.run.checkpoint import StateError
 from echogen.train.run.loop import run
@@ -254,7 +254,7 @@ def test_a_run_is_not_resumed_from_another_beginning(tmp_path, pmtp_run, loop) -
 
 @pytest.mark.usefixtures("small_world")
 def test_a_model_of_another_world_is_refused(pmtp_run, loop, monkeypatch) -> None:
-    monkeypatch.setattr(starts, "IMAGE_SIZE", 128)
+    monkeypatch.setattr(sources, "IMAGE_SIZE", 128)
     with pytest.raises(CheckpointError, match="64 pixels a side, those of ShapesWorld 128"):
         stage(pmtp_run, loop)
 

@@ -88,6 +88,16 @@ class Selecting(Toy):
         write_record(folder, ("toy",))
 
 
+class Lessening(Selecting):
+    """Chooses the same step by the least of a number."""
+
+    selects = "-score"
+
+    def evaluate(self) -> dict[str, float]:
+        values = super().evaluate()
+        return values | {"score": -values["score"]}
+
+
 CONFIG = LoopConfig(
     steps=12, lr=1e-2, muon_lr=1e-2, warmup=2, log_every=1, eval_every=4, save_every=3, threads=1
 )
@@ -128,32 +138,34 @@ def test_a_run_killed_while_it_evaluates_loses_no_validation(
     assert [r["step"] for r in rows(tmp_path / "broken") if "val_weight" in r] == [4, 8, 12]
 
 
-def test_the_best_validation_is_exported_and_said_to_be(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stage, best", [(Selecting, 4.0), (Lessening, -4.0)])
+def test_the_best_validation_is_exported_and_said_to_be(tmp_path: Path, stage, best) -> None:
     config = replace(CONFIG, eval_every=1)
-    stopped, five = Selecting(config, break_at=5), replace(config, save_every=5)
+    stopped, five = stage(config, break_at=5), replace(config, save_every=5)
     with pytest.raises(KeyboardInterrupt):
         run(stopped, five, tmp_path / "five")
-    run(Selecting(config), config, tmp_path / "whole")
+    run(stage(config), config, tmp_path / "whole")
     exported = torch.load(tmp_path / "whole" / "model" / "weights.pt")
     wanted = load_state(tmp_path / "five" / "state.pt")["module"]
     last = load_state(tmp_path / "whole" / "state.pt")
     assert last["step"] == 12
     assert all(torch.equal(exported[k], wanted[k]) for k in wanted)
     assert not all(torch.equal(exported[k], last["module"][k]) for k in wanted)
-    assert rows(tmp_path / "whole")[-1] == {"step": 12, "chosen_step": 5, "chosen_score": 4.0}
+    assert rows(tmp_path / "whole")[-1] == {"step": 12, "chosen_step": 5, "chosen_score": best}
     record = json.loads((tmp_path / "whole" / "model" / RECORD).read_text())
-    assert record == {"stages": ["toy"], "chosen": {"step": 5, "by": "score", "value": 4.0}}
+    assert record == {"stages": ["toy"], "chosen": {"step": 5, "by": "score", "value": best}}
     assert read_record(tmp_path / "whole" / "model") == ("toy",)
 
 
 @pytest.mark.parametrize("break_at", [1, 4, 5, 8, 11])
-def test_the_choice_outlasts_an_interruption(tmp_path: Path, break_at: int) -> None:
+@pytest.mark.parametrize("stage", [Selecting, Lessening])
+def test_the_choice_outlasts_an_interruption(tmp_path: Path, stage, break_at: int) -> None:
     config = replace(CONFIG, eval_every=1)
-    run(Selecting(config), config, tmp_path / "whole")
+    run(stage(config), config, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
-        run(Selecting(config, break_at=break_at), config, tmp_path / "broken")
-    run(Selecting(config), config, tmp_path / "broken", resume=True)
-    run(Selecting(config), config, tmp_path / "broken", resume=True)  # once more does no harm
+        run(stage(config, break_at=break_at), config, tmp_path / "broken")
+    run(stage(config), config, tmp_path / "broken", resume=True)
+    run(stage(config), config, tmp_path / "broken", resume=True)  # once more does no harm
     # As text, since a NaN is not equal to itself.
     assert str(rows(tmp_path / "broken")) == str(rows(tmp_path / "whole"))
     a, b = (torch.load(tmp_path / f / "model" / "weights.pt") for f in ("whole", "broken"))

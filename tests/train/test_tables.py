@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from echogen.engine.engine import Engine
 from echogen.engine.images.vision import encode_image, to_pixels
 from echogen.train.data.scenes import render
 from echogen.train.data.shapes import Scene, sample_scene
+from echogen.train.data.source import ShapesWorld
 from echogen.train.eval import tables
 from echogen.train.eval.intervals import estimate
 from echogen.train.eval.judge import Detection, detect
@@ -96,13 +98,17 @@ def test_the_gap_is_self_judged_minus_judged(
 
 @torch.no_grad()
 def test_the_gap_that_a_trainer_watches_is_that_of_the_cycle(
-    scenes: list[Scene], monkeypatch: pytest.MonkeyPatch
+    scenes: list[Scene], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the first scenes alone, as many as are drawn."""
+    monkeypatch.setenv("ECHOGEN_CACHE", str(tmp_path))
     monkeypatch.setattr(tables, "QUICK", 6)
     engine, layouts = Engine.from_pretrained("tiny-stage1"), layouts_of(scenes[:6], 0)
     true = encode_image(engine.vq, to_pixels(render(scenes[:8]))).numpy()
-    watched = quick_scores(engine.transformer, engine.vq, engine.prompts, true, scenes[:8])
+    world = ShapesWorld(1).validation(engine.vq, len(scenes))
+    assert world.layouts == layouts_of(scenes, 0) and world.judge is not None
+    parts = (engine.transformer, engine.vq, engine.prompts)
+    watched = quick_scores(*parts, true, world.layouts[:8], world.judge)
     codes = engine.generate_codes(layouts, 0, sampling=Sampling(temperature=0.7))
     boxes = engine.ground_codes(codes, expressions_of(layouts))
     images = [np.asarray(image) for image in engine.decode(codes)]
@@ -110,6 +116,9 @@ def test_the_gap_that_a_trainer_watches_is_that_of_the_cycle(
     for name in ("self_iou", "judge_iou", "gap"):
         assert watched[name] == pytest.approx(table[name], abs=1e-5), name
     assert table["self_iou"] > 0.5
+    assert quick_scores(*parts, true, world.layouts[:8]) == {
+        name: watched[name] for name in ("ground_acc50", "ground_iou", "self_iou")
+    }
 
 
 def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:

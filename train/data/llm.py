@@ -185,10 +185,17 @@ class Rules:
 
     def examine(self, text: str) -> Layout:
         """The layout of one JSON object. Raises Rejected."""
-        kind = "layout"
         try:
             layout = Layout.loads(text)
-            kind = "rules"
+        except LayoutError as error:
+            raise Rejected("layout", str(error)) from None
+        self.hold(layout)
+        return layout
+
+    def hold(self, layout: Layout) -> None:
+        """Raises Rejected for a layout that does not keep to the rules."""
+        kind = "rules"
+        try:
             check_layout(layout)
             for token in RESERVED:
                 if any(token in t for t in (layout.caption, *(o.expr for o in layout.objects))):
@@ -205,4 +212,3 @@ class Rules:
                 self.fits(layout)
         except LayoutError as error:
             raise Rejected(kind, str(error)) from None
-        return layout

@@ -71,23 +71,45 @@ def load_codes(vq: JanusVQVAE, split: str, scenes: list[Scene], batch: int = 64)
     part: what a run that was killed has encoded is not encoded again."""
     side = image_side(vq)
     drawn = "" if side == IMAGE_SIZE else f"-{side}-{canvas_version()}"
-    name = f"codes-{module_hash(vq)}-{world_version()}{drawn}-{split}-{len(scenes)}.npy"
-    path = cache_folder() / name
+    name = f"{module_hash(vq)}-{world_version()}{drawn}-{split}-{len(scenes)}"
+
+    def pictures(some: range) -> np.ndarray:
+        return render(scenes[some.start : some.stop], side)
+
+    return cached_codes(vq, name, f"{split} pictures", len(scenes), pictures, batch)
+
+
+def cached_codes(
+    vq: JanusVQVAE,
+    name: str,
+    what: str,
+    count: int,
+    pictures: Callable[[range], np.ndarray],
+    batch: int = 64,
+) -> np.ndarray:
+    """Image codes uint16 [count, T] of any pictures, from the cache or encoded now; see
+    `load_codes`.
+
+    Args:
+        name: under which they are kept; it tells apart whatever their codes depend on.
+        what: is encoded, for those who wait.
+        pictures: some of them by their places, uint8 [n, side, side, 3].
+    """
+    path = cache_folder() / f"codes-{name}.npy"
     if not path.exists():
-        count, size = len(scenes), _PART * batch
+        size = _PART * batch
         cuts = [range(i, min(i + size, count)) for i in range(0, count, size)]
 
         def encoded(missing: list[range], tell: Callable[[int], None]) -> Iterator[np.ndarray]:
             for part in missing:
                 rows = []
                 for i in part[::batch]:
-                    pixels = to_pixels(render(scenes[i : min(i + batch, part.stop)], side))
+                    pixels = to_pixels(pictures(range(i, min(i + batch, part.stop))))
                     rows.append(encode_image(vq, pixels).cpu().numpy().astype(np.uint16))
                     tell(len(rows[-1]))
                 yield np.concatenate(rows)
 
-        what = ("encoding", f"{split} pictures")
-        codes = parts.gathered(path, what, cuts, encoded, _as_bytes, _as_codes)
+        codes = parts.gathered(path, ("encoding", what), cuts, encoded, _as_bytes, _as_codes)
         replace_file(path, _as_bytes(np.concatenate(codes)))
         parts.drop(path, cuts)
     whole: np.ndarray = np.load(path)

@@ -310,7 +310,7 @@ class Run:
         by = getattr(self.stage, "selects", None)
         if by is None:
             return None
-        seen = self.metrics.column(f"val_{by}")
+        seen = self.metrics.column(f"val_{by.removeprefix('-')}")
         run = identity(self.stage)
         return Best(self.folder / "best.pt", by, run, self.start, seen, self.processes)
 

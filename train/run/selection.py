@@ -24,7 +24,7 @@ class Best:
 
     Args:
         path: of the file.
-        by: the validation number, of which more is better.
+        by: the validation number, of which more is better; with a minus before its name, less.
         run: what tells the run from others, JSON-ready; a file of another run is refused.
         start: the step that the run goes on from; 0 begins anew, and an old file goes.
         seen: the numbers of the validations up to ``start``.
@@ -43,7 +43,9 @@ class Best:
         seen: list[float],
         processes: Processes,
     ) -> None:
-        self.by, self.step, self.value = by, 0, -math.inf
+        self.by, self.step = by.removeprefix("-"), 0
+        self._sign = 1.0 if by == self.by else -1.0
+        self.value = -math.inf * self._sign
         self._path, self._run, self._processes = path, run, processes
         if not start:
             if processes.writes:
@@ -61,7 +63,7 @@ class Best:
 
     def offer(self, step: int, value: float, module: nn.Module) -> None:
         """Keep the weights if their validation is the best so far, or is made again."""
-        if value > self.value or step == self.step:
+        if self._sign * value > self._sign * self.value or step == self.step:
             weights = self._processes.weights(module)
             found = {**self._run, "step": step, "value": value, "module": weights}
             if self._processes.writes:

@@ -30,6 +30,7 @@ from echogen.train.data.layouts import MOST_OBJECTS, check_room, random_layout, 
 from echogen.train.data.packing import Batch
 from echogen.train.data.scenes import load_scenes
 from echogen.train.data.shapes import Scene
+from echogen.train.data.source import ShapesWorld
 from echogen.train.eval.agreement import self_agreement
 from echogen.train.eval.judge import detect
 from echogen.train.eval.tables import cycle_table, layouts_of
@@ -72,7 +73,7 @@ class CycleRLStage(WorldStage):
         locations(start.engine.prompts)
         if config.rollout_dtype != "float32":
             self.engine_dtype = getattr(torch, config.rollout_dtype)
-        super().__init__(start.engine, config.loop, start.stages)
+        super().__init__(start.engine, config.loop, ShapesWorld(config.scenes), start.stages)
         if self.engine_dtype is not None and not isinstance(self.engine, WholeEngine):
             self.gather()
         self.config = replace(config, start=start.fingerprint)

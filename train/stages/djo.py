@@ -23,7 +23,8 @@ from echogen.engine.ranges import span
 from echogen.kernels.head_gumbel import head_gumbel_st_embed
 from echogen.train.config import DJOConfig
 from echogen.train.data.packing import Batch
-from echogen.train.data.samples import Sample, load_samples
+from echogen.train.data.samples import Sample
+from echogen.train.data.source import Source
 from echogen.train.parallel.distributed import one_goes_first
 from echogen.train.stages import keys
 from echogen.train.stages.ahead import Ahead
@@ -35,7 +36,7 @@ from echogen.train.stages.passes import (
     worth_logging,
 )
 from echogen.train.stages.shares import part_of_mean, places
-from echogen.train.stages.world import WorldStage, ask
+from echogen.train.stages.world import WorldStage, ask, source_of
 from echogen.train.start import Start
 
 
@@ -182,15 +183,17 @@ def temperature(step: int, config: DJOConfig) -> float:
 
 
 class DJOStage(WorldStage):
-    """One batch → loss of stage 2, on ShapesWorld."""
+    """One batch → loss of stage 2."""
 
     name = "djo"
 
-    def __init__(self, config: DJOConfig, start: Start) -> None:
-        super().__init__(start.engine, config.loop, start.stages)
-        self.config = replace(config, start=start.fingerprint)
+    def __init__(self, config: DJOConfig, start: Start, source: Source | None = None) -> None:
+        """Args: ``source``: what it learns from; None: what the configuration says."""
+        source = source_of(config) if source is None else source
+        super().__init__(start.engine, config.loop, source, start.stages)
+        self.config = replace(config, start=start.fingerprint, data_hash=source.fingerprint)
         with one_goes_first():
-            self._train = load_samples(self.vq, "train", config.scenes)
+            self._train = source.training(self.vq)
         self._key = keys.noise_key(config.loop.seed, keys.DJO_NOISE)
         self._laid = Ahead(self._lay)
 

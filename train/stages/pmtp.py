@@ -7,7 +7,9 @@ carries further images that are only grounded: a branch costs a dozen tokens on 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,14 +35,15 @@ from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.engine.ranges import span
 from echogen.train.config import PMTPConfig
 from echogen.train.data.packing import Batch, shared_tree
-from echogen.train.data.samples import Sample, load_samples
+from echogen.train.data.samples import Sample
+from echogen.train.data.source import Source
 from echogen.train.parallel.distributed import one_goes_first
 from echogen.train.run.checkpoint import StateError
 from echogen.train.stages import keys
 from echogen.train.stages.ahead import Ahead
 from echogen.train.stages.passes import box_loss, hidden_states, image_loss, worth_logging
 from echogen.train.stages.shares import places
-from echogen.train.stages.world import WorldStage, ask
+from echogen.train.stages.world import WorldStage, ask, source_of
 from echogen.train.start import Start
 from echogen.train.tokenizer import IMAGE_PLACEHOLDER, train_tokenizer
 
@@ -87,9 +90,9 @@ def janus_config(
     )
 
 
-def new_model(config: PMTPConfig, vq: JanusVQVAE, samples: list[Sample]) -> Engine:
+def new_model(config: PMTPConfig, vq: JanusVQVAE, samples: Sequence[Sample]) -> Engine:
     """A model with fresh weights and a tokenizer of the samples' texts, on the device of ``vq``."""
-    texts = [t for s in samples[:5000] for t in (s.caption, *sum(s.expressions, ()))]
+    texts = [t for s in islice(samples, 5000) for t in (s.caption, *sum(s.expressions, ()))]
     tokenizer = train_tokenizer(texts, config.bins)
     janus = janus_config(config, vq, tokenizer)
     transformer = UnifiedTransformer(ModelConfig.from_janus(janus))
@@ -127,38 +130,43 @@ class Task(NamedTuple):
 
 
 class PMTPStage(WorldStage):
-    """One batch → loss of stage 1, on ShapesWorld."""
+    """One batch → loss of stage 1."""
 
     name = "pmtp"
 
-    def __init__(self, config: PMTPConfig, begin: JanusVQVAE | Start) -> None:
+    def __init__(
+        self, config: PMTPConfig, begin: JanusVQVAE | Start, source: Source | None = None
+    ) -> None:
         """Fresh weights behind an image tokenizer, or a model of this stage to go on with, whose
         shape, vocabulary and image tokenizer then stand, whatever the configuration says.
+
+        Args:
+            source: what it learns from; None: what the configuration says.
 
         Raises:
             PromptError: a model whose boxes are not location tokens.
             StateError: adapters beside fresh weights.
         """
-        if isinstance(begin, Start):
-            engine = begin.engine
-            locations(engine.prompts)
-            self.config = replace(config, start=begin.fingerprint)
-            with one_goes_first():
-                self._train = load_samples(engine.vq, "train", config.scenes)
-            engine.sampling = Sampling(temperature=config.temperature, cfg=config.cfg)
-            super().__init__(engine, config.loop, begin.stages[:-1])
-            self._laid = Ahead(self._lay)
-            return
-        if config.loop.lora:
+        if config.loop.lora and not isinstance(begin, Start):
             raise StateError(
                 f"lora = {config.loop.lora} adapts a model that has been trained; name one with "
                 f"--from, or set lora to 0"
             )
-        self.config = config
-        with one_goes_first():
-            self._train = load_samples(begin.eval(), "train", config.scenes)
-        super().__init__(new_model(config, begin, self._train), config.loop)
+        source = source_of(config) if source is None else source
+        self.config = replace(config, data_hash=source.fingerprint)
         self._laid = Ahead(self._lay)
+        if isinstance(begin, Start):
+            engine = begin.engine
+            locations(engine.prompts)
+            self.config = replace(self.config, start=begin.fingerprint)
+            engine.sampling = Sampling(temperature=config.temperature, cfg=config.cfg)
+            super().__init__(engine, config.loop, source, begin.stages[:-1])
+            with one_goes_first():
+                self._train = source.training(self.vq)
+            return
+        with one_goes_first():
+            self._train = source.training(begin.eval())
+        super().__init__(new_model(config, begin, self._train), config.loop, source)
 
     def tasks(self, step: int) -> list[Task]:
         """What a step asks of each of its samples, a pure function of (seed, step)."""

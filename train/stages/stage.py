@@ -16,7 +16,7 @@ class Stage(Protocol):
 
     A stage may also have:
         selects: the name of one of its validation numbers; then the weights with the most of it are
-            exported, and not the last ones.
+            exported, and not the last ones. "-NAME": those with the least. None: the last ones.
         loss_part(step, part, parts) → (loss, numbers): the share of every ``parts``-th sample of
             the step's batch, beginning with sample ``part``. Losses, gradients and numbers of the
             parts add up to those of ``loss(step)``: a mean over the batch is divided by what the

@@ -1,4 +1,4 @@
-"""What every stage on ShapesWorld has besides its loss: a model, its trees, evaluation, export."""
+"""What every stage of the model has besides its loss: its data, trees, evaluation, export."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from echogen.engine.engine import Engine
 from echogen.engine.images.picture import overlay
 from echogen.engine.layout import Layout
 from echogen.engine.model import UnifiedTransformer
-from echogen.train.config import LoopConfig
+from echogen.train.config import DJOConfig, LoopConfig, PMTPConfig
 from echogen.train.data.packing import (
     Batch,
     Tree,
@@ -27,14 +27,16 @@ from echogen.train.data.packing import (
     pack,
     prompt_or_none,
 )
-from echogen.train.data.samples import Sample, load_samples
-from echogen.train.data.scenes import load_scenes
+from echogen.train.data.pictures import Pictures
+from echogen.train.data.samples import Sample
+from echogen.train.data.source import ShapesWorld, Source
+from echogen.train.eval.tables import quick_scores
 from echogen.train.lora import add_adapters, save_adapter
 from echogen.train.parallel.distributed import one_goes_first
 from echogen.train.parallel.whole import WholeEngine
 from echogen.train.stages import keys
 from echogen.train.stages.passes import box_loss, hidden_states, image_loss
-from echogen.train.start import check_world, write_record
+from echogen.train.start import write_record
 
 Loss = Callable[[UnifiedTransformer, Tensor, Batch, int | None], Tensor]
 
@@ -44,6 +46,11 @@ VAL_TREES = 64
 """Trees validated at once."""
 BRANCHES = 6
 """Questions about one image when losses are validated, the same in every stage."""
+
+
+def source_of(config: PMTPConfig | DJOConfig) -> Source:
+    """What a configuration says to learn from."""
+    return Pictures(config.data) if config.data else ShapesWorld(config.scenes)
 
 
 def ask(sample: Sample, branches: int, rng: np.random.Generator) -> list[tuple[str, tuple]]:
@@ -59,21 +66,26 @@ def ask(sample: Sample, branches: int, rng: np.random.Generator) -> list[tuple[s
 
 
 class WorldStage(ABC):
-    """A stage on ShapesWorld but for its batches and its loss.
+    """A stage of the model but for its batches and its loss.
 
     Args:
         engine: the model to train; its transformer's weights are the trained ones, so that it
             draws and grounds with them as they are (but see ``gather``).
         loop: of the run; its seed, and whether adapters are trained in place of the weights.
+        source: of what it validates on.
         stages: the stages that the model went through before this one.
     """
 
     name = "world"
+    selects: str | None = None
+    """See `Stage`. Without a judge it is the validation loss, which alone comes from outside."""
     engine_dtype: torch.dtype | None = None
     """Of the weights that the engine runs on where it has its own (see ``gather``)."""
 
-    def __init__(self, engine: Engine, loop: LoopConfig, stages: tuple[str, ...] = ()) -> None:
-        check_world(engine)
+    def __init__(
+        self, engine: Engine, loop: LoopConfig, source: Source, stages: tuple[str, ...] = ()
+    ) -> None:
+        source.check(engine)
         self.engine, self.prompts, self.vq = engine, engine.prompts, engine.vq
         self.module, self._device = engine.transformer, engine.device
         self.module.train().pixel_aligner.requires_grad_(False)  # no stage here reads pixels
@@ -82,7 +94,9 @@ class WorldStage(ABC):
             add_adapters(self.module, loop)
             self.gather()
         with one_goes_first():
-            self._val = load_samples(self.vq, "val", VAL_SAMPLES)
+            self._val = source.validation(self.vq, VAL_SAMPLES)
+        if self._val.judge is None and self.selects is None:
+            self.selects = "-loss"
 
     # --- trees ----------------------------------------------------------------------------------
 
@@ -131,20 +145,21 @@ class WorldStage(ABC):
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Validation losses, free-running grounding on true images, the judge on drawn ones beside
-        the model's own grounding there (see `quick_scores`)."""
-        from echogen.train.eval.tables import quick_scores
-
+        the model's own grounding there (see `quick_scores`). Without a judge also ``loss``, the sum
+        of the two losses, by which weights are then chosen."""
+        samples, layouts, judge = self._val
         rng = keys.generator(self._seed, keys.VALIDATION)
-        drawn = [self.drawing(self.prompt(s.layout(rng)), s.codes) for s in self._val]
-        found = [self.grounding(s.codes, ask(s, BRANCHES, rng)) for s in self._val]
+        drawn = [self.drawing(self.prompt(s.layout(rng)), s.codes) for s in samples]
+        found = [self.grounding(s.codes, ask(s, BRANCHES, rng)) for s in samples]
         self.module.eval()
         self.engine.refresh()
         image, text = self._validation(drawn, image_loss), self._validation(found, box_loss)
-        scenes = load_scenes("val", len(self._val))
-        codes = np.stack([s.codes for s in self._val])
-        scores = quick_scores(self.engine.transformer, self.vq, self.prompts, codes, scenes)
+        codes = np.stack([s.codes for s in samples])
+        model = self.engine.transformer
+        scores = quick_scores(model, self.vq, self.prompts, codes, layouts, judge)
         self.module.train()
-        return {"l2i": image, "i2l": text, **scores}
+        values = {"l2i": image, "i2l": text, **scores}
+        return values if judge is not None else {"loss": image + text, **values}
 
     def _validation(self, trees: list[Tree], loss: Loss) -> float:
         """The mean over the targets of trees, which go through the model in pieces: in one, those
@@ -166,7 +181,7 @@ class WorldStage(ABC):
         """The first validation layouts, drawn as users would have them and found again, always with
         the same noise, so that one evaluation can be compared with the next."""
         rng = keys.generator(self._seed, keys.VALIDATION)
-        layouts = [s.layout(rng) for s in self._val[:PICTURES]]
+        layouts = [s.layout(rng) for s in self._val.samples[:PICTURES]]
         self.module.eval()
         self.engine.refresh()
         codes = self.engine.generate_codes(layouts)
