@@ -110,7 +110,7 @@ def check_shape(start: Start, path: str | Path, recipe: Recipe) -> None:
         mend = f"leave {', '.join(other)} as the recipe has {'it' if len(other) == 1 else 'them'}"
     raise StateError(
         f"{path}: this model has {has}, and recipe {recipe.name} is for {asks}; {mend} "
-        f"(--any-shape takes it all the same)"
+        f"(--any-shape accepts it anyway)"
     )
 
 

@@ -317,6 +317,10 @@ def test_a_recipe_is_for_models_of_its_shape(run, model, tmp_path, handed_on):
         "this model has width 192, and recipe tiny is for width 384; leave width as the recipe has "
         "it (--any-shape"
     )
+    for asked, its in (("bins=33", 65), ("rope_theta=500", 1000.0)):
+        name = asked.partition("=")[0]
+        other = run(*on, "--set", asked)
+        assert other.refused(f"--set {name}=", f"tiny-stage1 has {its}, and only fresh weights")
     own = run("train", "pmtp", "--pretrained", model, *out)
     assert own.refused("has width 32, layers 1,", "codes 32, and", "no recipe has its shape")
     assert "image_size" not in own.err and not handed_on  # which is tiny's

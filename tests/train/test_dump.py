@@ -88,6 +88,22 @@ def test_a_dump_that_finds_no_room_does_not_hide_what_happened(
         run(spoiled(stage, 1), config, tmp_path)
 
 
+def test_inputs_that_cannot_be_made_again_do_not_hide_what_happened(
+    tmp_path: Path, pmtp_run: Path, loop: LoopConfig, small_world: None
+) -> None:
+    config = replace(loop, bf16=False)
+    stage = PMTPStage(PMTPConfig(loop=config, scenes=24, batch=4), load_start(pmtp_run, "pmtp"))
+
+    def none(step: int) -> Any:
+        raise MemoryError("no room for a batch")
+
+    stage.inputs = none
+    told = r"loss nan.* at step 1; what process 0 read is not made again \(MemoryError.*dump-step1"
+    with pytest.raises(TrainingError, match=told):
+        run(spoiled(stage, 1), config, tmp_path)
+    assert load_state(tmp_path / "dump-step1.pt")["inputs"] == {}
+
+
 def test_weights_without_dimensions_have_a_fingerprint() -> None:
     one = {"count": torch.tensor(3), "flag": torch.tensor([True]), "w": torch.zeros(2, 3).T}
     assert fingerprint(one) == fingerprint({k: one[k].clone() for k in reversed(one)})

@@ -173,11 +173,20 @@ class Run:
             )
         except NotFinite as error:
             told, weights = str(error), self.processes.weights(stage.module)
-            inputs = self.processes.gathered(inputs_of(stage, step))
+            inputs, lost = self._inputs(step)
+            inputs, told = self.processes.gathered(inputs), told + lost
             if self.processes.writes:
                 told += self._dumped(step, told, weights, inputs)
             told += self._kept()
             raise TrainingError(f"{told} (try a lower lr)") from None
+
+    def _inputs(self, step: int) -> tuple[dict[str, Any], str]:
+        """What the step read here; or nothing, and why. It is made again for a dump, and whatever
+        is wrong with that, the loss is what there is to say, by all processes."""
+        try:
+            return inputs_of(self.stage, step), ""
+        except Exception as error:
+            return {}, f"; what process {self.processes.rank} read is not made again ({error!r})"
 
     def _dumped(
         self, step: int, told: str, weights: dict[str, Tensor], inputs: dict[str, Any]
