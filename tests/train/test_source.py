@@ -94,7 +94,8 @@ def test_a_run_is_not_resumed_with_other_data(
     loop = dataclasses.replace(loop, bf16=False, steps=2)
 
     def begun(*source: Mine) -> DJOStage:
-        return DJOStage(DJOConfig(loop=loop, batch=4), load_start(pmtp_run, "pmtp"), *source)
+        config = DJOConfig(loop=loop, scenes=24, batch=4)
+        return DJOStage(config, load_start(pmtp_run, "pmtp"), *source)
 
     run(begun(Mine()), loop, tmp_path)
     run(begun(Mine()), loop, tmp_path, resume=True)
