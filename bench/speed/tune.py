@@ -92,7 +92,7 @@ def run(
     on = loader.gpu(torch.device(device)) if timed else aot.gpu_of(arch)
     arch = _arch() if timed else arch
     aot.target_of(arch)
-    found = list(_candidates(operators, size, on or H200, note))
+    found = list(_candidates(operators, size, arch, on or H200, note))
     sources = {repr(s): s for one in found for s in map(aot.Source.of, one.launches)}
     total = len(sources) + timed * len(found)
     compiled = aot.compile_all(
@@ -116,15 +116,23 @@ def _arch() -> str:
 
 
 def _candidates(
-    operators: Sequence[str], size: str | None, on: Gpu, note: Note
+    operators: Sequence[str], size: str | None, arch: str, on: Gpu, note: Note
 ) -> Iterator[Candidate]:
-    """Of every choice of the cases asked for, choice by choice, those of now first."""
+    """Of every choice of the cases asked for, choice by choice, those of now first; without what
+    an architecture has no types for."""
     for case, name in kernels.choose(operators, size, "cuda"):
         choices = [c for dtype in case.types("cuda") for c in _choices(case, name, dtype, on)]
         made = [one for choice in choices for one in _of_choice(choice, on)]
         if operators and not made:
             note(f"{case.name}: no launch constants have candidates")
-        yield from made
+        here = [one for one in made if _runs_on(one, arch)]
+        if len(here) < len(made):
+            note(f"{case.name}: left out, as {arch} has no float8_e4m3fn")
+        yield from here
+
+
+def _runs_on(one: Candidate, arch: str) -> bool:
+    return all(aot.Source.of(launch).runs_on(arch) for launch in one.launches)
 
 
 def _choices(case: Case, size: str, dtype: torch.dtype, on: Gpu) -> list[Choice]:

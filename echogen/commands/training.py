@@ -182,15 +182,26 @@ class DataOptions(RunOptions):
     """Learn from pictures of your own: a folder with a layouts.jsonl, instead of ShapesWorld."""
 
     def asked(self) -> dict[str, Any]:
-        return super().asked() | ({"data": self.data} if self.data is not None else {})
+        asked = super().asked()
+        if self.data is not None:  # the same run with a slash behind its folder and without
+            asked["data"] = str(Path(self.data))
+        return asked
 
     def sized(self, config: StageConfig) -> StageConfig:
+        if self.data == "":  # of a variable that is not set: the setting would mean ShapesWorld
+            raise InputError("--data is empty; name a folder, or leave it out for ShapesWorld")
         sized = super().sized(config)
         folder = getattr(sized, "data", "")
         if folder and not (Path(folder) / "layouts.jsonl").is_file():
             raise InputError(
                 f"--data {folder}: no layouts.jsonl there; write one layout a line, each with the "
                 f'path of its picture as "image"'
+            )
+        scenes = getattr(sized, "scenes", None)
+        if folder and scenes != getattr(config, "scenes", None):
+            raise InputError(
+                f"--set scenes={scenes}: these are ShapesWorld's, and --data learns from the "
+                f"pictures of its folder instead; leave it out"
             )
         return sized
 

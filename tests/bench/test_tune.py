@@ -83,6 +83,19 @@ def test_what_has_no_candidates_is_said():
     assert notes == ["group_advantage: no launch constants have candidates"]
 
 
+def test_what_an_architecture_has_no_types_for_is_left_out(monkeypatch):
+    """It is no fault of the constants of now."""
+    monkeypatch.setattr(tune.aot, "compile_all", lambda each, *_: [
+        Compiled(source.kernel, arch, 40, 0, 0) for source, arch in each])  # fmt: skip
+    for arch, has in (("sm_80", False), ("sm_90", True)):
+        notes: list[str] = []
+        rows = tune.run(["wide_linear"], arch=arch, note=notes.append)["tuned"]
+        assert {r["operator"] for r in rows} >= {"wide_linear"}
+        assert any("fp8" in r["operator"] for r in rows) == has
+        assert all("fp8" in n and "sm_80 has no float8_e4m3fn" in n for n in notes)
+        assert bool(notes) != has
+
+
 @pytest.mark.parametrize(
     ("registers", "shared", "warps", "wanted"),
     [

@@ -290,9 +290,12 @@ def test_stages_one_and_two_take_a_folder_of_pictures(run, model, tmp_path, hand
             assert handed_on["config"].data == str(mine)
             twice = run(*begin, "--resume", "--data", mine, "--set", "data=else")
             assert twice.refused("--data makes data ")
+            assert run(*begin, "--resume", "--data", "").refused("--data is empty; name a folder")
+            scenes = run(*begin, "--resume", "--data", mine, "--set", "scenes=7")
+            assert scenes.refused("--set scenes=7: these are ShapesWorld's")
             config = replace(handed_on["config"], data_hash="abc")
             (tmp_path / "run" / "config.json").write_text(json.dumps(to_json(config)))
-            assert run(*begin, "--data", mine, "--resume").code == 0
+            assert run(*begin, "--data", f"{mine}/", "--resume").code == 0
             assert run(*begin, "--resume").refused(f"data {mine} → None")
             shutil.rmtree(tmp_path / "run")
             shutil.rmtree(mine)

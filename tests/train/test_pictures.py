@@ -107,6 +107,7 @@ def test_a_picture_stays_on_its_side_of_the_split(folder: Path) -> None:
     held = held_back(many)
     assert len(held) == 4 and held_back(many | {f"{1:032x}"}) == held
     assert held_back({"01", "02"}) == {"01"}
+    assert held_back({"01", "02", "00"}) == {"00"}  # which the rule finds
     assert held_back({"00", "32"}) == {"00"}  # each by itself would be held back
     vq = build_vq(VQ, 32).eval()
     again = [line(i, caption="once more", objects=line(i)["objects"][:1]) for i in range(COUNT)]
@@ -139,6 +140,7 @@ def test_what_is_read_is_what_a_run_is(folder: Path) -> None:
         ({"image": "pictures/none.png"}, "none.png: cannot be opened .No such file"),
         ({"image": "layouts.jsonl"}, "cannot be opened .no picture that Pillow reads"),
         ({"image": "pictures"}, "cannot be opened .Is a directory"),
+        ({"image": "float.tiff"}, "float.tiff has pixels of mode F, .* convert it to mode L"),
         ({"image": "wide.png"}, "wide.png is 96x48; .* make it square first"),
         ({"image": "pictures/0.png", "objects": line(0)["objects"]}, "there before with the same"),
         ({"size": [640, 480]}, "size is 640x480; pictures are square"),
@@ -151,6 +153,7 @@ def test_what_is_read_is_what_a_run_is(folder: Path) -> None:
 )
 def test_a_bad_line_is_named(folder: Path, changes: dict[str, Any], why: str) -> None:
     Image.new("RGB", (96, 48)).save(folder / "wide.png")
+    Image.new("F", (96, 96)).save(folder / "float.tiff")
     write(folder, *map(line, range(3)), line(3, **changes), line(4))
     with pytest.raises(LayoutError, match=rf"mine/layouts\.jsonl: line 4: .*({why})"):
         Pictures(folder)
@@ -178,6 +181,15 @@ def test_a_torn_picture_is_named_when_it_is_encoded(folder: Path) -> None:
     source = Pictures(folder)
     with pytest.raises(ImageError, match=r"layouts\.jsonl: line 3: .*2\.png: cannot be opened"):
         source.training(build_vq(VQ, 32).eval())
+
+
+def test_a_picture_that_changes_meanwhile_is_named(folder: Path, cache: Path) -> None:
+    """Else the codes of the new one would be kept as those of the old one."""
+    source = Pictures(folder)
+    Image.new("RGB", (96, 96)).save(folder / "pictures" / "2.png")
+    with pytest.raises(ImageError, match=r"layouts\.jsonl: line 3: .*2\.png has changed since"):
+        source.training(build_vq(VQ, 32).eval())
+    assert not list(cache.glob("codes-*"))
 
 
 def test_a_layout_that_the_model_has_no_room_for_is_named(

@@ -113,9 +113,13 @@ class Pictures:
 
     def _load(self, entry: Entry, side: int) -> np.ndarray:
         try:
-            return np.asarray(load_image(str(entry.path), side))
+            picture = np.asarray(load_image(str(entry.path), side))
+            if not entry.path.is_file() or _digest(entry.path.read_bytes()) != entry.digest:
+                # Its codes would be kept under the bytes that it had.
+                raise ImageError(f"{entry.path} has changed since the start; start again")
         except ImageError as error:  # of what its head did not tell
             raise ImageError(f"{self._file}: line {entry.line}: {error}") from None
+        return picture
 
 
 def read_entries(file: Path) -> list[Entry]:
@@ -155,20 +159,22 @@ def _entry(file: Path, number: int, line: str) -> Entry:
 
 
 def _looked_at(path: Path) -> str:
-    """The digest of a picture that can be opened and is square, by its head: to read the pixels of
-    all would take minutes at every start. Raises ImageError."""
-    square = False
+    """The digest of a picture that can be opened, is square and of known black and white, by its
+    head: to read the pixels of all would take minutes at every start. Raises ImageError."""
+    usable = False
     unreadable = OSError, ValueError, SyntaxError, Image.DecompressionBombError
     with suppress(*unreadable), Image.open(path) as image:
-        square = image.width == image.height
-    if not square:
+        usable = image.width == image.height and image.mode not in ("I", "F")
+    if not usable:
         load_image(str(path), 1)  # has the words
     return _digest(path.read_bytes())
 
 
 def held_back(digests: Iterable[str]) -> set[str]:
     """Which pictures are validated on: about one in `EVERY`, by their bytes, so that a picture
-    stays on its side whatever it is called and whatever is added; at least one, and not all."""
+    stays on its side whatever it is called and whatever is added; at least one, and not all. Where
+    this rule finds none (of few pictures) or all, it is one that may be another when some are
+    added."""
     every = set(digests)
     held = {digest for digest in every if int(digest, 16) % EVERY == 0}
     return held if 0 < len(held) < len(every) else {min(every)}
