@@ -254,12 +254,12 @@ class TrainPMTP(DataOptions):
             start = pretrained_start(path, recipe.pmtp.bins, self.place())
         if not self.any_shape:
             check_shape(start, path, recipe)
-        engine, usual = start.engine, find_recipe(self.recipe).pmtp
+        engine, given = start.engine, {text.partition("=")[0].strip() for text in self.assign}
         has = {"rope_theta": engine.transformer.config.rope_theta}
         has["bins"] = engine.prompts.codec.scale + 1
         for name, value in has.items():
             asked = getattr(recipe.pmtp, name)
-            if asked not in (value, getattr(usual, name)):
+            if name in given and asked != value:
                 raise InputError(
                     f"--set {name}={asked}: {path} has {value}, and only fresh weights (--vq) take "
                     f"another; leave it out"

@@ -8,6 +8,7 @@ the cache, see nothing and stay where they are.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -101,7 +102,7 @@ class Choice:
         return cls(s.temperature == 0, s.top_k, s.top_p < 1, sampler.counts)
 
 
-class BatchStep:
+class BatchStep(ABC):
     """What every step of a shape reads and writes, however many codes of an image it runs.
 
     Args:
@@ -128,9 +129,9 @@ class BatchStep:
         self._prepare_prefixes(device)
         self._prepare_sampling(c.image_tokens, device)
 
+    @abstractmethod
     def _count(self, device: torch.device) -> None:
         """Make what says where the rows stand, all of them idle."""
-        raise NotImplementedError
 
     def _prepare_prefixes(self, device: torch.device) -> None:
         shape = self.shape
@@ -208,9 +209,9 @@ class BatchStep:
             "blocked" if self.shape.guided else "none", table,
         )  # fmt: skip
 
+    @abstractmethod
     def run(self) -> None:
         """A step of every image, without arguments, to be recorded."""
-        raise NotImplementedError
 
 
 class DeviceStep(BatchStep):

@@ -24,6 +24,8 @@ from echogen.engine.engine import Engine
 from echogen.engine.prompt import LocationCodec, Prompts
 from echogen.train.tokenizer import train_tokenizer
 
+from .devices import PLACES, Place
+
 
 def _janus_config(
     tied: bool = False,
@@ -179,3 +181,10 @@ def folder(tmp_path, janus_config, random_janus) -> Path:
     """A valid port checkpoint in one safetensors file, untied."""
     random_janus(janus_config(), seed=3).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
+
+
+@pytest.fixture(scope="module", params=PLACES)
+def place(request: pytest.FixtureRequest) -> Place:
+    """Where a test runs a GPU's operators."""
+    found: Place = request.param
+    return found

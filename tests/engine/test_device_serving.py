@@ -29,7 +29,7 @@ from echogen.engine.serving.slots import Slots
 from echogen.engine.serving.worker import SchedulerClosed
 from echogen.kernels.reference import decode_attention as reference
 
-from .devices import GPU, PLACES, Place
+from .devices import GPU, PLACES
 from .requests import (
     GUIDED,
     LAYOUTS,
@@ -61,11 +61,6 @@ def row_by_row() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "CHUNK", 1)
         yield
-
-
-@pytest.fixture(scope="module", params=PLACES)
-def place(request) -> Place:
-    return request.param
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["cache", "fp8 cache"])

@@ -20,16 +20,10 @@ from echogen.engine.serving.scheduler import Scheduler
 from echogen.engine.serving.slots import Rows, Slots, row_counts
 from echogen.kernels.decode_members import decode_members
 
-from .devices import PLACES, Place
 from .requests import GUIDED, LAYOUTS, ONE, PLAIN, THREE, TOKENS, TWO, Asked, finish
 
 ROWS = 8
 NAN = float("nan")
-
-
-@pytest.fixture(scope="module", params=PLACES)
-def place(request) -> Place:
-    return request.param
 
 
 @pytest.fixture(scope="module", params=[False, True], ids=["cache", "fp8 cache"])
