@@ -91,7 +91,9 @@ def each_alone(scheduler: Scheduler, asked: list[Asked]) -> dict[Asked, Tensor]:
 @contextmanager
 def asking(scheduler: Scheduler, asked: list[Asked]) -> Iterator[list[tuple[Asked, Tensor]]]:
     """Threads that ask for everything while the block runs, and again until it ends; what came."""
-    threads, found, ended = 4, list[tuple[Asked, Tensor]](), threading.Event()
+    # No thread without a request: it would not wait for anything, and keep the others from running.
+    threads, found = min(4, len(asked)), list[tuple[Asked, Tensor]]()
+    ended = threading.Event()
 
     def work(mine: list[Asked]) -> None:
         while True:
