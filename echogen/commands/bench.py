@@ -261,8 +261,9 @@ class BenchKernels:
     tune: bool = False
     """Instead: try every candidate for the operators' launch constants. Changes nothing. Without a
     GPU they are compiled only: registers, shared memory, spills, warps at once, instructions."""
-    arch: str = "sm_90"
-    """Architecture that --tune compiles for without a GPU: sm_NN (NVIDIA) or gfxNNN (AMD)."""
+    arch: str | None = None
+    """Architecture that --tune compiles for without a GPU: sm_NN (NVIDIA) or gfxNNN (AMD); left
+    out: sm_90."""
     out: Path | None = None
     """Folder for kernels.csv and one plot per operator."""
     json: Json = False
@@ -276,6 +277,11 @@ class BenchKernels:
         if self.tune:
             self._tune(device)
             return
+        if self.arch is not None:
+            raise InputError(
+                f"--arch {self.arch}: only --tune takes it; `echogen bench compile --arch "
+                f"{self.arch}` compiles the kernels as they are"
+            )
         from echogen.bench.speed import kernels, tables
 
         try:
@@ -306,13 +312,20 @@ class BenchKernels:
         if self.provider or self.out is not None:
             name = "provider" if self.provider else "out"
             raise InputError(f"--{name}: not used by --tune; leave it out")
+        if self.arch is not None and device == "cuda":
+            raise InputError(f"--arch {self.arch}: on a GPU --tune compiles for that; leave it out")
         refuse_interpreted()
         from echogen.bench.speed import tables, tune
 
         with progress("compiling" if device == "cpu" else "timing") as update:
             try:
                 result = tune.run(
-                    self.operator, self.size, device, self.arch, note=warn, progress=update
+                    self.operator,
+                    self.size,
+                    device,
+                    self.arch or "sm_90",
+                    note=warn,
+                    progress=update,
                 )
             except ValueError as error:
                 raise InputError(f"--{error}") from None

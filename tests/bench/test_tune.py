@@ -168,6 +168,8 @@ def test_what_was_measured_is_kept(monkeypatch, error, ended):
 def test_the_command(monkeypatch, capsys, few):
     assert main(["bench", "kernels", "--tune", "--provider", "eager"]) == 2
     assert "--provider: not used by --tune" in capsys.readouterr().err
+    assert main(["bench", "kernels", "--arch", "sm_90"]) == 2
+    assert "--arch sm_90: only --tune takes it" in capsys.readouterr().err
     asked = ["bench", "kernels", "--tune", "--device", "cpu", "--operator"]
     assert main([*asked, "softmax"]) == 2
     assert main([*asked, NAME, "--arch", "h100"]) == 2

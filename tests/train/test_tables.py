@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,24 @@ def test_the_gap_is_self_judged_minus_judged(
     assert table["self_iou"] == pytest.approx(1) and table["judge_iou"] == 0
     assert table["gap"] == pytest.approx(1) and table["reward"] == pytest.approx(1)
     assert cycle_table(scenes, layouts, boxes, found)["gap"] < 0.05
+
+
+def test_what_the_judge_misses_may_be_found_all_the_same(
+    scenes: list[Scene], found: list[list[Detection]]
+) -> None:
+    """Or may not, and where it misses nothing there is nothing to say."""
+    layouts = layouts_of(scenes, 0)
+    boxes = [[o.box for o in layout.objects] for layout in layouts]
+    assert math.isnan(cycle_table(scenes, layouts, boxes, found)["missed_found"])
+    half = [own if i % 2 else [] for i, own in enumerate(found)]  # the judge misses every other
+    assert cycle_table(scenes, layouts, boxes, half)["missed_found"] == 1
+    away = [(0.0, 0.0, 1e-3, 1e-3)]
+    some = [away * len(row) if i % 4 else row for i, row in enumerate(boxes)]
+    table = cycle_table(scenes, layouts, some, half)
+    counts = [len(row) for row in boxes[::2]]
+    assert table["missed_found"] == pytest.approx(sum(counts[::2]) / sum(counts))
+    low, high = table["interval95"]["missed_found"]
+    assert low < table["missed_found"] < high
 
 
 @torch.no_grad()

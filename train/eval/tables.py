@@ -235,7 +235,12 @@ def cycle_table(
     boxes: list[list[tuple[float, float, float, float]]],
     found: list[list[Detection]],
 ) -> dict[str, Any]:
-    """Self-judged IoU, L1 and reward of generated images, the judge's IoU, and the signed gap."""
+    """Self-judged IoU, L1 and reward of generated images, the judge's IoU, and the signed gap.
+
+    ``missed_found`` says what the reward is blind to: of the objects that the judge does not find
+    at IoU 0.5, of their colour and shape, the share that the model itself does (NaN: there are
+    none).
+    """
     scores = [score(layout, [row]) for layout, row in zip(layouts, boxes, strict=True)]
     self_iou = [s[0][0].double().numpy() for s in scores]
     judged = [class_ious(s, d) for s, d in zip(scenes, found, strict=True)]
@@ -246,4 +251,9 @@ def cycle_table(
         "judge_iou": estimate(judged),
         "gap": estimate([a - b for a, b in zip(self_iou, judged, strict=True)]),
     }
-    return _with_intervals(estimates)
+    missed = [own[by < 0.5] >= 0.5 for own, by in zip(self_iou, judged, strict=True)]
+    if any(map(len, missed)):
+        estimates["missed_found"] = estimate(missed)
+    table = _with_intervals(estimates)
+    table.setdefault("missed_found", float("nan"))
+    return table
