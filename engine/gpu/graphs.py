@@ -8,8 +8,10 @@ itself every time, for debugging: the same launches, and so the same codes.
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from threading import Lock
 from typing import Any, Generic, Protocol, TypeVar
 from weakref import WeakSet
@@ -30,8 +32,9 @@ MOST_KEPT = 8
 
 
 LEFT_OPEN = TorchVersion(torch.__version__) < "2.13"
-"""Whether torch's allocator goes on counting a capture that ended in an error: from then on
-``torch.cuda.empty_cache`` fails, and with it every later capture."""
+"""Whether torch goes on counting a capture that ended in an error. Its allocator does: from then on
+``torch.cuda.empty_cache`` fails, and with it every later capture. And its random generator does:
+until a capture succeeds, every draw from it outside of one fails."""
 
 ONE = Lock()
 """Held while a step is recorded: torch takes one capture at a time, whatever thread it is in."""
@@ -110,17 +113,27 @@ class CudaGraphs:
         """What ``step`` launches on the current stream. Not by ``torch.cuda.graph``, which leaves
         its own stream the current one where a capture ends in an error."""
         torch.cuda.synchronize()
+        # cuBLAS's workspace of this stream. As the warm-ups left it, it would lie outside the pool:
+        # all graphs would know its address, and the first of them to go would free it (torch since
+        # 2.12; elsewhere whoever clears workspaces, as torch.compile's own graphs do). So a capture
+        # finds none, allocates one in the pool, and leaves none to others.
+        torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()  # within a capture the allocator cannot give anything back
-        if not self._graphs:  # torch refuses the pool of graphs that are gone
+        if self._pool is None or not self._graphs:  # torch refuses the pool of graphs that are gone
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        # Thread-local: what other threads ask of the device meanwhile does not end the capture.
-        graph.capture_begin(self._pool, capture_error_mode="thread_local")
         try:
-            try:
-                step()
-            finally:
-                self._end(graph)
+            with _without_collector():
+                # Thread-local: other threads may allocate, and copy and wait on their own streams,
+                # meanwhile. What waits for the whole device ends the capture all the same.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                try:
+                    step()
+                finally:
+                    try:
+                        self._end(graph)
+                    finally:
+                        torch._C._cuda_clearCublasWorkspaces()
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -141,7 +154,29 @@ class CudaGraphs:
         except RuntimeError:
             if LEFT_OPEN:
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
+                self._capture_nothing()
+            self._pool = None  # of pinned memory the allocator counts the capture still
             raise
+
+    def _capture_nothing(self) -> None:
+        """A capture that succeeds, so that the random generator may be drawn from again."""
+        one, graph = torch.zeros(1, device=self._device), torch.cuda.CUDAGraph()
+        graph.capture_begin(torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
+        one.zero_()
+        graph.capture_end()
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's garbage collector rests. It may find a graph, and a graph that is destroyed while
+    another is captured in the same thread ends the capture (pytorch issue 161037)."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def eager() -> bool:

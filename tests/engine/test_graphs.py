@@ -41,14 +41,18 @@ def test_what_records(monkeypatch):
 
 class Cuda:
     """The rules of torch.cuda that recording has to keep: nothing else is the current stream
-    behind a capture that failed, a pool is its graphs' alone and gone with them, and on some
-    versions of torch a capture that ends in an error stays open.
+    behind a capture that failed, a pool is its graphs' alone and gone with them, a capture that
+    ends in an error stays open for pinned memory and, on some versions of torch, for the device's
+    and for the random generator, a graph that is destroyed ends the capture of another, and a
+    stream's workspace lies where it was first needed.
 
     Attributes:
         now: the current stream.
         capturing: the graph that is being captured.
         broken: what is captured is worth nothing any more.
         captures: (stream, pool) of every graph captured.
+        workspaces: the pool that a stream's lies in; None: outside of all.
+        draws: whether the random generator can be drawn from.
     """
 
     class Stream:
@@ -58,7 +62,8 @@ class Cuda:
     def __init__(self, monkeypatch, leaves_open):
         self.now = self.outside = Cuda.Stream()
         self.capturing, self.broken, self.captures = None, False, []
-        self.leaves_open, self._open = leaves_open, set()
+        self.leaves_open, self._open, self._pinned = leaves_open, set(), set()
+        self.workspaces, self.draws = {}, True
         self._handles, self._users = 0, Counter()
         cuda = self
 
@@ -67,6 +72,8 @@ class Cuda:
                 if pool in cuda._users and not cuda._users[pool]:
                     raise RuntimeError("use_count > 0 INTERNAL ASSERT FAILED")
                 assert cuda.now is not cuda.outside
+                if pool in cuda._pinned:
+                    raise RuntimeError("already recording to mempool_id")
                 cuda._users[pool] += 1
                 cuda._open.add(pool)
                 cuda.capturing, cuda.broken, self.pool = self, False, pool
@@ -76,7 +83,10 @@ class Cuda:
                 if not (cuda.broken and leaves_open):
                     cuda._open.remove(self.pool)
                 if cuda.broken:
+                    cuda._pinned.add(self.pool)
+                    cuda.draws = not leaves_open
                     raise RuntimeError("CUDA error: failed due to a previous error during capture")
+                cuda.draws = True
                 cuda.captures.append((cuda.now, self.pool))
 
             def replay(self):
@@ -84,6 +94,7 @@ class Cuda:
 
             def __del__(self):
                 cuda._users[self.pool] -= 1
+                cuda.broken = True
 
         for name, stub in {
             "device": nullcontext, "Stream": Cuda.Stream, "stream": self.stream,
@@ -93,6 +104,11 @@ class Cuda:
         }.items():  # fmt: skip
             monkeypatch.setattr(torch.cuda, name, stub)
         monkeypatch.setattr(graphs, "LEFT_OPEN", leaves_open)
+        monkeypatch.setattr(
+            torch._C, "_cuda_clearCublasWorkspaces", self.workspaces.clear, raising=False
+        )
+        zeros = torch.zeros
+        monkeypatch.setattr(torch, "zeros", lambda *shape, device=None: zeros(*shape))
         monkeypatch.setattr(
             torch._C,
             "_cuda_endAllocateToPool",
@@ -116,6 +132,11 @@ class Cuda:
         self._handles += 1
         return 0, self._handles
 
+    def multiplies(self):
+        """A step that needs its stream's workspace; returns where that lies."""
+        pool = self.capturing.pool if self.capturing else None
+        return self.workspaces.setdefault(self.now, pool)
+
     def waits(self):
         """A step that waits for the device."""
         if self.capturing:
@@ -137,18 +158,23 @@ def test_what_a_recorded_step_reads_stays(monkeypatch):
     assert alive() is None
 
 
+@pytest.mark.parametrize("among", [False, True], ids=["alone", "among others"])
 @pytest.mark.parametrize("leaves_open", [False, True])
-def test_a_step_that_cannot_be_recorded(monkeypatch, leaves_open):
+def test_a_step_that_cannot_be_recorded(monkeypatch, leaves_open, among):
     """One error says why and what to do, and everything else goes on."""
     cuda = Cuda(monkeypatch, leaves_open)
     record = CudaGraphs(torch.device("cuda", 0)).record
+    others = [record(lambda: None)] * among
     told = r"CUDA graph \(CUDA error: not permitted when stream is capturing\); set ECHOGEN_EAGER=1"
     for _ in range(2):
         with pytest.raises(CaptureError, match=told):
             record(cuda.waits)
         assert cuda.now is cuda.outside and cuda.capturing is None
+        assert cuda.draws and gc.isenabled() and not cuda.workspaces
         cuda.empty_cache()
-    assert record(lambda: None) is not None and len(cuda.captures) == 1
+    before = len(cuda.captures)
+    assert record(lambda: None) is not None and len(cuda.captures) == before + 1
+    assert all(run() is None for run in others)
     monkeypatch.setenv("ECHOGEN_EAGER", "1")
     assert record(cuda.waits) == cuda.waits
 
@@ -175,6 +201,37 @@ def test_what_is_no_fault_of_recording_is_told_as_it_is(monkeypatch):
     with pytest.raises(torch.OutOfMemoryError) as raised:
         record(fails_twice)
     assert raised.value is error
+
+
+def test_no_graph_is_destroyed_while_another_is_captured(monkeypatch):
+    cuda = Cuda(monkeypatch, False)
+    record = CudaGraphs(torch.device("cuda", 0)).record
+    gc.collect()
+    cycle = [record(lambda: None)]
+    cycle.append(cycle)
+    del cycle
+
+    def step():
+        kept = [[] for _ in range(10_000 * bool(cuda.capturing))]  # the collector runs, if it may
+        assert len(kept) in (0, 10_000)
+
+    often = gc.get_threshold()
+    gc.set_threshold(100)
+    try:
+        record(step)
+    finally:
+        gc.set_threshold(*often)
+    assert gc.isenabled() and len(cuda.captures) == 2
+
+
+def test_a_workspace_lies_in_the_graphs_own_memory(monkeypatch):
+    """Else the first graph to go would free what the others write to."""
+    cuda, lay = Cuda(monkeypatch, False), []
+    record = CudaGraphs(torch.device("cuda", 0)).record
+    held = [record(lambda: lay.append(cuda.multiplies())) for _ in range(2)]
+    outside, pool = {*lay[:2], *lay[3:5]}, {lay[2], lay[5]}
+    assert outside == {None} and pool == {cuda.captures[0][1]} and len(held) == 2
+    assert not cuda.workspaces, "nobody else writes to it"
 
 
 def test_graphs_share_their_memory_while_there_are_any(monkeypatch):
