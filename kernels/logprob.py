@@ -141,7 +141,7 @@ def _launch_forward(
         launch(
             _logprob_forward_kernel, (len(logits),), logits, targets[rows], temperature,
             logprob[rows], entropy[rows], lse[rows], len(weight), COLUMNS=tile.columns,
-            num_warps=tile.warps,
+            num_warps=tile.warps, enable_fp_fusion=False,
         )  # fmt: skip
     return logprob, entropy, lse
 
@@ -174,6 +174,7 @@ def _launch_backward(
             _logprob_backward_kernel, (len(logits), triton.cdiv(columns, tile.columns)), logits,
             targets[rows], temperature, lse[rows], entropy[rows], d_logprob[rows],
             d_entropy[rows], columns, COLUMNS=tile.columns, num_warps=tile.warps,
+            enable_fp_fusion=False,
         )  # fmt: skip
         grads.add(rows, logits)
     return grads.result()
@@ -243,7 +244,8 @@ def _backward(
     ctx: Any, d_logprob: Tensor, d_entropy: Tensor, _lse: None
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, _, _, bias = ctx.needs_input_grad[:5]
-    # The same chunks as forward, so the same products: the log-sum-exp fits the logits exactly.
+    # The same chunks as forward, so the same products, and neither fuses z/T with what it is taken
+    # from: the log-sum-exp fits the logits exactly.
     d_hidden, d_weight, d_bias = _linear_logprob_backward(
         *ctx.saved_tensors, d_logprob.contiguous(), d_entropy.contiguous(), hidden, weight, bias,
         ctx.chunk,

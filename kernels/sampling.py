@@ -236,6 +236,8 @@ def _launch(
     truncated = temperature is not None and (top_k > 0 or top_p is not None)
     row = max(4, triton.next_power_of_2(columns))
     tile = chosen(_tile(row, truncated))
+    # Not fused: the largest score is rounded, and a fused x/T less it is not, so that the only code
+    # kept would have a log-probability other than 0, by up to 0.25 at T = 1e-6.
     launch(
         _cfg_sample_kernel, (triton.cdiv(rows, ROWS),), logits, seed, draw, position, table, cfg,
         temperature, top_p, token, logprob, embed, rows, columns, width,
@@ -244,7 +246,7 @@ def _launch(
         MIXED=cfg is not None, GREEDY=temperature is None, TOP_K=truncated and top_k > 0,
         TOP_P=truncated and top_p is not None, TABLE=width > 0, ROWS=ROWS,
         COLUMNS=min(row, tile.columns), BLOCK=row if truncated else 0, EMBED=EMBED,
-        num_warps=tile.warps,
+        num_warps=tile.warps, enable_fp_fusion=False,
     )  # fmt: skip
     return token, logprob, embed
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from echogen.kernels import dispatch, head, logprob
+from echogen.kernels import aot, dispatch, head, logprob
 from echogen.kernels.logprob import guided_linear_logprob, linear_logprob
 
 from .memory import peak_bytes, untouched
@@ -349,6 +349,17 @@ def test_the_kernels_are_entered(generator, device, launched):
     ours = leaves(*tensors)
     linear_logprob(*ours[:2], targets, ours[2], 8).logprob.sum().backward()
     assert launched["_logprob_forward_kernel"] == launched["_logprob_backward_kernel"] == 3
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="what a GPU would run is recorded")
+def test_logits_are_rounded_before_the_log_sum_exp_is_taken_from_them(generator):
+    """As they were in it: fused, their difference would be that of other logits."""
+    *tensors, targets = inputs((4, 30, 4), generator, torch.device("cpu"))
+    ours = leaves(*tensors)
+    with dispatch.recorded() as found:
+        linear_logprob(*ours[:2], targets, ours[2], 8).logprob.sum().backward()
+    fused = {s.kernel: s.options["enable_fp_fusion"] for s in map(aot.Source.of, found)}
+    assert fused == {"_logprob_forward_kernel": False, "_logprob_backward_kernel": False}
 
 
 def test_bad_arguments(device):

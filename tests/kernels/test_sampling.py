@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chisquare
 
 from echogen.engine.decoding.sampler import Sampler, Sampling
-from echogen.kernels import dispatch, sampling
+from echogen.kernels import aot, dispatch, sampling
 from echogen.kernels.philox import gumbel_noise
 from echogen.kernels.sampling import cfg_sample
 
@@ -317,6 +317,17 @@ def test_numbers_may_be_tensors(generator, device):
             torch.testing.assert_close(all_kept.logprob, wanted.logprob, rtol=1e-5, atol=1e-5)
     cold = sample(logits, draw, position, temperature=torch.zeros(1, device=device))
     assert torch.equal(cold.token, logits[0].argmax(-1)) and (cold.logprob == 0).all()
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="what a GPU would run is recorded")
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_the_scores_are_rounded_before_they_are_compared(top_k, generator):
+    """On a GPU a product and a sum may be one operation, with one rounding. The interpreter does
+    not, so that its tests would not notice."""
+    logits, _, draw, position = inputs((5, 67, 1), generator, torch.device("cpu"))
+    with dispatch.recorded() as found:
+        sample(logits, draw, position, temperature=0.1, top_k=top_k)
+    assert [aot.Source.of(launch).options["enable_fp_fusion"] for launch in found] == [False]
 
 
 @pytest.mark.parametrize("top_k", [0, 5])
