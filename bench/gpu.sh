@@ -66,7 +66,7 @@ END
 }
 
 # part NAME MOST_SECONDS COMMAND…: a part that hangs is ended, and so is one out of time; it is
-# interrupted first, on which benchmarks print what they have.
+# interrupted first, on which benchmarks of operators and of the engine print what they have.
 part() {
   local name=$1 most=$2 left=$((SECONDS_IN_ALL - SECONDS)) code
   shift 2
@@ -190,7 +190,7 @@ run() { # NAME
       ;;
     rollout-janus) engine "$1" 150 --mode rollout $janus --batch 64 --repeats 2 ;;
     train-*-janus)
-      training "$1" 90 --stage "$(stage "$1")" --recipe janus_pro_1b --repeats 3
+      training "$1" 180 --stage "$(stage "$1")" --recipe janus_pro_1b --repeats 3
       ;;
     # The same steps with launches that overlap.
     test_device_overlap) tests "$1" 90 ECHOGEN_PDL=1 -- tests/engine/test_device.py ;;

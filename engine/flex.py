@@ -23,12 +23,19 @@ limit torch would go on unfused, with all scores in memory (5.9 GB a layer for J
 
 
 @cache
-def _fused() -> Any:
-    """The compiled operator, made at first use: on a machine without a GPU it never is."""
-    config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, VARIANTS)
-    config.fail_on_recompile_limit_hit = True
+def _compiled() -> Any:
+    """The operator, made at first use: on a machine without a GPU it never is."""
     return torch.compile(flex_attention)
+
+
+def _fused() -> Any:
+    """The compiled operator, with its limit raised in this thread: torch's settings are a thread's
+    own, and where activations are checkpointed it is autograd's that runs a forward again."""
+    config: Any = torch._dynamo.config
+    if config.recompile_limit < VARIANTS or not config.fail_on_recompile_limit_hit:
+        config.recompile_limit = max(config.recompile_limit, VARIANTS)
+        config.fail_on_recompile_limit_hit = True
+    return _compiled()
 
 
 def blocked_attention(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch._dynamo.exc import FailOnRecompileLimitHit
@@ -15,7 +17,7 @@ def test_it_never_runs_unfused_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_ = torch.compile
     monkeypatch.setattr(flex.torch, "compile", lambda f: compile_(f, backend="eager"))
     monkeypatch.setattr(flex, "VARIANTS", 2)
-    flex._fused.cache_clear()
+    flex._compiled.cache_clear()
     torch._dynamo.reset()
     mask = create_block_mask(lambda b, h, q, k: q >= k, 1, None, 128, 128, "cpu")
     try:
@@ -28,5 +30,21 @@ def test_it_never_runs_unfused_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
             with pytest.raises(FailOnRecompileLimitHit):
                 run(x, x, x, block_mask=mask)
     finally:
-        flex._fused.cache_clear()
+        flex._compiled.cache_clear()
         torch._dynamo.reset()
+
+
+def test_the_limit_is_that_of_every_thread() -> None:
+    """Backward of checkpointed activations runs a forward in a thread of autograd's own."""
+    found = []
+
+    def work() -> None:
+        flex._fused()
+        config = torch._dynamo.config
+        found.append((config.recompile_limit, config.fail_on_recompile_limit_hit))
+
+    for _ in range(2):
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found == [(flex.VARIANTS, True)] * 2

@@ -27,7 +27,8 @@ WAITING = (
     Tensor.__int__, Tensor.__float__, Tensor.__index__, torch.nonzero, torch.masked_select,
     torch.where, torch.unique,
 )  # fmt: skip
-"""What ends only when the device has come so far; ``where`` with a condition alone."""
+"""What ends only when the device has come so far; ``where`` with a condition alone. So does what is
+indexed with a tensor that lies on the CPU, or with a mask."""
 waited: list[str] = []
 """The calls that would have waited."""
 
@@ -67,8 +68,10 @@ def call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is Tensor.numpy and there:
         raise Misplaced("numpy() of a tensor that is away; bring it to the CPU first")
     masks = func in (Tensor.__getitem__, Tensor.__setitem__) and tree_flatten(args[1])[0]
-    if any(isinstance(x, Away) and x.dtype == torch.bool for x in masks or ()) or (
-        there and func in WAITING and (func is not torch.where or len(args) == 1)
+    if (
+        any(isinstance(x, Away) and x.dtype == torch.bool for x in masks or ())
+        or (there and here and func in _INDEXED)
+        or (there and func in WAITING and (func is not torch.where or len(args) == 1))
     ):
         waited.append(getattr(func, "__name__", str(func)))
     asked = [

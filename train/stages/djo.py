@@ -245,7 +245,9 @@ class DJOStage(WorldStage):
                 model, hidden, batch, tau, Noise(self._key, draws), freeze_codes=c.freeze_grounder
             )
             image = part_of_mean(drawn.ce.mean(), len(here), c.batch)
-            images = drawn.embed[torch.from_numpy(looped)]
+            # An index that lies on the host would be waited for.
+            at = torch.from_numpy(looped).to(drawn.embed.device, non_blocking=True)
+            images = drawn.embed[at]
         elif len(looped):
             noise = Noise(self._key, draws[torch.from_numpy(looped)])
             images, flips = self._sampled([here[i].layout for i in looped], tau, noise, step)
