@@ -30,7 +30,7 @@ def _compiled() -> Any:
 
 def _fused() -> Any:
     """The compiled operator, with its limit raised in this thread: torch's settings are a thread's
-    own, and where activations are checkpointed it is autograd's that runs a forward again."""
+    own, and where activations are checkpointed autograd's thread runs a forward again."""
     config: Any = torch._dynamo.config
     if config.recompile_limit < VARIANTS or not config.fail_on_recompile_limit_hit:
         config.recompile_limit = max(config.recompile_limit, VARIANTS)

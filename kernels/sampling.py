@@ -237,7 +237,8 @@ def _launch(
     row = max(4, triton.next_power_of_2(columns))
     tile = chosen(_tile(row, truncated))
     # Not fused: the largest score is rounded, and a fused x/T less it is not, so that the only code
-    # kept would have a log-probability other than 0, by up to 0.25 at T = 1e-6.
+    # kept would have a log-probability other than 0, by up to half a unit in x/T's last place (0.25
+    # for x = 8 at T = 1e-6).
     launch(
         _cfg_sample_kernel, (triton.cdiv(rows, ROWS),), logits, seed, draw, position, table, cfg,
         temperature, top_p, token, logprob, embed, rows, columns, width,

@@ -313,7 +313,9 @@ class BenchKernels:
             name = "provider" if self.provider else "out"
             raise InputError(f"--{name}: not used by --tune; leave it out")
         if self.arch is not None and device == "cuda":
-            raise InputError(f"--arch {self.arch}: on a GPU --tune compiles for that; leave it out")
+            raise InputError(
+                f"--arch {self.arch}: on a GPU --tune compiles for that GPU; leave it out"
+            )
         refuse_interpreted()
         from echogen.bench.speed import tables, tune
 

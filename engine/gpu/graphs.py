@@ -69,9 +69,10 @@ class Eager:
 
 
 class CudaGraphs:
-    """A step is a CUDA graph. All graphs of one recorder share their memory, as only one of them
-    runs at a time and none leaves anything in it that another run reads. So one stream captures
-    them all, since torch's allocator gives what one stream freed to that stream alone."""
+    """A step is a CUDA graph. All graphs of one recorder share their memory (but for those from
+    before a capture that failed), as only one of them runs at a time and none leaves anything in it
+    that another run reads. So one stream captures them all, since torch's allocator gives what one
+    stream freed to that stream alone."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -116,17 +117,18 @@ class CudaGraphs:
         # cuBLAS's workspace of this stream. As the warm-ups left it, it would lie outside the pool:
         # all graphs would know its address, and the first of them to go would free it (torch since
         # 2.12; elsewhere whoever clears workspaces, as torch.compile's own graphs do). So a capture
-        # finds none, allocates one in the pool, and leaves none to others.
+        # finds none, allocates one in the pool, and leaves none to others. This clears the
+        # workspaces of all streams; whoever multiplies next on one of them allocates another.
         torch._C._cuda_clearCublasWorkspaces()
         torch.cuda.empty_cache()  # within a capture the allocator cannot give anything back
-        if self._pool is None or not self._graphs:  # torch refuses the pool of graphs that are gone
+        if not self._graphs:  # torch refuses the pool of graphs that are gone
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             with _without_collector():
                 # Thread-local: other threads may allocate, and copy and wait on their own streams,
                 # meanwhile. What waits for the whole device ends the capture all the same.
-                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                self._begin(graph)
                 try:
                     step()
                 finally:
@@ -148,15 +150,30 @@ class CudaGraphs:
         self._graphs.add(graph)
         return graph
 
+    def _begin(self, graph: torch.cuda.CUDAGraph) -> None:
+        try:
+            graph.capture_begin(self._pool, capture_error_mode="thread_local")
+        except RuntimeError:
+            self._leave_pool()
+            raise
+
     def _end(self, graph: torch.cuda.CUDAGraph) -> None:
         try:
             graph.capture_end()
-        except RuntimeError:
+        except RuntimeError as error:
+            self._leave_pool()
             if LEFT_OPEN:
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)
-                self._capture_nothing()
-            self._pool = None  # of pinned memory the allocator counts the capture still
+                try:
+                    self._capture_nothing()
+                except RuntimeError as again:
+                    error.add_note(f"torch's random generator is still closed: {again}")
             raise
+
+    def _leave_pool(self) -> None:
+        """No capture goes into the pool again, as the allocator of pinned memory counts one that
+        failed as open. What graphs there are keep it."""
+        self._graphs = WeakSet()
 
     def _capture_nothing(self) -> None:
         """A capture that succeeds, so that the random generator may be drawn from again."""

@@ -24,10 +24,11 @@ class Estimate:
 
 def estimate(per_image: list[np.ndarray]) -> Estimate:
     """Mean over all objects of all images; resampled by image, since objects of one image err
-    together. ``per_image`` holds one float array [K_i] an image."""
+    together. ``per_image`` holds one float array [K_i] an image; a resample without any object says
+    nothing and is left out."""
     sums = np.array([v.sum() for v in per_image], dtype=float)
     counts = np.array([len(v) for v in per_image], dtype=float)
     picks = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))
-    means = sums[picks].sum(1) / np.maximum(counts[picks].sum(1), 1)
-    low, high = np.percentile(means, [2.5, 97.5])
+    total, drawn = sums[picks].sum(1), counts[picks].sum(1)
+    low, high = np.percentile(total[drawn > 0] / drawn[drawn > 0], [2.5, 97.5])
     return Estimate(float(sums.sum() / max(counts.sum(), 1)), float(low), float(high))
