@@ -25,12 +25,13 @@ from echogen.train.eval.agreement import Agreement, within_groups
 from echogen.train.eval.judge import box_iou
 from echogen.train.eval.tables import layouts_of
 from echogen.train.run.loop import BeginRefused, run
-from echogen.train.run.metrics import TIMED
 from echogen.train.stages import cycle_rl, keys
 from echogen.train.stages.credit import by_image
 from echogen.train.stages.cycle_rl import CycleRLStage, Held
 from echogen.train.stages.rollouts import roll_out
 from echogen.train.start import load_start
+
+from .runs import rows, run_in_parts
 
 pytestmark = pytest.mark.usefixtures("small_world")
 
@@ -211,11 +212,6 @@ def test_a_reward_of_several_boxes_is_their_mean(rl_stage) -> None:
 # --- runs -----------------------------------------------------------------------------------------
 
 
-def rows(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k not in TIMED} for x in lines]
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -231,16 +227,7 @@ def test_a_run_resumes_exactly(tmp_path, rl_stage, settings) -> None:
         return rl_stage(wild=False, force=True, **settings)
 
     run(fresh(), fresh().config.loop, tmp_path / "whole")
-    stopped = fresh()
-
-    def until_three(step: int) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-
-    stopped.after_step = until_three  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        run(stopped, stopped.config.loop, tmp_path / "parts")
-    run(fresh(), fresh().config.loop, tmp_path / "parts", resume=True)
+    run_in_parts(fresh, fresh().config.loop, tmp_path / "parts", 3)
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     steps = [r for r in rows(tmp_path / "whole") if "reward" in r]
     most = 0.05 if "rollout_dtype" in settings else 1e-5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import socket
 import subprocess
@@ -22,9 +21,10 @@ from echogen.train.parallel.processes import Processes
 from echogen.train.parallel.shard_state import flat, nested
 from echogen.train.run.checkpoint import StateError, load_state
 from echogen.train.run.dump import repeat_dump
-from echogen.train.run.metrics import TIMED
 from echogen.train.stages.stage import BeginRefused
 from echogen.train.start import model_folder
+
+from .runs import rows
 
 RANKS = Path(__file__).with_name("ranks.py")
 ROOT = str(Path(__file__).parents[2])
@@ -106,11 +106,6 @@ def runs(pmtp_run: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Module
         for begun in ("ddp", "fsdp"):
             ranks.resumed(out / begun / "pmtp", out / f"{begun}-to-none", "none")
     return out
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k not in TIMED} for x in lines]
 
 
 def check_same(found: Path, wanted: Path, bound: float = BOUND) -> None:

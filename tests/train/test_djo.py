@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,13 @@ from echogen.train.data import source as sources
 from echogen.train.data.packing import i2l_tree, l2i_tree, pack
 from echogen.train.run.checkpoint import StateError
 from echogen.train.run.loop import run
-from echogen.train.run.metrics import TIMED
 from echogen.train.stages.djo import DJOStage, Noise, draw_codes, loop_loss, temperature
 from echogen.train.stages.passes import hidden_states
 from echogen.train.start import load_start
 from echogen.train.tokenizer import train_tokenizer
 
 from . import plain
+from .runs import rows, run_in_parts
 
 T, V = 9, 20
 LAYOUTS = [
@@ -197,26 +196,12 @@ def stage(pmtp_run: Path, loop: LoopConfig, **settings) -> DJOStage:
     return DJOStage(config, load_start(pmtp_run, "pmtp"))
 
 
-def rows(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k not in TIMED} for x in lines]
-
-
 @pytest.mark.usefixtures("small_world")
 @pytest.mark.parametrize("prefix", ["teacher", "sampled"])
 def test_a_run_resumes_exactly_and_hands_on(tmp_path, pmtp_run, loop, prefix) -> None:
     loop = dataclasses.replace(loop, bf16=False)
     run(stage(pmtp_run, loop, prefix=prefix), loop, tmp_path / "whole")
-    stopped = stage(pmtp_run, loop, prefix=prefix)
-
-    def until_three(step: int) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-
-    stopped.after_step = until_three  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        run(stopped, loop, tmp_path / "parts")
-    run(stage(pmtp_run, loop, prefix=prefix), loop, tmp_path / "parts", resume=True)
+    run_in_parts(lambda: stage(pmtp_run, loop, prefix=prefix), loop, tmp_path / "parts", 3)
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert load_start(tmp_path / "whole", "djo").stages == ("pmtp", "djo")
     assert load_start(tmp_path / "whole" / "model", "djo").stages == ("pmtp", "djo")

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from echogen.train.config import LoopConfig
 from echogen.train.run.checkpoint import StateError, load_state, save_state
 from echogen.train.run.loop import TrainingError, run
-from echogen.train.run.metrics import TIMED
 from echogen.train.run.optim import schedule
 from echogen.train.start import RECORD, read_record, write_record
+
+from .runs import rows
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,6 @@ class Lessening(Selecting):
 CONFIG = LoopConfig(
     steps=12, lr=1e-2, muon_lr=1e-2, warmup=2, log_every=1, eval_every=4, save_every=3, threads=1
 )
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k not in TIMED} for x in lines]
 
 
 @pytest.mark.parametrize("break_at", [1, 5, 10])

@@ -20,12 +20,13 @@ from echogen.train.data import samples
 from echogen.train.data.pictures import FILE, Pictures, held_back
 from echogen.train.run.checkpoint import StateError
 from echogen.train.run.loop import run
-from echogen.train.run.metrics import TIMED
 from echogen.train.stages.djo import DJOStage
 from echogen.train.stages.pmtp import PMTPStage
 from echogen.train.stages.vq import build_vq
 from echogen.train.stages.world import WorldStage
 from echogen.train.start import load_start
+
+from .runs import rows, run_in_parts
 
 COUNT = 6
 VQ = VQConfig(loop=LoopConfig(steps=1, lr=1e-3), codes=32, latent=32, multipliers=(1, 1, 1, 1))
@@ -58,11 +59,6 @@ def folder(tmp_path: Path) -> Path:
         noise = rng.integers(256, size=(96, 96, 3), dtype=np.uint8)
         Image.fromarray(noise).save(tmp_path / "mine" / "pictures" / f"{i}.png")
     return write(tmp_path / "mine", *map(line, range(COUNT)))
-
-
-def rows(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k not in TIMED} for x in lines]
 
 
 # --- what is read ---------------------------------------------------------------------------------
@@ -197,12 +193,12 @@ def test_a_layout_that_the_model_has_no_room_for_is_named(
 ) -> None:
     write(folder, line(0), line(1), line(2, caption="far " * 1000))
     start = load_start(pmtp_run, "pmtp")
-    for build, config in (
-        (PMTPStage, PMTPConfig(loop=loop, data=str(folder))),
-        (DJOStage, DJOConfig(loop=loop, data=str(folder))),
+    for begun in (
+        lambda: PMTPStage(PMTPConfig(loop=loop, data=str(folder)), start),
+        lambda: DJOStage(DJOConfig(loop=loop, data=str(folder)), start),
     ):
         with pytest.raises(LayoutError, match=r"line 3 takes .* tokens with its image; .* shorten"):
-            build(config, start)  # type: ignore[arg-type]
+            begun()
 
 
 # --- the stages -----------------------------------------------------------------------------------
@@ -231,17 +227,9 @@ def test_a_stage_learns_from_pictures_and_resumes_exactly(
     build: Callable[[Path, LoopConfig, Path], WorldStage],
 ) -> None:
     loop = dataclasses.replace(loop, bf16=False, steps=4, eval_every=2)
-    run(build(folder, loop, pmtp_run), loop, tmp_path / "whole")
-    stopped = build(folder, loop, pmtp_run)
-
-    def until_three(step: int) -> None:
-        if step == 3:
-            raise KeyboardInterrupt
-
-    stopped.after_step = until_three  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        run(stopped, loop, tmp_path / "parts")
-    run(build(folder, loop, pmtp_run), loop, tmp_path / "parts", resume=True)
+    stage = build(folder, loop, pmtp_run)
+    run(stage, loop, tmp_path / "whole")
+    run_in_parts(lambda: build(folder, loop, pmtp_run), loop, tmp_path / "parts", 3)
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     seen = [row for row in rows(tmp_path / "whole") if "val_loss" in row]
     assert [row["step"] for row in seen] == [2, 4]
@@ -249,7 +237,7 @@ def test_a_stage_learns_from_pictures_and_resumes_exactly(
     assert rows(tmp_path / "whole")[-1]["chosen_loss"] == min(row["val_loss"] for row in seen)
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert config["data"] == str(folder) and config["data_hash"] == Pictures(folder).fingerprint
-    assert load_start(tmp_path / "whole", stopped.name).stages[-1] == stopped.name
+    assert load_start(tmp_path / "whole", stage.name).stages[-1] == stage.name
 
     write(folder, *(line(i, caption="changed") for i in range(COUNT)))
     with pytest.raises(StateError, match=r"another run .data_hash "):

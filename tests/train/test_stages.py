@@ -34,6 +34,8 @@ from echogen.train.stages.vq import (
 )
 from echogen.train.start import load_start, model_folder
 
+from .runs import run_in_parts
+
 LOOP = LoopConfig(
     steps=6, lr=2e-3, muon_lr=4e-3, warmup=2, log_every=1, eval_every=6, save_every=2, threads=1
 )
@@ -59,18 +61,7 @@ def losses(folder: Path) -> list[float]:
 
 def test_the_tokenizer_trains_and_resumes_to_the_same_numbers(tmp_path: Path) -> None:
     run(VQStage(VQ, 32), VQ_LOOP, tmp_path / "whole")
-    stopped = VQStage(VQ, 32)
-    averages = VQStage.after_step
-
-    def until_four(step: int) -> None:
-        if step == 4:
-            raise KeyboardInterrupt
-        averages(stopped, step)
-
-    stopped.after_step = until_four  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        run(stopped, VQ_LOOP, tmp_path / "parts")
-    run(VQStage(VQ, 32), VQ_LOOP, tmp_path / "parts", resume=True)
+    run_in_parts(lambda: VQStage(VQ, 32), VQ_LOOP, tmp_path / "parts", 4)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     rows = torch.load(tmp_path / "whole" / "state.pt", weights_only=True)["module"]
     norms = rows["vq.quantize.embedding.weight"].norm(dim=-1)
@@ -92,16 +83,7 @@ def test_an_exported_model_can_be_read_by_whom_the_umask_allows(tmp_path: Path) 
 def test_stage_one_trains_resumes_and_exports_a_model_that_loads(tmp_path: Path) -> None:
     vq = build_vq(VQ, 32)
     run(PMTPStage(PMTP, vq), LOOP, tmp_path / "whole")
-    stage = PMTPStage(PMTP, vq)
-
-    def until_four(step: int) -> None:
-        if step == 4:
-            raise KeyboardInterrupt
-
-    stage.after_step = until_four  # type: ignore[method-assign]
-    with pytest.raises(KeyboardInterrupt):
-        run(stage, LOOP, tmp_path / "parts")
-    run(PMTPStage(PMTP, vq), LOOP, tmp_path / "parts", resume=True)
+    run_in_parts(lambda: PMTPStage(PMTP, vq), LOOP, tmp_path / "parts", 4)
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
 
     engine = Engine.from_pretrained(tmp_path / "whole" / "model")
