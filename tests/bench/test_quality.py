@@ -682,7 +682,8 @@ def command(
         (("--device", "cuda:7"), "--device cuda:7: PyTorch sees 0 CUDA devices; use cpu"),
     ],
 )
-def test_bad_names_and_numbers_are_refused(command, argv, words):
+def test_bad_names_and_numbers_are_refused(command, argv, words, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     code, out, err = command(*argv)
     assert code == 2 and not out and words in err and len(err.splitlines()) == 1
 
