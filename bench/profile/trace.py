@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from echogen.bench.harness import environment
@@ -84,12 +85,14 @@ def _by_range(work: Callable[[], object], device: str) -> tuple[list[dict[str, A
 
 
 def _kernels(profiled: profile, device: str) -> list[dict[str, Any]]:
-    """The longest, by their own time."""
-    found = []
+    """The longest, by their own time. On CUDA what ran there alone: the profiler counts a kernel's
+    time once more for the operator that launched it, and for ranges around both."""
+    found, on_cuda = [], device.startswith("cuda")
     for event in profiled.key_averages():
         if event.key.startswith((f"{DOMAIN}:", "ProfilerStep")):
             continue
-        on_cuda = device.startswith("cuda")
+        if on_cuda and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+            continue
         own = event.self_device_time_total if on_cuda else event.self_cpu_time_total
         if own > 0:
             found.append({"name": event.key, "count": event.count, "ms": own / 1e3})

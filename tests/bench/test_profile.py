@@ -64,6 +64,30 @@ def test_trace_ranges_and_kernels(tmp_path):
     assert not any(name.startswith("echogen:") for name in kernels)
 
 
+def test_on_a_gpu_a_kernel_counts_once():
+    """Not for the operator that launched it too, nor for an annotation around it."""
+    kinds = torch.autograd.DeviceType
+
+    def event(key, kind, us, annotation=False):
+        return SimpleNamespace(
+            key=key, device_type=kind, is_user_annotation=annotation, count=2,
+            self_device_time_total=us, self_cpu_time_total=7.0,
+        )  # fmt: skip
+
+    events = [
+        event("aten::mm", kinds.CPU, 3000.0),
+        event("cudaGraphLaunch", kinds.CPU, 0.0),
+        event("nvjet_tst", kinds.CUDA, 3000.0),
+        event("_rope_kernel", kinds.CUDA, 1000.0),
+        event("Optimizer.step#AdamW.step", kinds.CUDA, 9000.0, annotation=True),
+    ]
+    found = trace._kernels(SimpleNamespace(key_averages=lambda: events), "cuda")
+    assert found == [
+        {"name": "nvjet_tst", "count": 2, "ms": 3.0, "share": 0.75},
+        {"name": "_rope_kernel", "count": 2, "ms": 1.0, "share": 0.25},
+    ]
+
+
 def test_command_lines():
     bare = ["python", "-m", "echogen", "profile", "cycle", "--tool", "none"]
     line = nsight.command("nsys", bare, Path("out/cycle"))
