@@ -13,14 +13,17 @@ import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
-from importlib.util import find_spec
+from importlib import metadata
 from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from torch.torch_version import TorchVersion
 
 DOMAIN = "echogen"
+NVTX_SINCE = "0.2.15"
+"""First version of the package nvtx whose ranges take a text and payloads by name."""
 COLOURS = {"engine": "green", "train": "blue", "bench": "gray"}
 """Of a range in Nsight's timeline, by the first part of its category."""
 
@@ -135,10 +138,20 @@ def _layout(names: tuple[str, ...]) -> np.dtype:
     return np.dtype([(name, np.int64) for name in names])
 
 
+def nvtx_missing() -> str | None:
+    """Why no NVTX ranges can be emitted; None where they can."""
+    try:
+        found = metadata.version("nvtx")
+    except metadata.PackageNotFoundError:
+        return "nvtx is not installed"
+    too_old = TorchVersion(found) < NVTX_SINCE
+    return f"nvtx {found} is older than {NVTX_SINCE}" if too_old else None
+
+
 def enable_nvtx() -> bool:
-    """Emit NVTX ranges from now on; False, and nothing else, where nvtx is not installed."""
+    """Emit NVTX ranges from now on; False, and nothing else, where `nvtx_missing`."""
     global _listeners
-    if find_spec("nvtx") is None:
+    if nvtx_missing() is not None:
         return False
     if not any(isinstance(listener, NvtxRanges) for listener in _listeners):
         _listeners = (*_listeners, NvtxRanges())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shlex
 import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -56,20 +55,23 @@ class Profile:
         check_range("batch", self.batch, 1, 4096)
         if self.within is not None and self.tool != "ncu":
             raise InputError(f"--within {self.within}: is for --tool ncu")
-        if self.within is not None and find_spec("nvtx") is None:
-            raise InputError(f"--within {self.within}: needs NVTX ranges; pip install nvtx")
+        from echogen.engine.ranges import nvtx_missing
+
+        if self.within is not None and (why := nvtx_missing()):
+            raise InputError(
+                f"--within {self.within}: needs NVTX ranges, and {why}: pip install -U nvtx"
+            )
         if self.tool == "ncu" and self.device == "cpu":
             raise InputError("--tool ncu: reads a GPU's kernels; add --device cuda")
         if self.dry_run and self.tool not in ("nsys", "ncu"):
             raise InputError(f"--dry-run: --tool {self.tool} has no command line; choose nsys, ncu")
         if self.out is None and self.tool != "none":
             raise InputError("--out is missing; name a folder for the trace")
-        trains = self.what in ("pmtp", "djo", "cycle-rl")
-        if trains and self.dtype is not None:
+        if self._trains and self.dtype is not None:
             raise InputError(
                 f"--dtype {self.dtype}: a training step takes its recipe's; leave it out"
             )
-        if not trains and self.recipe != "tiny" and self.model != "random":
+        if not self._trains and self.recipe != "tiny" and self.model != "random":
             raise InputError(
                 f"--recipe {self.recipe}: {self.model} has sizes of its own; add --model random"
             )
@@ -89,6 +91,10 @@ class Profile:
             return
         self._torch(asked)
 
+    @property
+    def _trains(self) -> bool:
+        return self.what in ("pmtp", "djo", "cycle-rl")
+
     def _torch(self, asked: Asked) -> None:
         assert self.out is not None
         make_folder(self.out)
@@ -98,6 +104,8 @@ class Profile:
 
         work = subjects.warmed(self.what, asked).work
         result = trace.run(work, self.out, self.what, self.device)
+        result |= {"model": self.model, "recipe": self.recipe, "batch": self.batch}
+        result["dtype"] = None if self._trains else self.dtype or "float32"  # else the recipe's
         write(self.out / f"{self.what}.json", dumps(result, indent=2).encode())
         show(
             f"{self.what}: {result['wall_ms']:.2f} ms on {result['device']}",
@@ -119,6 +127,7 @@ class Profile:
 
     def _nsight(self) -> None:
         from echogen.bench.profile import nsight
+        from echogen.engine.ranges import nvtx_missing
 
         assert self.out is not None and self.tool in ("nsys", "ncu")
         work = [sys.executable, "-m", "echogen", "profile", self.what, "--tool", "none"]
@@ -126,8 +135,8 @@ class Profile:
         work += ["--batch", str(self.batch), *(["--dtype", self.dtype] if self.dtype else [])]
         out = self.out / self.what
         line = nsight.command(self.tool, work, out, self.within)
-        if find_spec("nvtx") is None:
-            warn("nvtx is not installed; the report will hold no ranges")
+        if why := nvtx_missing():
+            warn(f"{why}; the report will hold no ranges")
         print(f"ECHOGEN_NVTX=1 {shlex.join(line)}", flush=True)
         if self.dry_run:
             return

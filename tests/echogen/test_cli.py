@@ -524,6 +524,8 @@ def test_profile(run, model, tmp_path):
     names = {e.get("name") for e in trace["traceEvents"]}
     assert {f"echogen:{c}" for c in found if c.startswith("engine/")} <= names
     assert json.loads((out / "cycle.json").read_text())["wall_ms"] > 0
+    asked = {"model": str(model), "recipe": "tiny", "batch": 2, "dtype": "float32"}
+    assert asked.items() <= done.data.items()
 
 
 def test_profile_for_other_profilers(run, model, tmp_path):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import timeit
 import types
+from importlib import metadata
 
 import numpy as np
 import pytest
@@ -109,8 +110,21 @@ def test_real_nvtx_takes_them_without_a_profiler():
         pass
 
 
-def test_without_the_package_nothing_is_emitted(monkeypatch):
-    monkeypatch.setattr(ranges, "find_spec", lambda name: None)
+@pytest.mark.parametrize(
+    ("installed", "why"),
+    [
+        (None, "nvtx is not installed"),
+        ("0.2.14", "nvtx 0.2.14 is older than 0.2.15"),  # its ranges take no text
+    ],
+)
+def test_without_the_package_nothing_is_emitted(monkeypatch, installed, why):
+    def version(name):
+        if installed is None:
+            raise metadata.PackageNotFoundError(name)
+        return installed
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert ranges.nvtx_missing() == why
     assert ranges.enable_nvtx() is False and ranges._listeners == ()
 
 
