@@ -27,10 +27,12 @@ def said(error: BaseException) -> str:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Device and its state, processor, versions and commit, JSON-ready; commit and dirty are None
-    outside git, unless ECHOGEN_COMMIT says which commit a copy is of; gpu is None on a CPU."""
+    """Device and its state, processor, versions, switches that are set, and commit, JSON-ready;
+    commit and dirty are None outside git, unless ECHOGEN_COMMIT says which commit a copy is of; gpu
+    is None on a CPU. What lies in bench/results, where results go, makes no checkout dirty."""
     commit = _git("rev-parse", "HEAD")
-    status = _git("status", "--porcelain") if commit else None
+    apart = ("--", ":/", ":(top,exclude)bench/results")
+    status = _git("status", "--porcelain", *apart) if commit else None
     if commit is None and (told := os.environ.get("ECHOGEN_COMMIT")):
         commit, status = told, ""
     return {
@@ -42,13 +44,22 @@ def environment(device: str = "cpu") -> dict[str, Any]:
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "triton": version("triton"),
+            "cuda": torch.version.cuda,
+            "cupy": next(filter(None, map(version, CUPY)), None),
+            "flash-attn": version("flash-attn"),
         },
+        "switches": {name: os.environ[name] for name in SWITCHES if name in os.environ},
         "gpu": gpu_state(_card(device)) if device.startswith("cuda") else None,
         "commit": commit,
         "dirty": None if status is None else bool(status),
     }
 
 
+CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+"""Distributions of CuPy, without which no operator in CUDA C++ runs on a GPU."""
+SWITCHES = ("ECHOGEN_EAGER", "ECHOGEN_FORCE_REFERENCE", "ECHOGEN_FUSED", "ECHOGEN_NATIVE",
+            "ECHOGEN_PDL", "TRITON_INTERPRET")  # fmt: skip
+"""Of the environment, that decide what runs."""
 GPU_STATE = ("driver_version", "power.draw", "power.limit", "clocks.sm", "clocks.mem",
              "temperature.gpu", "utilization.gpu")  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+import subprocess
 
 import pytest
 
@@ -12,8 +13,32 @@ from echogen.bench import harness
 def test_a_result_says_where_it_comes_from():
     found = harness.environment()
     assert found["device"] == "cpu" and found["gpu"] is None and found["cpus"] >= 1
-    assert {"python", "torch", "transformers", "triton"} <= found["versions"].keys()
+    assert {"python", "torch", "transformers", "triton", "cuda", "cupy"} <= found["versions"].keys()
     assert found["commit"] is None or len(found["commit"]) == 40
+
+
+def test_results_make_no_checkout_dirty(tmp_path, monkeypatch):
+    """A run of many benchmarks leaves the first ones' results there before the others begin."""
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "bench" / "harness.py"))
+    results = tmp_path / "bench" / "results" / "gpu"
+    results.mkdir(parents=True)
+    (tmp_path / "code.py").write_text("")
+    who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "code")):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    (results / "doctor.json").write_text("{}")
+    found = harness.environment()
+    assert len(found["commit"]) == 40 and found["dirty"] is False
+    (tmp_path / "new.py").write_text("")
+    assert harness.environment()["dirty"] is True
+
+
+def test_switches_are_told(monkeypatch):
+    for name in harness.SWITCHES:
+        monkeypatch.delenv(name, raising=False)
+    assert harness.environment()["switches"] == {}
+    monkeypatch.setenv("ECHOGEN_PDL", "1")
+    assert harness.environment()["switches"] == {"ECHOGEN_PDL": "1"}
 
 
 def test_processors_of_one_name_are_told_apart(tmp_path):
