@@ -216,7 +216,7 @@ def _case(
     wanted = contest.results(case, case.eager, contest.raised(inputs), case.outputs)
     agreed = list[Contestant]()
     for one in _contestants(case, device, providers, note):
-        reason = refusal(case, size, one, dtype, inputs, wanted)
+        reason = stand_in(case, one, device) or refusal(case, size, one, dtype, inputs, wanted)
         if reason is not None:
             note(reason)
             about = labels(case, size, dtype, one.name, "forward")
@@ -251,6 +251,18 @@ def _row(
     numbers = _numbers(ms, case.cost(case.sizes[size], dtype.itemsize, mode), rate)
     mib = None if memory is None else memory / 2**20
     return about | {"graph": graph} | numbers | {"mib": mib, "error": None}
+
+
+def stand_in(case: Case, one: Contestant, device: torch.device) -> str | None:
+    """Why this operator has no time: on a GPU its reference would be timed in its name, as CuPy is
+    absent or its code does not load. None where the operator itself runs, or the reference is asked
+    for."""
+    if one.name != OURS or device.type != "cuda":
+        return None
+    runs = dispatch.implementation(case.operator, "cuda")
+    return (
+        f"{case.name}: {OURS} is its {runs}; not timed" if runs.startswith("reference: ") else None
+    )
 
 
 def refusal(

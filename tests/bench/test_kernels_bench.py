@@ -16,6 +16,7 @@ from echogen.bench.roofline import Roofline
 from echogen.bench.speed import clock, kernels, memory, tables
 from echogen.cli import main
 from echogen.engine.gpu.graphs import CaptureError
+from echogen.kernels import dispatch
 
 
 def test_rows_are_complete():
@@ -227,6 +228,24 @@ def test_peers_are_loaded_behind_this_operator_and_may_fail(monkeypatch):
     assert "swiglu: broken is left out (undefined symbol: cudaMalloc)" in notes
     kernels.run(["swiglu"], providers=["eager"], repeats=1)
     assert order.count("peer") == 1  # nobody asked for it
+
+
+def test_on_a_gpu_no_reference_is_timed_in_an_operators_name(monkeypatch):
+    case, cuda = cases()["skinny_linear"], torch.device("cuda")
+    ours = kernels.Contestant("echogen", case.run, case.outputs)
+    eager = kernels.Contestant("eager", case.eager, case.outputs)
+
+    def runs(how):
+        monkeypatch.setattr(dispatch, "implementation", lambda name, device: how)
+
+    runs("reference: cupy is absent")
+    told = "skinny_linear: echogen is its reference: cupy is absent; not timed"
+    assert kernels.stand_in(case, ours, cuda) == told
+    assert kernels.stand_in(case, eager, cuda) is None
+    assert kernels.stand_in(case, ours, torch.device("cpu")) is None
+    for how in ("CUDA C++, from its fatbin", "reference (forced)"):
+        runs(how)
+        assert kernels.stand_in(case, ours, cuda) is None
 
 
 def test_an_error_of_the_device_keeps_the_rows_before_it(monkeypatch):
