@@ -56,9 +56,11 @@ watch: $(VENV)/.installed
 	mkdir -p build
 	$(RUN)/echogen bench kernels --json > build/kernels-cpu.txt
 
-# Without a GPU every part is started up and skipped.
+# Without a GPU every part is started up and skipped; on one the operators in CUDA C++ need CuPy. An
+# environment of your own, made otherwise: PYTHON=python3 bash bench/gpu.sh
 gpu: $(VENV)/.installed
-	bash bench/gpu.sh
+	! command -v nvidia-smi > /dev/null || $(RUN)/pip install --quiet "cupy-cuda13x>=14"
+	PYTHON=$(RUN)/python bash bench/gpu.sh
 
 clean:
 	rm -rf build out kernels/cuda/*.fatbin *.egg-info .pytest_cache .mypy_cache .ruff_cache

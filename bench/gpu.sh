@@ -31,7 +31,7 @@ asked=" ${*:-${PARTS[*]}} "
 PYTHON=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 SECONDS_IN_ALL=${SECONDS_IN_ALL:-570}
 if ! why=$("$PYTHON" -c 'import echogen.cli, echogen.train.stages.cycle_rl' 2>&1); then
-  echo "$PYTHON cannot run echogen (${why##*$'\n'}): make .venv, or name another PYTHON"
+  echo "$PYTHON cannot run echogen (${why##*$'\n'}): run make gpu, or name another PYTHON"
   exit 1
 fi
 GPU=yes
