@@ -45,7 +45,7 @@ def section(results: Path = RESULTS) -> str:
         drawing(_read(gpu, "latency-*.json") + _read(gpu, "rollout-*.json")),
         windows(_read(gpu, "window-*.json")),
         training(_read(gpu, "train-*.json")),
-        kernels(_read(gpu, "kernels*.json")),
+        kernels(_read(gpu, "kernels.json") + _read(gpu, "kernels-*.json")),
     )
     on_gpu = [part.on_a_gpu() for part in there if part] or [NO_GPU]
     return indexed([*(part for part in here if part), *on_gpu])

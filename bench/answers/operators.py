@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from echogen.bench.answers.part import Part, Result, measured, table
 
+CELL = ("operator", "shape", "dtype", "mode")
+"""What a time of an operator is of."""
+
 
 def memory(results: list[Result]) -> Part | None:
     """One row a case that holds 100 MiB or more in eager PyTorch."""
@@ -36,23 +39,27 @@ def memory(results: list[Result]) -> Part | None:
 
 def kernels(results: list[Result]) -> Part | None:
     """Of a GPU: this project's time, share of the floor and ratio to every other provider."""
-    rows = []
-    for r in (row for result in results for row in result["kernels"]):
-        if r["provider"] != "echogen" or r["error"]:
-            continue
-        same = ("operator", "shape", "dtype", "mode")
-        others = [
-            f"{o['provider']} {o['ms'] / r['ms']:.2f}×"
-            + " (no graph)" * (o.get("graph") is False and r.get("graph") is True)
-            for result in results
-            for o in result["kernels"]
-            if o["provider"] != "echogen" and o["ms"] and all(o[k] == r[k] for k in same)
-        ]
-        share = f"{r['percent_of_floor']:.0f} ({r['bound']})" if r["percent_of_floor"] else ""
-        rows.append(
-            (f"`{r['operator']}`", r["shape"], r["dtype"], r["mode"], f"{r['ms']:.3f}", share,
-             ", ".join(others))
-        )  # fmt: skip
+    cells = dict[tuple[str, ...], tuple[Result, list[str]]]()
+    for result in results:
+        for r in result["kernels"]:
+            if r["provider"] != "echogen" or r["error"]:
+                continue
+            cell = tuple(r[name] for name in CELL)
+            # Ratios are of one run; the time shown is that of the first.
+            cells.setdefault(cell, (r, []))[1].extend(
+                f"{o['provider']} {o['ms'] / r['ms']:.2f}×"
+                + " (no graph)" * (o.get("graph") is False and r.get("graph") is True)
+                for o in result["kernels"]
+                if o["provider"] != "echogen" and o["ms"] and tuple(o[n] for n in CELL) == cell
+            )
+    rows = [
+        (
+            f"`{r['operator']}`", *cell[1:], f"{r['ms']:.3f}",
+            f"{r['percent_of_floor']:.0f} ({r['bound']})" if r["percent_of_floor"] else "",
+            ", ".join(others),
+        )
+        for cell, (r, others) in cells.items()
+    ]  # fmt: skip
     if not rows:
         return None
     headings = (

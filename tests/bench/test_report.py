@@ -160,6 +160,13 @@ def test_a_gpu_changes_what_is_said(tmp_path):
     assert "(NVIDIA H200; PyTorch 2.11.0; commit no commit+)" in text
     assert "| `swiglu` | rows=16 | bfloat16 | forward | 0.100 | 92 (memory) | eager 2.50× |" in text
     ours, eager = kernels["kernels"]
+    # Another run, of a slower moment: ratios are of one run, and an operator has one row.
+    again = [ours | {"ms": 0.2}, row | {"provider": "compile", "ms": 0.3, "percent_of_floor": 30}]
+    path = tmp_path / "gpu" / "kernels-compile.json"
+    path.write_text(json.dumps(kernels | {"kernels": again}))
+    text = report.section(tmp_path)
+    assert text.count("| `swiglu` |") == 1 and "eager 2.50×, compile 1.50× |" in text
+    path.unlink()
     graphed = [ours | {"graph": True}, eager | {"graph": False}]
     (tmp_path / "gpu" / "kernels.json").write_text(json.dumps(kernels | {"kernels": graphed}))
     assert "| 92 (memory) | eager 2.50× (no graph) |" in report.section(tmp_path)
