@@ -245,6 +245,20 @@ def test_rates_that_cannot_be_measured_leave_the_times(monkeypatch, tmp_path):
     assert f"| {MICRO}, float32 | 1, 5 |" in report.section(tmp_path)
 
 
+def test_overhead_that_cannot_be_measured_leaves_the_times(monkeypatch):
+    class CompilationError(Exception):
+        """As Triton's: no RuntimeError."""
+
+    def fails(subject):
+        raise CompilationError("K must be at least 32")
+
+    monkeypatch.setattr(drawing, "hollow", fails)
+    result = drawing.run(plan(peers=()), [MICRO])
+    assert [r["provider"] for r in result["results"]] == ["echogen"] and not result["failed"]
+    wanted = f"{MICRO}: its step without arithmetic: CompilationError: K must be at least 32"
+    assert result["left_out"] == [wanted]
+
+
 def test_a_failed_cell_fails_the_command(monkeypatch, capsys):
     def own(self):
         raise RuntimeError("an illegal access")
