@@ -24,6 +24,8 @@ from echogen.engine.decoding.decode import Progress, decode_image
 from echogen.engine.decoding.jacobi import Draft, WindowDrawing, decode_windows, default_window
 from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import Engine
+from echogen.engine.gpu.device import DeviceTransformer
+from echogen.engine.gpu.graphs import Kept
 from echogen.engine.layout import Layout
 from echogen.train.data.scenes import load_scenes
 from echogen.train.data.shapes import COLORS, GROUND, IMAGE_SIZE, SHAPES, TEXTURES, Object, Scene
@@ -95,6 +97,9 @@ def run(
             sampling = Sampling(temperature=temperature, cfg=cfg)
             usual = default_window(batch * (1 + sampling.guided))
             ways = list(itertools.product(windows or (usual,), drafts))
+            if isinstance(engine.decoder, DeviceTransformer):
+                # All ways, code by code, and windows of one: or one would be recorded as timed.
+                engine.decoder.steps = Kept[Any](2 + len(ways))
             tallies = [_Tally(sampling, *way) for way in ways]
             for pictures in sets:
                 for group in pictures.groups(batch):

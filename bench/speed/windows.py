@@ -29,6 +29,7 @@ from echogen.engine.decoding.jacobi import decode_windows
 from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import on_operators
 from echogen.engine.gpu.device import DeviceTransformer
+from echogen.engine.gpu.graphs import Kept
 
 WINDOWS = (1, 2, 4, 8, 16, 32)
 CODES = 17
@@ -91,7 +92,7 @@ def run(
         for width in windows:
             if not 1 <= width <= tokens // 2:
                 raise WindowError(f"window {width}: this model's are 1 to {tokens // 2} codes")
-        drawing = _Drawing(subject, batch, cfg, seed)
+        drawing = _Drawing(subject, batch, cfg, seed, 1 + len(windows))
         for done in range(-1, repeats):  # the first round makes what the others find
             spent = drawing.one_by_one(), [drawing.in_windows(w) for w in windows]
             if done >= 0:
@@ -115,7 +116,7 @@ def run(
 class _Drawing:
     """One batch that can be drawn code by code, and run in windows at the middle of its images."""
 
-    def __init__(self, subject: Subject, batch: int, cfg: float, seed: int) -> None:
+    def __init__(self, subject: Subject, batch: int, cfg: float, seed: int, steps: int) -> None:
         s, self._subject = subject, subject
         self._rows = s.rows(s.prompts[:batch], cfg)
         self._sampling, self._seed, self._batch = Sampling(cfg=cfg), seed, batch
@@ -125,6 +126,7 @@ class _Drawing:
         codes = torch.randint(c.codebook_size, (batch, c.image_tokens), generator=generator)
         self._codes, self._made = codes.to(s.code_table.device), self._sampler()
         if isinstance(self._model, DeviceTransformer):
+            self._model.steps = Kept[Any](steps)  # all of them, or one would be recorded as timed
             return
         self._windows: Windows = open_windows(
             self._model, s.code_table, self._rows, s.pad, self._sampling.guided

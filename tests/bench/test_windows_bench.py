@@ -10,6 +10,8 @@ from rich.console import Console
 
 from echogen.bench.speed import windows
 from echogen.cli import main
+from echogen.engine.gpu.device import DeviceTransformer
+from echogen.engine.gpu.graphs import MOST_KEPT, Eager
 
 
 @pytest.fixture
@@ -42,6 +44,27 @@ def test_every_window_is_timed_beside_one_code(trained, cfg, dtype):
     one, four = (row["projection"] for row in result["windows"])
     assert one is None and (four is None) == (cfg == 1.0)  # nothing was counted of those
     Console(quiet=True).print(windows.table(result))
+
+
+def test_on_a_gpu_no_window_is_recorded_while_it_is_timed(monkeypatch, trained):
+    """However many there are."""
+
+    class Counting(Eager):
+        made = 0
+
+        def record(self, step):
+            Counting.made += 1
+            return step
+
+    def on_operators(plain, table):
+        return DeviceTransformer(plain, table, record=Counting())
+
+    monkeypatch.setattr(windows, "on_operators", on_operators)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    each = range(1, 9)
+    assert 1 + len(each) > MOST_KEPT
+    windows.run("random:micro", each, 1, 1.0, repeats=2, threads=1, trained=trained)
+    assert Counting.made == 1 + len(each)
 
 
 def test_a_projection_says_what_it_is_made_of(trained, tmp_path):
