@@ -3,7 +3,8 @@
 # the next, and a benchmark that is interrupted leaves what it has measured. Without a GPU each part
 # says why it is skipped and only starts up.
 # Usage: [PYTHON=python3] [RESULTS=bench/results/gpu] [SECONDS_IN_ALL=570] bash bench/gpu.sh [PART…]
-# What does not fit into SECONDS_IN_ALL is skipped, by name. Named parts run alone, in the order of
+# What does not fit into SECONDS_IN_ALL is skipped, by name; Ctrl-C skips what is behind the part that
+# runs, which `timeout` keeps from the terminal. Named parts run alone, in the order of
 # PARTS, and leave what other calls found in RESULTS.
 # Leaves PART.txt (output), PART.err, of parts that end with a line of JSON PART.json, and of those
 # that fail PART.failed; summary.json holds every line of JSON by part, and all.tar.gz every file,
@@ -239,10 +240,14 @@ stage() { # PART, as train-STAGE-RECIPE
   echo "${rest%-*}"
 }
 
-
-failed=()
+failed=() stopped=
+trap 'stopped=yes' INT
 for name in "${PARTS[@]}"; do
   case $asked in *" $name "*) ;; *) continue ;; esac
+  if [ -n "$stopped" ]; then
+    echo "stopped before $name; what was measured is in $RESULTS"
+    exit 130
+  fi
   rm -f "$RESULTS/$name".*
   run "$name"
   summarise
