@@ -112,7 +112,8 @@ def operator(
         name: of the operator, the reference, the test file and the benchmark.
         launcher: same signature; allocates the outputs and launches the kernel.
         kind: what the launcher launches, for people.
-        mutates: arguments that are written to.
+        mutates: arguments that are written to, none of which has a default: of one that is left
+            out torch 2.11 notes the writing all the same (IndexError).
     """
 
     def register(reference: Callable[..., Any]) -> CustomOpDef:

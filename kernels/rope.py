@@ -195,7 +195,7 @@ def _launch(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tu
 
 def _launch_cache(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    slots: Tensor, scales: Tensor | None = None,
+    slots: Tensor, scales: Tensor | None,
 ) -> Tensor:  # fmt: skip
     if _double(q, k):
         return reference.rope_cache(q, k, v, cos, sin, keys, values, slots, scales)
@@ -220,7 +220,7 @@ def _rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tupl
 @operator("rope_cache", _launch_cache, mutates=("keys", "values", "scales"))
 def _rope_cache(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor,
-    slots: Tensor, scales: Tensor | None = None,
+    slots: Tensor, scales: Tensor | None,
 ) -> Tensor:  # fmt: skip
     return reference.rope_cache(q, k, v, cos, sin, keys, values, slots, scales)
 

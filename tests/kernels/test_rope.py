@@ -216,7 +216,7 @@ def test_opcheck(generator, device):
     slots = torch.arange(6, device=device).view(2, 3)
     cache = torch.zeros(2, 2, 1, 6, 4, device=device)
     torch.library.opcheck(
-        torch.ops.echogen.rope_cache.default, (q, k, v, cos, sin, cache[0], cache[1], slots)
+        torch.ops.echogen.rope_cache.default, (q, k, v, cos, sin, cache[0], cache[1], slots, None)
     )
     eight = cache.to(torch.float8_e4m3fn)
     more = (eight[0], eight[1], slots, torch.zeros(2, 2, 1, 6, device=device))
