@@ -114,13 +114,15 @@ class CudaGraphs:
         """What ``step`` launches on the current stream. Not by ``torch.cuda.graph``, which leaves
         its own stream the current one where a capture ends in an error."""
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # within a capture the allocator cannot give anything back
         # cuBLAS's workspace of this stream. As the warm-ups left it, it would lie outside the pool:
         # all graphs would know its address, and the first of them to go would free it (torch since
         # 2.12; elsewhere whoever clears workspaces, as torch.compile's own graphs do). So a capture
         # finds none, allocates one in the pool, and leaves none to others. This clears the
-        # workspaces of all streams; whoever multiplies next on one of them allocates another.
+        # workspaces of all streams; whoever multiplies next on one of them allocates another. What
+        # another thread is about to launch keeps its memory: freed behind `empty_cache`, it stays
+        # with the allocator, which gives it to later work of that stream alone.
         torch._C._cuda_clearCublasWorkspaces()
-        torch.cuda.empty_cache()  # within a capture the allocator cannot give anything back
         if not self._graphs:  # torch refuses the pool of graphs that are gone
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
