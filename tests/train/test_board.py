@@ -119,6 +119,20 @@ def test_a_pace_counts_steps_and_what_passed_through_them(monkeypatch: pytest.Mo
     assert pace.left(3) == 18.0  # evaluations are on the way too
 
 
+def test_a_run_on_the_cpu_beside_a_gpu_tells_its_own_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nothing was taken on the device, but something in the process has begun with CUDA."""
+    own = peak_memory()
+    for name, answer in (("is_available", True), ("is_initialized", True)):
+        monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 0)
+    assert peak_memory() >= own
+    assert note({}, Pace(None).rates()).endswith("MiB")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7 << 20)
+    assert peak_memory() == 7 << 20
+
+
 def test_without_a_terminal_a_line_holds_rates_and_the_time_left(
     stage: PMTPStage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

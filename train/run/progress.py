@@ -92,9 +92,12 @@ class Pace:
 
 
 def peak_memory() -> int:
-    """Bytes at the highest: of the device where there is one, else of this process."""
+    """Bytes at the highest: of the device where any was taken there, else of this process."""
+    # torch.compile begins with CUDA where there is a GPU, also for what runs on the CPU.
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return torch.cuda.max_memory_allocated()
+        taken = torch.cuda.max_memory_allocated()
+        if taken:
+            return taken
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
