@@ -7,6 +7,9 @@ import json
 import pytest
 from rich.console import Console
 
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
 from echogen.bench.harness import WrongResult
 from echogen.bench.speed import http
 from echogen.cli import main

@@ -17,6 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
 from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.http import middleware, wire
 from echogen.engine.http.middleware import BODIES, BODY

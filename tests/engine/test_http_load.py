@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+pytest.importorskip("fastapi")
+pytest.importorskip("uvicorn")
+
 from echogen.engine.http import app, connection, service
 from echogen.engine.http.wire import Drawing, Search
 
