@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from itertools import pairwise
@@ -29,6 +30,7 @@ from echogen.engine.ranges import listening
 from echogen.train.config import Recipe
 from echogen.train.recipes import tiny
 from echogen.train.run.progress import PASS, peak_memory
+from echogen.train.run.stop import Stop
 
 WATCHED = 2
 """Steps whose time is given out to ranges, at most."""
@@ -68,7 +70,8 @@ def run(
 
     The steps follow one another as in training: a GPU is waited for before the first and after the
     last, and in between only where a step itself does. ``phases`` and ``shares`` come from further
-    steps, in which it is waited for at the ends of every range.
+    steps, in which it is waited for at the ends of every range. Ctrl-C (SIGINT) ends it behind the
+    step under way, and what was measured until then is returned; a second one ends it at once.
 
     Args:
         stage: one of ``STAGES``.
@@ -90,7 +93,8 @@ def run(
         stage's type), ``peak_mib`` of the process or, on CUDA, of the tensors of the steps timed,
         ``phases``, shares of the time by what a step consists of (see ``PHASES``; whatever runs
         inside a phase is part of it, but for another phase), ``shares`` of it by innermost range,
-        and the environment.
+        ``interrupted`` (it was by Ctrl-C; before the steps of the shares these are empty), and the
+        environment.
 
     Raises:
         ValueError: no such stage.
@@ -114,14 +118,18 @@ def run(
     packed.clear()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    passes = Passes()
-    with listening(passes):
-        times, whole = timed(work, repeats, device, progress)
-    padding, spread = packed.padding, quantiles(times)
-    peak = peak_memory() / 2**20
-    phases, shares = _shares(work, min(repeats, WATCHED), device, stage)
-    dtype = torch.bfloat16 if subject.config.loop.bf16 else torch.float32
-    ceiling = measure(torch.device(device), dtype).flops_per_s
+    passes, stop = Passes(), Stop()
+    with stop.listening(signal.SIGINT):
+        with listening(passes):
+            times, whole = timed(work, repeats, device, progress, stop)
+        padding, spread = packed.padding, quantiles(times)
+        peak = peak_memory() / 2**20
+        phases: dict[str, float] = {}
+        shares: dict[str, float] = {}
+        if not stop.asked:
+            phases, shares = _shares(work, min(repeats, WATCHED), device, stage, stop)
+        dtype = torch.bfloat16 if subject.config.loop.bf16 else torch.float32
+        ceiling = measure(torch.device(device), dtype).flops_per_s
     return {
         "stage": stage,
         "recipe": recipe.name,
@@ -133,12 +141,13 @@ def run(
         "ms_per_step_q20": 1e3 * spread["q20"],
         "ms_per_step_q80": 1e3 * spread["q80"],
         "images_per_s": subject.images / spread["median"],
-        "tokens_per_s": passes.tokens * (1 - padding) / repeats / spread["median"],
+        "tokens_per_s": passes.tokens * (1 - padding) / len(times) / spread["median"],
         "padding": padding,
         "utilisation": needed(subject.module.config, passes) * (1 - padding) / whole / ceiling,
         "peak_mib": peak,
         "phases": phases,
         "shares": shares,
+        "interrupted": stop.asked,
         "threads": torch.get_num_threads(),
     } | environment(device)
 
@@ -179,9 +188,11 @@ def needed(config: ModelConfig, passes: Passes) -> int:
     return Weights.of(config).body * (6 * passes.trained + 2 * passes.read)
 
 
-def timed(work: Work, repeats: int, device: str, progress: Progress) -> tuple[list[float], float]:
+def timed(
+    work: Work, repeats: int, device: str, progress: Progress, stop: Stop
+) -> tuple[list[float], float]:
     """Seconds of each run and of all, with the device waited for at both ends only: on CUDA the
-    single times lie between events in its queue."""
+    single times lie between events in its queue. Fewer runs where it was asked to stop."""
     on_cuda = device.startswith("cuda")
     marks: list[Any] = []
 
@@ -200,6 +211,8 @@ def timed(work: Work, repeats: int, device: str, progress: Progress) -> tuple[li
         work()
         mark()
         progress(done + 1, repeats)
+        if stop.asked:
+            break
     whole = now() - began
     if on_cuda:
         return [a.elapsed_time(b) / 1e3 for a, b in pairwise(marks)], whole
@@ -219,7 +232,7 @@ class Phases(Stopwatch):
 
 
 def _shares(
-    work: Work, steps: int, device: str, stage: str
+    work: Work, steps: int, device: str, stage: str, stop: Stop
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Shares of the time by phase and by innermost range, the largest first."""
     watches = Phases(PHASES[stage], clock(device)), Stopwatch(clock(device))
@@ -228,6 +241,8 @@ def _shares(
             watch.start()
         for _ in range(steps):
             work()
+            if stop.asked:
+                break
         wholes = [watch.stop() for watch in watches]
     phases, shares = (
         {row.category: row.seconds / whole for row in watch.ranked}

@@ -237,9 +237,12 @@ class BenchTrain:
         )
         for what, by in (("phase", "phases"), ("innermost range", "shares")):
             shares = [(name, f"{share:.1%}") for name, share in r[by].items()]
-            show(f"Time by {what}", (what, "share"), shares)
+            if shares:
+                show(f"Time by {what}", (what, "share"), shares)
         if self.json:
             print_json(r)
+        if r["interrupted"]:
+            raise KeyboardInterrupt
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -16,6 +18,7 @@ from echogen.engine.model import UnifiedTransformer
 from echogen.engine.ranges import span
 from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, Recipe, VQConfig
 from echogen.train.recipes import RECIPES, janus_pro_1b, small
+from echogen.train.run.stop import Stop
 from echogen.train.stages.vq import build_vq
 from echogen.train.tokenizer import train_tokenizer
 
@@ -185,6 +188,19 @@ def test_large_recipes_shrunk(name, stage):
     assert result["images"] == parts * (8 if stage == "cycle-rl" else 1)
 
 
+def test_an_interrupt_keeps_what_was_measured():
+    seen = []
+
+    def progress(done: int, total: int) -> None:
+        seen.append(done)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    result = train.run("pmtp", repeats=9, recipe=MICRO, progress=progress)
+    assert seen == [1] and result["interrupted"] and result["shares"] == result["phases"] == {}
+    assert result["ms_per_step"] == result["ms_per_step_q80"] > 0
+    assert result["tokens_per_s"] > 0 and 0 < result["utilisation"] < 1
+
+
 def test_a_batch_comes_in_the_recipes_parts():
     with pytest.raises(train.BatchError, match="batch 3: recipe micro takes a step in 2 parts"):
         micro("djo", batch=3)
@@ -207,7 +223,7 @@ def test_a_gpu_is_waited_for_at_both_ends_only(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    times, whole = train.timed(lambda: log.append("step"), 2, "cuda", lambda done, total: None)
+    times, whole = train.timed(lambda: log.append("step"), 2, "cuda", lambda *done: None, Stop())
     assert log == ["wait", "mark", "step", "mark", "step", "mark", "wait"]
     assert times == [2.0, 2.0] and whole > 0
 

@@ -59,12 +59,13 @@ class Stop:
         return signal.Signals(self.number).name
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Note signals within the block; behind it handlers are as before."""
+    def listening(self, *numbers: signal.Signals) -> Iterator[None]:
+        """Note signals within the block, of these ``numbers`` where any are given; behind it
+        handlers are as before."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        numbers = (signal.SIGTERM, signal.SIGINT)
+        numbers = numbers or (signal.SIGTERM, signal.SIGINT)
         before = [signal.signal(number, self._note) for number in numbers]
         try:
             yield
