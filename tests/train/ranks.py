@@ -7,6 +7,7 @@ folder below the one given; test_distributed reads them.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import shutil
 import sys
@@ -18,9 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, VQConfig
-from echogen.train.data import samples, scenes
+from echogen.train.data import pictures, samples, scenes
 from echogen.train.eval import tables
 from echogen.train.run.loop import run
 from echogen.train.stages import cycle_rl, world
@@ -140,8 +142,27 @@ def resumed(begun: Path, folder: Path, parallel: str) -> None:
     run(stage, stage.config.loop, folder, resume=True)
 
 
+def looked_at(out: Path) -> None:
+    """A folder of pictures as each process sees it, and how many of them it opens."""
+    rank, folder, seen, look = os.environ["RANK"], out / "mine", [], pictures._looked_at
+    if rank == "0":  # the others are told what there is
+        folder.mkdir()
+        lines = []
+        for i in range(3):
+            Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(folder / f"{i}.png")
+            objects = [{"expr": "it", "box": [0, 0, 1, 1]}]
+            lines.append(json.dumps({"image": f"{i}.png", "caption": "one", "objects": objects}))
+        (folder / "layouts.jsonl").write_text("\n".join(lines))
+    pictures._looked_at = lambda path: seen.append(path) or look(path)
+    source = pictures.Pictures(folder)
+    told = [(e.path.name, e.digest, e.layout.to_dict()) for e in source._entries]
+    told += [source.fingerprint]
+    (out / f"pictures-{rank}.json").write_text(json.dumps({"told": told, "opened": len(seen)}))
+
+
 def main(start: Path, out: Path) -> None:
     """Everything that two processes do."""
+    looked_at(out)
     for module, name, value in SMALL:
         setattr(module, name, value)
     run_all(start, out / "ddp", "ddp", ("pmtp", "many", "djo", "rl"))

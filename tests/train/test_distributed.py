@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import socket
 import subprocess
@@ -131,6 +132,12 @@ def test_two_processes_do_what_one_does(runs: Path, parallel: str, name: str) ->
     assert len([r for r in rows(runs / parallel / name) if "loss" in r]) == (
         {"pmtp": 20, "many": 4}.get(name, 3)
     )
+
+
+def test_pictures_are_opened_by_the_first_process(runs: Path) -> None:
+    first, second = (json.loads((runs / f"pictures-{i}.json").read_text()) for i in range(2))
+    assert (first["opened"], second["opened"]) == (3, 0)
+    assert first["told"] == second["told"] and len(first["told"]) == 4
 
 
 def test_the_runs_were_of_parts_that_differ(runs: Path, ranks: ModuleType, pmtp_run, monkeypatch):

@@ -98,6 +98,26 @@ def test_pictures_are_encoded_once_and_by_what_they_are(
     assert len(list(cache.iterdir())) == 2
 
 
+def test_the_codes_of_all_pictures_are_not_copied(folder: Path, cache: Path) -> None:
+    """They are narrow and lie in the cached file, of which a machine's processes share the pages.
+    Held as int64 by each of eight processes they would take 32 times the memory."""
+    every = Pictures(folder).training(build_vq(VQ, 32).eval())
+    assert len(every) == COUNT - 1
+    for sample in every:
+        assert sample.codes.dtype == np.uint16 and not sample.codes.flags.owndata
+        assert not sample.codes.flags.writeable  # mapped, and to be read only
+
+
+def test_a_picture_of_many_lines_is_read_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(folder, *(line(i, image="pictures/0.png") for i in range(5)), line(1))
+    read, seen = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: seen.append(path.name) or read(path))
+    Pictures(folder)
+    assert sorted(seen) == ["0.png", "1.png", FILE]
+
+
 def test_a_picture_stays_on_its_side_of_the_split(folder: Path) -> None:
     many = {f"{i:032x}" for i in range(100, 300)}
     held = held_back(many)

@@ -66,10 +66,15 @@ def segment(
     return table
 
 
+def image_ids(codes: np.ndarray, vocab_size: int) -> np.ndarray:
+    """The ids int64 of image codes of any type: a data set's are stored in a narrow one."""
+    return codes.astype(np.int64) + vocab_size
+
+
 def l2i_tree(prompt: list[int], codes: np.ndarray, vocab_size: int) -> Tree:
     """Prompt and image codes; the loss is on image codes only."""
     n = len(prompt)
-    table = segment(np.concatenate((prompt, codes[:-1] + vocab_size)), 0)
+    table = segment(np.concatenate((prompt, image_ids(codes[:-1], vocab_size))), 0)
     table[CODES, n - 1 :] = codes
     return Tree(table, range(n, table.shape[1]))
 
@@ -81,7 +86,7 @@ def l2i_group_tree(prompt: list[int], codes: np.ndarray, vocab_size: int) -> Tre
     Its last token predicts each image's first code, and so begins every branch.
     """
     (group, t), trunk = codes.shape, len(prompt) - 1
-    ids = np.concatenate((np.full((group, 1), prompt[-1]), codes[:, :-1] + vocab_size), 1)
+    ids = np.concatenate((np.full((group, 1), prompt[-1]), image_ids(codes[:, :-1], vocab_size)), 1)
     images = [segment(ids[g], trunk, g + 1, codes[g]) for g in range(group)]
     held = trunk + np.arange(group * t).reshape(group, t)[:, 1:]
     return Tree(np.concatenate([segment(prompt[:-1], 0), *images], 1), held.ravel())
@@ -93,7 +98,7 @@ def i2l_tree(
     """Image prefix and a branch for each (expression, box); the loss is on coordinates and
     ``</box>`` only."""
     before, after = prompts.i2l()
-    trunk = segment(np.concatenate((before, codes + vocab_size, after)), 0)
+    trunk = segment(np.concatenate((before, image_ids(codes, vocab_size), after)), 0)
     image = range(len(before), len(before) + len(codes))
     return Tree(_with_branches(trunk, prompts, questions), image)
 
@@ -108,7 +113,7 @@ def shared_tree(
     """Both tasks over one image (mask `shared`): prompt, image codes, the rest of the I2L
     trunk, branches. The questions do not see the prompt, but the image they see has seen it."""
     n, t, after = len(prompt), len(codes), prompts.i2l()[1]
-    trunk = segment(np.concatenate((prompt, codes + vocab_size, after)), 0)
+    trunk = segment(np.concatenate((prompt, image_ids(codes, vocab_size), after)), 0)
     trunk[BRANCH, :n], trunk[BRANCH, n : n + t] = SHARED_PROMPT, SHARED_IMAGE
     trunk[CODES, n - 1 : n + t - 1] = codes
     return Tree(_with_branches(trunk, prompts, questions), range(n, n + t))

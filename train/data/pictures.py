@@ -9,8 +9,9 @@ drawing, so there is no judge.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from echogen.train.data.layouts import check_room
 from echogen.train.data.llm import Rejected, Rules, key_of
 from echogen.train.data.samples import Sample, cached_codes, image_side, module_hash
 from echogen.train.data.source import Validation
+from echogen.train.parallel.distributed import told_by_first
 
 FILE = "layouts.jsonl"
 EVERY = 50
@@ -49,8 +51,9 @@ class Entry(NamedTuple):
 class Pictures:
     """A folder's pictures as a `Source`.
 
-    All files are read once, at every start, so that none can change unnoticed. The image codes are
-    kept in the cache under the pictures' bytes and the image tokenizer that made them.
+    All files are read once, at every start and by the first process, so that none can change
+    unnoticed. The image codes are kept in the cache under the pictures' bytes and the image
+    tokenizer that made them.
 
     Raises:
         LayoutError: the first line that does not keep to the rules, or whose picture cannot be
@@ -59,7 +62,7 @@ class Pictures:
 
     def __init__(self, folder: str | Path) -> None:
         self._file = Path(folder) / FILE
-        self._entries = read_entries(self._file)
+        self._entries = told_by_first(lambda: read_entries(self._file))
         self._first = {e.digest: e for e in reversed(self._entries)}
         """Of every different picture the first line."""
         self._held = held_back(self._first)
@@ -93,7 +96,7 @@ class Pictures:
         rows = dict(zip(sorted(self._first), self._codes(vq), strict=True))
         return [
             Sample(
-                rows[e.digest].astype(np.int64),
+                rows[e.digest],
                 e.layout.caption,
                 tuple(o.box for o in e.layout.objects),
                 tuple((o.expr,) for o in e.layout.objects),
@@ -125,11 +128,12 @@ class Pictures:
 def read_entries(file: Path) -> list[Entry]:
     """The lines of a file; empty ones are passed over. Raises LayoutError, see `Pictures`."""
     entries, known = list[Entry](), set[tuple[str, str]]()
+    look = cache(_looked_at)  # a picture may have many lines
     for number, line in enumerate(read_text(file).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            entry = _entry(file, number, line)
+            entry = _entry(file, number, line, look)
             if (key := (entry.digest, key_of(entry.layout))) in known:
                 raise LayoutError("this picture was there before with the same objects and boxes")
         except (LayoutError, Rejected, ImageError) as error:
@@ -141,7 +145,7 @@ def read_entries(file: Path) -> list[Entry]:
     return entries
 
 
-def _entry(file: Path, number: int, line: str) -> Entry:
+def _entry(file: Path, number: int, line: str, look: Callable[[Path], str]) -> Entry:
     data = read_json(line)
     image = data.pop("image", None) if isinstance(data, dict) else None
     layout = Layout.from_dict(data)
@@ -155,7 +159,7 @@ def _entry(file: Path, number: int, line: str) -> Entry:
             f"picture as it is (after a crop or a pad)"
         )
     Rules(free=True).hold(layout)
-    return Entry(number, path, _looked_at(path), layout)
+    return Entry(number, path, look(path), layout)
 
 
 def _looked_at(path: Path) -> str:

@@ -32,7 +32,7 @@ class Sample:
     """One image with everything known of its layout.
 
     Attributes:
-        codes: image codes int64 [T].
+        codes: image codes [T], whole numbers of any type.
         caption: of the whole image.
         boxes: one normalised box an object.
         expressions: for each object, the expressions that single it out, shortest first.
@@ -88,7 +88,7 @@ def cached_codes(
     batch: int = 64,
 ) -> np.ndarray:
     """Image codes uint16 [count, T] of any pictures, from the cache or encoded now; see
-    `load_codes`.
+    `load_codes`. They are mapped from the file, which the processes of a machine share.
 
     Args:
         name: under which they are kept; it tells apart whatever their codes depend on.
@@ -112,8 +112,8 @@ def cached_codes(
         codes = parts.gathered(path, ("encoding", what), cuts, encoded, _as_bytes, _as_codes)
         replace_file(path, _as_bytes(np.concatenate(codes)))
         parts.drop(path, cuts)
-    whole: np.ndarray = np.load(path)
-    return whole
+    whole: np.memmap = np.load(path, mmap_mode="r")
+    return whole.view(np.ndarray)
 
 
 def _as_bytes(codes: np.ndarray) -> bytes:
@@ -133,7 +133,7 @@ def _as_codes(data: bytes, part: range) -> np.ndarray | None:
 def load_samples(vq: JanusVQVAE, split: str, count: int) -> list[Sample]:
     """The first ``count`` samples of a split of ShapesWorld."""
     scenes = load_scenes(split, count)
-    codes = load_codes(vq, split, scenes).astype(np.int64)
+    codes = load_codes(vq, split, scenes)
     return [
         Sample(
             row,

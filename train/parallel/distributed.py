@@ -82,6 +82,17 @@ def one_goes_first() -> Iterator[None]:
         dist.barrier(patient_group())
 
 
+def told_by_first(find: Callable[[], T]) -> T:
+    """What the first process finds, in all of them."""
+    if world_size() == 1:
+        return find()
+    connect()
+    told: list[Any] = [find() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(told, 0, group=patient_group())
+    found: T = told[0]
+    return found
+
+
 def start(config: LoopConfig) -> Processes:
     """The processes of a run, as ``config.parallel`` and the environment say.
 

@@ -154,7 +154,7 @@ class WorldStage(ABC):
         self.module.eval()
         self.engine.refresh()
         image, text = self._validation(drawn, image_loss), self._validation(found, box_loss)
-        codes = np.stack([s.codes for s in samples])
+        codes = np.stack([s.codes for s in samples]).astype(np.int64)
         model = self.engine.transformer
         scores = quick_scores(model, self.vq, self.prompts, codes, layouts, judge)
         self.module.train()
