@@ -106,7 +106,8 @@ def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
         raise StateError(f"{path}: no dump of a step; name a dump-step….pt")
     if other := other_run(found, stage):
         raise StateError(
-            f"{path}: written by another run ({other}); give the same recipe and options"
+            f"{path}: written by another run ({other}); give the same recipe, options, model and "
+            f"data"
         )
     if fingerprint(found["module"]) != found["fingerprint"]:
         raise StateError(f"{path}: its weights are not those of its fingerprint; it is damaged")

@@ -275,7 +275,7 @@ class Run:
         if other := other_run(state, self.stage):
             raise StateError(
                 f"{path}: written by another run ({other}); "
-                "give the same recipe and options, or another --out"
+                "give the same recipe, options, model and data, or another --out"
             )
         self.trained.load(state)
         if "fallen_back" in state:
