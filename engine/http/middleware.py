@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
+from contextlib import suppress
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -63,15 +64,29 @@ class Limited:
             self._check(size, most, share)
             return message
 
+        async def answered(message: Message) -> None:
+            # An answer given before the body's end ends only with it: after its end uvicorn may
+            # hang up, and a client that still sends is reset and never reads what it was told.
+            nonlocal whole
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                if not whole:
+                    await send(message | {"more_body": True})
+                    message = {"type": "http.response.body"}
+                with suppress(TimeoutError):
+                    async with asyncio.timeout_at(due):
+                        while not whole:
+                            whole = not (await receive()).get("more_body", False)
+            await send(message)
+
         try:
             length = dict(scope["headers"]).get(b"content-length", b"0")
             if length.isdigit():
                 self._check(int(length), most, share)
         except Refused as error:
-            await failure(error)(scope, receive, send)
+            await failure(error)(scope, receive, answered)
             return
         try:
-            await self._app(scope, limited, send)
+            await self._app(scope, limited, answered)
         finally:
             self._held[share] -= size
 

@@ -79,12 +79,14 @@ def send(connection: HTTPConnection, method: str, path: str, body: Any, **header
     connection.request(method, path, data, kind | named)
 
 
-def begin(client: Client, path: str, length: int, sent: bytes) -> HTTPConnection:
-    """Ask with a body of which only the beginning is sent."""
+def begin(
+    client: Client, path: str, length: int, sent: bytes, kind: str = "application/json", **more: str
+) -> HTTPConnection:
+    """Ask with a body of which only the beginning is sent; ``more`` headers."""
     connection = client.connect()
     connection.putrequest("POST", path)
-    connection.putheader("Content-Type", "application/json")
-    connection.putheader("Content-Length", str(length))
+    for name, value in ({"Content-Type": kind, "Content-Length": str(length)} | more).items():
+        connection.putheader(name, value)
     connection.endheaders(sent)
     return connection
 

@@ -265,6 +265,23 @@ def test_bodies_have_a_limit(client, told, path):
     assert answer.status == 413 and f"{most >> 10} KiB".encode() in answer.read()
 
 
+@pytest.mark.parametrize(
+    "path, kind, status",
+    [("/v1/boxes", JSON, 413), ("/v1/boxes", "text/plain", 415), ("/v2", JSON, 404)],
+)
+def test_who_still_sends_is_not_reset_before_the_refusal_is_read(client, path, kind, status):
+    size = BODIES["/v1/boxes"] + 1 if status == 413 else 100_000
+    connection = begin(client, path, size, b"x" * 1000, kind, Connection="close")
+    assert select.select([connection.sock], [], [], 60)[0], "it is refused before it is all there"
+    left, part = size - 1000, b"x" * -(-size // 20)
+    while left > 0:
+        connection.send(part[:left])
+        left -= len(part)
+        time.sleep(0.002)
+    answer = connection.getresponse()
+    assert answer.status == status and b"error" in answer.read()
+
+
 def test_a_body_that_does_not_come_is_not_waited_for(client, monkeypatch):
     monkeypatch.setattr(middleware, "SLOWEST", 0.05)
     connection = begin(client, "/v1/images", 10, b"{")
