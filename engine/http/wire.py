@@ -143,7 +143,10 @@ class Drawing(Body):
 class Search(Body):
     """Objects to find in a picture."""
 
-    image: str = Field(description="a square PNG, JPEG or WebP: the file's bytes in base64")
+    image: str = Field(
+        description="a square PNG, JPEG or WebP, read on white where it is transparent: the "
+        "file's bytes in base64"
+    )
     expressions: list[str] = Field(
         fail_fast=True,
         min_length=1,

@@ -25,7 +25,8 @@ class ImageError(ValueError):
 
 def load_image(source: str | Image.Image, size: int) -> Image.Image:
     """Open a picture as RGB, ``size`` × ``size`` pixels (bicubic where it has another size), turned
-    as its EXIF data say it is shown. 16-bit greys keep their upper 8 bits.
+    as its EXIF data say it is shown, on white where it is transparent. 16-bit greys keep their
+    upper 8 bits.
 
     Raises:
         ImageError: unreadable, of pixels whose black and white are not known, or not square (a crop
@@ -60,6 +61,10 @@ def load_image(source: str | Image.Image, size: int) -> Image.Image:
             f"{named} is {image.width}x{image.height}; boxes refer to the whole picture, "
             "so make it square first (crop or pad)"
         )
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        # What colour lies under transparent pixels is chance: black, or what was erased.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
     return image if image.width == size else image.resize((size, size), Image.Resampling.BICUBIC)
 

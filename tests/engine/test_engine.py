@@ -184,6 +184,27 @@ def test_a_photo_is_read_as_it_is_shown(tmp_path):
     assert (found[:4, :, 0] == 255).all() and not found[4:].any()
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_what_is_transparent_is_read_on_white(tmp_path, mode):
+    """Whatever colour the file has there: black from most programs, or what was erased."""
+    pixels = np.zeros((8, 8, 4), np.uint8)
+    pixels[2:6, 2:6] = (0, 0, 0, 255) if mode in ("LA", "L") else (255, 0, 0, 255)
+    pixels[0, 0] = (90, 90, 90, 0)
+    image, path = Image.fromarray(pixels), tmp_path / "drawing.png"
+    if mode == "L":  # one shade that counts as transparent
+        grey = Image.fromarray(np.where(pixels[..., 3] == 0, 7, 0).astype(np.uint8))
+        grey.save(path, transparency=7)
+    elif mode == "P":
+        colours = Image.fromarray(np.where(pixels[..., 3] == 0, 0, 1).astype(np.uint8), "P")
+        colours.putpalette([0, 0, 0, 255, 0, 0])
+        colours.save(path, transparency=bytes([0, 255]))
+    else:
+        image.convert(mode).save(path)
+    shown = np.full((8, 8, 3), 255, np.uint8)
+    shown[2:6, 2:6] = pixels[2, 2, :3]
+    assert np.array_equal(np.asarray(load_image(str(path), 8)), shown)
+
+
 def test_a_photo_that_is_said_to_be_turned_somehow_is_refused(tmp_path):
     path = tmp_path / "photo.png"
     Image.new("RGB", (8, 8)).save(path, exif=b"Exif\0\0garbage")
