@@ -21,7 +21,7 @@ from echogen.engine.checkpoints.weights import load_checkpoint, save_checkpoint
 from echogen.engine.cycle import CycleResult, score
 from echogen.engine.decoding.decode import Decoder, Progress, decode_image, packed
 from echogen.engine.decoding.jacobi import Method, decode_windows, wins
-from echogen.engine.decoding.sampler import Sampler, Sampling, check_draws
+from echogen.engine.decoding.sampler import Sampler, Sampling, check_draws, whole_number
 from echogen.engine.gpu.device import DeviceTransformer, misfit
 from echogen.engine.ground import ground_images
 from echogen.engine.images.vision import (
@@ -37,6 +37,7 @@ from echogen.engine.layout import Box, Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import LocationCodec, Prompts
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_DECODED = 1 << 32
 """Bytes of passing tensors while pictures are decoded; more of them go one part after another."""
 
@@ -122,9 +123,15 @@ class Engine:
 
         Raises:
             CheckpointError: nothing there, or a broken checkpoint; names the file and the key.
-            ValueError: an unknown codec, or bins that are not the checkpoint's; fp8 where drawing
-                cannot run on the GPU's operators, says why.
+            ValueError: an unknown codec, or bins that are not the checkpoint's; a dtype that the
+                modules do not run in; fp8 where drawing cannot run on the GPU's operators, says
+                why.
         """
+        if dtype not in DTYPES:
+            raise ValueError(
+                f"dtype = {dtype!r}; choose one of {', '.join(map(str, DTYPES))} (fp8=True draws "
+                f"with weights in 8 bits)"
+            )
         folder = resolve(model)
         checkpoint = load_checkpoint(folder, dtype, device)
         meta = Meta.read(folder)
@@ -279,7 +286,7 @@ class Engine:
 
         Args:
             layouts: N layouts (repeat one for several samples).
-            seed: noise key.
+            seed: noise key, 0 … 2^63 − 1.
             draws: the number of each image's noise; None: 0 … N-1. The same (seed, draw) gives the
                 same noise whatever else is in the batch.
             sampling: None: the checkpoint's default.
@@ -292,11 +299,12 @@ class Engine:
 
         Raises:
             LayoutError: a layout that leaves no room for the image, or holds a reserved token.
-            ValueError: a negative layout without guidance; guidance beyond the last position;
-                draws that are not one 32-bit word for each layout.
+            ValueError: a negative layout without guidance; guidance beyond the last position; a
+                seed that is no such number; draws that are not one 32-bit word for each layout.
         """
         if decoding not in get_args(Method):
             raise ValueError(f"decoding = {decoding!r}; choose one of {get_args(Method)}")
+        seed = whole_number("seed", seed)
         sampling = sampling or self.sampling
         prompts = self.prompt_rows(layouts, sampling, negative)
         ids = torch.tensor(check_draws(draws, len(layouts)), dtype=torch.int64, device=self.device)
@@ -320,7 +328,7 @@ class Engine:
 
     def ground(
         self,
-        image: Image.Image | str,
+        image: Image.Image | str | Path,
         expressions: list[str],
         features: Literal["tokens", "pixels"] = "tokens",
     ) -> list[Box]:
@@ -379,7 +387,7 @@ class Engine:
         progress: Progress | None = None,
     ) -> CycleResult:
         """Draw ``samples`` pictures of a layout, find its objects in each, and score them."""
-        if samples < 1:
+        if whole_number("samples", samples) < 1:
             raise ValueError(f"samples = {samples}; it must be at least 1")
         began = time.perf_counter()
         codes = self.generate_codes([layout] * samples, seed, None, sampling, progress)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 import re
 import sys
 from collections.abc import Iterable, Mapping
@@ -56,7 +57,8 @@ def check_text(value: object, what: str) -> str:
 
 
 def _number(value: object, what: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    # NumPy's numbers are registered as real ones; most of them are no floats.
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise LayoutError(f"{what} is {_show(value)}; it must be a number")
     try:
         number = float(value)
@@ -140,6 +142,12 @@ class Layout:
             object.__setattr__(self, "size", _size(self.size))
         if not self.objects:
             raise LayoutError('objects is empty; a layout needs at least one {"expr", "box"}')
+        for i, item in enumerate(self.objects, 1):
+            if not isinstance(item, LayoutObject):
+                raise LayoutError(
+                    f"object {i} is {_show(item)}; make it a LayoutObject, or the whole by "
+                    f"Layout.from_dict"
+                )
 
     @classmethod
     def from_dict(cls, data: object) -> Layout:

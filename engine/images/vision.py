@@ -7,6 +7,7 @@ port's `encode` leaves the normalisation out (both agree when codebook rows have
 from __future__ import annotations
 
 import struct
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +24,7 @@ class ImageError(ValueError):
     """A picture that cannot be used; the message names the value and the fix."""
 
 
-def load_image(source: str | Image.Image, size: int) -> Image.Image:
+def load_image(source: str | Path | Image.Image, size: int) -> Image.Image:
     """Open a picture as RGB, ``size`` × ``size`` pixels (bicubic where it has another size), turned
     as its EXIF data say it is shown, on white where it is transparent. 16-bit greys keep their
     upper 8 bits.

@@ -56,6 +56,15 @@ def test_draws_are_one_word_for_each_image(engine, draws, told):
         engine.generate_codes([LAYOUT] * 2, draws=draws)
 
 
+def test_numbers_that_are_not_whole_are_named(engine):
+    with pytest.raises(ValueError, match=r"seed = 1\.5; it must be a whole number"):
+        engine.generate(LAYOUT, seed=1.5)
+    with pytest.raises(ValueError, match="seed = None; it must be a whole number"):
+        engine.generate(LAYOUT, seed=None, sampling=Sampling(temperature=0))
+    with pytest.raises(ValueError, match=r"samples = 2\.0; it must be a whole number"):
+        engine.cycle(LAYOUT, samples=2.0)
+
+
 def test_nothing_asked_for_is_nothing_done(engine):
     assert engine.generate_codes([]).shape == (0, 16)
     assert engine.decode(torch.empty(0, 16, dtype=torch.int64)) == []
@@ -221,6 +230,12 @@ def test_what_is_saved_is_what_is_loaded(engine, saved):
     assert (again.sampling, again.pixels_trained) == (engine.sampling, engine.pixels_trained)
     codes = engine.generate_codes([LAYOUT], seed=3)
     assert torch.equal(again.generate_codes([LAYOUT], seed=3), codes)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float8_e4m3fn, torch.int8], ids=str)
+def test_types_that_the_modules_do_not_run_in_are_refused(saved, dtype):
+    with pytest.raises(ValueError, match=r"^dtype = .*; choose one of torch\.float32, .*fp8=True"):
+        Engine.from_pretrained(saved, dtype=dtype)
 
 
 def test_what_is_saved_can_be_read_by_whom_the_umask_allows(engine, tmp_path):

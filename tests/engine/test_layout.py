@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -82,6 +83,15 @@ def test_the_whole_canvas_is_a_box():
 def test_text_of_any_language_is_taken_as_it_stands(text):
     layout = Layout.from_dict(changed(("caption",), text, changed(("objects", 1, "expr"), text)))
     assert layout.caption == layout.objects[1].expr == text
+
+
+def test_numbers_of_arrays_are_numbers():
+    """As detectors give boxes, and annotations in pixels are stored."""
+    box = np.array([0.25, 0.5, 0.75, 1])
+    for kind in (np.float16, np.float32, np.float64):
+        made = Layout("a star", (LayoutObject("a star", box.astype(kind)),))
+        assert Layout.loads(made.dumps()) == made and made.objects[0].box == tuple(box)
+    assert check_box((box * 64).astype(np.int64), size=(64, 64)) == tuple(box)
 
 
 def test_layouts_do_not_change():
@@ -195,6 +205,7 @@ def test_a_layout_made_in_code_is_checked_too():
         lambda: LayoutObject("", (0, 0, 1, 1)),
         lambda: LayoutObject("a star", (0, 0, 0, 1)),
         lambda: Layout("a star", ()),
+        lambda: Layout("a star", ({"expr": "a star", "box": [0, 0, 1, 1]},)),
         lambda: Layout("\t", (one,)),
         lambda: Layout("a star", (one,), (64, 0)),
         lambda: Layout("a star", (one,), (64, math.nan)),
