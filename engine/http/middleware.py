@@ -70,7 +70,7 @@ class Limited:
             nonlocal whole
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 if not whole:
-                    await send(message | {"more_body": True})
+                    await send({**message, "more_body": True})
                     message = {"type": "http.response.body"}
                 with suppress(TimeoutError):
                     async with asyncio.timeout_at(due):
