@@ -71,6 +71,10 @@ def failures() -> tuple[type[Exception], ...]:
     return (Failure, *_loaded(_FAILURES))
 
 
+def _flush() -> None:
+    print(end="", flush=True)  # of no effect where a process has no stdout (`>&-`), which is None
+
+
 def _loaded(errors: dict[str, str]) -> list[type[Exception]]:
     return [getattr(sys.modules[m], name) for m, name in errors.items() if m in sys.modules]
 
@@ -85,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = _run(list(sys.argv[1:] if argv is None else argv))
-        sys.stdout.flush()
+        _flush()
     except BrokenPipeError:  # the reader of our output left; the interpreter's own flush would fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
@@ -113,7 +117,7 @@ def _run(argv: list[str]) -> int:
         return leaving.code if isinstance(leaving.code, int) else 1
     try:
         command.run()
-        sys.stdout.flush()
+        _flush()
     except KeyboardInterrupt:
         fail("interrupted")
         return 130
@@ -121,7 +125,7 @@ def _run(argv: list[str]) -> int:
         fail(str(error))
         return 2
     except failures() as error:  # after the refusals: some are a kind of failure
-        sys.stdout.flush()
+        _flush()
         fail(str(error))
         return 1
     return 0

@@ -151,6 +151,13 @@ def test_a_reader_that_leaves_gets_no_traceback(argv, tmp_path):
     assert (done.returncode, done.stderr) == (1, b"")
 
 
+def test_a_process_without_stdout_does_its_work(tmp_path, monkeypatch):
+    """As of `echogen … >&-`: Python has None there."""
+    monkeypatch.setattr(sys, "stdout", None)
+    out = tmp_path / "layouts.jsonl"
+    assert main(["layouts", "--random", "2", "--out", str(out)]) == 0 and out.is_file()
+
+
 def test_interruption(run, monkeypatch):
     def interrupted(path):
         raise KeyboardInterrupt
