@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from echogen.train.data.endpoint import Endpoint
     from echogen.train.data.llm import Rules
 
-COUNT_MAX, BATCH_MAX = 1_000_000, 100
+COUNT_MAX, BATCH_MAX, AT_ONCE_MAX = 1_000_000, 100, 256
 SHOWN = 10  # rejected lines of a checked file that are printed
 
 
@@ -55,6 +55,8 @@ class Layouts:
     """Environment variable that holds the API key."""
     batch: int = 10
     """Layouts asked for in one request."""
+    at_once: int = 1
+    """Requests under way together; see also --per-minute."""
     temperature: float | None = None
     """Temperature of the language model (left out: the server's own)."""
     timeout: float = 120.0
@@ -96,6 +98,7 @@ class Layouts:
     def _ask(self, out: Path, url: str) -> None:
         check_range("count", self.count, 1, COUNT_MAX)
         check_range("batch", self.batch, 1, BATCH_MAX)
+        check_range("at-once", self.at_once, 1, AT_ONCE_MAX)
         endpoint = self._endpoint(url)
         rules = self._rules()
         from echogen.train.data.harvest import Harvest, collect
@@ -104,7 +107,9 @@ class Layouts:
         had = harvest.tally.held
         try:
             with progress("layouts") as update:
-                collect(endpoint.ask, harvest, self.count, self.batch, self.seed, update)
+                collect(
+                    endpoint.ask, harvest, self.count, self.batch, self.seed, update, self.at_once
+                )
         finally:  # an interruption, too, leaves its count
             tally = harvest.tally
             rows: list[tuple[str, object]] = [

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 from email.utils import formatdate
 from pathlib import Path
 
@@ -302,6 +305,48 @@ def test_an_interrupted_run_goes_on(llm, endpoint, tmp_path):
     assert len(set(seeds)) == len(seeds) - 1  # only the request that failed is made again
     collect(endpoint().ask, Harvest(path, Rules()), 4, 2, 0)
     assert len(llm.requests) == len(seeds)
+
+
+def test_requests_are_under_way_together_and_their_answers_keep_their_order(tmp_path):
+    done = [threading.Event() for _ in range(3)]
+
+    def ask(messages, seed):
+        if seed < 2:  # the later is answered before
+            assert done[seed + 1].wait(60)
+        done[seed].set()
+        return Answer(json.dumps([layout(2 * seed), layout(2 * seed + 1)]), False)
+
+    path = tmp_path / "layouts.jsonl"
+    tally = collect(ask, Harvest(path, Rules()), 6, 2, 0, at_once=8)
+    assert (tally.requests, tally.held) == (3, 6)  # no more than are needed
+    assert read_layouts(path) == [Layout.from_dict(layout(i)) for i in range(6)]
+
+
+def test_a_request_that_fails_loses_no_answer_beside_it(tmp_path):
+    def ask(messages, seed):
+        if seed == 1:
+            raise LLMError("no credit left")
+        return Answer(json.dumps([layout(seed)]), False)
+
+    path = tmp_path / "layouts.jsonl"
+    with pytest.raises(LLMError, match="no credit left"):
+        collect(ask, Harvest(path, Rules()), 3, 1, 0, at_once=3)
+    assert read_layouts(path) == [Layout.from_dict(layout(i)) for i in (0, 2)]
+
+
+def test_an_interruption_waits_for_no_answer(tmp_path):
+    never, answered = threading.Event(), threading.Event()
+
+    def ask(messages, seed):
+        os.kill(os.getpid(), signal.SIGINT)
+        never.wait(60)
+        answered.set()
+        return Answer("[]", False)
+
+    with pytest.raises(KeyboardInterrupt):
+        collect(ask, Harvest(tmp_path / "layouts.jsonl", Rules()), 1, 1, 0)
+    assert not answered.is_set()
+    never.set()
 
 
 def test_a_last_line_that_nothing_ends_is_kept(tmp_path):

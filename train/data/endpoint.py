@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -50,7 +51,7 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 
 class Endpoint:
-    """One model at one address.
+    """One model at one address, asked from any number of threads.
 
     Args:
         url: base of the API (``…/v1``), or the whole address of its chat completions.
@@ -88,6 +89,7 @@ class Endpoint:
         self._tries, self._pause, self._gap = tries, pause, 60.0 / per_minute
         self._wait, self._began, self._reached = wait, float("-inf"), False
         self._opener = urllib.request.build_opener(_NoRedirect)
+        self._turns = threading.Lock()
 
     def ask(self, messages: Sequence[dict[str, str]], seed: int) -> Answer:
         """The model's answer to a conversation. A server that is busy, slow or failing is asked
@@ -119,10 +121,11 @@ class Endpoint:
         raise AssertionError("the last try returns or raises")
 
     def _pace(self) -> None:
-        early = self._began + self._gap - time.monotonic()
-        if early > 0:
-            self._wait(early)
-        self._began = time.monotonic()
+        with self._turns:  # who waits for his turn keeps the others from theirs
+            early = self._began + self._gap - time.monotonic()
+            if early > 0:
+                self._wait(early)
+            self._began = time.monotonic()
 
     def _once(self, messages: Sequence[dict[str, str]], seed: int) -> Answer:
         body: dict[str, Any] = {"model": self.model, "messages": list(messages)}

@@ -1,6 +1,6 @@
 """A file of layouts that a language model fills, request after request, and what was turned away.
 
-Answers cost time or money: a run that is interrupted loses one of them at most, and goes on.
+Answers cost time or money: a run that is interrupted loses those under way at most, and goes on.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Thread
 
 from echogen.engine.layout import Layout, LayoutError, read_text
 from echogen.train.data.endpoint import Answer, LLMError
@@ -34,8 +36,8 @@ class Tally:
 class Harvest:
     """A file of layouts that grows, and beside it one of what was turned away.
 
-    Every request's lines are written and synced before the next is made, so that an interruption
-    loses one answer at most; a line torn by one is cut off when the file is opened again.
+    Every answer's lines are written and synced before more is asked for, so that an interruption
+    loses what is under way at most; a line torn by one is cut off when the file is opened again.
 
     Raises:
         LayoutError: a file that holds anything but layouts that keep to the rules.
@@ -98,6 +100,7 @@ def collect(
     batch: int,
     seed: int,
     tell: Callable[[int, int], None] = lambda done, total: None,
+    at_once: int = 1,
 ) -> Tally:
     """Ask for ``batch`` layouts at a time until the file holds ``count``.
 
@@ -105,25 +108,63 @@ def collect(
         ask: messages and a seed → an answer (`Endpoint.ask`).
         seed: of the requests; each has randomness of its own, also after an interruption.
         tell: called with (layouts held, layouts wanted).
+        at_once: requests under way together, each in a thread of its own. Their answers are taken
+            in the order of the requests, and the next are made when all of them are there.
 
     Raises:
-        LLMError: the endpoint's, or `IN_VAIN` answers with nothing to take.
+        LLMError: the endpoint's, once the answers beside it are taken, or `IN_VAIN` answers with
+            nothing to take.
     """
     vain, tally = 0, harvest.tally
-    while tally.held < count:
-        place = harvest.place
-        rng = keys.generator(seed, keys.LLM_REQUESTS, place)
-        messages, shown = write_request(rng, min(batch, count - tally.held), harvest.rules.free)
-        taken = harvest.add(ask(messages, (seed + place) % (1 << 31)), shown, count)
-        vain = 0 if taken else vain + 1
-        tell(tally.held, count)
-        if vain == IN_VAIN:
+    while (left := count - tally.held) > 0:
+        # Every answer leaves a line at least, so no later request has the number of one of these.
+        numbers = range(harvest.place, harvest.place + min(at_once, -(-left // batch)))
+        asked = [
+            write_request(
+                keys.generator(seed, keys.LLM_REQUESTS, number),
+                min(batch, left - batch * i),
+                harvest.rules.free,
+            )
+            for i, number in enumerate(numbers)
+        ]
+        answers = [
+            _under_way(ask, messages, (seed + number) % (1 << 31))
+            for number, (messages, _) in zip(numbers, asked, strict=True)
+        ]
+        failed: LLMError | None = None
+        for answer, (_, shown) in zip(answers, asked, strict=True):
+            try:
+                taken = harvest.add(answer.result(), shown, count)
+            except LLMError as error:
+                failed = failed or error
+                continue
+            vain = 0 if taken else vain + 1
+            tell(tally.held, count)
+        if failed is not None:
+            raise failed
+        if vain >= IN_VAIN:
             often = ", ".join(f"{kind}: {n}" for kind, n in tally.rejected.most_common())
             raise LLMError(
-                f"the last {IN_VAIN} answers held no layout to take ({often}); {harvest.rejects} "
+                f"the last {vain} answers held no layout to take ({often}); {harvest.rejects} "
                 f"says why, and {tally.held} of {count} are kept. Try another model, or --open"
             )
     return tally
+
+
+def _under_way(
+    ask: Callable[[list[Message], int], Answer], messages: list[Message], seed: int
+) -> Future[Answer]:
+    """An answer to come. Not of an executor: Ctrl-C would wait for its threads, for minutes."""
+    answer = Future[Answer]()
+
+    def wait() -> None:
+        try:
+            answer.set_result(ask(messages, seed))
+        except BaseException as error:  # handed on
+            answer.set_exception(error)
+
+    Thread(target=wait, daemon=True).start()
+    return answer
 
 
 def examine_file(path: Path, rules: Rules) -> tuple[int, list[tuple[int, Rejected]]]:
