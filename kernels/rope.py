@@ -49,11 +49,16 @@ def _eight_bits(x):
 
 @triton.jit
 def _keep_scales(scales_ptr, scales_stride, head, kept, x, y):
-    """Write the scales of heads, whose numbers are those of x and y; returns their inverses."""
-    scale = tl.maximum(tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 1) / LARGEST, LEAST)
+    """Write the scales of heads, whose numbers are those of x and y; returns their inverses.
+
+    Divisions are the IEEE's: a GPU's `/` is off by up to two units in the last place, and then a
+    head whose largest number is 448 would not be scaled by 1, which alone keeps all of its 8 bits.
+    """
+    most = tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 1)
+    scale = tl.maximum(tl.div_rn(most, LARGEST), LEAST)
     scale += 0 * tl.sum(x + y, 1)  # maxima drop NaN; it must not be hidden
     tl.store(scales_ptr + head.to(tl.int64) * scales_stride, scale[:, None], mask=kept)
-    return (1 / scale)[:, None]
+    return tl.div_rn(1.0, scale)[:, None]
 
 
 @triton.jit

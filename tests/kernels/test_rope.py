@@ -8,6 +8,8 @@ import torch
 
 from echogen.kernels import dispatch, rope
 
+from .test_overlap import ptx
+
 SHAPES = [(1, 1, 1, 1, 2), (2, 3, 5, 1, 6), (2, 5, 7, 3, 16), (1, 4, 16, 16, 8)]
 """B, L, H, H_k, K: ones, primes, and, with small tiles, several blocks of heads with a tail."""
 BOUNDS = {torch.bfloat16: 1e-2, torch.float16: 1e-2, torch.float64: 1e-13}
@@ -176,6 +178,18 @@ def test_every_number_of_8_bits(device):
     scales = torch.zeros(2, 1, 1, 1, device=device)
     rope.rope_cache(v, v, v, table, table, *held, slots, scales)
     assert scales[1] == 1 and torch.equal(held[1].float(), v.to(torch.float8_e4m3fn).float())
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="interpreted kernels cannot be compiled")
+def test_scales_are_divided_as_the_reference_does_it():
+    """448/448 is 1. A GPU's `/` may be off by two units in the last place; the interpreter's is
+    not, so that its tests would not notice."""
+    x, table, slots = torch.zeros(1, 1, 2, 4), torch.ones(1, 1, 4), torch.zeros(1, 1).long()
+    held = torch.zeros(2, 1, 2, 3, 4).to(torch.float8_e4m3fn)
+    with dispatch.recorded() as found:
+        rope.rope_cache(x, x, x, table, table, *held, slots, torch.zeros(2, 1, 2, 3))
+    code = ptx(found[0])
+    assert "div.rn.f32" in code and "div.full" not in code
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's numpy says what it sees
