@@ -27,9 +27,7 @@ class _Storages(OnAnyDevice):
                 self.ledger.note(tensor.untyped_storage(), 0)
         if func.namespace == "echogen":
             return super().__torch_dispatch__(func, types, args, kwargs)
-        if func is torch.ops.aten.addmm.dtype_out:  # of meta tensors torch 2.11 has no rule for it
-            return (kwargs or {})["out"]
-        made = func(*args, **(kwargs or {}))
+        made = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()

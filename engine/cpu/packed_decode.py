@@ -201,8 +201,8 @@ class PackedWindows(PackedDecoding):
     among 4 or more, so windows shorter than ``LEAST`` are padded to it. A masked key weighs an
     exact 0. Windows of one code are therefore sequential decoding in the same arithmetic: in
     bfloat16 that of `PackedDecoding`, which in float32 rounds differently. All this was found, not
-    promised (AMD EPYC, Zen 5, torch 2.13): where a library rounds a row by its neighbours, codes
-    are the same but for those within rounding.
+    promised (AMD EPYC, Zen 5, torch 2.13): where a library rounds a row by its neighbours, as
+    torch 2.11's does in float32 among 16 or more, codes are the same but for those within rounding.
     """
 
     def __init__(

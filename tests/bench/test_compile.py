@@ -30,7 +30,7 @@ def _greedy_kernel(x_ptr, out_ptr, SIZE: tl.constexpr):
     total = tl.zeros([SIZE], tl.float32)
     for k in range(8):
         total += tl.load(x_ptr + k * SIZE + i) * x
-    tl.store(out_ptr + i, total + tl.flip(x))
+    tl.store(out_ptr + i, total + tl.flip(x, 0))
 
 
 @pytest.fixture(autouse=True)
