@@ -6,7 +6,7 @@ RUN = $(VENV)/bin
 # The type checker sees the folders where they are imported from: inside the package echogen.
 FOLDERS = kernels engine train bench
 
-.PHONY: demo test fresh lint compile cuda bench watch gpu clean
+.PHONY: demo test oldest fresh lint compile cuda bench watch gpu clean
 
 $(VENV)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,14 @@ TESTS = OMP_NUM_THREADS=1 $(RUN)/python -m pytest -n auto --dist loadfile
 test: $(VENV)/.installed
 	$(TESTS)
 	TRITON_INTERPRET=1 $(TESTS) tests/kernels
+
+# The same on the oldest libraries that are supported, of which PyTorch's is a CUDA build (gigabytes);
+# not interpreted, as Triton 3.6's interpreter asks for NumPy below 2.4.
+oldest:
+	$(PYTHON) -m venv .oldest
+	.oldest/bin/pip install --quiet torch==2.11.0 triton==3.6.0 transformers==5.17.0 \
+	  -e ".[dev,train,nvtx,serve]"
+	$(subst $(RUN),.oldest/bin,$(TESTS))
 
 # The operators' tests on inputs that no run has seen; after a failure ECHOGEN_TEST_SEED repeats it.
 fresh: $(VENV)/.installed
