@@ -67,7 +67,7 @@ END
 }
 
 # part NAME MOST_SECONDS COMMAND…: a part that hangs is ended, and so is one out of time; it is
-# interrupted first, on which benchmarks of operators and of the engine print what they have.
+# interrupted first, on which benchmarks of operators, the engine and training print what they have.
 part() {
   local name=$1 most=$2 left=$((SECONDS_IN_ALL - SECONDS)) code
   shift 2

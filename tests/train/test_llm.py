@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from email.utils import formatdate
 from pathlib import Path
 
@@ -130,6 +131,24 @@ def test_a_server_that_knows_no_seed_is_asked_without(llm, endpoint):
     assert asked.ask(ASK, 3).text == "hello" and not asked.seeded
     asked.ask(ASK, 4)
     assert ["seed" in r for r in llm.requests] == [True, False, False]
+
+
+def test_requests_under_way_together_all_learn_that_seeds_are_not_known(llm, endpoint, monkeypatch):
+    for _ in range(2):
+        llm.send(422, "unknown field: seed")
+    llm.say("hello")
+    asked, both = endpoint(), threading.Barrier(2, timeout=60)
+    send = asked._opener.open
+
+    def together(request, timeout):
+        if b'"seed"' in request.data:
+            both.wait()
+        return send(request, timeout=timeout)
+
+    monkeypatch.setattr(asked._opener, "open", together)
+    with ThreadPoolExecutor(2) as pool:
+        answers = list(pool.map(lambda seed: asked.ask(ASK, seed).text, range(2)))
+    assert answers == ["hello"] * 2 and not asked.seeded
 
 
 def test_an_address_where_nobody_is(waits):

@@ -131,7 +131,7 @@ class Endpoint:
         body: dict[str, Any] = {"model": self.model, "messages": list(messages)}
         if self._temperature is not None:
             body["temperature"] = self._temperature
-        if self.seeded:
+        if seeded := self.seeded:
             body["seed"] = seed
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key is not None:
@@ -145,7 +145,7 @@ class Endpoint:
                 )
         except urllib.error.HTTPError as error:
             with error:
-                raise self._refusal(error) from None
+                raise self._refusal(error, seeded) from None
         except (OSError, http.client.HTTPException) as error:
             raise self._unreached(error) from None
         if len(data) > MOST_BYTES:
@@ -165,7 +165,9 @@ class Endpoint:
             return _Passing(f"the connection broke ({reason})")
         return LLMError(f"{self.address}: cannot be reached ({reason}); is a server running there?")
 
-    def _refusal(self, error: urllib.error.HTTPError) -> Exception:
+    def _refusal(self, error: urllib.error.HTTPError, seeded: bool) -> Exception:
+        """What a status means; ``seeded``: this request had a seed, which others may do without by
+        now."""
         try:
             said = _said(error.read(MOST_BYTES))
         except (OSError, http.client.HTTPException):  # the status alone has to do
@@ -179,7 +181,7 @@ class Endpoint:
                     f"so far is kept"
                 )
             return _Passing(what + told, wait)
-        if error.code in (400, 422) and self.seeded and "seed" in said.lower():
+        if error.code in (400, 422) and seeded and "seed" in said.lower():
             self.seeded = False
             return _Passing(what + told, 0.0)
         mend = {
