@@ -102,13 +102,12 @@ class Lab:
             )
         return self.start.replace("{seed}", str(cell.seed))
 
-    @property
-    def sizes(self) -> score.Sizes:
+    def sizes(self, cell: Cell) -> score.Sizes:
         """How much is drawn to evaluate a cell."""
         full, s = score.Sizes(), self.scale
         return score.Sizes(
             scaled(full.validation, s, 4), scaled(full.test, s, 4), scaled(full.varied, s, 2),
-            full.draws,
+            full.draws, scaled(cell.drawings, s, min(2, cell.drawings)),
         )  # fmt: skip
 
     def steps(self, cell: Cell) -> int | None:
@@ -141,7 +140,7 @@ class Lab:
         """Everything that decides what a cell finds, JSON-ready; what it begins with is recorded
         for itself, and whether it was forced to begin decides nothing once it did."""
         found: dict[str, Any] = {"recipe": self.recipe.name, "task": cell.task}
-        found["evaluation"] = to_json(self.sizes)
+        found["evaluation"] = to_json(self.sizes(cell))
         if cell.stage == "none":
             return found
         config = to_json(self.config(cell))

@@ -12,6 +12,7 @@ from echogen.bench.quality.records import Record, clock, device, pace, precision
 
 TITLES = {
     "ablation": "Ablation: does each stage help?",
+    "plateau": "Ablation from stage 1 at its plateau, each test layout drawn eight times",
     "mask": "Mask: `isolated` or `shared`",
     "synergy": "Synergy: one task or both, equal steps",
     "rl-data": "Cycle RL's layouts: real, random, LLM-written",

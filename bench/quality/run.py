@@ -121,7 +121,9 @@ def _finish(lab: Lab, cell: Cell) -> None:
     """Train and evaluate a cell, and write its record."""
     run = folder_of(lab, cell) / "run"
     if cell.stage == "none":
-        begun = load_start(lab.given(cell), "pmtp", device=lab.device)
+        begun = load_start(
+            _beginning(lab, cell), "pmtp", any_stage=cell.parent is not None, device=lab.device
+        )
         engine, log = begun.engine, None
         trained: dict[str, Any] = {
             "start": {"fingerprint": begun.fingerprint, "stages": list(begun.stages)},
@@ -132,7 +134,7 @@ def _finish(lab: Lab, cell: Cell) -> None:
         engine = Engine.from_pretrained(folder_of(lab, cell) / "model", lab.device)
         log = run / "metrics.jsonl"
     lab.tell(f"{cell.name}: evaluating")
-    found = score.measure(engine, lab.sizes, cell.seed, choose=cell.task != "i2l")
+    found = score.measure(engine, lab.sizes(cell), cell.seed, choose=cell.task != "i2l")
     start = {"cell": cell.parent, **trained.pop("start")}
     if cell.parent is None and "/" not in (name := lab.given(cell)):
         start["model"] = name  # a bundled name; a path would mean nothing elsewhere

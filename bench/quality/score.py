@@ -12,10 +12,13 @@ from torch import Tensor
 
 from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
-from echogen.engine.images.vision import decode_codes
+from echogen.engine.images.vision import decode_codes, to_images
 from echogen.engine.layout import Layout
+from echogen.train.config import later
 from echogen.train.data.scenes import load_scenes
-from echogen.train.eval.tables import BATCH, evaluate, judge_boxes, layouts_of
+from echogen.train.data.shapes import Scene
+from echogen.train.eval.judge import detect
+from echogen.train.eval.tables import BATCH, evaluate, judge_boxes, l2i_table, layouts_of
 
 PLAIN = Sampling(temperature=1.0, cfg=1.0)
 # The grid on which the recipe's own default was chosen (engine/models/tiny-stage1/training).
@@ -32,12 +35,14 @@ class Sizes:
         validation: scenes on which temperature and guidance are chosen.
         test: scenes of the tables.
         varied, draws: layouts, and pictures of each, of the diversity measures.
+        drawings: of each test layout; the measures of drawing (``l2i``) are means over them.
     """
 
     validation: int = 96
     test: int = 400
     varied: int = 32
     draws: int = 4
+    drawings: int = later(1)
 
 
 def measure(engine: Engine, sizes: Sizes, seed: int, choose: bool = True) -> dict[str, Any]:
@@ -79,12 +84,44 @@ def tables(engine: Engine, sizes: Sizes, seed: int, sampling: Sampling) -> dict[
         found = evaluate(engine, "test", sizes.test, seed)
     finally:
         engine.sampling = default
-    layouts = layouts_of(load_scenes("test", sizes.test), seed)[: sizes.varied]
+    scenes = load_scenes("test", sizes.test)
+    layouts = layouts_of(scenes, seed)
+    if sizes.drawings > 1:
+        again = [
+            _drawing(engine, scenes, layouts, seed, sampling, i) for i in range(1, sizes.drawings)
+        ]
+        found["l2i"] = over_drawings([found["l2i"], *again])
     return {
         "sampling": {"temperature": sampling.temperature, "cfg": sampling.cfg},
         **found,
-        "diversity": diversity(engine, layouts, sizes.draws, seed, sampling),
+        "diversity": diversity(engine, layouts[: sizes.varied], sizes.draws, seed, sampling),
     }
+
+
+def _drawing(
+    engine: Engine,
+    scenes: list[Scene],
+    layouts: list[Layout],
+    seed: int,
+    sampling: Sampling,
+    index: int,
+) -> dict[str, Any]:
+    """The L2I table of one more drawing of every layout; ``index`` 0 is that of `evaluate`."""
+    images = _draw(engine, layouts, seed, sampling, index * len(layouts))[1]
+    return l2i_table(scenes, layouts, [detect(i) for i in to_images(images)])
+
+
+def over_drawings(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """One L2I table of several drawings: means of the numbers that all have, `fd_vq` of the first.
+
+    The intervals, which are of one drawing, are left out; ``each`` has every drawing's AP and
+    accuracy at 0.5, from which the noise of drawing can be read.
+    """
+    first = {name: value for name, value in found[0].items() if name != "interval95"}
+    shared = [name for name in first if all(name in table for table in found)]
+    means = {name: float(np.mean([table[name] for table in found])) for name in shared}
+    each = {name: [table[name] for table in found] for name in ("ap", "acc50")}
+    return {**first, **means, "each": each}
 
 
 def diversity(
@@ -112,15 +149,16 @@ def diversity(
 
 
 def _draw(
-    engine: Engine, layouts: list[Layout], seed: int, sampling: Sampling
+    engine: Engine, layouts: list[Layout], seed: int, sampling: Sampling, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Codes [N, T] and pictures [N, 3, H, W] in −1 … 1."""
+    """Codes [N, T] and pictures [N, 3, H, W] in −1 … 1; ``first``: number of the first sample,
+    which its noise is drawn by."""
     codes = torch.cat(
         [
             engine.generate_codes(
                 layouts[i : i + BATCH],
                 seed,
-                list(range(i, min(i + BATCH, len(layouts)))),
+                [first + j for j in range(i, min(i + BATCH, len(layouts)))],
                 sampling,
             )
             for i in range(0, len(layouts), BATCH)

@@ -62,7 +62,8 @@ def build(
             return PMTPStage(config, vq), told
         return OneTaskStage(config, vq, cell.task), told
     after = "djo" if isinstance(config, CycleRLConfig) else "pmtp"
-    begun = load_start(start, after, device=device)
+    # Stage 1 is continued as stage 2 without its loop, and says that it is a model of stage 2.
+    begun = load_start(start, after, any_stage=cell.parent is not None, device=device)
     told = {"fingerprint": begun.fingerprint, "stages": list(begun.stages)}
     if isinstance(config, DJOConfig):
         return DJOStage(config, begun), told

@@ -39,16 +39,16 @@ MOST_SEEDS = 100
 
 @dataclass(frozen=True)
 class BenchQuality:
-    """Does each stage help? Train and evaluate the missing cells of the tables ablation, mask,
-    synergy and rl-data, one by one, and then write the tables, plots and a contact sheet. A cell
-    is one run, of minutes to two hours on a CPU."""
+    """Does each stage help? Train and evaluate the missing cells of the tables ablation, plateau,
+    mask, synergy and rl-data, one by one, and then write the tables, plots and a contact sheet. A
+    cell is one run, of minutes to two hours on a CPU."""
 
     recipe: str = "tiny"
     """Which configuration: tiny, small or janus_pro_1b."""
     seeds: int = 3
     """Seeds 0 … n − 1 of every arm."""
     table: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """ablation, mask, synergy or rl-data; repeatable (left out: all)."""
+    """ablation, plateau, mask, synergy or rl-data; repeatable (left out: all)."""
     cell: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Run only this cell, by name, after those it needs; repeatable."""
     listing: Annotated[bool, tyro.conf.arg(name="list")] = False

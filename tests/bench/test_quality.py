@@ -113,7 +113,7 @@ def test_cells_come_in_the_order_of_the_tables_and_after_what_they_begin_with():
     known = cells(range(3))
     order = list(known)
     tables = list(dict.fromkeys(c.table for c in known.values()))
-    assert tables == list(ROWS) == ["ablation", "mask", "synergy", "rl-data"]
+    assert tables == list(ROWS) == ["ablation", "plateau", "mask", "synergy", "rl-data"]
     for cell in known.values():
         assert cell.start in (START, FRESH, *known)
         assert all(order.index(need) < order.index(cell.name) for need in cell.needs)
@@ -426,6 +426,31 @@ def test_one_process_at_a_time(copied):
         run_cell(copied, cell, again=True)
 
 
+def test_several_drawings_of_a_layout_are_averaged(small):
+    engine = Engine.from_pretrained(small / "start" / "model")
+    once, thrice = (score.Sizes(test=6, varied=2, drawings=n) for n in (1, 3))
+    first = score.tables(engine, once, 0, score.PLAIN)
+    found = score.tables(engine, thrice, 0, score.PLAIN)
+    l2i = found.pop("l2i")
+    assert {k: v for k, v in first.items() if k != "l2i"} == found
+    assert len(l2i["each"]["ap"]) == 3 and l2i["each"]["ap"][0] == first["l2i"]["ap"]
+    assert l2i["ap"] == pytest.approx(sum(l2i["each"]["ap"]) / 3)
+    assert l2i["fd_vq"] == first["l2i"]["fd_vq"] and "interval95" not in l2i
+    tables = [{"ap": x, "acc50": 0.5, "interval95": {}} for x in (0.2, 0.4, 0.9)]
+    assert score.over_drawings(tables)["ap"] == pytest.approx(0.5)
+
+
+def test_the_plateau_begins_where_stage_1_was_continued_longest():
+    known = cells([1])
+    begun = "ablation-seconds3-seed1"
+    assert [known[f"plateau-{arm}-seed1"].parent for arm in ("stage1", "stage2", "samples")] == [
+        begun, begun, begun
+    ]  # fmt: skip
+    assert known["plateau-stage3-seed1"].parent == "plateau-stage2-seed1"
+    assert {c.drawings for c in known.values() if c.table == "plateau"} == {8}
+    assert {c.drawings for c in known.values() if c.table != "plateau"} == {1}
+
+
 def test_diversity(small):
     engine = Engine.from_pretrained(small / "start" / "model")
     layouts = layouts_of(score.load_scenes("test", 4), 0)
@@ -671,7 +696,10 @@ def command(
     [
         (("--cell", "ablation-stage9-seed0"), "--cell ablation-stage9-seed0: unknown; --list"),
         (("--cell", "ablation-stage2-seed1"), "--cell ablation-stage2-seed1: unknown"),
-        (("--table", "depth"), "--table depth: unknown; choose ablation, mask, synergy, rl-data"),
+        (
+            ("--table", "depth"),
+            "--table depth: unknown; choose ablation, plateau, mask, synergy, rl-data",
+        ),
         (("--scale", "0.01"), "--scale 0.01: name another --out"),
         (("--scale", "2", "--out", "x"), "--scale 2.0: it must be above 0 and at most 1"),
         (("--seeds", "0"), "--seeds 0"),
