@@ -2,7 +2,7 @@
 sample did than the others of its layout (`group_advantage`).
 
 Written in plain torch, it holds a dozen [N, T] tensors for autograd; here it holds none: a
-forward pass leaves four sums a row, a backward pass recomputes each token and writes the gradient.
+forward pass leaves five sums a row, a backward pass recomputes each token and writes the gradient.
 All sums have a fixed order, so that a resumed run repeats the first one bit by bit.
 """
 
@@ -49,10 +49,10 @@ def _k3(d):
 
 @triton.jit
 def _token_terms(
-    logp_ptr, old_ptr, mask_ptr, ref_ptr, advantage, row, first, width, clip_low, clip_high, beta,
-    PENALISED: tl.constexpr, TOKENS: tl.constexpr,
+    logp_ptr, old_ptr, mask_ptr, ref_ptr, sampled_ptr, advantage, row, first, width, clip_low,
+    clip_high, beta, cap, PENALISED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Loss, clipped, k3 and d loss/d logp of one block of a row; 0 where masked."""
+    """Loss, clipped, k3, capped and d loss/d logp of one block of a row; 0 where masked."""
     column = first + tl.arange(0, TOKENS)
     inside = column < width
     place = row.to(tl.int64) * width + column
@@ -71,6 +71,14 @@ def _token_terms(
     loss = -tl.where(clipped, held, plain)
     # What is held has no slope; that of exp(60) would make the norm of all gradients infinite.
     grad = -tl.where(clipped | (tl.abs(change) > _RATIO_LIMIT), 0.0, plain)
+    capped = tl.zeros([TOKENS], tl.int1)
+    if sampled_ptr is not None:
+        sampled = tl.load(sampled_ptr + place, mask=inside, other=0.0).to(tl.float32)
+        importance = tl.exp(_held(old - tl.where(keep, sampled, 0.0)))
+        capped = keep & (importance > cap)
+        importance = tl.where(capped, cap, importance)
+        loss *= importance
+        grad *= importance
     kl = tl.zeros([TOKENS], tl.float32)
     if ref_ptr is not None:
         ref = tl.load(ref_ptr + place, mask=inside, other=0.0).to(tl.float32)
@@ -80,42 +88,47 @@ def _token_terms(
         if PENALISED:  # else a reference that is NaN is only measured, as it is asked to be
             loss += beta * kl
             grad -= tl.where(tl.abs(apart) > _RATIO_LIMIT, 0.0, beta * (kl + d))
-    return tl.where(keep, loss, 0.0), clipped, kl, tl.where(keep, grad, 0.0), keep, place
+    loss, grad = tl.where(keep, loss, 0.0), tl.where(keep, grad, 0.0)
+    return loss, clipped, kl, capped, grad, keep, place
 
 
 @triton.jit
 def _grpo_rows_kernel(
-    logp_ptr, old_ptr, advantage_ptr, mask_ptr, ref_ptr, sums_ptr, rows, width,
-    clip_low, clip_high, beta, PENALISED: tl.constexpr, TOKENS: tl.constexpr,
+    logp_ptr, old_ptr, advantage_ptr, mask_ptr, ref_ptr, sampled_ptr, sums_ptr, rows, width,
+    clip_low, clip_high, beta, cap, PENALISED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of loss, tokens, clipped tokens and k3 over each row, to sums [4, rows]."""
+    """Sums of loss, tokens, clipped tokens, k3 and capped tokens of each row, to [5, rows]."""
     row = tl.program_id(0)
     advantage = tl.load(advantage_ptr + row).to(tl.float32)
     losses, kls = tl.zeros([TOKENS], tl.float32), tl.zeros([TOKENS], tl.float32)
     tokens, clips = tl.zeros([TOKENS], tl.int32), tl.zeros([TOKENS], tl.int32)
+    caps = tl.zeros([TOKENS], tl.int32)
     for first in range(0, width, TOKENS):
-        loss, clipped, kl, _, keep, _ = _token_terms(
-            logp_ptr, old_ptr, mask_ptr, ref_ptr, advantage, row, first, width,
-            clip_low, clip_high, beta, PENALISED, TOKENS,
+        loss, clipped, kl, capped, _, keep, _ = _token_terms(
+            logp_ptr, old_ptr, mask_ptr, ref_ptr, sampled_ptr, advantage, row, first, width,
+            clip_low, clip_high, beta, cap, PENALISED, TOKENS,
         )  # fmt: skip
         losses += loss
         kls += kl
         tokens += keep.to(tl.int32)
         clips += clipped.to(tl.int32)
+        caps += capped.to(tl.int32)
     tl.store(sums_ptr + row, tl.sum(losses, 0))
     tl.store(sums_ptr + rows + row, tl.sum(tokens, 0).to(tl.float32))
     tl.store(sums_ptr + 2 * rows + row, tl.sum(clips, 0).to(tl.float32))
     tl.store(sums_ptr + 3 * rows + row, tl.sum(kls, 0))
+    tl.store(sums_ptr + 4 * rows + row, tl.sum(caps, 0).to(tl.float32))
 
 
 @triton.jit
 def _grpo_total_kernel(
-    sums_ptr, loss_ptr, clip_fraction_ptr, mean_kl_ptr, weight_ptr, rows, constant,
-    NORMALISE: tl.constexpr, ROWS: tl.constexpr,
+    sums_ptr, loss_ptr, clip_fraction_ptr, mean_kl_ptr, capped_fraction_ptr, weight_ptr, rows,
+    constant, NORMALISE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One program: the totals, then each row's weight in the loss, then the loss."""
     tokens, filled = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
     clips, kls = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS], tl.float32)
+    caps = tl.zeros([ROWS], tl.float32)
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         inside = row < rows
@@ -124,9 +137,11 @@ def _grpo_total_kernel(
         filled += (count > 0).to(tl.float32)
         clips += tl.load(sums_ptr + 2 * rows + row, mask=inside, other=0.0)
         kls += tl.load(sums_ptr + 3 * rows + row, mask=inside, other=0.0)
+        caps += tl.load(sums_ptr + 4 * rows + row, mask=inside, other=0.0)
     every, some = tl.maximum(tl.sum(tokens, 0), 1.0), tl.maximum(tl.sum(filled, 0), 1.0)
     tl.store(clip_fraction_ptr, tl.sum(clips, 0) / every)
     tl.store(mean_kl_ptr, tl.sum(kls, 0) / every)
+    tl.store(capped_fraction_ptr, tl.sum(caps, 0) / every)
     losses = tl.zeros([ROWS], tl.float32)
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
@@ -145,15 +160,15 @@ def _grpo_total_kernel(
 
 @triton.jit
 def _grpo_backward_kernel(
-    logp_ptr, old_ptr, advantage_ptr, mask_ptr, ref_ptr, weight_ptr, d_loss_ptr, out_ptr, width,
-    clip_low, clip_high, beta, PENALISED: tl.constexpr, TOKENS: tl.constexpr,
+    logp_ptr, old_ptr, advantage_ptr, mask_ptr, ref_ptr, sampled_ptr, weight_ptr, d_loss_ptr,
+    out_ptr, width, clip_low, clip_high, beta, cap, PENALISED: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
     row, first = tl.program_id(0), tl.program_id(1) * TOKENS
     advantage = tl.load(advantage_ptr + row).to(tl.float32)
     scale = tl.load(weight_ptr + row) * tl.load(d_loss_ptr).to(tl.float32)
-    _, _, _, grad, keep, place = _token_terms(
-        logp_ptr, old_ptr, mask_ptr, ref_ptr, advantage, row, first, width,
-        clip_low, clip_high, beta, PENALISED, TOKENS,
+    _, _, _, _, grad, keep, place = _token_terms(
+        logp_ptr, old_ptr, mask_ptr, ref_ptr, sampled_ptr, advantage, row, first, width,
+        clip_low, clip_high, beta, cap, PENALISED, TOKENS,
     )  # fmt: skip
     inside = first + tl.arange(0, TOKENS) < width
     tl.store(out_ptr + place, tl.where(keep, grad * scale, 0.0), mask=inside)
@@ -161,49 +176,48 @@ def _grpo_backward_kernel(
 
 def _launch_loss(
     logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
-    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, normalise: str,
-    max_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ref_logp: Tensor | None, sampled_logp: Tensor | None, clip_low: float, clip_high: float,
+    beta: float, cap: float, normalise: str, max_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     if logp.dtype == torch.float64:
         return reference.loss(
-            logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, normalise,
-            max_tokens,
+            logp, old_logp, advantage, mask, ref_logp, sampled_logp, clip_low, clip_high, beta, cap,
+            normalise, max_tokens,
         )  # fmt: skip
     rows, width = logp.shape
-    sums = torch.empty(4, rows, dtype=torch.float32, device=logp.device)
-    loss, clip_fraction, mean_kl = (
-        torch.empty((), dtype=torch.float32, device=logp.device) for _ in range(3)
-    )
+    sums = torch.empty(5, rows, dtype=torch.float32, device=logp.device)
+    found = [torch.empty((), dtype=torch.float32, device=logp.device) for _ in range(4)]
     weight = torch.empty(rows, dtype=torch.float32, device=logp.device)
     launch(
-        _grpo_rows_kernel, (rows,), logp, old_logp, advantage, mask, ref_logp, sums, rows, width,
-        clip_low, clip_high, beta, PENALISED=beta != 0, TOKENS=_tokens_block(width), num_warps=4,
-        enable_fp_fusion=True,
+        _grpo_rows_kernel, (rows,), logp, old_logp, advantage, mask, ref_logp, sampled_logp, sums,
+        rows, width, clip_low, clip_high, beta, cap, PENALISED=beta != 0,
+        TOKENS=_tokens_block(width), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     launch(
-        _grpo_total_kernel, (1,), sums, loss, clip_fraction, mean_kl, weight, rows,
-        1 / (rows * max_tokens), NORMALISE=normalise,
-        ROWS=min(triton.next_power_of_2(rows), ROWS), num_warps=8, enable_fp_fusion=True,
+        _grpo_total_kernel, (1,), sums, *found, weight, rows, 1 / (rows * max_tokens),
+        NORMALISE=normalise, ROWS=min(triton.next_power_of_2(rows), ROWS), num_warps=8,
+        enable_fp_fusion=True,
     )  # fmt: skip
-    return loss, clip_fraction, mean_kl, weight
+    return *found, weight  # type: ignore[return-value]
 
 
 def _launch_loss_backward(
     logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
-    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, weight: Tensor,
-    d_loss: Tensor,
+    ref_logp: Tensor | None, sampled_logp: Tensor | None, clip_low: float, clip_high: float,
+    beta: float, cap: float, weight: Tensor, d_loss: Tensor,
 ) -> Tensor:  # fmt: skip
     if logp.dtype == torch.float64:
         return reference.loss_backward(
-            logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, weight, d_loss
-        )
+            logp, old_logp, advantage, mask, ref_logp, sampled_logp, clip_low, clip_high, beta, cap,
+            weight, d_loss,
+        )  # fmt: skip
     out = torch.empty_like(logp)
     rows, width = logp.shape
     block = _tokens_block(width)
     launch(
         _grpo_backward_kernel, (rows, triton.cdiv(width, block)), logp, old_logp, advantage, mask,
-        ref_logp, weight, d_loss, out, width, clip_low, clip_high, beta, PENALISED=beta != 0,
-        TOKENS=block, num_warps=4, enable_fp_fusion=True,
+        ref_logp, sampled_logp, weight, d_loss, out, width, clip_low, clip_high, beta, cap,
+        PENALISED=beta != 0, TOKENS=block, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return out
 
@@ -215,23 +229,25 @@ def _tokens_block(width: int) -> int:
 @operator("grpo_loss", _launch_loss)
 def _grpo_loss(
     logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
-    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, normalise: str,
-    max_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    ref_logp: Tensor | None, sampled_logp: Tensor | None, clip_low: float, clip_high: float,
+    beta: float, cap: float, normalise: str, max_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     return reference.loss(
-        logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, normalise, max_tokens
-    )
+        logp, old_logp, advantage, mask, ref_logp, sampled_logp, clip_low, clip_high, beta, cap,
+        normalise, max_tokens,
+    )  # fmt: skip
 
 
 @operator("grpo_loss_backward", _launch_loss_backward)
 def _grpo_loss_backward(
     logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
-    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, weight: Tensor,
-    d_loss: Tensor,
+    ref_logp: Tensor | None, sampled_logp: Tensor | None, clip_low: float, clip_high: float,
+    beta: float, cap: float, weight: Tensor, d_loss: Tensor,
 ) -> Tensor:  # fmt: skip
     return reference.loss_backward(
-        logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, weight, d_loss
-    )
+        logp, old_logp, advantage, mask, ref_logp, sampled_logp, clip_low, clip_high, beta, cap,
+        weight, d_loss,
+    )  # fmt: skip
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -241,28 +257,28 @@ def _wide(x: Tensor) -> torch.dtype:
 @_grpo_loss.register_fake
 def _fake_loss(
     logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
-    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, normalise: str,
-    max_tokens: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    scalars = [logp.new_empty((), dtype=_wide(logp)) for _ in range(3)]
+    ref_logp: Tensor | None, sampled_logp: Tensor | None, clip_low: float, clip_high: float,
+    beta: float, cap: float, normalise: str, max_tokens: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    scalars = [logp.new_empty((), dtype=_wide(logp)) for _ in range(4)]
     return *scalars, logp.new_empty(logp.shape[0], dtype=_wide(logp))  # type: ignore[return-value]
 
 
 @_grpo_loss_backward.register_fake
 def _fake_loss_backward(
     logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
-    ref_logp: Tensor | None, clip_low: float, clip_high: float, beta: float, weight: Tensor,
-    d_loss: Tensor,
+    ref_logp: Tensor | None, sampled_logp: Tensor | None, clip_low: float, clip_high: float,
+    beta: float, cap: float, weight: Tensor, d_loss: Tensor,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(logp)
 
 
 def _setup(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: tuple) -> None:
-    logp, old_logp, advantage, mask, ref_logp, *numbers = inputs
-    _, clip_fraction, mean_kl, weight = output
-    ctx.mark_non_differentiable(clip_fraction, mean_kl, weight)
-    ctx.save_for_backward(logp, old_logp, advantage, mask, ref_logp, weight)
-    ctx.numbers = numbers[:3]  # type: ignore[attr-defined]
+    *tensors, clip_low, clip_high, beta, cap, _, _ = inputs
+    _, *watched, weight = output
+    ctx.mark_non_differentiable(*watched, weight)
+    ctx.save_for_backward(*tensors, weight)
+    ctx.numbers = (clip_low, clip_high, beta, cap)  # type: ignore[attr-defined]
 
 
 def _backward(ctx, d_loss, *_):
@@ -270,7 +286,7 @@ def _backward(ctx, d_loss, *_):
     d_logp = None
     if ctx.needs_input_grad[0]:
         d_logp = _grpo_loss_backward(*inputs, *ctx.numbers, weight, d_loss.contiguous())
-    return (d_logp, *[None] * 9)
+    return (d_logp, *[None] * 11)
 
 
 _grpo_loss.register_autograd(_backward, setup_context=_setup)
@@ -283,11 +299,14 @@ class GrpoLoss(NamedTuple):
         loss: float32 scalar, to be minimised; the only one with a gradient.
         clip_fraction: float32 scalar, share of tokens whose ratio is clipped.
         mean_kl: float32 scalar, mean k3 over tokens; 0 without a reference.
+        capped_fraction: float32 scalar, share of tokens whose importance is held at
+            ``importance_cap``; 0 without ``sampled_logp``.
     """
 
     loss: Tensor
     clip_fraction: Tensor
     mean_kl: Tensor
+    capped_fraction: Tensor
 
 
 def grpo_loss(
@@ -301,13 +320,22 @@ def grpo_loss(
     beta: float = 0.0,
     normalise: Normaliser = "sequence",
     max_tokens: int | None = None,
+    sampled_logp: Tensor | None = None,
+    importance_cap: float = 2.0,
 ) -> GrpoLoss:
     """The clipped policy loss with a KL penalty, its gradient recomputed in backward.
 
     Per token, with ``r = exp(new − old)`` and ``d = ref − new``:
     ``−min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) + β·k3``, ``k3 = exp(d) − d − 1`` (GRPO,
     arXiv 2402.03300; k3: Schulman, "Approximating KL divergence", 2020). Log-ratios are held
-    within ±60, and have no gradient beyond. Sums over tokens become a loss by
+    within ±60, and have no gradient beyond.
+
+    A sampler that computes in another type than the trainer draws from a slightly other policy
+    than ``old``. With ``sampled_logp`` a token's first term, not its KL, is weighted by
+    ``min(exp(old − sampled), importance_cap)``: truncated importance sampling (Ionides 2008; for
+    this mismatch Yao et al., "Your efficient RL framework secretly brings you off-policy RL
+    training", 2025, with a cap of 2). The weight has no gradient, and is 1 but for rounding where
+    the two compute alike. Sums over tokens become a loss by
 
     - ``sequence``: the mean over a sequence's tokens, then over sequences with any (GRPO);
     - ``token``: the mean over all tokens of the batch;
@@ -325,6 +353,8 @@ def grpo_loss(
         beta: weight of the KL penalty; 0 with ref_logp only measures it.
         normalise: "sequence", "token" or "constant".
         max_tokens: the most tokens a sequence may have; "constant" needs it.
+        sampled_logp: [N, T], as the sampler itself computed them; None: the sampler is ``old``.
+        importance_cap: the largest weight of a token, at least 1 (infinite: none).
 
     Returns:
         GrpoLoss. Gradients reach logp alone. A batch without any token has loss 0.
@@ -334,10 +364,11 @@ def grpo_loss(
         TypeError: types that do not fit.
     """
     checks.check_choice("normalise", normalise, NORMALISERS)
-    checks.check_floats(logp=logp, old_logp=old_logp, advantage=advantage, ref_logp=ref_logp)
+    same = {"old_logp": old_logp, "mask": mask, "ref_logp": ref_logp, "sampled_logp": sampled_logp}
+    floats = {name: tensor for name, tensor in same.items() if name != "mask"}
+    checks.check_floats(logp=logp, advantage=advantage, **floats)
     checks.check_bools(mask=mask)
     checks.check_shape("logp", logp, (None, None))
-    same = {"old_logp": old_logp, "mask": mask, "ref_logp": ref_logp}
     for name, tensor in same.items():
         if tensor is not None:
             checks.check_shape(name, tensor, logp.shape)
@@ -353,12 +384,14 @@ def grpo_loss(
         raise ValueError(f"beta = {beta}; it must be finite and not negative")
     if beta and ref_logp is None:
         raise ValueError(f"beta = {beta} without ref_logp; pass it, or beta = 0")
+    if not importance_cap >= 1:
+        raise ValueError(f"importance_cap = {importance_cap}; it must be at least 1")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens = {max_tokens}; it must be at least 1")
     if normalise == "constant" and max_tokens is None:
         raise ValueError("max_tokens = None; normalise = 'constant' needs it")
-    loss, clip_fraction, mean_kl, _ = _grpo_loss(
-        logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, normalise,
-        max_tokens or 1,
+    *found, _ = _grpo_loss(
+        logp, old_logp, advantage, mask, ref_logp, sampled_logp, clip_low, clip_high, beta,
+        importance_cap, normalise, max_tokens or 1,
     )  # fmt: skip
-    return GrpoLoss(loss, clip_fraction, mean_kl)
+    return GrpoLoss(*found)

@@ -291,6 +291,9 @@ class CycleRLConfig:
             GPU half of what a step of drawing reads, on the tensor cores, and 2 bytes a weight
             more. How far the sampler's log-probabilities are from the trainer's is logged as
             ``sampler_gap``; the ratio of `grpo_loss` is between the trainer's own.
+        importance_cap: what the trainer's log-probabilities make of the sampler's is a weight of
+            each token, at most this (`grpo_loss`; its share is logged as ``capped``). Without it,
+            None, the rounding of bfloat16 makes the samples another policy's, unnoticed.
         gate_scenes, gate_group: validation layouts, and images of each, on which the self-reward is
             compared with the judge before the first step.
         gate_bound: lowest within-group rank correlation of the two at which training starts,
@@ -326,6 +329,7 @@ class CycleRLConfig:
     rollout_dtype: Literal["float32", "bfloat16"] = later("float32")
     layouts_hash: str = later("")
     reward_boxes: int = later(0)
+    importance_cap: float | None = later(2.0)
 
     @property
     def truncated(self) -> bool:
@@ -342,6 +346,7 @@ class CycleRLConfig:
         _at_least(self, 2, "group", "gate_group")
         _at_least(self, 1, "scenes", "batch", "updates", "gate_scenes")
         _at_least(self, 0, "reward_boxes", "w_iou", "w_l1", "clip_low", "clip_high")
+        _at_least(self, 1, "importance_cap")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta = {self.beta}; it must be finite and 0 or more")
         for name in ("save_every", "eval_every"):

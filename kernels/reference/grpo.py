@@ -10,7 +10,7 @@ CHUNK = 1024
 RATIO_LIMIT = 60.0  # log-ratios are held within ±60, exp(±60) within float32
 SERIES_BELOW = 0.5  # of |d|, where exp(d) − d − 1 cancels and its series does not
 
-Loss = tuple[Tensor, Tensor, Tensor, Tensor]
+Loss = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -38,12 +38,14 @@ def _tokens(
     advantage: Tensor,
     mask: Tensor,
     ref_logp: Tensor | None,
+    sampled_logp: Tensor | None,
     clip_low: float,
     clip_high: float,
     beta: float,
+    cap: float,
     rows: slice,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, clipped (bool), k3 and d loss/d logp of every token; 0 where masked."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, clipped (bool), k3, capped (bool) and d loss/d logp of every token; 0 where masked."""
     keep = mask[rows]
     new = torch.where(keep, _wide(logp[rows]), 0.0)
     old = new if old_logp is None else torch.where(keep, old_logp[rows].to(new.dtype), 0.0)
@@ -54,6 +56,13 @@ def _tokens(
     clipped = keep & (held < plain)
     loss = -torch.where(clipped, held, plain)
     grad = -torch.where(clipped | (change.abs() > RATIO_LIMIT), 0.0, plain)
+    capped = torch.zeros_like(keep)
+    if sampled_logp is not None:
+        sampled = torch.where(keep, sampled_logp[rows].to(new.dtype), 0.0)
+        importance = _held(old - sampled).exp()
+        capped = keep & (importance > cap)
+        importance = importance.clamp(max=cap)
+        loss, grad = loss * importance, grad * importance
     kl = torch.zeros_like(loss)
     if ref_logp is not None:
         apart = torch.where(keep, ref_logp[rows].to(new.dtype), 0.0) - new
@@ -62,7 +71,7 @@ def _tokens(
         if beta:
             loss = loss + beta * kl
             grad = grad - torch.where(apart.abs() > RATIO_LIMIT, 0.0, beta * (kl + d))
-    return torch.where(keep, loss, 0.0), clipped, kl, torch.where(keep, grad, 0.0)
+    return torch.where(keep, loss, 0.0), clipped, kl, capped, torch.where(keep, grad, 0.0)
 
 
 def _chunks(rows: int) -> list[slice]:
@@ -75,21 +84,25 @@ def loss(
     advantage: Tensor,
     mask: Tensor,
     ref_logp: Tensor | None,
+    sampled_logp: Tensor | None,
     clip_low: float,
     clip_high: float,
     beta: float,
+    cap: float,
     normalise: str,
     max_tokens: int,
 ) -> Loss:
-    """(loss, clip_fraction, mean_kl, weight of each row's sum [N]); see `echogen.kernels.grpo`."""
+    """(loss, clip_fraction, mean_kl, capped_fraction, weight of each row's sum [N]); see
+    `echogen.kernels.grpo`."""
     sums = []
     for rows in _chunks(len(logp)):
-        loss, clipped, kl, _ = _tokens(
-            logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, rows
-        )
-        counts = mask[rows].sum(-1).to(loss.dtype)
-        sums.append(torch.stack((loss.sum(-1), counts, clipped.sum(-1).to(loss.dtype), kl.sum(-1))))
-    row_loss, count, clipped_count, row_kl = torch.cat(sums, 1)
+        loss, clipped, kl, capped, _ = _tokens(
+            logp, old_logp, advantage, mask, ref_logp, sampled_logp, clip_low, clip_high, beta, cap,
+            rows,
+        )  # fmt: skip
+        each = (loss, mask[rows], clipped, kl, capped)
+        sums.append(torch.stack([x.sum(-1).to(loss.dtype) for x in each]))
+    row_loss, count, clipped_count, row_kl, capped_count = torch.cat(sums, 1)
     tokens = count.sum().clamp(min=1)
     if normalise == "sequence":
         filled = (count > 0).sum().clamp(min=1)
@@ -99,7 +112,8 @@ def loss(
     else:
         weight = torch.full_like(count, 1 / (len(logp) * max_tokens))
     total = (row_loss * weight).sum()
-    return total, clipped_count.sum() / tokens, row_kl.sum() / tokens, weight
+    means = [x.sum() / tokens for x in (clipped_count, row_kl, capped_count)]
+    return total, *means, weight
 
 
 def loss_backward(
@@ -108,9 +122,11 @@ def loss_backward(
     advantage: Tensor,
     mask: Tensor,
     ref_logp: Tensor | None,
+    sampled_logp: Tensor | None,
     clip_low: float,
     clip_high: float,
     beta: float,
+    cap: float,
     weight: Tensor,
     d_loss: Tensor,
 ) -> Tensor:
@@ -118,8 +134,9 @@ def loss_backward(
     out = torch.empty_like(logp)
     for rows in _chunks(len(logp)):
         *_, grad = _tokens(
-            logp, old_logp, advantage, mask, ref_logp, clip_low, clip_high, beta, rows
-        )
+            logp, old_logp, advantage, mask, ref_logp, sampled_logp, clip_low, clip_high, beta, cap,
+            rows,
+        )  # fmt: skip
         out[rows] = torch.where(mask[rows], grad * (weight[rows] * d_loss)[:, None], 0.0).to(
             out.dtype
         )

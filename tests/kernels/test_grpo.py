@@ -34,13 +34,17 @@ def inputs(shape, generator, device, dtype=torch.float32):
     return *(t.to(device, dtype) for t in (logp, old, ref)), advantage, mask.to(device)
 
 
-def oracle(logp, old, advantage, mask, ref, beta, normalise, max_tokens, low=0.2, high=0.3):
+def oracle(logp, old, advantage, mask, ref, beta, normalise, max_tokens, sampled=None, cap=2.0):
     """The formulas as they are written, in float64 autograd."""
+    low, high = CLIP["clip_low"], CLIP["clip_high"]
     keep = mask.double()
     old = logp.detach() if old is None else old.double()
     ratio, a = torch.exp(logp - old), advantage.double()[:, None]
     plain, clipped = ratio * a, ratio.clamp(1 - low, 1 + high) * a
-    token = -torch.minimum(plain, clipped)
+    token, capped = -torch.minimum(plain, clipped), torch.zeros_like(keep)
+    if sampled is not None:
+        importance = torch.exp(old - sampled.double())
+        token, capped = token * importance.clamp(max=cap), (importance > cap).double()
     kl = torch.zeros_like(logp)
     if ref is not None:
         d = ref.double() - logp
@@ -54,24 +58,29 @@ def oracle(logp, old, advantage, mask, ref, beta, normalise, max_tokens, low=0.2
         loss = (token * keep).sum() / count
     else:
         loss = (token * keep).sum() / (len(logp) * max_tokens)
-    return loss, ((clipped < plain) * keep).sum() / count, (kl * keep).sum() / count
+    watched = ((clipped < plain).double(), kl, capped)
+    return loss, *((x * keep).sum() / count for x in watched)
 
 
 @pytest.mark.parametrize("normalise", grpo.NORMALISERS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("form", ["all", "no old", "no reference", "neither"])
+@pytest.mark.parametrize("form", ["all", "no old", "no reference", "neither", "other sampler"])
 def test_loss_and_gradient(normalise, shape, form, small, generator, device, relative_error):
     logp, old, ref, advantage, mask = inputs(shape, generator, device)
     if len(mask) > 3:
         mask[2] = False  # a sequence of no tokens
+    sampled = None
+    if form == "other sampler":
+        sampled = (old + 0.6 * torch.randn(shape, generator=generator).to(device)).contiguous()
     old = None if form in ("no old", "neither") else old
     ref = None if form in ("no reference", "neither") else ref
     beta = 0.0 if ref is None else 0.1
+    rest = {"beta": beta, "normalise": normalise, "max_tokens": 50}
     ours, truth = logp.clone().requires_grad_(), logp.double().requires_grad_()
     found = grpo_loss(
-        ours, old, advantage, mask, ref, **CLIP, beta=beta, normalise=normalise, max_tokens=50
+        ours, old, advantage, mask, ref, **CLIP, **rest, sampled_logp=sampled, importance_cap=1.5
     )
-    wanted = oracle(truth, old, advantage, mask, ref, beta, normalise, 50)
+    wanted = oracle(truth, old, advantage, mask, ref, beta, normalise, 50, sampled, 1.5)
     for a, b in zip(found, wanted, strict=True):
         assert a.dtype == torch.float32 and a.shape == ()
         assert a.item() == pytest.approx(b.item(), rel=1e-5, abs=1e-6)
@@ -111,6 +120,41 @@ def test_one_update_is_the_same_as_its_own_old_policy(small, generator, device):
     assert torch.equal(*grads)
 
 
+def test_what_another_sampler_draws_is_weighted_to_the_policys_gradient(device):
+    """Two codes by a policy of (½, ½) and a sampler of (0.8, 0.2): weighted, the mean gradient over
+    the sampler's draws is the policy's; unweighted, it is another."""
+    policy, sampler = torch.tensor([0.5, 0.5]), torch.tensor([0.8, 0.2])
+    reward = torch.tensor([1.0, 0.0])
+    logits = policy.log().to(device).requires_grad_()
+    mask = torch.ones(2, 1, dtype=torch.bool, device=device)
+    grads = {}
+    for name, sampled in (("weighted", sampler.log().to(device)[:, None]), ("plain", None)):
+        logp = logits.log_softmax(0)[:, None].contiguous()
+        # Each code once, its advantage times how often the sampler draws it.
+        advantage = (reward * sampler).to(device)
+        loss = grpo_loss(logp, None, advantage, mask, sampled_logp=sampled, importance_cap=9.0).loss
+        (grads[name],) = torch.autograd.grad(2 * loss, logits)  # a mean over 2 rows
+    truth = logits.detach().clone().requires_grad_()
+    (-(truth.softmax(0) * reward.to(device)).sum()).backward()
+    torch.testing.assert_close(grads["weighted"], truth.grad)
+    assert not torch.allclose(grads["plain"], truth.grad, atol=0.05)
+
+
+def test_a_weight_is_held_at_its_cap_and_leaves_the_penalty_alone(device):
+    logp = torch.tensor([[-1.0, -1.0, -1.0]], device=device).requires_grad_()
+    sampled = torch.tensor([[-1.0, -4.0, float("-inf")]], device=device)
+    mask = torch.ones(1, 3, dtype=torch.bool, device=device)
+    one = torch.ones(1, device=device)
+    found = grpo_loss(logp, None, one, mask, sampled_logp=sampled, importance_cap=2.0)
+    assert found.loss.item() == pytest.approx(-(1 + 2 + 2) / 3)
+    assert found.capped_fraction.item() == pytest.approx(2 / 3)
+    ref = torch.full_like(sampled, -2.0)
+    rest = {"beta": 0.5, "sampled_logp": sampled}
+    none, one = (grpo_loss(logp, None, x * one, mask, ref, **rest) for x in (0.0, 1.0))
+    assert (none.loss - one.loss).item() == pytest.approx(5 / 3)
+    assert none.loss.item() == pytest.approx(0.5 * none.mean_kl.item())
+
+
 def test_a_small_kl_does_not_cancel(small, generator, device):
     """exp(d) − d − 1 in float32 is noise for d near 1e-4."""
     logp, old, _, advantage, mask = inputs((5, 40), generator, device)
@@ -127,9 +171,9 @@ def test_masked_tokens_contribute_nothing_whatever_they_hold(normalise, small, g
     rest = {"normalise": normalise, "max_tokens": 40, "beta": 0.1}
     grads, losses = [], []
     for rubbish in (0.0, float("nan"), float("-inf")):
-        new, was, frozen = (t.masked_fill(~mask, rubbish) for t in (logp, old, ref))
+        new, was, frozen, drawn = (t.masked_fill(~mask, rubbish) for t in (logp, old, ref, old))
         new.requires_grad_()
-        found = grpo_loss(new, was, advantage, mask, frozen, **rest)
+        found = grpo_loss(new, was, advantage, mask, frozen, **rest, sampled_logp=drawn + 0.5)
         found.loss.backward()
         grads.append(new.grad)
         losses.append(torch.stack([x.detach() for x in found]))
@@ -160,6 +204,7 @@ def test_a_nan_is_not_hidden(generator, device):
         found = grpo_loss(a, b, advantage, mask, c, beta=0.0 if c is None else 0.1)
         found.loss.backward()
         assert found.loss.isnan() and a.grad[0, 0].isnan() and a.grad[1:].isfinite().all()
+    assert grpo_loss(logp, old, advantage, mask, sampled_logp=broken).loss.isnan()
     assert grpo_loss(logp, old, advantage.fill_(float("nan")), mask).loss.isnan()
 
 
@@ -196,7 +241,7 @@ def test_no_tokens_no_loss(normalise, device):
     found = grpo_loss(logp, None, torch.ones(3, device=device), mask, normalise=normalise,
                       max_tokens=5)  # fmt: skip
     found.loss.backward()
-    assert [x.item() for x in found] == [0, 0, 0] and (logp.grad == 0).all()
+    assert [x.item() for x in found] == [0, 0, 0, 0] and (logp.grad == 0).all()
 
 
 def test_the_reference_is_measured_without_a_penalty(small, generator, device):
@@ -226,19 +271,19 @@ def test_a_reward_that_has_a_gradient_gives_none(generator, device):
 def test_nothing_is_kept_for_backward_but_the_inputs(generator, device):
     logp, old, ref, advantage, mask = inputs((5, 40), generator, device)
     logp.requires_grad_()
-    kept = []
+    sampled, kept = old + 0.1, []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        grpo_loss(logp, old, advantage, mask, ref, beta=0.1)
-    own = {t.data_ptr() for t in (logp, old, advantage, mask, ref)}
-    assert all(t.numel() == 5 or t.data_ptr() in own for t in kept) and len(kept) == 6
+        grpo_loss(logp, old, advantage, mask, ref, beta=0.1, sampled_logp=sampled)
+    own = {t.data_ptr() for t in (logp, old, advantage, mask, ref, sampled)}
+    assert all(t.numel() == 5 or t.data_ptr() in own for t in kept) and len(kept) == 7
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_float_types(dtype, small, generator, device, relative_error):
     logp, old, ref, advantage, mask = inputs((5, 40), generator, device, dtype)
     ours, truth = logp.clone().requires_grad_(), logp.double().requires_grad_()
-    found = grpo_loss(ours, old, advantage, mask, ref, **CLIP, beta=0.1)
-    wanted = oracle(truth, old, advantage, mask, ref, 0.1, "sequence", None)
+    found = grpo_loss(ours, old, advantage, mask, ref, **CLIP, beta=0.1, sampled_logp=ref)
+    wanted = oracle(truth, old, advantage, mask, ref, 0.1, "sequence", None, ref)
     found.loss.backward()
     wanted[0].backward()
     exact = dtype == torch.float64
@@ -263,11 +308,14 @@ def test_repeats_are_bit_equal(small, generator, device):
 def test_opcheck(generator, device):
     logp, old, ref, advantage, mask = inputs((3, 7), generator, device)
     ops = torch.ops.echogen
-    numbers = (0.2, 0.2, 0.1)
+    numbers = (0.2, 0.2, 0.1, 2.0)
     logp.requires_grad_()
-    for given in ((logp, old, advantage, mask, ref), (logp, None, advantage, mask, None)):
+    for given in (
+        (logp, old, advantage, mask, ref, ref),
+        (logp, None, advantage, mask, None, None),
+    ):
         torch.library.opcheck(ops.grpo_loss.default, (*given, *numbers, "sequence", 1))
-    given = (logp.detach(), old, advantage, mask, ref, *numbers, advantage, advantage.sum())
+    given = (logp.detach(), old, advantage, mask, ref, ref, *numbers, advantage, advantage.sum())
     torch.library.opcheck(ops.grpo_loss_backward.default, given)
 
 
@@ -296,6 +344,10 @@ def test_bad_arguments(device):
         ({"mask": logp}, "mask is torch.float32"),
         ({"clip_low": 1.5}, "clip_low = 1.5"),
         ({"clip_high": -0.1}, "clip_high = -0.1"),
+        ({"sampled_logp": logp[:2]}, "sampled_logp has shape"),
+        ({"sampled_logp": logp.int()}, "sampled_logp is torch.int32"),
+        ({"importance_cap": 0.5}, "importance_cap = 0.5"),
+        ({"importance_cap": float("nan")}, "importance_cap = nan"),
         ({"beta": -1.0}, "beta = -1"),
         ({"beta": 0.1, "ref_logp": None}, "beta = 0.1 without ref_logp"),
         ({"normalise": "batch"}, "normalise = 'batch'"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +96,24 @@ def test_a_step_computed_by_hand(rl_stage, plain_image_logprob) -> None:
         rl.loss(step)[0].backward()
         optimizer.step()
     assert float((logp.detach() - first).abs().max()) > 0.05  # the second ratio was not 1
+
+
+@pytest.mark.parametrize(
+    ("cap", "apart", "weight", "capped"),
+    [(2.0, math.log(2), 0.5, 0), (2.0, -1.0, 2.0, 1), (math.inf, -1.0, math.e, 0), (None, 3, 1, 0)],
+)
+def test_what_the_sampler_draws_too_often_counts_less(rl_stage, cap, apart, weight, capped) -> None:
+    """A sampler whose log-probabilities are ``apart`` from the trainer's."""
+    rl = rl_stage(beta=0.0, importance_cap=cap)
+    held = rl._hold(0)
+    loss, numbers = rl.loss(0)
+    before = gradients(rl, loss)
+    assert numbers["capped"] == 0
+    held.sampled = held.sampled + apart
+    loss, numbers = rl.loss(0)
+    assert numbers["capped"] == capped
+    for name, grad in gradients(rl, loss).items():
+        torch.testing.assert_close(grad, weight * before[name], rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize("prompt", [25, 60, 94])

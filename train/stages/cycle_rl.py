@@ -298,7 +298,8 @@ class CycleRLStage(WorldStage):
         tokens = self.module.config.image_tokens * (held.drawn is not None)
         tokens += 4 * MOST_OBJECTS * (held.asked is not None)
         # With one update the ratio is 1 by definition. Against the sampler's log-probabilities it
-        # would be 1 but for rounding, and in bfloat16 the rounding would pass for a change.
+        # would be 1 but for rounding, and in bfloat16 the rounding would pass for a change and be
+        # clipped; it is a weight of its own instead.
         out = grpo_loss(
             credit.rows(logp),
             None if held.old is None else credit.rows(held.old),
@@ -310,6 +311,8 @@ class CycleRLStage(WorldStage):
             c.beta,
             c.normalise,
             tokens,
+            None if c.importance_cap is None else credit.rows(held.sampled),
+            c.importance_cap or 2.0,
         )
         if held.gap is None:
             off = (logp.detach() - held.sampled).abs()
@@ -319,7 +322,9 @@ class CycleRLStage(WorldStage):
         all_rows = portion.layouts if c.credit == "image" else portion.rows
         by = {"sequence": portion.rows, "token": portion.row_tokens, "constant": all_rows}
         loss = out.loss if parts == 1 else out.loss * by[c.normalise]
-        per_token = {"kl": out.mean_kl, "clipped": out.clip_fraction}
+        per_token = {
+            "kl": out.mean_kl, "clipped": out.clip_fraction, "capped": out.capped_fraction
+        }  # fmt: skip
         numbers = {
             "loss": loss,
             **_of(held.rollout, portion),

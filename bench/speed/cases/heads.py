@@ -184,6 +184,8 @@ def token_losses(logp: Tensor, i: Inputs) -> Outputs:
     """GRPO's loss as trainers write it: mean over a sequence's tokens, then over sequences."""
     ratio, gain = (logp - i["old"]).exp(), i["advantage"][:, None]
     loss = -torch.min(ratio * gain, ratio.clamp(0.8, 1.2) * gain)
+    if "sampled" in i:
+        loss = loss * (i["old"] - i["sampled"]).exp().clamp(max=2.0)
     behind = i["reference"] - logp
     loss = loss + BETA * (behind.exp() - behind - 1)
     keep = i["mask"].to(loss.dtype)

@@ -157,15 +157,28 @@ def _loss_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
     }
 
 
+def _sampled_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
+    inputs = _loss_inputs(make, dims, dtype)
+    return inputs | {"sampled": older(inputs["old"], make)}
+
+
 def _loss(i: Inputs) -> Outputs:
-    found = grpo_loss(i["logp"], i["old"], i["advantage"], i["mask"], i["reference"], beta=BETA)
+    found = grpo_loss(
+        i["logp"], i["old"], i["advantage"], i["mask"], i["reference"], beta=BETA,
+        sampled_logp=i.get("sampled"),
+    )  # fmt: skip
     return (found.loss,)
 
 
-def _loss_floor(dims: Dims, size: int, mode: Pass) -> Floor:
+def _loss_floor(dims: Dims, size: int, mode: Pass, read: int = 3) -> Floor:
     n = dims["rows"] * dims["tokens"]
-    # Three log-probabilities and a mask a token; backward writes one gradient more.
-    return Floor((13 if mode == "forward" else 17) * n + 4 * dims["rows"], 0, 20 * n, 2 * n)
+    # So many log-probabilities and a mask a token; backward writes one gradient more.
+    each = 4 * (read + (mode != "forward")) + 1
+    return Floor(each * n + 4 * dims["rows"], 0, 20 * n, (read - 1) * n)
+
+
+def _sampled_floor(dims: Dims, size: int, mode: Pass) -> Floor:
+    return _loss_floor(dims, size, mode, read=4)
 
 
 CASES = (
@@ -212,6 +225,19 @@ CASES = (
         trains=("logp",),
         graded=("loss",),
         floor=_loss_floor,
+        dtypes=FLOAT,
+    ),
+    Case(
+        operator="grpo_loss",
+        variant="other sampler",
+        sizes=_TOKENS,
+        inputs=_sampled_inputs,
+        run=_loss,
+        eager=lambda i: token_losses(i["logp"], i),
+        outputs=("loss",),
+        trains=("logp",),
+        graded=("loss",),
+        floor=_sampled_floor,
         dtypes=FLOAT,
     ),
 )
