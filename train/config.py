@@ -282,7 +282,8 @@ class CycleRLConfig:
         credit: whose tokens an advantage goes to: "image", all of an image's, by its mean reward;
             "object", those in an object's box, by that object's (see `credit`).
         advantage: "grpo", "dr_grpo" or "rloo", see `group_advantage`.
-        normalise: "sequence", "token" or "constant", see `grpo_loss`.
+        normalise: "sequence", "token" or "constant", see `grpo_loss`, whose sequences are the rows
+            of ``credit``; "constant" divides by the number of images in either case.
         clip_low, clip_high, beta: of `grpo_loss`; beta = 0 keeps no reference model, and is what
             truncated sampling of reinforced image tokens needs.
         updates: optimizer steps on one rollout.

@@ -98,6 +98,20 @@ def test_a_step_computed_by_hand(rl_stage, plain_image_logprob) -> None:
     assert float((logp.detach() - first).abs().max()) > 0.05  # the second ratio was not 1
 
 
+@pytest.mark.parametrize("credit", ["image", "object"])
+def test_a_constant_is_one_whatever_the_objects(rl_stage, credit) -> None:
+    rl = rl_stage(beta=0.0, normalise="constant", credit=credit)
+    found = gradients(rl, rl.loss(0)[0])
+    held = rl._hold(0)
+    images, tokens = held.rollout.drawing.codes.shape
+    image, mask, advantage, _ = held.credit
+    gain = (rl.logprob(rl.module, held)[image] * mask * advantage[:, None]).sum()
+    wanted = gradients(rl, -gain / (images * tokens))  # the gradient at a ratio of 1
+    assert max(float(g.abs().max()) for g in wanted.values()) > 1e-3
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("cap", "apart", "weight", "capped"),
     [(2.0, math.log(2), 0.5, 0), (2.0, -1.0, 2.0, 1), (math.inf, -1.0, math.e, 0), (None, 3, 1, 0)],

@@ -33,6 +33,7 @@ RL = {
     "by object": {"credit": "object"},
     "both by object": {"credit": "object", "policy": "both", "normalise": "token"},
     "boxes": {"policy": "boxes", "updates": 2},
+    "constant by object": {"credit": "object", "normalise": "constant"},
     "constant": {"normalise": "constant", "beta": 0.0, "advantage": "rloo"},
 }
 

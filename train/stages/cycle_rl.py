@@ -318,10 +318,12 @@ class CycleRLStage(WorldStage):
             off = (logp.detach() - held.sampled).abs()
             held.gap = torch.where(held.mask, off, 0.0).sum() / held.mask.sum()
             held.old = logp.detach() if c.updates > 1 else None
-        portion = held.portion
-        all_rows = portion.layouts if c.credit == "image" else portion.rows
-        by = {"sequence": portion.rows, "token": portion.row_tokens, "constant": all_rows}
-        loss = out.loss if parts == 1 else out.loss * by[c.normalise]
+        portion, loss = held.portion, out.loss
+        if c.normalise == "constant":  # an image's share: its rows are as many as its objects
+            loss = loss * (len(credit.mask) / len(held.mask))
+        if parts > 1:
+            by = {"sequence": portion.rows, "token": portion.row_tokens}
+            loss = loss * by.get(c.normalise, portion.layouts)
         per_token = {
             "kl": out.mean_kl, "clipped": out.clip_fraction, "capped": out.capped_fraction
         }  # fmt: skip
