@@ -195,10 +195,11 @@ class BenchReport:
     def run(self) -> None:
         from echogen.bench import report
 
+        for needed in (report.RESULTS, report.PAGE):
+            if not needed.exists():  # an installed wheel has neither
+                raise InputError(f"there is no {needed}; run it in a checkout")
         text = report.section()
         if not self.write:
             print(text)
             return
-        if not report.PAGE.exists():
-            raise InputError(f"--write: there is no {report.PAGE}; run it in a checkout")
         write(report.PAGE, report.placed(report.PAGE.read_text(), text).encode())

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from echogen.bench import report
+from echogen.cli import main
 
 PAGE = Path(__file__).parents[2] / "bench" / "README.md"
 
@@ -185,3 +186,9 @@ def test_what_cannot_be_placed_or_read_is_refused(tmp_path):
     (tmp_path / "engine-x.json").write_text("{")
     with pytest.raises(report.ReportError, match=r"engine-x\.json: not valid JSON"):
         report.section(tmp_path)
+
+
+def test_an_installed_package_has_no_results_to_report(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(report, "RESULTS", tmp_path / "results")
+    assert main(["bench", "report"]) == 2
+    assert capsys.readouterr().err.endswith(f"no {tmp_path / 'results'}; run it in a checkout\n")
