@@ -11,6 +11,8 @@ from typing import Any
 from echogen.bench.harness import environment
 from echogen.bench.quality import score
 from echogen.bench.quality.cells import (
+    DRAWINGS,
+    DRAWN_ONCE,
     FRESH,
     LLM_LAYOUTS,
     STARTS,
@@ -105,9 +107,10 @@ class Lab:
     def sizes(self, cell: Cell) -> score.Sizes:
         """How much is drawn to evaluate a cell."""
         full, s = score.Sizes(), self.scale
+        once = cell.table in DRAWN_ONCE.get(self.recipe.name, ())
         return score.Sizes(
             scaled(full.validation, s, 4), scaled(full.test, s, 4), scaled(full.varied, s, 2),
-            full.draws, scaled(cell.drawings, s, min(2, cell.drawings)),
+            full.draws, 1 if once else scaled(DRAWINGS, s, 2),
         )  # fmt: skip
 
     def steps(self, cell: Cell) -> int | None:

@@ -12,7 +12,7 @@ from echogen.bench.quality.records import Record, clock, device, pace, precision
 
 TITLES = {
     "ablation": "Ablation: does each stage help?",
-    "plateau": "Ablation from stage 1 at its plateau, each test layout drawn eight times",
+    "plateau": "Ablation from stage 1 at its plateau",
     "mask": "Mask: `isolated` or `shared`",
     "synergy": "Synergy: one task or both, equal steps",
     "rl-data": "Cycle RL's layouts: real, random, LLM-written",
@@ -51,7 +51,7 @@ Made by `echogen bench quality --report` from the cells in this folder, each wit
 - **AP**, **judge acc50** and the accuracies **spatial** (place), **colour**, **texture** and
   **shape** are the exact judge's, on drawn test layouts.
 - **Acc** and **mAcc** are those of free-running grounding in true test images.
-- **fd_vq** is a Fréchet distance of VQ features; lower is better.
+- **fd_vq** is a Fréchet distance of VQ features, of one drawing of each layout; lower is better.
 - **codes of 4** and **pixel distance** say how varied pictures are. Of four pictures of one layout,
   the first counts the different codes at a place; the second is the mean absolute difference of two
   of them.
@@ -106,6 +106,7 @@ def _table(table: str, known: dict[str, Cell], records: dict[str, Record]) -> Ta
             if where[0] == "l2i" and where[1] != "fd_vq"
         },
         "missing": [c.name for group in mine.values() for c in group if c.name not in records],
+        "drawings": sorted({r["settings"]["evaluation"].get("drawings", 1) for r in some}),
         "notes": _notes(some, records) + _forced(some) + _paces(some, known, records),
     }
 
@@ -180,6 +181,7 @@ def _notes(some: list[Record], records: dict[str, Record]) -> list[str]:
         "recipes": {r["settings"]["recipe"] for r in some},
         "scales": {r["scale"] for r in some},
         "numbers of test scenes": {r["settings"]["evaluation"]["test"] for r in some},
+        "numbers of drawings": {r["settings"]["evaluation"].get("drawings", 1) for r in some},
     }.items():
         if len(seen) > 1:
             notes.append(f"the cells are of several {what}: {', '.join(map(str, sorted(seen)))}")
@@ -261,7 +263,8 @@ def _section(table: Table) -> list[str]:
         f"Ceilings: on the true pictures judge acc50 is {shown(table['judge_ceiling'])}. After a "
         f"round trip through the image tokenizer it is "
         f"{shown(table['vq_ceiling']['judge acc50'])}, and AP is "
-        f"{shown(table['vq_ceiling']['AP'])}."
+        f"{shown(table['vq_ceiling']['AP'])}. Drawings of each test layout: "
+        f"{_list(table['drawings'])}."
     )
     if table["notes"]:
         parts.append("Notes:\n\n" + "\n".join(f"- {note}." for note in table["notes"]))

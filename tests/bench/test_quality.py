@@ -449,8 +449,13 @@ def test_the_plateau_begins_where_stage_1_was_continued_longest():
         begun, begun, begun
     ]  # fmt: skip
     assert known["plateau-stage3-seed1"].parent == "plateau-stage2-seed1"
-    assert {c.drawings for c in known.values() if c.table == "plateau"} == {8}
-    assert {c.drawings for c in known.values() if c.table != "plateau"} == {1}
+
+
+def test_layouts_are_drawn_several_times_but_where_cells_were_recorded_before(tmp_path):
+    for recipe, others in ((RECIPE, 8), (replace(RECIPE, name="tiny"), 1)):
+        lab = Lab(recipe, tmp_path, tmp_path, (0,), "tiny-stage1")
+        drawn = {cell.table: lab.sizes(cell).drawings for cell in lab.cells.values()}
+        assert drawn.pop("plateau") == 8 and set(drawn.values()) == {others}
 
 
 def test_diversity(small):

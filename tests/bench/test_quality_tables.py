@@ -46,6 +46,7 @@ def test_means_errors_and_differences_are_the_known_ones(tmp_path):
     assert "| stage 1, samples of + stage 2 | 0 | 0.250 (n = 1) |" in text
     assert "+ stage 2 − stage 1 | 0, 1, 2 | +0.110 ± 0.006 |" in text
     assert "on the true pictures judge acc50 is 0.990 ± 0.000" in text
+    assert "Drawings of each test layout: 1." in text
     assert "Missing: ablation-stage3-seed0" in text and "012345678+" in text
     assert "judge within groups was 0.250, 0.250, 0.250." in text
     assert "| 900 | 28800 | 0 | 1000 | 900 |" in text
