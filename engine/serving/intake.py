@@ -38,10 +38,10 @@ class Intake:
         c, device = self._engine.transformer.config, self._table.device
         ids = torch.tensor(check_draws(order.draws, order.samples), device=device)
         sampler = Sampler(order.sampling, order.seed, ids, c.codebook_size, c.image_tokens)
-        codes = torch.zeros(len(ids), c.image_tokens, dtype=torch.int64, device=device)
+        none = torch.empty(len(ids), 0, dtype=torch.int64, device=device)
         deadline = None if order.timeout is None else now + order.timeout
         return Request(
-            order, prompts, sampler, codes, self._pictures, deadline,
+            order, prompts, sampler, none, c.image_tokens, self._pictures, deadline,
             foreseeable=foreseeable(order.layout, self._table.dtype),
         )  # fmt: skip
 

@@ -58,7 +58,11 @@ class Request:
     Made by `Scheduler.submit`. ``await request`` gives the codes in an event loop. Cancelling
     ``future`` (or the task that awaits it) cancels the drawing.
 
+    Args:
+        none: the codes int64 [N, 0] of its images so far.
+
     Attributes:
+        tokens: codes T of an image.
         future: of the codes int64 [N, T]; its exception is what went wrong, `TimeoutError` at the
             end of the request's time.
         prompts: of the image and, with guidance, of what it leads away from.
@@ -76,18 +80,22 @@ class Request:
         order: Order,
         prompts: list[list[int]],
         sampler: Sampler,
-        codes: Tensor,
+        none: Tensor,
+        tokens: int,
         pictures: Pictures,
         deadline: float | None = None,
         foreseeable: bool = False,
     ) -> None:
         self.prompts, self.priority, self.deadline = prompts, order.priority, deadline
-        self.rows, self.overtaken, self.drawn = len(prompts) * len(codes), 0, 0
+        self.rows, self.overtaken, self.drawn = len(prompts) * len(none), 0, 0
+        self.tokens = tokens
         self.entered: float | None = None
         news = threading.Condition()
         self.foreseeable = foreseeable
         self._sampler: Sampler | None = sampler
-        self._codes, self._pictures = codes, pictures
+        # As they were drawn, put together when somebody asks: a copy of each into its place would
+        # be a launch a request and step. Only ever added to, so that any thread may read.
+        self._pieces, self._pictures = [none], pictures
         self._every, self._on_partial = order.every, order.on_partial
         self._news, self._told = news, 0
         self.future: Future[Tensor] = Future()
@@ -99,12 +107,7 @@ class Request:
     @property
     def samples(self) -> int:
         """Images N."""
-        return len(self._codes)
-
-    @property
-    def tokens(self) -> int:
-        """Codes T of an image."""
-        return self._codes.shape[1]
+        return len(self._pieces[0])
 
     def result(self, timeout: float | None = None) -> Tensor:
         """Wait for the codes, int64 [N, T].
@@ -154,15 +157,16 @@ class Request:
         return self._sampler
 
     def put(self, codes: Tensor) -> None:
-        """Keep the next codes of every image, int64 [N, n]."""
-        end = self.drawn + codes.shape[1]
-        self._codes[:, self.drawn : end] = codes
-        self.drawn = end
+        """Keep the next codes of every image, int64 [N, n], which nobody changes from here on."""
+        self._pieces.append(codes)
+        self.drawn += codes.shape[1]
 
     def tell(self) -> None:
         """Tell who listens of every partial result that there is now, and nobody who cancelled.
         Raises what ``on_partial`` raises."""
         every = self._every or self.tokens
+        if self.drawn < min(self._told + every, self.tokens):
+            return
         due = list(range(self._told + every, self.drawn + 1, every))
         if self.drawn == self.tokens and self.tokens % every:
             due.append(self.tokens)
@@ -181,7 +185,7 @@ class Request:
 
     def codes(self) -> list[list[int]]:
         """Those drawn of each image."""
-        return self._codes[:, : self.drawn].tolist()
+        return self._kept(self.drawn).tolist()
 
     def whole(self) -> Tensor:
         """The codes of whole images, to ``finish`` with."""
@@ -191,6 +195,7 @@ class Request:
         """Hand over the codes; False where it was cancelled before. Nothing here can fail: who is
         told that it runs is told of an end."""
         self._let_go()
+        self._pieces = [codes]
         if not self.future.set_running_or_notify_cancel():
             return False
         self.future.set_result(codes)
@@ -221,7 +226,8 @@ class Request:
     def _kept(self, drawn: int) -> Tensor:
         # A copy outside of inference mode, so that it may be kept for a backward pass.
         with torch.inference_mode(False):
-            return self._codes[:, :drawn].clone()
+            codes = torch.cat(self._pieces, 1)
+            return codes if codes.shape[1] == drawn else codes[:, :drawn].clone()
 
 
 def _notify(news: threading.Condition) -> None:

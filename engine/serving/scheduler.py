@@ -350,6 +350,7 @@ class Scheduler(Worker):
         except Exception as error:
             self._fail(drawer.lives, error)
             return
+        self._count(codes=sum(codes.numel() for codes in drawn))
         for live, codes in zip(drawer.lives, drawn, strict=True):
             self._take(live, codes)
 
@@ -358,7 +359,6 @@ class Scheduler(Worker):
         request = live.request
         try:
             request.put(codes)
-            self._count(codes=codes.numel())
             request.tell()
             if request.drawn < request.tokens:
                 return
