@@ -343,8 +343,9 @@ def grpo_loss(
 
     Args:
         logp: float [N, T], log-probabilities of the tokens under the policy.
-        old_logp: [N, T], under the policy that sampled; None: the same policy (one update per
-            rollout), so that the ratio is 1 and has a gradient.
+        old_logp: [N, T], under the policy before the first update on these samples, as the trainer
+            computes it; None: the same policy (one update per rollout), so that the ratio is 1 and
+            has a gradient.
         advantage: float [N].
         mask: bool [N, T]; False marks padding, which contributes nothing, whatever the
             log-probabilities hold there.

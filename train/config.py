@@ -11,10 +11,10 @@ from echogen.engine.decoding.sampler import Sampling
 from echogen.train.data.shapes import IMAGE_SIZE
 
 
-def later(default: Any) -> Any:
-    """A field that came after runs were recorded: at its default it is left out of `to_json`, so
-    that they stay the runs they were."""
-    return field(default=default, metadata={"later": True})
+def later(default: Any, was: Any = ...) -> Any:
+    """A field that came after runs were recorded. Where it is what these did, ``was`` (left out:
+    the default), it is left out of `to_json`, so that they stay the runs they were."""
+    return field(default=default, metadata={"was": default if was is ... else was})
 
 
 WHOLE_PARTS = ("text_embedding", "code_embedding", "code_aligner", "text_head", "image_head")
@@ -292,9 +292,10 @@ class CycleRLConfig:
             GPU half of what a step of drawing reads, on the tensor cores, and 2 bytes a weight
             more. How far the sampler's log-probabilities are from the trainer's is logged as
             ``sampler_gap``; the ratio of `grpo_loss` is between the trainer's own.
-        importance_cap: what the trainer's log-probabilities make of the sampler's is a weight of
-            each token, at most this (`grpo_loss`; its share is logged as ``capped``). Without it,
-            None, the rounding of bfloat16 makes the samples another policy's, unnoticed.
+        importance_cap: largest weight of a token, which is its probability by the trainer over that
+            by the sampler (`grpo_loss`; the share of weights held at the cap is logged as
+            ``capped``). None: no weights, and where either works in bfloat16 the samples are
+            another policy's, unnoticed.
         gate_scenes, gate_group: validation layouts, and images of each, on which the self-reward is
             compared with the judge before the first step.
         gate_bound: lowest within-group rank correlation of the two at which training starts,
@@ -330,7 +331,7 @@ class CycleRLConfig:
     rollout_dtype: Literal["float32", "bfloat16"] = later("float32")
     layouts_hash: str = later("")
     reward_boxes: int = later(0)
-    importance_cap: float | None = later(2.0)
+    importance_cap: float | None = later(2.0, was=None)
 
     @property
     def truncated(self) -> bool:
@@ -348,6 +349,8 @@ class CycleRLConfig:
         _at_least(self, 1, "scenes", "batch", "updates", "gate_scenes")
         _at_least(self, 0, "reward_boxes", "w_iou", "w_l1", "clip_low", "clip_high")
         _at_least(self, 1, "importance_cap")
+        if self.importance_cap == float("inf"):  # no number of JSON's
+            raise ValueError("importance_cap = inf; give a finite cap, or none for no weights")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta = {self.beta}; it must be finite and 0 or more")
         for name in ("save_every", "eval_every"):
@@ -460,12 +463,12 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
 
 
 def _told(config: Any) -> dict[str, Any]:
-    """A dataclass as a dictionary, without fields that came `later` and are at their default."""
+    """A dataclass as a dictionary, without fields that came `later` and are as they were."""
     told = {}
     for part in dataclasses.fields(config):
         value = getattr(config, part.name)
         if dataclasses.is_dataclass(value):
             told[part.name] = _told(value)
-        elif not (part.metadata.get("later") and value == part.default):
+        elif "was" not in part.metadata or value != part.metadata["was"]:
             told[part.name] = value
     return told

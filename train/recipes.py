@@ -64,6 +64,8 @@ def tiny() -> Recipe:
             ),
             credit="object",
             beta=0.0,
+            # Its runs are recorded in float32, where the weights are 1 to a millionth.
+            importance_cap=None,
         ),
     )
 

@@ -51,14 +51,17 @@ Made by `echogen bench quality --report` from the cells in this folder, each wit
 - **AP**, **judge acc50** and the accuracies **spatial** (place), **colour**, **texture** and
   **shape** are the exact judge's, on drawn test layouts.
 - **Acc** and **mAcc** are those of free-running grounding in true test images.
-- **fd_vq** is a Fréchet distance of VQ features, of one drawing of each layout; lower is better.
+- Where a test layout is drawn several times, the measures from AP to shape are means over the
+  drawings; fd_vq, self IoU and gap are of the first.
+- **fd_vq** is a Fréchet distance of VQ features; lower is better.
 - **codes of 4** and **pixel distance** say how varied pictures are. Of four pictures of one layout,
   the first counts the different codes at a place; the second is the mean absolute difference of two
   of them.
 - **gap** is self-judged IoU less independently judged IoU.
 - Checkpoints, T and CFG are chosen on validation scenes.
 - Stage 1 continued (by the samples or the seconds of stage 2) is stage 2 without its loop: the same
-  batches, schedule and optimizer.
+  batches, schedule and optimizer. At its plateau it is stage 1 continued for the seconds of stages
+  2 and 3; the arms that begin there see the first batches of that run again.
 - **CPU seconds** are those of the steps alone, on one thread."""
 
 

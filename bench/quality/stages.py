@@ -63,7 +63,8 @@ def build(
         return OneTaskStage(config, vq, cell.task), told
     after = "djo" if isinstance(config, CycleRLConfig) else "pmtp"
     # Stage 1 is continued as stage 2 without its loop, and says that it is a model of stage 2.
-    begun = load_start(start, after, any_stage=cell.parent is not None, device=device)
+    continued = isinstance(config, DJOConfig) and cell.parent is not None
+    begun = load_start(start, after, any_stage=continued, device=device)
     told = {"fingerprint": begun.fingerprint, "stages": list(begun.stages)}
     if isinstance(config, DJOConfig):
         return DJOStage(config, begun), told

@@ -18,6 +18,9 @@ from echogen.engine.decoding.sampler import Sampler, Sampling, whole_number
 from echogen.engine.layout import Layout
 from echogen.engine.serving.partial import Partial, Pictures
 
+PIECES = 32
+"""Tensors that an image's codes lie in at most, for a partial result puts them together."""
+
 
 @dataclass(frozen=True)
 class Order:
@@ -93,8 +96,9 @@ class Request:
         news = threading.Condition()
         self.foreseeable = foreseeable
         self._sampler: Sampler | None = sampler
-        # As they were drawn, put together when somebody asks: a copy of each into its place would
-        # be a launch a request and step. Only ever added to, so that any thread may read.
+        # As they were drawn: a copy of each into its place would be a launch a request and step.
+        # Any thread may read the list that is there: codes are only ever added to its end, and
+        # where it has become long another takes its place.
         self._pieces, self._pictures = [none], pictures
         self._every, self._on_partial = order.every, order.on_partial
         self._news, self._told = news, 0
@@ -158,6 +162,8 @@ class Request:
 
     def put(self, codes: Tensor) -> None:
         """Keep the next codes of every image, int64 [N, n], which nobody changes from here on."""
+        if len(self._pieces) == PIECES:
+            self._pieces = [torch.cat(self._pieces, 1)]
         self._pieces.append(codes)
         self.drawn += codes.shape[1]
 
@@ -165,8 +171,6 @@ class Request:
         """Tell who listens of every partial result that there is now, and nobody who cancelled.
         Raises what ``on_partial`` raises."""
         every = self._every or self.tokens
-        if self.drawn < min(self._told + every, self.tokens):
-            return
         due = list(range(self._told + every, self.drawn + 1, every))
         if self.drawn == self.tokens and self.tokens % every:
             due.append(self.tokens)
@@ -195,7 +199,7 @@ class Request:
         """Hand over the codes; False where it was cancelled before. Nothing here can fail: who is
         told that it runs is told of an end."""
         self._let_go()
-        self._pieces = [codes]
+        self._pieces = [codes]  # the others may be parts of what was drawn for many
         if not self.future.set_running_or_notify_cancel():
             return False
         self.future.set_result(codes)

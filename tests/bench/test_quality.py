@@ -451,10 +451,29 @@ def test_the_plateau_begins_where_stage_1_was_continued_longest():
     assert known["plateau-stage3-seed1"].parent == "plateau-stage2-seed1"
 
 
+def test_the_plateau_is_run_and_evaluated(copied):
+    """From a model that says it is of stage 2, since stage 1 was continued as stage 2 without its
+    loop."""
+    wanted = [copied.find(f"plateau-{arm}-seed0") for arm in ("stage1", "samples")]
+    assert run_all(copied, wanted) == {}
+    begun = read_record(copied.results, "ablation-seconds3-seed0")
+    assert begun is not None
+    for cell in wanted:
+        record = read_record(copied.results, cell.name)
+        assert record is not None and copied.state(cell) == ("done", "")
+        assert record["start"]["cell"] == begun["cell"]
+        assert record["start"]["fingerprint"] == begun["model"]
+        assert record["start"]["stages"] == ["pmtp", "djo"]
+        assert len(record["evaluation"]["plain"]["l2i"]["each"]["ap"]) == 2
+    table = report.make(copied.results, [0])["plateau"]
+    assert table["drawings"] == [2] and table["differences"][0]["seeds"] == []
+
+
 def test_layouts_are_drawn_several_times_but_where_cells_were_recorded_before(tmp_path):
     for recipe, others in ((RECIPE, 8), (replace(RECIPE, name="tiny"), 1)):
         lab = Lab(recipe, tmp_path, tmp_path, (0,), "tiny-stage1")
-        drawn = {cell.table: lab.sizes(cell).drawings for cell in lab.cells.values()}
+        draw = [cell for cell in lab.cells.values() if cell.task != "i2l"]
+        drawn = {cell.table: lab.sizes(cell).drawings for cell in draw}
         assert drawn.pop("plateau") == 8 and set(drawn.values()) == {others}
 
 

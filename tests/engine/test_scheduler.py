@@ -309,7 +309,9 @@ def test_a_slot_begins_clean(engine, monkeypatch):
 # --- partial pictures -----------------------------------------------------------------------------
 
 
-def test_partial_results_come_every_so_many_codes(engine):
+@pytest.mark.parametrize("pieces", [2, 3, 32])
+def test_partial_results_come_every_so_many_codes(engine, pieces, monkeypatch):
+    monkeypatch.setattr("echogen.engine.serving.request.PIECES", pieces)
     scheduler, called = Scheduler(engine, slots=4, prompt_tokens=80), []
     request = scheduler.submit(ONE, 1, PLAIN, 2, every=6, on_partial=called.append)
     finish(scheduler)

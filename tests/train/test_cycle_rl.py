@@ -18,7 +18,7 @@ from echogen.engine.ground import locations
 from echogen.engine.layout import LayoutError
 from echogen.engine.prompt import PromptError, TextualCodec
 from echogen.kernels.group_advantage import group_advantage
-from echogen.train.config import CycleRLConfig
+from echogen.train.config import CycleRLConfig, LoopConfig, differences, to_json
 from echogen.train.data.rows import cheapest
 from echogen.train.data.scenes import load_scenes
 from echogen.train.eval import agreement
@@ -114,20 +114,32 @@ def test_a_constant_is_one_whatever_the_objects(rl_stage, credit) -> None:
 
 @pytest.mark.parametrize(
     ("cap", "apart", "weight", "capped"),
-    [(2.0, math.log(2), 0.5, 0), (2.0, -1.0, 2.0, 1), (math.inf, -1.0, math.e, 0), (None, 3, 1, 0)],
+    [(2.0, math.log(2), 0.5, 0), (2.0, -1.0, 2.0, 1), (9.0, -1.0, math.e, 0), (None, 3, 1, 0)],
 )
-def test_what_the_sampler_draws_too_often_counts_less(rl_stage, cap, apart, weight, capped) -> None:
-    """A sampler whose log-probabilities are ``apart`` from the trainer's."""
-    rl = rl_stage(beta=0.0, importance_cap=cap)
+@pytest.mark.parametrize("settings", [{}, {"policy": "both"}, {"updates": 2}])
+def test_what_the_sampler_draws_too_often_counts_less(
+    rl_stage, cap, apart, weight, capped, settings
+) -> None:
+    """A sampler whose log-probabilities are ``apart`` from the trainer's, in every update."""
+    rl = rl_stage(beta=0.0, importance_cap=cap, **settings)
     held = rl._hold(0)
     loss, numbers = rl.loss(0)
     before = gradients(rl, loss)
     assert numbers["capped"] == 0
     held.sampled = held.sampled + apart
-    loss, numbers = rl.loss(0)
-    assert numbers["capped"] == capped
-    for name, grad in gradients(rl, loss).items():
-        torch.testing.assert_close(grad, weight * before[name], rtol=1e-4, atol=1e-7)
+    for step in range(rl.config.updates):
+        loss, numbers = rl.loss(step)
+        assert float(numbers["capped"]) == pytest.approx(capped)
+        for name, grad in gradients(rl, loss).items():
+            torch.testing.assert_close(grad, weight * before[name], rtol=1e-4, atol=1e-7)
+
+
+def test_a_run_of_before_there_were_weights_is_another(rl_stage) -> None:
+    """Recorded without the setting it had none, and is not gone on with as if it had."""
+    plain, weighted = (to_json(rl_stage(importance_cap=cap).config) for cap in (None, 2.0))
+    assert "importance_cap" not in plain
+    assert differences(plain, weighted) == ["importance_cap None → 2.0"]
+    assert to_json(CycleRLConfig(loop=LoopConfig(steps=1, lr=1e-4)))["importance_cap"] == 2.0
 
 
 @pytest.mark.parametrize("prompt", [25, 60, 94])

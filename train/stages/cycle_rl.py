@@ -312,7 +312,7 @@ class CycleRLStage(WorldStage):
             c.normalise,
             tokens,
             None if c.importance_cap is None else credit.rows(held.sampled),
-            c.importance_cap or 2.0,
+            c.importance_cap or 1.0,
         )
         if held.gap is None:
             off = (logp.detach() - held.sampled).abs()
