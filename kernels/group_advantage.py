@@ -19,8 +19,8 @@ from echogen.kernels.reference import group_advantage as reference
 
 SAMPLES = 128  # of a group at a time, one warp's worth of 16 bytes a thread
 
-MODES = ("grpo", "dr_grpo", "rloo")
-Mode = Literal["grpo", "dr_grpo", "rloo"]
+MODES = ("grpo", "dr_grpo", "rloo", "rank")
+Mode = Literal["grpo", "dr_grpo", "rloo", "rank"]
 
 _LIMIT = tl.constexpr(reference.LIMIT)
 
@@ -55,6 +55,21 @@ def _rewards(reward_ptr, mask_ptr, start, size, first, SAMPLES: tl.constexpr):
 
 
 @triton.jit
+def _above_middle(reward, reward_ptr, mask_ptr, start, size, count, SAMPLES: tl.constexpr):
+    """Mid-ranks in the group, less their mean: exact, since they are halves of whole numbers."""
+    below, equal = tl.zeros([SAMPLES], tl.int32), tl.zeros([SAMPLES], tl.int32)
+    for other in range(size):
+        value = tl.load(reward_ptr + start + other).to(tl.float32)
+        less, same = value < reward, value == reward
+        if mask_ptr is not None:
+            keep = tl.load(mask_ptr + start + other) != 0
+            less, same = less & keep, same & keep
+        below += less.to(tl.int32)
+        equal += same.to(tl.int32)
+    return ((2 * below + equal).to(tl.float32) - count) * 0.5
+
+
+@triton.jit
 def advantages(
     reward_ptr, mask_ptr, advantage_ptr, start, size, eps,
     MODE: tl.constexpr, SAMPLES: tl.constexpr,
@@ -86,6 +101,9 @@ def advantages(
             squares += centred * centred
         spread = tl.sqrt_rn(tl.div_rn(_total(squares, SAMPLES), some)) + eps
         spread = tl.where(spread > 0, spread, 1.0)
+    if MODE == "rank":
+        spread = tl.sqrt_rn(tl.div_rn(some * some - 1.0, 12.0))
+        spread = tl.where(count > 1, spread, 1.0)
     others = tl.div_rn(count, tl.maximum(count - 1.0, 1.0))
     for first in range(0, size, SAMPLES):
         reward, keep, _, inside = _rewards(reward_ptr, mask_ptr, start, size, first, SAMPLES)
@@ -94,6 +112,9 @@ def advantages(
             advantage = tl.div_rn(advantage, spread)
         elif MODE == "rloo":
             advantage = advantage * others
+        elif MODE == "rank":
+            ahead = _above_middle(reward, reward_ptr, mask_ptr, start, size, count, SAMPLES)
+            advantage = tl.where(sound, tl.div_rn(ahead, spread), float("nan"))
         advantage = tl.where(keep & (flat == 0), advantage, 0.0)
         tl.store(advantage_ptr + start + first + tl.arange(0, SAMPLES), advantage, mask=inside)
     return flat
@@ -177,16 +198,18 @@ def group_advantage(
 
     With n samples in the group: ``grpo``: ``(r − mean)/(std + ε)``, population deviation (GRPO,
     arXiv 2402.03300); ``dr_grpo``: ``r − mean`` (Dr.GRPO, arXiv 2503.20783); ``rloo``: ``r`` minus
-    the mean of the others, ``n/(n − 1)·(r − mean)`` (RLOO, arXiv 2402.14740). No gradient: an
-    advantage weighs a policy's gradient, and has none of its own.
+    the mean of the others, ``n/(n − 1)·(r − mean)`` (RLOO, arXiv 2402.14740); ``rank``: the
+    standardised rank, ``(rank − (n − 1)/2)/√((n² − 1)/12)`` with ranks from 0 and ties in their
+    middle, so that it matters who did better and not by how much (fitness shaping, Wierstra et al.,
+    arXiv 1106.4487). No gradient: an advantage weighs a policy's gradient, and has none of its own.
 
     Args:
         reward: float [B, G], one row for the G samples of a layout; with offsets, [N].
         offsets: int64 [B + 1], from 0 to N; group b is ``reward[offsets[b]:offsets[b + 1]]``. Its
             numbers are looked at on a CPU only.
         mask: bool, shaped as reward; False excludes a sample, which then gets 0 and does not count.
-        mode: "grpo", "dr_grpo" or "rloo".
-        eps: ε, at least 0.
+        mode: "grpo", "dr_grpo", "rloo" or "rank".
+        eps: ε of "grpo", at least 0.
 
     Returns:
         Advantage, float32 (float64 of float64) and bool [B]. A group with a reward that is not

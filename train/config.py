@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from echogen.engine.decoding.sampler import Sampling
+from echogen.kernels.group_advantage import MODES
 from echogen.train.data.shapes import IMAGE_SIZE
 
 
@@ -281,7 +282,7 @@ class CycleRLConfig:
             reinforced (``policy``): they are sampled once each.
         credit: whose tokens an advantage goes to: "image", all of an image's, by its mean reward;
             "object", those in an object's box, by that object's (see `credit`).
-        advantage: "grpo", "dr_grpo" or "rloo", see `group_advantage`.
+        advantage: "grpo", "dr_grpo", "rloo" or "rank", see `group_advantage`.
         normalise: "sequence", "token" or "constant", see `grpo_loss`, whose sequences are the rows
             of ``credit``; "constant" divides by the number of images in either case.
         clip_low, clip_high, beta: of `grpo_loss`; beta = 0 keeps no reference model, and is what
@@ -317,7 +318,7 @@ class CycleRLConfig:
     w_iou: float = 0.5
     w_l1: float = 0.5
     credit: Literal["image", "object"] = "image"
-    advantage: Literal["grpo", "dr_grpo", "rloo"] = "grpo"
+    advantage: Literal["grpo", "dr_grpo", "rloo", "rank"] = "grpo"
     normalise: Literal["sequence", "token", "constant"] = "sequence"
     clip_low: float = 0.2
     clip_high: float = 0.2
@@ -343,7 +344,7 @@ class CycleRLConfig:
         _one_of("policy", self.policy, ("image", "boxes", "both"))
         _one_of("credit", self.credit, ("image", "object"))
         _one_of("rollout_dtype", self.rollout_dtype, ("float32", "bfloat16"))
-        _one_of("advantage", self.advantage, ("grpo", "dr_grpo", "rloo"))
+        _one_of("advantage", self.advantage, MODES)
         _one_of("normalise", self.normalise, ("sequence", "token", "constant"))
         _at_least(self, 2, "group", "gate_group")
         _at_least(self, 1, "scenes", "batch", "updates", "gate_scenes")

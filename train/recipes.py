@@ -48,9 +48,10 @@ def tiny() -> Recipe:
             ),
             loop_weight=0.2,
         ),
-        # Most of a gradient is noise (`echogen bench credit`), so it is credited object by object,
-        # and the rate falls to zero over most of the run, which averages the noise of late steps
-        # out. No KL term: the reference model would cost a pass of its own.
+        # Most of a gradient is noise (`echogen bench credit`), so it is credited object by object
+        # and by ranks, which doubles the signal's share, and the rate falls to zero over most of
+        # the run, which averages the noise of late steps out. No KL term: the reference model would
+        # cost a pass of its own.
         cycle_rl=CycleRLConfig(
             loop=LoopConfig(
                 steps=700,
@@ -63,9 +64,8 @@ def tiny() -> Recipe:
                 threads=2,
             ),
             credit="object",
+            advantage="rank",
             beta=0.0,
-            # Its runs are recorded in float32, where the weights are 1 to a millionth.
-            importance_cap=None,
         ),
     )
 

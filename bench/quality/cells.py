@@ -23,8 +23,10 @@ DRAWINGS = 8
 """Of each test layout. AP of `tiny` at T = 1 on 400 layouts drawn once varies by 0.0066 with the
 noise alone (standard deviation of 8), which is as much as the arms of a seed differ by; the mean of
 8 drawings by a third of that."""
-DRAWN_ONCE = {"tiny": ("ablation", "mask", "synergy", "rl-data")}
-"""The tables of a recipe that were run before this was known."""
+EARLIER = {"tiny": ("ablation", "mask", "synergy", "rl-data")}
+"""The tables of a recipe that were run before this was known: each layout was drawn once."""
+THEN: dict[str, Any] = {"advantage": "grpo", "importance_cap": None}
+"""What Cycle RL of these tables has in place of today's recipe."""
 
 Stage = Literal["none", "pmtp", "djo", "cycle-rl"]
 Task = Literal["both", "l2i", "i2l"]
@@ -225,6 +227,8 @@ def settings(cell: Cell, recipe: Recipe, scale: float = 1.0, steps: int | None =
         seed=cell.seed,
     )
     changes = {"loop": loop, "scenes": scaled(base.scenes, scale, 24), **cell.changes}
+    if isinstance(base, CycleRLConfig) and cell.table in EARLIER.get(recipe.name, ()):
+        changes = THEN | changes
     if scale < 1 and isinstance(base, CycleRLConfig):
         changes |= {"gate_scenes": scaled(base.gate_scenes, scale, 2), "force": True}
     return replace(base, **changes)

@@ -7,8 +7,9 @@ them have as much signal as noise in their mean, n²/|s|². How exact that is sa
 leaving out one batch after another (Efron & Stein 1981).
 
 What is compared: Cycle RL's gradient with an image's reward credited to all of its tokens, or an
-object's to those in its box, judged by one decoded box or by several sampled ones; the same, object
-by object, with the exact judge's IoU in place of the self-reward; and stage 2's, of the loop's
+object's to those in its box, judged by one decoded box or by several sampled ones, compared by how
+much better it is than the others of its group or by its rank among them; the same, object by
+object, with the exact judge's IoU in place of the self-reward; and stage 2's, of the loop's
 cross entropy through soft samples at some temperatures. The judge's is where training should lead,
 so each is held against it: the cosine between the two signals, from pairs of other batches.
 The parts of the network are asked one by one too: where the signal lies is what is worth training.
@@ -39,12 +40,15 @@ from echogen.train.start import Start, load_start
 
 JUDGE = "judge"
 REWARDS: dict[str, dict[str, Any]] = {
-    "image": {"credit": "image", "reward_boxes": 0},
-    "object": {"credit": "object", "reward_boxes": 0},
-    "object, 2 boxes": {"credit": "object", "reward_boxes": 2},
-    "object, 4 boxes": {"credit": "object", "reward_boxes": 4},
-    JUDGE: {"credit": "object", "reward_boxes": 0, "w_iou": 1.0, "w_l1": 0.0},
+    "image": {"credit": "image"},
+    "object": {},
+    "object, ranks": {"advantage": "rank"},
+    "object, 2 boxes": {"reward_boxes": 2},
+    "object, 4 boxes": {"reward_boxes": 4},
+    JUDGE: {"w_iou": 1.0, "w_l1": 0.0},
 }
+"""What each has besides (or in place of) ``USUAL``."""
+USUAL: dict[str, Any] = {"credit": "object", "advantage": "grpo", "reward_boxes": 0}
 LOOPS = {f"loop, τ = {tau}": tau for tau in (1.0, 0.3)}
 """Where τ begins and ends by default in stage 2."""
 GRADIENTS = (*REWARDS, *LOOPS)
@@ -216,7 +220,7 @@ def _stage(name: str, start: Start, batch: int, seed: int) -> CycleRLStage | DJO
     rl = replace(rl, loop=replace(rl.loop, seed=seed), batch=batch, beta=0.0)
     if name in REWARDS:
         kind = JudgedRL if name == JUDGE else CycleRLStage
-        return kind(replace(rl, **REWARDS[name]), start)
+        return kind(replace(rl, **USUAL | REWARDS[name]), start)
     djo, tau = tiny().djo, LOOPS[name]
     config: DJOConfig = replace(
         djo, loop=replace(djo.loop, seed=seed), batch=batch * rl.group, prompt_dropout=0.0,

@@ -12,7 +12,7 @@ from echogen.bench.harness import environment
 from echogen.bench.quality import score
 from echogen.bench.quality.cells import (
     DRAWINGS,
-    DRAWN_ONCE,
+    EARLIER,
     FRESH,
     LLM_LAYOUTS,
     STARTS,
@@ -107,7 +107,7 @@ class Lab:
     def sizes(self, cell: Cell) -> score.Sizes:
         """How much is drawn to evaluate a cell."""
         full, s = score.Sizes(), self.scale
-        once = cell.table in DRAWN_ONCE.get(self.recipe.name, ()) or cell.task == "i2l"
+        once = cell.table in EARLIER.get(self.recipe.name, ()) or cell.task == "i2l"
         return score.Sizes(
             scaled(full.validation, s, 4), scaled(full.test, s, 4), scaled(full.varied, s, 2),
             full.draws, 1 if once else scaled(DRAWINGS, s, 2),

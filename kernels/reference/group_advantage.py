@@ -13,6 +13,22 @@ def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def _ranks(r: Tensor, keep: Tensor, group: Tensor) -> Tensor:
+    """Of each its rank among the kept of its group, from 0, ties in their middle."""
+    key = torch.where(keep, r, torch.inf)  # the others behind all
+    order = key.argsort(stable=True)
+    order = order[group[order].argsort(stable=True)]
+    key, group = key[order], group[order]
+    begins = torch.ones_like(keep)
+    begins[1:] = (key[1:] != key[:-1]) | (group[1:] != group[:-1])
+    run = begins.cumsum(0) - 1
+    ends = run.bincount().cumsum(0).to(r.dtype)
+    middle = (torch.cat([ends.new_zeros(1), ends[:-1]]) + ends - 1) / 2
+    ranks = torch.empty_like(r)
+    ranks[order] = middle[run] - torch.searchsorted(group, group).to(r.dtype)
+    return ranks
+
+
 def group_advantage(
     reward: Tensor, offsets: Tensor | None, mask: Tensor | None, mode: str, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -45,6 +61,11 @@ def group_advantage(
         advantage = centred / torch.where(spread > 0, spread, 1.0)[group]
     elif mode == "rloo":
         advantage = centred * (count / (count - 1).clamp(min=1))[group]
+    elif mode == "rank":
+        spread = ((count.square() - 1).clamp(min=0) / 12).sqrt()
+        middle = torch.where(broken, torch.nan, (count - 1) / 2)
+        ahead = _ranks(r, keep, group) - middle[group]
+        advantage = ahead / torch.where(count > 1, spread, 1.0)[group]
     else:
         advantage = centred
     advantage = torch.where(keep & ~flat[group], advantage, 0.0)

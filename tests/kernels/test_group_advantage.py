@@ -29,6 +29,14 @@ def test_by_hand():
     torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float64))
 
 
+def test_a_rank_says_who_did_better_and_not_by_how_much(device):
+    reward = torch.tensor([[0.1, 0.2, 0.2, 0.9], [1.0, 2.0, 2.0, 2.1]], device=device)
+    found = group_advantage(reward, mode="rank").advantage
+    wanted = torch.tensor([-1.5, 0.0, 0.0, 1.5], device=device) / 1.25**0.5
+    torch.testing.assert_close(found, wanted.expand(2, 4))
+    assert torch.equal(found, group_advantage(reward**3, mode="rank").advantage)
+
+
 def test_epsilon_is_added_to_the_deviation():
     found = group_advantage(torch.tensor([[0.0, 1.0]]), eps=0.5).advantage
     torch.testing.assert_close(found, torch.tensor([[-0.5, 0.5]]))
@@ -73,6 +81,9 @@ def plain_advantage(rewards: list[float], mode: str, eps: float) -> list[float]:
     mean = sum(rewards) / n
     if mode == "rloo":
         return [r - (sum(rewards) - r) / (n - 1) for r in rewards]
+    if mode == "rank":
+        ranks = [sum(r > s for s in rewards) + (rewards.count(r) - 1) / 2 for r in rewards]
+        return [(rank - (n - 1) / 2) / ((n * n - 1) / 12) ** 0.5 for rank in ranks]
     deviation = (sum((r - mean) ** 2 for r in rewards) / n) ** 0.5
     return [(r - mean) / (deviation + eps if mode == "grpo" else 1) for r in rewards]
 
@@ -95,7 +106,7 @@ def check_advantage(found, reward, mask, bounds, mode, eps, close):
 @pytest.mark.parametrize("shape", GROUPS)
 @pytest.mark.parametrize("masked", [False, True])
 def test_equal_groups(mode, shape, masked, small, generator, device, relative_error):
-    reward = torch.rand(shape, generator=generator).to(device)
+    reward = (10 * torch.rand(shape, generator=generator)).round().to(device) / 10  # some are equal
     reward[0] = reward[0, 0]
     mask = torch.rand(shape, generator=generator).to(device) < (0.7 if masked else 2)
     found = group_advantage(reward, None, mask if masked else None, mode, 0.01)
