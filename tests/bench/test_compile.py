@@ -45,8 +45,10 @@ def test_an_operator_for_two_makers():
         ["sm_90", "gfx942"], ["group_advantage"], 1, lambda *done: seen.append(done), notes.append
     )
     assert json.loads(json.dumps(result)) == result and not notes
-    nvidia, amd = result["kernels"]
-    assert nvidia.keys() >= KEYS and seen[-1] == (2, 2)
+    plain, ranks = result["kernels"][:2], result["kernels"][2:]
+    assert [r["arch"] for r in ranks] == ["sm_90", "gfx942"] and not any(r["error"] for r in ranks)
+    nvidia, amd = plain
+    assert nvidia.keys() >= KEYS and seen[-1] == (4, 4)
     assert (nvidia["name"], nvidia["arch"], amd["arch"]) == ("group_advantage", "sm_90", "gfx942")
     assert nvidia["registers"] > 8 and nvidia["spill_bytes"] == 0 and nvidia["error"] is None
     assert 0 <= nvidia["wide_access_share"] <= 1

@@ -65,7 +65,8 @@ def test_csv_and_plots(tmp_path):
     with (tmp_path / "kernels.csv").open() as file:
         assert [r["operator"] for r in csv.DictReader(file)] == [r["operator"] for r in rows]
     pictures = tables.plot(rows, tmp_path)
-    assert {p.name for p in pictures} == {"rms-norm.png", "group-advantage.png"}
+    names = {"rms-norm.png", "group-advantage.png", "group-advantage-rank.png"}
+    assert {p.name for p in pictures} == names
     assert all(p.stat().st_size > 1000 for p in pictures)
 
 

@@ -101,6 +101,14 @@ def _eager_group(i: Inputs) -> Outputs:
     return normed(i["reward"]), (i["reward"] == i["reward"][:, :1]).all(-1)
 
 
+def _eager_ranks(i: Inputs) -> Outputs:
+    reward, count = i["reward"], i["reward"].shape[1]
+    one, other = reward[:, :, None], reward[:, None]
+    ahead = ((one > other).to(reward.dtype) - (one < other).to(reward.dtype)).sum(-1) / 2
+    advantage = ahead / ((count**2 - 1) / 12) ** 0.5
+    return advantage, (i["reward"] == i["reward"][:, :1]).all(-1)
+
+
 def _group_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     n = dims["layouts"] * dims["samples"]
     return Floor(8 * n + dims["layouts"], 0, 10 * n, dims["layouts"])  # reward in, advantage out
@@ -201,6 +209,17 @@ CASES = (
         inputs=_group_inputs,
         run=lambda i: tuple(group_advantage(i["reward"])),
         eager=_eager_group,
+        outputs=("advantage", "flat"),
+        floor=_group_floor,
+        dtypes=FLOAT,
+    ),
+    Case(
+        operator="group_advantage",
+        variant="rank",
+        sizes=_GROUPS,
+        inputs=_group_inputs,
+        run=lambda i: tuple(group_advantage(i["reward"], mode="rank")),
+        eager=_eager_ranks,
         outputs=("advantage", "flat"),
         floor=_group_floor,
         dtypes=FLOAT,
