@@ -25,8 +25,8 @@ noise alone (standard deviation of 8), which is as much as the arms of a seed di
 8 drawings by a third of that."""
 EARLIER = {"tiny": ("ablation", "mask", "synergy", "rl-data")}
 """The tables of a recipe that were run before this was known: each layout was drawn once."""
-THEN: dict[str, Any] = {"advantage": "grpo", "importance_cap": None}
-"""What Cycle RL of these tables has in place of today's recipe."""
+THEN: dict[str, Any] = {"importance_cap": None}
+"""What Cycle RL of these tables has in place of today's recipe; in float32 the weights are 1."""
 
 Stage = Literal["none", "pmtp", "djo", "cycle-rl"]
 Task = Literal["both", "l2i", "i2l"]
@@ -176,7 +176,7 @@ def _plateau(seed: int) -> list[Cell]:
     return [
         Cell(stem("stage1"), "stage 1 at its plateau", seed, "none", begun),
         Cell(stem("stage2"), "+ stage 2", seed, "djo", begun),
-        Cell(stem("stage3"), "+ stage 3", seed, "cycle-rl", two),
+        Cell(stem("stage3"), "+ stage 3, by ranks", seed, "cycle-rl", two, {"advantage": "rank"}),
         Cell(stem("samples"), "stage 1, samples of + stage 2", seed, "djo", begun, CONTINUED),
     ]  # fmt: skip
 
