@@ -20,9 +20,9 @@ LLM_LAYOUTS = "(file of LLM-written layouts)"
 THREADS = 1  # two cells then run side by side on two cores, and CPU seconds are the compute spent
 
 DRAWINGS = 8
-"""Of each test layout. AP at T = 1 on 400 layouts drawn once varies by 0.006 to 0.010 with the noise
-alone (standard deviation of the eight in the records of `plateau-stage1`), which is as much as the
-arms of a seed differ by; the mean of eight by a third of that."""
+"""Of each test layout. AP at T = 1 on 400 layouts drawn once varies by 0.006 to 0.010 with the
+noise alone (standard deviation of the eight in the records of `plateau-stage1`), which is as much
+as the arms of a seed differ by; the mean of eight by a third of that."""
 EARLIER = {"tiny": ("ablation", "mask", "synergy", "rl-data")}
 """The tables of a recipe that were run before this was known: each layout was drawn once."""
 THEN: dict[str, Any] = {"importance_cap": None}
