@@ -201,7 +201,8 @@ def group_advantage(
     the mean of the others, ``n/(n − 1)·(r − mean)`` (RLOO, arXiv 2402.14740); ``rank``: the
     standardised rank, ``(rank − (n − 1)/2)/√((n² − 1)/12)`` with ranks from 0 and ties in their
     middle, so that it matters who did better and not by how much (fitness shaping, Wierstra et al.,
-    arXiv 1106.4487). No gradient: an advantage weighs a policy's gradient, and has none of its own.
+    arXiv 1106.4487; n² comparisons a group, so meant for tens of samples). No gradient: an
+    advantage weighs a policy's gradient, and has none of its own.
 
     Args:
         reward: float [B, G], one row for the G samples of a layout; with offsets, [N].

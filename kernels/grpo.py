@@ -186,7 +186,9 @@ def _launch_loss(
         )  # fmt: skip
     rows, width = logp.shape
     sums = torch.empty(5, rows, dtype=torch.float32, device=logp.device)
-    found = [torch.empty((), dtype=torch.float32, device=logp.device) for _ in range(4)]
+    loss, clip_fraction, mean_kl, capped_fraction = (
+        torch.empty((), dtype=torch.float32, device=logp.device) for _ in range(4)
+    )
     weight = torch.empty(rows, dtype=torch.float32, device=logp.device)
     launch(
         _grpo_rows_kernel, (rows,), logp, old_logp, advantage, mask, ref_logp, sampled_logp, sums,
@@ -194,11 +196,11 @@ def _launch_loss(
         TOKENS=_tokens_block(width), num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     launch(
-        _grpo_total_kernel, (1,), sums, *found, weight, rows, 1 / (rows * max_tokens),
-        NORMALISE=normalise, ROWS=min(triton.next_power_of_2(rows), ROWS), num_warps=8,
-        enable_fp_fusion=True,
+        _grpo_total_kernel, (1,), sums, loss, clip_fraction, mean_kl, capped_fraction, weight, rows,
+        1 / (rows * max_tokens), NORMALISE=normalise,
+        ROWS=min(triton.next_power_of_2(rows), ROWS), num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
-    return *found, weight  # type: ignore[return-value]
+    return loss, clip_fraction, mean_kl, capped_fraction, weight
 
 
 def _launch_loss_backward(

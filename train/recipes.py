@@ -51,8 +51,8 @@ def tiny() -> Recipe:
         # Most of a gradient is noise (`echogen bench credit`), so it is credited object by object,
         # and the rate falls to zero over most of the run, which averages the noise of late steps
         # out. No KL term: the reference model would cost a pass of its own. Advantages by rank have
-        # more signal in a gradient, and yet two runs with them ended no better (the table `plateau`
-        # of `echogen bench quality`).
+        # more signal in a gradient, and yet two runs with them ended no better than they began (the
+        # table `plateau` of `echogen bench quality`).
         cycle_rl=CycleRLConfig(
             loop=LoopConfig(
                 steps=700,

@@ -15,8 +15,8 @@ from echogen.commands.output import InputError, print_json, progress, show
 class BenchCredit:
     """How much of a batch's gradient is signal, and does it point where the judge's does? For Cycle
     RL, with an image's reward credited to all its tokens or an object's to those in its box, from
-    one decoded box or several sampled ones; for stage 2's loop; and for each part of the
-    network."""
+    one decoded box or several sampled ones, or by ranks; for stage 2's loop; and for each part of
+    the network."""
 
     model: str = "tiny"
     """Model to measure: a bundled model, a run, a folder, or a hub id."""

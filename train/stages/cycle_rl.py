@@ -311,8 +311,8 @@ class CycleRLStage(WorldStage):
             c.beta,
             c.normalise,
             tokens,
-            None if c.importance_cap is None else credit.rows(held.sampled),
-            c.importance_cap or 1.0,
+            sampled_logp=None if c.importance_cap is None else credit.rows(held.sampled),
+            importance_cap=c.importance_cap or 1.0,  # without samples it holds nothing
         )
         if held.gap is None:
             off = (logp.detach() - held.sampled).abs()
