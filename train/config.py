@@ -297,6 +297,9 @@ class CycleRLConfig:
             by the sampler (`grpo_loss`; the share of weights held at the cap is logged as
             ``capped``). None: no weights, and where either works in bfloat16 the samples are
             another policy's, unnoticed.
+        val_drawings: how often each of 256 validation layouts is drawn in an evaluation, by which
+            the weights to export are chosen. Drawn once, the noise of the drawings alone moves the
+            judge's IoU by as much as a few hundred steps do.
         gate_scenes, gate_group: validation layouts, and images of each, on which the self-reward is
             compared with the judge before the first step.
         gate_bound: lowest within-group rank correlation of the two at which training starts,
@@ -333,6 +336,7 @@ class CycleRLConfig:
     layouts_hash: str = later("")
     reward_boxes: int = later(0)
     importance_cap: float | None = later(2.0, was=None)
+    val_drawings: int = later(8, was=1)
 
     @property
     def truncated(self) -> bool:
@@ -347,7 +351,7 @@ class CycleRLConfig:
         _one_of("advantage", self.advantage, MODES)
         _one_of("normalise", self.normalise, ("sequence", "token", "constant"))
         _at_least(self, 2, "group", "gate_group")
-        _at_least(self, 1, "scenes", "batch", "updates", "gate_scenes")
+        _at_least(self, 1, "scenes", "batch", "updates", "gate_scenes", "val_drawings")
         _at_least(self, 0, "reward_boxes", "w_iou", "w_l1", "clip_low", "clip_high")
         _at_least(self, 1, "importance_cap")
         if self.importance_cap == float("inf"):  # no number of JSON's

@@ -59,7 +59,13 @@ RECIPE = Recipe(
     pmtp_on=PMTP,
     djo=DJOConfig(loop=LOOP, scenes=24, batch=3),
     cycle_rl=CycleRLConfig(
-        loop=replace(LOOP, lr=1e-4), scenes=24, batch=2, group=2, gate_scenes=2, gate_group=2
+        loop=replace(LOOP, lr=1e-4),
+        scenes=24,
+        batch=2,
+        group=2,
+        gate_scenes=2,
+        gate_group=2,
+        val_drawings=2,
     ),
 )
 TWO, THREE = "ablation-stage2-seed0", "ablation-stage3-seed0"

@@ -265,8 +265,10 @@ def check(found_pred, pred, target, mask, generator, close, only=None):
     assert close(found_pred.grad, truth.grad) < bound
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("only", [None, 0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("shape", "only"),
+    [*((shape, only) for shape in SHAPES[:-1] for only in (None, 0, 1, 2, 3)), (SHAPES[-1], None)],
+)
 def test_values_and_gradients(shape, only, small, generator, device, relative_error):
     pred, target, mask = inputs(shape, generator, device)
     ours = pred.clone().requires_grad_()

@@ -70,6 +70,7 @@ def rl_stage(pmtp_run: Path, loop: LoopConfig, small_world: None) -> Callable[..
 
     def build(wild: bool = True, **settings) -> CycleRLStage:
         chosen = {"scenes": 24, "batch": 2, "group": 4, "gate_scenes": 2, "gate_group": 2}
+        chosen["val_drawings"] = 1
         config = CycleRLConfig(
             loop=dataclasses.replace(loop, bf16=False, muon_lr=None, lr=1e-4), **chosen | settings
         )

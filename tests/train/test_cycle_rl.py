@@ -211,11 +211,11 @@ def test_groups_without_variance_teach_nothing(rl_stage) -> None:
 @pytest.mark.parametrize(("w_iou", "w_l1"), [(1.0, 0.0), (0.2, 1.5)])
 def test_the_reward_validated_is_the_reward_trained(rl_stage, w_iou, w_l1) -> None:
     """Written out from its definition, on the boxes found in the evaluation's own images."""
-    rl = rl_stage(w_iou=w_iou, w_l1=w_l1)
+    rl = rl_stage(w_iou=w_iou, w_l1=w_l1, val_drawings=3)
     found = rl.evaluate()
     assert rl.engine._decoder is None, "what drew so many images at once is not kept for training"
     scenes = load_scenes("val", cycle_rl.VAL_LAYOUTS)
-    layouts, draws = layouts_of(scenes, 0), list(range(len(scenes)))
+    layouts, draws = 3 * layouts_of(scenes, 0), list(range(3 * len(scenes)))
     key = keys.noise_key(0, keys.RL_JUDGED)
     codes = rl.engine.generate_codes(layouts, key, draws, rl.config.sampling)
     boxes = rl.engine.ground_codes(codes, [[o.expr for o in y.objects] for y in layouts])

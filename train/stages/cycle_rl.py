@@ -390,26 +390,29 @@ class CycleRLStage(WorldStage):
         values = super().evaluate()
         scenes = load_scenes("val", VAL_LAYOUTS)
         c, layouts = self.config, layouts_of(scenes, 0)
-        key, draws = keys.noise_key(c.loop.seed, keys.RL_JUDGED), torch.arange(len(layouts))
-        rollout = roll_out(
-            self.engine, layouts, 1, c.sampling, key, draws, w_iou=c.w_iou, w_l1=c.w_l1
-        )
-        boxes = [
-            [tuple(box) for box in row[0][: len(y.objects)]]
-            for y, row in zip(layouts, rollout.score.boxes.tolist(), strict=True)
-        ]
+        key, rewards, boxes, detected = keys.noise_key(c.loop.seed, keys.RL_JUDGED), [], [], []
+        # Drawing by drawing, so that memory is that of one.
+        for draws in torch.arange(c.val_drawings * len(layouts)).chunk(c.val_drawings):
+            rollout = roll_out(
+                self.engine, layouts, 1, c.sampling, key, draws, w_iou=c.w_iou, w_l1=c.w_l1
+            )
+            rewards.append(rollout.score.reward)
+            boxes += [
+                [tuple(box) for box in row[0][: len(y.objects)]]
+                for y, row in zip(layouts, rollout.score.boxes.tolist(), strict=True)
+            ]
+            detected += [
+                detect(image)
+                for codes in rollout.drawing.codes.split(DECODED)
+                for image in to_images(decode_codes(self.vq, codes))
+            ]
         # That was a drawing of many more rows than a step's, and on a GPU its caches would stay. A
         # step's own do stay through its update: recording anew in every step costs time, and the
         # memory is seldom missed.
         self.engine.release()
-        detected = [
-            detect(image)
-            for codes in rollout.drawing.codes.split(DECODED)
-            for image in to_images(decode_codes(self.vq, codes))
-        ]
-        table = cycle_table(scenes, layouts, boxes, detected)
+        table = cycle_table(scenes * c.val_drawings, layouts * c.val_drawings, boxes, detected)
         # Of the weights that are trained; the table's is of equal ones, as models are compared by.
-        values["reward"] = float(rollout.score.reward.mean())
+        values["reward"] = float(torch.cat(rewards).mean())
         values |= {name: table[name] for name in ("self_iou", "gap")}
         return values | {"cycle_iou": table["judge_iou"]}
 
