@@ -128,8 +128,7 @@ def gumbel_noise(seed: int, draw: Tensor, position: Tensor, columns: int) -> Ten
 
 
 class NativeTransformer:
-    """A copy of `UnifiedTransformer`'s weights as the library reads them (the text embedding is the
-    model's own).
+    """A copy of `UnifiedTransformer`'s weights as the library reads them.
 
     Args:
         model: one that is no ``misfit``.
@@ -140,7 +139,7 @@ class NativeTransformer:
         self._library = loader.library(SOURCE)
         self._lanes, self._block = self._library.echogen_lanes(), self._library.echogen_block()
         self.prefixes = PrefixCache()
-        self._text = model.text_embedding.weight.detach()
+        self._text = model.text_embedding.weight.detach().clone()
         self._kept = list[Tensor]()  # what the library has addresses of
         blocks = [self._layer(b) for b in model.blocks if isinstance(b, Block)]
         into, _, out = model.image_head

@@ -64,7 +64,8 @@ def _gain_folded(norm: RMSNorm, layer: nn.Linear) -> tuple[Callable[[Stream], Te
     what it is.
     """
     if norm.weight.dtype != torch.float32:
-        return lambda stream: norm(stream.x), layer.weight
+        gain = norm.weight.detach().clone()
+        return lambda stream: F.rms_norm(stream.x, norm.shape, gain, norm.eps), layer.weight
 
     def run(stream: Stream) -> Tensor:
         return stream.x.div(torch.linalg.vector_norm(stream.with_floor, dim=-1, keepdim=True))
@@ -154,8 +155,7 @@ def attend(frame: Frame, key: Tensor, value: Tensor, mask: Tensor | None) -> Non
 
 
 class PackedTransformer:
-    """A copy of `UnifiedTransformer`'s weights for drawing on a CPU (the text embedding and, in
-    bfloat16, the norms are the model's own).
+    """A copy of `UnifiedTransformer`'s weights for drawing on a CPU.
 
     Args:
         model: on the CPU; ``packable`` says whether it can be packed.
@@ -163,7 +163,7 @@ class PackedTransformer:
     """
 
     def __init__(self, model: UnifiedTransformer, rows: int = 2) -> None:
-        self.config, self.embed_text = model.config, model.embed_text
+        self.config, self._text = model.config, model.text_embedding.weight.detach().clone()
         self.blocks = [PackedBlock(b, rows) for b in model.blocks if isinstance(b, Block)]
         into, _, out = model.image_head
         assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
@@ -180,6 +180,10 @@ class PackedTransformer:
         self._rope = torch.complex(cos.float(), sin.float())[:, None]
         self._scale = torch.tensor([c.head_dim**-0.5] * c.heads + [1.0] * c.kv_heads)[:, None]
         self.prefixes = PrefixCache()
+
+    def embed_text(self, ids: Tensor) -> Tensor:
+        """Text ids [...] → [..., D]."""
+        return F.embedding(ids, self._text)
 
     def turns(self, positions: Tensor) -> Tensor:
         """RoPE at positions [...] as complex numbers [..., heads + kv_heads, K/2]; those of the

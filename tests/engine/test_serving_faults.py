@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import gc
 import threading
 import weakref
@@ -153,6 +154,29 @@ def test_no_image_is_drawn_with_two_models(either):
         with pytest.raises(SchedulerClosed, match="weights were refreshed; make a new scheduler"):
             request.result(0)
     assert scheduler.metrics().failed == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_that_change_in_place_change_nothing_in_a_copy(either, dtype):
+    """Of what is drawn and of what waits, whose prompt is yet to run."""
+    engine = copy.copy(either)
+    engine.transformer = copy.deepcopy(engine.transformer).to(dtype)
+    engine.refresh()
+    if not isinstance(engine.decoder, Packed):
+        pytest.skip("this CPU has no copies in this type")
+    greedy = Sampling(temperature=0.0)
+    scheduler = Scheduler(engine, slots=1, prompt_tokens=80)
+    before, live, waits = (scheduler.submit(LAYOUT, 1, greedy) for _ in range(3))
+    while not live.drawn:
+        scheduler.step()
+    with torch.no_grad():
+        for p in engine.transformer.parameters():
+            p.mul_(torch.linspace(-1, 3, p.numel()).view_as(p).to(dtype))
+    engine.refresh()
+    finish(scheduler)
+    wanted = before.result(0)
+    assert torch.equal(live.result(0), wanted) and torch.equal(waits.result(0), wanted)
+    assert not torch.equal(engine.generate_codes([LAYOUT], 1, sampling=greedy), wanted)
 
 
 @pytest.mark.parametrize("name", ["run_prompt", "step"])
