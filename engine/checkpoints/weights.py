@@ -157,10 +157,15 @@ def save_checkpoint(
             given, from where it comes into place with the weights.
 
     Raises:
-        CheckpointError: the config does not describe the transformer.
+        CheckpointError: the config does not describe the transformer; a type that checkpoints are
+            not loaded from.
         ConfigError: it asks for what the engine does not compute.
     """
     folder = Path(folder)
+    if dtype is not None and dtype not in _FLOATS:  # before it replaces what is there
+        raise CheckpointError(
+            f"{folder}: dtype = {dtype!r}; choose one of {', '.join(map(str, _FLOATS))}"
+        )
     config = copy.deepcopy(config)
     _set_tied(config, transformer.config.tied)
     shape = ModelConfig.from_janus(config)

@@ -220,6 +220,15 @@ def test_a_failed_save_cleans_up(folder, monkeypatch):
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
+def test_a_type_that_cannot_be_loaded_replaces_nothing(folder):
+    loaded = load_checkpoint(folder)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    for dtype in (torch.int8, torch.float8_e4m3fn, "float16"):
+        with pytest.raises(CheckpointError, match=r"dtype = .*; choose one of torch\.float64"):
+            save(folder, loaded, dtype=dtype)
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
 def test_saving_with_another_models_config(folder, janus_config):
     loaded = load_checkpoint(folder)
     with pytest.raises(CheckpointError, match="mlp_width 96"):
