@@ -173,8 +173,7 @@ class Search(Body):
                     f"image: it is {opened.width}x{opened.height}; send at most "
                     f"{MOST_PIXELS} pixels"
                 )
-            if opened.width == opened.height:  # otherwise refused below, without being opened
-                opened.load()
+            opened.load()
         except ImageError:
             raise
         except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from transformers import JanusVisionModel, JanusVQVAE
 
@@ -30,19 +30,22 @@ def load_image(source: str | Path | Image.Image, size: int) -> Image.Image:
     upper 8 bits.
 
     Raises:
-        ImageError: unreadable, of pixels whose black and white are not known, or not square (a crop
-            would move the boxes: crop it yourself).
+        ImageError: unreadable, without pixels, of pixels whose black and white are not known, or
+            not square (a crop would move the boxes: crop it yourself).
     """
     named = "the picture" if isinstance(source, Image.Image) else source
-    if isinstance(source, Image.Image):
-        image = source
-    else:
-        try:
-            image = Image.open(source)
-            image.load()
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or "no picture that Pillow reads"
-            raise ImageError(f"{source}: cannot be opened ({reason})") from None
+    try:
+        image = source if isinstance(source, Image.Image) else Image.open(source)
+        image.load()
+    except UnidentifiedImageError:
+        raise ImageError(f"{named}: cannot be opened (no picture that Pillow reads)") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or str(error) or "no whole picture"
+        raise ImageError(f"{named}: cannot be opened ({reason})") from None
+    if not image.width or not image.height:
+        raise ImageError(
+            f"{named} is {image.width}x{image.height}, without pixels; see how it was cropped"
+        )
     try:
         image = ImageOps.exif_transpose(image)
     except (OSError, ValueError, SyntaxError, EOFError, struct.error) as error:

@@ -221,6 +221,21 @@ def test_a_photo_that_is_said_to_be_turned_somehow_is_refused(tmp_path):
         load_image(str(path), 8)
 
 
+def test_a_picture_that_is_cut_off_is_told_to_be(tmp_path):
+    """Whoever opens it."""
+    path = tmp_path / "photo.jpg"
+    Image.effect_noise((64, 64), 50).save(path)
+    path.write_bytes(path.read_bytes()[:1500])
+    for source in (str(path), Image.open(path)):
+        with pytest.raises(ImageError, match=r"cannot be opened .*truncated"):
+            load_image(source, 8)
+
+
+def test_a_picture_without_pixels_is_refused():
+    with pytest.raises(ImageError, match="is 0x0, without pixels"):
+        load_image(Image.new("RGB", (8, 8)).crop((4, 4, 4, 4)), 8)
+
+
 # --- what a checkpoint says of itself -------------------------------------------------------------
 
 
