@@ -21,7 +21,13 @@ from echogen.engine.checkpoints.weights import load_checkpoint, save_checkpoint
 from echogen.engine.cycle import CycleResult, score
 from echogen.engine.decoding.decode import Decoder, Progress, decode_image, packed
 from echogen.engine.decoding.jacobi import Method, decode_windows, wins
-from echogen.engine.decoding.sampler import Sampler, Sampling, check_draws, whole_number
+from echogen.engine.decoding.sampler import (
+    Sampler,
+    Sampling,
+    check_draws,
+    noise_seed,
+    whole_number,
+)
 from echogen.engine.gpu.device import DeviceTransformer, misfit
 from echogen.engine.ground import ground_images
 from echogen.engine.images.vision import (
@@ -304,7 +310,7 @@ class Engine:
         """
         if decoding not in get_args(Method):
             raise ValueError(f"decoding = {decoding!r}; choose one of {get_args(Method)}")
-        seed = whole_number("seed", seed)
+        seed = noise_seed(seed)
         sampling = sampling or self.sampling
         prompts = self.prompt_rows(layouts, sampling, negative)
         ids = torch.tensor(check_draws(draws, len(layouts)), dtype=torch.int64, device=self.device)
@@ -364,13 +370,18 @@ class Engine:
 
         Raises:
             LayoutError: an expression that cannot be used.
-            ValueError: an image without expressions, or not one list for each image.
+            ValueError: an image without expressions, or not one list for each image; images that
+                are not whole.
         """
         if len(codes) != len(expressions) or not all(expressions):
             counts = [len(row) for row in expressions]
             raise ValueError(
                 f"{len(codes)} images and expressions of {len(counts)} images ({counts} of each); "
                 f"give every image a list of at least one"
+            )
+        if codes.shape[1:] != (tokens := self.transformer.config.image_tokens,):
+            raise ValueError(
+                f"codes of shape {list(codes.shape)}; whole images of this model have {tokens} each"
             )
         return ground_images(
             self.transformer, self.prompts, self._code_table[codes.to(self.device)], expressions

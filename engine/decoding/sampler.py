@@ -31,6 +31,14 @@ def whole_number(name: str, value: int) -> int:
         raise ValueError(f"{name} = {value!r}; it must be a whole number") from None
 
 
+def noise_seed(value: int) -> int:
+    """A key of the noise. Raises ValueError."""
+    seed = whole_number("seed", value)
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed = {seed}; it must be in 0 … 2^63 - 1")
+    return seed
+
+
 def check_draws(draws: Sequence[int] | None, images: int) -> list[int]:
     """The draw id of each of so many images; 0 … images − 1 where None.
 

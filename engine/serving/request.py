@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from echogen.engine.decoding.sampler import Sampler, Sampling, whole_number
+from echogen.engine.decoding.sampler import Sampler, Sampling, noise_seed, whole_number
 from echogen.engine.layout import Layout
 from echogen.engine.serving.partial import Partial, Pictures
 
@@ -43,12 +43,11 @@ class Order:
 
     def __post_init__(self) -> None:
         # What is no number would break the queue's order, in the thread that draws for all.
-        for name in ("seed", "samples", "priority", "every"):
+        object.__setattr__(self, "seed", noise_seed(self.seed))
+        for name in ("samples", "priority", "every"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         if self.samples < 1:
             raise ValueError(f"samples = {self.samples}; it must be at least 1")
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed = {self.seed}; it must be in 0 … 2^63 - 1")
         if self.timeout is not None and not self.timeout > 0:
             raise ValueError(f"timeout = {self.timeout}; it must be above 0 seconds")
         if self.every < 0:

@@ -61,6 +61,9 @@ def test_numbers_that_are_not_whole_are_named(engine):
         engine.generate(LAYOUT, seed=1.5)
     with pytest.raises(ValueError, match="seed = None; it must be a whole number"):
         engine.generate(LAYOUT, seed=None, sampling=Sampling(temperature=0))
+    for seed in (-1, 2**63):  # where no noise is drawn, either
+        with pytest.raises(ValueError, match=rf"seed = {seed}; it must be in 0"):
+            engine.generate(LAYOUT, seed=seed, sampling=Sampling(temperature=0))
     with pytest.raises(ValueError, match=r"samples = 2\.0; it must be a whole number"):
         engine.cycle(LAYOUT, samples=2.0)
 
@@ -83,6 +86,13 @@ def test_expressions_are_lists_of_texts(engine):
             engine.ground_codes(codes, asked)
     with pytest.raises(ValueError, match=r"top_k = 2\.5; it must be a whole number"):
         Sampling(top_k=2.5)
+
+
+def test_nothing_is_found_in_a_part_of_an_image(engine):
+    """The codes of a partial picture, say: what follows would stand where the others belong."""
+    codes = torch.zeros(1, 12, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"shape \[1, 12\]; whole images of this model have 16"):
+        engine.ground_codes(codes, [["a star"]])
 
 
 def test_no_way_in_draws_or_finds_behind_the_last_position(engine):
