@@ -42,6 +42,7 @@ DESCRIPTION = "One transformer that draws an image from a layout and finds the l
 # is imported to find out.
 _REFUSALS = {
     "echogen.engine.layout": "LayoutError",
+    "echogen.engine.cache_folder": "CacheError",
     "echogen.engine.images.vision": "ImageError",
     "echogen.engine.checkpoints.keymap": "CheckpointError",
     "echogen.engine.prompt": "PromptError",

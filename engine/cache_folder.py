@@ -6,6 +6,12 @@ import errno
 import os
 from pathlib import Path
 
+HINT = "name a folder that can be written to in ECHOGEN_CACHE"
+
+
+class CacheError(Exception):
+    """Nothing can be kept in the cache folder; the message says why, and what to change."""
+
 
 def cache_folder() -> Path:
     """``$ECHOGEN_CACHE``, else ``~/.cache/echogen``; made where it is missing.
@@ -21,3 +27,18 @@ def cache_folder() -> Path:
         raise FileNotFoundError(errno.ENOENT, reason) from None
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def cache_path(name: str) -> Path:
+    """A file or folder of the cache folder, which is there or can be made there.
+
+    Raises:
+        CacheError: neither.
+    """
+    try:
+        path = cache_folder() / name
+    except OSError as error:
+        raise CacheError(f"{error}; {HINT}") from None
+    if not path.exists() and not os.access(path.parent, os.W_OK):
+        raise CacheError(f"the cache folder {path.parent} cannot be written to; {HINT}")
+    return path

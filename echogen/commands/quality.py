@@ -107,14 +107,16 @@ class BenchQuality:
         recipe = find_recipe(self.recipe)
         from echogen.bench import quality
         from echogen.bench.quality.lab import Lab
-        from echogen.engine.cache_folder import cache_folder
+        from echogen.engine.cache_folder import cache_path
 
         make_current(self.device)
         results = "quality" if recipe.name == "tiny" else f"quality-{recipe.name}"
-        usual = Path(quality.__file__).parents[1] / "results" / results
-        models = cache_folder() / "quality" / f"{recipe.name}-{self.scale:g}"
+        usual = Path(quality.__file__).parents[1] / "results"
+        if self.out is None and not usual.is_dir():
+            raise InputError("--out is missing: name a folder, as this is no checkout")
+        models = self.models or cache_path("quality") / f"{recipe.name}-{self.scale:g}"
         return Lab(
-            recipe, self.out or usual, self.models or models, tuple(range(self.seeds)), self.start,
+            recipe, self.out or usual / results, models, tuple(range(self.seeds)), self.start,
             self.llm_layouts, self.scale, self.force, self.float32, self.device,
             lambda line: print(line, flush=True),
         )  # fmt: skip

@@ -17,7 +17,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
-from echogen.engine.cache_folder import cache_folder
+from echogen.engine.cache_folder import HINT, cache_folder
 
 FOLDER = Path(__file__).parent
 COMPILERS = ("c++", "g++", "clang++")
@@ -91,7 +91,7 @@ def _library(source: str) -> ctypes.CDLL | CompilerError:
     except CompilerError as error:
         return error
     except OSError as error:
-        return CompilerError(f"{error}; name a folder that can be written to in ECHOGEN_CACHE")
+        return CompilerError(f"{error}; {HINT}")
 
 
 def _kept(built: Path) -> ctypes.CDLL | None:

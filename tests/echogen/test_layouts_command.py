@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -105,6 +106,28 @@ def test_sampled_layouts_keep_to_the_rules_and_come_again(run, tmp_path, kind, m
     checked = run("layouts", "--check", files[0], "--json")
     assert checked.code == 0 and checked.data["good"] == 20
     assert run("layouts", f"--{kind}", 20, "--out", files[0]).refused("is there already")
+
+
+def test_a_cache_that_takes_nothing_is_named(run, tmp_path, monkeypatch):
+    def asked(i):
+        return run("layouts", "--world", 2, "--out", tmp_path / f"{i}.jsonl")
+
+    cache, other = tmp_path / "cache", os.access
+    cache.touch()
+    monkeypatch.setenv("ECHOGEN_CACHE", str(cache))
+    assert asked(0).refused(str(cache), "in ECHOGEN_CACHE")
+    cache.unlink()
+    cache.mkdir()
+
+    def read_only(path, mode):  # root, who may run this, is kept out by a mount alone
+        return path != cache and other(path, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", read_only)
+        assert asked(1).refused(str(cache), "in ECHOGEN_CACHE")
+    assert asked(2).code == 0
+    monkeypatch.setattr("os.access", read_only)
+    assert asked(3).code == 0  # what is there is read
 
 
 def test_what_a_model_has_no_room_for(run, model, tmp_path):

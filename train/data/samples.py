@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 from transformers import JanusVQVAE
 
-from echogen.engine.cache_folder import cache_folder
+from echogen.engine.cache_folder import cache_path
 from echogen.engine.checkpoints.shards import replace_file
 from echogen.engine.images.vision import encode_image, to_pixels
 from echogen.engine.layout import Box, Layout, LayoutObject
@@ -95,7 +95,7 @@ def cached_codes(
         what: is encoded, for those who wait.
         pictures: some of them by their places, uint8 [n, side, side, 3].
     """
-    path = cache_folder() / f"codes-{name}.npy"
+    path = cache_path(f"codes-{name}.npy")
     if not path.exists():
         size = _PART * batch
         cuts = [range(i, min(i + size, count)) for i in range(0, count, size)]

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from echogen.engine.cache_folder import cache_folder
+from echogen.engine.cache_folder import cache_path
 from echogen.engine.checkpoints.shards import replace_file
 from echogen.train.data import grammar, parts, shapes
 from echogen.train.data.canvas import draw
@@ -61,7 +61,7 @@ def _draw(split: str, indices: range) -> _Drawn:
 
 def _place(split: str, count: int) -> Path:
     # The 0 is the seed, of which there is one.
-    return cache_folder() / f"scenes-{world_version()}-{split}-{count}-0.jsonl"
+    return cache_path(f"scenes-{world_version()}-{split}-{count}-0.jsonl")
 
 
 def load_scenes(split: str, count: int) -> list[Scene]:
