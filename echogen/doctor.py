@@ -28,6 +28,10 @@ LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
     "cuda-bindings": (("cuda-bindings",), "launches do not overlap: ECHOGEN_PDL=1 is refused"),
     "nvtx": (("nvtx",), "profiling ranges are left out"),
     "flash-attn": (("flash-attn",), "prompts run on PyTorch's own attention"),
+    "fastapi": (("fastapi",), "no `echogen serve` (pip install -e '.[serve]')"),
+    "tensorboard": (("tensorboard",), "training writes no curves for TensorBoard"),
+    "peft": (("peft",), "no `echogen train --lora`"),
+    "matplotlib": (("matplotlib",), "benchmarks draw no plots"),
 }
 
 

@@ -45,9 +45,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(
-        title=Text(title, "bold"), box=box.SIMPLE_HEAD, title_justify="left", pad_edge=False
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
     for i, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], (int, float)) for row in rows)
@@ -66,6 +64,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -
     # Where that is not narrow enough the terminal breaks the lines: rich would leave columns out.
     least = Measurement.get(console, console.options.update(max_width=10**6), table).minimum
     console.width = max(console.width, least)
+    console.print(Text(title, "bold"), soft_wrap=True)  # rich would fold a table's own to its width
     console.print(table)
 
 

@@ -22,6 +22,7 @@ from echogen import __version__
 from echogen.cli import main
 from echogen.commands.options import ModelOptions
 from echogen.commands.output import InputError, folder_for
+from echogen.doctor import LIBRARIES
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout, LayoutError
 
@@ -68,6 +69,16 @@ def test_texts_of_options_run_on_and_name_no_default_where_there_is_none(run, mo
     assert "(default: None)" not in told and "(default: tiny)" in told
     (line,) = (line for line in told.splitlines() if "next to it" in line)
     assert "quality-RECIPE" in line  # which begins a line of the source
+
+
+def test_titles_of_narrow_tables_are_whole(run, layout):
+    assert f"{layout}\n" in run("layouts", "--check", layout).out
+
+
+def test_quality_names_no_folder_of_an_installed_package(run, monkeypatch, tmp_path):
+    monkeypatch.setattr("echogen.bench.quality.__file__", str(tmp_path / "quality" / "x.py"))
+    assert run("bench", "quality", "--list").refused("--out")
+    assert run("bench", "quality", "--list", "--out", tmp_path).code == 0
 
 
 def test_version(run):
@@ -515,6 +526,13 @@ def test_doctor(run, model):
     assert set(done.data["operators"]) >= {"box_reward", "grpo_loss", "skinny_linear"}
     assert done.data["model"]["image_size"] == 64
     assert done.data["libraries"]["torch"] and done.data["bf16_slowdown"] > 0
+
+
+def test_doctor_looks_for_every_extra():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    known = {name for names, _ in LIBRARIES.values() for name in names}
+    for extra, needs in project["optional-dependencies"].items():
+        assert extra == "dev" or known & {re.split("[>=]", need)[0] for need in needs}, extra
 
 
 def test_profile(run, model, tmp_path):
