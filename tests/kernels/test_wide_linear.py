@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from echogen.kernels import wide_linear as module
 from echogen.kernels.cuda.loader import Gpu
 from echogen.kernels.wide_linear import wide_linear
 
+from .test_overlap import ptx
 from .test_skinny_linear import BF16, ENDS, FP8, TYPES, inputs, oracle
 
 SHAPES = [(1, 8, 19), (5, 24, 7), (17, 72, 8), (33, 136, 67)]
@@ -98,6 +101,17 @@ def test_one_output_compiles(monkeypatch, generator):
     with dispatch.recorded() as found:
         wide_linear(**inputs(1, 16, 1, generator, "cpu", end="swiglu"))
     assert aot.compile_launch(found[0], "sm_90").error is None
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="interpreted kernels cannot be compiled")
+def test_8_bits_are_converted_in_pairs(monkeypatch, generator):
+    """GPUs convert single numbers at a fraction of the rate at which they do all else."""
+    for name in ("ROWS", "MORE_ROWS", "COLUMNS", "DEPTH"):
+        monkeypatch.setattr(module, name, 16)
+    with dispatch.recorded() as found:
+        wide_linear(**inputs(17, 32, 8, generator, "cpu", True))
+    code = ptx(found[0])
+    assert "cvt.rn.f16x2.e4m3x2" in code and not re.search(r"cvt\.(rn\.)?bf16\.f16", code)
 
 
 @pytest.mark.parametrize(
