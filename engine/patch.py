@@ -8,7 +8,7 @@ hooks, adapters and gradient checkpointing work as before.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType, TracebackType
+from types import MethodType
 from typing import Any
 
 import torch
@@ -117,12 +117,7 @@ class Patch:
     def __enter__(self) -> Patch:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.undo()
 
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import metadata
-from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -56,12 +55,7 @@ class _Span:
         for listener in self._listeners:
             listener.begin(self._category, self._payload)
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for listener in reversed(self._listeners):
             listener.end()
 
