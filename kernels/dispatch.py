@@ -166,7 +166,7 @@ def _on_cuda(
         why = loader.unusable(source, device)
         if why is None:
             return launcher(*arguments)
-        mend = "" if loader.loadable() else f" ({loader.INSTALL})"
+        mend = f" ({loader.INSTALL})" if loader.unloadable() else ""
         # Python shows a warning once for each place in the code and text.
         warnings.warn(f"{name} runs on plain torch: {why}{mend}", stacklevel=2)
         return in_torch(*arguments)

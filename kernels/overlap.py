@@ -54,7 +54,7 @@ def available(device: torch.device) -> bool:
     if torch.cuda.get_device_capability(device) < LEAST_CAPABILITY:
         return False
     there = find_spec("cuda") is not None and find_spec("cuda.bindings") is not None
-    if loader.loadable() and not there:
+    if not loader.unloadable() and not there:
         raise RuntimeError(
             "ECHOGEN_PDL=1 needs cuda-bindings (pip install cuda-bindings); install it or unset it"
         )

@@ -83,15 +83,10 @@ def fatbin(source: str) -> Path | None:
     return built if built.stat().st_mtime >= newest else None
 
 
-def loadable() -> bool:
-    """Whether CuPy can be imported, without which no kernel in CUDA C++ can be launched."""
-    return unloadable() is None
-
-
 @cache
 def unloadable() -> str | None:
-    """Why CuPy cannot be imported; None where it can. One that is installed may lack what it needs
-    itself, which only its import finds."""
+    """Why CuPy cannot be imported, without which no kernel in CUDA C++ can be launched; None where
+    it can. One that is installed may lack what it needs itself, which only its import finds."""
     if find_spec("cupy") is None:
         return "cupy is absent"
     try:

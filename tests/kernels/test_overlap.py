@@ -105,7 +105,7 @@ def test_it_is_off_where_it_is_not_asked_for(monkeypatch):
     assert not overlap.available(cuda), "the hardware has it from 9.0 on"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(overlap, "find_spec", lambda name: None)
-    monkeypatch.setattr(loader, "loadable", lambda: True)
+    monkeypatch.setattr(loader, "unloadable", lambda: None)
     with pytest.raises(RuntimeError, match="pip install cuda-bindings"):
         overlap.available(cuda)
 
