@@ -144,8 +144,8 @@ class Source:
         has = target.backend == "cuda" and target.arch >= 89
         return has or "*fp8e4nv" not in self.signature.values()
 
-    def compile(self, arch: str, kernel: Any = None) -> Compiled:
-        """For one architecture; ``kernel`` where its name cannot be imported.
+    def compile(self, arch: str) -> Compiled:
+        """For one architecture.
 
         Raises:
             ValueError: no such architecture.
@@ -156,7 +156,7 @@ class Source:
                 "TRITON_INTERPRET=1 is set: an interpreted kernel cannot be compiled"
             )
         target, name = target_of(arch), self.kernel.strip("_").removesuffix("_kernel")
-        kernel = kernel or getattr(importlib.import_module(self.module), self.kernel)
+        kernel = getattr(importlib.import_module(self.module), self.kernel)
         source = ASTSource(kernel, self.signature, self.constants, self.attributes)
         try:
             # Said aloud, as the default is about to change; a launch that says otherwise wins.
@@ -182,11 +182,6 @@ def launches(call: Callable[[], Any], on: Gpu = H200) -> list[Launch]:
         if not isinstance(launch.kernel, CudaKernel):
             unique.setdefault(repr(Source.of(launch)), launch)
     return list(unique.values())
-
-
-def compile_launch(launch: Launch, arch: str) -> Compiled:
-    """Compile what was recorded for one architecture, in this process."""
-    return Source.of(launch).compile(arch, launch.kernel)
 
 
 def compile_all(

@@ -124,7 +124,8 @@ def test_a_spill_is_a_failure():
     with dispatch.recorded() as found:
         x = torch.zeros(1 << 15)
         dispatch.launch(_greedy_kernel, (1,), x, x, SIZE=1 << 12, num_warps=1)
-    row = aot.compile_launch(found[0], "sm_90").to_dict() | {"operator": "greedy"}
+    made = aot.Source.of(found[0]).compile("sm_90")
+    row = made.to_dict() | {"operator": "greedy"}
     assert row["spill_bytes"] > 0
     assert "greedy of greedy, sm_90: " in ahead.failures([row])[0]
     # AMD's are reported, and held against nothing.

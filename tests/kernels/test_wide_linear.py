@@ -100,7 +100,7 @@ def test_one_output_compiles(monkeypatch, generator):
         monkeypatch.setattr(module, name, 16)
     with dispatch.recorded() as found:
         wide_linear(**inputs(1, 16, 1, generator, "cpu", end="swiglu"))
-    assert aot.compile_launch(found[0], "sm_90").error is None
+    assert aot.Source.of(found[0]).compile("sm_90").error is None
 
 
 @pytest.mark.skipif(dispatch.INTERPRETED, reason="interpreted kernels cannot be compiled")
