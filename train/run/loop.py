@@ -114,7 +114,8 @@ class Run:
             write_text(folder / "config.json", json.dumps(to_json(stage.config), indent=2) + "\n")
         self.metrics = MetricsFile(folder / "metrics.jsonl", self.start, processes.writes)
         self.best = self._best()
-        self.board = self._board()
+        shown = processes.writes
+        self.board = open_board(folder / "board", self.start, self.console) if shown else Board()
         if found:
             self.metrics.write(step=0, **found)
             self._say(f"{stage.name} before the first step {found}")
@@ -310,11 +311,6 @@ class Run:
 
     # --- the end --------------------------------------------------------------------------------
 
-    def _board(self) -> Board:
-        if not self.processes.writes:
-            return Board()
-        return open_board(self.folder / "board", self.start, self.console)
-
     def _best(self) -> Best | None:
         by = getattr(self.stage, "selects", None)
         if by is None:
@@ -330,7 +326,7 @@ class Run:
         chosen = self.best.restore(stage.module) if self.best is not None else None
         # The best weights are an average already, where one was kept.
         with self._averaged() if chosen is None else nullcontext():
-            self._export(model, chosen)
+            self.processes.on_first(stage, lambda: self._write_model(model, chosen))
         which = ""
         if chosen is not None:
             which = f", of step {chosen['step']} ({chosen['by']} {chosen['value']:.6g})"
@@ -339,11 +335,8 @@ class Run:
                 self.metrics.write(step=self.config.steps, chosen_step=chosen["step"], **value)
         self._say(f"{stage.name}: done; the model{which} is in {model}")
 
-    def _export(self, model: Path, chosen: dict[str, Any] | None) -> None:
-        """Beside and renamed, or a kill would leave half a model that looks like one."""
-        self.processes.on_first(self.stage, lambda: self._write_model(model, chosen))
-
     def _write_model(self, model: Path, chosen: dict[str, Any] | None) -> None:
+        """Beside and renamed, or a kill would leave half a model that looks like one."""
         beside = model.with_name(model.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)
         self.stage.export(beside)
