@@ -38,22 +38,20 @@ class Roofline:
 
     def seconds(self, floor: Floor) -> float:
         """Least time: the slowest of what is needed, all else hidden behind it."""
-        return max(
-            floor.bytes / self.bytes_per_s,
-            floor.flops / self.flops_per_s,
-            floor.issues / self.issues_per_s,
-            floor.specials / self.specials_per_s,
-        )
+        return max(self._times(floor).values())
 
     def bound(self, floor: Floor) -> str:
         """Which of them it is."""
-        times = {
+        times = self._times(floor)
+        return max(times, key=times.__getitem__)
+
+    def _times(self, floor: Floor) -> dict[str, float]:
+        return {
             "memory": floor.bytes / self.bytes_per_s,
             "matrix": floor.flops / self.flops_per_s,
             "issue": floor.issues / self.issues_per_s,
             "special": floor.specials / self.specials_per_s,
         }
-        return max(times, key=times.__getitem__)
 
     def or_higher(self, other: Roofline) -> Roofline:
         """Of every rate the higher one: a busy machine is measured too low, never too high."""

@@ -70,6 +70,11 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+def short_commit(place: Result) -> str:
+    """Of an environment: short, with a + where the checkout differed from it."""
+    return (place["commit"] or "no commit")[:9] + ("+" if place.get("dirty") else "")
+
+
 def measured(command: str, results: Sequence[Result]) -> str:
     """By which command, on which machine, with which versions and at which commit."""
 
@@ -80,5 +85,5 @@ def measured(command: str, results: Sequence[Result]) -> str:
         lambda r: r["device"] if r["device"] != "cpu" else f"{r['cpus']} cores of {r['cpu']}"
     )
     torch = all_of(lambda r: r["versions"]["torch"])
-    commits = all_of(lambda r: (r["commit"] or "no commit")[:9] + ("+" if r["dirty"] else ""))
+    commits = all_of(short_commit)
     return f"Measured by {command} ({where}; PyTorch {torch}; commit {commits})."

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from echogen.bench.answers.part import bullets, short_commit
+from echogen.bench.answers.part import table as grid
 from echogen.bench.quality.cells import COMPARED, RENAMED, ROWS, Cell, cells
 from echogen.bench.quality.records import Record, clock, device, pace, precision, read_record
 
@@ -150,7 +152,9 @@ def _row(stem: str, arm: str, by_seed: dict[int, Record]) -> dict[str, Any]:
         "checkpoints": [r["checkpoint"]["step"] for r in records if "checkpoint" in r],
         "before": [r["before"] for r in records if r.get("before")],
         "commits": [
-            _commit(place) for r in records for place in r.get("trained_in", [r["environment"]])
+            short_commit(place)
+            for r in records
+            for place in r.get("trained_in", [r["environment"]])
         ],
     }
 
@@ -158,11 +162,6 @@ def _row(stem: str, arm: str, by_seed: dict[int, Record]) -> dict[str, Any]:
 def _not_counted(record: Record) -> tuple[str, ...]:
     """What is left out of a cell's compute, since it would mean nothing."""
     return () if clock(record) == "cpu_seconds" else ("cpu_seconds",)
-
-
-def _commit(place: dict[str, Any]) -> str:
-    """Short, with a + where the checkout differed from it."""
-    return (place["commit"] or "no commit")[:9] + ("+" if place.get("dirty") else "")
 
 
 def _difference(what: str, a: dict[int, Record], b: dict[int, Record]) -> dict[str, Any]:
@@ -270,12 +269,12 @@ def _section(table: Table) -> list[str]:
         f"{_list(table['drawings'])}."
     )
     if table["notes"]:
-        parts.append("Notes:\n\n" + "\n".join(f"- {note}." for note in table["notes"]))
+        parts.append("Notes:\n\n" + bullets(f"{note}." for note in table["notes"]))
     for at, title in AT.items():
         measures = [(r, r["measures"][at]) for r in rows]
         parts.append(f"### {title}")
         parts.append(
-            _grid(
+            grid(
                 ["arm", "seeds", *MEASURES],
                 [[r["arm"], _list(r["seeds"]), *(shown(m[k]) for k in MEASURES)]
                  for r, m in measures],
@@ -302,7 +301,7 @@ def _differences(differences: list[dict[str, Any]]) -> str:
     for d in differences:
         numbers = [d["measures"][at][name] for at in AT for name in DIFFERING]
         lines.append([d["what"], _list(d["seeds"]), *(shown(n, sign=True) for n in numbers)])
-    return _grid(["first less second", "seeds", *columns], lines)
+    return grid(["first less second", "seeds", *columns], lines)
 
 
 def _spent(rows: list[dict[str, Any]]) -> str:
@@ -315,7 +314,7 @@ def _spent(rows: list[dict[str, Any]]) -> str:
         numbers = ["–" if x is None else f"{x:.0f}" for x in spent]
         lines.append([r["arm"], *numbers, _list(r["checkpoints"]), "; ".join(settings),
                       ", ".join(commits)])  # fmt: skip
-    return _grid(
+    return grid(
         ["arm", "steps", "true images", "drawn images", "seconds of steps", "CPU seconds",
          "checkpoints", "best T, CFG", "commits"],
         lines,
@@ -333,8 +332,3 @@ def shown(estimate: dict[str, Any], sign: bool = False) -> str:
 
 def _list(values: Sequence[object]) -> str:
     return ", ".join(map(str, values)) or "–"
-
-
-def _grid(columns: list[str], lines: list[list[str]]) -> str:
-    rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
