@@ -53,12 +53,14 @@ _REFUSALS = {
     "echogen.train.run.checkpoint": "StateError",
     "echogen.train.data.endpoint": "LLMError",
     "echogen.bench.compare": "CompareError",
+    "echogen.bench.quality.records": "QualityError",
     "echogen.bench.report": "ReportError",
 }
 # And what says, as one line too, that work came to nothing.
 _FAILURES = {
     "echogen.train.stages.stage": "TrainingError",
     "echogen.bench.harness": "WrongResult",
+    "echogen.bench.profile.nsight": "NsightError",
 }
 
 

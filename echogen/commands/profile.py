@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from echogen.commands.options import Json, ModelOptions, check_range, make_current
-from echogen.commands.output import Failure, InputError, make_folder, print_json, show, warn, write
+from echogen.commands.output import InputError, make_folder, print_json, show, warn, write
 from echogen.commands.training import find_recipe
 
 if TYPE_CHECKING:
@@ -141,10 +141,7 @@ class Profile:
         if self.dry_run:
             return
         make_folder(self.out)
-        try:
-            report = nsight.run(self.tool, line, out)
-        except nsight.NsightError as error:
-            raise Failure(str(error)) from None
+        report = nsight.run(self.tool, line, out)
         print(f"report: {report}")
         if self.json:
             print_json({"what": self.what, "tool": self.tool, "report": str(report)})

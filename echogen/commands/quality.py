@@ -140,18 +140,15 @@ class BenchQuality:
     def _run(self, lab: Lab) -> None:
         chosen = self._chosen(lab)
         check_evaluates()
-        from echogen.bench.quality.records import QualityError, recorded_seeds
+        from echogen.bench.quality.records import recorded_seeds
         from echogen.bench.quality.run import run_all
 
-        try:
-            lab.given(chosen[0])  # or every cell would be refused for want of it
-            make_folder(lab.results)
-            failed = run_all(lab, chosen, self.again)
-            states = {cell.name: lab.state(cell)[0] for cell in chosen}
-            # Of all seeds that are there: a run of fewer is not to take them out of the tables.
-            self._write_report(lab, sorted({*lab.seeds, *recorded_seeds(lab.results)}))
-        except QualityError as error:
-            raise InputError(str(error)) from None
+        lab.given(chosen[0])  # or every cell would be refused for want of it
+        make_folder(lab.results)
+        failed = run_all(lab, chosen, self.again)
+        states = {cell.name: lab.state(cell)[0] for cell in chosen}
+        # Of all seeds that are there: a run of fewer is not to take them out of the tables.
+        self._write_report(lab, sorted({*lab.seeds, *recorded_seeds(lab.results)}))
         print(f"tables of the finished cells written to {lab.results / 'README.md'}")
         if self.json:
             print_json({"cells": states, "failed": failed, "results": str(lab.results)})
@@ -161,20 +158,15 @@ class BenchQuality:
             raise Failure(f"{len(failed)} of {len(chosen)} cells did not run: {', '.join(failed)}")
 
     def _list(self, lab: Lab) -> None:
-        from echogen.bench.quality.records import QualityError
-
         rows, states = [], {}
-        try:
-            for c in self._chosen(lab):
-                state, why = lab.state(c)
-                if c.budget and lab.steps(c) is None:
-                    steps = "timed"
-                else:
-                    steps = "none" if c.stage == "none" else str(lab.config(c).loop.steps)
-                rows.append((c.name, state, steps, c.stage, c.start))
-                states[c.name] = {"state": state, "why": why}
-        except QualityError as error:
-            raise InputError(str(error)) from None
+        for c in self._chosen(lab):
+            state, why = lab.state(c)
+            if c.budget and lab.steps(c) is None:
+                steps = "timed"
+            else:
+                steps = "none" if c.stage == "none" else str(lab.config(c).loop.steps)
+            rows.append((c.name, state, steps, c.stage, c.start))
+            states[c.name] = {"state": state, "why": why}
         columns = ("cell", "state", "steps", "stage", "begins with")
         show(f"{len(rows)} cells", columns, rows)
         for name, found in states.items():
@@ -186,13 +178,9 @@ class BenchQuality:
 
     def _report(self, lab: Lab) -> None:
         from echogen.bench.quality import report
-        from echogen.bench.quality.records import QualityError
 
         make_folder(lab.results)
-        try:
-            tables = self._write_report(lab, lab.seeds)
-        except QualityError as error:
-            raise InputError(str(error)) from None
+        tables = self._write_report(lab, lab.seeds)
         print(report.markdown(tables))
         if self.json:
             print_json(tables)
