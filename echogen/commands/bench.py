@@ -74,8 +74,8 @@ class BenchEngine:
 
     def run(self) -> None:
         check_range("repeats", self.repeats, 1, 10_000)
-        check_range("batch", 1 if self.batch is None else self.batch, 1, 4096)
-        check_range("threads", 1 if self.threads is None else self.threads, 1, 1024)
+        check_range("batch", self.batch, 1, 4096)
+        check_range("threads", self.threads, 1, 1024)
         check_range("layouts", self.layouts, 1, 100_000)
         for window in self.window:
             check_range("window", window, 1, 4096)
@@ -207,7 +207,7 @@ class BenchTrain:
     """End with one JSON object on stdout."""
 
     def run(self) -> None:
-        check_range("batch", 1 if self.batch is None else self.batch, 1, 4096)
+        check_range("batch", self.batch, 1, 4096)
         check_range("repeats", self.repeats, 1, 10_000)
         ModelOptions(device=self.device).check()
         recipe = find_recipe(self.recipe)

@@ -132,10 +132,8 @@ class Layouts:
     def _endpoint(self, url: str) -> Endpoint:
         if self.model is None:
             raise InputError("--from-llm: name the model at the endpoint with --model")
-        for name, value, low in (
-            ("timeout", self.timeout, 0.0), ("per-minute", self.per_minute, 0.0),
-        ):  # fmt: skip
-            if not low < value < float("inf"):
+        for name, value in (("timeout", self.timeout), ("per-minute", self.per_minute)):
+            if not 0 < value < float("inf"):
                 raise InputError(f"--{name} {value}: it must be finite and above 0")
         if self.temperature is not None and not 0 <= self.temperature <= 2:
             raise InputError(f"--temperature {self.temperature}: it must be in 0 … 2")

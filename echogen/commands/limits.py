@@ -109,7 +109,7 @@ class BenchCompile:
     """End with one JSON object on stdout."""
 
     def run(self) -> None:
-        check_range("processes", 1 if self.processes is None else self.processes, 1, 1024)
+        check_range("processes", self.processes, 1, 1024)
         refuse_interpreted()
         from echogen.bench.speed import compile as ahead
         from echogen.bench.speed import tables

@@ -161,7 +161,7 @@ def flagged(error: Exception) -> str:
     return f"--{name.replace('_', '-')} {rest}"
 
 
-def check_range(name: str, value: int, low: int, high: int) -> None:
-    """Refuse a number outside low … high."""
-    if not low <= value <= high:
+def check_range(name: str, value: int | None, low: int, high: int) -> None:
+    """Refuse a number outside low … high; None is an option left out."""
+    if value is not None and not low <= value <= high:
         raise InputError(f"--{name} {value}: it must be in {low} … {high}")

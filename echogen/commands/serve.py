@@ -58,9 +58,8 @@ class Serve:
         check_range("queue", self.queue, 1, 1_000_000)
         check_range("searches", self.searches, 0, 1_000_000)
         check_range("keep-alive", self.keep_alive, 1, 86_400)
-        for name, value in (("slots", self.slots), ("prompt-tokens", self.prompt_tokens)):
-            if value is not None:
-                check_range(name, value, 1, 1_000_000)
+        check_range("slots", self.slots, 1, 1_000_000)
+        check_range("prompt-tokens", self.prompt_tokens, 1, 1_000_000)
         if not 0 < self.timeout < float("inf"):
             raise InputError(f"--timeout {self.timeout}: it must be above 0 seconds")
         if self.memory is not None and not 0 < self.memory < float("inf"):

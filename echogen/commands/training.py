@@ -135,8 +135,7 @@ class RunOptions:
         """A stage's configuration with the settings asked for. Raises InputError."""
         if self.steps is not None and self.steps < 1:
             raise InputError(f"--steps {self.steps}: it must be at least 1")
-        if self.batch is not None:
-            check_range("batch", self.batch, 1, MOST_SAMPLES)
+        check_range("batch", self.batch, 1, MOST_SAMPLES)
         sized = with_settings(config, self.assign, self.asked())
         if sized.loop.deterministic:  # read by cuBLAS, which a stage may start that is only built
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
