@@ -211,6 +211,11 @@ def named(operators: Sequence[str]) -> list[Case]:
     return [c for c in known.values() if not operators or {c.operator, c.name} & set(operators)]
 
 
+def short(dtype: torch.dtype) -> str:
+    """A type's name without "torch."."""
+    return str(dtype).removeprefix("torch.")
+
+
 def wide(x: Tensor) -> Tensor:
     """In float32 at least, as eager code computes what must not be rounded."""
     return x if x.dtype == torch.float64 else x.float()

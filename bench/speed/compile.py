@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from echogen.bench.harness import environment
-from echogen.bench.registry import Case, Mode, ShapesOnly, named
+from echogen.bench.registry import Case, Mode, ShapesOnly, named, short
 from echogen.bench.speed import contest
 from echogen.kernels import aot
 from echogen.kernels.cuda import nvcc
@@ -59,7 +59,7 @@ def run(
     found: dict[str, tuple[aot.Source, dict[str, str], set[str]]] = {}
     for case in asked:
         for dtype in DTYPES if case.only is None else (case.only,):
-            about = {"operator": case.name, "dtype": str(dtype).removeprefix("torch.")}
+            about = {"operator": case.name, "dtype": short(dtype)}
             for on, its in gpus.items():
                 for source in sources(case, dtype, on):
                     wanted = found.setdefault(repr(source), (source, about, set()))[2]

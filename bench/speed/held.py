@@ -39,16 +39,21 @@ class _Held(TorchDispatchMode):
                 self.ledger.note(storage, storage.nbytes() if made else 0)
 
 
+def cuda_peak(call: Callable[[], object]) -> int:
+    """Bytes that ``call`` held on the current GPU at its worst moment beyond what was there."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def held_mib(call: Callable[[], object], device: str = "cpu") -> float:
     """MiB that ``call`` held at its worst moment beyond what was there before: on CUDA what the
     allocator says, on a CPU every tensor that an operator made and that was still held."""
     if device.startswith("cuda"):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        call()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+        return cuda_peak(call) / 2**20
     with _Held() as held:
         call()
     return held.ledger.peak / 2**20

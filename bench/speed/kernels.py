@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from echogen.bench import harness
-from echogen.bench.harness import WrongResult, alternate, environment, quantiles, version
+from echogen.bench.harness import WrongResult, alternate, environment, quantiles, said, version
 from echogen.bench.memory import peak_bytes
 from echogen.bench.registry import (
     COMPILED,
@@ -30,9 +30,11 @@ from echogen.bench.registry import (
     ShapesOnly,
     cases,
     named,
+    short,
 )
 from echogen.bench.roofline import Roofline, measure
 from echogen.bench.speed import clock, contest
+from echogen.bench.speed.held import cuda_peak
 from echogen.engine.gpu.graphs import CaptureError
 from echogen.kernels import dispatch
 
@@ -149,7 +151,7 @@ def run(
         "interrupted": ended == "interrupted",
         "kernels": rows,
         "peers": peers,
-        "rates": {_short(dtype): rate.to_dict() for dtype, rate in rates.items()},
+        "rates": {short(dtype): rate.to_dict() for dtype, rate in rates.items()},
     } | taken_on
 
 
@@ -287,8 +289,7 @@ def refusal(
 
 
 def _failure(case: Case, one: Contestant, error: Exception) -> str:
-    reason = next(iter(str(error).strip().splitlines()), "")
-    return f"{case.name}: {one.name} failed ({type(error).__name__}: {reason}); not timed"
+    return f"{case.name}: {one.name} failed ({said(error)}); not timed"
 
 
 def _on_cpu(
@@ -320,7 +321,7 @@ def on_gpu(case: Case, size: str, mode: Mode, one: Contestant, inputs: Inputs) -
     try:
         ms, graph = _cuda_times(case, size, mode, one, inputs)
         with torch.set_grad_enabled(size not in case.graphed):  # as it was compiled to be timed
-            measured = ms, _cuda_peak(_once(case, mode, one, inputs)), graph
+            measured = ms, cuda_peak(_once(case, mode, one, inputs)), graph
         torch.cuda.empty_cache()
     except Exception as error:  # one that runs out of memory must not end the table
         return _failure(case, one, error)
@@ -337,15 +338,6 @@ def _counted_peak(call: Callable[[], object]) -> int | None:
         return peak_bytes(call)
     except NotImplementedError:  # a size that depends on data, which shapes alone do not give
         return None
-
-
-def _cuda_peak(call: Callable[[], object]) -> int:
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def _cuda_times(
@@ -385,7 +377,7 @@ def labels(case: Case, size: str, dtype: torch.dtype, provider: str, mode: Mode)
         "provider": provider,
         "size": size,
         "shape": " ".join(f"{k}={v}" for k, v in case.sizes[size].items()),
-        "dtype": _short(dtype),
+        "dtype": short(dtype),
         "mode": mode,
         "graph": size in case.graphed,
     }
@@ -407,7 +399,3 @@ def _numbers(ms: dict[str, float], cost: Floor, rate: Roofline | None) -> Row:
         "percent_of_floor": None if rate is None else 100 * rate.seconds(cost) / seconds,
         "bound": None if rate is None else rate.bound(cost),
     }
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -14,7 +14,7 @@ from echogen.bench.harness import environment, threads
 from echogen.bench.profile.stopwatch import Stopwatch
 from echogen.bench.profile.subjects import Asked, warmed
 from echogen.bench.profile.trace import clock
-from echogen.bench.registry import OURS, Floor, cases
+from echogen.bench.registry import OURS, Floor, cases, short
 from echogen.bench.roofline import Roofline, measure
 from echogen.bench.speed import kernels, phases
 from echogen.engine.ranges import listening
@@ -69,11 +69,11 @@ def _run(asked: Asked, note: Note, progress: Progress) -> dict[str, Any]:
         drawn += _phases(what, asked, ceilings[asked.dtype])
         progress(3 + done, 4)
     return {
-        "ceilings": {str(k).removeprefix("torch."): v.to_dict() for k, v in ceilings.items()},
+        "ceilings": {short(k): v.to_dict() for k, v in ceilings.items()},
         "operators": operators,
         "phases": drawn,
         "model": asked.model,
-        "dtype": str(asked.dtype).removeprefix("torch."),
+        "dtype": short(asked.dtype),
         "batch": asked.batch,
         "threads": torch.get_num_threads(),
     } | environment(device)

@@ -13,7 +13,7 @@ import torch
 
 from echogen.bench.harness import environment
 from echogen.bench.memory import peak_bytes
-from echogen.bench.registry import Case, Dims, Inputs, Run, ShapesOnly
+from echogen.bench.registry import Case, Dims, Inputs, Run, ShapesOnly, short
 from echogen.bench.speed import contest
 from echogen.bench.speed.kernels import choose
 
@@ -62,7 +62,7 @@ def _row(case: Case, dims: Dims, dtype: torch.dtype) -> dict[str, Any]:
     return {
         "operator": case.name,
         "shape": " ".join(f"{k}={v}" for k, v in dims.items()),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": short(dtype),
         "gradients_mib": sum(inputs[name].nbytes for name in case.trains) / 2**20,
         "eager_mib": eager / 2**20,
         "echogen_mib": ours / 2**20,

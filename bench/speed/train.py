@@ -22,6 +22,7 @@ from echogen.bench.profile.subjects import (
     warm_up,
 )
 from echogen.bench.profile.trace import clock
+from echogen.bench.registry import short
 from echogen.bench.roofline import measure
 from echogen.bench.speed.phases import Weights
 from echogen.engine.checkpoints.pretrained import bundled
@@ -136,7 +137,7 @@ def run(
         "model": model,
         "batch": batch,
         "images": subject.images,
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": short(dtype),
         "ms_per_step": 1e3 * spread["median"],
         "ms_per_step_q20": 1e3 * spread["q20"],
         "ms_per_step_q80": 1e3 * spread["q80"],
