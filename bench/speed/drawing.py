@@ -21,7 +21,7 @@ from echogen.bench.registry import OURS
 from echogen.bench.speed import stretches
 from echogen.bench.speed.cell import Cell, Row
 from echogen.bench.speed.contestants import CACHES, COPIES, PORT, Asked, Contestants
-from echogen.bench.speed.models import GPU_ONLY, Subject, hollow, load
+from echogen.bench.speed.models import GPU_ONLY, Subject, dtype_of, hollow, load
 
 Mode = Literal["latency", "rollout"]
 Note = Callable[[str], None]
@@ -33,7 +33,6 @@ BATCHES: dict[Mode, tuple[int, ...]] = {
 SCALES: dict[Mode, tuple[float, ...]] = {"latency": (5.0,), "rollout": (1.0, 5.0)}
 GROUP = 8
 """Images of one prompt in a rollout."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -202,8 +201,7 @@ def _from(progress: Callable[[int, int], None], before: int, total: int, done: i
 
 def check(plan: Plan, dtype: str) -> None:
     """Raises ValueError, see ``run``."""
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype = {dtype!r}; choose one of {', '.join(DTYPES)}")
+    dtype_of(dtype)
     for batch in plan.batches:
         if batch < 1 or batch % plan.group:
             raise ValueError(f"batch = {batch}; mode {plan.mode} takes multiples of {plan.group}")
@@ -224,7 +222,7 @@ def _model(
     group = plan.group
     wanted = any(peer in CACHES for peer in plan.peers)
     most = max(plan.batches) // group
-    subject = load(name, most, seed, wanted, device).to(device, DTYPES[dtype])
+    subject = load(name, most, seed, wanted, device).to(device, dtype_of(dtype))
     about = {"mode": plan.mode, "model": name, "dtype": dtype, "device": device}
     contestants = Contestants(subject, plan.peers, f"{name}: ", found.leave)
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import Tensor
 
 from echogen.bench.harness import environment, seconds, threads
+from echogen.bench.speed.models import dtype_of
 from echogen.engine.decoding.decode import Progress, decode_image
 from echogen.engine.decoding.jacobi import Draft, WindowDrawing, decode_windows, default_window
 from echogen.engine.decoding.sampler import Sampler, Sampling
@@ -36,7 +37,6 @@ CROWDED_COVER = 0.6
 """Share of the canvas that the boxes of a crowded layout cover at least."""
 FAR = 40
 """Levels of 255 between a pixel and the ground's colour that no tokenizer's blur explains."""
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def run(
@@ -75,15 +75,14 @@ def run(
     """
     if model.startswith("random:"):
         raise ValueError(f"model = {model!r}; acceptance on random weights means nothing")
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype = {dtype!r}; choose one of {', '.join(DTYPES)}")
+    kind = dtype_of(dtype)
     for name, value in [("layouts", layouts), ("batch", batch), *(("window", w) for w in windows)]:
         if value < 1:
             raise ValueError(f"{name} = {value}; it must be at least 1")
     for draft in drafts:
         if draft not in get_args(Draft):
             raise ValueError(f"draft = {draft!r}; choose one of {get_args(Draft)}")
-    engine = Engine.from_pretrained(model, device=device, dtype=DTYPES[dtype])
+    engine = Engine.from_pretrained(model, device=device, dtype=kind)
     sets = [
         _Pictures.of(load_scenes("test", layouts), engine),
         _Pictures.of(crowded_scenes(max(1, layouts // 4)), engine),

@@ -23,6 +23,14 @@ from echogen.engine.layout import Layout, LayoutObject
 from echogen.engine.model import UnifiedTransformer
 
 BOS, EOS, PAD, BEGIN_IMAGE, PLACEHOLDER = range(5)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """The type of the weights, by its name in ``DTYPES``. Raises ValueError."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype = {name!r}; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
 
 
 @dataclass(frozen=True)

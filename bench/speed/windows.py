@@ -22,8 +22,7 @@ from torch import Tensor
 from echogen.bench.harness import environment, quantiles, seconds
 from echogen.bench.harness import threads as using
 from echogen.bench.report import RESULTS
-from echogen.bench.speed.drawing import DTYPES
-from echogen.bench.speed.models import Subject, load
+from echogen.bench.speed.models import Subject, dtype_of, load
 from echogen.engine.decoding.decode import Decoder, Windows, decode_image, open_windows
 from echogen.engine.decoding.jacobi import decode_windows
 from echogen.engine.decoding.sampler import Sampler, Sampling
@@ -82,12 +81,11 @@ def run(
         WindowError: a window that is more than half an image.
         CheckpointError: no such checkpoint.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype = {dtype!r}; choose one of {', '.join(DTYPES)}")
+    kind = dtype_of(dtype)
     single, several = list[float](), {width: list[float]() for width in windows}
     with using(threads), torch.inference_mode():
         used = torch.get_num_threads()
-        subject = load(model, batch, seed, False, device).to(device, DTYPES[dtype])
+        subject = load(model, batch, seed, False, device).to(device, kind)
         tokens = subject.transformer.config.image_tokens
         for width in windows:
             if not 1 <= width <= tokens // 2:
