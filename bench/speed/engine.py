@@ -148,14 +148,14 @@ def _check(name: str, codes: Tensor, wanted: Tensor) -> None:
         )
 
 
-def _best(variants: list[Draw], cores: int, probes: int = 2) -> tuple[Draw, int]:
-    """The fastest variant and thread count: the best of a few probes, after one to warm up."""
+def _best(variants: list[Draw], cores: int) -> tuple[Draw, int]:
+    """The fastest variant and thread count: the better of two probes, after one to warm up."""
     scores: dict[tuple[int, int], float] = {}
     for count in range(1, cores + 1):
         torch.set_num_threads(count)
         for i, draw in enumerate(variants):
             draw()
-            scores[i, count] = min(seconds(draw) for _ in range(probes))
+            scores[i, count] = min(seconds(draw) for _ in range(2))
     variant, count = min(scores, key=scores.__getitem__)
     return variants[variant], count
 

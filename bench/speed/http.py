@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from http.client import HTTPConnection
 from typing import Any
 
@@ -92,7 +93,7 @@ def measure(
             after = (lambda: progress(next(done), images + repeats)) if progress else lambda: None
             alone: dict[str, list[float]] = {name: [] for name in ways}
             for i, layout in enumerate(layouts):
-                once = alternate({n: _one(way, layout, seed + i) for n, way in ways.items()}, 1)
+                once = alternate({n: partial(way, layout, seed + i) for n, way in ways.items()}, 1)
                 for name, values in once.items():
                     alone[name] += values
                 after()
@@ -115,10 +116,6 @@ def measure(
         "ratio_alone": _ratio(alone),
         "ratio_many": _ratio(many),
     }  # fmt: skip
-
-
-def _one(way: Draw, layout: Layout, seed: int) -> Callable[[], bytes]:
-    return lambda: way(layout, seed)
 
 
 def _ratio(times: dict[str, list[float]]) -> float:
