@@ -27,13 +27,13 @@ class Pictures:
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes [N, t], t of an image's T, → N pictures."""
-        return [self._picture(row) for row in codes]
+        pictures = []
+        for row in codes:
+            with self._turn:  # of each anew, so that who wants one need not wait for others' many
+                pictures.append(self._picture(row))
+        return pictures
 
     def _picture(self, codes: Tensor) -> Image.Image:
-        with self._turn:  # of each anew, so that who wants one need not wait for somebody's many
-            return self._pictured(codes)
-
-    def _pictured(self, codes: Tensor) -> Image.Image:
         c, drawn = self._engine.transformer.config, len(codes)
         if not drawn:
             return Image.new("RGB", (c.image_size, c.image_size), GREY)
