@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from echogen.train.config import LoopConfig
 from echogen.train.parallel.processes import Processes, Trained
+from echogen.train.parallel.whole import like
 from echogen.train.run.checkpoint import StateError
 from echogen.train.stages.stage import BeginRefused, Stage, TrainingError
 
@@ -222,7 +223,5 @@ class Several(Processes):
 
     def put_weights(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
         """See `Processes`."""
-        from echogen.train.parallel.shard_state import like
-
         now = module.state_dict()
         module.load_state_dict({name: like(w, now.get(name)) for name, w in weights.items()})

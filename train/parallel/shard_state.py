@@ -22,9 +22,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from echogen.engine.checkpoints.shards import sync
+from echogen.train.parallel.whole import like
 from echogen.train.run.checkpoint import (
     StateError,
     fallen_back,
@@ -145,17 +145,6 @@ def _empty(stored: Any, template: Tensor | None) -> Tensor:
     if template is not None and template.shape == stored.size:
         return torch.empty_like(template, dtype=stored.properties.dtype)
     return torch.empty(stored.size, dtype=stored.properties.dtype)
-
-
-def like(whole: Tensor, template: Tensor | None) -> Tensor:
-    """A whole tensor on the device and in the shards of a template of its shape."""
-    if template is None or template.shape != whole.shape:
-        return whole
-    if not isinstance(template, DTensor):
-        return whole.to(template.device)
-    mesh, placements = template.device_mesh, template.placements
-    # Every process has the whole tensor: nothing is sent.
-    return distribute_tensor(whole.to(template.device), mesh, placements, src_data_rank=None)
 
 
 def flat(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

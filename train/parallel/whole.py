@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from echogen.engine.engine import Engine
 from echogen.engine.model import UnifiedTransformer
@@ -24,6 +24,17 @@ from echogen.train.lora import adapter_weights, is_adapter
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded; then every process must ask for it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(every: Tensor, template: Tensor | None) -> Tensor:
+    """A whole tensor on the device and in the shards of a template of its shape."""
+    if template is None or template.shape != every.shape:
+        return every
+    if not isinstance(template, DTensor):
+        return every.to(template.device)
+    mesh, placements = template.device_mesh, template.placements
+    # Every process has the whole tensor: nothing is sent.
+    return distribute_tensor(every.to(template.device), mesh, placements, src_data_rank=None)
 
 
 def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:

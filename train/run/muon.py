@@ -16,9 +16,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
-from echogen.train.parallel.whole import whole
+from echogen.train.parallel.whole import like, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic a·x + b·x³ + c·x⁵, Jordan's: steepest at 0 of those that keep (0, 1] below 1.3."""
@@ -88,7 +87,7 @@ class Muon(torch.optim.Optimizer):
                 rate = group["lr"] * 0.2 * math.sqrt(max(shape))
                 for p, update in zip(members, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(_as_sharded(update, p), alpha=-rate)
+                    p.add_(like(update, p), alpha=-rate)
 
     def _direction(self, p: nn.Parameter, momentum: float) -> Tensor:
         assert p.grad is not None
@@ -97,10 +96,3 @@ class Muon(torch.optim.Optimizer):
             state["momentum_buffer"] = torch.zeros_like(p.grad)
         mean = state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
         return p.grad.lerp(mean, momentum)
-
-
-def _as_sharded(update: Tensor, p: nn.Parameter) -> Tensor:
-    """An update that every process has, as the parameter lies; nothing is sent."""
-    if not isinstance(p, DTensor):
-        return update
-    return distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None)
