@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from echogen.engine.flex import BLOCK, BlockMask
-from echogen.engine.layout import Box, Layout
+from echogen.engine.layout import Box
 from echogen.engine.model import tree_visibility
 from echogen.engine.prompt import Prompts
 from echogen.train.data.rows import cheapest
@@ -258,9 +258,3 @@ def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks of each row of blocks are marked, and which: those first, in order."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.int()
-
-
-def prompt_or_none(prompts: Prompts, layout: Layout, dropped: bool) -> list[int]:
-    """The L2I prompt of a layout, or its unconditional form."""
-    ids = prompts.l2i(layout)
-    return prompts.unconditional(ids) if dropped else ids

@@ -18,15 +18,7 @@ from echogen.engine.images.picture import overlay
 from echogen.engine.layout import Layout
 from echogen.engine.model import UnifiedTransformer
 from echogen.train.config import DJOConfig, LoopConfig, PMTPConfig
-from echogen.train.data.packing import (
-    Batch,
-    Tree,
-    i2l_tree,
-    l2i_group_tree,
-    l2i_tree,
-    pack,
-    prompt_or_none,
-)
+from echogen.train.data.packing import Batch, Tree, i2l_tree, l2i_group_tree, l2i_tree, pack
 from echogen.train.data.pictures import Pictures
 from echogen.train.data.samples import Sample
 from echogen.train.data.source import ShapesWorld, Source
@@ -89,7 +81,7 @@ class WorldStage(ABC):
         self.engine, self.prompts, self.vq = engine, engine.prompts, engine.vq
         self.module, self._device = engine.transformer, engine.device
         self.module.train().pixel_aligner.requires_grad_(False)  # no stage here reads pixels
-        self._settings, self._seed, self._stages = loop, loop.seed, stages
+        self._settings, self._stages = loop, stages
         if loop.lora:
             add_adapters(self.module, loop)
             self.gather()
@@ -123,7 +115,8 @@ class WorldStage(ABC):
 
     def prompt(self, layout: Layout, dropped: bool = False) -> list[int]:
         """The L2I prompt of a layout, or its unconditional form."""
-        return prompt_or_none(self.prompts, layout, dropped)
+        ids = self.prompts.l2i(layout)
+        return self.prompts.unconditional(ids) if dropped else ids
 
     # --- the rest of a stage --------------------------------------------------------------------
 
@@ -148,7 +141,7 @@ class WorldStage(ABC):
         the model's own grounding there (see `quick_scores`). Without a judge also ``loss``, the sum
         of the two losses, by which weights are then chosen."""
         samples, layouts, judge = self._val
-        rng = keys.generator(self._seed, keys.VALIDATION)
+        rng = keys.generator(self._settings.seed, keys.VALIDATION)
         drawn = [self.drawing(self.prompt(s.layout(rng)), s.codes) for s in samples]
         found = [self.grounding(s.codes, ask(s, BRANCHES, rng)) for s in samples]
         self.module.eval()
@@ -180,7 +173,7 @@ class WorldStage(ABC):
     def pictures(self) -> list[tuple[str, Image.Image]]:
         """The first validation layouts, drawn as users would have them and found again, always with
         the same noise, so that one evaluation can be compared with the next."""
-        rng = keys.generator(self._seed, keys.VALIDATION)
+        rng = keys.generator(self._settings.seed, keys.VALIDATION)
         layouts = [s.layout(rng) for s in self._val.samples[:PICTURES]]
         self.module.eval()
         self.engine.refresh()
