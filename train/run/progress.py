@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PASS = "train/pass"
+"""The range of a packed batch's way through the model; its ``tokens`` have padding among them."""
 EVERY = 30.0
 """Seconds between the lines about data that is made, where no terminal shows a bar."""
 

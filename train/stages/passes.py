@@ -13,6 +13,7 @@ from echogen.engine.flex import BlockMask
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.ranges import span
 from echogen.train.data.packing import Batch, block_mask, visibility
+from echogen.train.run.progress import PASS
 from echogen.train.stages.shares import part_of_mean
 
 
@@ -22,7 +23,7 @@ def hidden_states(
     """Final hidden states [R, L, D] of a packed batch; ``embedded`` [R, L, D] stands in for the
     embeddings of its ids."""
     x = model.embed_mixed(batch.ids) if embedded is None else embedded
-    with span("train/pass", rows=len(batch.ids), tokens=batch.ids.numel()):  # padding included
+    with span(PASS, rows=len(batch.ids), tokens=batch.ids.numel()):  # padding included
         return model(x, batch.positions, attention_mask(batch, x))
 
 
