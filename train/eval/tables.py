@@ -215,7 +215,8 @@ def quick_scores(
     ious = ground(torch.from_numpy(codes))
     inputs = [prompts.l2i(layout) for layout in layouts[:QUICK]]
     draws = torch.arange(len(inputs), device=table.device)
-    sampler = Sampler(Sampling(temperature=0.7), 0, draws, *_code_shape(model))
+    c = model.config
+    sampler = Sampler(Sampling(temperature=0.7), 0, draws, c.codebook_size, c.image_tokens)
     drawn = decode_image(model, table, inputs, sampler, prompts.pad)
     scores = {"ground_acc50": float((ious >= 0.5).mean()), "ground_iou": float(ious.mean())}
     judged = judge(decode_codes(vq, drawn)) if judge is not None else {}
@@ -223,10 +224,6 @@ def quick_scores(
     if "judge_iou" in judged:
         scores["gap"] = scores["self_iou"] - judged["judge_iou"]
     return scores
-
-
-def _code_shape(model: UnifiedTransformer) -> tuple[int, int]:
-    return model.config.codebook_size, model.config.image_tokens
 
 
 def cycle_table(

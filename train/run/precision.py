@@ -12,18 +12,13 @@ SLOW = 1.5
 is at least as fast; without, an AMD EPYC of 2021 took 28 times as long (`echogen doctor`)."""
 
 
-def bf16_slowdown(size: int = 256, tries: int = 7) -> float:
+def bf16_slowdown() -> float:
     """How many times as long a matrix product takes on this CPU in bfloat16 as in float32, by the
-    medians of products in turn; a fifth of a second in all.
-
-    Args:
-        size: of the square matrices.
-        tries: products timed of each type, after one that is not.
-    """
+    medians of products in turn; a fifth of a second in all."""
     times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
-    for _ in range(tries + 1):
+    for _ in range(8):  # the first is not counted
         for dtype, taken in times.items():
-            x = torch.ones(size, size, dtype=dtype)
+            x = torch.ones(256, 256, dtype=dtype)
             start = perf_counter()
             torch.mm(x, x)
             taken.append(perf_counter() - start)
