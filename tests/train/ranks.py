@@ -44,6 +44,8 @@ LOOP = LoopConfig(
     threads=1,
 )
 SHORT = dataclasses.replace(LOOP, steps=3, lr=2e-4, eval_every=3, save_every=3)
+AVERAGED = dataclasses.replace(SHORT, ema=0.9, eval_every=1)
+"""Between its rollouts the engine draws with the average."""
 MANY = dataclasses.replace(
     LOOP, steps=4, muon_lr=2e-3, ema=0.9, accumulate=2, checkpoint_activations=True, eval_every=4,
     save_every=4,
@@ -95,13 +97,14 @@ def with_parallel(loop: LoopConfig, parallel: str) -> LoopConfig:
 
 def stages(start: Path, parallel: str) -> dict[str, Any]:
     """The runs that are compared between one process and two."""
-    long, short, many = (with_parallel(x, parallel) for x in (LOOP, SHORT, MANY))
+    loops = (LOOP, SHORT, AVERAGED, MANY)
+    long, short, averaged, many = (with_parallel(x, parallel) for x in loops)
     return {
         "pmtp": lambda: pmtp(long),
         "many": lambda: pmtp(many, mask="shared", prompt_dropout=0.3),
         "djo": lambda: djo(start, short),
         "sampled": lambda: djo(start, short, prefix="sampled"),
-        "rl": lambda: rl(start, short),
+        "rl": lambda: rl(start, averaged),
         "lora": lambda: adapted(start, dataclasses.replace(short, lora=4)),
     }
 

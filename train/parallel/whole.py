@@ -76,7 +76,7 @@ class WholeEngine(Engine):
     def __init__(
         self, engine: Engine, module: UnifiedTransformer, dtype: torch.dtype | None = None
     ) -> None:
-        self._module, self._seen = module, -1
+        self._module, self._seen = module, list[int]()
         self.adapter: dict[str, Tensor] = {}
         self._sharded = any(isinstance(p, DTensor) for p in module.parameters())
         with torch.device("meta"):
@@ -94,16 +94,18 @@ class WholeEngine(Engine):
 
     def outdate(self) -> None:
         """An optimizer step follows."""
-        self._seen = -1
+        self._seen = []
 
     def refresh(self) -> None:
         """Fill the buffer anew. See `Engine`.
 
         In a sharded run it takes every process, so there it is done only if the weights have
         changed since: then one process can draw and ground alone. Fused optimizer steps leave no
-        trace in the version of a sharded tensor, so they are told by ``outdate``.
+        trace in the version of a sharded tensor, so they are told by ``outdate``. Versions are not
+        added up: within a sharded pass some are of gathered tensors, which count for themselves,
+        and two sums may be equal though an average has come and gone between them.
         """
-        now = sum(p._version for p in self._module.parameters())
+        now = [p._version for p in self._module.parameters()]
         if not self._sharded or now != self._seen:
             self._fill()
             self._seen = now
