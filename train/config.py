@@ -297,9 +297,10 @@ class CycleRLConfig:
             by the sampler (`grpo_loss`; the share of weights held at the cap is logged as
             ``capped``). None: no weights, and where either works in bfloat16 the samples are
             another policy's, unnoticed.
-        val_drawings: how often each of 256 validation layouts is drawn in an evaluation, by which
-            the weights to export are chosen. Drawn once, the noise of the drawings alone moves the
-            judge's IoU by as much as a few hundred steps do.
+        export: the weights that a run leaves: "best", those with the judge's highest IoU on 256
+            validation layouts of ShapesWorld, or "last", the choice for layouts of another world.
+        val_drawings: how often each of these is drawn in an evaluation. Drawn once, the noise of
+            the drawings alone moves the judge's IoU by as much as a few hundred steps do.
         gate_scenes, gate_group: validation layouts, and images of each, on which the self-reward is
             compared with the judge before the first step.
         gate_bound: lowest within-group rank correlation of the two at which training starts,
@@ -337,6 +338,7 @@ class CycleRLConfig:
     reward_boxes: int = later(0)
     importance_cap: float | None = later(2.0, was=None)
     val_drawings: int = later(8, was=1)
+    export: Literal["best", "last"] = later("best")
 
     @property
     def truncated(self) -> bool:
@@ -350,6 +352,7 @@ class CycleRLConfig:
         _one_of("rollout_dtype", self.rollout_dtype, ("float32", "bfloat16"))
         _one_of("advantage", self.advantage, MODES)
         _one_of("normalise", self.normalise, ("sequence", "token", "constant"))
+        _one_of("export", self.export, ("best", "last"))
         _at_least(self, 2, "group", "gate_group")
         _at_least(self, 1, "scenes", "batch", "updates", "gate_scenes", "val_drawings")
         _at_least(self, 0, "reward_boxes", "w_iou", "w_l1", "clip_low", "clip_high")

@@ -284,6 +284,25 @@ def test_a_run_resumes_exactly(tmp_path, rl_stage, settings) -> None:
     assert load_start(tmp_path / "whole", "cycle-rl").stages == ("pmtp", "cycle-rl")
 
 
+def test_the_last_weights_are_left_where_asked_for(tmp_path, rl_stage, monkeypatch) -> None:
+    falling = iter(range(9, 0, -1))
+    usual = CycleRLStage.evaluate
+    monkeypatch.setattr(
+        CycleRLStage, "evaluate", lambda rl: usual(rl) | {"cycle_iou": next(falling) / 10}
+    )
+    left = {}
+    for export in ("best", "last"):
+        rl = rl_stage(wild=False, force=True, export=export)
+        run(rl, dataclasses.replace(rl.config.loop, eval_every=2), tmp_path / export)
+        left[export] = load_start(tmp_path / export, "cycle-rl").engine.transformer.state_dict()
+    assert rows(tmp_path / "best")[-1]["chosen_step"] == 2
+    assert not (tmp_path / "last/best.pt").exists()
+    name = "blocks.0.qkv.weight"
+    assert not torch.equal(left["best"][name], left["last"][name])
+    last = rl.module.state_dict()[name].bfloat16().float()  # as models are written
+    assert torch.equal(left["last"][name], last)
+
+
 def test_a_reward_that_ranks_no_better_than_chance_is_refused(
     tmp_path, rl_stage, loop, monkeypatch
 ) -> None:

@@ -65,9 +65,8 @@ class CycleRLStage(WorldStage):
     """
 
     name = "cycle-rl"
-    selects = (
-        "cycle_iou"  # the judge's: the reward itself goes on rising where the images get worse
-    )
+    # The judge's: the reward itself goes on rising where the images get worse.
+    selects: str | None = "cycle_iou"
 
     def __init__(self, config: CycleRLConfig, start: Start) -> None:
         locations(start.engine.prompts)
@@ -76,6 +75,8 @@ class CycleRLStage(WorldStage):
         super().__init__(start.engine, config.loop, ShapesWorld(config.scenes), start.stages)
         if self.engine_dtype is not None and not isinstance(self.engine, WholeEngine):
             self.gather()
+        if config.export == "last":
+            self.selects = None
         self.config = replace(config, start=start.fingerprint)
         self._key = keys.noise_key(config.loop.seed, keys.RL_NOISE)
         # What adapters are beside is the reference, unless it is trained in part.
