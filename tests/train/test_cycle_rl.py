@@ -292,7 +292,7 @@ def test_the_last_weights_are_left_where_asked_for(tmp_path, rl_stage, monkeypat
     )
     left = {}
     for export in ("best", "last"):
-        rl = rl_stage(wild=False, force=True, export=export)
+        rl = rl_stage(force=True, export=export)
         run(rl, dataclasses.replace(rl.config.loop, eval_every=2), tmp_path / export)
         left[export] = load_start(tmp_path / export, "cycle-rl").engine.transformer.state_dict()
     assert rows(tmp_path / "best")[-1]["chosen_step"] == 2
