@@ -102,7 +102,13 @@ ROWS: dict[str, tuple[str, ...]] = {
         "ablation-seconds2",
         "ablation-seconds3",
     ),
-    "plateau": ("plateau-stage1", "plateau-stage2", "plateau-stage3", "plateau-samples"),
+    "plateau": (
+        "plateau-stage1",
+        "plateau-stage2",
+        "plateau-stage3",
+        "plateau-samples",
+        "plateau-seconds3",
+    ),
     "mask": ("mask-isolated", "mask-shared"),
     "synergy": ("synergy-l2i", "synergy-i2l", "mask-isolated"),
     "rl-data": ("ablation-stage2", "ablation-stage3", "rl-data-random", "rl-data-llm"),
@@ -130,6 +136,7 @@ COMPARED: dict[str, tuple[tuple[str, str], ...]] = {
         ("plateau-stage3", "plateau-stage2"),
         ("plateau-stage3", "plateau-stage1"),
         ("plateau-stage3", "plateau-samples"),
+        ("plateau-stage3", "plateau-seconds3"),
     ),
     "mask": (("mask-shared", "mask-isolated"),),
     "synergy": (("mask-isolated", "synergy-l2i"), ("mask-isolated", "synergy-i2l")),
@@ -172,13 +179,15 @@ def _ablation(seed: int) -> list[Cell]:
 
 def _plateau(seed: int) -> list[Cell]:
     stem, begun = "plateau-{}".format, f"ablation-seconds3-seed{seed}"
-    two = f"{stem('stage2')}-seed{seed}"
+    two, three, samples = (f"{stem(arm)}-seed{seed}" for arm in ("stage2", "stage3", "samples"))
     return [
         Cell(stem("stage1"), "stage 1 at its plateau", seed, "none", begun),
         Cell(stem("stage2"), "+ stage 2", seed, "djo", begun),
         Cell(stem("stage3"), "+ stage 3, by ranks", seed, "cycle-rl", two, {"advantage": "rank"}),
         Cell(stem("samples"), "stage 1, samples of + stage 2", seed, "djo", begun, CONTINUED),
-    ]  # fmt: skip
+        Cell(stem("seconds3"), "stage 1, seconds of + stages 2 and 3", seed, "djo", begun,
+             CONTINUED, budget=(two, three), pace=samples),
+    ]  # fmt: skip  # fmt: skip
 
 
 def _mask(seed: int) -> list[Cell]:
