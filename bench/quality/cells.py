@@ -25,7 +25,7 @@ noise alone (standard deviation of the eight in the records of `plateau-stage1`)
 as the arms of a seed differ by; the mean of eight by a third of that."""
 EARLIER = {"tiny": ("ablation", "mask", "synergy", "rl-data")}
 """The tables of a recipe that were run before this was known: each layout was drawn once."""
-THEN: dict[str, Any] = {"importance_cap": None, "val_drawings": 1}
+THEN: dict[str, Any] = {"importance_cap": None, "val_drawings": 1, "advantage": "grpo"}
 """What Cycle RL of these tables has in place of today's recipe; in float32 the weights are 1."""
 
 Stage = Literal["none", "pmtp", "djo", "cycle-rl"]
