@@ -39,6 +39,7 @@ def cache_path(name: str) -> Path:
         path = cache_folder() / name
     except OSError as error:
         raise CacheError(f"{error}; {HINT}") from None
-    if not path.exists() and not os.access(path.parent, os.W_OK):
+    # Path.exists raises where the folder cannot be searched.
+    if not os.path.exists(path) and not os.access(path.parent, os.W_OK | os.X_OK):
         raise CacheError(f"the cache folder {path.parent} cannot be written to; {HINT}")
     return path

@@ -60,7 +60,7 @@ def tiny() -> Recipe:
                 muon_lr=1e-4,
                 warmup=10,
                 decay=0.6,
-                eval_every=100,
+                eval_every=175,
                 save_every=50,
                 threads=2,
             ),
@@ -142,7 +142,8 @@ def janus_pro_1b() -> Recipe:
         pmtp_on=pmtp,
         djo=DJOConfig(loop=replace(loop, steps=60_000, accumulate=2), scenes=200_000, batch=32),
         cycle_rl=CycleRLConfig(
-            loop=rl, scenes=200_000, batch=1, group=8, rollout_dtype="bfloat16"
+            # Of eight drawings, an evaluation would be of half as many images as 500 steps.
+            loop=rl, scenes=200_000, batch=1, group=8, rollout_dtype="bfloat16", val_drawings=1,
         ),
     )  # fmt: skip
 

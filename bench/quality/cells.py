@@ -187,7 +187,7 @@ def _plateau(seed: int) -> list[Cell]:
         Cell(stem("samples"), "stage 1, samples of + stage 2", seed, "djo", begun, CONTINUED),
         Cell(stem("seconds3"), "stage 1, seconds of + stages 2 and 3", seed, "djo", begun,
              CONTINUED, budget=(two, three), pace=samples),
-    ]  # fmt: skip  # fmt: skip
+    ]  # fmt: skip
 
 
 def _mask(seed: int) -> list[Cell]:

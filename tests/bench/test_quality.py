@@ -451,10 +451,12 @@ def test_several_drawings_of_a_layout_are_averaged(small):
 def test_the_plateau_begins_where_stage_1_was_continued_longest():
     known = cells([1])
     begun = "ablation-seconds3-seed1"
-    assert [known[f"plateau-{arm}-seed1"].parent for arm in ("stage1", "stage2", "samples")] == [
-        begun, begun, begun
-    ]  # fmt: skip
+    arms = ("stage1", "stage2", "samples", "seconds3")
+    assert {known[f"plateau-{arm}-seed1"].parent for arm in arms} == {begun}
     assert known["plateau-stage3-seed1"].parent == "plateau-stage2-seed1"
+    spends = known["plateau-seconds3-seed1"]
+    assert spends.budget == ("plateau-stage2-seed1", "plateau-stage3-seed1")
+    assert spends.pace == "plateau-samples-seed1"
 
 
 def test_the_plateau_is_run_and_evaluated(copied):

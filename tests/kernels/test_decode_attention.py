@@ -15,7 +15,7 @@ from echogen.kernels.decode_attention import Splits, decode_attention
 from echogen.kernels.decode_members import decode_members
 from echogen.kernels.rope import scaled_heads
 
-HEADS = [(1, 1), (2, 2), (6, 2)]
+HEADS = [(1, 1), (3, 3), (6, 2)]
 EIGHT = torch.float8_e4m3fn
 GROUPS = {
     "uneven": [3, 0, -1, 3, 3, 0, 3, 3, 4, 3, 9],  # nobody continues 1 and 2

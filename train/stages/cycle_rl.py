@@ -384,14 +384,15 @@ class CycleRLStage(WorldStage):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """What every stage watches, and on validation layouts, drawn as in training, the reward (of
-        the most likely boxes, whatever ``reward_boxes``) beside the judge: ``gap`` is self-judged
-        minus independently judged IoU (``self_iou``, ``cycle_iou``), and so of other images than
-        ``judge_iou``. A gap that grows is a private language between the two halves."""
+        """What every stage watches, and on validation layouts, drawn as in training and
+        ``val_drawings`` times each, the reward (of the most likely boxes, whatever
+        ``reward_boxes``) beside the judge: ``gap`` is self-judged minus independently judged IoU
+        (``self_iou``, ``cycle_iou``), and so of other images than ``judge_iou``. A gap that grows
+        is a private language between the two halves."""
         values = super().evaluate()
         scenes = load_scenes("val", VAL_LAYOUTS)
         c, layouts = self.config, layouts_of(scenes, 0)
-        key, rewards, boxes, detected = keys.noise_key(c.loop.seed, keys.RL_JUDGED), [], [], []
+        key, rewards, boxes, drawn = keys.noise_key(c.loop.seed, keys.RL_JUDGED), [], [], []
         # Drawing by drawing, so that memory is that of one.
         for draws in torch.arange(c.val_drawings * len(layouts)).chunk(c.val_drawings):
             rollout = roll_out(
@@ -402,15 +403,16 @@ class CycleRLStage(WorldStage):
                 [tuple(box) for box in row[0][: len(y.objects)]]
                 for y, row in zip(layouts, rollout.score.boxes.tolist(), strict=True)
             ]
-            detected += [
-                detect(image)
-                for codes in rollout.drawing.codes.split(DECODED)
-                for image in to_images(decode_codes(self.vq, codes))
-            ]
+            drawn.append(rollout.drawing.codes)
         # That was a drawing of many more rows than a step's, and on a GPU its caches would stay. A
         # step's own do stay through its update: recording anew in every step costs time, and the
         # memory is seldom missed.
         self.engine.release()
+        detected = [
+            detect(image)
+            for codes in torch.cat(drawn).split(DECODED)
+            for image in to_images(decode_codes(self.vq, codes))
+        ]
         table = cycle_table(scenes * c.val_drawings, layouts * c.val_drawings, boxes, detected)
         # Of the weights that are trained; the table's is of equal ones, as models are compared by.
         values["reward"] = float(torch.cat(rewards).mean())
