@@ -123,7 +123,7 @@ def test_stage_one_learns_its_targets(tmp_path: Path, mask) -> None:
     stage = PMTPStage(config, build_vq(VQ, 32))
     optimizer = torch.optim.AdamW(stage.module.parameters(), lr=5e-3)
     values = []
-    for step in range(80):
+    for step in range(120):
         loss, numbers = stage.loss(step)
         optimizer.zero_grad()
         loss.backward()
