@@ -50,9 +50,9 @@ def tiny() -> Recipe:
         ),
         # Most of a gradient is noise (`echogen bench credit`), so it is credited object by object,
         # with advantages by rank, which have more signal in them, and the rate falls to zero over
-        # most of the run, which averages the noise of late steps out. These settings drew better
-        # images than they began with (the table `plateau` of `echogen bench quality`). No KL term:
-        # the reference model would cost a pass of its own.
+        # most of the run, which averages the noise of late steps out. So trained, AP at T = 1 rose
+        # by 0.012 ± 0.002 (the table `plateau` of `echogen bench quality`). No KL term: the
+        # reference model would cost a pass of its own.
         cycle_rl=CycleRLConfig(
             loop=LoopConfig(
                 steps=700,
