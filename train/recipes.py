@@ -60,7 +60,7 @@ def tiny() -> Recipe:
                 muon_lr=1e-4,
                 warmup=10,
                 decay=0.6,
-                eval_every=175,
+                eval_every=140,
                 save_every=50,
                 threads=2,
             ),
