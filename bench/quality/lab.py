@@ -111,6 +111,7 @@ class Lab:
         return score.Sizes(
             scaled(full.validation, s, 4), scaled(full.test, s, 4), scaled(full.varied, s, 2),
             full.draws, 1 if once else scaled(DRAWINGS, s, 2),
+            cell.choosing and scaled(cell.choosing, s, 2),
         )  # fmt: skip
 
     def steps(self, cell: Cell) -> int | None:

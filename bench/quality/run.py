@@ -190,7 +190,7 @@ def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
     if lab.environment not in there:
         write_json(places, [*there, lab.environment])
     lab.tell(f"{cell.name}: {config.loop.steps} steps of {cell.stage} in {folder}")
-    timed, log = Timed(stage, run, cell.task), run / "metrics.jsonl"
+    timed, log = Timed(stage, run, cell.task, lab.sizes(cell).choosing), run / "metrics.jsonl"
     train(timed, config.loop, run, resume=True)
     shutil.rmtree(folder / "model", ignore_errors=True)
     shutil.copytree(run / "model", folder / "model")

@@ -36,6 +36,8 @@ class Sizes:
         test: scenes of the tables.
         varied, draws: layouts, and pictures of each, of the diversity measures.
         drawings: of each test layout; the measures of drawing (``l2i``) are means over them.
+        choosing: drawings at T = 1 of each of Cycle RL's validation layouts, by which the weights
+            are chosen among a training's evaluations; 0: the stage has its own way.
     """
 
     validation: int = 96
@@ -43,6 +45,7 @@ class Sizes:
     varied: int = 32
     draws: int = 4
     drawings: int = later(1)
+    choosing: int = later(0)
 
 
 def measure(engine: Engine, sizes: Sizes, seed: int, choose: bool = True) -> dict[str, Any]:
@@ -70,11 +73,18 @@ def measure(engine: Engine, sizes: Sizes, seed: int, choose: bool = True) -> dic
     return {"sizes": asdict(sizes), "validation": grid, "plain": plain, "best": chosen}
 
 
-def judged(engine: Engine, count: int, seed: int, sampling: Sampling) -> dict[str, float]:
-    """The judge's mean IoU and accuracy at 0.5 on validation scenes' layouts, each drawn once."""
+def judged(
+    engine: Engine, count: int, seed: int, sampling: Sampling, drawings: int = 1
+) -> dict[str, float]:
+    """The judge's mean IoU and accuracy at 0.5 on the layouts of validation scenes."""
     scenes = load_scenes("val", count)
-    images = _draw(engine, layouts_of(scenes, seed), seed, sampling)[1]
-    return judge_boxes(images, scenes)
+    layouts = layouts_of(scenes, seed)
+    # Drawing by drawing, so that memory is that of one.
+    found = [
+        judge_boxes(_draw(engine, layouts, seed, sampling, i * count)[1], scenes)
+        for i in range(drawings)
+    ]
+    return {name: float(np.mean([each[name] for each in found])) for name in found[0]}
 
 
 def tables(engine: Engine, sizes: Sizes, seed: int, sampling: Sampling) -> dict[str, Any]:

@@ -6,22 +6,24 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import JanusVQVAE
 
+from echogen.bench.quality import score
 from echogen.bench.quality.cells import Cell, Config, Task
 from echogen.bench.quality.records import write_json
 from echogen.engine.engine import Engine
 from echogen.train.config import CycleRLConfig, DJOConfig, PMTPConfig
 from echogen.train.data.samples import module_hash
 from echogen.train.run.loop import Stage
-from echogen.train.stages.cycle_rl import CycleRLStage
+from echogen.train.stages.cycle_rl import VAL_LAYOUTS, CycleRLStage
 from echogen.train.stages.djo import DJOStage
 from echogen.train.stages.pmtp import PMTPStage
 from echogen.train.stages.pmtp import Task as Asked
+from echogen.train.stages.world import WorldStage
 from echogen.train.start import load_start, model_folder
 
 
@@ -77,13 +79,15 @@ class Timed:
     The clock lies in the run's folder, so that a resumed run goes on with it; on a GPU a step ends
     when the device is through with it, and wall seconds count (``clock``). The checkpoint that
     the loop exports is the best on validation by the stage's own number where it has one, else by
-    the judge's IoU (grounding alone: by its own).
+    the judge's IoU (grounding alone: by its own); or, asked for ``choosing`` drawings of Cycle RL's
+    validation layouts, by the judge's IoU of these (``drawn_iou``).
     """
 
-    def __init__(self, stage: Stage, folder: Path, task: Task) -> None:
-        self.stage = stage
+    def __init__(self, stage: Stage, folder: Path, task: Task, choosing: int = 0) -> None:
+        self.stage, self._choosing = stage, choosing
         usual = "ground_iou" if task == "i2l" else "judge_iou"
-        self.selects: str = getattr(stage, "selects", None) or usual
+        own = getattr(stage, "selects", None)
+        self.selects: str = "drawn_iou" if choosing else own or usual
         self._device = next(stage.module.parameters()).device
         self.clock = "seconds" if self._device.type == "cuda" else "cpu_seconds"
         """The name of the number that compute is counted by."""
@@ -137,7 +141,12 @@ class Timed:
 
     def evaluate(self) -> dict[str, float]:
         write_json(self._path, self._clock)
-        return self.stage.evaluate()
+        values = self.stage.evaluate()
+        if self._choosing:
+            engine = cast(WorldStage, self.stage).engine
+            drawn = score.judged(engine, VAL_LAYOUTS, 0, score.PLAIN, self._choosing)
+            values |= {"drawn_iou": drawn["judge_iou"]}
+        return values
 
     def export(self, folder: Path) -> None:
         self.stage.export(folder)

@@ -19,7 +19,7 @@ from torch import nn
 
 from echogen.bench.quality import cells as declared
 from echogen.bench.quality import lab as lab_module
-from echogen.bench.quality import pictures, report, run, score
+from echogen.bench.quality import pictures, report, run, score, stages
 from echogen.bench.quality.cells import COMPARED, FRESH, ROWS, START, cells
 from echogen.bench.quality.lab import Lab
 from echogen.bench.quality.records import QualityError, device, read_record, write_record
@@ -29,12 +29,13 @@ from echogen.bench.quality.start import look_at, unlike
 from echogen.cli import main
 from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
+from echogen.engine.images.vision import decode_codes
 from echogen.engine.model import additive_mask
 from echogen.train.config import CycleRLConfig, DJOConfig, LoopConfig, PMTPConfig, Recipe, VQConfig
 from echogen.train.data import samples as data
 from echogen.train.data import scenes
 from echogen.train.data.packing import visibility
-from echogen.train.eval.tables import layouts_of
+from echogen.train.eval.tables import judge_boxes, layouts_of
 from echogen.train.parallel import processes
 from echogen.train.recipes import RECIPES
 from echogen.train.run import loop
@@ -222,6 +223,21 @@ def test_a_timed_stage_goes_through_a_step_in_parts_if_its_own_does(small, tmp_p
     assert timed.seconds(2)["seconds"] > 0 and timed.ahead == stage.ahead
     with pytest.raises(TrainingError, match="not made of parts"):
         loop.run(Timed(Scripted(2), tmp_path / "b", "both"), config, tmp_path / "b")
+
+
+def test_a_cell_may_choose_its_weights_by_many_drawings(small, tmp_path, monkeypatch):
+    monkeypatch.setattr(stages, "VAL_LAYOUTS", 3)
+    stage = PMTPStage(PMTP, Engine.from_pretrained(small / "start" / "model").vq)
+    timed = Timed(stage, tmp_path, "both", choosing=2)
+    found = score.load_scenes("val", 3)
+    asked = [y for y in layouts_of(found, 0) for _ in range(2)]
+    samples = [i + 3 * drawing for i in range(3) for drawing in range(2)]
+    codes = stage.engine.generate_codes(asked, 0, samples, score.PLAIN)
+    drawn = decode_codes(stage.vq, codes)
+    wanted = judge_boxes(drawn, [scene for scene in found for _ in range(2)])
+    assert timed.evaluate()["drawn_iou"] == pytest.approx(wanted["judge_iou"])
+    loop.run(timed, replace(LOOP, steps=2, eval_every=1), tmp_path / "run")
+    assert checkpoint(tmp_path / "run" / "metrics.jsonl", timed.selects)["by"] == "drawn_iou"
 
 
 # --- running --------------------------------------------------------------------------------------
