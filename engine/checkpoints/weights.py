@@ -88,7 +88,8 @@ def load_checkpoint(
 
     Raises:
         CheckpointError: a file is missing, damaged or of another model; a key is missing, unknown,
-            or of a shape or kind that config.json does not ask for.
+            or of a shape or kind that config.json does not ask for; a weight is NaN or infinite, as
+            it is stored or in ``dtype``.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -124,6 +125,7 @@ def load_checkpoint(
     with torch.no_grad():
         for key, target in _port_state(transformer, vq, siglip).items():
             target.copy_(sources[key].read(key))
+            _check_finite(target, sources[key], dtype)
     return Checkpoint(config, transformer, vq, siglip)
 
 
@@ -303,6 +305,18 @@ def _check(
             )
     for key in sorted(targets.keys() - sources.keys()):
         raise CheckpointError(f"{folder}: {key} is missing from the weights; complete them")
+
+
+def _check_finite(weight: Tensor, source: _Source, dtype: torch.dtype) -> None:
+    """Logits of NaN would draw code 0 everywhere and say nothing. `aminmax` passes NaN on and takes
+    less time than the copy before it (5 ms of 90 MB in bfloat16, beside 7; `isfinite` 217)."""
+    low, high = weight.aminmax()
+    if not (low.isfinite() and high.isfinite()):
+        found = "NaN" if low.isnan() else "an infinite number"
+        raise CheckpointError(
+            f"{source.shard.path}: {source.stored_as} holds {found} in {dtype}; take a checkpoint "
+            f"from before its training failed, or a type of more range"
+        )
 
 
 def _materialise(

@@ -12,9 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from echogen.engine.checkpoints.keymap import original_names
-from echogen.engine.checkpoints.weights import (
-    load_checkpoint,
-)
+from echogen.engine.checkpoints.weights import CheckpointError, load_checkpoint
 
 from .checkpoints import (
     edit_config,
@@ -62,6 +60,22 @@ def test_heads_that_share_keys_unevenly(folder, shared):
 def test_weights_that_are_not_floats(folder, kind):
     edit_weights(folder, lambda state: state.update({NORM: torch.zeros(48).to(kind)}))
     refused(folder, "model.safetensors", NORM, "floating")
+
+
+@pytest.mark.parametrize("key", [NORM, CODEBOOK, QKV, "lm_head.weight"])
+@pytest.mark.parametrize(
+    ("value", "told"), [(torch.nan, "NaN"), (torch.inf, "infinite"), (-torch.inf, "infinite")]
+)
+def test_weights_that_no_logits_come_from(folder, key, value, told):
+    edit_weights(folder, lambda state: state[key].view(-1)[-1:].fill_(value))
+    refused(folder, "model.safetensors", key, told)
+
+
+def test_a_weight_beyond_the_type_that_is_asked_for(folder):
+    edit_weights(folder, lambda state: state[NORM][3:4].fill_(-1e5))
+    assert load_checkpoint(folder).transformer.blocks[1].attn_norm.weight[3] == -1e5
+    with pytest.raises(CheckpointError, match=f"{NORM} holds an infinite number in torch.float16"):
+        load_checkpoint(folder, torch.float16)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 500, -1])
