@@ -95,7 +95,6 @@ def plan(
     slots: int | None = None,
     memory: int | None = None,
     prompt_tokens: int | None = None,
-    prefix_bytes: int | None = None,
     fp8_cache: bool = False,
     windows: bool = False,
 ) -> Plan:
@@ -108,8 +107,6 @@ def plan(
         memory: bytes to plan with; None: ``SHARE`` of what is free now.
         prompt_tokens: the longest prompt; None: what the model has room for, at most
             ``PROMPT_TOKENS``.
-        prefix_bytes: for the prefixes of prompts that come again; None: ``PREFIX_BYTES``, or as
-            much as two of the longest need.
         fp8_cache: slots hold 8 bits a number, and a scale for each head of a token.
         windows: few images are drawn several codes a step (`serving.windows`).
 
@@ -127,9 +124,9 @@ def plan(
     capacity = up_to_edge(longest + c.image_tokens - 1)
     most = MOST.get(device.type, 16)
     head = c.head_dim + FLOAT if fp8_cache else c.head_dim * dtype.itemsize
-    if prefix_bytes is None:
-        one = 2 * c.layers * c.kv_heads * longest * c.head_dim * dtype.itemsize
-        prefix_bytes = max(PREFIX_BYTES, 2 * (one + c.codebook_size * dtype.itemsize))
+    # For the prefixes of prompts that come again: two of the longest at least.
+    one = 2 * c.layers * c.kv_heads * longest * c.head_dim * dtype.itemsize
+    prefix_bytes = max(PREFIX_BYTES, 2 * (one + c.codebook_size * dtype.itemsize))
     once = _prompt(c, dtype.itemsize, longest) + prefix_bytes + picture_bytes
 
     def planned(count: int) -> Plan:  # a slot costs the more, the more there are
