@@ -159,9 +159,7 @@ class Source:
         kernel = getattr(importlib.import_module(self.module), self.kernel)
         source = ASTSource(kernel, self.signature, self.constants, self.attributes)
         try:
-            # Said aloud, as the default is about to change; a launch that says otherwise wins.
-            options = {"enable_fp_fusion": True} | self.options
-            made = triton.compile(source, target=target, options=options)
+            made = triton.compile(source, target=target, options=self.options)
         except Exception as error:  # the compiler raises of its own many kinds; all are reported
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             return Compiled(name, arch, error=f"{type(error).__name__}: {reason}")

@@ -283,7 +283,7 @@ def _launch_backward(
     launch(
         _box_reward_backward_kernel, (layouts, triton.cdiv(samples, high)), pred, target, mask,
         d_iou, d_l1, d_reward, d_giou, out, samples, boxes, w_iou, w_l1, SAMPLES=high, BOXES=wide,
-        num_warps=warps, enable_fp_fusion=True,
+        num_warps=warps,
     )  # fmt: skip
     return out
 

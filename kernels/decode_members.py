@@ -21,7 +21,7 @@ MOST_SHARED = ROWS
 SCANNED = 1024  # sequences looked at in one go when members are gathered
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["sequences", "prefixes", "slots"])
 def _decode_members_kernel(
     groups_ptr, order_ptr, sequences, prefixes, slots,
     MEMBERS: tl.constexpr, SCANNED: tl.constexpr,

@@ -193,12 +193,12 @@ def _launch_loss(
     launch(
         _grpo_rows_kernel, (rows,), logp, old_logp, advantage, mask, ref_logp, sampled_logp, sums,
         rows, width, clip_low, clip_high, beta, cap, PENALISED=beta != 0,
-        TOKENS=_tokens_block(width), num_warps=4, enable_fp_fusion=True,
+        TOKENS=_tokens_block(width), num_warps=4,
     )  # fmt: skip
     launch(
         _grpo_total_kernel, (1,), sums, loss, clip_fraction, mean_kl, capped_fraction, weight, rows,
         1 / (rows * max_tokens), NORMALISE=normalise,
-        ROWS=min(triton.next_power_of_2(rows), ROWS), num_warps=8, enable_fp_fusion=True,
+        ROWS=min(triton.next_power_of_2(rows), ROWS), num_warps=8,
     )  # fmt: skip
     return loss, clip_fraction, mean_kl, capped_fraction, weight
 
@@ -219,7 +219,7 @@ def _launch_loss_backward(
     launch(
         _grpo_backward_kernel, (rows, triton.cdiv(width, block)), logp, old_logp, advantage, mask,
         ref_logp, sampled_logp, weight, d_loss, out, width, clip_low, clip_high, beta, cap,
-        PENALISED=beta != 0, TOKENS=block, num_warps=4, enable_fp_fusion=True,
+        PENALISED=beta != 0, TOKENS=block, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -23,7 +23,7 @@ MAX_WIDTH = 8192  # a row is held in registers; wider ones would spill
 SUM_ROWS, SUM_COLUMNS = 128, 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])  # or 1, 8 and 16 rows would be three kernels
 def _rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, summed_ptr, rstd_ptr, eps, rows, width,
     ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

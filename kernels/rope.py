@@ -127,7 +127,7 @@ def _rope_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["apart"])
 def _rope_cache_kernel(
     q_ptr, q_row, q_token, q_head, k_ptr, k_row, k_token, k_head, v_ptr, v_row, v_token, v_head,
     cos_ptr, sin_ptr, table_row, keys_ptr, values_ptr, slots_ptr, scales_ptr, apart, q_out_ptr,

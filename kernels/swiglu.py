@@ -34,7 +34,7 @@ def sigmoid_of(x):
     return tl.where(x >= 0, 1.0, e) / (1.0 + e)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _swiglu_forward_kernel(
     gate_ptr, up_ptr, stride, out_ptr, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     DEPENDENT: tl.constexpr = False,

@@ -78,7 +78,7 @@ def _product(x, w, sums, WIDE: tl.constexpr):
     return tl.dot(x, w, sums, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _wide_linear_kernel(
     x_ptr, weight_ptr, scale_ptr, gain_ptr, residual_ptr, out_ptr, rows, depth, outputs, eps,
     SWIGLU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,

@@ -129,8 +129,7 @@ def ptx(launch) -> str:
     source = aot.Source.of(launch)
     kernel = getattr(importlib.import_module(source.module), source.kernel)
     asked = ASTSource(kernel, source.signature, source.constants, source.attributes)
-    options = {"enable_fp_fusion": True} | source.options
-    return triton.compile(asked, target=aot.target_of("sm_90"), options=options).asm["ptx"]
+    return triton.compile(asked, target=aot.target_of("sm_90"), options=source.options).asm["ptx"]
 
 
 @pytest.mark.parametrize(("made_for", "early"), [(80, False), (90, True), (120, True)])
