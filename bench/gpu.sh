@@ -12,8 +12,8 @@
 set -u
 cd "$(dirname "$0")/.."
 PARTS=(
-  doctor cuda test_device latency-janus rollout-janus-256 rollout-janus-256-guided
-  test_kernels kernels rollout-janus train-pmtp-janus train-djo-janus train-cycle-rl-janus
+  cuda doctor test_device test_kernels latency-janus rollout-janus-256 train-pmtp-janus
+  rollout-janus-256-guided kernels train-djo-janus train-cycle-rl-janus test_train rollout-janus
   test_device_overlap overlap-latency-janus fused-rollout-janus jacobi-tiny window-janus
   test_device_serving
   latency-tiny latency-100m rollout-tiny train-pmtp-small train-djo-small train-cycle-rl-small
@@ -118,8 +118,10 @@ tests() {
   shift 2
   while [ "$1" != -- ]; do settings+=("$1"); shift; done
   shift
-  gpu "$name" "$most" env OMP_NUM_THREADS=1 "${settings[@]}" "$PYTHON" -m pytest -v --tb=short \
-    -p no:cacheprovider "$@"
+  # Twice -v for the names, as one -v only undoes the -q of pyproject.toml; and the stack of a test
+  # that hangs, before its part is ended.
+  gpu "$name" "$most" env OMP_NUM_THREADS=1 "${settings[@]}" "$PYTHON" -m pytest -vv --tb=short \
+    -o faulthandler_timeout=60 -p no:cacheprovider "$@"
 }
 
 engine() { # NAME SECONDS ARGUMENTS…, of the environment's switches
@@ -169,13 +171,19 @@ test_kernels() {
 run() { # NAME
   local janus="--model janus_pro_1b"
   case $1 in
-    doctor) part doctor 60 "$PYTHON" -m echogen doctor --json ;;
+    # After `cuda`, whose code it would compile, and without the C++ for CPUs.
+    doctor) part doctor 60 env ECHOGEN_NATIVE=0 "$PYTHON" -m echogen doctor --json ;;
     cuda) cuda ;;
-    # A step of drawing in a graph and without: the figures of drawing depend on it.
+    # A step of drawing in a graph and without: the figures of drawing depend on it. Only the tests
+    # that need a GPU, which are the last of their files: what runs on a CPU ran on one.
     test_device)
-      tests "$1" 90 -- tests/engine/test_device.py tests/engine/test_device_windows.py
+      tests "$1" 90 -- -k "gpu or graphs" tests/engine/test_device.py \
+        tests/engine/test_device_windows.py
       ;;
-    test_device_serving) tests "$1" 90 -- tests/engine/test_device_serving.py ;;
+    test_device_serving)
+      tests "$1" 90 -- -k "graphs or few_steps_ahead" tests/engine/test_device_serving.py
+      ;;
+    test_train) tests "$1" 60 -- -k a_gpus_blocks tests/train/test_packing.py ;;
     latency-janus) engine "$1" 150 --mode latency $janus --repeats 3 ;;
     rollout-janus-256) engine "$1" 120 --mode rollout $janus --batch 256 --cfg 1 --repeats 2 ;;
     rollout-janus-256-guided)
@@ -194,7 +202,9 @@ run() { # NAME
       training "$1" 180 --stage "$(stage "$1")" --recipe janus_pro_1b --repeats 3
       ;;
     # The same steps with launches that overlap.
-    test_device_overlap) tests "$1" 90 ECHOGEN_PDL=1 -- tests/engine/test_device.py ;;
+    test_device_overlap)
+      tests "$1" 90 ECHOGEN_PDL=1 -- -k "gpu or graphs" tests/engine/test_device.py
+      ;;
     overlap-latency-janus)
       ECHOGEN_PDL=1 engine "$1" 60 --mode latency $janus --repeats 3 --peer none
       ;;

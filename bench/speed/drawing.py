@@ -220,7 +220,7 @@ def _model(
 ) -> None:
     """The cells of one model."""
     group = plan.group
-    wanted = any(peer in CACHES for peer in plan.peers)
+    wanted = max(plan.scales) > 1 and any(peer in CACHES for peer in plan.peers)
     most = max(plan.batches) // group
     subject = load(name, most, seed, wanted, device).to(device, dtype_of(dtype))
     about = {"mode": plan.mode, "model": name, "dtype": dtype, "device": device}
@@ -233,7 +233,6 @@ def _model(
     if plan.mode == "rollout" and device == "cpu":
         least = asked_for(plan.batches[0], plan.scales[0])
         plan = _suited(plan, contestants, least, lambda line: found.leave(f"{name}: {line}"))
-    overhead = _overhead_us(subject, name, found) if plan.mode == "latency" else {}
     done, last, threads = 0, dict[float, tuple[int, float]](), dict[str, int]()
     for batch in plan.batches:
         for cfg in plan.scales:
@@ -249,9 +248,7 @@ def _model(
             cell = Cell(contestants, asked_for(batch, cfg), plan.repeats, plan.threads, threads)
             try:
                 for row in cell.rows(plan.peers):
-                    found.results.append(
-                        about | row | (overhead if row["provider"] == OURS else {})
-                    )
+                    found.results.append(about | row)
             except torch.OutOfMemoryError:
                 found.leave(f"{where}: needs more memory than there is")
             except WrongResult as error:
@@ -261,6 +258,11 @@ def _model(
                 found.fail(where, error)
             else:
                 last[cfg] = batch, time.perf_counter() - began
+    own = [r for r in found.results if r["model"] == name and r["provider"] == OURS]
+    if plan.mode == "latency" and own:  # last, as on a GPU it compiles kernels of its own
+        overhead = _overhead_us(subject, name, found)
+        for row in own:
+            row |= overhead
 
 
 def _suited(plan: Plan, contestants: Contestants, least: Asked, leave: Note) -> Plan:

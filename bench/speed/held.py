@@ -51,9 +51,11 @@ def cuda_peak(call: Callable[[], object]) -> int:
 
 def held_mib(call: Callable[[], object], device: str = "cpu") -> float:
     """MiB that ``call`` held at its worst moment beyond what was there before: on CUDA what the
-    allocator says, on a CPU every tensor that an operator made and that was still held."""
+    allocator of that GPU says, on a CPU every tensor that an operator made and that was still
+    held."""
     if device.startswith("cuda"):
-        return cuda_peak(call) / 2**20
+        with torch.cuda.device(device):
+            return cuda_peak(call) / 2**20
     with _Held() as held:
         call()
     return held.ledger.peak / 2**20

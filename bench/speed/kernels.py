@@ -361,8 +361,9 @@ def _cuda_times(
                 again = clock.captured(calls[:1] * count)
                 warm = clock.shared(clock.times(again, cold=False), count)
                 return cold | {"warm": warm["median"]}, True
-            except CaptureError:  # one that waits for the device is timed with its waiting
-                pass
+            except CaptureError:  # a peer that waits for the device is timed with its waiting
+                if one.name == OURS:
+                    raise
         turns = cycle(calls)
         with torch.set_grad_enabled(not graphed):
             found = clock.times(lambda: next(turns)())

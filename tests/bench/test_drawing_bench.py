@@ -229,6 +229,15 @@ def test_a_peer_that_fails_when_it_is_timed_is_left_out(monkeypatch):
     assert result["results"][1]["times_as_long"] > 0 and not result["failed"]
 
 
+def test_a_fault_of_this_engine_otherwise_set_fails_the_command(monkeypatch):
+    """As one of a peer would not."""
+    in_timed_runs(monkeypatch, COPIES, RuntimeError("launch failed"))
+    asked = plan("rollout", batches=(8,), scales=(5.0,), peers=(COPIES, PORT))
+    result = drawing.run(asked, [MICRO])
+    assert [r["provider"] for r in result["results"]] == ["echogen", PORT]  # the port comes first
+    assert result["failed"] == [f"{MICRO}, batch 8, cfg 5: RuntimeError: launch failed"]
+
+
 def test_rates_that_cannot_be_measured_leave_the_times(monkeypatch, tmp_path):
     def measure(*_):
         raise AttributeError("no attribute 'clock_rate'")

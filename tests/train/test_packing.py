@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -376,6 +378,32 @@ def test_flex_attention_gives_what_the_dense_mask_gives(
         blocked = hidden_states(model, batch)
     assert relative_error(blocked, dense) < 1e-5
     assert not torch.equal(blocked, dense)  # another way was taken
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2)], ids=["float32", "bfloat16"]
+)
+def test_a_gpus_blocks_train_what_the_dense_mask_trains(
+    model, prompts, monkeypatch, relative_error, dtype, bound
+):
+    trees = trees_of_both_masks(prompts)
+    batch = lay(trees, [[0, 1, 2], list(range(3, len(trees)))], 3 * 128, prompts.pad).to("cuda")
+    generator, found = torch.Generator("cuda").manual_seed(0), []
+    weight = torch.randn(batch.ids.shape, generator=generator, device="cuda")[..., None]
+    for dense in (False, True):
+        if dense:
+            way = lambda batch, x: additive_mask(visibility(batch), x.dtype)  # noqa: E731
+            monkeypatch.setattr(passes, "attention_mask", way)
+        moved = copy.deepcopy(model).to("cuda", dtype)
+        hidden = hidden_states(moved, batch)
+        (hidden.float().square() * weight).sum().backward()
+        grads = [p.grad.flatten() for p in moved.blocks.parameters()]
+        found.append((hidden.detach(), torch.cat(grads).float()))
+    (hidden, grads), (wanted, wanted_grads) = found
+    assert torch.isfinite(hidden).all() and grads.abs().max() > 0
+    assert relative_error(hidden, wanted) < bound
+    assert relative_error(grads, wanted_grads) < bound
 
 
 # --- how many rows --------------------------------------------------------------------------------
