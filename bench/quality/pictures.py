@@ -8,16 +8,13 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from echogen.bench.quality.cells import cells
+from echogen.bench.quality.fresh import recorded_model
 from echogen.bench.quality.lab import Lab
-from echogen.bench.quality.records import read_record
 from echogen.bench.quality.report import AT, Table
-from echogen.bench.quality.run import folder_of
 from echogen.bench.quality.score import PLAIN
 from echogen.engine.engine import Engine
-from echogen.train.data.samples import module_hash
 from echogen.train.data.scenes import load_scenes, render
 from echogen.train.eval.tables import layouts_of
-from echogen.train.start import model_folder
 
 PLOTTED = ("AP", "judge acc50", "mAcc")
 STAGES = ("ablation-stage1", "ablation-stage2", "ablation-stage3")
@@ -89,17 +86,7 @@ def _models(lab: Lab, seed: int) -> dict[str, Engine | None]:
     """The stages' models, each only if it is the one that was recorded."""
     found: dict[str, Engine | None] = {}
     for stem in STAGES:
-        cell = cells([seed])[f"{stem}-seed{seed}"]
-        record = read_record(lab.results, cell.name)
-        folder = folder_of(lab, cell) / "model"
-        if cell.stage == "none" and lab.start is not None:
-            folder = model_folder(lab.given(cell))
-        there = record is not None and folder.is_dir()
-        engine = Engine.from_pretrained(folder, lab.device) if there else None
-        if engine is not None and record is not None:
-            same = module_hash(engine.transformer) == record["model"]
-            engine = engine if same else None
-        found[stem] = engine
+        found[stem] = recorded_model(lab, cells([seed])[f"{stem}-seed{seed}"])
     return found
 
 

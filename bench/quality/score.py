@@ -98,7 +98,7 @@ def tables(engine: Engine, sizes: Sizes, seed: int, sampling: Sampling) -> dict[
     layouts = layouts_of(scenes, seed)
     if sizes.drawings > 1:
         again = [
-            _drawing(engine, scenes, layouts, seed, sampling, i) for i in range(1, sizes.drawings)
+            drawing(engine, scenes, layouts, seed, sampling, i) for i in range(1, sizes.drawings)
         ]
         found["l2i"] = over_drawings([found["l2i"], *again])
     return {
@@ -108,7 +108,7 @@ def tables(engine: Engine, sizes: Sizes, seed: int, sampling: Sampling) -> dict[
     }
 
 
-def _drawing(
+def drawing(
     engine: Engine,
     scenes: list[Scene],
     layouts: list[Layout],

@@ -55,6 +55,9 @@ class BenchQuality:
     """List the cells and their state; run none."""
     report: bool = False
     """Write and print the tables of the finished cells, with plots and pictures; run none."""
+    fresh: int | None = None
+    """Draw so many test layouts behind those of the tables, at T = 1, with the models of the
+    finished cells (of --table or --cell) that are here, and add a table of them; run none."""
     again: bool = False
     """Discard the results of the cells named by --cell and run them again."""
     out: Path | None = None
@@ -85,6 +88,8 @@ class BenchQuality:
             self._list(lab)
         elif self.report:
             self._report(lab)
+        elif self.fresh is not None:
+            self._fresh(lab, self.fresh)
         else:
             self._run(lab)
 
@@ -95,9 +100,11 @@ class BenchQuality:
         if self.scale != 1 and self.out is None:
             raise InputError(f"--scale {self.scale}: name another --out, so that it is not mixed "
                              f"with real results")  # fmt: skip
-        if self.listing and self.report:
-            raise InputError("--list and --report: choose one")
-        if self.again and (not self.cell or self.listing or self.report):
+        if self.listing + self.report + (self.fresh is not None) > 1:
+            raise InputError("--list, --report and --fresh: choose one")
+        if self.fresh is not None:
+            check_range("fresh", self.fresh, 2, 100_000)
+        if self.again and (not self.cell or self.listing or self.report or self.fresh is not None):
             raise InputError("--again: name what to run again with --cell")
         if self.llm_layouts is not None and not self.llm_layouts.is_file():
             raise InputError(f"--llm-layouts {self.llm_layouts}: no such file")
@@ -176,6 +183,22 @@ class BenchQuality:
         if self.json:
             print_json({"cells": states, "results": str(lab.results)})
 
+    def _fresh(self, lab: Lab, count: int) -> None:
+        chosen = self._chosen(lab)
+        check_evaluates()
+        from echogen.bench.quality import fresh
+        from echogen.bench.quality.records import recorded_seeds
+
+        make_folder(lab.results)
+        for cell in chosen:
+            why = fresh.measure(lab, cell, count)
+            lab.tell(why or f"{cell.name}: drawn, written to {lab.results / 'fresh'}")
+        self._write_report(lab, sorted({*lab.seeds, *recorded_seeds(lab.results)}))
+        tables = fresh.differences(lab.results, lab.seeds)
+        print(fresh.section(tables))
+        if self.json:
+            print_json(tables)
+
     def _report(self, lab: Lab) -> None:
         from echogen.bench.quality import report
 
@@ -188,10 +211,14 @@ class BenchQuality:
     def _write_report(self, lab: Lab, seeds: Iterable[int]) -> dict[str, Table]:
         """Write tables and pictures of the finished cells of these seeds; the tables. Raises
         QualityError for a record that cannot be read."""
-        from echogen.bench.quality import pictures, report
+        from echogen.bench.quality import fresh, pictures, report
 
+        seeds = tuple(seeds)
         tables = report.make(lab.results, seeds)
-        write(lab.results / "README.md", report.markdown(tables).encode())
+        page = report.markdown(tables)
+        if further := fresh.section(fresh.differences(lab.results, seeds)):
+            page += f"\n{further}\n"
+        write(lab.results / "README.md", page.encode())
         data = json.dumps(finite(tables), indent=1, allow_nan=False)
         write(lab.results / "tables.json", (data + "\n").encode())
         for name, table in tables.items():

@@ -18,8 +18,8 @@ from PIL import Image
 from torch import nn
 
 from echogen.bench.quality import cells as declared
+from echogen.bench.quality import fresh, pictures, report, run, score, stages
 from echogen.bench.quality import lab as lab_module
-from echogen.bench.quality import pictures, report, run, score, stages
 from echogen.bench.quality.cells import COMPARED, FRESH, ROWS, START, cells
 from echogen.bench.quality.lab import Lab
 from echogen.bench.quality.records import QualityError, device, read_record, write_record
@@ -501,6 +501,48 @@ def test_layouts_are_drawn_several_times_but_where_cells_were_recorded_before(tm
         assert drawn.pop("plateau") == 8 and set(drawn.values()) == {others}
 
 
+def test_finished_cells_draw_layouts_behind_those_of_the_tables(small, copied):
+    one = "ablation-stage1-seed0"
+    shutil.rmtree(copied.models / TWO / "model")
+    told = {name: fresh.measure(copied, copied.find(name), 3) for name in (one, TWO, THREE)}
+    assert told[one] is None and told[THREE] is None
+    assert told[TWO] == f"{TWO}: left out, its model, as recorded, is not in {copied.models}"
+    assert fresh.measure(copied, copied.find("synergy-i2l-seed0"), 3).endswith("does not draw")
+    assert fresh.differences(copied.results, [0]) == {}  # no pair of a table is there
+    shutil.copytree(small / "start" / "model", copied.models / TWO / "model")
+    assert fresh.measure(copied, copied.find(TWO), 3) is not None  # another model
+    found = json.loads((copied.results / "fresh" / f"{THREE}.json").read_text())
+    scenes, first = score.load_scenes("test", 7), copied.sizes(copied.find(THREE)).test
+    assert first == 4 and found["count"] == 3
+    engine = Engine.from_pretrained(copied.models / THREE / "model")
+    wanted = [
+        score.drawing(engine, scenes[4:], layouts_of(scenes[4:], 0), 0, score.PLAIN, i)
+        for i in range(fresh.DRAWINGS)
+    ]
+    assert found["l2i"] == score.over_drawings(wanted)
+
+
+def test_differences_on_further_layouts(copied):
+    for name in ("ablation-stage1-seed0", TWO):
+        assert fresh.measure(copied, copied.find(name), 3) is None
+    (row,) = fresh.differences(copied.results, [0])["ablation"]
+    two, one = (
+        json.loads((copied.results / "fresh" / f"{name}.json").read_text())["l2i"]
+        for name in (TWO, "ablation-stage1-seed0")
+    )
+    assert row["what"] == "+ stage 2 − stage 1" and row["counts"] == [3]
+    assert row["measures"]["judge IoU"]["values"] == [two["judge_iou"] - one["judge_iou"]]
+    text = fresh.section(fresh.differences(copied.results, [0]))
+    assert "(3 layouts)" in text and "| + stage 2 − stage 1 | 1 |" in text
+    assert fresh.section({}) == ""
+    path = copied.results / "fresh" / f"{TWO}.json"
+    path.write_text("{}")
+    with pytest.raises(QualityError, match="not as it was written"):
+        fresh.differences(copied.results, [0])
+    path.write_text(json.dumps({"model": "old", "l2i": {}}))
+    assert fresh.differences(copied.results, [0]) == {}  # of a model before --again
+
+
 def test_diversity(small):
     engine = Engine.from_pretrained(small / "start" / "model")
     layouts = layouts_of(score.load_scenes("test", 4), 0)
@@ -663,6 +705,9 @@ def command(
         (("--recipe", "huge"), "--recipe huge: unknown; choose small"),
         (("--again",), "--again: name what to run again"),
         (("--list", "--report"), "choose one"),
+        (("--fresh", "9", "--report"), "choose one"),
+        (("--fresh", "1"), "--fresh 1: it must be in 2"),
+        (("--fresh", "9", "--cell", TWO, "--again"), "--again: name what to run again"),
         (("--llm-layouts", "no.jsonl"), "--llm-layouts no.jsonl: no such file"),
         (("--device", "cuda:7"), "--device cuda:7: PyTorch sees 0 CUDA devices; use cpu"),
     ],
@@ -708,6 +753,12 @@ def test_list_report_and_run(command, finished, tmp_path):
     written = {p.name for p in (tmp_path / "results").iterdir()}
     assert written >= {"README.md", "tables.json", "contact_sheet.png"}
     assert json.loads((tmp_path / "results" / "tables.json").read_text())["ablation"]["missing"]
+    named = ("--cell", TWO, "--cell", "ablation-stage1-seed0")
+    code, out, err = command("--fresh", "3", *named, "--json", *where)
+    assert code == 0, err
+    (row,) = json.loads(out.splitlines()[-1])["ablation"]
+    assert row["seeds"] == 1 and "## Differences on further test layouts" in out
+    assert "| + stage 2 − stage 1 | 1 |" in (tmp_path / "results" / "README.md").read_text()
     (tmp_path / "results" / f"{TWO}.json").write_text("{")
     code, out, err = command("--report", *where)
     assert code == 2 and "not valid JSON" in err

@@ -1,0 +1,152 @@
+"""Finished cells on test layouts that no table was made of, so that nothing was settled by them.
+
+Arms of a seed share layouts and noise. The errors of the tables are over seeds, which all draw the
+same 400 layouts: what these happen to favour is in none of them, and a second set tells.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from echogen.bench.answers.part import table as grid
+from echogen.bench.quality import score
+from echogen.bench.quality.cells import COMPARED, RENAMED, Cell, cells
+from echogen.bench.quality.lab import Lab
+from echogen.bench.quality.records import QualityError, read_record, write_json
+from echogen.bench.quality.report import TITLES, mean_and_error, shown
+from echogen.bench.quality.run import folder_of
+from echogen.commands.output import finite
+from echogen.engine.engine import Engine
+from echogen.train.data.samples import module_hash
+from echogen.train.data.scenes import load_scenes
+from echogen.train.eval.tables import layouts_of
+from echogen.train.start import model_folder
+
+DRAWINGS = 2
+MEASURES = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "judge acc50": "acc50",
+            "judge IoU": "judge_iou"}  # fmt: skip
+
+
+def recorded_model(lab: Lab, cell: Cell) -> Engine | None:
+    """The model of a finished cell, if it is here and the one that was recorded."""
+    record = read_record(lab.results, cell.name)
+    if cell.stage != "none":
+        folder = folder_of(lab, cell) / "model"
+    elif cell.parent is not None:
+        folder = folder_of(lab, lab.find(cell.parent)) / "model"
+    elif lab.start is not None:
+        folder = model_folder(lab.given(cell))
+    else:
+        return None
+    if record is None or not folder.is_dir():
+        return None
+    engine = Engine.from_pretrained(folder, lab.device)
+    return engine if module_hash(engine.transformer) == record["model"] else None
+
+
+def measure(lab: Lab, cell: Cell, count: int) -> str | None:
+    """Draw ``count`` test layouts behind those of the tables, ``DRAWINGS`` times each, at T = 1 and
+    CFG = 1, and write what the judge finds to ``fresh/`` of the results.
+
+    Returns:
+        Why nothing was drawn, or None.
+    """
+    if cell.task == "i2l":
+        return f"{cell.name}: left out, it does not draw"
+    engine = recorded_model(lab, cell)
+    if engine is None:
+        return f"{cell.name}: left out, its model, as recorded, is not in {lab.models}"
+    first = lab.sizes(cell).test
+    scenes = load_scenes("test", first + count)[first:]
+    layouts = layouts_of(scenes, cell.seed)
+    found = [
+        score.drawing(engine, scenes, layouts, cell.seed, score.PLAIN, i) for i in range(DRAWINGS)
+    ]
+    record = {
+        "cell": cell.name,
+        "model": module_hash(engine.transformer),
+        "first": first,
+        "count": count,
+        "l2i": score.over_drawings(found),
+        "environment": lab.environment,
+    }
+    folder = lab.results / "fresh"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / f"{cell.name}.json", finite(record))
+    return None
+
+
+def differences(results: Path, seeds: Iterable[int]) -> dict[str, list[dict[str, Any]]]:
+    """By table, the pairs of arms that it is read for, the first less the second, over the seeds
+    that both were measured of on the same layouts, and with the models that are recorded now.
+
+    Raises:
+        QualityError: a file that is not as it was written.
+    """
+    known = cells(seeds)
+    found = {name: r for name in known if (r := _read(results, name)) is not None}
+    tables: dict[str, list[dict[str, Any]]] = {}
+    for table, pairs in COMPARED.items():
+        for a, b in pairs:
+            arms = [{c.seed: c for c in known.values() if c.stem == stem} for stem in (a, b)]
+            both = [
+                (found[one.name], found[two.name])
+                for seed, one in arms[0].items()
+                if one.name in found and (two := arms[1][seed]).name in found
+            ]
+            both = [(x, y) for x, y in both if x["count"] == y["count"]]
+            if not both:
+                continue
+            names = [
+                RENAMED.get((table, stem), next(iter(arm.values())).arm)
+                for stem, arm in zip((a, b), arms, strict=True)
+            ]
+            tables.setdefault(table, []).append(
+                {
+                    "what": " − ".join(names),
+                    "seeds": len(both),
+                    "counts": sorted({x["count"] for x, _ in both}),
+                    "measures": {
+                        name: mean_and_error([x["l2i"][key] - y["l2i"][key] for x, y in both])
+                        for name, key in MEASURES.items()
+                    },
+                }
+            )
+    return tables
+
+
+def _read(results: Path, name: str) -> dict[str, Any] | None:
+    path = results / "fresh" / f"{name}.json"
+    record = read_record(results, name)
+    if record is None or not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        same = found["model"] == record["model"] and found["l2i"].keys() >= set(MEASURES.values())
+    except (ValueError, KeyError, AttributeError) as error:
+        raise QualityError(f"{path}: not as it was written ({error}); remove it") from None
+    return found if same else None
+
+
+def section(tables: dict[str, list[dict[str, Any]]]) -> str:
+    """As a part of the page; empty where nothing was measured."""
+    if not tables:
+        return ""
+    parts = [
+        "## Differences on further test layouts",
+        "Made by `echogen bench quality --fresh N`: of test layouts that lie behind those of the "
+        f"tables above, each drawn {DRAWINGS} times at T = 1, CFG = 1.",
+    ]
+    for table, rows in tables.items():
+        counts = sorted({count for row in rows for count in row["counts"]})
+        parts.append(f"### {TITLES[table]} ({', '.join(map(str, counts))} layouts)")
+        lines = [
+            [row["what"], str(row["seeds"]),
+             *(shown(row["measures"][name], sign=True) for name in MEASURES)]
+            for row in rows
+        ]  # fmt: skip
+        parts.append(grid(["first less second", "seeds", *MEASURES], lines))
+    return "\n\n".join(parts)
