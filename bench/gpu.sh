@@ -121,7 +121,7 @@ tests() {
   # Twice -v for the names, as one -v only undoes the -q of pyproject.toml; and the stack of a test
   # that hangs, before its part is ended.
   gpu "$name" "$most" env OMP_NUM_THREADS=1 "${settings[@]}" "$PYTHON" -m pytest -vv --tb=short \
-    -o faulthandler_timeout=60 -p no:cacheprovider "$@"
+    -o faulthandler_timeout=40 -p no:cacheprovider "$@"
 }
 
 engine() { # NAME SECONDS ARGUMENTS…, of the environment's switches
@@ -183,7 +183,7 @@ run() { # NAME
     test_device_serving)
       tests "$1" 90 -- -k "graphs or few_steps_ahead" tests/engine/test_device_serving.py
       ;;
-    test_train) tests "$1" 60 -- -k a_gpus_blocks tests/train/test_packing.py ;;
+    test_train) tests "$1" 120 -- -k a_gpus_blocks tests/train/test_packing.py ;;
     latency-janus) engine "$1" 150 --mode latency $janus --repeats 3 ;;
     rollout-janus-256) engine "$1" 120 --mode rollout $janus --batch 256 --cfg 1 --repeats 2 ;;
     rollout-janus-256-guided)

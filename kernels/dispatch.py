@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch.library import CustomOpDef
+from triton.runtime.jit import KernelInterface
 
 from echogen.kernels import overlap
 from echogen.kernels.cuda import loader
@@ -54,9 +55,10 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     """
     if overlap.active() and "DEPENDENT" in getattr(kernel, "arg_names", ()):
         constants |= {"DEPENDENT": True, "launch_pdl": True}
-    # Triton's default until 3.9; the one after it does not fuse, and what is checked ahead of time
-    # for spills, and here for its rounding, is fused.
-    constants.setdefault("enable_fp_fusion", True)
+    if isinstance(kernel, KernelInterface):
+        # Triton's default until 3.9; the one after it does not fuse, and what is checked ahead of
+        # time for spills, and in the tests for its rounding, is fused.
+        constants.setdefault("enable_fp_fusion", True)
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants))
         return

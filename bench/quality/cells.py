@@ -58,8 +58,8 @@ class Cell:
         budget: cells whose training seconds, summed, this one spends (then ``changes`` names no
             number of steps).
         pace: the cell whose seconds a step turn the budget into steps (see `records.pace`).
-        choosing: drawings of each validation layout by which its weights are chosen among its
-            evaluations (see `score.Sizes`); 0: as its stage chooses.
+        chosen_as_rl: whether its weights are chosen among its evaluations as Cycle RL's are, by so
+            many drawings at T = 1; else as its stage chooses.
     """
 
     stem: str
@@ -71,7 +71,7 @@ class Cell:
     task: Task = "both"
     budget: tuple[str, ...] = ()
     pace: str = ""
-    choosing: int = 0
+    chosen_as_rl: bool = False
 
     @property
     def name(self) -> str:
@@ -180,9 +180,9 @@ def _ablation(seed: int) -> list[Cell]:
     ]  # fmt: skip
 
 
-# Stage 3 chooses its weights by eight drawings of each validation layout at T = 1, stages 1 and 2
-# theirs by one of a quarter of them at T = 0.7. The arm that stage 3 has to beat for its seconds is
-# chosen as stage 3 is.
+# Of `tiny`, stage 3's weights are chosen by eight drawings of each validation layout at T = 1,
+# those of stages 1 and 2 by one of a quarter of them at T = 0.7, which is mostly noise. The arm
+# that stage 3 has to beat for its seconds has the better choice too.
 def _plateau(seed: int) -> list[Cell]:
     stem, begun = "plateau-{}".format, f"ablation-seconds3-seed{seed}"
     two, three, samples = (f"{stem(arm)}-seed{seed}" for arm in ("stage2", "stage3", "samples"))
@@ -192,7 +192,7 @@ def _plateau(seed: int) -> list[Cell]:
         Cell(stem("stage3"), "+ stage 3, by ranks", seed, "cycle-rl", two, {"advantage": "rank"}),
         Cell(stem("samples"), "stage 1, samples of + stage 2", seed, "djo", begun, CONTINUED),
         Cell(stem("seconds3"), "stage 1, seconds of + stages 2 and 3", seed, "djo", begun,
-             CONTINUED, budget=(two, three), pace=samples, choosing=DRAWINGS),
+             CONTINUED, budget=(two, three), pace=samples, chosen_as_rl=True),
     ]  # fmt: skip
 
 

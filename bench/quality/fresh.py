@@ -54,12 +54,18 @@ def measure(lab: Lab, cell: Cell, count: int) -> str | None:
     Returns:
         Why nothing was drawn, or None.
     """
+    path = lab.results / "fresh" / f"{cell.name}.json"
+    first = lab.sizes(cell).test
     if cell.task == "i2l":
         return f"{cell.name}: left out, it does not draw"
+    if read_record(lab.results, cell.name) is None:
+        return f"{cell.name}: left out, it is not finished"
+    done = _read(lab.results, cell.name)
+    if done is not None and (done["first"], done["count"]) == (first, count):
+        return f"{cell.name}: drawn already"
     engine = recorded_model(lab, cell)
     if engine is None:
         return f"{cell.name}: left out, its model, as recorded, is not in {lab.models}"
-    first = lab.sizes(cell).test
     scenes = load_scenes("test", first + count)[first:]
     layouts = layouts_of(scenes, cell.seed)
     found = [
@@ -73,9 +79,8 @@ def measure(lab: Lab, cell: Cell, count: int) -> str | None:
         "l2i": score.over_drawings(found),
         "environment": lab.environment,
     }
-    folder = lab.results / "fresh"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{cell.name}.json", finite(record))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, finite(record))
     return None
 
 
@@ -97,7 +102,7 @@ def differences(results: Path, seeds: Iterable[int]) -> dict[str, list[dict[str,
                 for seed, one in arms[0].items()
                 if one.name in found and (two := arms[1][seed]).name in found
             ]
-            both = [(x, y) for x, y in both if x["count"] == y["count"]]
+            both = [(x, y) for x, y in both if _layouts(x) == _layouts(y)]
             if not both:
                 continue
             names = [
@@ -108,7 +113,7 @@ def differences(results: Path, seeds: Iterable[int]) -> dict[str, list[dict[str,
                 {
                     "what": " − ".join(names),
                     "seeds": len(both),
-                    "counts": sorted({x["count"] for x, _ in both}),
+                    "layouts": sorted({_layouts(x) for x, _ in both}),
                     "measures": {
                         name: mean_and_error([x["l2i"][key] - y["l2i"][key] for x, y in both])
                         for name, key in MEASURES.items()
@@ -125,10 +130,16 @@ def _read(results: Path, name: str) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        same = found["model"] == record["model"] and found["l2i"].keys() >= set(MEASURES.values())
-    except (ValueError, KeyError, AttributeError) as error:
-        raise QualityError(f"{path}: not as it was written ({error}); remove it") from None
+        same = found["model"] == record["model"]
+        _layouts(found), [float(found["l2i"][key]) for key in MEASURES.values()]
+    except (ValueError, KeyError, TypeError) as error:
+        raise QualityError(f"{path}: not as it was written ({error!r}); remove it") from None
     return found if same else None
+
+
+def _layouts(found: dict[str, Any]) -> tuple[int, int]:
+    """The first and the last of the test layouts that were drawn."""
+    return int(found["first"]), int(found["first"]) + int(found["count"]) - 1
 
 
 def section(tables: dict[str, list[dict[str, Any]]]) -> str:
@@ -138,11 +149,13 @@ def section(tables: dict[str, list[dict[str, Any]]]) -> str:
     parts = [
         "## Differences on further test layouts",
         "Made by `echogen bench quality --fresh N`: of test layouts that lie behind those of the "
-        f"tables above, each drawn {DRAWINGS} times at T = 1, CFG = 1.",
+        f"tables above, each drawn {DRAWINGS} times at T = 1, CFG = 1. Errors are over seeds, all "
+        "of which draw the same layouts: what holds on both sets is no accident of one.",
     ]
     for table, rows in tables.items():
-        counts = sorted({count for row in rows for count in row["counts"]})
-        parts.append(f"### {TITLES[table]} ({', '.join(map(str, counts))} layouts)")
+        drawn = sorted({pair for row in rows for pair in row["layouts"]})
+        told = ", ".join(f"{first} … {last}" for first, last in drawn)
+        parts.append(f"### {TITLES[table]} (test layouts {told})")
         lines = [
             [row["what"], str(row["seeds"]),
              *(shown(row["measures"][name], sign=True) for name in MEASURES)]

@@ -111,7 +111,7 @@ class Lab:
         return score.Sizes(
             scaled(full.validation, s, 4), scaled(full.test, s, 4), scaled(full.varied, s, 2),
             full.draws, 1 if once else scaled(DRAWINGS, s, 2),
-            cell.choosing and scaled(cell.choosing, s, 2),
+            self.recipe.cycle_rl.val_drawings if cell.chosen_as_rl else 0,
         )  # fmt: skip
 
     def steps(self, cell: Cell) -> int | None:

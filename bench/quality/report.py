@@ -60,7 +60,9 @@ Made by `echogen bench quality --report` from the cells in this folder, each wit
   the first counts the different codes at a place; the second is the mean absolute difference of two
   of them.
 - **gap** is self-judged IoU less independently judged IoU.
-- Checkpoints, T and CFG are chosen on validation scenes.
+- Checkpoints, T and CFG are chosen on validation scenes: a checkpoint by the judge's IoU of 64
+  drawings at T = 0.7, one of each layout; Cycle RL's, and that of the arm that spends the seconds
+  of stages 2 and 3 from the plateau, by `val_drawings` of each of 256 layouts at T = 1.
 - Stage 1 continued (by the samples or the seconds of stage 2) is stage 2 without its loop: the same
   batches, schedule and optimizer. At its plateau it is stage 1 continued for the seconds of stages
   2 and 3; the arms that begin there see the first batches of that run again.

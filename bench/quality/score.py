@@ -76,7 +76,8 @@ def measure(engine: Engine, sizes: Sizes, seed: int, choose: bool = True) -> dic
 def judged(
     engine: Engine, count: int, seed: int, sampling: Sampling, drawings: int = 1
 ) -> dict[str, float]:
-    """The judge's mean IoU and accuracy at 0.5 on the layouts of validation scenes."""
+    """The judge's mean IoU and accuracy at 0.5 on the layouts of validation scenes, over so many
+    drawings of each."""
     scenes = load_scenes("val", count)
     layouts = layouts_of(scenes, seed)
     # Drawing by drawing, so that memory is that of one.

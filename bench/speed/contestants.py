@@ -68,12 +68,20 @@ class Contestants:
         peers: of PEERS.
         about: put before what ``leave`` is told.
         leave: told once of each peer that does not run here, with the first line of its error.
+        fail: told once where that is this engine otherwise set, and of its error, unless it is a
+            ValueError, by which the engine refuses what a device cannot do.
     """
 
     def __init__(
-        self, subject: Subject, peers: Sequence[str], about: str, leave: Callable[[str], None]
+        self,
+        subject: Subject,
+        peers: Sequence[str],
+        about: str,
+        leave: Callable[[str], None],
+        fail: Callable[[str, Exception], None],
     ) -> None:
-        self._subject, self._peers, self._about, self._leave = subject, peers, about, leave
+        self._subject, self._peers, self._about = subject, peers, about
+        self._leave, self._fail = leave, fail
         self._broken, self._ceilings = set[str](), dict[int, Roofline]()
         self._models = dict[tuple[bool, bool], Decoder]()
 
@@ -151,7 +159,6 @@ class Contestants:
 
         Raises:
             WrongResult: the call does.
-            Exception: what the call does where the peer is this engine otherwise set.
         """
         try:
             return call()
@@ -162,9 +169,10 @@ class Contestants:
             return None
         except Exception as error:  # whatever a compiler or another version says is the reason
             self._broken.add(name)
-            if name.startswith(OURS):  # a fault of this engine, not a peer that does not run here
-                raise
-            self._leave(f"{self._about}{name}: {said(error)}")
+            if name.startswith(OURS) and not isinstance(error, ValueError):
+                self._fail(f"{self._about}{name}", error)
+            else:
+                self._leave(f"{self._about}{name}: {said(error)}")
             return None
 
     def _draw(self, name: str, asked: Asked, sampling: Sampling, told: Told = None) -> Draw:

@@ -224,7 +224,7 @@ def _model(
     most = max(plan.batches) // group
     subject = load(name, most, seed, wanted, device).to(device, dtype_of(dtype))
     about = {"mode": plan.mode, "model": name, "dtype": dtype, "device": device}
-    contestants = Contestants(subject, plan.peers, f"{name}: ", found.leave)
+    contestants = Contestants(subject, plan.peers, f"{name}: ", found.leave, found.fail)
 
     def asked_for(batch: int, cfg: float) -> Asked:
         prompts = subject.prompts[: batch // group].repeat_interleave(group, 0)
@@ -260,6 +260,7 @@ def _model(
                 last[cfg] = batch, time.perf_counter() - began
     own = [r for r in found.results if r["model"] == name and r["provider"] == OURS]
     if plan.mode == "latency" and own:  # last, as on a GPU it compiles kernels of its own
+        torch.set_num_threads(threads[OURS])
         overhead = _overhead_us(subject, name, found)
         for row in own:
             row |= overhead
@@ -289,7 +290,7 @@ def _overhead_us(subject: Subject, name: str, found: Found) -> dict[str, float]:
     try:
         empty = hollow(subject)
         asked = Asked(empty.prompts[:1], 5.0, False, 0)
-        draw = Contestants(empty, (), "", lambda line: None).greedy(OURS, asked)
+        draw = Contestants(empty, (), "", found.leave, found.fail).greedy(OURS, asked)
         draw()
         least = min(seconds(draw) for _ in range(7))
     except Exception as error:  # of a compiler, say: the figures themselves are not lost for it

@@ -193,8 +193,9 @@ class BenchQuality:
         for cell in chosen:
             why = fresh.measure(lab, cell, count)
             lab.tell(why or f"{cell.name}: drawn, written to {lab.results / 'fresh'}")
-        self._write_report(lab, sorted({*lab.seeds, *recorded_seeds(lab.results)}))
-        tables = fresh.differences(lab.results, lab.seeds)
+        seeds = sorted({*lab.seeds, *recorded_seeds(lab.results)})
+        self._write_report(lab, seeds)
+        tables = fresh.differences(lab.results, seeds)
         print(fresh.section(tables))
         if self.json:
             print_json(tables)

@@ -131,7 +131,7 @@ def test_of_a_large_model_peers_draw_the_first_codes(monkeypatch):
 
 def test_the_first_codes_are_those_of_the_whole_image():
     subject = load(MICRO, 2, 0, with_port=True)
-    made = Contestants(subject, (PORT, STATIC, EAGER), "", pytest.fail)
+    made = Contestants(subject, (PORT, STATIC, EAGER), "", pytest.fail, pytest.fail)
     asked = contestants.Asked(subject.prompts, 5.0, False, 0)
     wanted = made.greedy("echogen", asked)()
     few = dataclasses.replace(asked, codes=3)
@@ -232,10 +232,13 @@ def test_a_peer_that_fails_when_it_is_timed_is_left_out(monkeypatch):
 def test_a_fault_of_this_engine_otherwise_set_fails_the_command(monkeypatch):
     """As one of a peer would not."""
     in_timed_runs(monkeypatch, COPIES, RuntimeError("launch failed"))
-    asked = plan("rollout", batches=(8,), scales=(5.0,), peers=(COPIES, PORT))
+    asked = plan("rollout", batches=(8,), scales=(5.0,), peers=(COPIES, PORT, EAGER))
     result = drawing.run(asked, [MICRO])
-    assert [r["provider"] for r in result["results"]] == ["echogen", PORT]  # the port comes first
-    assert result["failed"] == [f"{MICRO}, batch 8, cfg 5: RuntimeError: launch failed"]
+    assert [r["provider"] for r in result["results"]] == ["echogen", PORT, EAGER]
+    assert result["failed"] == [f"{MICRO}: {COPIES}: RuntimeError: launch failed"]
+    in_timed_runs(monkeypatch, COPIES, ValueError("8 bits need compute capability 8.9"))
+    result = drawing.run(asked, [MICRO])
+    assert not result["failed"] and "compute capability" in result["left_out"][0]
 
 
 def test_rates_that_cannot_be_measured_leave_the_times(monkeypatch, tmp_path):
@@ -373,7 +376,7 @@ def test_on_a_gpu_this_engine_comes_first_and_then_in_turn(monkeypatch, name, to
 
 def test_copies_of_prompts_are_offered_on_a_gpu_too():
     subject = load(MICRO, 2, 0, with_port=False).to("cpu", torch.bfloat16)
-    made = Contestants(subject, contestants.PEERS, "", pytest.fail)
+    made = Contestants(subject, contestants.PEERS, "", pytest.fail, pytest.fail)
     with torch.inference_mode():
         made._models[False, False] = DeviceTransformer(subject.transformer, subject.code_table)
     groups = contestants.Asked(subject.prompts.repeat_interleave(8, 0), 1.0, True, 0)
@@ -385,7 +388,7 @@ def test_compiled_steps_draw_the_same_in_a_cache_that_stays(monkeypatch):
     compiled = []
     monkeypatch.setattr(torch, "compile", lambda f, mode: compiled.append(mode) or f)
     subject = load(MICRO, 2, 0, with_port=True)
-    made = Contestants(subject, (STATIC, COMPILED), "", pytest.fail)
+    made = Contestants(subject, (STATIC, COMPILED), "", pytest.fail, pytest.fail)
     asked = contestants.Asked(subject.prompts, 5.0, False, 0)
     wanted = made.greedy(STATIC, asked)()
     assert torch.equal(made.greedy(COMPILED, asked)(), wanted)
@@ -436,7 +439,7 @@ def test_the_floor_counts_a_prompt_once_and_every_rows_codes():
     cached = step_floor(c, rows=8, prompts=2, length=60, itemsize=2, fp8_cache=True)
     saved = held * weights.cached * (1 - 4 / c.head_dim)  # a byte of two, less a scale a head
     assert floor.bytes - cached.bytes == pytest.approx(saved, abs=1)
-    made = Contestants(subject, (), "", lambda line: None)
+    made = Contestants(subject, (), "", pytest.fail, pytest.fail)
     four = contestants.Asked(subject.prompts.repeat_interleave(2, 0), 5.0, False, 0)
     # Two prompts, and one that is unconditional for all.
     assert made.floor(four) == step_floor(c, 8, 3, 60, 4)

@@ -175,6 +175,7 @@ def test_calls_of_decoding_share_a_graph(monkeypatch, name, waits):
     device, case, graphs = Device(monkeypatch), kernels.cases()["rms_norm"], []
     inputs = {"x": torch.zeros(2, 8)}
     one = kernels.Contestant(name, lambda i: device.call(0.004)(), ())
+    case = dataclasses.replace(case, run=one.run) if name == "echogen" else case
 
     def captured(calls):
         if waits:

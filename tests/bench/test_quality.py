@@ -501,6 +501,13 @@ def test_layouts_are_drawn_several_times_but_where_cells_were_recorded_before(tm
         assert drawn.pop("plateau") == 8 and set(drawn.values()) == {others}
 
 
+def test_the_arm_of_stage_3s_seconds_has_its_weights_chosen_as_stage_3_has(tmp_path):
+    lab = Lab(RECIPES["tiny"](), tmp_path, tmp_path, (0,), "tiny-stage1")
+    chosen = {cell.stem: lab.sizes(cell).choosing for cell in lab.cells.values()}
+    assert chosen.pop("plateau-seconds3") == lab.recipe.cycle_rl.val_drawings == 8
+    assert set(chosen.values()) == {0}
+
+
 def test_finished_cells_draw_layouts_behind_those_of_the_tables(small, copied):
     one = "ablation-stage1-seed0"
     shutil.rmtree(copied.models / TWO / "model")
@@ -508,6 +515,7 @@ def test_finished_cells_draw_layouts_behind_those_of_the_tables(small, copied):
     assert told[one] is None and told[THREE] is None
     assert told[TWO] == f"{TWO}: left out, its model, as recorded, is not in {copied.models}"
     assert fresh.measure(copied, copied.find("synergy-i2l-seed0"), 3).endswith("does not draw")
+    assert fresh.measure(copied, copied.find("mask-shared-seed0"), 3).endswith("not finished")
     assert fresh.differences(copied.results, [0]) == {}  # no pair of a table is there
     shutil.copytree(small / "start" / "model", copied.models / TWO / "model")
     assert fresh.measure(copied, copied.find(TWO), 3) is not None  # another model
@@ -530,17 +538,23 @@ def test_differences_on_further_layouts(copied):
         json.loads((copied.results / "fresh" / f"{name}.json").read_text())["l2i"]
         for name in (TWO, "ablation-stage1-seed0")
     )
-    assert row["what"] == "+ stage 2 − stage 1" and row["counts"] == [3]
+    assert row["what"] == "+ stage 2 − stage 1" and row["layouts"] == [(4, 6)]
     assert row["measures"]["judge IoU"]["values"] == [two["judge_iou"] - one["judge_iou"]]
     text = fresh.section(fresh.differences(copied.results, [0]))
-    assert "(3 layouts)" in text and "| + stage 2 − stage 1 | 1 |" in text
+    assert "(test layouts 4 … 6)" in text and "| + stage 2 − stage 1 | 1 |" in text
     assert fresh.section({}) == ""
     path = copied.results / "fresh" / f"{TWO}.json"
+    whole = json.loads(path.read_text())
     path.write_text("{}")
     with pytest.raises(QualityError, match="not as it was written"):
         fresh.differences(copied.results, [0])
-    path.write_text(json.dumps({"model": "old", "l2i": {}}))
+    path.write_text(json.dumps(whole | {"model": "old"}))
     assert fresh.differences(copied.results, [0]) == {}  # of a model before --again
+    path.write_text(json.dumps(whole | {"first": 7}))
+    assert fresh.differences(copied.results, [0]) == {}  # of other layouts
+    assert fresh.measure(copied, copied.find(TWO), 3) is None  # again, then
+    assert json.loads(path.read_text()) == whole
+    assert fresh.measure(copied, copied.find(TWO), 3) == f"{TWO}: drawn already"
 
 
 def test_diversity(small):

@@ -205,3 +205,17 @@ def test_kernels_that_cannot_be_loaded_fall_back_too(monkeypatch):
         assert on_cuda(torch.tensor(1)) == 2
     monkeypatch.setattr(loader, "_load", lambda *_: None)
     assert dispatch.implementation("skinny_linear", "cuda").startswith("CUDA C++")
+
+
+def test_only_tritons_kernels_are_told_of_tritons_options(monkeypatch):
+    """A kernel of CUDA C++ takes its block and its memory, and no other word."""
+    told = []
+    monkeypatch.setattr(loader, "NAMED", {"any": set()})
+    cuda = loader.CudaKernel("any", "anyone")
+    monkeypatch.setattr(cuda, "_launch", lambda grid, *_, block: told.append(block))
+    dispatch.launch(cuda, (1,), torch.zeros(1), block=128)
+    assert told == [128]
+    x = torch.zeros(2, 8)
+    with dispatch.recorded() as launches:
+        torch.ops.echogen.swiglu(x)
+    assert launches[0].constants["enable_fp_fusion"] is True
