@@ -17,34 +17,15 @@ from echogen.bench.quality.cells import COMPARED, RENAMED, Cell, cells
 from echogen.bench.quality.lab import Lab
 from echogen.bench.quality.records import QualityError, read_record, write_json
 from echogen.bench.quality.report import TITLES, mean_and_error, shown
-from echogen.bench.quality.run import folder_of
+from echogen.bench.quality.run import recorded_model
 from echogen.commands.output import finite
-from echogen.engine.engine import Engine
 from echogen.train.data.samples import module_hash
 from echogen.train.data.scenes import load_scenes
 from echogen.train.eval.tables import layouts_of
-from echogen.train.start import model_folder
 
 DRAWINGS = 2
 MEASURES = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "judge acc50": "acc50",
             "judge IoU": "judge_iou"}  # fmt: skip
-
-
-def recorded_model(lab: Lab, cell: Cell) -> Engine | None:
-    """The model of a finished cell, if it is here and the one that was recorded."""
-    record = read_record(lab.results, cell.name)
-    if cell.stage != "none":
-        folder = folder_of(lab, cell) / "model"
-    elif cell.parent is not None:
-        folder = folder_of(lab, lab.find(cell.parent)) / "model"
-    elif lab.start is not None:
-        folder = model_folder(lab.given(cell))
-    else:
-        return None
-    if record is None or not folder.is_dir():
-        return None
-    engine = Engine.from_pretrained(folder, lab.device)
-    return engine if module_hash(engine.transformer) == record["model"] else None
 
 
 def measure(lab: Lab, cell: Cell, count: int) -> str | None:
@@ -130,11 +111,11 @@ def _read(results: Path, name: str) -> dict[str, Any] | None:
         return None
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-        same = found["model"] == record["model"]
-        _layouts(found), [float(found["l2i"][key]) for key in MEASURES.values()]
+        model, _ = found["model"], _layouts(found)
+        _ = [float(found["l2i"][key]) for key in MEASURES.values()]
     except (ValueError, KeyError, TypeError) as error:
         raise QualityError(f"{path}: not as it was written ({error!r}); remove it") from None
-    return found if same else None
+    return found if model == record["model"] else None
 
 
 def _layouts(found: dict[str, Any]) -> tuple[int, int]:

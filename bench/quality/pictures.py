@@ -8,9 +8,9 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from echogen.bench.quality.cells import cells
-from echogen.bench.quality.fresh import recorded_model
 from echogen.bench.quality.lab import Lab
 from echogen.bench.quality.report import AT, Table
+from echogen.bench.quality.run import recorded_model
 from echogen.bench.quality.score import PLAIN
 from echogen.engine.engine import Engine
 from echogen.train.data.scenes import load_scenes, render

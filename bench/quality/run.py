@@ -36,7 +36,7 @@ from echogen.train.data.samples import module_hash
 from echogen.train.run.checkpoint import StateError
 from echogen.train.run.loop import TrainingError
 from echogen.train.run.loop import run as train
-from echogen.train.start import load_start
+from echogen.train.start import load_start, model_folder
 
 REFUSED = (QualityError, TrainingError, StateError, CheckpointError, LayoutError)
 """What keeps one cell from being run, or from its end."""
@@ -210,6 +210,23 @@ def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
     }
     write_json(mark, told)
     return told
+
+
+def recorded_model(lab: Lab, cell: Cell) -> Engine | None:
+    """The model of a finished cell, if it is here and the one that was recorded."""
+    record = read_record(lab.results, cell.name)
+    if cell.stage != "none":
+        folder = folder_of(lab, cell) / "model"
+    elif cell.parent is not None:
+        folder = folder_of(lab, lab.find(cell.parent)) / "model"
+    elif lab.start is not None:
+        folder = model_folder(lab.given(cell))
+    else:
+        return None
+    if record is None or not folder.is_dir():
+        return None
+    engine = Engine.from_pretrained(folder, lab.device)
+    return engine if module_hash(engine.transformer) == record["model"] else None
 
 
 def _beginning(lab: Lab, cell: Cell) -> Path | str:

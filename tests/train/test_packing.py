@@ -393,8 +393,9 @@ def test_a_gpus_blocks_train_what_the_dense_mask_trains(
     weight = torch.randn(batch.ids.shape, generator=generator, device="cuda")[..., None]
     for dense in (False, True):
         if dense:
-            way = lambda batch, x: additive_mask(visibility(batch), x.dtype)  # noqa: E731
-            monkeypatch.setattr(passes, "attention_mask", way)
+            monkeypatch.setattr(
+                passes, "attention_mask", lambda b, x: additive_mask(visibility(b), x.dtype)
+            )
         moved = copy.deepcopy(model).to("cuda", dtype)
         hidden = hidden_states(moved, batch)
         (hidden.float().square() * weight).sum().backward()
