@@ -64,10 +64,10 @@ watch: $(VENV)/.installed
 	mkdir -p build
 	$(RUN)/echogen bench kernels --json > build/kernels-cpu.txt
 
-# Without a GPU every part is started up and skipped; on one the operators in CUDA C++ need CuPy. An
-# environment of your own, made otherwise: PYTHON=python3 bash bench/gpu.sh
+# Without a GPU every part is started up and skipped; on one the operators in CUDA C++ need CuPy.
+# In another environment: PYTHON=python3 bash bench/gpu.sh
 gpu: $(VENV)/.installed
-	! command -v nvidia-smi > /dev/null || $(RUN)/pip install --quiet "cupy-cuda13x>=14"
+	! command -v nvidia-smi > /dev/null || $(RUN)/pip install --quiet -e ".[cuda]"
 	PYTHON=$(RUN)/python bash bench/gpu.sh
 
 clean:
