@@ -16,9 +16,14 @@ from echogen.commands.output import fail
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _FRAME = ("╭", "╰")
 _RULE = {"─", "-", "+"}
+_MISSING = re.compile(r"Missing from (.*):")
 _PLAINER = (
     (r"invalid literal for int\(\) with base 10: ('.*')", r"\1 is no whole number"),
     (r"could not convert string to float: ('.*')", r"\1 is no number"),
+    (
+        r"no type matching \{None\}\|\{(.* .*)\} could be instantiated from \[(.*)\]",
+        r"\2 is not \1",
+    ),
     (r"no type matching \{None\}\|(\S+) could be instantiated from \[('.*')\]", r"\2 is no \1"),
     (r" is no INT$", " is no whole number"),
     (r" is no FLOAT$", " is no number"),
@@ -63,6 +68,8 @@ def _sentence(lines: list[str]) -> str:
     if lines[:1] == ["Perhaps you meant:"]:
         names = [line.split()[0] for line in lines if line.startswith("--")]
         return f"perhaps you meant {', '.join(dict.fromkeys(names))}"
+    if lines and (missing := _MISSING.fullmatch(lines[0])):
+        return f"{missing[1]} needs {', '.join(line for line in lines if line.startswith('--'))}"
     text = " ".join(lines[: lines.index("")] if "" in lines else lines).rstrip(".")
     for theirs, ours in _PLAINER:
         text = re.sub(theirs, ours, text)

@@ -60,7 +60,8 @@ def test_help_imports_nothing_heavy(tmp_path):
     [["generate"], ["cycle", "--help"], ["train", "pmtp", "--help"], ["bench", "engine", "-h"]],
 )
 def test_help_of_commands(run, argv):
-    assert run(*argv[:-1], "--help").code == 0
+    shown = run(*argv[:-1], "--help")
+    assert shown.code == 0 and "{None}" not in shown.out
 
 
 def test_texts_of_options_run_on_and_name_no_default_where_there_is_none(run, monkeypatch):
@@ -94,6 +95,8 @@ def test_version(run):
         (["generate", "--steps", "4"], ["--layout PATH", "Unrecognized options: --steps 4"]),
         (["generate", "--layout", "a.json", "--sed", "4"], ["--sed, 4", "you meant --seed"]),
         (["train"], ["vq, pmtp"]),
+        (["train", "djo"], [": echogen train djo needs --out PATH, --from MODEL-OR-RUN; see "]),
+        (["generate", "--layout", "a.json", "--cfg-span", "3"], ["--cfg-span: '3' is not INT INT"]),
         (["generate", "--layout", "a.json", "--seed", "x"], ["--seed: 'x' is no whole number;"]),
         (["generate", "--layout", "a.json", "--top-k", "x"], ["--top-k: 'x' is no whole number;"]),
         (["eval", "--cfg", "x"], ["--cfg: 'x' is no number;"]),
