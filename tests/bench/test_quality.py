@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -44,10 +43,8 @@ from echogen.train.stages import cycle_rl, passes, world
 from echogen.train.stages.pmtp import PMTPStage
 from echogen.train.stages.vq import build_vq
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "train"))
-sys.path.insert(0, str(Path(__file__).parent))
-from away import AWAY, Away, Machine, is_away, send
-from hand_made import hand_made
+from ..train.away import AWAY, Away, Machine, is_away, send
+from .hand_made import hand_made
 
 LOOP = LoopConfig(
     steps=4, lr=2e-3, warmup=2, log_every=1, eval_every=4, save_every=2, threads=1, bf16=False

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 
 from echogen.bench.quality import report
 from echogen.bench.quality.records import write_record
 
-sys.path.insert(0, str(Path(__file__).parent))
-from hand_made import hand_made
+from .hand_made import hand_made
 
 TWO, THREE = "ablation-stage2-seed0", "ablation-stage3-seed0"
 

@@ -5,7 +5,6 @@ The device is the one of `away`, which no machine lacks; losses and gradients mu
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,8 +29,7 @@ from echogen.train.stages.pmtp import PMTPStage
 from echogen.train.stages.vq import VQStage
 from echogen.train.start import Start, load_start
 
-sys.path.insert(0, str(Path(__file__).parent))
-from away import AWAY, Away, Machine, Misplaced, send, waited
+from .away import AWAY, Away, Machine, Misplaced, send, waited
 
 
 @pytest.fixture(autouse=True)
