@@ -1,1 +1,1 @@
-"""Janus checkpoints, in either format: read, written, given the tokens of boxes."""
+"""Reads and writes Janus checkpoints in either format, and adds the tokens of boxes to them."""

@@ -1,4 +1,4 @@
-"""How the same weights are called elsewhere: in the transformers port of Janus and in the original.
+"""Maps the names of our weights to those of the transformers port of Janus and of the original.
 
 Three layouts meet here. Ours fuses q, k, v and gate, up into one matrix each; the port keeps them
 apart; the original (deepseek-ai/Janus) fuses only SigLIP's qkv and names nearly everything else
@@ -202,7 +202,7 @@ def original_parts(key: str, tensor: Tensor) -> dict[str, Tensor]:
     return dict.fromkeys(names, tensor)
 
 
-# What of the original's language_config means the same to a LlamaConfig.
+# Fields of the original's language_config that mean the same in a LlamaConfig.
 _LANGUAGE_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "rms_norm_eps",

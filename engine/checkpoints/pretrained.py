@@ -1,4 +1,4 @@
-"""What makes a checkpoint an engine's: where it lies, its tokenizer, and `echogen.json`."""
+"""What an engine needs of a checkpoint beside its weights: folder, tokenizer, `echogen.json`."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from echogen.engine.prompt import QUESTION, BoxCodec, LocationCodec, Prompts, Te
 
 BUNDLED = Path(__file__).parents[1] / "models"
 META = "echogen.json"
-"""Beside a checkpoint's config.json: box codec, question, default sampling, provenance."""
+"""The file beside a checkpoint's config.json with its box codec, question, default sampling, and
+whether its SigLIP path was trained."""
 GENERATION = "generation_config.json"
-"""What transformers draws with: its sampling where there is no ``META``, and the id of PAD."""
+"""transformers' file; read for the sampling where there is no ``META``, and for the id of PAD."""
 CODECS = (LocationCodec.name, TextualCodec.name)
 BINS = 1000
-"""Location tokens of a checkpoint that gets its first, as in the paper."""
+"""Location tokens for a checkpoint that has none yet, as in the paper."""
 PROBE = "3 größere Äpfel, 12 km"
-"""Spaces, digits and letters beyond ASCII."""
+"""A text with spaces, digits and letters beyond ASCII."""
 
 
 def bundled() -> list[str]:
@@ -35,12 +36,13 @@ def bundled() -> list[str]:
 
 
 def resolve(model: str | Path) -> Path:
-    """Folder of a bundled name, a folder, or a hub id (downloaded once into the hub's cache).
+    """The folder of a model given as a bundled name, a folder, or a hub id (downloaded once into
+    the hub's cache).
 
-    A string means the same model in every directory: where a folder is called as a bundled model
-    is, it is ``"./name"``, or a `Path`.
+    A string means the same model in every working directory: a folder with the name of a bundled
+    model has to be given as ``"./name"``, or as a `Path`.
 
-    Raises CheckpointError where there is nothing to load.
+    Raises CheckpointError if there is nothing to load.
     """
     text, names = str(model), bundled()
     if text in names and isinstance(model, str):
@@ -68,8 +70,9 @@ def resolve(model: str | Path) -> Path:
 
 @dataclass(frozen=True)
 class Meta:
-    """`echogen.json`; what a checkpoint does not say is at its default. One without that file draws
-    by the ``guidance_scale`` and ``temperature`` of transformers' `generation_config.json`.
+    """The contents of `echogen.json`; what it does not state has its default. A checkpoint without
+    that file draws with the ``guidance_scale`` and ``temperature`` of transformers'
+    `generation_config.json`.
 
     Attributes:
         codec: "location" or "textual", how boxes are written; PlanGen's textual one by default.
@@ -87,8 +90,8 @@ class Meta:
 
     @classmethod
     def read(cls, folder: Path) -> Meta:
-        """Of a checkpoint's folder. Raises CheckpointError; names the file, the key and the
-        value."""
+        """Read it from a checkpoint's folder. Raises CheckpointError, which names the file, the key
+        and the value."""
         path = folder / META
         if not path.exists():
             return cls(sampling=_upstream(folder))
@@ -113,7 +116,7 @@ class Meta:
         )
 
     def write(self, folder: Path) -> None:
-        """Into a checkpoint's folder."""
+        """Write it into a checkpoint's folder."""
         codec: dict[str, Any] = {"name": self.codec}
         if self.bins is not None:
             codec["bins"] = self.bins
@@ -125,7 +128,7 @@ class Meta:
 def _upstream(folder: Path) -> Sampling:
     stated = _generation(folder)
     scale, heat = stated.get("guidance_scale"), stated.get("temperature")
-    # transformers takes a scale of 0 for off, and 0 here would draw without the layout.
+    # In transformers a scale of 0 is off; here 0 would draw without the layout.
     return _sampling(
         folder / GENERATION,
         "guidance_scale and temperature",
@@ -154,12 +157,12 @@ def _expect(path: Path, key: str, value: Any, kind: type) -> Any:
 def load_prompts(
     folder: Path, meta: Meta, transformer: UnifiedTransformer, codec: str | None, bins: int | None
 ) -> Prompts:
-    """A checkpoint's tokenizer with the box codec that is asked for, or its own where none is. The
-    tokens that the codec lacks are added, to the transformer too.
+    """Load a checkpoint's tokenizer with the given box codec, or the checkpoint's own if none is
+    given. Tokens of the codec that are missing are added, to the transformer too.
 
     Raises:
         CheckpointError: a tokenizer that does not load, is not read as it is stored, or has more
-            tokens than the transformer; a padding id that is none.
+            tokens than the transformer; a padding id that is not valid.
         PromptError: fewer than two bins.
         ValueError: an unknown codec; bins for another codec, or other than the checkpoint's.
     """
@@ -186,7 +189,7 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         if path.exists():
             stored = Tokenizer.from_file(str(path))
-    except Exception as error:  # damaged files fail inside tokenizers in any way there is
+    except Exception as error:  # damaged files fail inside tokenizers with any kind of error
         raise CheckpointError(
             f"{folder}: its tokenizer does not load ({one_line(error)})"
         ) from error
@@ -196,8 +199,9 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _check_reading(folder: Path, tokenizer: PreTrainedTokenizerBase, stored: Tokenizer) -> None:
-    """transformers before 5.22 takes the byte-level tokenizers of DeepSeek, which say that they are
-    Llama's, for SentencePiece's, and drops all spaces (huggingface/transformers#45488)."""
+    """Refuse a tokenizer that transformers does not read as it is stored. Before 5.22 it takes
+    DeepSeek's byte-level tokenizers, which declare themselves Llama's, for SentencePiece ones and
+    drops all spaces (huggingface/transformers#45488)."""
     stored.no_truncation()  # transformers leaves both to each call
     stored.no_padding()
     read = tokenizer.encode(PROBE, add_special_tokens=False)
@@ -214,8 +218,8 @@ def _check_reading(folder: Path, tokenizer: PreTrainedTokenizerBase, stored: Tok
 def _check_ids(
     folder: Path, tokenizer: PreTrainedTokenizerBase, transformer: UnifiedTransformer
 ) -> None:
-    """A token without an embedding would end in an index error, and on a GPU in that of the whole
-    process."""
+    """Refuse a token without an embedding: it would end in an index error, which on a GPU ends the
+    whole process."""
     name, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if largest >= transformer.config.vocab_size:
         raise CheckpointError(
@@ -225,7 +229,7 @@ def _check_ids(
 
 
 def _padding(folder: Path, transformer: UnifiedTransformer) -> int | None:
-    """The id that transformers pads with, where it is said."""
+    """The id that transformers pads with; None where it is not stated."""
     pad = _generation(folder).get("pad_token_id")
     if pad is None:
         return None

@@ -1,4 +1,4 @@
-"""A checkpoint's files: opened without reading their tensors, and replaced all or none."""
+"""Opens a checkpoint's files without reading their tensors, and replaces either all or none."""
 
 from __future__ import annotations
 
@@ -150,16 +150,16 @@ def _bytes(tensor: Tensor, dtype: torch.dtype | None) -> int:
 
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """Write files into the yielded folder; on leaving they replace those of ``folder`` as one.
+    """Yield a folder to write files into; on leaving, they replace those of ``folder`` all at once.
 
     They are written and synced beside the present files. One rename of their folder then decides:
-    before it the present files count, after it the new ones, whose own renames are carried out
+    before it the present files count, after it the new ones do. These are then renamed one by one
     here or, after an interruption, by the next ``finish_commit``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     finish_commit(folder)
     staging = folder / _STAGING
-    shutil.rmtree(staging, ignore_errors=True)  # of a save that was killed
+    shutil.rmtree(staging, ignore_errors=True)  # left by a save that was killed
     staging.mkdir()
     try:
         yield staging
@@ -207,7 +207,7 @@ def finish_commit(folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError where there is none."""
+    """Read a JSON object from a file; CheckpointError if there is none."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -225,7 +225,7 @@ def write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write a file beside its place and rename it, so that it is whole wherever it is. Raises
+    """Write a file beside its place and rename it, so that it is never there in part. Raises
     OSError."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
@@ -237,9 +237,9 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def with_usual_mode(folder: Path, paths: Iterable[Path]) -> None:
-    """Give files the mode that new files in the folder get. safetensors makes its own for their
-    owner alone (0600, whatever the umask), and another user could not serve a model."""
-    probe = folder / f".mode.{os.getpid()}.part"  # os.umask only tells it by changing it for all
+    """Give files the mode that new files in the folder get. safetensors makes files that only their
+    owner can read (0600, whatever the umask), so that another user could not serve a model."""
+    probe = folder / f".mode.{os.getpid()}.part"  # os.umask would change it for the process
     handle = os.open(probe, os.O_CREAT | os.O_WRONLY, 0o666)
     try:
         mode = stat.S_IMODE(os.fstat(handle).st_mode)
@@ -251,8 +251,8 @@ def with_usual_mode(folder: Path, paths: Iterable[Path]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on the disk: names reach it with their folder, not with
-    their file."""
+    """Flush a file, or the names in a folder, to disk: a name is flushed with its folder, not with
+    its file."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -261,5 +261,5 @@ def sync(path: Path) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """An error of a library on one line, and not a long one."""
+    """A library's error as one line, of limited length."""
     return " ".join(str(error).split())[:240] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Gives a plain Janus checkpoint the tokens that layouts need, with useful first embeddings."""
+"""Adds to a plain Janus checkpoint the tokens that layouts need, with useful first embeddings."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def add_box_tokens(
 ) -> list[str]:
     """Add the marks (``<ref>`` …) and ``bins`` location tokens where the tokenizer lacks them.
 
-    A new row of the text embedding and of the text head starts at the mean of the rows that spelled
-    the token before: the digits of a location, the pieces of a mark. Spare rows of the checkpoint
-    (ids beyond the tokenizer's) are used first; the weights grow only when they run out.
+    A new row of the text embedding and of the text head starts at the mean of the rows that have
+    spelled the token so far: the digits of a location, the pieces of a mark. Spare rows of the
+    checkpoint (ids beyond the tokenizer's) are used first; the weights grow only when they run out.
 
     Returns:
         The tokens added.

@@ -49,7 +49,7 @@ class Checkpoint:
     """A model in memory: its configuration and its three networks, in evaluation mode.
 
     Attributes:
-        config: the port's configuration; ``tie_word_embeddings`` says what the weights say.
+        config: the port's configuration; ``tie_word_embeddings`` agrees with the weights.
         transformer: text and image codes in, logits out.
         vq: image ↔ codes; its codebook rows are exactly the stored ones (not normalised).
         siglip: pixels → features for ``transformer.embed_pixels``.
@@ -148,23 +148,23 @@ def save_checkpoint(
 
     Args:
         folder: made if absent.
-        config: describes the modules; the tie flag is taken from the transformer.
+        config: describes the modules, except for the tie flag, which the transformer decides.
         transformer, vq, siglip: the weights.
         dtype: type of the written weights; None: as they are in memory.
         max_shard_bytes: a larger checkpoint is split into shards with an index.
-        generation: entries of generation_config.json, over bos, eos and pad ids of the text
-            config; image generation in transformers wants
+        generation: entries of generation_config.json, which override the bos, eos and pad ids of
+            the text config; image generation in transformers needs
             ``{"generation_kwargs": {"boi_token_id": ...}}``.
         beside: writes what else belongs to the checkpoint (a tokenizer) into the folder that it is
-            given, from where it comes into place with the weights.
+            given; it is moved into place together with the weights.
 
     Raises:
         CheckpointError: the config does not describe the transformer; a type that checkpoints are
             not loaded from.
-        ConfigError: it asks for what the engine does not compute.
+        ConfigError: the config asks for what the engine does not compute.
     """
     folder = Path(folder)
-    if dtype is not None and dtype not in _FLOATS:  # before it replaces what is there
+    if dtype is not None and dtype not in _FLOATS:  # before anything is replaced
         raise CheckpointError(
             f"{folder}: dtype = {dtype!r}; choose one of {', '.join(map(str, _FLOATS))}"
         )
@@ -220,7 +220,7 @@ def _read_config(folder: Path, raw: dict[str, Any], shapes: Mapping[str, Tensor]
         config = JanusConfig.from_dict(raw)
     except CheckpointError as error:
         raise CheckpointError(f"{folder}: {error}") from None
-    except Exception as error:  # nonsense sizes fail inside transformers in any way there is
+    except Exception as error:  # nonsense sizes fail inside transformers with any kind of error
         raise CheckpointError(f"{folder / 'config.json'}: {one_line(error)}") from error
     if config.text_config.model_type != "llama":  # type: ignore[union-attr]
         raise CheckpointError(
@@ -252,7 +252,7 @@ def _tokenizer_ids(folder: Path) -> dict[str, int]:
 
 
 def _tied(config: JanusConfig, sources: Mapping[str, _Source], folder: Path) -> bool:
-    """Whether text head and text embedding are one.
+    """Whether the text head and the text embedding are the same weight.
 
     JanusConfig's tie flag defaults to True and port checkpoints in the wild leave it out, so a
     stored head that differs from the embedding counts for more than the flag.
@@ -308,8 +308,9 @@ def _check(
 
 
 def _check_finite(weight: Tensor, source: _Source, dtype: torch.dtype) -> None:
-    """Logits of NaN would draw code 0 everywhere and say nothing. `aminmax` passes NaN on and takes
-    less time than the copy before it (5 ms of 90 MB in bfloat16, beside 7; `isfinite` 217)."""
+    """Refuse weights that are NaN or infinite: logits of NaN would silently draw code 0 everywhere.
+    `aminmax` propagates NaN and takes less time than the copy before it (5 ms for 90 MB in
+    bfloat16, against 7 ms for the copy; `isfinite` takes 217 ms)."""
     low, high = weight.aminmax()
     if not (low.isfinite() and high.isfinite()):
         found = "NaN" if low.isnan() else "an infinite number"
@@ -325,7 +326,8 @@ def _materialise(
     siglip: JanusVisionModel,
     device: torch.device | str,
 ) -> None:
-    """Give modules built on the meta device memory, and what no checkpoint holds its value."""
+    """Allocate the memory of modules built on the meta device, and fill in the buffers that no
+    checkpoint holds."""
     for module in (transformer, vq, siglip):
         module.to_empty(device=device)
     if transformer.config.tied:  # to_empty allocates the shared weight twice

@@ -43,8 +43,8 @@ from echogen.engine.serving.scheduler import Scheduler
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus's text format."""
 STALLED = 30.0
-"""Seconds of a step after which a scheduler counts as standing still. Steps take well below one;
-those that compile for requests of a new kind, several."""
+"""Seconds after which a step counts as stalled. Steps take well below one second; those that
+compile for requests of a new kind take several."""
 
 T = TypeVar("T")
 
@@ -52,11 +52,11 @@ T = TypeVar("T")
 def make_app(
     engine: Engine, scheduler: Scheduler, model: str = "", limit: float = 60.0, searches: int = 16
 ) -> FastAPI:
-    """The application, for an ASGI server. It starts the scheduler's thread, and when it ends draws
-    what is asked for already.
+    """Make the application for an ASGI server. It starts the scheduler's thread, and at its end
+    finishes what is already asked for.
 
     Args:
-        engine, scheduler, model, limit, searches: as of `Service`.
+        engine, scheduler, model, limit, searches: as for `Service`.
     """
     exposition = Exposition(scheduler.metrics, lambda: dict(service.busy), limit)
 
@@ -92,10 +92,10 @@ def make_app(
     async def images(http: Http) -> Response:
         """Draw pictures of a layout.
 
-        The answer is JSON with the pictures in base64; with `every`, server-sent events: `partial`
-        ones, then `done` or `error`; with `Accept: image/png` (or jpeg, webp) the picture itself.
-        If that is asked of several samples, `check` is needed, and the one with the highest reward
-        is sent.
+        The answer is JSON with the pictures in base64. With `every` it is server-sent events:
+        `partial` ones, then `done` or `error`. With `Accept: image/png` (or jpeg, webp) it is the
+        picture itself; several samples then need `check`, and the one with the highest reward is
+        sent.
         """
         body = await read(http, Drawing)
         kind = preferred(http.headers.get("accept", ""), [EVENTS] if body.every else [JSON, *MEDIA])
@@ -120,7 +120,7 @@ def make_app(
             picture = await heeded(http, service.picture(job, MEDIA[kind]))
             return Response(picture, media_type=kind)
         finally:
-            job.request.cancel()  # of no effect where it is done
+            job.request.cancel()  # no effect if it is done
 
     @app.post(
         "/v1/boxes", response_model=Boxes, openapi_extra=_takes(Search),
@@ -139,7 +139,7 @@ def make_app(
     @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=_answers(503))
     async def health() -> dict[str, str]:
-        """Whether requests are taken, and drawing gets on."""
+        """Whether requests are accepted, and drawing makes progress."""
         if scheduler.closed:
             raise Refused(503, scheduler.closed)
         if (seconds := scheduler.step_s) > STALLED:
@@ -155,18 +155,18 @@ def make_app(
 
 
 def _takes(kind: type[BaseModel]) -> dict[str, Any]:
-    """OpenAPI's word for a body that `read` reads."""
+    """OpenAPI's description of a body that `read` reads."""
     content = {JSON: {"schema": kind.model_json_schema()}}
     return {"requestBody": {"required": True, "content": content}}
 
 
 def _answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI's word for refusals."""
+    """OpenAPI's description of refusals."""
     return {status: {"model": Refusal} for status in statuses}
 
 
 def _add_refusals(app: FastAPI) -> None:
-    """One line of JSON for whatever goes wrong."""
+    """Answer with one line of JSON whatever goes wrong."""
 
     @app.exception_handler(Refused)
     async def refused(_: Http, error: Refused) -> Response:
@@ -198,13 +198,13 @@ async def heeded(http: Http, answer: Coroutine[Any, Any, T]) -> T:
         if not answering.done():
             raise Refused(GONE, "the client hung up")
         return answering.result()
-    finally:  # of no effect on what is done
+    finally:  # no effect on what is done
         answering.cancel()
         leaving.cancel()
 
 
 class Events(StreamingResponse):
-    """A stream of events about a request, which ends with it."""
+    """A stream of events about a request, which is cancelled when the stream ends."""
 
     media_type = EVENTS
 

@@ -1,5 +1,5 @@
-"""Connections that end, and are not too many: uvicorn waits without limit for a head to come and
-for an answer to be read, and counts a connection only once its head has come."""
+"""Limits the time and the number of connections. uvicorn waits without limit for a head to arrive
+and for an answer to be read, and counts a connection only once its head has arrived."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from echogen.engine.http.middleware import SLOWEST
 
 SPARE = 64
-"""Connections beyond ``limit_concurrency``, whose requests uvicorn answers with 503; any
-beyond those are hung up on, for each holds an open file."""
+"""Connections beyond ``limit_concurrency`` whose requests uvicorn answers with 503. Any more are
+hung up on, because each holds an open file."""
 
 
 class Connection(H11Protocol):
-    """Hangs up on a client that sends no whole head of a request, or reads nothing of an answer, in
-    ``SLOWEST`` seconds, and on every new one when ``SPARE`` more are there than may be answered. (A
-    body's time `middleware.Limited` watches, and that between requests uvicorn itself.)"""
+    """Hangs up on a client that sends no complete request head, or reads nothing of an answer, for
+    ``SLOWEST`` seconds, and on every new client when there are ``SPARE`` more than may be answered.
+    (`middleware.Limited` limits a body's time, and uvicorn itself the time between requests.)"""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """See `asyncio.Protocol`, as of the others."""
+        """See `asyncio.Protocol`, as for the methods below."""
         self._timers = dict[str, asyncio.TimerHandle]()
         super().connection_made(transport)
         most = self.limit_concurrency
         if most is not None and len(self.connections) > most + SPARE:
             transport.abort()
             return
-        transport.set_write_buffer_limits(0)  # whatever is not read yet pauses writing
+        transport.set_write_buffer_limits(0)  # anything not read yet pauses writing
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
@@ -48,8 +48,8 @@ class Connection(H11Protocol):
         self._stop("reading")
 
     def _await_head(self) -> None:
-        """Give the next head its time, from its first byte on; of a connection's first one, from
-        the beginning."""
+        """Limit the time of the next head, from its first byte on; that of a connection's first
+        head, from the beginning."""
         if self.cycle is not None and not self.cycle.response_complete:
             self._stop("asking")
         elif "asking" not in self._timers:

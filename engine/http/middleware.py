@@ -1,4 +1,4 @@
-"""What runs before every route: limits of bodies, and a watch of answers."""
+"""What runs before every route: limits on bodies, and statistics of answers."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from echogen.engine.http.wire import Refused
 BODIES = {"/v1/boxes": 4 << 20}
 """Bytes of the largest body of a route: a picture in base64."""
 BODY = 128 << 10
-"""The same of other routes: a layout is a few thousand."""
+"""The same for other routes: a layout takes a few thousand."""
 HELD = 64 << 20
-"""Bytes of the bodies of all requests together to each route of ``BODIES``, and as many to all
-others: pictures sent leave room for drawings."""
+"""Most bytes that the bodies of all requests may take together, for each route of ``BODIES``, and
+again for all others: pictures that are sent leave room for drawings."""
 ENDED = "echogen.status"
-"""Where in a scope a stream leaves the status that it ended with."""
+"""Key of the scope under which a stream leaves its final status."""
 SLOWEST = 30.0
-"""Seconds in which all of a body comes."""
+"""Seconds within which a whole body must arrive."""
 
 
 def failure(error: Refused) -> JSONResponse:
@@ -48,7 +48,7 @@ class Limited:
 
         async def limited() -> Message:
             nonlocal size, whole
-            if whole:  # what comes now is that the client hung up
+            if whole:  # the next message is that the client hung up
                 return await receive()
             try:
                 async with asyncio.timeout_at(due):
@@ -65,8 +65,8 @@ class Limited:
             return message
 
         async def answered(message: Message) -> None:
-            # An answer given before the body's end ends only with it: after its end uvicorn may
-            # hang up, and a client that still sends is reset and never reads what it was told.
+            # An answer given before the body's end is ended only when the body is. Once it has
+            # ended uvicorn may hang up, and a client that still sends is reset and never reads it.
             nonlocal whole
             if message["type"] == "http.response.body" and not message.get("more_body", False):
                 if not whole:
@@ -118,7 +118,8 @@ class Watched:
         try:
             await self._app(scope, receive, watched)
         finally:
-            # By path, for what is refused before it is routed; anybody can make up others.
+            # By path, since some are refused before routing; unknown paths, which anybody can make
+            # up, count as one.
             known = {getattr(route, "path", None) for route in scope["app"].routes}
             status = scope.get(ENDED, status)
             route = scope["path"] if scope["path"] in known else "other"

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from echogen.engine.serving.metrics import Metrics
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
-"""Buckets of times, those below the limit of an answer; the last is the limit."""
+"""Buckets of times in seconds. Those below an answer's limit are used; the limit is the last."""
 GAUGES = {
     "slots": "Rows that can be drawn at once; an image with guidance takes two",
     "live_slots": "Rows held now",
@@ -24,21 +24,22 @@ COUNTERS = {
     "busy_seconds": "Time spent drawing, prompts included",
 }
 OUTCOMES = ("full", "refused", "finished", "cancelled", "expired", "failed")
-"""What became of requests to draw; ``full``: the queue was, ``refused``: for another reason."""
+"""What became of requests to draw. ``full``: refused because the queue was full; ``refused``: for
+another reason."""
 
 
 class Exposition(Collector):
-    """What ``GET /metrics`` tells: counters read as they are asked for, the times of answers, and
-    what the process takes (memory, open files).
+    """What ``GET /metrics`` reports: counters read at that moment, the times of answers, and what
+    the process uses (memory, open files).
 
     Args:
-        metrics: of the scheduler.
-        busy: how much waits or is done beside it, by kind.
+        metrics: gives the scheduler's.
+        busy: gives how many jobs wait or run beside it, by kind.
         limit: seconds that an answer may take.
 
     Attributes:
         seconds: histogram of answers by route and status, to ``observe`` in.
-        parts: the same of requests to draw, by part: ``waiting`` for slots, and ``drawing`` from
+        parts: the same for requests to draw, by part: ``waiting`` for slots, and ``drawing`` from
             there to their end.
     """
 

@@ -1,4 +1,4 @@
-"""What is done for a client over HTTP: pictures from the scheduler, boxes beside it."""
+"""Serves clients over HTTP: draws pictures on the scheduler, and finds boxes beside it."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ from echogen.engine.serving.waiting import QueueFull
 from echogen.engine.serving.worker import SchedulerClosed
 
 BEAT = 15.0
-"""Seconds of silence after which a stream says that it is still there: proxies hang up on a
+"""Seconds of silence after which a stream says that it is still alive: proxies hang up on a
 silent one (nginx after 60)."""
 POOLS = {"prompt": 2, "read": 2, "decode": 1, "sketch": 1, "search": 1}
-"""Threads beside the scheduler's: of prompts, of pictures sent (which drawings must not wait for),
-of whole pictures, of partial ones (which whole ones must not wait for) and of finding. One each of
-what takes much memory: a picture's that is made is planned, and a search takes of what is left
-(`budget.SHARE`)."""
+"""Threads beside the scheduler's. They build prompts, read pictures that clients send (drawings
+must not wait for those), decode whole pictures, decode partial ones (whole ones must not wait for
+those) and find objects. What takes much memory has one thread: that of decoding is in the plan, and
+a search takes it from what the plan leaves (`budget.SHARE`)."""
 
 SOONER = "ask for less, or with a longer timeout"
 
@@ -62,24 +62,25 @@ class Job:
 
 
 class Drawn(NamedTuple):
-    """Pictures, and the cycle's scores where they were checked."""
+    """Pictures, and the cycle's scores if they were checked."""
 
     images: list[Image.Image]
     cycle: CycleResult | None
 
 
 class Service:
-    """Draws and finds on an engine and its scheduler.
+    """Draws pictures and finds objects with an engine and its scheduler.
 
     Args:
         engine, scheduler: of one model; the scheduler's thread runs while this is used.
         model: its name, for clients.
         limit: seconds that an answer may take, waiting included.
-        searches: that may wait for the one being made, checks of drawings among them.
-        timed: told of every request to draw how many seconds it was ``waiting``, and ``drawing``.
+        searches: how many may wait for the one that runs, checks of drawings included.
+        timed: called for every request to draw with the seconds it was ``waiting``, and then with
+            those it was ``drawing``.
 
     Attributes:
-        busy: how much is done, or waits, in each of ``POOLS``.
+        busy: how many jobs run or wait in each of ``POOLS``.
     """
 
     def __init__(
@@ -112,8 +113,8 @@ class Service:
         }
 
     def shutdown(self) -> None:
-        """Draw and find what is asked for already, and end, after ``limit`` seconds even if a
-        device hangs."""
+        """Finish what is already asked for, and end; after ``limit`` seconds at the latest, even if
+        a device hangs."""
         end = time.monotonic() + self.limit
         self.scheduler.shutdown(timeout=self.limit)  # after it no request waits any more
         with self._counting:
@@ -125,7 +126,7 @@ class Service:
     # --- drawing --------------------------------------------------------------------------------
 
     async def submit(self, body: Drawing, news: asyncio.Event | None = None) -> Job:
-        """Queue what is asked for; ``news`` is set whenever more of it is drawn. Raises Refused."""
+        """Queue a drawing; ``news`` is set whenever more of it is drawn. Raises Refused."""
         loop = asyncio.get_running_loop()
         began = loop.time()
         seconds = self.limit if body.timeout is None else min(body.timeout, self.limit)
@@ -177,8 +178,8 @@ class Service:
         }
 
     async def picture(self, job: Job, kind: str) -> bytes:
-        """Wait for the picture, the best where several were checked, as the bytes of a file.
-        Raises Refused."""
+        """Wait for the picture, the best one if several were checked, and return it as the bytes of
+        a file. Raises Refused."""
         drawn = await self._drawn(job)
         best = 0 if drawn.cycle is None else drawn.cycle.best
         return await self._do("decode", partial(encoded, drawn.images[best], kind), job.deadline)
@@ -186,8 +187,9 @@ class Service:
     async def stream(
         self, job: Job, news: asyncio.Event, ended: Callable[[int], None]
     ) -> AsyncGenerator[str, None]:
-        """Partial pictures, each time ``news`` says that there is more (a slow client skips some),
-        then the whole answer, as server-sent events; ``ended`` is told the status at the end."""
+        """Yield server-sent events: partial pictures each time ``news`` says that there is more (a
+        slow client skips some), then the whole answer. ``ended`` is called with the final
+        status."""
         answer, sent, status = asyncio.create_task(self.answer(job)), 0, GONE
         try:
             while not answer.done():
@@ -204,7 +206,7 @@ class Service:
                 part = job.request.partial()
                 drawn = part.codes.shape[1]
                 if job.request.future.done() or drawn == part.tokens or drawn == sent:
-                    continue  # a step that drew several codes tells of each
+                    continue  # a step that drew several codes sets the news for each
                 sent = drawn
                 pictures = await self._sketch(part, job.body.format, answer)
                 if pictures is not None:
@@ -227,8 +229,7 @@ class Service:
     async def _sketch(
         self, part: Partial, kind: str, answer: asyncio.Task[dict[str, Any]]
     ) -> list[str] | None:
-        """Partial pictures; None where the whole answer, which is in time or not, is there before
-        them."""
+        """Partial pictures; None if the whole answer, in time or not, is there before them."""
         sketch = asyncio.create_task(self._do("sketch", partial(_sketched, part, kind)))
         try:
             await asyncio.wait((answer, sketch), return_when=asyncio.FIRST_COMPLETED)
@@ -245,7 +246,7 @@ class Service:
             raise Refused(503, str(error)) from None
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if task is not None and task.cancelling():  # this answer, not the drawing
+            if task is not None and task.cancelling():  # this answer was, not the drawing
                 raise
             raise Refused(503, "the drawing was cancelled; ask again", again=True) from None
         finally:
@@ -253,7 +254,7 @@ class Service:
         images = await self._do("decode", job.request.images, job.deadline)
         if not job.body.check:
             return Drawn(images, None)
-        self._finding += 1  # of those in line, though not refused: its pictures are drawn
+        self._finding += 1  # it counts as a search, but is not refused: its pictures are drawn
         try:
             boxes = await self._recovered(job, codes)
         finally:
@@ -265,16 +266,16 @@ class Service:
         )
 
     def _time(self, job: Job) -> None:
-        """Tell how long it waited and was drawn, be it to its end or not."""
+        """Report how long a request waited and was drawn, whether or not it was finished."""
         entered, now = job.request.entered, asyncio.get_running_loop().time()
         self._timed("waiting", (now if entered is None else entered) - job.began)
         if entered is not None:
             self._timed("drawing", now - entered)
 
     async def _recovered(self, job: Job, codes: Tensor) -> list[list[Box]]:
-        """Boxes of a layout's objects in pictures of codes [N, T]. A turn is no longer than that of
-        a search may be; between turns others have theirs, and a client that left needs none. Raises
-        Refused."""
+        """Find a layout's objects in the pictures of codes [N, T]. Each turn is no longer than one
+        of a search may be; between turns others get theirs, and no more are taken once the client
+        has left. Raises Refused."""
         asked, boxes = [o.expr for o in job.layout.objects], list[list[Box]]()
         for picture in codes.split(1):
             found = list[Box]()
@@ -288,7 +289,7 @@ class Service:
     # --- finding --------------------------------------------------------------------------------
 
     async def find(self, body: Search) -> dict[str, Any]:
-        """Boxes of what is asked for. Raises Refused."""
+        """Find the boxes of the expressions asked for. Raises Refused."""
         if self._finding > self._searches:
             raise Refused(
                 503,
@@ -319,8 +320,8 @@ class Service:
         return {"objects": objects, "seconds": _since(began)}
 
     async def _do(self, pool: str, work: Callable[[], T], deadline: float | None = None) -> T:
-        """Do something in a thread of a pool when it is its turn; what no one waits for any more is
-        not begun. Raises Refused."""
+        """Do some work in a thread of a pool when its turn comes; work that nobody waits for any
+        more is not begun. Raises Refused."""
 
         def ended(done: Future[T]) -> None:
             with self._counting:
@@ -337,8 +338,8 @@ class Service:
 
 
 async def _in_time(future: Future[T], deadline: float | None, late: Callable[[], str]) -> T:
-    """Wait for what a thread makes; cancel it if it is not there in time, or no client waits for it
-    any more. Raises Refused, and what the thread does."""
+    """Wait for a thread's result; cancel it if it is late or no client waits for it any more.
+    Raises Refused, and what the thread raises."""
     turn, now = asyncio.wrap_future(future), asyncio.get_running_loop().time()
     try:
         left = None if deadline is None else max(0.0, deadline - now)
@@ -346,7 +347,7 @@ async def _in_time(future: Future[T], deadline: float | None, late: Callable[[],
             raise Refused(504, f"{late()}; {SOONER}")
         return turn.result()
     finally:
-        turn.cancel()  # of no effect where it is done
+        turn.cancel()  # no effect if it is done
 
 
 def _sketched(part: Partial, kind: str) -> list[str]:

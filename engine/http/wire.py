@@ -1,4 +1,4 @@
-"""What is spoken over HTTP: bodies, answers, refusals, and pictures as bytes."""
+"""What goes over HTTP: bodies, answers, refusals, and pictures as bytes."""
 
 from __future__ import annotations
 
@@ -26,19 +26,20 @@ MEDIA: dict[str, Format] = {"image/png": "png", "image/jpeg": "jpeg", "image/web
 GONE = 499
 """Status, as nginx writes it, of an answer that the client did not wait for."""
 MOST_PIXELS = 4096**2
-"""Of a picture to find objects in: a file of a megabyte can hold 13,000 × 13,000 of them, half
-a gigabyte in each of the copies that are made of it."""
+"""Most pixels of a picture to find objects in. A file of a megabyte can hold 13,000 × 13,000 of
+them, half a gigabyte in each of the copies that are made of it."""
 MOST_EXPRESSIONS = 64
-"""Of a search's turn, which cannot be stopped once it is begun, and has others waiting for it."""
+"""Most expressions in one turn of a search. A turn cannot be stopped once it has begun, and others
+wait for it."""
 
 MOST_PARTS = 1 << 17
-"""Commas and opening brackets of a body, those in texts as well: as many as a drawing's has room
-for, while a picture in base64 has none. Reading millions would hold up every client."""
+"""Most commas and opening brackets in a body, those in texts included: as many as a drawing's body
+has room for, while a picture in base64 has none. Parsing millions would hold up every client."""
 
 
 class Refused(Exception):
     """A request that is answered with an error: its status, one line that says what to fix, and
-    whether the same may be asked again in a moment."""
+    whether the same request may be sent again in a moment."""
 
     def __init__(self, status: int, message: str, again: bool = False) -> None:
         super().__init__(" ".join(message.split()))
@@ -55,8 +56,8 @@ class Refusal(BaseModel):
 
 
 class Body(BaseModel):
-    """Fields of JSON's own types. Lists fail fast: of a hundred thousand faults pydantic would make
-    a list of its own, in the event loop."""
+    """Fields have JSON's own types. Lists fail fast: otherwise pydantic would list a hundred
+    thousand faults, in the event loop."""
 
     model_config = ConfigDict(strict=True)
 
@@ -124,7 +125,7 @@ class Drawing(Body):
     format: Format = Field("png", description="of the pictures in JSON and in events")
 
     def layouts(self) -> tuple[Layout, Layout | None]:
-        """What to draw, and what to lead away from. Raises LayoutError."""
+        """What to draw, and what to steer away from. Raises LayoutError."""
         if self.negative is None:
             return Layout.from_dict(self.layout), None
         try:
@@ -159,7 +160,8 @@ class Search(Body):
     )
 
     def picture(self, size: int) -> Image.Image:
-        """The picture, ``size`` × ``size``; looked at before it is opened. Raises ImageError."""
+        """The picture, ``size`` × ``size``; its dimensions are checked before its pixels are read.
+        Raises ImageError."""
         try:
             data = base64.b64decode(self.image, validate=True)
         except (binascii.Error, ValueError):
@@ -187,7 +189,7 @@ B = TypeVar("B", bound=Body)
 
 
 async def read(http: Http, kind: type[B]) -> B:
-    """The body of a request. Raises Refused."""
+    """Read and check the body of a request. Raises Refused."""
     content = http.headers.get("content-type", "")
     if content.partition(";")[0].strip().lower() != JSON:
         raise Refused(415, f"Content-Type: {short(content)}; send JSON, as {JSON}")
@@ -250,7 +252,7 @@ class Found(BaseModel):
 
 
 class Picture(BaseModel):
-    """A picture; the rest with `check`."""
+    """A picture; reward and objects come with `check`."""
 
     draw: int
     image: str = Field(description="base64")
@@ -296,11 +298,12 @@ def texts(images: Sequence[Image.Image], kind: str) -> list[str]:
 
 
 def preferred(accept: str, offers: Sequence[str]) -> str:
-    """Of the media types there are the one that an Accept header (RFC 9110, 12.5.1) prefers, each
-    by the most specific range that it fits, and the first named among those of one weight.
+    """Return the media type of ``offers`` that an Accept header (RFC 9110, 12.5.1) prefers. Each
+    has the weight of the most specific range that it fits; of equal weights, the range named first
+    wins.
 
     Raises:
-        Refused: it allows none of them (406).
+        Refused: the header allows none of them (406).
     """
     refused, ranges = (0.0, 0), dict[str, tuple[float, int]]()
     for place, part in enumerate(accept.split(",") if accept.strip() else ["*/*"]):

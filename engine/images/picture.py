@@ -15,7 +15,7 @@ COLOURS = (
     (232, 89, 12), (25, 113, 194), (47, 158, 68), (194, 37, 92),
     (103, 65, 217), (12, 133, 153), (133, 77, 14), (73, 80, 87),
 )  # fmt: skip
-"""One an object, in turn; readable on white and told apart by lightness as well as hue."""
+"""One per object, in turn; readable on white, and distinct in lightness as well as in hue."""
 
 PAPER, INK, QUIET, RULE = (255, 255, 255), (33, 37, 41), (110, 118, 125), (222, 226, 230)
 SIDE = 512  # a smaller picture is enlarged to at least this
@@ -35,7 +35,7 @@ def overlay(
 
     Args:
         image: the picture; enlarged by a whole factor, pixel by pixel, where it is small.
-        expressions: one an object, in the order of the boxes.
+        expressions: one per object, in the order of the boxes.
         asked, recovered: normalised boxes; None leaves that kind out.
         iou: of each object, for the legend.
     """
@@ -120,7 +120,7 @@ def box_pixels(box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
 
 
 def _enlarged(image: Image.Image, side: int) -> Image.Image:
-    # Nearest: the eye shall judge the pixels that were drawn, not a filter's idea of them.
+    # Nearest, so that one sees the pixels that were drawn, not a filter's version of them.
     factor = max(1, math.ceil(side / image.width))
     size = (image.width * factor, image.height * factor)
     return image.convert("RGB").resize(size, Image.Resampling.NEAREST)
@@ -173,7 +173,7 @@ def _legend(
     recovered: bool,
     iou: Sequence[float] | None,
 ) -> Image.Image:
-    """One row an object (number, expression, IoU) under a key to the two kinds of line."""
+    """One row per object (number, expression, IoU) under a key to the two kinds of line."""
     image = Image.new("RGB", (width, ROW * (len(expressions) + 1) + 6), PAPER)
     draw = ImageDraw.Draw(image)
     x, middle = 0, ROW // 2
@@ -197,7 +197,7 @@ def _legend(
 
 
 def _fitted(draw: ImageDraw.ImageDraw, text: str, room: int) -> str:
-    """The text, or as much of it as there is room for, and dots."""
+    """The text, or as much of it as there is room for, followed by dots."""
     if draw.textlength(text, _font(15)) <= room:
         return text
     while text and draw.textlength(text + "...", _font(15)) > room:

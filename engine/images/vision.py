@@ -25,13 +25,13 @@ class ImageError(ValueError):
 
 
 def load_image(source: str | Path | Image.Image, size: int) -> Image.Image:
-    """Open a picture as RGB, ``size`` × ``size`` pixels (bicubic where it has another size), turned
-    as its EXIF data say it is shown, on white where it is transparent. 16-bit greys keep their
+    """Open a picture as RGB, ``size`` × ``size`` pixels (resized bicubically if it has another
+    size), rotated as its EXIF data say, on white where it is transparent. 16-bit greys keep their
     upper 8 bits.
 
     Raises:
-        ImageError: unreadable, without pixels, of pixels whose black and white are not known, or
-            not square (a crop would move the boxes: crop it yourself).
+        ImageError: the picture is unreadable, has no pixels, has a mode that does not define black
+            and white, or is not square (a crop would move the boxes: crop it yourself).
     """
     named = "the picture" if isinstance(source, Image.Image) else source
     try:
@@ -66,7 +66,7 @@ def load_image(source: str | Path | Image.Image, size: int) -> Image.Image:
             "so make it square first (crop or pad)"
         )
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        # What colour lies under transparent pixels is chance: black, or what was erased.
+        # The colour under transparent pixels is arbitrary: black, or whatever was erased.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
@@ -80,7 +80,7 @@ def to_pixels(images: list[Image.Image] | np.ndarray) -> Tensor:
 
 
 def to_images(pixels: Tensor) -> list[Image.Image]:
-    """[B, 3, H, W] in [-1, 1] → RGB pictures. Decoders overshoot a little: values saturate."""
+    """[B, 3, H, W] in [-1, 1] → RGB pictures. Values saturate, as decoders overshoot a little."""
     levels = pixels.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     return [Image.fromarray(a) for a in levels.permute(0, 2, 3, 1).cpu().numpy()]
 
@@ -100,8 +100,8 @@ def encode_image(vq: JanusVQVAE, pixels: Tensor) -> Tensor:
 
 
 def decoding_bytes(vq: JanusVQVAE, image_size: int) -> int:
-    """Bytes of passing tensors, about, while one picture is decoded: a residual block at full size,
-    and to spare."""
+    """Approximate bytes of temporary tensors while one picture is decoded: those of a residual
+    block at full size, with some to spare."""
     vision: Any = vq.config
     return int(6 * image_size**2 * vision.base_channels * 4)
 

@@ -1,1 +1,1 @@
-"""What continuous batching is made of; see `echogen.engine.serving.scheduler`."""
+"""The parts of continuous batching; see `echogen.engine.serving.scheduler`."""

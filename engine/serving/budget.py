@@ -1,8 +1,8 @@
-"""Memory planned before anything is drawn: how many slots the free memory holds.
+"""Plans memory before anything is drawn: how many slots fit in what is free.
 
-What a scheduler will ever hold is counted by arithmetic from the model's shapes: a cache made once,
-and at their worst the passing tensors of a step, of a prompt and of a picture. A test holds the sum
-against tensors counted while drawing (`tests/engine/test_scheduler.py`).
+All that a scheduler will ever hold is computed from the model's shapes: a cache allocated once, and
+the temporary tensors of a step, of a prompt and of a picture at their worst. A test compares the
+sum with tensors counted while drawing (`tests/engine/test_budget.py`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from echogen.engine.decoding.sampler import Sampler
 from echogen.engine.serving.slots import WINDOW_ROWS, row_counts, up_to_edge, widths
 
 SHARE = 0.8
-"""Of the free memory that is planned with; the rest is for what else happens on the machine."""
+"""Share of the free memory to plan with; the rest is for whatever else runs on the machine."""
 MOST = {"cpu": 16, "cuda": 256}
-"""Slots where memory has room for more and nobody asked for a number: more rows give a step little
-speed and every image a longer wait."""
+"""Most slots unless a number is given, even where memory has room for more: more rows make a step
+little more efficient and every image slower."""
 PROMPT_TOKENS = 1024
-"""Of the longest prompt where nobody asked for a number and the model has room for more:
-Janus-Pro's 15,808 would make a slot of 3 GiB."""
+"""Most tokens of a prompt unless a number is given, even where the model has room for more: with
+Janus-Pro's 15,808 a slot would take 3 GiB."""
 FLOAT, WORD = 4, 8  # bytes of a float32, and of an int64 or a float64
 
 CGROUPS = (
@@ -35,20 +35,21 @@ CGROUPS = (
         "total_inactive_file",
     ),
 )  # fmt: skip
-"""Folder and files of a container's limit, what it uses, and what of that are files; of both
-versions of Linux's control groups."""
+"""For both versions of Linux's control groups: their folder, the files with a container's limit and
+with what it uses, and the entry of memory.stat that says how much of that is cached files."""
 
 
 class BudgetError(ValueError):
-    """What is asked for does not fit the memory; the message names both and the mend."""
+    """What is asked for does not fit in memory; the message names both and the fix."""
 
 
 class NoRoom(BudgetError):
-    """The memory does not hold the slots.
+    """The slots do not fit in memory.
 
     Attributes:
-        what: does not fit into what. The mend is named otherwise in Python than in a shell.
-        prompt_tokens: the longest prompt they would be made for.
+        what: what does not fit, and in how much memory. The fix is not part of it, as it reads
+            differently in Python and in a shell.
+        prompt_tokens: the longest prompt that the slots would have room for.
     """
 
     def __init__(self, what: str, prompt_tokens: int, windows: bool) -> None:
@@ -67,10 +68,11 @@ class Plan:
         slots: rows of the cache.
         capacity: tokens a slot holds.
         prompt_tokens: the longest prompt, ``capacity`` less the image.
-        prefix_bytes: for the prefixes of prompts that come again.
-        slot_bytes: of a slot's cache and of its share in a step.
-        shared_bytes: of what there is once: a prompt being run, prefixes kept, a picture decoded.
-        memory: bytes planned with.
+        prefix_bytes: for the prefixes of prompts that recur.
+        slot_bytes: for a slot's cache and its share of a step.
+        shared_bytes: for what exists once: a prompt being run, the prefixes kept, a picture being
+            decoded.
+        memory: bytes that were planned with.
     """
 
     slots: int
@@ -83,7 +85,7 @@ class Plan:
 
     @property
     def bytes(self) -> int:
-        """Of everything."""
+        """Bytes of everything."""
         return self.shared_bytes + self.slots * self.slot_bytes
 
 
@@ -98,21 +100,23 @@ def plan(
     fp8_cache: bool = False,
     windows: bool = False,
 ) -> Plan:
-    """Slots and bytes for a model.
+    """Plan slots and bytes for a model.
 
     Args:
         config, dtype, device: of the weights.
-        picture_bytes: while one is decoded, `vision.decoding_bytes`.
+        picture_bytes: memory that decoding one picture takes, `vision.decoding_bytes`.
         slots: None: as many as fit, ``MOST`` at most.
         memory: bytes to plan with; None: ``SHARE`` of what is free now.
         prompt_tokens: the longest prompt; None: what the model has room for, at most
             ``PROMPT_TOKENS``.
-        fp8_cache: slots hold 8 bits a number, and a scale for each head of a token.
-        windows: few images are drawn several codes a step (`serving.windows`).
+        fp8_cache: slots hold 8 bits per number, and a scale for each head of a token.
+        windows: while there are few images, they are drawn several codes a step
+            (`serving.windows`).
 
     Raises:
         NoRoom: fewer slots fit than asked for, or none.
-        BudgetError: no slots, a prompt the model has no room for, or memory that is not known.
+        BudgetError: fewer than one slot is asked for, the model has no room for the prompt, or the
+            free memory is not known.
     """
     c, room = config, config.max_positions - config.image_tokens
     longest = min(room, PROMPT_TOKENS) if prompt_tokens is None else prompt_tokens
@@ -124,12 +128,12 @@ def plan(
     capacity = up_to_edge(longest + c.image_tokens - 1)
     most = MOST.get(device.type, 16)
     head = c.head_dim + FLOAT if fp8_cache else c.head_dim * dtype.itemsize
-    # For the prefixes of prompts that come again: two of the longest at least.
+    # Room for the prefixes of prompts that recur: at least two of the longest.
     one = 2 * c.layers * c.kv_heads * longest * c.head_dim * dtype.itemsize
     prefix_bytes = max(PREFIX_BYTES, 2 * (one + c.codebook_size * dtype.itemsize))
     once = _prompt(c, dtype.itemsize, longest) + prefix_bytes + picture_bytes
 
-    def planned(count: int) -> Plan:  # a slot costs the more, the more there are
+    def planned(count: int) -> Plan:  # a slot costs more when there are more of them
         rows = count if device.type == "cpu" else 1
         each = _slot(c, head, capacity, rows, 1 + windows)
         shared = once + (_windows(c, capacity, count) if windows else 0)
@@ -150,28 +154,29 @@ def plan(
 
 
 def _row(c: ModelConfig, capacity: int) -> tuple[int, int]:
-    """Bytes of what a row of a step passes through: a layer and the image head, and what is made
-    of the keys of ``capacity`` tokens and of its logits."""
+    """Bytes of a row's temporary tensors in a step: those of a layer and the image head, and those
+    made from the keys of ``capacity`` tokens and from its logits."""
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
     layer = (8 * c.width + 3 * heads + 4 * c.mlp_width + 4 * c.head_width) * FLOAT
     attention = 3 * (c.heads + c.kv_heads) * capacity * FLOAT
-    sampling = c.codebook_size * (6 * FLOAT + 3 * WORD)  # guided, sorted with places, added up
+    sampling = c.codebook_size * (6 * FLOAT + 3 * WORD)  # guidance, sorting with indices, cumsum
     return layer, attention + sampling
 
 
 def _slot(c: ModelConfig, head: int, capacity: int, rows: int, blocks: int) -> int:
-    """Bytes of one of ``rows`` slots: cache, with ``head`` bytes a head of a token, a row's part of
-    a step, of its sampling and of its noise, of which it needs so many ``blocks`` at a time."""
+    """Bytes of one of ``rows`` slots: its cache, with ``head`` bytes per head of a token, and a
+    row's share of a step, of sampling and of noise, of which it needs ``blocks`` blocks at a
+    time."""
     cache = 2 * c.layers * c.kv_heads * capacity * head
-    # A row goes through one layer at a time; on a CPU buffers are made for several numbers of rows,
-    # which add up to a row's own times (rows/8 + 2), 4 for 16 slots.
+    # A row goes through one layer at a time. On a CPU, buffers are made for several numbers of
+    # rows; together they take (rows/8 + 2) times a row's own, which is 4 times for 16 slots.
     layer, passing = _row(c, capacity)
     noise = min(Sampler.BLOCK, c.codebook_size * c.image_tokens)
     return cache + int(max(4, rows / 8 + 2) * layer) + passing + blocks * noise * FLOAT
 
 
 def _windows(c: ModelConfig, capacity: int, slots: int) -> int:
-    """Bytes of steps of several codes: buffers of all, and one on its way."""
+    """Bytes of steps of several codes: the buffers of all of them, and one step while it runs."""
     layer, passing = _row(c, capacity)
     shapes = widths(row_counts(min(slots, WINDOW_ROWS), False), c.image_tokens)
     counts = [rows * codes for rows, codes in shapes.items()]
@@ -189,7 +194,7 @@ def _prompt(c: ModelConfig, size: int, length: int) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device that this process could still take."""
+    """Bytes of a device's memory that this process could still take."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -211,8 +216,8 @@ def _available() -> int | None:
 
 
 def _container() -> int | None:
-    """What is left below the limit of a container; None where there is none. Files that were read
-    and would be given back (a checkpoint, just loaded) are not counted as used."""
+    """What is left below a container's limit; None where there is no limit. Cached files, whose
+    memory would be given back (a checkpoint just loaded), do not count as used."""
     for folder, limit, used, files in CGROUPS:
         if not (folder / limit).exists() or not (folder / used).exists():
             continue

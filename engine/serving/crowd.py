@@ -1,9 +1,9 @@
-"""Whose codes are drawn at once from a step's logits.
+"""Groups the requests whose codes are drawn together from a step's logits.
 
-On a CPU everybody's sampler draws for itself: it holds its noise for many codes at a time. On a
-GPU's operators that would be some ten launches a request, while `cfg_sample` draws for all whose
-sampling is of one kind in a single one, whatever their seeds, positions, scales, temperatures and
-top-p are.
+On a CPU each request's sampler draws for itself: it holds its noise for many codes at a time. On
+the GPU operators that would be some ten launches per request, while `cfg_sample` draws for all
+requests with one kind of sampling in a single launch, whatever their seeds, positions, scales,
+temperatures and top-p are.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ from echogen.engine.serving.slots import Rows
 from echogen.kernels.sampling import cfg_sample
 
 
-@dataclass(eq=False)  # itself and nobody else
+@dataclass(eq=False)  # equal to itself only
 class Live:
-    """A request being drawn, in slots ``rows``: conditional ones, then with guidance as many it
-    leads away from; None while its prompts are run. ``drafts``: of its images, from the first
-    step that is a window to one that is not."""
+    """A request being drawn.
+
+    Attributes:
+        rows: its slots: the conditional ones, then with guidance as many to steer away from; None
+            while its prompts are run.
+        drafts: of its images, from the first step that is a window to one that is not.
+    """
 
     request: Request
     rows: Rows | None = None
@@ -36,7 +40,7 @@ class Live:
 
     @property
     def held(self) -> Rows:
-        """The slots, which it has by now."""
+        """Its slots, once its prompts are run."""
         assert self.rows is not None, "its prompts are not run yet"
         return self.rows
 
@@ -46,20 +50,20 @@ class Drawer(Protocol):
 
     Attributes:
         lives: the requests.
-        rows: their slots, the conditional ones of all first.
+        rows: their slots, with all conditional ones first.
     """
 
     lives: list[Live]
     rows: Rows
 
     def draw(self, logits: Tensor) -> list[Tensor]:
-        """The next codes int64 [N, n] of each request, from logits [R, V] (of windows [R, W, V]),
-        one row for each of ``rows`` and in their order."""
+        """Draw the next codes int64 [N, n] of each request from logits [R, V] (windows: [R, W, V]),
+        which have one row for each of ``rows``, in their order."""
         ...
 
 
 class Alone:
-    """One request, whose sampler draws."""
+    """A `Drawer` of one request, by its own sampler."""
 
     def __init__(self, live: Live) -> None:
         self.lives, self.rows = [live], live.held
@@ -77,8 +81,8 @@ def _kind(live: Live) -> tuple[bool, Choice]:
 
 
 class Crowd:
-    """Requests of one kind on a device, with all that differs between them in tensors, an element
-    an image; made anew when somebody comes or goes."""
+    """A `Drawer` of requests of one kind on a device. What differs between them is in tensors with
+    one element per image. It is made anew when a request comes or goes."""
 
     def __init__(self, lives: list[Live]) -> None:
         self.lives, (self._guided, self._choice) = lives, _kind(lives[0])
@@ -119,9 +123,9 @@ class Crowd:
 
 
 def warm_up(sampling: Sampling, logits: Tensor) -> None:
-    """Compile what draws crowds by an engine's own settings, with guidance and without, from logits
-    [R, V] of any step: at the first request everybody would wait for it, for seconds, as all do for
-    the first request of another kind."""
+    """Compile what draws crowds with an engine's own settings, with guidance and without, from
+    logits [R, V] of any step. Otherwise every request would wait seconds for it at the first one,
+    as all do at the first request of another kind."""
     numbers = torch.zeros(1, dtype=torch.int64, device=logits.device)
     ones = torch.ones(1, device=logits.device)
     for guided in (False, True)[: len(logits)]:
@@ -133,19 +137,19 @@ def warm_up(sampling: Sampling, logits: Tensor) -> None:
 
 
 class Pace:
-    """Keeps the host from running ahead of a GPU. Launching a step takes it less time than the
-    device takes to run it, and the queue of launches holds dozens of steps: who comes would join
-    behind all of them, and who cancels be drawn for as long."""
+    """Keeps the host from running ahead of a GPU. Launching a step takes less time than running it,
+    and the launch queue holds dozens of steps: a new request would wait for all of them, and a
+    cancelled one would still be drawn for as long."""
 
     AHEAD = 2
-    """Steps launched of which the device may not have run one: with one it would wait for each."""
+    """Launched steps that the device may not have run yet; with one, it would wait for each."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._steps = device, deque[torch.cuda.Event]()
 
     def __call__(self) -> None:
-        """A step is launched: wait for the one ``AHEAD`` before it. Errors of the device come up
-        here."""
+        """After the launch of a step, wait for the one ``AHEAD`` before it. Device errors are
+        raised here."""
         if self._device.type != "cuda":
             return
         with torch.cuda.device(self._device):
@@ -157,8 +161,8 @@ class Pace:
 
 
 def drawers(lives: list[Live], on_operators: bool) -> list[Drawer]:
-    """Who draws for whom; ``on_operators``: in crowds, except for samplers that have a call of
-    their own."""
+    """The drawers for all of ``lives``. With ``on_operators`` they are crowds, except for samplers
+    that have a call of their own."""
     alone, crowds = list[Drawer](), dict[tuple[bool, Choice], list[Live]]()
     for live in lives:
         if on_operators and live.request.sampler.on_device:

@@ -1,4 +1,4 @@
-"""From what is asked for to a request that can be drawn, or a refusal that says why not."""
+"""Turns an order into a request that can be drawn, or refuses it and says why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from echogen.engine.serving.request import Order, Request
 
 
 class Intake:
-    """Makes requests for slots that are planned; from any thread."""
+    """Makes requests that fit the planned slots; may be called from any thread."""
 
     def __init__(self, engine: Engine, plan: Plan) -> None:
         self._engine, self._plan, self._table = engine, plan, engine.code_table
@@ -22,11 +22,11 @@ class Intake:
 
     @property
     def outdated(self) -> bool:
-        """Whether the engine's weights were refreshed since."""
+        """Whether the engine's weights were refreshed since this was made."""
         return self._engine.code_table is not self._table
 
     def request(self, order: Order, now: float) -> Request:
-        """An order at time ``now``, its prompts built.
+        """The request for an order placed at time ``now``, with its prompts built.
 
         Raises:
             LayoutError: a prompt too long for the slots, or with reserved tokens.

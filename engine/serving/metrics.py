@@ -1,4 +1,4 @@
-"""What a scheduler counts."""
+"""A scheduler's counters."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ class Metrics:
     """Counters since the scheduler was made.
 
     Attributes:
-        slots, live_slots: in all, and held now.
-        live, waiting: requests being drawn (their prompts, too), and in the queue.
+        slots, live_slots: slots in all, and slots held now.
+        live, waiting: requests being drawn (or whose prompts run), and requests in the queue.
         submitted, refused: requests taken, and turned away (queue full, can never fit, closed).
-        full: of those turned away, for the queue was full.
+        full: requests turned away because the queue was full.
         admitted, finished, cancelled, expired, failed: what became of those taken; expired ones
-            ran out of their time.
+            ran out of time.
         steps: batched forwards.
         codes: image codes drawn.
         busy_s: seconds spent drawing them, prompts included.
@@ -39,5 +39,5 @@ class Metrics:
 
     @property
     def tokens_per_s(self) -> float:
-        """Image codes a second of drawing."""
+        """Image codes per second of drawing."""
         return self.codes / self.busy_s if self.busy_s else 0.0

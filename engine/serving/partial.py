@@ -1,4 +1,4 @@
-"""Pictures of images that are not drawn to their end."""
+"""Pictures of unfinished images."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch import Tensor
 from echogen.engine.engine import Engine
 
 GREY = (128, 128, 128)
-"""Of the squares of a picture whose codes are not drawn yet."""
+"""Colour of the squares whose codes are not drawn yet."""
 
 
 class Pictures:
-    """Codes to pictures, whole or not, one at a time: that is what memory is planned for.
+    """Decodes codes to pictures, finished or not, one at a time, as memory is planned for one.
 
-    What is not drawn yet is even grey. The image tokenizer sees beyond a code's square, so for the
-    sake of what is drawn the missing codes are taken to be the image's most frequent one so far,
-    mostly ground; with the codes of a grey picture the rest would come out in other colours.
+    What is not drawn yet is plain grey. The image tokenizer sees beyond a code's square, so the
+    missing codes are filled with the image's most frequent code so far, usually background. Filled
+    with the codes of a grey picture, they would change the colours of the part that is drawn.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -29,7 +29,7 @@ class Pictures:
         """Codes [N, t], t of an image's T, → N pictures."""
         pictures = []
         for row in codes:
-            with self._turn:  # of each anew, so that who wants one need not wait for others' many
+            with self._turn:  # per picture, so that nobody who wants one waits for another's many
                 pictures.append(self._picture(row))
         return pictures
 
@@ -49,7 +49,7 @@ class Pictures:
 
 @dataclass(frozen=True)
 class Partial:
-    """What is drawn of a request.
+    """What is drawn of a request so far.
 
     Attributes:
         codes: int64 [N, t], the first t codes of each of its images.

@@ -1,7 +1,7 @@
-"""The prompts that rows of a scheduler continue on a GPU's operators, each kept once.
+"""The prompts that a scheduler's rows continue on the GPU operators, each kept once.
 
-The samples of a request continue one prompt, and guided images of many requests the same
-unconditional one: it takes one place and is read once a step, whoever continues it.
+The samples of a request continue one prompt, and guided images of many requests continue the same
+unconditional one. Each prompt takes one place and is read once a step, whichever rows continue it.
 """
 
 from __future__ import annotations
@@ -22,29 +22,30 @@ class SharedPrefixes:
     """Prefixes at places of a static cache, and which of them each row holds.
 
     A step of the leading ``count`` rows is given the leading ``count`` places, as those rows hold
-    no more. Were it given all of them, a lone row of a large scheduler would have its prompt cut
-    into few parts, as many prefixes fill the device without (`decode_attention.SPLITS`). So a
-    prefix takes the lowest free place, and moves down when a step is about to run fewer rows.
+    no more. If it were given all places, the prompt of a lone row in a large scheduler would be cut
+    into few parts, because many prefixes fill the device without being cut
+    (`decode_attention.SPLITS`). So a prefix takes the lowest free place, and moves down when a step
+    is about to run fewer rows.
 
-    Who holds what is known on the host. The device learns of it once, before the next step.
+    The host knows which row holds what. The device is told once, before the next step.
 
     Args:
         model: what runs the steps.
-        counts: the numbers of rows steps come in; the largest is that of rows and of places.
+        counts: the numbers of rows that steps have; the largest is also the number of places.
         capacity: tokens of the longest prefix.
     """
 
     def __init__(self, model: DeviceTransformer, counts: Sequence[int], capacity: int) -> None:
         c, table, rows = model.config, model.table, max(counts)
         held, kind = (rows, c.kv_heads, capacity), FP8 if model.fp8_cache else table.dtype
-        # Behind a prefix nothing is read: it need not be written.
+        # Nothing past the end of a prefix is read, so it need not be written.
         self._block = torch.empty(2, c.layers, *held, c.head_dim, dtype=kind, device=table.device)
         self._scales: Tensor | None = None
         if model.fp8_cache:
             self._scales = torch.empty(c.layers, 2, *held, dtype=torch.float32, device=table.device)
-        self._place = [-1] * rows  # of what each row holds; −1: nothing
-        # Of each place. Weak: what is here needs no other copy. A place that no row holds keeps
-        # what it has until another prefix takes it.
+        self._place = [-1] * rows  # of each row's prefix; −1: none
+        # The prefix at each place, weakly: the copy here needs no other one. A place that no row
+        # holds keeps its prefix until another takes the place.
         self._prefix: list[ReferenceType[Prefix] | None] = [None] * rows
         self._length = [0] * rows
         # Where each row's own codes start and which place it holds; tokens at each place.
@@ -52,31 +53,31 @@ class SharedPrefixes:
         self._about[1] = -1
         self._query = table.new_empty(1, 1, 1).expand(rows, c.heads, c.head_dim)  # for its shape
         self._orders = {count: self._order(count) for count in counts}
-        self._ready = 0  # rows of the step that the device knows all about
+        self._ready = 0  # rows of the step that the device is ready for
 
     def hold(self, row: int, prefix: Prefix | None) -> None:
-        """From now on a row begins with a prefix, or (None) with nothing."""
+        """Let a row begin with a prefix from now on, or with nothing (None)."""
         self._place[row], self._ready = -1, 0
         if prefix is not None:
             self._place[row] = self._place_of(prefix)
 
     def move(self, old: int, new: int) -> None:
-        """What a row begins with to another one."""
+        """Move the prefix of a row to another row."""
         self._place[new], self._place[old], self._ready = self._place[old], -1, 0
 
     def starts(self, count: int) -> Tensor:
-        """Tokens before the own codes of the leading rows, int64 [count]; 0: nothing is held."""
+        """Tokens before the leading rows' own codes, int64 [count]; 0 where a row has no prefix."""
         return self._about[0, :count]
 
     def of(self, count: int) -> Prefixes:
-        """What the leading rows continue, in tensors that stay the same ones."""
+        """The prefixes that the leading rows continue, always in the same tensors."""
         keys, values = self._block[:, :, :count].unbind(0)
         _, groups, lengths = self._about[:, :count].unbind(0)
         scales = None if self._scales is None else self._scales[:, :, :count]
         return Prefixes(keys, values, lengths, groups, self._orders[count], scales)
 
     def get_ready(self, count: int) -> None:
-        """Tell the device what a step of ``count`` rows is about to read; no row behind them holds
+        """Tell the device what a step of ``count`` rows is about to read; no row after them holds
         anything."""
         if self._ready == count:
             return
@@ -90,12 +91,12 @@ class SharedPrefixes:
         self._ready = count
 
     def _place_of(self, prefix: Prefix) -> int:
-        """Where a prefix lies; it is put there where it is new."""
+        """The place of a prefix; a new one is copied to a free place first."""
         for place, there in enumerate(self._prefix):
             if there is not None and there() is prefix:
                 return place
         place = self._free()
-        self._prefix[place] = None  # whatever becomes of the copying
+        self._prefix[place] = None  # in case the copy fails
         put_prefix(self._block, self._scales, [place], prefix.keys_values)
         self._prefix[place], self._length[place] = ref(prefix), prefix.keys_values.shape[-2]
         return place

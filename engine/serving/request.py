@@ -1,4 +1,4 @@
-"""A request to draw, as who made it holds it: result, partial pictures, cancellation."""
+"""A request to draw, as its submitter sees it: result, partial pictures, cancellation."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from echogen.engine.layout import Layout
 from echogen.engine.serving.partial import Partial, Pictures
 
 PIECES = 32
-"""Tensors that an image's codes lie in at most, for a partial result puts them together."""
+"""Most tensors that a request's codes are spread over: a partial result concatenates them."""
 
 
 @dataclass(frozen=True)
 class Order:
-    """What is asked for; the fields are the arguments of `Scheduler.submit`.
+    """The arguments of `Scheduler.submit`, checked.
 
     Raises:
         ValueError: a value out of range.
@@ -42,7 +42,8 @@ class Order:
     on_partial: Callable[[Partial], None] | None = None
 
     def __post_init__(self) -> None:
-        # What is no number would break the queue's order, in the thread that draws for all.
+        # A value that is not a number would break the queue's ordering, in the shared drawing
+        # thread.
         object.__setattr__(self, "seed", noise_seed(self.seed))
         for name in ("samples", "priority", "every"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name)))
@@ -61,19 +62,19 @@ class Request:
     ``future`` (or the task that awaits it) cancels the drawing.
 
     Args:
-        none: the codes int64 [N, 0] of its images so far.
+        none: empty codes int64 [N, 0], to which those of its N images are added.
 
     Attributes:
-        tokens: codes T of an image.
-        future: of the codes int64 [N, T]; its exception is what went wrong, `TimeoutError` at the
-            end of the request's time.
-        prompts: of the image and, with guidance, of what it leads away from.
+        tokens: T, the codes of an image.
+        future: gives the codes int64 [N, T], or the error that ended the request (`TimeoutError`
+            when its time was up).
+        prompts: the conditional prompt and, with guidance, the one to steer away from.
         rows: slots it takes.
-        priority: the higher are drawn first.
+        priority: higher ones are drawn first.
         deadline: when its time is up, on the scheduler's clock.
         overtaken: how often a later request went before it.
-        entered: when it was given its slots, on the scheduler's clock; None before.
-        drawn: codes t drawn of each image.
+        entered: when it was admitted to its slots, on the scheduler's clock; None before.
+        drawn: t, the codes drawn of each image so far.
         foreseeable: whether its codes can be drafted well (`jacobi.foreseeable`).
     """
 
@@ -95,21 +96,22 @@ class Request:
         news = threading.Condition()
         self.foreseeable = foreseeable
         self._sampler: Sampler | None = sampler
-        # As they were drawn: a copy of each into its place would be a launch a request and step.
-        # Any thread may read the list that is there: codes are only ever added to its end, and
-        # where it has become long another takes its place.
+        # In the pieces they were drawn in: copying each into place would cost one launch per
+        # request and step. Any thread may read the list: pieces are only appended to it, and a
+        # list that has grown long is replaced by a new one.
         self._pieces, self._pictures = [none], pictures
         self._every, self._on_partial = order.every, order.on_partial
         self._news, self._told = news, 0
         self.future: Future[Tensor] = Future()
-        # Not a method of this object: the two would hold each other until garbage is collected.
+        # Not a bound method: the request and its future would then keep each other alive until
+        # the garbage collector runs.
         self.future.add_done_callback(lambda _: _notify(news))
 
-    # --- for who made it ------------------------------------------------------------------------
+    # --- for the submitter ----------------------------------------------------------------------
 
     @property
     def samples(self) -> int:
-        """Images N."""
+        """N, the number of images."""
         return len(self._pieces[0])
 
     def result(self, timeout: float | None = None) -> Tensor:
@@ -126,18 +128,18 @@ class Request:
         return self._pictures.decode(self.result(timeout))
 
     def cancel(self) -> bool:
-        """Do not draw it, or not to its end; its slots are free for the next step. False where it
-        is done already."""
+        """Cancel the drawing; its slots are free for the next step. False if it is already
+        done."""
         return self.future.cancel()
 
     def partial(self) -> Partial:
-        """What is drawn now."""
+        """What is drawn so far."""
         return self._part(self.drawn)
 
     def partials(self) -> Iterator[Partial]:
-        """What is drawn, each time ``every`` more codes are, the whole images last. Who is slow
-        skips some, and so does everybody where a step drew more than ``every``. Raises as
-        ``result`` does when there will be no more."""
+        """Yield what is drawn each time ``every`` more codes are, the whole images last. A slow
+        reader skips some, and so does everyone when one step draws more than ``every``. Raises as
+        ``result`` does if the drawing ends early."""
         seen = 0
         while seen < self.tokens:
             with self._news:
@@ -155,20 +157,20 @@ class Request:
 
     @property
     def sampler(self) -> Sampler:
-        """What draws its codes, until it ends."""
+        """The sampler that draws its codes; dropped when the request ends."""
         assert self._sampler is not None, "it has ended"
         return self._sampler
 
     def put(self, codes: Tensor) -> None:
-        """Keep the next codes of every image, int64 [N, n], which nobody changes from here on."""
+        """Keep the next codes of every image, int64 [N, n]; nobody may change them afterwards."""
         if len(self._pieces) == PIECES:
             self._pieces = [torch.cat(self._pieces, 1)]
         self._pieces.append(codes)
         self.drawn += codes.shape[1]
 
     def tell(self) -> None:
-        """Tell who listens of every partial result that there is now, and nobody who cancelled.
-        Raises what ``on_partial`` raises."""
+        """Tell the listeners of every partial result that is now due, unless the request was
+        cancelled. Raises what ``on_partial`` raises."""
         every = self._every or self.tokens
         due = list(range(self._told + every, self.drawn + 1, every))
         if self.drawn == self.tokens and self.tokens % every:
@@ -183,34 +185,34 @@ class Request:
                 self._on_partial(self._part(told))
 
     def late(self) -> str:
-        """What is told at the end of its time."""
+        """The message of its `TimeoutError`."""
         return f"the request timed out with {self.drawn} of {self.tokens} codes drawn"
 
     def codes(self) -> list[list[int]]:
-        """Those drawn of each image."""
+        """The codes drawn of each image, as lists."""
         return self._kept(self.drawn).tolist()
 
     def whole(self) -> Tensor:
-        """The codes of whole images, to ``finish`` with."""
+        """The codes of whole images, to pass to ``finish``."""
         return self._kept(self.tokens)
 
     def finish(self, codes: Tensor) -> bool:
-        """Hand over the codes; False where it was cancelled before. Nothing here can fail: who is
-        told that it runs is told of an end."""
+        """Hand over the codes; False if it was already cancelled. Nothing here can fail, so a
+        future that is marked as running always ends."""
         self._let_go()
-        self._pieces = [codes]  # the others may be parts of what was drawn for many
+        self._pieces = [codes]  # the others may be views of codes drawn for many requests
         if not self.future.set_running_or_notify_cancel():
             return False
         self.future.set_result(codes)
         return True
 
     def fail(self, error: BaseException) -> bool:
-        """Hand over an error; False where it was cancelled before."""
+        """Hand over an error; False if it was already cancelled."""
         self._let_go()
-        # Who keeps the error would keep what its frames hold, activations and all: after running
-        # out of memory just what is needed.
+        # Whoever keeps the error would keep what its frames hold, activations included: after
+        # running out of memory, exactly the memory that is needed.
         traceback.clear_frames(error.__traceback__)
-        if isinstance(error, StopIteration):  # cannot be awaited: who did would wait for ever
+        if isinstance(error, StopIteration):  # await cannot raise it and would wait for ever
             told = RuntimeError(f"drawing ended with {type(error).__name__}: {error}")
             told.__cause__ = error
             error = told
@@ -220,7 +222,7 @@ class Request:
         return True
 
     def _let_go(self) -> None:
-        """Of what only drawing needs: the noise is megabytes, and a request may be kept long."""
+        """Drop what only drawing needs: noise takes megabytes, and a request may be kept long."""
         self._sampler = self._on_partial = None
 
     def _part(self, drawn: int) -> Partial:

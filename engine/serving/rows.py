@@ -1,5 +1,5 @@
-"""What runs the rows of a scheduler's cache (`engine.serving.slots`), each at its own place: the
-transformer as it is, a GPU's operators, or packed weights."""
+"""Runs the rows of a scheduler's cache (`engine.serving.slots`), each at its own place: on the
+plain transformer, the GPU operators, C++ or packed weights."""
 
 from __future__ import annotations
 
@@ -21,33 +21,34 @@ from echogen.kernels.overlap import overlapping
 
 
 class Runner(Protocol):
-    """A transformer over the rows of a cache."""
+    """A transformer that runs over the rows of a cache."""
 
     def run_prompt(self, prompt: list[int]) -> Prefix:
-        """Run a prompt alone and unpadded: what it leaves does not depend on any other."""
+        """Run a prompt alone and unpadded: its prefix does not depend on any other prompt."""
         ...
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """Append image codes int64 [R] at places ``at`` int64 [R] of the leading R rows, all below
-        ``read``; image logits [R, V], which the next step may overwrite."""
+        ``read``; return image logits [R, V], which the next step may overwrite."""
         ...
 
 
 class Sharer(Protocol):
-    """A `Runner` whose cache has the rows' own codes alone: what they begin with lies elsewhere,
+    """A `Runner` whose cache holds only the rows' own codes. Their prefixes lie elsewhere, each
     once for all rows that begin with the same `Prefix` object."""
 
     def hold(self, row: int, prefix: Prefix | None) -> None:
-        """From now on a row begins with a prefix, or (None) with nothing."""
+        """Let a row begin with a prefix from now on, or with nothing (None)."""
         ...
 
     def move(self, old: int, new: int) -> None:
-        """What a row begins with to another one, which holds nothing; its codes are the cache's."""
+        """Move the prefix of a row to another row, which holds nothing. The row's codes are in the
+        cache, and are moved there."""
         ...
 
 
 def run_plainly(model: UnifiedTransformer, table: Tensor, prompt: list[int]) -> Prefix:
-    """Run a prompt by the transformer as it is."""
+    """Run a prompt on the plain transformer."""
     device, length = table.device, len(prompt)
     ids, slot = torch.tensor([prompt], device=device), torch.arange(length, device=device)
     cache = KVCache(model.config, 1, length, table.dtype, device)
@@ -57,7 +58,7 @@ def run_plainly(model: UnifiedTransformer, table: Tensor, prompt: list[int]) -> 
 
 
 class PlainRows:
-    """`Runner` on the transformer as it is, for any device and type."""
+    """`Runner` on the plain transformer, for any device and type."""
 
     def __init__(self, model: UnifiedTransformer, code_table: Tensor, cache: WindowCache) -> None:
         self._model, self._table, self._cache = model, code_table, cache
@@ -77,17 +78,17 @@ class PlainRows:
 
 
 class DeviceRows:
-    """`Runner` and `Sharer` whose steps run on a GPU's operators, each recorded and replayed.
+    """`Runner` and `Sharer` whose steps run on the GPU operators, each recorded and replayed.
 
-    They are recorded at once, for every number of rows: later a request would wait for it, and
-    memory that is not there is to be missed now. The largest comes first, so that the others find
-    all they need in what it took.
+    Steps of every number of rows are recorded at once: later, a request would wait for it, and a
+    lack of memory should show now. The largest comes first, so that the memory it took is enough
+    for the others.
 
     Args:
         model: what runs the layers.
         cache, scales: of the rows' own codes, see `Slots`.
-        counts: the numbers of rows steps come in.
-        prompt_tokens: of the longest prompt.
+        counts: the numbers of rows that steps have.
+        prompt_tokens: tokens of the longest prompt.
     """
 
     def __init__(
@@ -105,20 +106,20 @@ class DeviceRows:
         self._model, self._shared = model, shared
         (self._codes, self._at), self._logits = every.unbind(0), logits
 
-        # It refers to no part of this object, as steps that are not recorded would keep that.
+        # It does not refer to this object: steps that are not recorded would keep it alive.
         def launch(count: int) -> None:
             codes, at = every[:, :count].unbind(0)
             keys, values = cache.block[:, :, :count].unbind(0)
             own = None if scales is None else scales[:, :, :count]
-            with overlapping(device):  # from the lookup on, which takes no part
+            with overlapping(device):  # from the lookup on, which itself does not overlap
                 embedded = table.index_select(0, codes)
                 slots, prefixes = at - shared.starts(count), shared.of(count)
                 places = Places(slots, slots + 1, at, keys, values, prefixes, own)
                 logits[:count] = model.logits(embedded, places)
 
-        # Drawings of the same model run between these steps, in the memory of its own recorder.
+        # Drawings of the same model run between these steps, in the memory of the model's recorder.
         recorder = model.recorder.apart()
-        # In the weights' own type, as a step recorded under autocast would stay under it.
+        # In the weights' own type: a step recorded under autocast would stay under it.
         with torch.inference_mode(), torch.autocast(device.type, enabled=False):
             self._runs = {
                 count: recorder.record(partial(launch, count))
@@ -147,14 +148,14 @@ class DeviceRows:
 
 
 class NativeRows:
-    """`Runner` and `Sharer` in C++; a row reads what it holds, whatever ``read`` is. A prompt's
-    keys and values are read where they lie, by all that ``hold`` them."""
+    """`Runner` and `Sharer` in C++; a row reads what it holds, whatever ``read`` is. All rows that
+    ``hold`` a prefix read its keys and values where they lie."""
 
     def __init__(self, model: NativeTransformer, code_table: Tensor, cache: WindowCache) -> None:
         self._model = model
         self._rows = Sequences(model, code_table, [(own, None) for own in cache.block.unbind(2)])
         self._row = torch.arange(cache.block.shape[2], device=code_table.device)
-        self._lengths = torch.zeros_like(self._row)  # of what stands before a row's codes
+        self._lengths = torch.zeros_like(self._row)  # tokens before each row's own codes
 
     def hold(self, row: int, prefix: Prefix | None) -> None:
         """See `Sharer`."""
@@ -179,11 +180,11 @@ class NativeRows:
 
 
 class PackedRows:
-    """`Runner` by PyTorch's operations; see `packed_decode.PackedDecoding`, whose steps it
-    makes with a place of its own for each row.
+    """`Runner` by PyTorch's operations. It makes the steps of `packed_decode.PackedDecoding`, but
+    with a place of its own for each row.
 
     Args:
-        shapes: rows and codes of the steps that will be run; their buffers are made beforehand.
+        shapes: (rows, codes) of the steps that will be run, for which buffers are allocated here.
     """
 
     def __init__(
@@ -216,8 +217,8 @@ class PackedRows:
         return self._run(codes[:, None], at[:, None], read)
 
     def window(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
-        """Write image codes int64 [R, W] at places ``at`` int64 [R] and on of the leading R rows,
-        all below ``read``; the image logits [R, W, V] behind each."""
+        """Write image codes int64 [R, W] of the leading R rows at the places from ``at`` int64 [R]
+        on, all below ``read``; return the image logits [R, W, V] after each."""
         logits = self._run(codes, at[:, None] + self._slot[: codes.shape[1]], read)
         return logits.view(*codes.shape, -1)
 

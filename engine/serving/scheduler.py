@@ -39,12 +39,13 @@ from echogen.engine.serving.worker import SchedulerClosed, Worker
 OUTDATED = "the engine's weights were refreshed; make a new scheduler"
 
 PROMPTS = 256
-"""Tokens of prompts after which those left wait for the next step, for whoever is being drawn waits
-while they run. Of layouts of a few objects that is several prompts, of a thousand tokens one."""
+"""Prompt tokens to run in one step; the prompts left then wait for the next step, since all images
+being drawn wait while prompts run. That is several prompts of layouts with a few objects, or one of
+a thousand tokens."""
 
 
 class Scheduler(Worker):
-    """Draws for many at once.
+    """Draws many requests at once.
 
     ::
 
@@ -53,10 +54,10 @@ class Scheduler(Worker):
             images = request.images()  # or await request, or for part in request.partials()
 
     Args:
-        engine: it uses the weights as they are now. After ``engine.refresh()`` it takes no more
-            requests: make a new one. On a CPU, where it draws from a packed copy, it finishes what
-            it has; elsewhere an image would mix two models, so all its requests fail with
-            `SchedulerClosed`.
+        engine: the scheduler uses its weights as they are now. After ``engine.refresh()`` it takes
+            no more requests: make a new one. On a CPU, where it draws from a packed copy, it
+            finishes what it has; elsewhere an image would mix two models, so all its requests fail
+            with `SchedulerClosed`.
         slots: rows drawn at once, two per image with guidance; None: as many as the memory holds,
             at most `serving.budget.MOST`.
         queue: requests that may wait.
@@ -67,7 +68,7 @@ class Scheduler(Worker):
         invariant: batch-invariant mode: a request draws the same codes, bit for bit, alone or in
             any batch of this scheduler. In C++ (`echogen.engine.cpu.native`) that holds in any mode
             and at no cost. Elsewhere every step then has one shape, all slots at full length, since
-            shapes decide how sums are rounded; that this suffices is checked at once
+            the shape decides how sums are rounded; the constructor checks that this suffices
             (`Slots.rows_agree`). In the usual mode a step runs only the rows and positions it
             needs, and codes that are equally likely up to rounding may differ between batches.
         windows: with weights packed for PyTorch's operations, draw several codes of an image a step
@@ -126,7 +127,7 @@ class Scheduler(Worker):
                     f"(4 or more usually works)"
                 )
         self._waiting, self._live = Waiting[Request](queue, patience), list[Live]()
-        self._drawers: list[Drawer] | None = None  # of all that live; None: somebody came or went
+        self._drawers: list[Drawer] | None = None  # of all live requests; None: one came or went
         self._pace = Pace(table.device)
         self._metrics = Metrics(slots=self.plan.slots)
 
@@ -152,8 +153,8 @@ class Scheduler(Worker):
             samples: number of images; they are drawn together, and their prompt is run once.
             draws: the number of each image's noise; None: 0 … samples − 1.
             priority: higher ones go first (within ``patience``).
-            timeout: seconds from now after which it fails with `TimeoutError`, waiting or drawn in
-                part.
+            timeout: seconds from now after which it fails with `TimeoutError`, whether it waits or
+                is partly drawn.
             every: give a partial result whenever this many more codes are drawn (several after a
                 step that drew more); 0: only the finished images.
             on_partial: called with each partial result in the drawing thread, so all requests wait
@@ -193,10 +194,10 @@ class Scheduler(Worker):
 
     @torch.inference_mode()
     def _work(self) -> bool:
-        """Free what ended, admit who fits, draw the next codes of every image; False: nothing to
+        """Free what ended, admit what fits, draw the next codes of every image; False: nothing to
         do.
 
-        Errors of one request are its own: here nothing is raised for them.
+        An error of one request fails that request; it is not raised here.
         """
         began = time.perf_counter()
         self._drop()
@@ -214,11 +215,11 @@ class Scheduler(Worker):
         return True
 
     def _mixed(self) -> bool:
-        """Whether what is being drawn would go on with other weights than it was begun with."""
+        """Whether images being drawn would continue with other weights than they began with."""
         return self._intake.outdated and not self._copied
 
     def _drop(self) -> None:
-        """Take out of the queue who was cancelled or ran out of time."""
+        """Remove from the queue the requests that were cancelled or ran out of time."""
         with self._changed:
             gone = [request for request in self._waiting if self._gone(request)]
             for request in gone:
@@ -227,7 +228,7 @@ class Scheduler(Worker):
             self._bury(request)
 
     def _leave(self) -> None:
-        """Free the slots of who was cancelled or ran out of time."""
+        """Free the slots of requests that were cancelled or ran out of time."""
         for live in list(self._live):
             if self._gone(live.request):
                 self._release(live)
@@ -240,11 +241,11 @@ class Scheduler(Worker):
         return request.deadline is not None and self._clock() >= request.deadline
 
     def _bury(self, request: Request) -> None:
-        """Tell a request that it is not drawn any more; never under a lock, for a future calls
-        back."""
+        """Tell a request that it is no longer drawn; never under a lock, as its future runs
+        callbacks."""
         if self._cancelling:
             request.cancel()
-        # Who waits may see the time himself, and cancel, while a step takes long.
+        # During a long step, whoever waits may notice the time limit first, and cancel.
         told = request.fail(TimeoutError(request.late()))
         self._count_outcome("expired", told or self._late(request))
 
@@ -254,11 +255,12 @@ class Scheduler(Worker):
                 setattr(self._metrics, name, getattr(self._metrics, name) + value)
 
     def _count_outcome(self, outcome: str, told: bool) -> None:
-        """Count what became of a request; who cancelled before it was told is counted as such."""
+        """Count what became of a request; one that was cancelled before it was ``told`` counts as
+        cancelled."""
         self._count(**{outcome if told else "cancelled": 1})
 
     def _release(self, live: Live) -> None:
-        # In this order: on a device that is gone this fails, and who is live is told of that.
+        # In this order: on a lost device the release fails, and all live requests are told so.
         self._slots.release(live.held)
         self._remove(live)
 
@@ -267,12 +269,12 @@ class Scheduler(Worker):
         self._drawers = None
 
     def _admit(self) -> None:
-        """Run the prompts of who fits, in turn, up to ``PROMPTS`` tokens and the one that passes
-        them, and draw their first codes."""
+        """Run the prompts of requests that fit, in turn, until ``PROMPTS`` tokens are reached or
+        passed, and draw their first codes."""
         ran = 0
         while ran < PROMPTS:
-            self._drop()  # prompts take their time: who left meanwhile needs none,
-            self._leave()  # or has slots to give
+            self._drop()  # prompts take time: a request that left meanwhile needs no slots,
+            self._leave()  # or gives some back
             with self._changed:
                 request = self._waiting.take(self._slots.free)
                 if request is None:
@@ -296,9 +298,10 @@ class Scheduler(Worker):
         self._advance(drawer, logits)
 
     def _fill(self, live: Live) -> Tensor:
-        """Put a request's prompts, each run once, in its slots; their logits [rows, V]."""
+        """Run each of a request's prompts once and put them in its slots; return their logits
+        [rows, V]."""
         request, run = live.request, self._slots.run_prompt
-        # What guidance leads away from is mostly the same for many requests.
+        # What guidance steers away from is usually the same for many requests.
         prefixes = [run(prompt, keep=i > 0) for i, prompt in enumerate(request.prompts)]
         prefixes = [prefix for prefix in prefixes for _ in range(request.samples)]
         logits = torch.stack([prefix.logits for prefix in prefixes])
@@ -306,7 +309,8 @@ class Scheduler(Worker):
         return logits
 
     def _draw(self) -> None:
-        """One batched step, and from its logits the next code of every image, or several."""
+        """Run one batched step, and draw from its logits the next code of every image, or
+        several."""
         if not self._live:
             return
         try:
@@ -318,7 +322,7 @@ class Scheduler(Worker):
             else:
                 logits = self._slots.step()
             self._pace()
-        except Exception as error:  # nobody's in particular
+        except Exception as error:  # of no particular request
             self._fail(list(self._live), error)
             return
         self._count(steps=1)
@@ -326,8 +330,8 @@ class Scheduler(Worker):
             self._advance(drawer, logits[drawer.rows.index])
 
     def _who_draws(self) -> list[Drawer]:
-        """Of all that live, in the lowest slots; in windows where that is the faster way for half
-        of the rows."""
+        """The drawers of all live requests, moved to the lowest slots; for windows, where those are
+        faster for half of the rows."""
         places = self._slots.gather([live.held for live in self._live])
         for live, place in zip(self._live, places, strict=True):
             live.rows = place
@@ -340,8 +344,8 @@ class Scheduler(Worker):
         return drawers(self._live, self._on_operators)
 
     def _advance(self, drawer: Drawer, logits: Tensor) -> None:
-        """Draw the next codes of some requests from the logits of their rows, and see to what
-        follows from them."""
+        """Draw the next codes of some requests from the logits of their rows, then feed and keep
+        them."""
         steps = min(live.request.drawn for live in drawer.lives)
         try:
             with span("engine/sample", rows=logits[..., 0].numel(), step=steps):
@@ -355,7 +359,7 @@ class Scheduler(Worker):
             self._take(live, codes)
 
     def _take(self, live: Live, codes: Tensor) -> None:
-        """Keep the codes that were drawn of a request; at its end hand it over."""
+        """Keep the codes drawn for a request; hand them over once all are drawn."""
         request = live.request
         try:
             request.put(codes)
@@ -372,8 +376,8 @@ class Scheduler(Worker):
         self._count_outcome("finished", request.finish(whole))
 
     def _fail(self, lives: list[Live], error: BaseException) -> None:
-        """Hand an error to requests being drawn; to all before slots are freed, for on a device
-        that is gone that fails as well, and with another error."""
+        """Hand an error to requests being drawn. All get it before any slot is freed, since on a
+        lost device freeing fails as well, with another error."""
         for live in lives:
             self._remove(live)
             self._count_outcome("failed", live.request.fail(error))
@@ -387,7 +391,7 @@ class Scheduler(Worker):
         return bool(self._waiting or self._live)
 
     def _abandon(self, error: BaseException) -> None:
-        """Hand an error to everybody who is left."""
+        """Hand an error to all requests that are left."""
         with self._changed:
             left = [live.request for live in self._live] + self._waiting
             self._live, self._waiting[:], self._drawers = [], [], None

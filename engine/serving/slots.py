@@ -1,9 +1,9 @@
 """The rows that a scheduler fills: one static cache, each row with a sequence of its own length.
 
-A slot is a row of the cache. A prompt is run by itself, and from then on a step runs all rows
-together, each at its own place. In C++ and on a GPU's operators rows share a prompt's keys and
-values (`rows.Sharer`). SDPA and PyTorch's products read one cache a row: there the prompt is copied
-into every slot that continues it.
+A slot is a row of the cache. A prompt is run by itself; from then on each step runs all rows
+together, each at its own place. In C++ and on the GPU operators, rows share a prompt's keys and
+values (`rows.Sharer`). SDPA and PyTorch's products read one cache per row, so there the prompt is
+copied into every slot that continues it.
 """
 
 from __future__ import annotations
@@ -33,12 +33,13 @@ from echogen.engine.serving.rows import (
 from echogen.kernels.checks import FP8
 
 EDGE = 32
-"""Keys are read up to a multiple of this, and a cache ends at one: a row's sums then end where a
-register does (see `packed_decode.LANES`) and every row's cache begins alike in memory."""
+"""Keys are read up to a multiple of this, and a cache's capacity is a multiple of it: a row's sums
+then end where a register does (see `packed_decode.LANES`), and all rows' caches are aligned
+alike."""
 WINDOW_ROWS = 16
-"""Rows up to which steps of several codes win; twice as many as in one drawing
-(`jacobi.MOST_ROWS`), for an image that ends leaves and makes room: 1.41 times as fast with all 16
-full (`ECHOGEN_NATIVE=0 echogen bench serving --arrivals 0`)."""
+"""Most rows at which steps of several codes win. That is twice as many as in one drawing
+(`jacobi.MOST_ROWS`), because an image that ends makes room for another. With all 16 full, drawing
+is 1.41 times as fast (`ECHOGEN_NATIVE=0 echogen bench serving --arrivals 0`)."""
 
 
 def up_to_edge(keys: int) -> int:
@@ -49,10 +50,12 @@ def up_to_edge(keys: int) -> int:
 def row_counts(
     rows: int, invariant: bool, recorded: bool = False, any_number: bool = False
 ) -> list[int]:
-    """The numbers of rows that steps are made for: one shape for all in batch-invariant mode, else
-    1 to 4 and multiples of 4, so that a step runs at most three rows behind the last one held; the
-    fewer `graphs.bucket` knows where each is ``recorded``, and all where nothing is made for a
-    number."""
+    """The numbers of rows that steps are made for.
+
+    In batch-invariant mode, all steps have one number. Otherwise it is 1 to 4 or a multiple of 4,
+    so that a step runs at most three rows past the last one held. Where each step is ``recorded``,
+    there are only the numbers of `graphs.bucket`; where nothing is prepared for a number
+    (``any_number``), all are used."""
     if invariant:
         return [rows]
     if any_number:
@@ -63,21 +66,21 @@ def row_counts(
 
 
 def widths(counts: Sequence[int], tokens: int) -> dict[int, int]:
-    """Codes of the windows of so many rows, for images of ``tokens``; the last code of an image is
-    drawn and never run. Where there are more rows there are none."""
+    """Codes per window for each number of rows up to ``WINDOW_ROWS``; more rows have no windows.
+    An image has ``tokens`` codes, of which the last is drawn and never run."""
     found = {rows: min(default_window(rows), tokens - 1) for rows in counts if rows <= WINDOW_ROWS}
     return {rows: codes for rows, codes in found.items() if codes > 1}
 
 
 @dataclass(frozen=True)
 class Ahead:
-    """What a window runs of the images of one request.
+    """What a window runs for the images of one request.
 
     Attributes:
         rows: their slots.
-        codes: for each row the W codes to run.
-        offsets: for each row how many places before (below 0) or behind the next token's the first
-            of them stands.
+        codes: for each row, the W codes to run.
+        offsets: for each row, the place of the first of them, relative to that of the next token
+            (below 0: before it).
     """
 
     rows: list[int]
@@ -87,32 +90,32 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Rows:
-    """Slots that somebody holds: their ``numbers`` on the host, and as an ``index`` int64 [N] on
-    the device, which nobody then waits for."""
+    """Slots that are held: their ``numbers`` on the host, and the same as an ``index`` int64 [N]
+    kept on the device, so that no step waits for a copy."""
 
     numbers: list[int]
     index: Tensor
 
 
 class Slots:
-    """A static cache and who holds which of its rows.
+    """A static cache, and which of its rows are held.
 
     Args:
         model: the transformer as drawing runs it, ``Engine.decoder``.
         code_table: [V, D].
         rows: slots.
         capacity: tokens a slot holds, a multiple of ``EDGE``.
-        invariant: every step runs all rows and reads all places, whatever they hold; in C++ there
-            is no need to, as no row's sums regard another's (`echogen.engine.cpu.native`).
-        prefix_bytes: kept of prompts that come again (``run_prompt(keep=True)``).
-        windows: there shall be steps of several codes, where there are few rows; on packed weights,
-            and in steps that may have any shape.
+        invariant: every step runs all rows and reads all places, whatever they hold. C++ does not
+            need this, as no row's sums depend on another's (`echogen.engine.cpu.native`).
+        prefix_bytes: memory for the prefixes of prompts that recur (``run_prompt(keep=True)``).
+        windows: run steps of several codes while there are few rows; only on packed weights, and
+            not with ``invariant``.
 
     Attributes:
-        cache: made here, once; nothing else of its size is made later. Where rows share prompts it
-            has their own codes alone, and the prompts have the rest of the capacity.
-        scales: float32 [layers, 2, rows, Hk, …] of its keys and values in 8 bits; None: they are
-            not (``DeviceTransformer.fp8_cache``).
+        cache: allocated here, once; nothing else of its size is allocated later. Where rows share
+            prompts it holds only their own codes, and the prompts have the rest of the capacity.
+        scales: float32 [layers, 2, rows, Hk, …] of keys and values held in 8 bits; None where they
+            are not (``DeviceTransformer.fp8_cache``).
     """
 
     def __init__(
@@ -132,9 +135,9 @@ class Slots:
         )
         self.rows, self.capacity = rows, capacity
         self.invariant = invariant and not native
-        # Prompts that are shared take no more memory than slots would have had for them.
+        # Shared prompts take no more memory than the slots would have set aside for them.
         before = capacity - c.image_tokens + 1
-        own = max(1, capacity - before) if native or on_device else capacity  # no sum needs an edge
+        own = max(1, capacity - before) if native or on_device else capacity  # sums need no EDGE
         self.scales: Tensor | None = None
         if isinstance(model, DeviceTransformer) and model.fp8_cache:
             held = c.layers, 2, rows, c.kv_heads, own
@@ -158,7 +161,7 @@ class Slots:
             )
         else:
             self._runner = PlainRows(model, code_table, self.cache)
-        # Unconditional prompts come again and again; see `PrefixCache`.
+        # Unconditional prompts recur; see `PrefixCache`.
         self._prefixes = PrefixCache(prefix_bytes)
         self._free = list(range(rows))
         self._ends = [0] * rows  # tokens of each slot, as the host knows them
@@ -168,7 +171,7 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """Slots that nobody holds."""
+        """Number of free slots."""
         return len(self._free)
 
     @property
@@ -177,8 +180,8 @@ class Slots:
         return sum(self._ends)
 
     def warm_up(self, prompt_tokens: int, token: int) -> Tensor:
-        """Run the longest prompt and the largest step: memory that is not there is missed now, and
-        an allocator that keeps what it has (CUDA's) has enough from here on. Logits [R, V]."""
+        """Run the longest prompt and the largest step; return logits [R, V]. A lack of memory shows
+        now, and an allocator that keeps what it has (CUDA's) has enough from here on."""
         self._runner.run_prompt([token] * prompt_tokens)
         logits = self._runner.step(self._codes, self._at, self.capacity)
         for count, width in self._widths.items():
@@ -188,13 +191,14 @@ class Slots:
         return logits
 
     def rows_agree(self, prompt: list[int]) -> bool:
-        """Whether a sequence has the same logits in every slot, bit for bit, for a few steps, and
-        whoever shares its prompt; all slots are free before and after. It is what batch-invariant
-        mode stands on: in one shape libraries round a row without regard to what the others hold,
-        and mostly, but not in every shape, without regard to its place (MKL's products of 2 and 3
-        rows do regard it)."""
+        """Whether a sequence has the same logits, bit for bit, in every slot for a few steps,
+        whichever rows share its prompt. All slots are free before and after.
+
+        Batch-invariant mode rests on this. Within one shape, libraries round a row independently of
+        what the other rows hold; in most shapes, but not all, also independently of its place (in
+        MKL's products of 2 and 3 rows the place matters)."""
         prefix, wanted, agreed = self.run_prompt(prompt), list[Tensor](), True
-        # Shared by all, by every other one, and by none; where there are copies, it is one case.
+        # Shared by all rows, by every other one, and by none; with copies, these are one case.
         for apart in (1, 2, self.rows) if self._sharer is not None else (1,):
             prefixes = [replace(prefix) for _ in range(apart)]
             rows = self.take([prefixes[row % apart] for row in range(self.rows)])
@@ -208,21 +212,21 @@ class Slots:
         return agreed
 
     def run_prompt(self, prompt: list[int], keep: bool = False) -> Prefix:
-        """What a prompt leaves behind; ``keep`` remembers it for the next time."""
+        """The prefix that a prompt leaves; ``keep`` stores it for the next time."""
         key = tuple(prompt)
         found = self._prefixes.get(key)
         if found is None:
             found = self._runner.run_prompt(prompt)
             if keep:
                 self._prefixes.put(key, found)
-                found = self._prefixes.get(key) or found  # what is to be shared is one object
+                found = self._prefixes.get(key) or found  # rows share by object identity
         return found
 
     def take(self, prefixes: list[Prefix]) -> Rows:
-        """Fill a free slot with each of ``prefixes``; the slots.
+        """Fill a free slot with each of ``prefixes``, and return the slots.
 
-        The lowest are taken: a step runs the leading rows up to the last one held. Where this fails
-        they are as free as before.
+        The lowest are taken, because a step runs the leading rows up to the last one held. If this
+        fails, they are as free as before.
         """
         assert len(prefixes) <= self.free, "the scheduler admits what fits"
         rows = self._free[: len(prefixes)]
@@ -248,11 +252,11 @@ class Slots:
             return
         block, held = self.cache.block, prefix.keys_values
         put_prefix(block, None, [row], held)
-        # What the last holder left is masked, but a weight of 0 on its NaN would be NaN.
+        # What the last holder left is masked, but 0 times a NaN in it would still be NaN.
         block[:, :, row, :, held.shape[-2] :].zero_()
 
     def _forget(self, rows: Iterable[int]) -> None:
-        """Let go of what free rows began with, where it is not a copy."""
+        """Drop the prefixes that free rows began with, where they are shared."""
         if self._sharer is not None:
             for row in rows:
                 self._sharer.hold(row, None)
@@ -268,9 +272,9 @@ class Slots:
             held[rows.index] = 0
 
     def gather(self, held: Sequence[Rows]) -> list[Rows]:
-        """Move what stands behind free slots into those, if the next step then runs fewer rows (or
-        may be a ``window``): what everybody's slots ``held`` are now. Where this fails they are
-        what they were."""
+        """Move held rows into free slots before them if the next step then runs fewer rows (or may
+        be a ``window``), and return where each of ``held`` is now. If this fails, all are where
+        they were."""
         live = self.rows - self.free
         if self._runs(live) == self._count():
             return list(held)
@@ -278,7 +282,7 @@ class Slots:
         moved = dict(zip(behind, self._free, strict=False))
         with span("engine/serve/gather", rows=len(moved)):
             device, block = self._at.device, self.cache.block
-            for old, new in moved.items():  # with what a window ran ahead of the end
+            for old, new in moved.items():  # including what a window ran past the end
                 block[:, :, new].copy_(block[:, :, old])
                 if self.scales is not None:
                     self.scales[:, :, new].copy_(self.scales[:, :, old])
@@ -296,9 +300,9 @@ class Slots:
         return now
 
     def feed(self, rows: Rows, codes: Tensor) -> None:
-        """Image codes int64 [N, n] that come next in slots ``rows``, once round for each half of 2N
-        rows with guidance: the last, which the next step appends, and before it those that a
-        ``window`` ran already."""
+        """Take the next image codes int64 [N, n] of slots ``rows``; with guidance, both halves of
+        the 2N rows get the same. The next step appends the last code; those before it were already
+        run by a ``window``."""
         self._codes[rows.index] = codes[:, -1].repeat(len(rows.numbers) // len(codes))
         if (ran := codes.shape[1] - 1) > 0:
             self._at[rows.index] += ran
@@ -306,8 +310,8 @@ class Slots:
                 self._ends[row] += ran
 
     def step(self) -> Tensor:
-        """Append the codes fed, a token to every slot held; image logits [R, V] of the leading R.
-        Rows between that nobody holds run along and overwrite a place that is not read."""
+        """Append the codes fed, one token to every held slot; return image logits [R, V] of the
+        leading R rows. Free rows among them run along and overwrite a place that is not read."""
         count, read = self._count(), self._reads(max(self._ends) + 1)
         live = self.rows - self.free
         tokens = self.tokens + live
@@ -318,14 +322,14 @@ class Slots:
 
     @property
     def width(self) -> int:
-        """Codes that ``window`` runs of each row; 0: none, as others than the first ``WINDOW_ROWS``
-        slots are held, too (see ``gather``), or there shall be no windows."""
+        """Codes that ``window`` runs of each row. 0: no window can run, because slots past the
+        first ``WINDOW_ROWS`` are held (see ``gather``), or because windows are off."""
         return self._widths.get(self._count(), 0) if self._widths else 0
 
     def window(self, drafts: Iterable[Ahead]) -> Tensor:
-        """Run ``width`` codes of every image; image logits [R, W, V] of the leading R rows, those
-        behind each code. The code fed is appended as by ``step``. What is run behind it stays for a
-        next window, and ``feed`` says how much of it is kept; a ``step`` overwrites it."""
+        """Run ``width`` codes of every image; return image logits [R, W, V] of the leading R rows,
+        after each code. The code fed is appended as by ``step``. What is run after it stays for the
+        next window: ``feed`` says how much of it is kept, and a ``step`` overwrites it."""
         assert self._packed is not None, "width is 0"
         count, width = self._count(), self.width
         codes, at = [[0] * width] * count, [0] * count
@@ -345,14 +349,14 @@ class Slots:
         return self._runs(max((row + 1 for row, end in enumerate(self._ends) if end), default=1))
 
     def _runs(self, needed: int) -> int:
-        """Rows of a step that shall run so many leading ones."""
+        """Rows of a step that has to run the ``needed`` leading ones."""
         return next(n for n in self._counts if n >= needed)
 
     def _reads(self, end: int) -> int:
-        """Places that a step reads whose last token stands before ``end``."""
+        """Places that a step reads when its last token is before ``end``."""
         return self.capacity if self.invariant else min(self.capacity, up_to_edge(end))
 
     def _appended(self) -> None:
-        """A token more in every slot held."""
+        """Count one more token in every held slot."""
         self._at += self._held
         self._ends = [end + 1 if end else 0 for end in self._ends]

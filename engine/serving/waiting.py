@@ -6,7 +6,7 @@ from typing import Protocol, TypeVar
 
 
 class QueueFull(RuntimeError):
-    """No place in the queue; the message names the limit and the mend."""
+    """The queue is full; the message names the limit and the fix."""
 
 
 class Waits(Protocol):
@@ -14,8 +14,8 @@ class Waits(Protocol):
 
     Attributes:
         rows: slots it takes, all at once.
-        priority: the higher go first.
-        overtaken: how often a later one went before it.
+        priority: higher ones go first.
+        overtaken: how often a later request went before it.
     """
 
     rows: int
@@ -29,11 +29,11 @@ R = TypeVar("R", bound=Waits)
 class Waiting(list[R]):
     """Requests in the order they came.
 
-    The next is the first of the highest priority, or, where that needs more slots than are free,
-    the next that fits. Each time, those that came before it count one more overtaking; who has been
-    overtaken ``patience`` times goes before everybody, and until there are slots for it nobody
-    goes. So a request waits for those before it and for at most ``patience`` of those behind it:
-    images end, a request that fits all slots gets them, and nobody starves.
+    The next one is the first of the highest priority or, if that needs more slots than are free,
+    the next that fits. Each request that came before it is then counted as overtaken once more. A
+    request that has been overtaken ``patience`` times goes before all others, and until there are
+    slots for it none goes. So a request waits for those before it and for at most ``patience`` of
+    those after it: images end, a request that fits in all the slots gets them, and nobody starves.
 
     Args:
         limit: requests that may wait.
@@ -45,7 +45,7 @@ class Waiting(list[R]):
         self.limit, self.patience = limit, patience
 
     def put(self, request: R) -> None:
-        """Queue behind the others. Raises QueueFull at the limit."""
+        """Queue a request after the others. Raises QueueFull at the limit."""
         if len(self) >= self.limit:
             raise QueueFull(
                 f"{len(self)} requests are waiting and the queue holds {self.limit}; submit again "
@@ -54,7 +54,7 @@ class Waiting(list[R]):
         self.append(request)
 
     def take(self, free: int) -> R | None:
-        """Remove and return who goes next into ``free`` slots; None: nobody fits, or may go."""
+        """Remove and return the next request for ``free`` slots; None if none fits or may go."""
         chosen = self._choose(free)
         if chosen is not None:
             for before in self[: self.index(chosen)]:
@@ -63,8 +63,8 @@ class Waiting(list[R]):
         return chosen
 
     def _choose(self, free: int) -> R | None:
-        # Nobody has been overtaken more often than those before it: only the first can be at the
-        # end of its patience while others are not.
+        # No request has been overtaken more often than those before it: if any is at the end of
+        # its patience, the first is.
         if self and self[0].overtaken >= self.patience:
             return self[0] if self[0].rows <= free else None
         by_priority = sorted(self, key=lambda request: -request.priority)  # stable

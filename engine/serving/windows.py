@@ -1,10 +1,10 @@
-"""Drawing several codes a step while few images are drawn.
+"""Draws several codes a step while few images are being drawn.
 
 A step of a few rows leaves most of a CPU's products empty. Windows of drafted codes fill them
-(`engine.decoding.jacobi`) as a crowd's rows do, and like those they change what is drawn by
-rounding at most. When too many come, from the next step on all are drawn code by code (codes by
-which an image was ahead of others of its request are drawn again); when enough have gone, the
-others go on in windows from where they stand.
+(`engine.decoding.jacobi`) as the rows of many images do, and like those they change what is drawn
+by rounding at most. When too many images arrive, all are drawn code by code from the next step on
+(codes by which an image was ahead of others of its request are drawn again). When enough have
+ended, the others continue in windows from where they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from echogen.engine.serving.slots import Ahead
 class Windowed:
     """A `crowd.Drawer` of one request, for steps that are windows.
 
-    Its images get on by themselves; what counts as drawn is what all of them have.
+    Its images advance independently; only codes that all of them have count as drawn.
     """
 
     def __init__(self, live: Live) -> None:
@@ -31,7 +31,7 @@ class Windowed:
         self._starts = list[int]()
 
     def ahead(self, width: int) -> Ahead:
-        """What the next window runs of it."""
+        """What the next window runs for it."""
         drafts = [image.ahead(width) for image in self._images]
         self._starts = [start for start, _ in drafts]
         halves = len(self.rows.numbers) // len(drafts)
@@ -39,7 +39,7 @@ class Windowed:
         return Ahead(self.rows.numbers, [codes for _, codes in drafts] * halves, offsets * halves)
 
     def draw(self, logits: Tensor) -> list[Tensor]:
-        """See `Drawer`, from logits [R, W, V]: codes int64 [N, n], one at least of each image."""
+        """See `Drawer`; from logits [R, W, V], codes int64 [N, n], at least one per image."""
         request, images = self.lives[0].request, self._images
         positions = torch.tensor(self._starts)[:, None] + torch.arange(logits.shape[1])
         samples = request.sampler.pick(request.sampler.scores(logits, positions), positions)

@@ -1,4 +1,4 @@
-"""A thread that steps while there is something to do, and its orderly end."""
+"""A thread that steps while there is work, and its orderly shutdown."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class SchedulerClosed(RuntimeError):
 
 
 class Worker(ABC):
-    """Steps when told, in a thread of the caller's (``run``) or in its own (``start``, ``with``).
+    """Makes steps in a thread of the caller's (``step``, ``run``) or its own (``start``, ``with``).
 
-    ``_changed`` is held while something changes that other threads see, and is told of it;
-    ``_closed`` says why nothing more is taken, ``_cancelling`` that the rest is not to be drawn.
-    One thread steps at a time: it holds ``_turn``, and ``_stepping`` is its identity.
+    ``_changed`` is held while state that other threads see changes, and notifies them of it.
+    ``_closed`` says why no more work is taken; ``_cancelling`` says that what is left is to be
+    cancelled. One thread steps at a time: it holds ``_turn``, and ``_stepping`` is its identity.
     """
 
     def __init__(self) -> None:
@@ -29,12 +29,12 @@ class Worker(ABC):
 
     @property
     def closed(self) -> str:
-        """Why nothing more is taken; empty while it is."""
+        """Why no more work is taken; empty while it is."""
         return self._closed
 
     @property
     def step_s(self) -> float:
-        """Seconds that the step under way takes by now; 0 between steps."""
+        """Seconds that the current step has taken so far; 0 between steps."""
         began = self._began
         return 0.0 if began is None else time.monotonic() - began
 
@@ -48,17 +48,17 @@ class Worker(ABC):
 
     @abstractmethod
     def _abandon(self, error: BaseException) -> None:
-        """The worker died of ``error``: tell everybody who waits for it. May come again, when
+        """The worker died of ``error``: tell everyone who waits for it. May be called again, when
         nobody is left."""
 
     def step(self) -> bool:
         """Do a piece of the work, in the caller's thread; False: nothing to do.
 
         Raises:
-            RuntimeError: called within a step, by what that calls back.
-            BaseException: what no request answers for, Ctrl-C too. It is the end: everybody who
-                waits is told (of what is no `Exception` as the cause of `SchedulerClosed`), and
-                nothing more is taken.
+            RuntimeError: called within a step, from one of its callbacks.
+            BaseException: an error that belongs to no request, including Ctrl-C. It ends the
+                worker: everyone who waits is told of it (as the cause of `SchedulerClosed` if it is
+                no `Exception`), and no more work is taken.
         """
         if self._stepping == threading.get_ident():
             raise RuntimeError("step() was called within a step; a callback must not call it")
@@ -73,8 +73,8 @@ class Worker(ABC):
                 self._stepping = self._began = None
 
     def run(self) -> None:
-        """Step until ``shutdown``; for a thread of the caller's own (``start`` makes one). Raises
-        as ``step`` does."""
+        """Step until ``shutdown``, in the caller's thread (``start`` makes one instead). Raises as
+        ``step`` does."""
         try:
             while True:
                 with self._changed:
@@ -98,10 +98,11 @@ class Worker(ABC):
     def shutdown(self, cancel: bool = False, timeout: float | None = None) -> bool:
         """Take no more requests, draw those there are (or ``cancel`` them), and end the thread.
 
-        Waits for that, so in an event loop call ``await asyncio.to_thread(scheduler.shutdown)``;
-        for ``timeout`` seconds at most where the thread is its own: False says that it has not
-        ended by then (a device may never answer). From within a step, called back, it returns at
-        once, and who steps goes on to the end.
+        This waits for the end, so in an event loop call
+        ``await asyncio.to_thread(scheduler.shutdown)``. For a thread made by ``start`` it waits at
+        most ``timeout`` seconds and returns False if the thread has not ended by then (a device may
+        never answer). Called back from within a step, it returns at once, and the stepping thread
+        goes on to the end.
         """
         self._cancelling = self._cancelling or cancel
         self._close("the scheduler was shut down; make a new one")
@@ -118,7 +119,7 @@ class Worker(ABC):
     def _die(self, error: BaseException) -> None:
         reason = f"the scheduler died of {type(error).__name__}: {error}"
         self._close(reason)
-        if not isinstance(error, Exception):  # another thread is not to end of this one's Ctrl-C
+        if not isinstance(error, Exception):  # this thread's Ctrl-C must not end another thread
             told = SchedulerClosed(reason)
             told.__cause__ = error
             error = told

@@ -1,5 +1,5 @@
-"""Checkpoints that the tests write: the original layout, spelt out, and a small one of it; ways to
-spoil one, and what a refusal says."""
+"""Checkpoints that the tests write: the original layout, spelt out, and a small one in it; helpers
+that damage a checkpoint, and that check what its refusal says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small Janus models of transformers with weights that hide nothing, for parity tests."""
+"""Small Janus models of transformers, whose weights make every term show, for parity tests."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def _janus_config(
 
 
 def _redraw(model: nn.Module, seed: int) -> None:
-    """Give every parameter, gains and biases too, a value that a forgotten term would betray."""
+    """Give every parameter, gains and biases included, a value that shows a forgotten term."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
@@ -165,8 +165,8 @@ def engine(random_engine) -> Engine:
 
 @pytest.fixture(params=["native", "packed", "plain"])
 def either(request, engine, monkeypatch) -> Engine:
-    """The engine on packed weights, which are a copy, in C++ and by PyTorch's operations, and on
-    the transformer as it is."""
+    """The engine in C++, by PyTorch's operations (both on packed weights, which are a copy), and on
+    the plain transformer."""
     made = copy.copy(engine)
     if request.param == "plain":
         monkeypatch.setattr("echogen.engine.engine.packed", lambda model: model)
@@ -185,6 +185,6 @@ def folder(tmp_path, janus_config, random_janus) -> Path:
 
 @pytest.fixture(scope="module", params=PLACES)
 def place(request: pytest.FixtureRequest) -> Place:
-    """Where a test runs a GPU's operators."""
+    """Where a test runs the GPU operators."""
     found: Place = request.param
     return found

@@ -1,5 +1,5 @@
-"""Where tests run a GPU's operators: as their references and on a tape (`tape.py`) on any machine,
-natively and in CUDA graphs on one with a GPU."""
+"""Where tests run the GPU operators: on any machine as their references, recorded on a tape
+(`tape.py`); on one with a GPU natively, in CUDA graphs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 @dataclass(frozen=True)
 class Place:
-    """A device, the type of what lies there, and by how much (over the largest) its logits may
-    differ from the plain transformer's."""
+    """A device, the dtype of what lies there, and how far its logits may differ from the plain
+    transformer's, relative to the largest."""
 
     kind: str
     dtype: torch.dtype = torch.float32
@@ -34,7 +34,8 @@ class Place:
 
     @property
     def exact(self) -> bool:
-        """Whether sums in another order draw the same codes, but for ones that hardly differ."""
+        """Whether sums in another order draw the same codes, unless two are almost equally
+        likely."""
         return self.dtype == torch.float32
 
     def record(self) -> Recorder:

@@ -1,4 +1,4 @@
-"""What tests of the scheduler ask of it, and how they watch it."""
+"""Requests that tests make to the scheduler, and tools to observe it."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class Asked:
 
 
 def crowd(count: int, seed: int, slots: int = 8) -> list[Asked]:
-    """Random requests, none larger than the slots."""
+    """Random requests, none of which needs more than the slots there are."""
     rng, made = random.Random(seed), list[Asked]()
     while len(made) < count:
         asked = Asked(
@@ -73,12 +73,12 @@ def crowd(count: int, seed: int, slots: int = 8) -> list[Asked]:
 
 
 def finish(scheduler: Scheduler) -> int:
-    """Step by hand to the end; the steps."""
+    """Step by hand to the end; return the number of steps."""
     return sum(1 for _ in iter(scheduler.step, False))
 
 
 def staggered(scheduler: Scheduler, asked: list[Asked], rng: random.Random) -> list[Request]:
-    """Submit requests at random moments between steps, and draw all."""
+    """Submit requests at random moments between steps, and draw them all."""
     requests = []
     for each in asked:
         requests.append(each.submit(scheduler))
@@ -102,12 +102,12 @@ class Heard:
     def end(self): ...
 
     def all(self, name: str) -> list[Any]:
-        """One value of each."""
+        """The value called ``name`` of each."""
         return [payload[name] for payload in self.payloads]
 
 
 class Held(TorchDispatchMode):
-    """Bytes of the storages made within, and the most that were held at once."""
+    """Counts the bytes of storages made within, and the most that were held at once."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""A server in a thread and those who ask it, for tests over real sockets."""
+"""A server in a thread and its clients, for tests over real sockets."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Answer:
 
 @dataclass
 class Client:
-    """A server, and a connection anew for each question."""
+    """A client of a server, with a new connection for each request."""
 
     port: int
     scheduler: Scheduler
@@ -82,7 +82,7 @@ def send(connection: HTTPConnection, method: str, path: str, body: Any, **header
 def begin(
     client: Client, path: str, length: int, sent: bytes, kind: str = "application/json", **more: str
 ) -> HTTPConnection:
-    """Ask with a body of which only the beginning is sent; ``more`` headers."""
+    """Make a request of whose body only the beginning is sent; ``more`` are headers."""
     connection = client.connect()
     connection.putrequest("POST", path)
     for name, value in ({"Content-Type": kind, "Content-Length": str(length)} | more).items():
@@ -93,7 +93,7 @@ def begin(
 
 @contextmanager
 def serving(engine: Engine, **options: Any) -> Iterator[Client]:
-    """Options are of `Scheduler` and `make_app`."""
+    """Run a server; the options are those of `Scheduler` and `make_app`."""
     limits = {k: options.pop(k) for k in ("limit", "searches") if k in options}
     scheduler = Scheduler(engine, **{"slots": 8, "prompt_tokens": 100} | options)
     with running(make_app(engine, scheduler, "small", **limits)) as port:

@@ -1,5 +1,6 @@
-"""What a CUDA graph is, on a CPU: a step's operators, written down once and run again on the same
-memory. Whatever the step's Python would do otherwise the next time is lost, as it is in a graph."""
+"""A CUDA graph's counterpart on a CPU: the operators of a step are recorded once and run again on
+the same memory. Anything the step's Python would do differently the next time is lost, as in a
+graph."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ class _Writing(TorchDispatchMode):
 
     @property
     def launches(self) -> list[str]:
-        """Operators that compute something, by name: those that cut a view do not."""
+        """The names of the operators that compute something; making a view does not count."""
         return [f.name() for f, args, _, made in self.calls if not _views(args, made)]
 
 
@@ -41,19 +42,19 @@ def _views(args: tuple[Any, ...], made: Any) -> bool:
 
 
 def written(step: Callable[[], object]) -> _Writing:
-    """What a step calls."""
+    """Record what a step calls."""
     with _Writing() as writing:
         step()
     return writing
 
 
 class Tape:
-    """`graphs.Recorder`.
+    """A `graphs.Recorder`.
 
     Attributes:
-        recorded: steps so far.
-        replayed: runs of what was recorded.
-        asked_apart: how often memory of its own was asked for, which a tape does not have.
+        recorded: steps recorded so far.
+        replayed: runs of recorded steps.
+        asked_apart: how often separate memory was asked for, which a tape does not have.
     """
 
     def __init__(self) -> None:
@@ -65,7 +66,7 @@ class Tape:
         return self
 
     def record(self, step: Callable[[], None]) -> Callable[[], None]:
-        """As `graphs.CudaGraphs`: run to warm up, then written down."""
+        """Run a step to warm up, then record it, as `graphs.CudaGraphs` does."""
         step()
         calls = written(step).calls
         self.recorded += 1

@@ -1,4 +1,4 @@
-"""Causal attention: what it computes, and flash-attn in its place where that is installed."""
+"""Causal attention: what it computes, and that flash-attn is used where it is installed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from echogen.engine import attention
 
-# With the package's own order of axes: [B, L, heads, K], grouped heads allowed.
+# It has the package's own order of axes, [B, L, heads, K], and allows grouped heads.
 STAND_IN = """
 import torch
 
@@ -25,14 +25,14 @@ LENGTH = 7
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """``package(source)``: a flash-attn of that source is installed."""
+    """``package(source)`` installs a flash-attn with that source."""
 
     def install(source):
         (tmp_path / "flash_attn").mkdir()
         (tmp_path / "flash_attn" / "__init__.py").write_text(source)
         monkeypatch.syspath_prepend(tmp_path)
         attention.flash_attention.cache_clear()
-        # A CPU has no kernel of its; that this says so is another test's matter.
+        # On a CPU flash-attn has no kernel; that `flash_can` says so is tested below.
         monkeypatch.setattr(attention, "flash_can", lambda query: True)
 
     yield install
@@ -46,7 +46,7 @@ def inputs(kv_heads):
 
 
 def wanted(query, key, value):
-    """Written out in float64."""
+    """Causal attention written out in float64."""
     query, key, value = (t.double() for t in (query, key, value))
     key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
     scores = query @ key.mT * query.shape[-1] ** -0.5

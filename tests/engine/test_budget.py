@@ -1,4 +1,4 @@
-"""Memory is planned before anything is drawn, made once, and enough."""
+"""Memory is planned before anything is drawn, is allocated once, and is enough."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .tape import Tape
 
 def test_memory_is_planned_and_made_once(either):
     engine = either
-    engine.decoder  # noqa: B018  # its weights are there before
+    engine.decoder  # noqa: B018  # so that its weights are not counted
     with Held() as held:
         scheduler = Scheduler(engine, slots=8)
     block = scheduler._slots.cache.block
@@ -47,13 +47,13 @@ def test_memory_is_planned_and_made_once(either):
         requests[0].images()
     assert scheduler._slots.cache.block.data_ptr() == place
     assert held.live + drawing.peak <= scheduler.plan.bytes
-    planned = block.nbytes * scheduler.plan.capacity / block.shape[-2]  # in C++ without prompts
-    assert drawing.largest < planned / 4  # nothing of the cache's size in mid-flight
+    planned = block.nbytes * scheduler.plan.capacity / block.shape[-2]  # C++: no prompts in it
+    assert drawing.largest < planned / 4  # nothing of the cache's size is made while drawing
 
 
 @pytest.mark.parametrize("fp8_cache", [False, True])
 def test_memory_on_a_gpus_operators_is_planned_and_made_once(engine, monkeypatch, fp8_cache):
-    """Codes and prompts apart take together what slots of both would."""
+    """Separate codes and prompts together take what slots that hold both would."""
     with torch.inference_mode():
         made = DeviceTransformer(
             engine.transformer, engine.code_table, fp8_cache=fp8_cache, record=Tape()
@@ -110,7 +110,7 @@ def test_slots_follow_the_memory(engine):
 
 @pytest.mark.parametrize("windows", [False, True])
 def test_the_number_told_to_fit_does_and_one_more_does_not(engine, windows):
-    """A slot costs the more, the more are asked for: at that cost far fewer would fit."""
+    """A slot costs more when more are asked for: at the cost of 100,000, far fewer would fit."""
     config, memory = engine.transformer.config, 1 << 30
 
     def planned(slots: int) -> budget.Plan:
@@ -133,7 +133,7 @@ def test_free_memory_is_the_devices(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 5000))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
-    assert budget.free_bytes(cuda) == 1200  # PyTorch holds 200 that it does not use
+    assert budget.free_bytes(cuda) == 1200  # of which PyTorch holds 200 without using them
     cpu = torch.device("cpu")
     assert budget.free_bytes(cpu) > 1 << 20
     monkeypatch.setattr(budget, "_available", lambda: 700)
@@ -179,7 +179,7 @@ def test_slots_of_a_long_model_are_made_for_prompts_of_some_length():
 
 
 def test_windows_are_planned(engine, monkeypatch):
-    """What they hold and what passes through one is no more than they add to the plan."""
+    """What windows hold and what passes through one takes no more than they add to the plan."""
     monkeypatch.setenv("ECHOGEN_NATIVE", "0")
     engine, plans, held = copy.copy(engine), [], []
     engine.refresh()

@@ -1,4 +1,4 @@
-"""Drawing is the port's greedy loop, is the uncached forward, and samples what it says."""
+"""Drawing matches the port's greedy loop and the uncached forward, and samples as documented."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_greedy_guided_codes_are_the_ports(pair, seed, rows, length, cache):
         if cache == "dynamic"
         else StaticCache(config=port.config.text_config, max_cache_len=total)
     )
-    # transformers named it anew in 5.24 or a little before.
+    # transformers renamed it in 5.24 or a little before.
     names = inspect.signature(port.forward).parameters
     taken = "cache" if "cache" in names else "past_key_values"
     wanted = port.generate(
@@ -177,7 +177,7 @@ def test_a_cached_forward_in_pieces_is_the_whole(model, relative_error):
 @pytest.mark.parametrize("lengths", [(9, 9), (9, 2), (4, 11)])
 @torch.inference_mode()
 def test_packed_weights_decode_as_the_plain_ones(pair, relative_error, dtype, bound, lengths):
-    """With and without pads, one row a code or two."""
+    """With and without padding, and with one or two rows per code."""
     model = copy.deepcopy(pair[1]).to(dtype)
     if not packable(model):
         pytest.skip(f"oneDNN cannot pack {dtype} here")
@@ -195,8 +195,8 @@ def test_packed_weights_decode_as_the_plain_ones(pair, relative_error, dtype, bo
 
 
 def test_kept_prefixes_change_nothing(model):
-    """Drawings through one packed model, which keeps unconditional prefixes, are those through
-    fresh ones; a prefix beyond the budget is dropped."""
+    """One packed model, which keeps unconditional prefixes, draws what fresh ones draw; a prefix
+    beyond the budget is dropped."""
     c, sampling = model.config, Sampling(temperature=0, cfg=4.0)
     if not packable(model):
         pytest.skip("oneDNN cannot pack this model here")
@@ -326,7 +326,7 @@ def test_draws_follow_the_stated_distribution(sampling):
 
 
 def test_noise_is_keyed_by_position_however_the_steps_are_visited(monkeypatch):
-    """Blocks of positions are an implementation's matter: their size and order do not show."""
+    """Blocks of positions are an implementation detail: their size and order change nothing."""
     logits, draws = COND.expand(6, V), torch.arange(6) + 40
     wanted = {
         step: (logits + gumbel_noise(5, draws, torch.tensor(step), V)).argmax(-1)
@@ -343,7 +343,8 @@ def test_noise_is_keyed_by_position_however_the_steps_are_visited(monkeypatch):
 @pytest.mark.parametrize("block", [1, 6 * V * 3, 1 << 21])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(cfg=2.0, top_k=4, top_p=0.8)])
 def test_several_positions_at_once_draw_what_each_draws_alone(monkeypatch, sampling, block):
-    """Every sample at positions of its own, in blocks of one, three and all of them."""
+    """Every sample is at positions of its own; noise is made in blocks of one, three or all of
+    them."""
     monkeypatch.setattr(Sampler, "BLOCK", block)
     generator = torch.Generator().manual_seed(1)
     rows = 6 if sampling.cfg == 1 else 12

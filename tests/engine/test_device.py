@@ -1,7 +1,7 @@
 """A recorded step, run again and again, draws what the plain loop draws.
 
-The step's operators run on their references here, and natively where there is a GPU; a tape stands
-in for a CUDA graph (`tape.py`)."""
+The step's operators run as their references here, and natively where there is a GPU; a tape
+replaces the CUDA graph (`tape.py`)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SAMPLINGS = {
 
 
 def build(dtype=torch.float32, where="cpu", **shape) -> UnifiedTransformer:
-    """A model every weight of which shows."""
+    """A model in which every weight affects the result."""
     model = UnifiedTransformer(replace(CONFIG, **shape)).eval()
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def sampler(kind, sampling, images, seed=5, where="cpu"):
 
 @torch.inference_mode()
 def plain_codes(model, prompts, drawer) -> Tensor:
-    """By the plain transformer, code by code."""
+    """Draw with the plain transformer, code by code."""
     rows, table = rows_of(prompts, drawer.sampling.guided), model.code_table()
     ids, pads = (t.to(table.device) for t in left_padded(rows, PAD))
     plain = PlainDecoding(model, table, ids, pads, CONFIG.image_tokens)
@@ -127,7 +127,7 @@ def test_logits_are_those_of_the_plain_loop(
     made = operators(model)
     whole = Piece((1 << 20,), dtype)
     made.memory.grow(whole)
-    made.memory.views(whole)[0].fill_(float("nan"))  # nobody reads what was not written
+    made.memory.views(whole)[0].fill_(float("nan"))  # what was not written must not be read
     both = (
         PlainDecoding(model, model.code_table(), ids, pads, CONFIG.image_tokens),
         DeviceDecoding(made, rows, guided=True),
@@ -144,7 +144,7 @@ def test_logits_are_those_of_the_plain_loop(
 @pytest.mark.parametrize("who", ["torch", "wide_linear", "skinny_linear"])
 @torch.inference_mode()
 def test_weights_in_fp8(relative_error, monkeypatch, who):
-    """The products are those of the weights that fp8 holds, whoever multiplies."""
+    """The products are those of the weights as fp8 holds them, whichever kernel multiplies."""
     if who != "skinny_linear":
         monkeypatch.setattr(device, "MAX_ROWS", 0)
     if who == "torch":
@@ -159,7 +159,7 @@ def test_weights_in_fp8(relative_error, monkeypatch, who):
     logits = []
     for made in (operators(model, fp8=True), operators(rounded)):
         decoding = DeviceDecoding(made, RAGGED, guided=False)
-        # Prompts are run by the live weights, which the two do not share.
+        # Prompts are run with the live weights, which differ between the two.
         decoding.prefill()
         decoding._step.prompts.copy_(torch.full_like(decoding._step.prompts, 0.1))
         logits.append([decoding.step(codes_fed) for _ in range(2)])
@@ -185,7 +185,7 @@ def test_a_recorded_step_draws_the_plain_loops_codes(model, name, prompts):
 
 
 def test_one_recorded_step_serves_other_prompts_scales_and_seeds(model):
-    """Whatever rounds to the same shape; the numbers are read on the device."""
+    """All drawings that round up to one shape share a step; it reads the numbers on the device."""
     tape = Tape()
     made = operators(model, tape)
     drawings = [
@@ -201,7 +201,7 @@ def test_one_recorded_step_serves_other_prompts_scales_and_seeds(model):
 
 
 def test_autocast_changes_no_step(model):
-    """A recorded one could not follow it, and is run without it later."""
+    """A recorded step could not follow autocast, and is run without it later."""
     made, sampling = operators(model), Sampling(cfg=3.0)
     wanted = codes(operators(model), GROUPS, sampler(Sampler, sampling, 9))
     with torch.autocast("cpu", torch.bfloat16):
@@ -244,7 +244,7 @@ def test_a_sampler_of_its_own_is_asked_code_by_code(model):
 
 @pytest.mark.parametrize("shape", ["the same", "another"])
 def test_a_drawing_within_a_drawing_is_refused(model, shape):
-    """They would share one memory."""
+    """The two would share the same memory."""
     made, inner = operators(model), RAGGED if shape == "the same" else RAGGED[:1]
 
     def draws(done: int, steps: int) -> None:
@@ -261,15 +261,15 @@ def test_prompts_are_kept_once_unless_copies_are_asked_for(model):
     made, rows = operators(model), rows_of(GROUPS, True)
     with torch.inference_mode():
         once = DeviceDecoding(made, rows, True)
-        assert once.held == 5 + 8 + 2 + 5 + 8  # the shortest is its own unconditional prompt
+        assert once.held == 5 + 8 + 2 + 5 + 8  # the shortest equals its unconditional prompt
         assert DeviceDecoding(made, rows, True, share=False).held == 2 * (4 * 5 + 4 * 8 + 2)
     found = codes(made, GROUPS, sampler(Sampler, Sampling(cfg=3.0), 9), share=False)
     assert torch.equal(found, codes(made, GROUPS, sampler(Sampler, Sampling(cfg=3.0), 9)))
 
 
 def test_rows_of_a_scheduler(model, relative_error):
-    """Recorded beforehand, a step for each number of rows, in memory apart from that of drawings,
-    of which there are some in between; and replayed."""
+    """A step for each number of rows is recorded beforehand and replayed, in memory separate from
+    that of drawings, some of which are made in between."""
     tape = Tape()
     made, table = operators(model, tape), model.code_table().detach()
     with torch.inference_mode():
@@ -322,14 +322,14 @@ def test_caches_in_fp8_are_recorded_and_smaller():
     exact, first, second = (drawer.logprob for drawer in drawn)
     assert torch.equal(first, second) and not torch.equal(first, exact)
     assert tape.replayed == 2 * (CONFIG.image_tokens - 1)
-    # A byte for four, and a scale for 64 of them.
+    # One byte instead of four, and a 4-byte scale for every 64 of them.
     assert made.memory.nbytes == wide.memory.nbytes / 4 * (1 + 4 / 64)
 
 
 @pytest.mark.parametrize("prompts", [RAGGED, GROUPS[3:]], ids=["ragged", "groups"])
 @torch.inference_mode()
 def test_caches_in_fp8(model, relative_error, monkeypatch, prompts):
-    """Keys and values are those that fp8 holds, of prompts and of codes, and near the true ones."""
+    """Keys and values of prompts and of codes are those that fp8 holds, and near the true ones."""
     rows = rows_of(prompts, True)
 
     def logits(made):
@@ -363,7 +363,7 @@ def test_caches_in_fp8(model, relative_error, monkeypatch, prompts):
 
 @torch.inference_mode()
 def test_prompts_are_rounded_a_layer_at_a_time():
-    """What float32 takes meanwhile does not grow with the layers."""
+    """The float32 memory that rounding takes does not grow with the layers."""
     largest = []
     for layers in (2, 3):
         made = operators(build(layers=layers), Eager(), fp8_cache=True)
@@ -407,7 +407,8 @@ def test_release_gives_the_memory_of_drawings_back():
 
 @pytest.mark.parametrize("moved", [False, True], ids=["release", "weights moved"])
 def test_an_engine_leaves_no_memory_behind(moved):
-    """At once, not when Python next looks for cycles: what follows may need as much again."""
+    """Memory is freed at once, not when Python next looks for cycles: what follows may need as
+    much again."""
     engine = Engine.from_pretrained("tiny")
     engine._decoder = operators(engine.transformer, Eager())
     with torch.inference_mode():
@@ -442,8 +443,8 @@ def test_a_seed_that_is_no_key_is_refused_as_elsewhere():
 )
 @torch.inference_mode()
 def test_launches_a_layer(images, fused, fp8, most, monkeypatch):
-    """What the module says, with guidance and shared prefixes: kernels of the project as they would
-    be launched, and products of torch."""
+    """The numbers are those in the module's docstring, with guidance and shared prefixes: the
+    project's kernels as they would be launched, and torch's products."""
     monkeypatch.setenv("ECHOGEN_FUSED", fused)
     counted = []
     for layers in (2, 3):

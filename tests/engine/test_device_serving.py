@@ -1,8 +1,8 @@
-"""The scheduler on a GPU's operators: one thread runs steps that were recorded beforehand, while
-others ask, draw, record, cancel and look at pictures.
+"""The scheduler on the GPU operators: one thread runs steps that were recorded beforehand, while
+others submit requests, draw, record, cancel and look at pictures.
 
-In batch-invariant mode a request's codes are, bit for bit, those that it had alone, whatever the
-others do: that is what most of this holds it to.
+Most tests check that in batch-invariant mode a request's codes are, bit for bit, those that it had
+alone, whatever the others do.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ EXACT = pytest.mark.parametrize("place", PLACES[:2], indirect=True)
 
 @pytest.fixture(scope="module", autouse=True)
 def row_by_row() -> Iterator[None]:
-    """The kernel's sums are a row's own, whoever shares its prompt. The reference multiplies those
-    rows together, and MKL rounds by their number, unless it takes them one by one."""
+    """Make the reference take rows one by one. A row's sums in the kernel do not depend on the rows
+    that share its prompt. The reference multiplies these together, and MKL's rounding depends on
+    their number."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "CHUNK", 1)
         yield
@@ -70,7 +71,7 @@ def engine(request, place, random_engine) -> Engine:
 
 @pytest.fixture(scope="module")
 def large(place, random_engine) -> Engine:
-    """Of shapes that a GPU's libraries have more than one way to multiply."""
+    """An engine with shapes that a GPU's libraries multiply in more than one way."""
     return place.engine(random_engine, **LARGE)
 
 
@@ -79,7 +80,7 @@ def invariant(engine: Engine, slots: int) -> Scheduler:
 
 
 def each_alone(scheduler: Scheduler, asked: list[Asked]) -> dict[Asked, Tensor]:
-    """What the scheduler draws of each while there is nothing else."""
+    """What the scheduler draws for each request while there is no other."""
     found = {}
     for each in asked:
         request = each.submit(scheduler)
@@ -90,8 +91,9 @@ def each_alone(scheduler: Scheduler, asked: list[Asked]) -> dict[Asked, Tensor]:
 
 @contextmanager
 def asking(scheduler: Scheduler, asked: list[Asked]) -> Iterator[list[tuple[Asked, Tensor]]]:
-    """Threads that ask for everything while the block runs, and again until it ends; what came."""
-    # No thread without a request: it would not wait for anything, and keep the others from running.
+    """Run threads that submit all requests over and over until the block ends; yield what they
+    got."""
+    # No thread without requests: it would never wait, and would keep the others from running.
     threads, found = min(4, len(asked)), list[tuple[Asked, Tensor]]()
     ended = threading.Event()
 
@@ -115,7 +117,7 @@ def asking(scheduler: Scheduler, asked: list[Asked]) -> Iterator[list[tuple[Aske
 def check_drawings_between_steps(
     engine: Engine, scheduler: Scheduler, asked: list[Asked], between: list[Asked], exact: bool
 ) -> None:
-    """Drawings of all sizes in this thread, their steps recorded anew, while the scheduler's thread
+    """Draw at all sizes in this thread, with steps recorded anew, while the scheduler's thread
     draws for others: neither changes what the other draws."""
     wanted = [each.alone(engine) for each in between]
     alone = each_alone(scheduler, asked)
@@ -139,13 +141,13 @@ def test_a_crowd_of_threads_with_drawings_between_its_steps(engine, place):
 
 
 def test_a_crowd_of_more_realistic_sizes(large, place):
-    """In more rows than `skinny_linear` takes."""
+    """The steps have more rows than `skinny_linear` takes."""
     asked, between = crowd(3, seed=5), crowd(1, seed=6)
     check_drawings_between_steps(large, invariant(large, 20), asked, between, place.exact)
 
 
 def test_a_scheduler_is_made_while_another_draws(engine):
-    """And is stepped in another thread then."""
+    """The new scheduler is then stepped in another thread."""
     asked, first = crowd(4, seed=7), invariant(engine, 8)
     alone = each_alone(first, asked)
     with asking(first, asked) as found:
@@ -158,7 +160,7 @@ def test_a_scheduler_is_made_while_another_draws(engine):
 @pytest.mark.parametrize("slots", [4, 8, 12, 20, 32])
 @torch.inference_mode()
 def test_rows_agree_in_usual_numbers_of_slots(large, slots):
-    """Which is what batch-invariant mode stands on."""
+    """Batch-invariant mode rests on this."""
     made = Slots(large.decoder, large.code_table, slots, 96, invariant=True)
     assert made.rows_agree([large.prompts.bos, *range(16)])
 
@@ -174,13 +176,14 @@ def test_who_cancels_in_mid_flight_makes_room_and_harms_nobody(engine):
     after = scheduler.metrics()
     assert gone.future.cancelled() and gone.drawn == 5
     assert (after.cancelled, after.live_slots) == (1, 0)
-    # Its prompt gave the first of its five codes; the last to come went on from there.
+    # The cancelled request's prompt gave the first of its five codes. The last request to start
+    # went on from there.
     assert after.steps - before.steps == 4 + TOKENS - 1
 
 
 @torch.inference_mode()
 def test_rows_have_the_plain_transformers_logits(engine, place, relative_error):
-    """In the slots they were given and in those they move to, with drawings between the steps."""
+    """In the slots they begin in and in those they move to, with drawings between the steps."""
     bound = place.error + 0.1 * engine.decoder.fp8_cache
     prompts = [engine.prompts.l2i(layout) for layout in LAYOUTS]
     both, held = [], []
@@ -204,7 +207,7 @@ def test_rows_have_the_plain_transformers_logits(engine, place, relative_error):
 
 @EXACT
 def test_who_stands_behind_free_slots_moves_up(engine):
-    """Into steps of fewer rows, whose sums may be rounded otherwise."""
+    """The steps then have fewer rows, whose sums may be rounded differently."""
     scheduler, stays = Scheduler(engine, slots=8, prompt_tokens=80), Asked(TWO, 2, GUIDED, 2)
     alone, heard = each_alone(scheduler, [stays]), Heard("engine/serve/gather")
     gone, request = Asked(ONE, 1, PLAIN, 4).submit(scheduler), stays.submit(scheduler)
@@ -268,7 +271,7 @@ def test_pictures_over_http(engine):
         alone = [pictures(client, seed) for seed in range(4)]
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda seed: pictures(client, seed), range(4)))
-    # Codes are the same, and libraries decode them.
+    # The codes are equal, but libraries decode them, so pixels may differ by one.
     np.testing.assert_allclose(found, alone, atol=1)
     assert not np.allclose(alone[0], alone[1], atol=1)
 
@@ -277,7 +280,7 @@ def test_pictures_over_http(engine):
 def test_the_host_is_few_steps_ahead_of_the_device():
     pace, steps = Pace(torch.device("cuda", 0)), list[torch.cuda.Event]()
     for _ in range(6):
-        torch.cuda._sleep(50_000_000)  # cycles, tens of milliseconds
+        torch.cuda._sleep(50_000_000)  # cycles: tens of milliseconds
         steps.append(torch.cuda.Event())
         steps[-1].record()
         pace()

@@ -1,5 +1,5 @@
-"""Windows of codes on the operators of a GPU: the codes are the sequential ones, in as many steps
-as the plain windows take. A tape stands in for a CUDA graph, as in test_device."""
+"""Windows of codes on the GPU operators draw the sequential codes, in as many steps as the plain
+windows take. A tape replaces the CUDA graph, as in test_device."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def test_codes_and_steps_are_those_of_plain_windows(model, kind, window, draft):
 
 
 def test_drawings_of_other_sizes_share_a_step_and_its_memory(model):
-    """Three images in the step of four, one idle; then four, and code by code between."""
+    """Three images run in the step of four, with one row idle, then four and three again; each time
+    they are also drawn code by code."""
     made, sampling = operators(model), SAMPLINGS["guided"]
     for images in (3, 4, 3):
         prompts = [prompt(5 + n, n) for n in range(images)]
@@ -100,7 +101,7 @@ def test_progress_counts_the_image_that_has_the_fewest(model):
 
 
 def test_the_host_asks_only_where_an_image_may_be_done(model, monkeypatch):
-    """Until then steps are launched one behind another."""
+    """Until then, steps are launched one after another."""
     made, asked = operators(model), []
     fewest = torch.Tensor.min
     monkeypatch.setattr(torch.Tensor, "min", lambda x: asked.append(1) or fewest(x))
@@ -109,7 +110,7 @@ def test_the_host_asks_only_where_an_image_may_be_done(model, monkeypatch):
 
 
 def test_an_image_of_one_row_of_codes_is_drawn(model):
-    """Two codes: no window is longer than one."""
+    """A row has two codes, and no window is longer than one."""
     small = build(image_tokens=4)
     drawer = Sampler(SAMPLINGS["plain"], 5, torch.arange(2), CONFIG.codebook_size, 4)
     prompts = [prompt(4, 1), prompt(6, 2)]
@@ -119,7 +120,7 @@ def test_an_image_of_one_row_of_codes_is_drawn(model):
 
 
 def test_a_layer_of_a_window_is_launched_as_one_of_rows(model):
-    """Nothing is launched a code."""
+    """Nothing is launched per code."""
     made = operators(model, Tape())
     windows(made, RAGGED[:1], sampler(Sampler, SAMPLINGS["guided"], 1), 4)
     step = next(s for s, _ in made.steps._held.values())
@@ -154,6 +155,7 @@ def test_graphs_draw_the_sequential_codes_on_a_gpu(kind, dtype):
         for window in (1, 4, 8):
             drawn = windows(made, prompts, drawer, window)
             differ = (drawn.codes != wanted).any(1).sum()
-            # In bfloat16 another number of rows rounds otherwise, and a flip changes what follows.
+            # In bfloat16 another number of rows rounds differently, and one flipped code changes
+            # all that follow.
             assert differ <= (0 if dtype == torch.float32 else 1)
             assert drawn.steps == (T - drawn.drafted.sum(1)).tolist()

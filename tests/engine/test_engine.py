@@ -1,4 +1,4 @@
-"""The facade: what it is asked wrongly it refuses, saying so; pictures are read as they look."""
+"""The facade refuses wrong arguments and says why, and reads pictures as they look."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_numbers_that_are_not_whole_are_named(engine):
         engine.generate(LAYOUT, seed=1.5)
     with pytest.raises(ValueError, match="seed = None; it must be a whole number"):
         engine.generate(LAYOUT, seed=None, sampling=Sampling(temperature=0))
-    for seed in (-1, 2**63):  # where no noise is drawn, either
+    for seed in (-1, 2**63):  # even where no noise is drawn
         with pytest.raises(ValueError, match=rf"seed = {seed}; it must be in 0"):
             engine.generate(LAYOUT, seed=seed, sampling=Sampling(temperature=0))
     with pytest.raises(ValueError, match=r"samples = 2\.0; it must be a whole number"):
@@ -89,14 +89,15 @@ def test_expressions_are_lists_of_texts(engine):
 
 
 def test_nothing_is_found_in_a_part_of_an_image(engine):
-    """The codes of a partial picture, say: what follows would stand where the others belong."""
+    """With the codes of a partial picture, for example, what follows would take the places of the
+    missing codes."""
     codes = torch.zeros(1, 12, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"shape \[1, 12\]; whole images of this model have 16"):
         engine.ground_codes(codes, [["a star"]])
 
 
 def test_no_way_in_draws_or_finds_behind_the_last_position(engine):
-    """Positions there have no rotation of their own."""
+    """Positions beyond the last have no rotation of their own."""
     draws = torch.arange(1)
     with pytest.raises(LayoutError, match="this model has room for 144"):
         engine.generate_codes([LONG])
@@ -192,11 +193,11 @@ def test_shades_without_a_scale_are_refused(tmp_path):
 
 
 def test_a_photo_is_read_as_it_is_shown(tmp_path):
-    """Cameras store it as the sensor lay, and say how to turn it."""
+    """Cameras store a photo as the sensor was held, and note how to rotate it."""
     pixels = np.zeros((8, 8, 3), np.uint8)
-    pixels[:, :4, 0] = 255  # its left is red
+    pixels[:, :4, 0] = 255  # its left half is red
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned clockwise: the left is up
+    exif[0x0112] = 6  # rotated clockwise when shown: its left is at the top
     path = tmp_path / "photo.png"
     Image.fromarray(pixels).save(path, exif=exif)
     found = np.asarray(load_image(str(path), 8))
@@ -205,7 +206,7 @@ def test_a_photo_is_read_as_it_is_shown(tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
 def test_what_is_transparent_is_read_on_white(tmp_path, mode):
-    """Whatever colour the file has there: black from most programs, or what was erased."""
+    """Whatever colour the file has under it: black from most programs, or what was erased."""
     pixels = np.zeros((8, 8, 4), np.uint8)
     pixels[2:6, 2:6] = (0, 0, 0, 255) if mode in ("LA", "L") else (255, 0, 0, 255)
     pixels[0, 0] = (90, 90, 90, 0)
@@ -232,7 +233,7 @@ def test_a_photo_that_is_said_to_be_turned_somehow_is_refused(tmp_path):
 
 
 def test_a_picture_that_is_cut_off_is_told_to_be(tmp_path):
-    """Whoever opens it."""
+    """Whether the engine or the caller opens it."""
     path = tmp_path / "photo.jpg"
     Image.effect_noise((64, 64), 50).save(path)
     path.write_bytes(path.read_bytes()[:1500])
@@ -316,7 +317,7 @@ def test_a_checkpoint_of_transformers_draws_as_its_generation_config_says(saved)
         return Engine.from_pretrained(saved).sampling
 
     ours = drawn_with(guidance_scale=5, temperature=0.9)
-    assert ours == Sampling()  # echogen.json says it
+    assert ours == Sampling()  # from echogen.json
     (saved / pretrained.META).unlink()
     assert drawn_with() == Sampling(cfg=5.0, temperature=0.9)
     assert drawn_with(guidance_scale=0, temperature=None) == Sampling()
@@ -371,7 +372,7 @@ def test_a_damaged_tokenizer_is_refused_in_one_line(saved, name, change):
 
 
 def test_a_tokenizer_that_is_not_read_as_it_is_stored_is_refused(saved, monkeypatch):
-    spaceless = AutoTokenizer.from_pretrained(saved)  # as transformers before 5.22 has DeepSeek's
+    spaceless = AutoTokenizer.from_pretrained(saved)  # as transformers < 5.22 reads DeepSeek's
     spaceless.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

@@ -13,7 +13,7 @@ from echogen.engine import flex
 
 
 def test_it_never_runs_unfused_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind its last variant it fails, and the limit is this project's, not torch's."""
+    """It fails after its last variant, and the limit is this project's, not torch's."""
     compile_ = torch.compile
     monkeypatch.setattr(flex.torch, "compile", lambda f: compile_(f, backend="eager"))
     monkeypatch.setattr(flex, "VARIANTS", 2)
@@ -35,7 +35,7 @@ def test_it_never_runs_unfused_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_limit_is_that_of_every_thread() -> None:
-    """Backward of checkpointed activations runs a forward in a thread of autograd's own."""
+    """The backward pass of checkpointed activations runs a forward in one of autograd's threads."""
     found = []
 
     def work() -> None:

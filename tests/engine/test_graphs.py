@@ -1,6 +1,6 @@
 """Recording a step: what is kept, what a graph's memory depends on, and how a capture fails.
 
-The rules of torch.cuda are written out (`Cuda`), as none of it may wait for a machine with a GPU.
+The rules of torch.cuda are written out (`Cuda`), so that all of it is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -40,18 +40,21 @@ def test_what_records(monkeypatch):
 
 
 class Cuda:
-    """The rules of torch.cuda that recording has to keep: nothing else is the current stream
-    behind a capture that failed, a pool is its graphs' alone and gone with them, a capture that
-    ends in an error stays open for pinned memory and, on some versions of torch, for the device's
-    and for the random generator, a graph that is destroyed ends the capture of another, and a
-    stream's workspace lies where it was first needed.
+    """The rules of torch.cuda that recording has to keep:
+
+    - after a capture that failed, the current stream is what it was;
+    - a pool belongs to its graphs alone and goes with them;
+    - a capture that ends in an error stays open for pinned memory and, on some versions of torch,
+      for the device's memory and for the random generator;
+    - a graph that is destroyed breaks the capture of another;
+    - a stream's workspace lies where it was first needed.
 
     Attributes:
         now: the current stream.
         capturing: the graph that is being captured.
-        broken: what is captured is worth nothing any more.
+        broken: whether the current capture has become invalid.
         captures: (stream, pool) of every graph captured.
-        workspaces: the pool that a stream's lies in; None: outside of all.
+        workspaces: the pool that each stream's workspace lies in; None: outside of all.
         draws: whether the random generator can be drawn from.
     """
 
@@ -147,7 +150,7 @@ class Cuda:
 
 
 def test_what_a_recorded_step_reads_stays(monkeypatch):
-    """A graph knows addresses alone: who made the step may be gone."""
+    """A graph knows only addresses, and whoever made the step may be gone."""
     Cuda(monkeypatch, False)
     held = torch.zeros(3)
     alive = weakref.ref(held)
@@ -163,7 +166,7 @@ def test_what_a_recorded_step_reads_stays(monkeypatch):
 @pytest.mark.parametrize("among", [False, True], ids=["alone", "among others"])
 @pytest.mark.parametrize("leaves_open", [False, True])
 def test_a_step_that_cannot_be_recorded(monkeypatch, leaves_open, among):
-    """One error says why and what to do, and everything else goes on."""
+    """One error says why and what to do, and everything else still works."""
     cuda = Cuda(monkeypatch, leaves_open)
     record = CudaGraphs(torch.device("cuda", 0)).record
     others = [record(lambda: None)] * among
@@ -175,7 +178,7 @@ def test_a_step_that_cannot_be_recorded(monkeypatch, leaves_open, among):
         assert cuda.draws and gc.isenabled() and not cuda.workspaces
         cuda.empty_cache()
     before = len(cuda.captures)
-    for _ in range(2):  # the first of them is gone when the second is recorded
+    for _ in range(2):  # the first is gone when the second is recorded
         again = record(lambda: None)
         del again
     assert len(cuda.captures) == before + 2 and all(run() is None for run in others)
@@ -216,7 +219,7 @@ def test_no_graph_is_destroyed_while_another_is_captured(monkeypatch):
     del cycle
 
     def step():
-        kept = [[] for _ in range(10_000 * bool(cuda.capturing))]  # the collector runs, if it may
+        kept = [[] for _ in range(10_000 * bool(cuda.capturing))]  # would run an enabled collector
         assert len(kept) in (0, 10_000)
 
     often = gc.get_threshold()
@@ -229,7 +232,7 @@ def test_no_graph_is_destroyed_while_another_is_captured(monkeypatch):
 
 
 def test_a_workspace_lies_in_the_graphs_own_memory(monkeypatch):
-    """Else the first graph to go would free what the others write to."""
+    """Otherwise the first graph to go would free what the others write to."""
     cuda, lay = Cuda(monkeypatch, False), []
     record = CudaGraphs(torch.device("cuda", 0)).record
     held = [record(lambda: lay.append(cuda.multiplies())) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Finding many expressions at once gives what each gives alone, by one full forward a token."""
+"""Finding many expressions at once gives what each gives alone, with one full forward per token."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ EXPRESSIONS = [
 
 @pytest.fixture(scope="module")
 def small(janus_config, small_tokenizer) -> UnifiedTransformer:
-    """A random model with weights large enough that every token it sees matters."""
+    """A random model whose weights are large enough that every token it sees matters."""
     text = {"vocab_size": len(small_tokenizer), "max_position_embeddings": 256}
     model = UnifiedTransformer(ModelConfig.from_janus(janus_config(**text)))
     model.initialise(0, std=0.3)
@@ -84,7 +84,7 @@ def test_answers_depend_on_neither_order_nor_number(small, prompts, images):
 
 
 def test_many_expressions_go_part_after_part(small, prompts, images, monkeypatch):
-    """A mask of all branches at once grows with the square of their tokens."""
+    """They are run in parts, as one mask of all branches grows with the square of their tokens."""
     wanted, longest = ground_images(small, prompts, images, EXPRESSIONS), []
     made = Branches.__init__
 
@@ -110,7 +110,7 @@ def test_answers_do_not_depend_on_the_batch(small, prompts, images):
 
 
 def test_the_image_and_the_expression_matter(small, prompts, images):
-    """Else the tests above would pass on a model that reads neither."""
+    """Otherwise the tests above would pass on a model that reads neither."""
     same = [["a red circle", "a star", "two green stars", "a blue square"]] * 3
     rows = ground_images(small, prompts, images, same)
     assert len({tuple(row) for row in rows}) > 1
@@ -119,7 +119,7 @@ def test_the_image_and_the_expression_matter(small, prompts, images):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_boxes_are_always_valid(janus_config, small_tokenizer, prompts, seed):
-    """Whatever the weights: here scaled until the logits are extreme."""
+    """Whatever the weights are: here they are scaled until the logits are extreme."""
     text = {"vocab_size": len(small_tokenizer), "max_position_embeddings": 256}
     model = UnifiedTransformer(ModelConfig.from_janus(janus_config(**text)))
     model.initialise(seed, std=3.0**seed * 0.02)
@@ -131,7 +131,7 @@ def test_boxes_are_always_valid(janus_config, small_tokenizer, prompts, seed):
 
 @pytest.fixture
 def runs(monkeypatch) -> list[int]:
-    """Tokens a row of every forward of the transformer."""
+    """Tokens per row of every forward of the transformer."""
     counts, forward = list[int](), UnifiedTransformer.forward
 
     def counted(self, embeddings, *rest):
@@ -146,8 +146,8 @@ def runs(monkeypatch) -> list[int]:
 def test_the_location_codec_takes_four_runs_of_the_model(
     small, small_tokenizer, images, runs, count
 ):
-    """The first is the prefill, in which the image is run once for all; ``</box>`` is never run.
-    That is so for any number of expressions, and for images of different numbers of them."""
+    """The first is the prefill, which runs the image once for all expressions; ``</box>`` is never
+    run. This holds for any number of expressions, and for images with different numbers of them."""
     prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
     asked = [(EXPRESSIONS[0] * 3)[:count], ["a star"], ["a circle"]]
     ground_images(small, prompts, images, asked)
@@ -159,7 +159,7 @@ def test_the_location_codec_takes_four_runs_of_the_model(
 
 
 def test_forced_tokens_cost_no_run_of_the_model(small, small_tokenizer, images, runs):
-    """Of a box as text brackets, commas and spaces are forced, and some digits."""
+    """In a box as text, brackets, commas and spaces are forced, and some digits."""
     codec, answers = TextualCodec(small_tokenizer), list[list[int]]()
     right = codec.parse
     codec.parse = lambda ids: answers.append(ids) or right(ids)
@@ -168,12 +168,12 @@ def test_forced_tokens_cost_no_run_of_the_model(small, small_tokenizer, images, 
     choices = [
         sum(len(codec.allowed(tuple(ids[:i]))) > 1 for i in range(len(ids))) for ids in answers
     ]
-    assert len(runs) == max(choices)  # the prefill says the first
+    assert len(runs) == max(choices)  # the prefill gives the first
     assert max(choices) < max(map(len, answers)) - 5
 
 
 def test_branches_are_fed_unequal_numbers_of_tokens(small, small_tokenizer, images, relative_error):
-    """As where the grammar forces tokens of one and not of another; the cache grows for it."""
+    """For example where the grammar forces tokens of one and not of another. The cache grows."""
     prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
     ids = prompts.codec.ids
     questions = [[prompts.branch(e) for e in row] for row in EXPRESSIONS[::2]]

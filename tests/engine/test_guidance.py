@@ -1,5 +1,5 @@
-"""Guidance that changes over the image or leads away from a layout: the engine draws what a plain
-loop over the port's transformer draws, and what is stated holds at every position."""
+"""Guidance that changes over the image or steers away from a layout: the engine draws what a plain
+loop over the port's transformer draws, and the scale at every position is the documented one."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 @torch.inference_mode()
 def port_logits(port: JanusForConditionalGeneration, ids: list[int], codes: list[int]) -> Tensor:
-    """Image logits [V] behind ``ids`` and ``codes``, by the port, without a cache."""
+    """Image logits [V] after ``ids`` and ``codes``, by the port, without a cache."""
     embedded = port.get_input_embeddings()(torch.tensor([ids]))
     if codes:
         images = port.prepare_embeddings_for_image_generation(torch.tensor([codes]))
@@ -82,7 +82,7 @@ def scores(
     port, rows: tuple[list[int], list[int]], codes: list[int], sampling: Sampling, scale: Scale,
     key: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """The noisy scores [V] whose largest is the next code, in plain words."""
+    """The noisy scores [V] of which the largest is the next code, computed step by step."""
     t = len(codes)
     mixed = port_logits(port, rows[0], codes)
     if scale(t) != 1:
@@ -104,7 +104,7 @@ def plain_loop(port, rows, sampling: Sampling, scale: Scale, key: tuple[int, int
 
 
 def rows_of(lengths: tuple[int, ...]) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts, and as many others that guidance leads away from."""
+    """Prompts, and as many others for guidance to steer away from."""
     away = [prompt(n + 2 * i - 1, 50 + i) for i, n in enumerate(lengths)]
     return [prompt(n, i) for i, n in enumerate(lengths)], away
 
@@ -138,9 +138,9 @@ def test_codes_are_those_of_a_plain_loop_over_the_port(pair, name, seed):
 @pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_in_bfloat16_a_code_is_the_best_up_to_rounding(pair, name, seed):
-    """Held against the same weights in float32, on the engine's own codes: rounding moves a logit
-    by hundredths of their spread, and guidance multiplies that. (The furthest from the best was
-    0.4 of the room given here.)"""
+    """Compared with the same weights in float32, on the engine's own codes: rounding moves a logit
+    by hundredths of the logits' spread, and guidance multiplies that. (The furthest from the best
+    was 0.4 of the room given here.)"""
     sampling, scale = SCHEDULES[name]
     weights = copy.deepcopy(pair[1]).bfloat16()
     if not packable(weights):
@@ -181,7 +181,7 @@ def test_the_scale_at_every_position_is_the_one_stated(name):
 
 
 def test_where_the_scale_is_one_the_unconditional_rows_do_not_count(pair):
-    """Not even by rounding, nor where they hold what is no number."""
+    """Not even by rounding, nor where they hold NaN."""
     logits = torch.randn(2, V, generator=torch.Generator().manual_seed(0))
     broken = torch.cat((logits, torch.full((2, V), float("nan"))))
     sampler = Sampler(SCHEDULES["a span"][0], 0, torch.arange(2), V, T)
@@ -257,7 +257,7 @@ def tiny() -> Engine:
 
 @torch.inference_mode()
 def negative_loop(engine: Engine, away: Layout, sampling: Sampling, key) -> list[int]:
-    """Draw ``ASKED`` away from another layout on the plain model, one whole forward a code."""
+    """Draw ``ASKED`` away from another layout on the plain model, with a whole forward per code."""
     model, codes = engine.transformer, list[int]()
     rows = [engine.prompts.l2i(ASKED), engine.prompts.l2i(away)]
     scales = sampling.scales(64)

@@ -1,4 +1,4 @@
-"""A service's view: what it is told, and the engine's own pictures behind it."""
+"""The HTTP service as its clients see it: it answers with the engine's own pictures."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_partial_pictures_come_as_they_are_drawn(client, monkeypatch):
     answer = connection.getresponse()
     assert answer.headers["content-type"].startswith("text/event-stream")
     parts = []
-    for drawn in (4, 8, 12):  # the prompt gives the first code, each step another
+    for drawn in (4, 8, 12):  # the prompt gives the first code, each step one more
         name, part = next_event(answer)
         assert (name, part["drawn"], part["codes"]) == ("partial", drawn, 16)
         parts.append([opened(image) for image in part["images"]])
@@ -113,8 +113,8 @@ def test_partial_pictures_come_as_they_are_drawn(client, monkeypatch):
 
 
 def test_partial_pictures_of_every_code(client, engine, monkeypatch):
-    """Each shows all that is drawn by then, be it by steps of one code or of several, and the whole
-    is what the engine draws code by code."""
+    """Each shows all that is drawn so far, whether a step draws one code or several, and the whole
+    picture is what the engine draws code by code."""
     free = Layout("a red circle", (LayoutObject("a red circle", (0.1, 0.2, 0.5, 0.6)),))
     slots, drawn = client.scheduler._slots, []
 
@@ -167,7 +167,7 @@ BAD = [
 
 
 def test_what_is_refused_names_what_a_client_can_change(engine):
-    """Who asks over HTTP makes no scheduler."""
+    """Clients over HTTP do not make the scheduler, so no message mentions it."""
     with serving(engine, slots=1, prompt_tokens=60, queue=1) as client:
         several = client.draw(samples=2)
         assert several.json["error"].endswith("and there are 1; ask for 1 at most")
@@ -190,7 +190,7 @@ def test_bad_requests_are_told_what_to_mend(client, body, why):
 
 
 def test_a_body_of_very_many_values_is_refused_unread(client, monkeypatch):
-    """Whoever read it, or wrote it all into the refusal, would hold up everybody."""
+    """Parsing it, or writing all of it into the refusal, would hold up every client."""
     monkeypatch.setattr(wire, "read_json", lambda _: pytest.fail("it is read"))
     body = b'{"image": [' + b"{}," * 1_000_000 + b"0]}"
     found = client.ask("POST", "/v1/boxes", body)
@@ -315,7 +315,7 @@ def test_pictures_that_are_sent_leave_room_for_drawings(client, monkeypatch):
     hang_up(slow)
 
 
-# --- finding, and what is told of it all ------------------------------------------------------
+# --- finding, and what is reported ------------------------------------------------------------
 
 
 def test_boxes_are_those_that_the_engine_finds(client, engine):
@@ -389,7 +389,7 @@ def test_what_is_refused_before_it_is_routed_is_counted_by_route(engine, caplog)
     seconds = "echogen_http_request_seconds_count"
     with serving(engine) as client:
         assert client.ask("POST", "/v1/boxes", b"x" * (BODIES["/v1/boxes"] + 1)).status == 413
-        begun = begin(client, "/v1/images", 10, b"{")  # and left in the middle of its body
+        begun = begin(client, "/v1/images", 10, b"{")  # and abandoned in the middle of its body
         hang_up(begun)
         left = (seconds, (("route", "/v1/images"), ("status", "499")))
         client.until(lambda: left in counters(client))

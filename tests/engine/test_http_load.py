@@ -1,4 +1,4 @@
-"""A server under load: who waits, who leaves, whose time is up, and what goes wrong."""
+"""A server under load: clients that wait, leave or run out of time, and what goes wrong."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from .served import (
 
 @pytest.fixture
 def held(engine, monkeypatch) -> Iterator[tuple[Client, threading.Event]]:
-    """A server whose steps wait for an event, so that who is drawn stays so."""
+    """A server whose steps wait for an event, so that requests being drawn stay in that state."""
     going = threading.Event()
     with serving(engine, slots=2, queue=1) as made:
         step = made.scheduler._slots.step
@@ -134,7 +134,7 @@ def test_who_does_not_ask_is_hung_up_on(engine, monkeypatch, asked, begun):
 
 
 def test_who_comes_when_too_many_are_there_is_hung_up_on(engine, monkeypatch):
-    """Each of them holds an open file, though none has asked for anything yet."""
+    """Each connection holds an open file, even if it has asked for nothing yet."""
     monkeypatch.setattr(connection, "SPARE", 2)
     made = connection.Connection.connection_made
 
@@ -286,7 +286,7 @@ def test_time_is_limited_by_who_asks_and_by_the_server(engine):
 
 
 def test_a_step_that_does_not_end_holds_no_answer(held, monkeypatch):
-    """Whoever asks is told in time, and whoever watches the server that it stands still."""
+    """A client gets its answer in time, and ``/health`` says that the server has stalled."""
     client, going = held
     connection = client.connect()
     connection.timeout = 5

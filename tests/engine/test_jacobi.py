@@ -1,4 +1,4 @@
-"""Drawing several codes a step is drawing one code a step, to the last code."""
+"""Drawing several codes a step gives what drawing one code a step gives, to the last code."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def packed(model) -> PackedTransformer:
 
 @pytest.fixture(scope="module")
 def double(model) -> UnifiedTransformer:
-    """In float64 rounding decides no code, whatever it is that rounds."""
+    """The model in float64, where rounding never decides a code, whichever way sums are rounded."""
     return copy.deepcopy(model).double()
 
 
@@ -71,7 +71,7 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def rows_of(lengths: tuple[int, ...], sampling: Sampling) -> list[list[int]]:
-    """Prompts, and shorter unconditional ones behind them where they are guided."""
+    """Prompts, followed by shorter unconditional ones where they are guided."""
     prompts = [prompt(n, seed) for seed, n in enumerate(lengths)]
     return prompts if sampling.cfg == 1 else prompts + [[BOS, PAD, BEGIN]] * len(prompts)
 
@@ -126,7 +126,7 @@ def test_packed_codes_are_those_of_any_other_window_and_of_float64(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_the_longest_prompt_leaves_room_for_windows(model, dtype):
-    """The last code's position is the model's last: padded windows reach beyond it."""
+    """The last code's position is the model's last, and padded windows reach beyond it."""
     weights = copy.deepcopy(model).to(dtype)
     table, longest = table_of(weights), weights.config.max_positions - T
     ids = [prompt(longest, 0), prompt(longest - 7, 1)]
@@ -142,13 +142,13 @@ LAG = 5
 
 
 def scripted_code(image: int, before: list[int]) -> int:
-    """What follows ``before``: it hangs on the code ``LAG`` places back, and on nothing nearer."""
+    """The code after ``before``: it depends on the code ``LAG`` places back, and on none nearer."""
     back = before[-LAG] if len(before) >= LAG else 11
     return (3 * back + image + len(before)) % 23
 
 
 class Scripted:
-    """A `Windows` without a model, which keeps what it was asked to run."""
+    """A `Windows` without a model, which records what it is asked to run."""
 
     def __init__(self, images: int) -> None:
         self.held = [[0] * T for _ in range(images)]
@@ -172,7 +172,7 @@ class Scripted:
 
 @pytest.mark.parametrize("window", [1, 2, 5, 8, 64])
 def test_what_lies_within_reach_is_drawn_at_once(model, monkeypatch, window):
-    """Five codes follow from what is known: a step samples them, and the next takes them over."""
+    """Five codes depend only on known ones: one step samples them, and the next takes them over."""
     scripted, told = Scripted(2), list[tuple[int, int]]()
     monkeypatch.setattr(jacobi, "open_windows", lambda *_: scripted)
     made, prompts = sampler(model, SETTINGS["greedy"], 2), [prompt(4, 0)] * 2
@@ -187,9 +187,9 @@ def test_what_lies_within_reach_is_drawn_at_once(model, monkeypatch, window):
         assert 1 <= width <= window and min(first) >= 0 and max(first) + width < T
     if window == 1:
         assert drawn.steps == [T, T] and not drawn.drafted.any()
-    if window == LAG:  # a window's samples, and then a step to take them over
+    if window == LAG:  # one step samples a window, and another takes it over
         assert max(drawn.steps) <= 1 + 2 * -(-(T - 1) // LAG)
-    if window > LAG:  # which samples further codes meanwhile
+    if window > LAG:  # the other one samples further codes meanwhile
         assert max(drawn.steps) <= 2 + -(-(T - 1) // LAG)
 
 
@@ -205,7 +205,7 @@ def test_bad_windows_are_refused(model, wrong):
 
 
 def opened(model, weights, lengths: tuple[int, ...]) -> Windows:
-    """The packed or the plain forward, whichever ``weights`` are."""
+    """The packed or the plain forward, depending on ``weights``."""
     return open_windows(weights, table_of(model), [prompt(n, n) for n in lengths], PAD, False)
 
 
@@ -213,7 +213,7 @@ def opened(model, weights, lengths: tuple[int, ...]) -> Windows:
 @pytest.mark.parametrize("lengths", [(6, 6), (3, 9)], ids=["even", "ragged"])
 @torch.inference_mode()
 def test_a_window_is_the_uncached_forward(kind, model, packed, relative_error, lengths):
-    """Rows at places of their own, slots overwritten, windows wider and narrower than before."""
+    """Rows are at different places, slots are overwritten, and windows get wider and narrower."""
     table, prompts = table_of(model), [prompt(n, n) for n in lengths]
     if kind == "packed":
         decoding: Windows = opened(model, packed, lengths)
@@ -240,7 +240,7 @@ def test_a_window_is_the_uncached_forward(kind, model, packed, relative_error, l
 @pytest.mark.parametrize("kind", ["packed", "plain"])
 @torch.inference_mode()
 def test_a_position_sees_nothing_behind_it(kind, model, packed):
-    """Other codes at later positions change no bit of an earlier one's logits."""
+    """Other codes at later positions change no bit of an earlier position's logits."""
     generator = torch.Generator().manual_seed(2)
     table = table_of(model)
     ids, pads = left_padded([prompt(5, 0), prompt(8, 1)], PAD)
@@ -262,8 +262,8 @@ def test_a_position_sees_nothing_behind_it(kind, model, packed):
 
 
 def rounds_by_neighbours(model: UnifiedTransformer) -> bool:
-    """Whether this machine's products, called plainly, give a row other bits among other rows: in
-    float32 torch 2.11's do among 16 or more."""
+    """Whether this machine's plain products give a row other bits among another number of rows. In
+    float32, those of torch 2.11 do among 16 or more."""
     dtype = next(model.parameters()).dtype
     generator = torch.Generator().manual_seed(5)
     counts = range(LEAST if dtype == torch.float32 else 1, 60)
@@ -295,7 +295,7 @@ def rounds_by_neighbours(model: UnifiedTransformer) -> bool:
 @pytest.mark.parametrize("images", [1, 3])
 @torch.inference_mode()
 def test_packed_logits_are_the_same_bits_at_any_width(tiny, images, dtype):
-    """The bundled model's products, windows padded and not: 1 code a step and 60 at once."""
+    """With the bundled model's products, in padded windows and others: from 1 code a step to 60."""
     model = copy.deepcopy(tiny.transformer).to(dtype)
     if not packable(model):
         pytest.skip(f"oneDNN cannot pack {dtype} here")
@@ -313,7 +313,7 @@ def test_packed_logits_are_the_same_bits_at_any_width(tiny, images, dtype):
             parts.append(decoding.window(codes[:, at : at + width], [at] * images).clone())
             at += width
         found.append(torch.cat(parts, 1))
-    if dtype == torch.bfloat16:  # whose single codes run on the same products
+    if dtype == torch.bfloat16:  # where single codes use the same products
         single = PackedDecoding(weights, table, *left_padded(ids, 0), 64, guided=False)
         single.prefill()
         found.append(torch.stack([single.step(code) for code in codes.T], 1))
@@ -352,7 +352,7 @@ def test_the_bundled_model_draws_the_same_in_half_the_steps(tiny, sampling):
 
 
 def test_images_of_a_batch_advance_by_themselves(tiny):
-    """Each needs the steps it needs alone."""
+    """Each needs as many steps as it needs alone."""
     p, c, sampling = tiny.prompts, tiny.transformer.config, Sampling(temperature=0.3)
 
     def drawn(layouts: list[Layout], draws: list[int]) -> WindowDrawing:
@@ -377,8 +377,8 @@ def test_covered_counts_overlaps_once():
 
 
 def test_few_images_with_free_ground_are_drawn_by_windows(tiny, monkeypatch):
-    """By PyTorch's operations; many, or one that is nearly full, code by code, unless asked
-    otherwise, as in C++ all are."""
+    """This holds by PyTorch's operations. Many images, or a nearly full one, are drawn code by code
+    unless windows are asked for; in C++ all images are."""
     in_cpp, tiny = tiny, copy.copy(tiny)
     monkeypatch.setenv("ECHOGEN_NATIVE", "0")
     tiny.refresh()

@@ -1,4 +1,4 @@
-"""A layout file is accepted as it stands or refused in one clear line; nothing in between."""
+"""A layout file is either accepted as it is or refused in one clear line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ PIXELS = {
 
 
 def changed(path: tuple[str | int, ...], value: object, base: dict = PLAIN) -> dict:
-    """``base`` with another value at ``path``; behind the end of a list it is one more."""
+    """``base`` with another value at ``path``; past the end of a list it is appended."""
     data = copy.deepcopy(base)
     at: object = data
     for step in path[:-1]:
@@ -86,7 +86,7 @@ def test_text_of_any_language_is_taken_as_it_stands(text):
 
 
 def test_numbers_of_arrays_are_numbers():
-    """As detectors give boxes, and annotations in pixels are stored."""
+    """Detectors give boxes as arrays, and annotations in pixels are stored as such."""
     box = np.array([0.25, 0.5, 0.75, 1])
     for kind in (np.float16, np.float32, np.float64):
         made = Layout("a star", (LayoutObject("a star", box.astype(kind)),))
@@ -214,7 +214,7 @@ def test_a_layout_made_in_code_is_checked_too():
 
 
 def refusal(act) -> str:
-    """The one line with which ``act`` is refused."""
+    """The one line that ``act`` is refused with."""
     with pytest.raises(LayoutError) as caught:
         act()
     message = str(caught.value)

@@ -1,5 +1,5 @@
-"""Drawing in C++ calculates what the transformer does, and a token's logits hang on its own
-sequence alone, to the last bit."""
+"""Drawing in C++ computes what the transformer does, and a token's logits depend only on its own
+sequence, to the last bit."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ from echogen.engine.serving.rows import NativeRows
 from echogen.kernels import philox
 
 BOS, PAD, BEGIN, T = 1, 0, 58, 16
-# Outputs, inputs and codes that fill no whole register; heads in groups; heads of every register's
-# size; a head wider than the model.
+# Outputs, inputs and codes that do not fill whole registers; grouped heads; heads of every
+# register's size; a head wider than the model.
 SHAPES = {
     "odd": {"hidden_size": 51, "head_dim": 16, "intermediate_size": 90},
     "grouped heads": {"hidden_size": 96, "num_attention_heads": 6, "num_key_value_heads": 2},
@@ -75,7 +75,7 @@ def threads():
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16, "meta"], ids=str)
 def defaults(request):
-    """Switches to what torch makes tensors of unless told, and back in the end."""
+    """Changes torch's default dtype or device when called, and restores it at the end."""
     if request.param == "meta":
         yield lambda: torch.set_default_device("meta")
         torch.set_default_device(None)
@@ -86,7 +86,7 @@ def defaults(request):
 
 @pytest.fixture
 def untried(monkeypatch):
-    """As in a process that has loaded nothing."""
+    """The loader's state in a process that has loaded nothing."""
     loader._library.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
@@ -105,7 +105,7 @@ def table_of(model: UnifiedTransformer) -> Tensor:
 
 
 def uncached(model: UnifiedTransformer, ids: list[int], codes: list[int]) -> Tensor:
-    """Logits behind the prompt and each code, of a forward over all of them in float64."""
+    """Logits after the prompt and each code, by one forward over all of them in float64."""
     model = copy.deepcopy(model).double()
     embedded = torch.cat((model.embed_text(torch.tensor(ids)), table_of(model)[codes]))[None]
     length = embedded.shape[1]
@@ -123,7 +123,8 @@ def opened(
 
 @torch.inference_mode()
 def test_logits_are_those_of_an_uncached_forward_in_float64(model, relative_error):
-    """Prompts of several lengths, two of them one; steps, and windows that overwrite a draft."""
+    """With prompts of several lengths, two of them equal; by steps, and by windows that overwrite a
+    draft."""
     prompts = [prompt(n, n) for n in (9, 3, 9, 17)]
     codes = torch.randint(24, (4, T), generator=torch.Generator().manual_seed(1))
     pairs = zip(prompts, codes.tolist(), strict=True)
@@ -145,8 +146,8 @@ def test_logits_are_those_of_an_uncached_forward_in_float64(model, relative_erro
 
 @torch.inference_mode()
 def test_bits_hang_on_nothing_but_the_sequence(tiny, threads):
-    """Alone and among others, code by code and in windows, on one thread and two, behind a prompt
-    that is shared and one that was copied into the cache."""
+    """Alone and among others, code by code and in windows, on one thread and on several, after a
+    prompt that is shared and after one that was copied into the cache."""
     weights, table = NativeTransformer(tiny.transformer), tiny.code_table
     prompts = [[1, *range(20, 20 + n), 30] for n in (17, 40, 17, 5)] * 9
     generator = torch.Generator().manual_seed(4)
@@ -160,7 +161,7 @@ def test_bits_hang_on_nothing_but_the_sequence(tiny, threads):
         parts, at = [decoding.prefill()[:, None]], 0
         for width in widths:
             fed = codes[rows, at : at + width]
-            single = width == 1 and at == len(parts) - 1  # `step` goes on from its own steps
+            single = width == 1 and at == len(parts) - 1  # `step` continues only from steps
             parts.append(
                 decoding.step(fed[:, 0])[:, None]
                 if single
@@ -182,7 +183,7 @@ def test_bits_hang_on_nothing_but_the_sequence(tiny, threads):
         assert torch.equal(drawn(everyone, [3, 1, 16, 20]), wanted)
 
     cache = WindowCache(weights.config, 3, 128, torch.float32, "cpu")
-    cache.block.fill_(float("nan"))  # what no token wrote is not read
+    cache.block.fill_(float("nan"))  # what no token wrote must not be read
     runner = NativeRows(weights, table, cache)
     ends = []
     for slot, row in enumerate((2, 1, 3)):
@@ -227,7 +228,7 @@ def test_the_longest_prompt_fits(model):
 @pytest.mark.parametrize("part", ["qkv", "gate_up"])
 @torch.inference_mode()
 def test_what_is_no_number_is_not_hidden(model, part, bits):
-    """Whatever a NaN's other bits are."""
+    """A NaN shows, whatever its other bits are."""
     broken = copy.deepcopy(model)
     weight = getattr(broken.blocks[1], part).weight
     weight[0, 0] = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
@@ -272,7 +273,7 @@ def test_noise_is_that_of_the_kernels_to_the_last_bit(tiny, columns):
 
 @torch.inference_mode()
 def test_what_torch_makes_by_default_is_not_what_is_written_to(tiny, defaults):
-    """A buffer of another type or device than the library's is memory of somebody else."""
+    """Writing to a buffer of another type or device than the library's would hit foreign memory."""
     weights, table, cpu = NativeTransformer(tiny.transformer), tiny.code_table, torch.device("cpu")
     prompts = [prompt(9, 0), prompt(5, 1)]
     ids, pads = left_padded(prompts, PAD)
@@ -338,7 +339,7 @@ def test_a_folder_that_cannot_be_made_is_named(tiny, untried, tmp_path):
 
 
 def test_a_user_without_a_home_is_told_what_to_name(tiny, untried):
-    """One that a container knows by number alone."""
+    """For example a user that a container knows only by number."""
     for name in ("HOME", "ECHOGEN_CACHE"):
         untried.delenv(name, raising=False)
     untried.setattr("os.getuid", lambda: (1 << 31) - 7)
@@ -348,7 +349,7 @@ def test_a_user_without_a_home_is_told_what_to_name(tiny, untried):
 
 @pytest.mark.parametrize("left", [b"", b"\0" * 4096])
 def test_a_library_never_written_out_is_made_anew(tiny, untried, tmp_path, monkeypatch, left):
-    """As a machine leaves it that stops right after the compiler."""
+    """A machine leaves such a library if it stops right after the compiler."""
     untried.setenv("ECHOGEN_CACHE", str(tmp_path))
     with monkeypatch.context() as stopping:
         stopping.setattr(loader, "_compile", lambda _, built: built.write_bytes(left) and built)
@@ -360,7 +361,7 @@ def test_a_library_never_written_out_is_made_anew(tiny, untried, tmp_path, monke
 
 
 def test_words_behind_the_compilers_name_are_passed_on(tiny, untried, tmp_path):
-    """CXX as build tools know it: "ccache g++", or with an option."""
+    """CXX may hold what build tools allow: "ccache g++", or an option."""
     tool, *_ = loader.compiler()
     folder = tmp_path / "a folder"
     folder.mkdir()

@@ -27,7 +27,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module", params=list(SHAPES))
 def pair(request, tmp_path_factory, janus_config, random_janus):
-    """A port model and what the engine loads from its folder (every other shape in shards)."""
+    """A port model, and what the engine loads from its folder (in shards for every other shape)."""
     number = list(SHAPES).index(request.param)
     port = random_janus(janus_config(**SHAPES[request.param]), seed=number)
     folder = tmp_path_factory.mktemp("checkpoint")
@@ -43,7 +43,7 @@ def causal(tokens: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("training", [False, True])
 def test_text_and_image_logits_on_a_mixed_sequence(pair, relative_error, training):
-    """With gradients too: the engine computes attention another way then."""
+    """With gradients too, since the engine then computes attention differently."""
     with torch.set_grad_enabled(training):
         check_mixed_sequence(*pair, relative_error)
 
@@ -108,7 +108,7 @@ def test_vq_decodes_and_encodes_alike(pair, relative_error):
 
 
 def test_every_weight_matters(pair):
-    """No weight is at a value (0, or 1 for a gain) under which a forgotten term would not show."""
+    """No weight has a value (0, or 1 for a gain) that would hide a forgotten term."""
     port, _ = pair
     for name, parameter in port.named_parameters():
         assert parameter.std(correction=0) > 0.01, name

@@ -1,4 +1,4 @@
-"""A patched Janus computes what the port's own computes, and can be given back untouched."""
+"""A patched Janus computes what the port's own does, and the patch can be undone completely."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_float32_outputs_and_gradients(model, attention, relative_error):
 
 
 def test_bfloat16_outputs_and_gradients(model, relative_error):
-    """Within 2e-2 of the port, and no farther from float32 than the port is, give or take."""
+    """Outputs are within 2e-2 of the port's, and at most 1.3 times as far from float32."""
     _, truth, _ = outputs_and_gradients(model)
     model.to(torch.bfloat16)
     text, image, grads = outputs_and_gradients(model)
@@ -100,7 +100,7 @@ def test_cached_decoding_and_generation(model):
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 def test_the_cache_is_taken_under_the_name_of_either_release(plain, name):
-    """One that came under a third name is refused: the step would forget what it had read."""
+    """A cache under a third name is refused: the step would forget what it had read."""
     attention = plain.model.language_model.layers[0].self_attn
     hidden = torch.randn(1, 3, 48, generator=torch.Generator().manual_seed(0))
     turns = torch.ones(1, 3, 16), torch.zeros(1, 3, 16)

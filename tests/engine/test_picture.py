@@ -21,7 +21,7 @@ ASKED, FOUND = (0.1, 0.2, 0.5, 0.6), (0.6, 0.4, 0.9, 0.95)
 
 
 def share_of_edge(image: Image.Image, box: tuple[int, int, int, int], colour) -> float:
-    """Share of the pixels of a box's lower and right edges that have the colour."""
+    """Share of the pixels on a box's lower and right edges that have the colour."""
     pixels = np.asarray(image)
     x1, y1, x2, y2 = box
     edge = np.concatenate([pixels[y2, x1 : x2 + 1], pixels[y1 : y2 + 1, x2]])

@@ -1,4 +1,4 @@
-"""Layouts become token ids and come back; the grammar lets every box through and nothing else."""
+"""Layouts become token ids and come back; the grammar admits every box and nothing else."""
 
 from __future__ import annotations
 
@@ -129,7 +129,8 @@ def test_unconditional_prompts(prompts):
 
 
 def test_guidance_leads_away_from_the_padding_of_janus(small_tokenizer):
-    """Whatever the tokenizer itself pads with; without that mark from what is said."""
+    """It does so whatever the tokenizer itself pads with. Without that mark, it steers away from
+    the given id, or else from the tokenizer's own."""
     tokenizer = copy.deepcopy(small_tokenizer)
     codec, mark = LocationCodec(tokenizer, BINS), tokenizer.get_vocab()["<｜▁pad▁｜>"]
     tokenizer.pad_token = tokenizer.eos_token
@@ -144,7 +145,7 @@ def test_guidance_leads_away_from_the_padding_of_janus(small_tokenizer):
 
 
 def test_letters_among_the_added_tokens_are_text_like_others(small_tokenizer):
-    """As DeepSeek's vocabulary has them, which is Janus's."""
+    """DeepSeek's vocabulary, which is Janus's, has such letters."""
     tokenizer = copy.deepcopy(small_tokenizer)
     tokenizer.add_tokens(["ü", "ø"])
     prompts = Prompts(tokenizer, LocationCodec(tokenizer, BINS))
@@ -158,7 +159,7 @@ def test_letters_among_the_added_tokens_are_text_like_others(small_tokenizer):
 
 
 def taken(text: str) -> bool:
-    """Whether a layout may hold it: a line of text that spells no token."""
+    """Whether a layout may hold the text: it must be one line that spells no token."""
     try:
         return "<" not in check_text(text, "text")
     except LayoutError:
@@ -185,7 +186,8 @@ def boxes(draw, scale: int) -> tuple[float, float, float, float]:
 
 
 def check_recovered(found, box, scale: int) -> None:
-    """Half a bin at most; a side thinner than a bin becomes one bin, not far away."""
+    """Check that edges are off by half a bin at most; a side thinner than a bin becomes one bin,
+    nearby."""
     for low, high in ((0, 2), (1, 3)):
         loose = 0.0
         if box[high] - box[low] < 1 / scale:
@@ -247,7 +249,7 @@ def test_every_walk_through_the_grammar_ends_in_a_box(prompts, seed):
 
 
 def test_every_box_of_a_few_bins_is_reached_and_no_other():
-    """`feasible` against the definition, text by text, for a scale small enough to list it all."""
+    """Compare `feasible` with the definition, text by text, for a scale that is small enough."""
     scale = 11
     pairs = [(a, b) for a in range(scale) for b in range(a + 1, scale + 1)]
     texts = {f"[{a}, {c}, {b}, {d}]" for a, b in pairs[::3] for c, d in pairs[::4]}

@@ -1,4 +1,4 @@
-"""Named ranges: they nest, carry their numbers, and vanish where nobody listens."""
+"""Named ranges nest, carry their numbers, and cost nothing where nobody listens."""
 
 from __future__ import annotations
 
@@ -52,7 +52,8 @@ def test_a_listener_that_leaves_within_a_range_still_hears_its_end():
 
 
 def test_silence_costs_next_to_nothing():
-    """Below 3 µs, ten times what it takes on a quiet core; a step of the smallest model is 500."""
+    """A range takes below 3 µs, ten times its time on a quiet core; the smallest model's step takes
+    500 µs."""
     with_range = min(
         timeit.repeat("with span('a/b', step=1): pass", globals={"span": span}, number=2000)
     )
@@ -73,7 +74,7 @@ def test_torch_profiler_shows_them():
 
 @pytest.fixture
 def fake_nvtx(monkeypatch):
-    """The package's calls, written down."""
+    """A stand-in for the package that records its calls."""
     said = []
 
     class Domain:
@@ -97,7 +98,7 @@ def test_nvtx_gets_domain_name_category_and_payload(fake_nvtx):
             pass
     domain, first, _, second, _ = fake_nvtx
     assert domain == "echogen"
-    # Nsight Compute's filters take a slash in a name for nesting.
+    # Nsight Compute's filters read a slash in a name as nesting.
     assert (first["message"], first["category"]) == ("rollout", "train/cycle-rl/rollout")
     assert first["payload"]["step"] == 7 and first["payload"]["tokens"] == 64
     assert first["payload"].dtype == np.dtype([("step", np.int64), ("tokens", np.int64)])
@@ -114,7 +115,7 @@ def test_real_nvtx_takes_them_without_a_profiler():
     ("installed", "why"),
     [
         (None, "nvtx is not installed"),
-        ("0.2.14", "nvtx 0.2.14 is older than 0.2.15"),  # its ranges take no text
+        ("0.2.14", "nvtx 0.2.14 is older than 0.2.15"),  # its ranges accept no text
     ],
 )
 def test_without_the_package_nothing_is_emitted(monkeypatch, installed, why):

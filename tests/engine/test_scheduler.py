@@ -1,4 +1,4 @@
-"""The scheduler draws what each request draws alone, and does to no request what another asks."""
+"""The scheduler draws what each request draws alone, and no request affects another."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ from .tape import Tape
 
 
 def test_a_crowd_draws_what_each_request_draws_alone(engine):
-    """Six kinds of sampling, three lengths, seeds and numbers of samples of all sorts, in float32:
-    in another number of rows sums are rounded otherwise, and no code here was that near another."""
+    """Six kinds of sampling, three lengths, and all sorts of seeds and numbers of samples, in
+    float32. With another number of rows sums are rounded differently, but no two codes here were so
+    nearly equally likely."""
     asked = crowd(24, seed=1)
     assert len({a.layout for a in asked}) == 3 and len({a.sampling for a in asked}) == len(KINDS)
     scheduler = Scheduler(engine, slots=8, prompt_tokens=80)
@@ -63,8 +64,8 @@ def test_a_crowd_draws_what_each_request_draws_alone(engine):
 
 @pytest.mark.parametrize("fp8_cache", [False, True])
 def test_a_crowd_on_a_gpu_s_operators(engine, monkeypatch, fp8_cache):
-    """Steps that were recorded beforehand, and all of one kind drawn at once: what each request
-    draws alone, in a drawing of its own, also where both keep keys and values in 8 bits."""
+    """With steps recorded beforehand and all requests of one kind drawn at once, each request draws
+    what it draws in a drawing of its own, also where both keep keys and values in 8 bits."""
     tape, engine, launches = Tape(), copy.copy(engine), []
     with torch.inference_mode():
         made = DeviceTransformer(
@@ -95,7 +96,7 @@ def test_a_crowd_on_a_gpu_s_operators(engine, monkeypatch, fp8_cache):
     images = sum(each.samples for each in asked)
     assert sum(launches) == images * TOKENS
     launches.clear()
-    for seed in range(4):  # whose kind is one, whatever their numbers are
+    for seed in range(4):  # all of one kind, whatever their numbers are
         scheduler.submit(ONE, seed, Sampling(temperature=1 + seed / 4))
     finish(scheduler)
     assert launches == [1] * 4 + [4] * (TOKENS - 1), "first codes one by one, all others at once"
@@ -109,7 +110,7 @@ def test_given_draws_and_negative_layouts(engine):
         [TWO] * 2, 5, [9, 4], GUIDED, decoding="sequential", negative=ONE
     )
     assert torch.equal(request.result(), wanted)
-    assert not request.result().is_inference()  # or it could not be kept for a backward pass
+    assert not request.result().is_inference()  # else it could not be kept for a backward pass
 
 
 @pytest.fixture
@@ -138,8 +139,8 @@ def logits_of(monkeypatch):
 def test_batch_invariant_logits_are_bit_equal_in_every_crowd(
     engine, logits_of, monkeypatch, slots, kind, dtype
 ):
-    """Not only the codes: every logit of every step, alone and in five random crowds, each request
-    in whatever slots it got."""
+    """Not only the codes are equal but every logit of every step, alone and in five random crowds,
+    in whatever slots each request gets."""
     engine = copy.copy(engine)
     engine.transformer = copy.deepcopy(engine.transformer).to(dtype)
     if kind == "plain":
@@ -173,8 +174,8 @@ def test_batch_invariant_logits_are_bit_equal_in_every_crowd(
 
 
 def test_batch_invariance_is_not_claimed_where_it_does_not_hold(engine, monkeypatch):
-    """One sequence in all slots has one logit in all of them, or the mode is refused; rows that are
-    rounded by their place are made here by a product that adds a bit to the last one."""
+    """One sequence has the same logits in all slots, or the mode is refused. Here a product that
+    adds a bit to the last row makes rounding depend on a row's place."""
     monkeypatch.setenv("ECHOGEN_NATIVE", "0")
     engine = copy.copy(engine)
     engine.refresh()
@@ -236,7 +237,7 @@ def test_slots_of_an_ended_image_are_filled_at_the_next_step(engine):
 
 
 def slow_prompts(scheduler: Scheduler, monkeypatch, now: list[float]) -> None:
-    """Let a token of a prompt take a second of the clock."""
+    """Let each token of a prompt take one second of the clock."""
     right = scheduler._slots.run_prompt
 
     def run_prompt(prompt, keep):
@@ -282,7 +283,7 @@ def test_a_prompt_shared_by_samples_is_run_once(engine):
         scheduler.submit(TWO, 1, GUIDED, 4)
         scheduler.submit(TWO, 2, GUIDED, 4)
         finish(scheduler)
-    # The unconditional prompt is kept for the second request, too.
+    # The unconditional prompt is kept for the second request.
     assert heard.all("tokens") == [len(prompt)] * 3
 
 
@@ -296,7 +297,7 @@ def test_a_step_runs_few_rows_more_than_it_needs():
 
 
 def test_a_slot_begins_clean(engine, monkeypatch):
-    """What went wrong in a slot does not stay in it."""
+    """NaN that was left in a slot does not affect its next holder."""
     scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
     wanted = scheduler.submit(ONE, 1, PLAIN, 2)
     finish(scheduler)
@@ -318,7 +319,7 @@ def test_partial_results_come_every_so_many_codes(engine, pieces, monkeypatch):
     codes = request.result()
     assert [p.codes.shape for p in called] == [(2, 6), (2, 12), (2, TOKENS)]
     assert all(torch.equal(p.codes, codes[:, : p.codes.shape[1]]) for p in called)
-    (last,) = request.partials()  # who comes late gets what there is
+    (last,) = request.partials()  # a late listener gets what there is
     assert torch.equal(last.codes, codes)
 
     whole = scheduler.submit(ONE, 1, PLAIN)
@@ -341,7 +342,7 @@ def test_partial_pictures_are_grey_where_nothing_is_drawn():
     assert early.crop((0, 24, 64, 64)).getcolors() == grey
     assert early.crop((32, 16, 64, 24)).getcolors() == [(32 * 8, (128, 128, 128))]
     assert early.crop((0, 16, 32, 24)).getcolors() != [(32 * 8, (128, 128, 128))]
-    # What is drawn looks as it will, though the decoder takes the missing squares into account.
+    # What is drawn already looks as it will, though the decoder also sees the missing squares.
     top = (np.asarray(p.crop((0, 0, 64, 16)), dtype=float) for p in (early, whole))
     assert np.abs(next(top) - next(top)).mean() < 10
 
@@ -489,7 +490,7 @@ def test_refreshed_weights_need_a_new_scheduler(engine):
     assert "make a new scheduler" in scheduler.closed and scheduler.metrics().refused == 1
 
 
-# --- who is next ----------------------------------------------------------------------------------
+# --- which request is next ------------------------------------------------------------------------
 
 
 @dataclass(eq=False)
@@ -517,7 +518,7 @@ def test_a_smaller_one_may_go_first_but_not_for_ever():
     for each in small:
         waiting.put(each)
     assert waiting.take(2) is small[0] and waiting.take(1) is small[1]
-    assert waiting.take(1) is None  # now they all wait for it
+    assert waiting.take(1) is None  # now all wait for the large one
     assert waiting.take(3) is None
     assert waiting.take(4) is large
     assert waiting.take(1) is small[2]
@@ -538,8 +539,8 @@ def test_higher_priorities_first():
 
 @pytest.mark.parametrize("seed", range(5))
 def test_nobody_starves(seed):
-    """More requests come than can be drawn, for a long time: all but ``patience`` of those drawn
-    came before the first that still waits. When no more come, everybody is drawn."""
+    """For a long time, more requests come than can be drawn: all but ``patience`` of those drawn
+    came before the first that still waits. When no more come, all are drawn."""
     rng, patience, slots = random.Random(seed), 4, 8
     waiting, live, drawn = Waiting[Ticket](10_000, patience), list[tuple[int, Ticket]](), set()
     came = list[Ticket]()
@@ -556,7 +557,7 @@ def test_nobody_starves(seed):
         if now == 599:
             assert len(waiting) > 200
             done = [id(t) in drawn for t in came]
-            assert sum(done[done.index(False) :]) <= patience  # the queue has only grown
+            assert sum(done[done.index(False) :]) <= patience  # the queue has only grown so far
     assert not waiting and len(drawn) == len(came)
     assert 0 < max(t.overtaken for t in came) <= patience
 

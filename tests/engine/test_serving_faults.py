@@ -1,4 +1,4 @@
-"""What goes wrong while many are served reaches whom it concerns; nobody waits for ever."""
+"""Errors while many requests are served reach those they concern, and nobody waits for ever."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def scheduler(engine, request) -> Scheduler:
 
 @pytest.fixture
 def uncollected() -> Iterator[None]:
-    """Nothing is freed but by its last reference."""
+    """Objects are freed only with their last reference, not by the garbage collector."""
     gc.collect()
     gc.disable()
     yield
@@ -41,17 +41,17 @@ def uncollected() -> Iterator[None]:
 
 
 def finish(scheduler: Scheduler) -> int:
-    """Step by hand to the end; the steps."""
+    """Step by hand to the end; return the number of steps."""
     return sum(1 for _ in iter(scheduler.step, False))
 
 
 def stepping(scheduler: Scheduler) -> str:
-    """What a step of it calls of its slots."""
+    """The method of its slots that a step calls."""
     return "window" if scheduler._slots.width else "step"
 
 
 def once(monkeypatch, owner, name, error) -> None:
-    """Let a method raise the first time."""
+    """Let a method raise when it is first called."""
     right, left = getattr(owner, name), [error]
 
     def broken(*arguments, **more):
@@ -67,7 +67,7 @@ def once(monkeypatch, owner, name, error) -> None:
 
 @pytest.mark.parametrize("name", ["take", "feed"])
 def test_slots_that_cannot_be_filled_fail_one_request(scheduler, monkeypatch, name):
-    """An allocation may fail behind the prompt, too."""
+    """An allocation may also fail after the prompt."""
     once(monkeypatch, scheduler._slots, name, RuntimeError("out of memory"))
     bad, good = (scheduler.submit(LAYOUT, seed, PLAIN) for seed in (1, 2))
     finish(scheduler)
@@ -76,7 +76,7 @@ def test_slots_that_cannot_be_filled_fail_one_request(scheduler, monkeypatch, na
     assert good.result(0).shape == (1, TOKENS)
     m = scheduler.metrics()
     assert (m.admitted, m.failed, m.finished, m.live, m.live_slots) == (2, 1, 1, 0, 0)
-    assert scheduler.submit(LAYOUT, 3, PLAIN, samples=4) and finish(scheduler)  # none is lost
+    assert scheduler.submit(LAYOUT, 3, PLAIN, samples=4) and finish(scheduler)  # no slot is lost
 
 
 def test_slots_half_filled_are_free_again(scheduler):
@@ -92,7 +92,7 @@ def test_slots_half_filled_are_free_again(scheduler):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_device_that_is_gone_leaves_nobody_waiting(scheduler, monkeypatch):
-    """Whatever is asked of it fails from then on, slots given back as well."""
+    """Everything on the device fails from then on, even giving back slots."""
 
     def sick(*_):
         raise RuntimeError("the device is gone")
@@ -138,7 +138,7 @@ def test_codes_that_cannot_be_handed_over_fail_one_request(scheduler, monkeypatc
 
 
 def test_no_image_is_drawn_with_two_models(either):
-    """A copy of the weights goes on as it is; what reads the engine's own ends."""
+    """A scheduler with a copy of the weights continues; one that reads the engine's own ends."""
     engine, copied = either, isinstance(either.decoder, Packed)
     scheduler = Scheduler(engine, slots=2, prompt_tokens=80)
     wanted = engine.generate_codes([LAYOUT], 1, sampling=PLAIN, decoding="sequential")
@@ -158,7 +158,7 @@ def test_no_image_is_drawn_with_two_models(either):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_weights_that_change_in_place_change_nothing_in_a_copy(either, dtype):
-    """Of what is drawn and of what waits, whose prompt is yet to run."""
+    """Neither for what is being drawn nor for what waits, whose prompt has yet to run."""
     engine = copy.copy(either)
     engine.transformer = copy.deepcopy(engine.transformer).to(dtype)
     engine.refresh()
@@ -181,14 +181,14 @@ def test_weights_that_change_in_place_change_nothing_in_a_copy(either, dtype):
 
 @pytest.mark.parametrize("name", ["run_prompt", "step"])
 def test_an_interrupt_by_hand_ends_it_for_all(scheduler, monkeypatch, name):
-    """Nobody knows how far the step came; going on could draw another image and not say so."""
+    """Nobody knows how far the step got; going on could silently draw another image."""
     requests = [scheduler.submit(LAYOUT, seed, PLAIN, 3) for seed in (1, 2)]
     name = stepping(scheduler) if name == "step" else name
     once(monkeypatch, scheduler._slots, name, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         scheduler.step()
     for request in requests:
-        error = request.future.exception(0)  # another thread is not to end of this one's Ctrl-C
+        error = request.future.exception(0)  # this thread's Ctrl-C must not end another thread
         assert isinstance(error, SchedulerClosed)
         assert isinstance(error.__cause__, KeyboardInterrupt)
     with pytest.raises(SchedulerClosed, match="died of KeyboardInterrupt"):
@@ -197,7 +197,7 @@ def test_an_interrupt_by_hand_ends_it_for_all(scheduler, monkeypatch, name):
 
 
 def test_an_error_does_not_hold_what_was_being_computed(scheduler, monkeypatch, uncollected):
-    """After running out of memory it is needed for the others."""
+    """After running out of memory, that memory is needed for the others."""
     held = []
 
     def broken(*_):
@@ -262,7 +262,7 @@ def test_shutting_down_waits_no_longer_than_it_is_told_to(scheduler, monkeypatch
 
 
 def test_what_cannot_be_awaited_is_told_all_the_same(scheduler):
-    """Where an iterator runs out in a callback: asyncio takes no StopIteration and tells nobody."""
+    """An iterator may run out in a callback, and asyncio drops a StopIteration silently."""
     parts = iter(())
 
     async def wait() -> torch.Tensor:
@@ -284,13 +284,13 @@ def test_a_callback_cannot_step(scheduler):
 
 
 def test_who_cancelled_is_told_no_more(scheduler):
-    """Not in the step that was under way, either."""
+    """Not even in the step that was under way."""
     heard, before = [], []
 
     def leave(_):
         if not second.future.cancelled():
             second.cancel()
-            before.append(len(heard))  # it may have been ahead
+            before.append(len(heard))  # the second may have been ahead
 
     first = scheduler.submit(LAYOUT, 1, PLAIN, every=4, on_partial=leave)
     second = scheduler.submit(LAYOUT, 2, PLAIN, every=4, on_partial=heard.append)
@@ -338,7 +338,8 @@ def test_cancelling_at_the_last_code(scheduler):
 
 @pytest.mark.parametrize("end", ["finish", "cancel", "fail"])
 def test_a_request_that_ended_holds_no_noise(scheduler, monkeypatch, uncollected, end):
-    """Of a large codebook it is 8 MB a request, and a service may keep many for their codes."""
+    """For a large codebook, noise takes 8 MB per request, and a service may keep many requests for
+    their codes."""
     made, right = [], Sampler._block
 
     def block(self, index):
@@ -385,7 +386,7 @@ def test_a_request_whose_prompt_is_run_is_counted(scheduler, monkeypatch):
 
 
 def test_the_host_is_at_most_two_steps_ahead_of_a_gpu(monkeypatch):
-    """Who comes then waits for two steps, and not for all that a queue of launches holds."""
+    """A new request then waits for two steps, and not for all that a launch queue holds."""
     called = []
 
     class Event:

@@ -1,4 +1,4 @@
-"""Few images are drawn several codes a step, and drawn the same."""
+"""While there are few images, each step draws several codes, and the result is the same."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CROWDED = TWO
 
 
 def windows() -> Heard:
-    """Of every step that is a window."""
+    """A listener for every step that is a window."""
     return Heard("engine/decode/window")
 
 
 @pytest.fixture(autouse=True)
 def by_pytorch(monkeypatch):
-    """Whose weights alone are run several codes a step."""
+    """Draw by PyTorch's operations, the only ones that run several codes a step."""
     monkeypatch.setenv("ECHOGEN_NATIVE", "0")
 
 
@@ -69,8 +69,8 @@ def test_the_bundled_model_takes_a_third_of_the_steps():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_who_comes_and_goes_changes_nothing(engine, seed):
-    """Images turn from windows to single codes and back at any code, in any slots, and share
-    windows with others that stand elsewhere."""
+    """Images change from windows to single codes and back at any code, in any slots, and share
+    windows with others that are at other positions."""
     rng, made = random.Random(seed), []
     scheduler, heard = Scheduler(engine, slots=24, prompt_tokens=80), windows()
     with listening(heard):
@@ -104,7 +104,7 @@ def test_who_is_left_goes_on_in_windows_where_it_stands(engine, others):
 
 
 def test_images_of_one_request_get_on_by_themselves(engine):
-    """What all of them have is what is drawn, and nobody waits for the slowest."""
+    """The codes that all of them have count as drawn, and no image waits for the slowest."""
     scheduler, seen = Scheduler(engine, slots=8, prompt_tokens=80), []
     asked = Asked(LONG, 3, Sampling(temperature=0.5), 4)
     request = asked.submit(scheduler)
@@ -127,7 +127,7 @@ def test_drafts_outlast_others_that_come_and_go(engine):
 
 
 def test_slots_that_lie_apart(engine):
-    """Which they do while a step would run no fewer rows if they did not."""
+    """Slots stay apart as long as moving them would not give a step fewer rows."""
     scheduler, heard = Scheduler(engine, slots=8, prompt_tokens=80), windows()
     before = [Asked(ONE, seed, PLAIN, 1).submit(scheduler) for seed in range(8)]
     scheduler.step()
@@ -146,7 +146,7 @@ def test_slots_that_lie_apart(engine):
 
 @pytest.mark.parametrize("others", [30, 3], ids=["code by code", "in windows"])
 def test_who_stands_behind_free_slots_moves_up(engine, others):
-    """With what windows ran ahead, whatever stands where it comes to, and as often as need be;
+    """It moves with what windows ran ahead, whatever its new slots hold, and as often as needed;
     its steps then run few rows."""
     scheduler, heard = Scheduler(engine, slots=40, prompt_tokens=80), windows()
     before, asked = Asked(ONE, 1, PLAIN, others).submit(scheduler), Asked(LONG, 5, GUIDED, 2)
@@ -164,7 +164,7 @@ def test_who_stands_behind_free_slots_moves_up(engine, others):
 
 
 def test_partial_results_come_at_their_codes(engine):
-    """However many codes a step draws."""
+    """This holds however many codes a step draws."""
     scheduler, called = Scheduler(engine, slots=2, prompt_tokens=80), []
     request = scheduler.submit(ONE, 1, PLAIN, every=3, on_partial=called.append)
     steps = finish(scheduler)
@@ -210,7 +210,7 @@ def test_many_rows_are_drawn_code_by_code(engine):
 
 
 def test_a_window_ends_where_the_cache_does(engine):
-    """The longest prompt: the last code run stands in the last place of its slot."""
+    """After the longest prompt, the last code that is run takes the last place of its slot."""
     length = 2 * EDGE - (TOKENS - 1)
     slots = Slots(engine.decoder, engine.code_table, 1, 2 * EDGE, windows=True)
     assert slots.width == TOKENS - 1
@@ -236,7 +236,7 @@ def test_a_window_ends_where_the_cache_does(engine):
 
 @pytest.mark.parametrize("block", [1 << 30, 24 * 4 * 2, 1])
 def test_images_far_apart_hold_the_noise_they_need(monkeypatch, block):
-    """Whatever the blocks are in which noise is made, and in any order of positions."""
+    """This holds whatever the blocks that noise is made in, and in any order of positions."""
     draws, sampling = torch.tensor([3, 1, 7, 2]), Sampling(temperature=0.7)
     whole = Sampler(sampling, 5, draws, 24, 16)
     scores = torch.randn(4, 3, 24, generator=torch.Generator().manual_seed(0))

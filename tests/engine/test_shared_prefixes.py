@@ -1,5 +1,5 @@
-"""On a GPU's operators rows of a scheduler that continue one prompt share it: written once, read
-once a step, and there for as long as one of them is."""
+"""On the GPU operators, a scheduler's rows that continue one prompt share it: it is written once,
+read once a step, and kept for as long as one of them is there."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def engine(request, place, random_engine) -> Engine:
 
 @pytest.fixture
 def written(monkeypatch) -> list[int]:
-    """Tokens of every prefix that is written, as they are."""
+    """Tokens of every prefix, recorded as it is written."""
     found, right = list[int](), serving_prefixes.put_prefix
 
     def put(block, scales, places, keys_values):
@@ -46,7 +46,7 @@ def written(monkeypatch) -> list[int]:
 
 @pytest.fixture
 def slots(engine) -> Slots:
-    """Where whatever is read before it is written shows."""
+    """Slots filled with NaN, so that anything read before it is written shows."""
     made = Slots(engine.decoder, engine.code_table, ROWS, 96)
     shared = shared_of(made)
     for held in (made.cache.block, made.scales, shared._block, shared._scales):
@@ -64,7 +64,8 @@ def places_of(slots: Slots, rows: Rows) -> set[int]:
 
 
 def check_order(slots: Slots, rows: int) -> None:
-    """It is that of the groups, which the kernel trusts and the reference does not read."""
+    """Check that the order is that of the groups: the kernel relies on it, and the reference does
+    not read it."""
     prefixes, query = shared_of(slots).of(rows), shared_of(slots)._query[:rows]
     wanted = decode_members(prefixes.groups, query, prefixes.keys[0])
     members = int((prefixes.groups >= 0).sum())  # idle rows are in no order
@@ -94,7 +95,7 @@ def test_samples_write_their_prompt_once(engine, place, written):
 
 
 def test_requests_share_their_unconditional_prompt(engine, written):
-    """At the same time, and one after the other where it still lies there."""
+    """At the same time, and one after the other while it is still there."""
     scheduler = Scheduler(engine, slots=ROWS, prompt_tokens=80)
     length = len(engine.prompts.l2i(TWO))
     for seed in (1, 2):
@@ -110,7 +111,7 @@ def test_requests_share_their_unconditional_prompt(engine, written):
 
 @torch.inference_mode()
 def test_a_prefix_is_not_kept_twice(engine, slots):
-    """What the plan of memory counts is where rows read it; the prompt's own cache may go."""
+    """The memory plan counts the copy that rows read; the prompt's own cache may be freed."""
     prefix = slots.run_prompt(engine.prompts.l2i(ONE))
     first = slots.take([prefix])
     gone = ref(prefix)
@@ -141,7 +142,7 @@ def test_what_was_written_in_part_is_not_shared(engine, slots, monkeypatch):
     assert torch.equal(found, wanted)
 
 
-# --- who comes and goes ---------------------------------------------------------------------------
+# --- rows come and go -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -149,8 +150,8 @@ def test_what_was_written_in_part_is_not_shared(engine, slots, monkeypatch):
 def test_rows_that_come_go_and_move_have_the_plain_logits(
     engine, place, slots, relative_error, seed
 ):
-    """Rows that wrote a prefix leave before those that share it, all of them move, some stand idle
-    in between, and prefixes with them."""
+    """Rows that wrote a prefix leave before those that share it, and rows move. Some rows in
+    between are idle, and so are prefixes."""
     rng, bound = random.Random(seed), place.error + 0.1 * engine.decoder.fp8_cache
     both = Slots(engine.transformer, engine.code_table, ROWS, 96), slots
     prefixes = [prefixes_of(engine, each) for each in both]
@@ -207,7 +208,7 @@ def test_a_prefix_moves_down_where_fewer_rows_run(engine, slots, written):
 
 
 def test_a_step_is_given_as_many_prefixes_as_rows(engine, monkeypatch):
-    """What `decode_attention` launches goes by them."""
+    """What `decode_attention` launches depends on their number."""
     given, right = set[tuple[int, int]](), device.decode_attention
 
     def attention(query, *others, **more):
@@ -220,7 +221,7 @@ def test_a_step_is_given_as_many_prefixes_as_rows(engine, monkeypatch):
 
 
 def test_who_cancels_leaves_the_prompt_to_the_others(engine, place):
-    """The first holder of the unconditional prompt among them."""
+    """Even where it was the first holder of the unconditional prompt."""
     scheduler, stays = Scheduler(engine, slots=ROWS, prompt_tokens=80), Asked(TWO, 2, GUIDED, 2)
     gone = Asked(TWO, 1, GUIDED, 1).submit(scheduler)
     request = stays.submit(scheduler)
@@ -238,7 +239,7 @@ def test_who_cancels_leaves_the_prompt_to_the_others(engine, place):
 
 @torch.inference_mode()
 def test_rows_that_regard_who_shares_their_prompt_do_not_agree(engine, monkeypatch):
-    """Rounded here by the place of their prompt."""
+    """Here rounding depends on the place of their prompt."""
     right = device.decode_attention
 
     def attention(query, keys, values, lengths, scale, *before, **more):

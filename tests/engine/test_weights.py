@@ -130,11 +130,11 @@ def test_ignored_keys_are_ignored(folder):
     before = states(load_checkpoint(folder))
     save_file(load_file(folder / "model.safetensors") | extra, folder / "model.safetensors")
     assert_equal_states(states(load_checkpoint(folder)), before)
-    assert len(IGNORED) == 4  # a new entry wants a new line above
+    assert len(IGNORED) == 4  # a new entry needs a new line above
 
 
 class Killed(BaseException):
-    """Stands for the process ending: nothing after it runs, as far as a test can arrange."""
+    """Simulates the end of the process: nothing after it runs, as far as a test can arrange."""
 
 
 def two_checkpoints(tmp_path: Path, janus_config, random_janus) -> list[Checkpoint]:
