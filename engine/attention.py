@@ -1,5 +1,6 @@
-"""Softmax attention over whole sequences, the way that is best where it runs. One query a sequence
-over a cache is another job: `kernels.decode_attention`, and on a CPU `engine/cpu`."""
+"""Softmax attention over whole sequences, by the implementation that suits the device best.
+Attention of one query per sequence over a cache is elsewhere: in `kernels.decode_attention`, and on
+a CPU in `engine/cpu`."""
 
 from __future__ import annotations
 
@@ -15,15 +16,15 @@ from torch import Tensor
 from echogen.engine.flex import BlockMask, blocked_attention
 
 Mask = Tensor | BlockMask | Literal["causal"] | None
-"""What a query sees: additive in its type [B or 1, 1, L, S]; blocks of FlexAttention; "causal",
-itself and what is before it (S = L); None: every key."""
+"""What a query sees: an additive mask in the query's type [B or 1, 1, L, S]; a FlexAttention block
+mask; "causal": itself and everything before it (S = L); None: every key."""
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
     """softmax(q·kᵀ/√K + mask)·v for q [B, H, L, K], k and v [B, kv_heads, S, K].
 
-    A causal one runs on flash-attn where that is installed and can (`flash_attention`), else on the
-    same algorithm in PyTorch, which an additive mask would keep it from.
+    A causal mask runs on flash-attn where that is installed (`flash_attention`) and has a kernel
+    (`flash_can`), else on the same algorithm in PyTorch, which an additive mask would rule out.
     """
     if isinstance(mask, BlockMask):
         return blocked_attention(query, key, value, mask)
@@ -49,8 +50,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Mask) -> Tensor:
 
 
 def flash_can(query: Tensor) -> bool:
-    """Whether flash-attn has a kernel for such queries [..., K]: 16 bits, on a GPU of compute
-    capability 8.0 or later, heads of at most 256 in steps of 8."""
+    """Whether flash-attn has a kernel for these queries [..., K]: 16-bit, on a GPU of compute
+    capability 8.0 or later, with K at most 256 and a multiple of 8."""
     return (
         query.is_cuda
         and query.dtype in (torch.bfloat16, torch.float16)
@@ -62,11 +63,11 @@ def flash_can(query: Tensor) -> bool:
 
 @cache
 def flash_attention() -> Callable[..., Tensor] | None:
-    """flash-attn's function of q, k and v [B, L, heads, K] (Dao 2023), or None where the package is
-    not installed.
+    """Return flash-attn's function of q, k and v [B, L, heads, K] (Dao 2023), or None where the
+    package is not installed.
 
     Raises:
-        ImportError: it is installed and does not load, which its builds do beside another PyTorch.
+        ImportError: it is installed but does not load, as happens with a build for another PyTorch.
     """
     if find_spec("flash_attn") is None:
         return None
@@ -82,9 +83,9 @@ def flash_attention() -> Callable[..., Tensor] | None:
 
 
 def plan_no_shapes(device: torch.device) -> None:
-    """On a GPU, keep torch's attention off cuDNN, for the whole process: on Hopper torch 2.11 and
-    later take it first, and it makes a plan for every new shape, where the flash and the
-    memory-efficient kernels need none. Prompts, growing caches and windows are of many shapes, each
-    run a few times."""
+    """On a GPU, keep torch's attention off cuDNN, for the whole process. On Hopper, torch 2.11 and
+    later prefer cuDNN, which makes a plan for every new shape; the flash and the memory-efficient
+    kernels need none. Prompts, growing caches and windows have many shapes, each run only a few
+    times."""
     if device.type == "cuda":
         torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,4 +1,5 @@
-"""What grounding runs on: images as trunks that branches share, and one cache for all of it."""
+"""The sequences that grounding runs on: each image is a trunk that its branches share, and one
+cache holds all of them."""
 
 from __future__ import annotations
 
@@ -12,12 +13,12 @@ from echogen.engine.ranges import span
 
 
 class Branches:
-    """The cache of B trunks with K branches each, and what every cached token belongs to.
+    """The cache of B trunks with K branches each, and the branch that every cached token is on.
 
     Args:
-        model, prompts: the transformer, and what builds the trunk.
+        model, prompts: the transformer, and the builder of the trunk.
         image: embedded images [B, T, D].
-        branches: for each image, the ids of its K_b questions; K is the most of them.
+        branches: for each image, the ids of its K_b questions; K is the largest K_b.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class Branches:
         self._cache = KVCache(model.config, self._rows, capacity, image.dtype, device)
 
     def prefill(self) -> Tensor:
-        """Run trunk and questions; text logits at the end of every branch [B, K, vocab]."""
+        """Run trunk and questions; return text logits at the end of every branch [B, K, vocab]."""
         count, tokens = self._rows * self._width, self._position.numel()
         with span("engine/ground/prefill", rows=count, tokens=tokens):
             return self._prefill()
@@ -76,14 +77,14 @@ class Branches:
         return self._model.text_head(hidden[rows, last])
 
     def step(self, tokens: Tensor, step: int) -> Tensor:
-        """Feed one token [B, K] to every branch; text logits [B, K, vocab]."""
+        """Feed one token [B, K] to every branch; return text logits [B, K, vocab]."""
         fed, held = tokens.numel(), self._branch.numel() + tokens.numel()
         with span("engine/ground/step", rows=fed, tokens=fed, held=held, step=step):
             return self._step(tokens.unsqueeze(-1), torch.ones_like(tokens))
 
     def feed(self, new: list[list[list[int]]]) -> Tensor:
-        """Feed each branch its own tokens, as many as it has; text logits [B, K, vocab] after the
-        last of each (those of a branch that has none mean nothing)."""
+        """Feed each branch its own tokens, however many; return text logits [B, K, vocab] after the
+        last token of each (meaningless for a branch without new tokens)."""
         most = max(len(tokens) for row in new for tokens in row)
         device = self._ids.device
         tokens = torch.full((self._rows, self._width, most), self._pad)
@@ -98,13 +99,13 @@ class Branches:
             return self._step(tokens.to(device), counts.to(device))
 
     def _step(self, tokens: Tensor, counts: Tensor) -> Tensor:
-        """Tokens [B, K, n], the first ``counts`` [B, K] of each branch's n, → logits [B, K, V]."""
+        """Feed the first ``counts`` [B, K] of each branch's tokens [B, K, n] → logits [B, K, V]."""
         _, width, most = tokens.shape
         place = torch.arange(most, device=tokens.device)
         number = torch.arange(1, width + 1, device=tokens.device)[:, None]
         branch = torch.where(place < counts[..., None], number, -1).flatten(1)
         position = ((self._next + self._fed)[..., None] + place).flatten(1)
-        # A pad is never read, but it needs a position all the same.
+        # A pad is never read, but it still needs a valid position.
         position = position.clamp(max=self._model.config.max_positions - 1)
         cached, new = self._branch.shape[1], width * most
         self._branch = torch.cat((self._branch, branch), 1)
@@ -118,7 +119,8 @@ class Branches:
         return self._model.text_head(hidden.unflatten(1, (width, most)).gather(2, last).squeeze(2))
 
     def _make_room(self, tokens: int) -> None:
-        """A larger cache where branches were fed unequal numbers of tokens, padded to the most."""
+        """Move to a larger cache if these tokens do not fit: branches fed unequal numbers of tokens
+        are padded to the largest number."""
         old = self._cache
         if old.length + tokens <= old.capacity:
             return

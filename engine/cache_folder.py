@@ -1,4 +1,4 @@
-"""Where derived data is kept: compiled code, scenes and their codes, models of experiments."""
+"""The folder for derived data: compiled code, scenes and their codes, models of experiments."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ HINT = "name a folder that can be written to in ECHOGEN_CACHE"
 
 
 class CacheError(Exception):
-    """Nothing can be kept in the cache folder; the message says why, and what to change."""
+    """The cache folder cannot be used; the message says why, and what to change."""
 
 
 def cache_folder() -> Path:
-    """``$ECHOGEN_CACHE``, else ``~/.cache/echogen``; made where it is missing.
+    """Return ``$ECHOGEN_CACHE``, else ``~/.cache/echogen``; create it if it is missing.
 
     Raises:
-        OSError: it cannot be made, or there is no home folder.
+        OSError: it cannot be created, or there is no home folder.
     """
     chosen = os.environ.get("ECHOGEN_CACHE")
     try:
         folder = Path(chosen) if chosen else Path.home() / ".cache" / "echogen"
-    except RuntimeError:  # of a user that a container knows by number alone, and HOME is not set
+    except RuntimeError:  # HOME is not set, and a container may know its user by number only
         reason = "this user has no home folder, and ECHOGEN_CACHE names no other"
         raise FileNotFoundError(errno.ENOENT, reason) from None
     folder.mkdir(parents=True, exist_ok=True)
@@ -30,10 +30,10 @@ def cache_folder() -> Path:
 
 
 def cache_path(name: str) -> Path:
-    """A file or folder of the cache folder, which is there or can be made there.
+    """Return the path of a file or folder in the cache folder, which exists or can be created.
 
     Raises:
-        CacheError: neither.
+        CacheError: it neither exists nor can be created.
     """
     try:
         path = cache_folder() / name

@@ -31,7 +31,7 @@ class ModelConfig:
         rope_theta, norm_eps: RoPE base (1e4), RMSNorm epsilon (1e-6).
         image_tokens: codes of one image T (576).
         image_size: pixels along a side (384).
-        max_positions: longest sequence that positions are meant for.
+        max_positions: longest sequence that the positions support.
         tied: the text head shares the text embedding's rows (False).
     """
 
@@ -65,9 +65,9 @@ class ModelConfig:
         """Read the shapes of a `transformers` Janus configuration.
 
         Raises:
-            ConfigError: the checkpoint asks for something the engine does not compute (a biased
-                attention, another activation, scaled RoPE, a VQ grid unlike the image tokens), or
-                nothing can (heads that share keys unevenly).
+            ConfigError: the checkpoint asks for something the engine does not compute (biased
+                attention, another activation, scaled RoPE, a VQ grid that does not match the image
+                tokens), or for something impossible (heads that share keys unevenly).
         """
         text: Any = config.text_config
         vision: Any = config.vision_config

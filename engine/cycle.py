@@ -1,4 +1,4 @@
-"""The cycle's score: how well the layout recovered from an image matches the one asked for."""
+"""The cycle's score: how well the layout recovered from an image matches the requested one."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class CycleResult:
     """Samples of one layout, each drawn, grounded and scored.
 
     Attributes:
-        layout: what was asked for.
+        layout: the requested layout.
         images: G pictures.
         codes: their image codes, int64 [G, T].
         boxes: for each picture, the recovered box of every object.
-        iou, l1: float32 [G, K] between recovered and asked-for boxes.
-        reward, advantage: float32 [G]; the advantage is within these samples.
+        iou, l1: float32 [G, K] between recovered and requested boxes.
+        reward, advantage: float32 [G]; the advantage is relative to these samples.
         seconds: wall time of drawing, grounding and scoring.
     """
 
@@ -41,7 +41,7 @@ class CycleResult:
 
     @property
     def best(self) -> int:
-        """Index of the sample with the highest reward (the first of equals)."""
+        """Index of the sample with the highest reward (the first of a tie)."""
         return int(self.reward.argmax())
 
     def to_dict(self, sample: int) -> dict[str, Any]:

@@ -45,15 +45,15 @@ from echogen.engine.prompt import LocationCodec, Prompts
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MOST_DECODED = 1 << 32
-"""Bytes of passing tensors while pictures are decoded; more of them go one part after another."""
+"""Most bytes of temporary tensors while pictures are decoded; larger batches run in parts."""
 
 
 class Engine:
     """One set of weights for drawing, grounding and (shared with the trainer) training.
 
-    Any thread may draw and ground; on a GPU drawings run one at a time. No thread may while the
-    weights change, until ``refresh`` has run. On a GPU it switches torch's cuDNN attention off
-    (`attention.plan_no_shapes`).
+    Any thread may draw and ground; on a GPU drawings run one at a time. While the weights change,
+    and until ``refresh`` has run, no thread may do either. On a GPU, making an engine switches
+    torch's cuDNN attention off (`attention.plan_no_shapes`).
 
     Args:
         config: the `transformers` configuration of the checkpoint.
@@ -65,7 +65,7 @@ class Engine:
         fp8_cache: draw with keys and values in 8 bits.
 
     Raises:
-        ValueError: fp8 or fp8_cache where drawing cannot run on the GPU's operators; says why.
+        ValueError: fp8 or fp8_cache where drawing cannot run on the GPU operators; says why.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Engine:
         self.fp8, self.fp8_cache = fp8, fp8_cache
         self.transformer, self.siglip = transformer, siglip.eval()
         # Channels last: the tiny model's tokenizer decodes 1.6 times as fast on a CPU
-        # (bench/NSIGHT.md tells how that was found).
+        # (bench/NSIGHT.md describes how that was found).
         self.vq = vq.eval().to(memory_format=torch.channels_last)
         self.sampling = sampling or Sampling()
         self.pixels_trained = pixels_trained
@@ -111,27 +111,28 @@ class Engine:
         """Load a checkpoint.
 
         Args:
-            model: bundled (``"tiny"``, or ``"tiny-stage1"``, which it was trained from), a folder,
-                or a hub id such as ``deepseek-community/Janus-Pro-1B``; the transformers Janus
-                format or the original deepseek-ai layout.
+            model: a bundled model (``"tiny"``, or ``"tiny-stage1"``, from which ``"tiny"`` was
+                trained), a folder, or a hub id such as ``deepseek-community/Janus-Pro-1B``; in the
+                transformers Janus format or the original deepseek-ai layout.
             device, dtype: where and in what precision the weights live.
             codec: how boxes are written; None takes the checkpoint's (``echogen.json``), or
                 PlanGen's textual codec where the checkpoint names none.
-            bins: number of location tokens to add if ``codec="location"`` is asked of a checkpoint
-                without them (None: 1000). Each starts at the mean embedding of its number's digits.
+            bins: number of location tokens to add if ``codec="location"`` is requested for a
+                checkpoint without them (None: 1000). Each starts at the mean embedding of its
+                number's digits.
             fp8: draw on a GPU with weights rounded to float8_e4m3fn, one scale per output channel.
                 A step then reads half the bytes of weights, and the codes differ from those in
                 ``dtype``. Prompts and grounding use the weights as they are.
             fp8_cache: draw on a GPU (compute capability 8.9 or later) with keys and values rounded
                 to float8_e4m3fn, one scale per head of a token. This halves the memory of a drawing
-                and of a `Scheduler`'s slots and what many rows read per step, and the codes differ.
-                Grounding keeps its keys and values in ``dtype``.
+                and of a `Scheduler`'s slots, and the bytes that many rows read per step; the codes
+                differ. Grounding keeps its keys and values in ``dtype``.
 
         Raises:
-            CheckpointError: nothing there, or a broken checkpoint; names the file and the key.
-            ValueError: an unknown codec, or bins that are not the checkpoint's; a dtype that the
-                modules do not run in; fp8 where drawing cannot run on the GPU's operators, says
-                why.
+            CheckpointError: no checkpoint, or a broken one; names the file and the key.
+            ValueError: an unknown codec, or bins that differ from the checkpoint's; a dtype that
+                the modules do not run in; fp8 where drawing cannot run on the GPU operators (says
+                why).
         """
         if dtype not in DTYPES:
             raise ValueError(
@@ -155,8 +156,8 @@ class Engine:
         )
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-        """Write a folder that this engine and ``JanusForConditionalGeneration`` both load; where
-        that is interrupted, what was there before stays (`save_checkpoint`)."""
+        """Write a folder that this engine and ``JanusForConditionalGeneration`` both load. If
+        writing is interrupted, the previous contents stay (`save_checkpoint`)."""
         prompts, codec = self.prompts, self.prompts.codec
         bins = codec.scale + 1 if isinstance(codec, LocationCodec) else None
         meta = Meta(codec.name, bins, prompts.question, self.sampling, self.pixels_trained)
@@ -187,18 +188,18 @@ class Engine:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Rebuild what is derived from the weights; call it after they changed. On a GPU recorded
-        steps stay, unless the weights lie elsewhere now."""
+        """Rebuild what is derived from the weights; call it after they change. On a GPU, recorded
+        steps are kept unless the weights have moved in memory."""
         self._code_table = self.transformer.code_table().detach()
         held = self._decoder
         if not (isinstance(held, DeviceTransformer) and held.refresh(self._code_table)):
             self.release()
 
     def release(self) -> None:
-        """Free what drawing keeps for the next drawing, which then rebuilds it: on a CPU the packed
-        copy, on a GPU recorded steps and caches. The caches are as large as the largest drawing so
-        far needed, 2·layers·rows·kv_heads·(T − 1)·head_dim numbers without its prompts: 27 GiB for
-        256 rows of Janus-Pro-1B in bfloat16."""
+        """Free what is kept between drawings: on a CPU the packed copy, on a GPU recorded steps and
+        caches. The next drawing rebuilds it. The caches are as large as the largest drawing so far
+        needed: without its prompts, 2·layers·rows·kv_heads·(T − 1)·head_dim numbers, which is
+        27 GiB for 256 rows of Janus-Pro-1B in bfloat16."""
         with self._making:
             held, self._decoder = self._decoder, None
         if isinstance(held, DeviceTransformer):
@@ -206,12 +207,12 @@ class Engine:
 
     @property
     def decoder(self) -> Decoder:
-        """The transformer as drawing runs it, made at first use: on a CPU a packed copy, kept until
-        ``refresh`` (`echogen bench engine` reports its cost as ``pack_ms``); on a GPU the steps of
-        the operators on the weights themselves. A model that fits neither is run as it is, on a GPU
-        with a warning that says why. With ``fp8`` the operators multiply by 8-bit copies of the
-        weights, which ``refresh`` renews; with ``fp8_cache`` drawings keep keys and values in 8
-        bits."""
+        """The form of the transformer that drawing runs, made at first use. On a CPU it is a packed
+        copy, kept until ``refresh`` (`echogen bench engine` reports its cost as ``pack_ms``); on a
+        GPU the operators run its steps on the weights themselves. A model that fits neither runs
+        unchanged, on a GPU with a warning that says why. With ``fp8`` the operators multiply by
+        8-bit copies of the weights, which ``refresh`` renews; with ``fp8_cache`` drawings keep keys
+        and values in 8 bits."""
         with self._making:
             if self._decoder is None:
                 with torch.inference_mode():
@@ -257,12 +258,12 @@ class Engine:
         sampling: Sampling,
         negative: Layout | Sequence[Layout] | None = None,
     ) -> list[list[int]]:
-        """The prompts that draw N layouts: N conditional ones and, with guidance, N to steer away
-        from (the unconditional prompt, or the prompts of negative layouts).
+        """Return the prompts that draw N layouts: N conditional ones and, with guidance, N more to
+        steer away from (the unconditional prompt, or the prompts of negative layouts).
 
         Raises:
             ValueError: negative layouts without guidance, or not one for each layout.
-            LayoutError: texts that hold reserved tokens.
+            LayoutError: texts that contain reserved tokens.
         """
         rows = [self.prompts.l2i(layout) for layout in layouts]
         if negative is not None and not sampling.guided:
@@ -288,25 +289,25 @@ class Engine:
         decoding: Method = "auto",
         negative: Layout | Sequence[Layout] | None = None,
     ) -> Tensor:
-        """Image codes int64 [N, T], one image a layout.
+        """Draw one image per layout; return image codes int64 [N, T].
 
         Args:
             layouts: N layouts (repeat one for several samples).
             seed: noise key, 0 … 2^63 − 1.
-            draws: the number of each image's noise; None: 0 … N-1. The same (seed, draw) gives the
+            draws: the draw id of each image's noise; None: 0 … N-1. The same (seed, draw) gives the
                 same noise whatever else is in the batch.
             sampling: None: the checkpoint's default.
             progress: called after every step.
-            decoding: "sequential" draws one code a step, "jacobi" several
+            decoding: "sequential" draws one code per step, "jacobi" several
                 (`engine.decoding.jacobi`), "auto" whichever is faster. The codes are the same,
                 except where two are equally likely up to rounding.
-            negative: a layout, or one for each, whose rows replace the unconditional ones
-                (PlanGen's object removal: name what should not be there); needs guidance.
+            negative: one layout for all, or one for each, whose prompts replace the unconditional
+                ones (PlanGen's object removal: name what should not be there); needs guidance.
 
         Raises:
-            LayoutError: a layout that leaves no room for the image, or holds a reserved token.
-            ValueError: a negative layout without guidance; guidance beyond the last position; a
-                seed that is no such number; draws that are not one 32-bit word for each layout.
+            LayoutError: a layout that leaves no room for the image, or contains a reserved token.
+            ValueError: a negative layout without guidance; guidance beyond the last position; an
+                invalid seed; draws that are not one 32-bit word for each layout.
         """
         if decoding not in get_args(Method):
             raise ValueError(f"decoding = {decoding!r}; choose one of {get_args(Method)}")
@@ -325,7 +326,7 @@ class Engine:
         return decode_image(model, table, prompts, sampler, pad, progress)
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
-        """Image codes int64 [N, T] → pictures, as many at once as ``MOST_DECODED`` holds."""
+        """Decode codes int64 [N, T] into pictures, as many at once as ``MOST_DECODED`` allows."""
         together = max(1, MOST_DECODED // decoding_bytes(self.vq, self.image_size))
         parts = codes.to(self.device).split(together) if len(codes) else ()
         return [image for some in parts for image in to_images(decode_codes(self.vq, some))]
@@ -366,12 +367,12 @@ class Engine:
         return ground_images(self.transformer, self.prompts, embedded, [expressions])[0]
 
     def ground_codes(self, codes: Tensor, expressions: list[list[str]]) -> list[list[Box]]:
-        """Boxes of every expression in images given as codes int64 [B, T].
+        """Find the box of every expression in images given as codes int64 [B, T].
 
         Raises:
             LayoutError: an expression that cannot be used.
-            ValueError: an image without expressions, or not one list for each image; images that
-                are not whole.
+            ValueError: an image without expressions, or not one list for each image; codes of
+                incomplete images.
         """
         if len(codes) != len(expressions) or not all(expressions):
             counts = [len(row) for row in expressions]
@@ -411,10 +412,10 @@ class Engine:
 
 
 def check_fp8(model: UnifiedTransformer, code_table: Tensor, weights: bool, cache: bool) -> None:
-    """Refuse weights, or keys and values, in 8 bits where nothing multiplies by them.
+    """Refuse 8-bit weights, or 8-bit keys and values, where drawing cannot use them.
 
     Raises:
-        ValueError: says why.
+        ValueError: they cannot be used; says why.
     """
     asked = " and ".join(name for name, on in (("fp8", weights), ("fp8_cache", cache)) if on)
     if not asked:
@@ -438,7 +439,7 @@ def check_fp8(model: UnifiedTransformer, code_table: Tensor, weights: bool, cach
 def on_operators(
     model: UnifiedTransformer, code_table: Tensor, fp8: bool = False, fp8_cache: bool = False
 ) -> Decoder:
-    """The model as drawing runs it where it lies; see `Engine.decoder`."""
+    """Return the form of the model that drawing runs on its device; see `Engine.decoder`."""
     if fp8 or fp8_cache:
         check_fp8(model, code_table, fp8, fp8_cache)
         return DeviceTransformer(model, code_table, fp8, fp8_cache)

@@ -1,10 +1,10 @@
-"""Finding: all expressions of an image in parallel, each on a branch of its own.
+"""Grounding: find all expressions of an image in parallel, each on its own branch.
 
 The image is a trunk that every branch sees; branches never see each other, so the answer depends
 neither on their order nor on their number. With the location codec boxes cost at most four steps of
 the model, however many there are; the first of them is the prefill. A token that the grammar forces
-costs none: it goes along with the one before it (most of a box as text is forced: brackets, commas,
-spaces), and `</box>` is never run.
+costs no step: it is fed together with the token before it (most of a box written as text is forced:
+brackets, commas, spaces). `</box>` is never run.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ from echogen.kernels.parse_boxes import allowed_location_mask
 from echogen.kernels.philox import gumbel_noise
 
 MOST_HELD = 1 << 32
-"""Bytes of keys and values while images are grounded; more images go one part after another."""
+"""Most bytes of keys and values while images are grounded; more images run in parts."""
 MOST_ASKED = 2048
-"""Tokens of the branches of one image that are run at once; more go one part after another. The
-prefill's mask has a place for every pair of them: of five thousand expressions of ten tokens 2.5
-billion."""
+"""Most tokens of one image's branches that run at once; more run in parts. The prefill's mask has
+an entry for every pair of tokens: 2.5 billion for five thousand expressions of ten tokens."""
 BOX_STREAM = 1
-"""Word of the noise that tells a sample's boxes from its image codes, whose stream is 0."""
+"""Stream word of the noise: it separates a sample's boxes from its image codes, which use 0."""
 
 
 class Answers(NamedTuple):
     """Boxes found, in location tokens.
 
     Attributes:
-        tokens: int64 [N, K, 4]; what is at padding (k ≥ K_n) means nothing.
+        tokens: int64 [N, K, 4]; entries at padding (k ≥ K_n) are meaningless.
         logprob: float32 [N, K, 4], of each token under the grammar-constrained distribution.
     """
 
@@ -63,7 +62,7 @@ def ground_images(
         expressions: for each of the B images, its K_b ≥ 1 expressions.
 
     Returns:
-        For each image one normalised box an expression; a constrained decode always parses.
+        For each image, one normalised box per expression; a constrained decode always parses.
 
     Raises:
         LayoutError: an expression that cannot be used, or for which the model has no room.
@@ -98,8 +97,8 @@ def ground_images(
 def parts(
     model: UnifiedTransformer, prompts: Prompts, image: Tensor, expressions: list[list[str]]
 ) -> Iterator[slice]:
-    """Which of embedded images [B, T, D] are grounded at once, that keys and values stay below
-    ``MOST_HELD``.
+    """Yield the slices of embedded images [B, T, D] to ground at once, so that keys and values stay
+    below ``MOST_HELD``.
 
     Raises:
         LayoutError: an expression that cannot be used, or for which the model has no room.
@@ -124,7 +123,7 @@ def parts(
 
 
 def in_one_piece(codec: LocationCodec) -> bool:
-    """Whether the ids of the location tokens follow each other."""
+    """Whether the ids of the location tokens are consecutive."""
     return codec.ids == list(range(codec.ids[0], codec.ids[0] + len(codec.ids)))
 
 
@@ -132,7 +131,7 @@ def locations(prompts: Prompts) -> tuple[int, int]:
     """(id of ``<loc_0>``, number of location tokens).
 
     Raises:
-        PromptError: another codec, or location tokens that do not follow each other.
+        PromptError: another codec, or location tokens whose ids are not consecutive.
     """
     codec = prompts.codec
     if not isinstance(codec, LocationCodec):
@@ -149,7 +148,7 @@ def locations(prompts: Prompts) -> tuple[int, int]:
 
 def constrained(logits: Tensor, tokens: Tensor, step: int, prompts: Prompts) -> Tensor:
     """Scores [N, bins] of coordinate ``step`` over the location tokens, from text logits [N, vocab]
-    and the box so far, tokens [N, 4]: −inf where no box could follow."""
+    and the box so far, tokens [N, 4]: −inf for tokens after which no valid box is possible."""
     first, bins = locations(prompts)
     lengths = torch.full((len(tokens),), step, device=tokens.device)
     allowed = allowed_location_mask(tokens, lengths, first, bins, prompts.box_end, logits.shape[-1])
@@ -167,8 +166,8 @@ def ground_tokens(
     expressions: list[list[str]],
     noise: tuple[int, Tensor] | None = None,
 ) -> Answers:
-    """Find the box of every expression, by grammar-constrained decoding, in tokens; the device is
-    waited for by nothing.
+    """Find the box of every expression, in tokens, by grammar-constrained decoding. Nothing waits
+    for the device.
 
     Args:
         model, prompts, image, expressions: as for `ground_images`.
@@ -226,7 +225,7 @@ def _located(
 def _spelled(
     model: UnifiedTransformer, prompts: Prompts, image: Tensor, expressions: list[list[str]]
 ) -> list[list[list[int]]]:
-    """The answer to every expression, token by token as the codec's grammar allows."""
+    """Answer every expression token by token, as the codec's grammar allows."""
     codec = prompts.codec
     forced = _forced(codec, [])
     branches = [[prompts.branch(e) + forced for e in row] for row in expressions]
@@ -242,7 +241,7 @@ def _spelled(
 
 
 def _forced(codec: BoxCodec, answer: list[int]) -> list[int]:
-    """The tokens after an answer that leave no choice."""
+    """Return the tokens that the grammar forces after an answer."""
     forced: list[int] = []
     while len(allowed := codec.allowed((*answer, *forced))) == 1:
         forced += allowed
@@ -252,8 +251,8 @@ def _forced(codec: BoxCodec, answer: list[int]) -> list[int]:
 def _extend(
     logits: Tensor, codec: BoxCodec, answers: list[list[list[int]]]
 ) -> list[list[list[int]]]:
-    """Extend every unfinished answer by its most likely allowed token and what that forces; what
-    was added to each."""
+    """Extend every unfinished answer by its most likely allowed token and the tokens it forces;
+    return what was added to each."""
     scores, added = logits.float().cpu(), list[list[list[int]]]()
     for i, row in enumerate(answers):
         added.append([])

@@ -1,7 +1,7 @@
 """The domain's nouns: a box, an object with its referring expression, a layout; and their JSON.
 
-Everything that enters the project as a layout passes through here, so a layout that exists is a
-layout that is valid: each refusal names the object, the value and the fix.
+Everything that enters the project as a layout passes through here, so every existing layout is
+valid. Each refusal names the object, the value and the fix.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ Box = tuple[float, float, float, float]
 """``(x1, y1, x2, y2)``, origin at the top left, normalised to [0, 1]; x1 < x2 and y1 < y2."""
 
 SIZE_MAX = 1_000_000
-"""Pixels of a canvas's side."""
+"""Most pixels along a side of a canvas."""
 _LAYOUT_KEYS = {"caption", "objects", "size"}
 _OBJECT_KEYS = {"expr", "box"}
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028-\u202e\u2066-\u2069]")
-"""Control characters, halves of surrogate pairs, ends of lines and paragraphs, and what turns the
-direction of writing. Not `str.isprintable`, which has no no-break or wide spaces and no joiners, as
-French, Japanese, Persian and emoji are written with, and no letters newer than Python's tables."""
+"""Control characters, halves of surrogate pairs, line and paragraph separators, and characters that
+change the writing direction. `str.isprintable` is not used: it rejects no-break and wide spaces and
+joiners, which French, Japanese, Persian and emoji need, and letters newer than Python's tables."""
 
 
 class LayoutError(ValueError):
@@ -42,8 +42,8 @@ def _show(value: object) -> str:
 
 
 def check_text(value: object, what: str) -> str:
-    """Validate a caption or an expression, one line of text, and return it; ``what`` is how errors
-    call it. Raises LayoutError."""
+    """Validate a caption or an expression, one line of text, and return it; ``what`` is its name in
+    errors. Raises LayoutError."""
     if not isinstance(value, str):
         raise LayoutError(f"{what} is {_show(value)}; it must be a string")
     if not value.strip():
@@ -57,7 +57,7 @@ def check_text(value: object, what: str) -> str:
 
 
 def _number(value: object, what: str) -> float:
-    # NumPy's numbers are registered as real ones; most of them are no floats.
+    # NumPy's numbers are registered as real numbers; most of them are not floats.
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise LayoutError(f"{what} is {_show(value)}; it must be a number")
     try:
@@ -74,7 +74,7 @@ def check_box(box: object, what: str = "box", size: tuple[float, float] | None =
 
     Args:
         box: four numbers ``[x1, y1, x2, y2]``, in [0, 1], or in pixels when ``size`` is given.
-        what: how errors call it, for instance ``object 2 ("a red circle"): box``.
+        what: its name in errors, for instance ``object 2 ("a red circle"): box``.
         size: canvas ``(width, height)`` in pixels, or None for normalised boxes.
 
     Raises:
@@ -110,7 +110,7 @@ def check_box(box: object, what: str = "box", size: tuple[float, float] | None =
 
 @dataclass(frozen=True)
 class LayoutObject:
-    """A referring expression and where it shall be; validated when made."""
+    """A referring expression and the box of its object; validated when created."""
 
     expr: str
     box: Box
@@ -127,8 +127,8 @@ class Layout:
     Attributes:
         caption: one line of text for the whole image.
         objects: at least one object, boxes normalised.
-        size: canvas ``(width, height)`` in pixels that boxes are written in by ``to_dict``; the
-            boxes held here are normalised either way. None: written normalised.
+        size: canvas ``(width, height)`` in pixels, for ``to_dict`` to write boxes in pixels; None:
+            it writes normalised boxes. The boxes held here are normalised either way.
     """
 
     caption: str
@@ -172,12 +172,12 @@ class Layout:
 
     @classmethod
     def loads(cls, text: str) -> Layout:
-        """Read a layout from JSON text. Raises LayoutError, as ``from_dict``."""
+        """Read a layout from JSON text. Raises LayoutError, like ``from_dict``."""
         return cls.from_dict(read_json(text))
 
     @classmethod
     def load(cls, path: str | Path) -> Layout:
-        """Read a layout file. Raises LayoutError, with the path in front."""
+        """Read a layout file. Raises LayoutError, whose message begins with the path."""
         text = read_text(path)
         try:
             return cls.loads(text)
@@ -209,7 +209,7 @@ class Layout:
 
 
 def read_text(path: str | Path) -> str:
-    """What a text file holds. Raises LayoutError, with the path in front."""
+    """Return the text of a file. Raises LayoutError, whose message begins with the path."""
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except (OSError, ValueError) as error:
@@ -218,10 +218,10 @@ def read_text(path: str | Path) -> str:
 
 
 def read_json(text: str) -> object:
-    """JSON in which no key appears twice.
+    """Parse JSON in which no key appears twice.
 
     Raises:
-        LayoutError: anything else, nested too deeply, or with a number that Python does not read.
+        LayoutError: anything else, JSON nested too deeply, or a number that Python does not read.
     """
     try:
         return json.loads(text, object_pairs_hook=_no_duplicates)

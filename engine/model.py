@@ -57,7 +57,7 @@ class Rotary(nn.Module):
         self.sin = torch.cat((-angle.sin(), angle.sin()), -1).to(device)
 
     def forward(self, positions: Tensor, dtype: torch.dtype, fused: bool) -> Rotation:
-        """positions [B, L] or [L], int64 → what rotates there, in ``dtype``."""
+        """Return the rotation at positions [B, L] or [L], int64, in ``dtype``."""
         if positions.dim() == 1:
             positions = positions.unsqueeze(0)
         cos, sin = self.cos[positions].to(dtype), self.sin[positions].to(dtype)
@@ -68,8 +68,9 @@ class Rotary(nn.Module):
 
 
 class Rotation(NamedTuple):
-    """The rotation of every token, by ``rotate``: cos and sin [B or 1, L, 1, K]; or ``fused``, by
-    the operator `kernels.rope.rope`: [B or 1, L, K], sin without the sign of rotate_half."""
+    """The rotation of every token. For ``rotate``, cos and sin are [B or 1, L, 1, K]. If ``fused``,
+    they are for the operator `kernels.rope.rope`: [B or 1, L, K], sin without the sign of
+    rotate_half."""
 
     cos: Tensor
     sin: Tensor
@@ -77,9 +78,10 @@ class Rotation(NamedTuple):
 
 
 def trains_fused(x: Tensor) -> bool:
-    """Whether rotation and SwiGLU of a forward run on the operators: on a GPU, with gradients. In
-    plain torch they are most of what passes memory beside the products there (at Janus-Pro 1B's
-    width 726 kB a token and layer, forward and backward, against 394)."""
+    """Whether a forward runs rotation and SwiGLU on the operators: on a GPU, with gradients. In
+    plain torch they are most of the memory traffic there besides the matrix products. At Janus-Pro
+    1B's width the traffic is 726 kB per token and layer, forward and backward, against 394 kB on
+    the operators."""
     return x.is_cuda and torch.is_grad_enabled() and x.dtype != torch.float64
 
 
@@ -141,12 +143,13 @@ def run_again(
     mask: Mask,
     layer: int,
 ) -> Tensor:
-    """A block of which only the input is kept, and which backward runs once more (activation
-    checkpointing, Chen et al. 2016). No cache; it draws nothing, so no random state is kept."""
+    """Run a block and keep only its input; backward runs the block once more (activation
+    checkpointing, Chen et al. 2016). There is no cache. A block draws no random numbers, so no
+    random state is kept."""
     own, args = dict(block.named_parameters()), (x, rotation, mask, None, layer)
     if all(isinstance(p, nn.Parameter) for p in own.values()):
         kept = checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
-    else:  # stand-ins of a functional_call, which are gone by the time of backward
+    else:  # tensors that a functional_call put in; they are gone by the time of backward
         kept = checkpoint(
             functional_call, block, own, args, use_reentrant=False, preserve_rng_state=False
         )
@@ -172,8 +175,8 @@ class UnifiedTransformer(nn.Module):
     """Text tokens and image codes in, text logits and image logits out.
 
     Two embeddings (text rows; code rows of width C lifted by a projector) feed one decoder, and
-    two heads read it. What a token is allowed to see is the caller's mask, so that generation,
-    grounding and the packed training sequence are the same forward.
+    two heads read it. The caller's mask decides what a token may see, so generation, grounding and
+    the packed training sequence use the same forward.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -196,8 +199,8 @@ class UnifiedTransformer(nn.Module):
 
     def initialise(self, seed: int, std: float = 0.02) -> None:
         """Draw fresh weights from ``seed``: normal(0, std), projections into the residual stream
-        scaled by 1/√(2·layers) (GPT-2), biases 0, gains 1. They are drawn where they lie, and other
-        ones on a GPU than on a CPU."""
+        scaled by 1/√(2·layers) (GPT-2), biases 0, gains 1. They are drawn on the model's device, so
+        a GPU and a CPU give different weights."""
         generator = torch.Generator(self.norm.weight.device).manual_seed(seed)
         residual = std / (2 * self.config.layers) ** 0.5
         for name, p in self.named_parameters():
@@ -224,14 +227,14 @@ class UnifiedTransformer(nn.Module):
         return self.pixel_aligner(features)
 
     def code_table(self) -> Tensor:
-        """All code embeddings [V, D]; at decoding a lookup replaces embedding and aligner."""
+        """All code embeddings [V, D]; in decoding a lookup replaces embedding and aligner."""
         return self.code_aligner(self.code_embedding.weight)
 
     def embed_mixed(self, ids: Tensor) -> Tensor:
         """Text ids, or ``vocab_size + code`` for image codes [...] → [..., D].
 
         One lookup in both tables: in a training batch the codebook is smaller than the number of
-        image tokens, so lifting each code once is the cheaper way.
+        image tokens, so lifting each code once is cheaper.
         """
         return F.embedding(ids, torch.cat((self.text_embedding.weight, self.code_table())))
 
@@ -247,15 +250,15 @@ class UnifiedTransformer(nn.Module):
         Args:
             embeddings: [B, L, D].
             positions: [B, L] or [L], int64; RoPE positions.
-            mask: see `attention.Mask`; S = cached + L, and blocks or "causal" are over L alone.
-                None, every key, is right for a single decoded token.
+            mask: see `attention.Mask`; S = cached + L, but blocks and "causal" cover only the L.
+                None (every key) is right for a single decoded token.
             cache: keys and values of earlier tokens; extended by these L.
 
         Returns:
             Final hidden states [B, L, D], normed.
         """
-        # In the products' own precision, as the port does; float32 tables would turn every
-        # rotation under autocast into float32 and back.
+        # In the precision of the matrix products, as in the port; with float32 tables, every
+        # rotation under autocast would convert to float32 and back.
         kind = embeddings.device.type
         autocast = torch.is_autocast_enabled(kind)
         dtype = torch.get_autocast_dtype(kind) if autocast else embeddings.dtype

@@ -1,8 +1,8 @@
-"""Run transformers' Janus on this project's operators, and give it back untouched.
+"""Run transformers' Janus on this project's operators, and restore it afterwards.
 
-Only instances are changed: each module of the language model gets a ``forward`` of its own, which
-`Patch.undo` takes away. Classes, other models and the weights stay as they are, so checkpoints,
-hooks, adapters and gradient checkpointing work as before.
+Only instances are changed: each module of the language model gets its own ``forward``, which
+`Patch.undo` removes. Classes, other models and the weights stay as they are, so checkpoints, hooks,
+adapters and gradient checkpointing work as before.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ def _attention(
     past_key_values: Cache | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """LlamaAttention.forward with the rotation in one launch, before heads and tokens change
-    places; mask, cache and the chosen attention are reached as there. The cache is called ``cache``
-    in newer releases of transformers and ``past_key_values`` in older ones."""
+    """LlamaAttention.forward with the rotation in one launch, before heads and tokens are
+    transposed. Mask, cache and the selected attention are used as in the original. The cache is
+    called ``cache`` in newer releases of transformers and ``past_key_values`` in older ones."""
     cache = past_key_values if cache is None else cache
     if lost := [name for name, value in kwargs.items() if isinstance(value, Cache)]:
-        # It would be swallowed with the other keywords, and decoding would forget what it read.
+        # It would be lost among the other keywords, and decoding would lose its context.
         raise TypeError(f"this version of transformers hands the cache over as {lost[0]!r}")
     B, L, _ = hidden_states.shape
     query, key, value = (
@@ -83,11 +83,11 @@ FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
     LlamaAttention: _attention,
     LlamaMLP: _mlp,
 }
-"""What replaces each class's forward. Subclasses are left alone, as they may differ in it."""
+"""The replacement for each class's forward. Subclasses are not patched: theirs may differ."""
 
 
 class Patch:
-    """What `apply_to_janus` did; a context manager that undoes it on leaving.
+    """What `apply_to_janus` did; a context manager that undoes it on exit.
 
     Attributes:
         modules: the modules that run on the operators, by name; empty once undone.
@@ -102,7 +102,7 @@ class Patch:
             module.forward = self._forwards[name]
 
     def undo(self) -> None:
-        """Take the operators away again; a second call does nothing.
+        """Remove the operators; a second call does nothing.
 
         Raises:
             RuntimeError: something else replaced a forward since; undo that first.
@@ -131,15 +131,15 @@ def _check(model: Any) -> None:
 def apply_to_janus(model: JanusForConditionalGeneration) -> Patch:
     """Replace RMSNorm, the application of RoPE, and SwiGLU in the language model by the operators.
 
-    Outputs and gradients stay those of the model: within 1e-5 (of the largest value) in float32;
-    in bfloat16 within 2e-2, as RoPE and SwiGLU round once here and three times and twice there.
-    Works with every attention implementation, cache, and autocast.
+    Outputs and gradients stay those of the model: in float32 within 1e-5 (of the largest value); in
+    bfloat16 within 2e-2, as RoPE and SwiGLU each round once here, but three times and twice in the
+    model. Works with every attention implementation, cache, and autocast.
 
     Returns:
-        The patch; ``with apply_to_janus(model): …`` or ``patch.undo()`` gives the model back.
+        The patch; ``with apply_to_janus(model): …`` or ``patch.undo()`` restores the model.
 
     Raises:
-        TypeError: the model is none of Janus, or its language model none of Llama.
+        TypeError: the model is not a Janus, or its language model not a Llama.
         ValueError: an activation other than SiLU.
         RuntimeError: a module's forward is replaced already (by this, or by something else).
     """
@@ -163,22 +163,22 @@ def apply_to_janus(model: JanusForConditionalGeneration) -> Patch:
 
 
 def image_head_loss(model: JanusForConditionalGeneration, hidden: Tensor, codes: Tensor) -> Tensor:
-    """Mean cross entropy of the image head, whose logits never exist for all tokens at once.
+    """Mean cross entropy of the image head, without ever holding the logits of all tokens at once.
 
     Equals ``F.cross_entropy(model.model.generation_head(hidden), codes)``; needs no patch.
 
     Args:
-        model: gives the head.
+        model: the model whose head is used.
         hidden: float [..., D], the language model's last hidden states at the positions that
             predict ``codes``.
-        codes: int64 [...]; negative: left out of the mean.
+        codes: int64 [...]; negative ones are left out of the mean.
 
     Returns:
-        A scalar, float32 (float64 for a float64 model); 0 where every code is left out.
+        A scalar, float32 (float64 for a float64 model); 0 if every code is left out.
 
     Raises:
-        TypeError: the model is none of Janus.
-        ValueError: codes that do not fit hidden.
+        TypeError: the model is not a Janus.
+        ValueError: codes whose shape does not match hidden.
     """
     _check(model)
     if codes.shape != hidden.shape[:-1]:

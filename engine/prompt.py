@@ -5,7 +5,7 @@ L2I, byte for byte PlanGen's format with the textual codec::
     BOS<|User|>: {caption}\\n\\n<|Assistant|>: <grounding>
         <ref>e_1</ref><box>…</box>…</grounding>EOS<begin_of_image>          (in one line)
 
-I2L, the trunk all questions about one image share, and one branch for each expression::
+I2L, a trunk that all questions about one image share, and one branch for each expression::
 
     BOS<|User|>: <begin_of_image> z_1 … z_T <end_of_image> {question}\\n\\n<|Assistant|>:
         <ref>e_k</ref><box> → four coordinates </box>
@@ -28,12 +28,13 @@ MARKS = ("<grounding>", "</grounding>", "<ref>", "</ref>", "<box>", "</box>")
 QUESTION = "Locate each object."
 _LOCATION = "<loc_"
 KEPT, SHORT = 8192, 256
-"""Texts whose ids are kept, and the characters of the longest: 75 MB at an id a character."""
+"""How many texts' ids are cached, and the most characters of such a text: 75 MB in all if every
+character is an id."""
 Unconditional = Literal["pad", "empty"]
 
 
 class PromptError(ValueError):
-    """Token ids or a tokenizer that do not fit the format; the message names what is wrong."""
+    """Token ids or a tokenizer that do not match the format; the message names what is wrong."""
 
 
 def quantise(box: Box, scale: int) -> tuple[int, int, int, int]:
@@ -48,7 +49,7 @@ class BoxCodec(Protocol):
 
     Attributes:
         name: "location" or "textual".
-        scale: the largest coordinate; a box survives a round trip to half of 1/scale.
+        scale: the largest coordinate; a box survives a round trip to within half of 1/scale.
         steps: the most tokens a box can take.
     """
 
@@ -61,7 +62,7 @@ class BoxCodec(Protocol):
         ...
 
     def parse(self, ids: list[int]) -> Box | None:
-        """Ids between the marks → box, or None where they are no box."""
+        """Read the ids between the marks as a box; None if they are not one."""
         ...
 
     def allowed(self, ids: tuple[int, ...]) -> list[int]:
@@ -77,7 +78,7 @@ def _box(numbers: list[int], scale: int) -> Box | None:
 
 
 class LocationCodec:
-    """Four tokens ``<loc_i>`` a box, i = round(t·(bins − 1)), order x1 y1 x2 y2."""
+    """Four tokens ``<loc_i>`` per box, i = round(t·(bins − 1)), in the order x1 y1 x2 y2."""
 
     name = "location"
     steps = 4
@@ -177,7 +178,7 @@ def feasible(text: str, scale: int) -> bool:
 
 
 def _extendable(digits: str, low: int, high: int) -> bool:
-    """Whether digits, perhaps with more digits after them, can be an integer in low…high."""
+    """Whether digits, possibly followed by more digits, can be an integer in low…high."""
     if not digits or digits == "0":
         return low <= (high if not digits else 0)
     if digits[0] == "0":
@@ -196,11 +197,11 @@ class Prompts:
     Args:
         tokenizer: has BOS, EOS, the begin- and end-of-image tokens and ``MARKS``.
         codec: how boxes are written.
-        question: the constant text of I2L; it holds no expression.
+        question: the constant text of I2L; it contains no expression.
         pad: id of PAD where the tokenizer lacks Janus's ``<｜▁pad▁｜>``; None: its padding token's.
 
     Raises:
-        PromptError: the tokenizer lacks one of the tokens, or there is nothing to take for PAD.
+        PromptError: the tokenizer lacks one of the tokens, or no token can serve as PAD.
     """
 
     def __init__(
@@ -212,7 +213,7 @@ class Prompts:
     ) -> None:
         self.tokenizer, self.codec, self.question = tokenizer, codec, question
         vocab = tokenizer.get_vocab()
-        # Many a tokenizer names EOS for padding; Janus itself looks this mark up.
+        # Many tokenizers use EOS as their padding token; Janus itself looks up PAD.
         padding = vocab.get(PAD, tokenizer.pad_token_id if pad is None else pad)
         ids = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": padding}
         for name, token in ids.items():
@@ -229,8 +230,8 @@ class Prompts:
         self.begin_image, self.end_image = vocab[BEGIN_IMAGE], vocab[END_IMAGE]
         self.ref, self.ref_end = vocab["<ref>"], vocab["</ref>"]
         self.box, self.box_end = vocab["<box>"], vocab["</box>"]
-        # Text that spells a control token would be read as one: such captions are refused. Letters
-        # are no control tokens, and DeepSeek's vocabulary, which is Janus's, adds ü, ø and others.
+        # Text that spells a control token would be read as one, so such captions are refused. Added
+        # letters are not control tokens: DeepSeek's vocabulary, which Janus uses, adds ü, ø, etc.
         added = tokenizer.added_tokens_decoder
         control = {t.content for t in added.values() if t.special} | {*tokenizer.all_special_tokens}
         control |= {USER, ASSISTANT, BEGIN_IMAGE, END_IMAGE, *MARKS}
@@ -240,15 +241,15 @@ class Prompts:
         self._turn = Lock()
 
     def _encode(self, text: str) -> tuple[int, ...]:
-        # Texts of strangers are not to fill the memory.
+        # Only short texts are cached, so that untrusted input cannot fill the memory.
         return (self._kept if len(text) <= SHORT else self._tokenized)(text)
 
     def _tokenized(self, text: str) -> tuple[int, ...]:
-        with self._turn:  # tokenizers lend themselves to one thread at a time
+        with self._turn:  # only one thread at a time can use a tokenizer
             return tuple(self.tokenizer.encode(text, add_special_tokens=False))
 
     def _text(self, ids: list[int]) -> str:
-        # A byte-level decoder would take an added letter for a byte.
+        # A byte-level decoder would mistake an added letter for a byte.
         runs = groupby(ids, self._letters.get)
         return "".join(
             _decode(self.tokenizer, [*run]) if letter is None else letter * len([*run])
@@ -282,8 +283,8 @@ class Prompts:
     def unconditional(self, prompt: list[int], kind: Unconditional = "pad") -> list[int]:
         """The prompt of the unconditional branch of classifier-free guidance.
 
-        ``pad`` (Janus): all but BOS and begin-of-image replaced by PAD, which is attended;
-        ``empty`` (PlanGen): an empty layout.
+        ``pad`` (Janus): everything but BOS and begin-of-image is replaced by PAD, which is attended
+        to; ``empty`` (PlanGen): an empty layout.
         """
         if kind == "pad":
             return [self.bos, *[self.pad] * (len(prompt) - 2), self.begin_image]
@@ -291,10 +292,10 @@ class Prompts:
         return [self.bos, *self._encode(text), self.eos, self.begin_image]
 
     def layout(self, ids: list[int]) -> Layout:
-        """Read an L2I prompt back; boxes are those of the quantised coordinates.
+        """Read the layout back from an L2I prompt; its boxes have the quantised coordinates.
 
         Raises:
-            PromptError: the ids are no L2I prompt.
+            PromptError: the ids are not an L2I prompt.
         """
         first = _find(ids, self.ref, 0)
         if first == len(ids) or ids[0] != self.bos or ids[-2:] != [self.eos, self.begin_image]:
@@ -316,7 +317,7 @@ class Prompts:
             raise PromptError(f"the ids are no L2I prompt: {error}") from None
 
     def boxes(self, ids: list[int]) -> list[tuple[str, Box | None]]:
-        """Every ``<ref>expr</ref><box>…</box>`` in ids; None where a box does not parse."""
+        """Read every ``<ref>expr</ref><box>…</box>`` in ids; None where a box does not parse."""
         found: list[tuple[str, Box | None]] = []
         i = 0
         while i < len(ids):
@@ -344,7 +345,7 @@ class Prompts:
     def branch(self, expr: str) -> list[int]:
         """The question of one branch, ``<ref>expr</ref><box>``; coordinates follow it.
 
-        Raises LayoutError where the expression is no line of text or holds a reserved token.
+        Raises LayoutError if the expression is not a line of text or contains a reserved token.
         """
         check_text(expr, "an expression")
         return [self.ref, *self._encode(self._checked(expr, "expr")), self.ref_end, self.box]

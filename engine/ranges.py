@@ -2,8 +2,8 @@
 
 ``with span("engine/decode", batch=8): …`` says what the program is doing, in one domain
 (``echogen``) and in categories whose parts are separated by slashes. Nothing listens unless
-`enable_nvtx` or `listening` says so, or ECHOGEN_NVTX=1 is set: then a range costs a dictionary, a
-comparison and two empty calls, 0.3 µs on one core of an AMD EPYC
+`enable_nvtx` or `listening` is called, or ECHOGEN_NVTX=1 is set. Without a listener, a range costs
+a dictionary, a comparison and two empty calls, 0.3 µs on one core of an AMD EPYC
 (``python -m timeit -s "from echogen.engine.ranges import span" "with span('a/b', step=1): pass"``).
 """
 
@@ -22,20 +22,20 @@ from torch.torch_version import TorchVersion
 
 DOMAIN = "echogen"
 NVTX_SINCE = "0.2.15"
-"""First version of the package nvtx whose ranges take a text and payloads by name."""
+"""First version of the nvtx package whose ranges take a message and named payloads."""
 COLOURS = {"engine": "green", "train": "blue", "bench": "gray"}
-"""Of a range in Nsight's timeline, by the first part of its category."""
+"""Colour of a range in Nsight's timeline, by the first part of its category."""
 
 
 class Listener(Protocol):
-    """Told where ranges begin and end; they nest, thread by thread."""
+    """Receives the begin and the end of ranges, which nest within each thread."""
 
     def begin(self, category: str, payload: dict[str, int]) -> None:
         """A range opens."""
         ...
 
     def end(self) -> None:
-        """The range opened last closes."""
+        """The most recently opened range closes."""
         ...
 
 
@@ -44,7 +44,7 @@ _SILENT = nullcontext()
 
 
 class _Span:
-    """An open range; listeners that come while it is open do not see its end."""
+    """An open range; listeners added while it is open do not see its end."""
 
     __slots__ = ("_category", "_listeners", "_payload")
 
@@ -73,7 +73,7 @@ def span(category: str, **payload: int) -> AbstractContextManager[None]:
 
 @contextmanager
 def listening(*listeners: Listener) -> Iterator[None]:
-    """Listen within a block; for profilers and tests."""
+    """Add listeners within a ``with`` block; for profilers and tests."""
     global _listeners
     before, _listeners = _listeners, (*_listeners, *listeners)
     try:
@@ -83,7 +83,7 @@ def listening(*listeners: Listener) -> Iterator[None]:
 
 
 class TorchRanges:
-    """Ranges as `torch.profiler` records them, ``echogen:`` before the category."""
+    """Emits ranges for `torch.profiler`, named ``echogen:`` plus the category."""
 
     def __init__(self) -> None:
         self._open: list[torch.autograd.profiler.record_function] = []
@@ -101,8 +101,9 @@ class TorchRanges:
 
 
 class NvtxRanges:
-    """Ranges as Nsight Systems and Nsight Compute show and filter them: one domain, names without
-    slashes (Nsight Compute's filters nest by them), categories with, payloads by name.
+    """Emits ranges as Nsight Systems and Nsight Compute show and filter them: one domain, names
+    without slashes (by which Nsight Compute's filters nest), categories with slashes, and named
+    payloads.
 
     Raises:
         ImportError: the package nvtx is not installed.
@@ -143,7 +144,7 @@ def nvtx_missing() -> str | None:
 
 
 def enable_nvtx() -> bool:
-    """Emit NVTX ranges from now on; False, and nothing else, where `nvtx_missing`."""
+    """Emit NVTX ranges from now on; where `nvtx_missing` gives a reason, only return False."""
     global _listeners
     if nvtx_missing() is not None:
         return False

@@ -1,1 +1,1 @@
-"""What runs a step of drawing on a CPU: C++, or few of PyTorch's operations."""
+"""The steps of drawing on a CPU: in C++, or in few PyTorch operations."""

@@ -1,7 +1,7 @@
-"""Compiles the kernels in C++ for this machine's CPU at first use, into the cache folder.
+"""Compiles the C++ kernels for this machine's CPU at first use, into the cache folder.
 
-For this very CPU (its vectors are half of the speed) and with the compiler that is here; nothing is
-built beforehand, and where there is no compiler the callers' own way in PyTorch stays.
+They are built for this exact CPU (its vector instructions give half of the speed) with the compiler
+that is installed. Nothing is built beforehand; without a compiler the callers use PyTorch instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ OPTIONS = (
 
 
 class CompilerError(RuntimeError):
-    """No library; the message says why, and what would help."""
+    """There is no usable library; the message says why, and what would help."""
 
 
 class SwitchError(RuntimeError):
@@ -49,10 +49,10 @@ def switched_off() -> bool:
 
 
 def compiler() -> list[str] | None:
-    """``$CXX``, which may have words after it (``ccache g++``), or the first of ``COMPILERS`` on
-    PATH; None where there is none."""
+    """Return the compiler command: ``$CXX``, which may have several words (``ccache g++``), or the
+    first of ``COMPILERS`` on PATH; None where there is none."""
     asked = os.environ.get("CXX", "").strip()
-    # As one name first: a path may have spaces in it.
+    # First as a single name: a path may contain spaces.
     commands = [[asked], asked.split()] if asked else [[name] for name in COMPILERS]
     for name, *words in commands:
         if found := shutil.which(name):
@@ -61,7 +61,7 @@ def compiler() -> list[str] | None:
 
 
 def library(source: str) -> ctypes.CDLL:
-    """The library of ``source``, compiled unless the cache folder has it.
+    """Return the library of ``source``, compiled unless the cache folder has it.
 
     Raises:
         CompilerError: there is no compiler, or it fails.
@@ -86,7 +86,7 @@ def _library(source: str) -> ctypes.CDLL | CompilerError:
         folder.mkdir(exist_ok=True)
         built = folder / f"{source}-{digest}.so"
         command = [*tool, *options, str(code)]
-        importlib.import_module("torch")  # whose OpenMP is found when the library is loaded
+        importlib.import_module("torch")  # the library finds torch's OpenMP when it is loaded
         return _kept(built) or _loaded(_compile(command, built))
     except CompilerError as error:
         return error
@@ -95,8 +95,8 @@ def _library(source: str) -> ctypes.CDLL | CompilerError:
 
 
 def _kept(built: Path) -> ctypes.CDLL | None:
-    """The library as it was left; None where there is none, or a damaged one: a machine that stops
-    may keep a new file's name without what was written to it."""
+    """Load the library that was built earlier; None if there is none or it is damaged: a machine
+    that crashes may keep a new file's name without its contents."""
     try:
         return _loaded(built) if built.exists() else None
     except CompilerError:
@@ -106,13 +106,13 @@ def _kept(built: Path) -> ctypes.CDLL | None:
 def _loaded(built: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(built))
-    except OSError as error:  # not from a folder that is mounted "noexec", say
+    except OSError as error:  # for example, the folder is mounted "noexec"
         hint = "name a folder that programs may be run from in ECHOGEN_CACHE"
         raise CompilerError(f"{error}; {hint}") from None
 
 
 def _compile(command: list[str], built: Path) -> Path:
-    """Beside the name and renamed, as another process may do the same."""
+    """Compile in a folder beside ``built`` and rename, as another process may do the same."""
     with tempfile.TemporaryDirectory(dir=built.parent) as folder:
         beside = Path(folder) / built.name
         done = _run([*command, "-o", str(beside)])
@@ -132,13 +132,13 @@ def _run(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             command, capture_output=True, text=True, errors="replace", check=False
         )
-    except OSError as error:  # a file that is no program
+    except OSError as error:  # a file that is not a program
         reason = error.strerror
         raise CompilerError(f"{command[0]} failed: {reason}; name another one in CXX") from None
 
 
 def _cpu() -> str:
-    """What tells one CPU's instructions from another's, as a cache folder may be on several."""
+    """Describe this CPU's instructions, as different machines may share a cache folder."""
     described = Path("/proc/cpuinfo")
     lines = described.read_text().splitlines() if described.exists() else []
     wanted = ("flags", "Features", "model name")

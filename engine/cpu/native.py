@@ -1,12 +1,12 @@
-"""Drawing on a CPU in C++: a float32 model's weights packed for the kernel, and the calls of
-it, each from codes to logits. What it calculates: `engine/cpu/transformer.cpp`.
+"""Drawing on a CPU in C++: a float32 model's weights packed for the kernel, and the kernel calls,
+each from codes to logits. The computation itself is in `engine/cpu/transformer.cpp`.
 
 In PyTorch a step of two rows of the bundled model is a hundred operations, each of which costs more
-to call than to calculate (`engine.cpu.packed`, which is what runs where there is no compiler).
-A token's logits depend on its own sequence alone, to the last bit: not on what is drawn beside it,
-nor on how many codes a step runs, nor on threads. So drawings alone, in a batch, in windows and in
-the scheduler's crowd are the same codes by construction, not within rounding.
-Measured by `echogen bench engine`, against the port by ``--mode peer``.
+to call than to compute (`engine.cpu.packed`, which runs where there is no compiler).
+A token's logits depend only on its own sequence, to the last bit: not on what else is in the batch,
+nor on how many codes a step runs, nor on threads. So a drawing alone, in a batch, in windows and
+among a scheduler's requests has the same codes by construction, not within rounding.
+`echogen bench engine` measures this code, with ``--mode peer`` against the port.
 """
 
 from __future__ import annotations
@@ -28,20 +28,22 @@ from echogen.kernels import philox
 
 SOURCE = "transformer"
 MOST_BYTES = 64 << 20
-"""Of a model's layers and image head, on more than ``FEW_THREADS`` threads. A larger one's weights
-come from memory with every step; oneDNN's threads share them, those here take whole rows each."""
+"""Most bytes of the layers and image head of a model drawn here on more than ``FEW_THREADS``
+threads. A larger model's weights are read from memory at every step; oneDNN's threads divide them
+among themselves, while each thread here takes whole rows."""
 FEW_THREADS = 2
-"""With so many every model is drawn the faster here: one of 110 million parameters 1.31 times with
-two rows and 1.15 with eight (Zen 4, two threads; `echogen bench engine --model random:100m --peer
-none` with ``--mode latency`` and with ``--mode rollout --batch 8 --cfg 1``, in both ways of
-ECHOGEN_NATIVE)."""
+"""On up to this many threads every model is drawn faster here: one of 110 million parameters 1.31
+times as fast with two rows and 1.15 times with eight (Zen 4, two threads; `echogen bench engine
+--model random:100m --peer none` with ``--mode latency`` and with ``--mode rollout --batch 8 --cfg
+1``, with both values of ECHOGEN_NATIVE)."""
 THREAD_TOKENS = 4
-"""Tokens of a thread, from which a further one pays: 8 rows of the bundled model take 1.20 ms a
-step on two and 1.38 on one, with log-probabilities (Zen 4; `echogen bench engine --mode rollout
---model tiny --batch 8 --cfg 1 --peer none`, with ``--threads`` 1 and 2)."""
+"""Least number of tokens per thread: from there on a further thread pays. A step of 8 rows of the
+bundled model takes 1.20 ms on two threads and 1.38 ms on one, with log-probabilities (Zen 4;
+`echogen bench engine --mode rollout --model tiny --batch 8 --cfg 1 --peer none`, with ``--threads``
+1 and 2)."""
 
 Address = ctypes.c_void_p
-CPU = torch.device("cpu")  # what has an address here is made there, whatever torch's defaults are
+CPU = torch.device("cpu")  # where tensors passed by address are made, whatever torch's default is
 
 
 class _Layer(ctypes.Structure):
@@ -80,8 +82,7 @@ REFUSED = {
 
 
 def misfit(model: UnifiedTransformer) -> str | loader.CompilerError | None:
-    """Why a model is not drawn in C++, as an error where only the compiler is missing; None where
-    it is.
+    """Why a model is not drawn in C++, as an error if only the compiler prevents it; None if it is.
 
     Raises:
         SwitchError: ``ECHOGEN_NATIVE`` is neither 0 nor 1.
@@ -105,11 +106,11 @@ def misfit(model: UnifiedTransformer) -> str | loader.CompilerError | None:
 
 
 def gumbel_noise(seed: int, draw: Tensor, position: Tensor, columns: int) -> Tensor:
-    """`kernels.philox.gumbel_noise` of a CPU, the same bits: its integers in C++ where that can be
-    had, as PyTorch makes them in a hundred passes over the numbers.
+    """`kernels.philox.gumbel_noise`, bit for bit. On a CPU, C++ makes its integers where possible:
+    PyTorch makes them in a hundred passes over the numbers.
 
     Args:
-        seed, draw, position, columns: as there.
+        seed, draw, position, columns: as for `kernels.philox.gumbel_noise`.
     """
     known = draw.dtype == position.dtype == torch.int64 and 0 <= seed < 1 << 63 and columns > 0
     if not known or draw.device.type != "cpu" or loader.switched_off():
@@ -131,7 +132,7 @@ class NativeTransformer:
     """A copy of `UnifiedTransformer`'s weights as the library reads them.
 
     Args:
-        model: one that is no ``misfit``.
+        model: a model for which ``misfit`` returns None.
     """
 
     def __init__(self, model: UnifiedTransformer) -> None:
@@ -140,7 +141,7 @@ class NativeTransformer:
         self._lanes, self._block = self._library.echogen_lanes(), self._library.echogen_block()
         self.prefixes = PrefixCache()
         self._text = model.text_embedding.weight.detach().clone()
-        self._kept = list[Tensor]()  # what the library has addresses of
+        self._kept = list[Tensor]()  # tensors whose addresses the library has
         blocks = [self._layer(b) for b in model.blocks if isinstance(b, Block)]
         into, _, out = model.image_head
         assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
@@ -155,7 +156,7 @@ class NativeTransformer:
         )  # fmt: skip
 
     def _layer(self, block: Block) -> _Layer:
-        """Gains are multiplied into the weights after them."""
+        """Pack a layer; the norms' gains are multiplied into the weights after them."""
         qkv = pairs_beside(block.qkv.weight * block.attn_norm.weight, block)
         gate, up = (block.gate_up.weight * block.mlp_norm.weight).chunk(2)
         gate_up = torch.cat((self._more_rows(gate), self._more_rows(up)))
@@ -163,11 +164,11 @@ class NativeTransformer:
         return _Layer(*map(self._packed, weights))
 
     def _more_rows(self, weight: Tensor) -> Tensor:
-        """[outputs, …] with rows of zeros up to a multiple of a register's numbers."""
+        """Pad [outputs, …] with rows of zeros to a multiple of the numbers in a register."""
         return F.pad(weight.T, (0, -len(weight) % self._lanes)).T
 
     def _packed(self, weight: Tensor) -> int:
-        """The address of [outputs, inputs] in blocks of outputs, each [inputs, block]."""
+        """Pack [outputs, inputs] in blocks of outputs, each [inputs, block]; return the address."""
         rows = self._more_rows(weight.detach())
         whole = len(rows) // self._block * self._block
         blocks = rows[:whole].unflatten(0, (-1, self._block)).mT
@@ -181,11 +182,11 @@ class NativeTransformer:
         return self._kept[-1].data_ptr()
 
     def run(self, call: _Call, outputs: int) -> Tensor:
-        """Fill in the call's logits: [``outputs``, V].
+        """Run a call and return its logits [``outputs``, V].
 
         Raises:
-            IndexError: a token that lies outside of what the call describes; none was run.
-            MemoryError: no room for the buffers; none was run.
+            IndexError: a token is outside what the call describes; no token was run.
+            MemoryError: no room for the buffers; no token was run.
         """
         width = self.config.codebook_size
         padded = width + -width % self._lanes
@@ -201,7 +202,7 @@ class NativeTransformer:
         return logits[:, :width]
 
     def run_prompts(self, prompts: Sequence[tuple[int, ...]]) -> list[Prefix]:
-        """What prompts leave behind, in one call."""
+        """Run prompts in one call; return their prefixes."""
         c, lengths = self.config, [len(prompt) for prompt in prompts]
         blocks = [
             torch.empty(2, c.layers, c.kv_heads, n, c.head_dim, dtype=torch.float32, device=CPU)
@@ -221,11 +222,11 @@ class Sequences:
     """Sequences in a cache, and calls on them.
 
     Args:
-        model: what runs them.
+        model: runs them.
         table: float32 [ids, D], the embeddings of the tokens that are run.
-        caches: of each row its own keys and values, a view [2, layers, kv_heads, capacity, K] whose
-            last two dimensions are contiguous, and what is before them: contiguous
-            [2, layers, kv_heads, L, K], which many rows may have, or None.
+        caches: for each row, its own keys and values, a view [2, layers, kv_heads, capacity, K]
+            whose last two dimensions are contiguous, and the prefix before them: contiguous
+            [2, layers, kv_heads, L, K], which many rows may share, or None.
     """
 
     def __init__(
@@ -258,7 +259,7 @@ class Sequences:
         """Set the prefix before a row's own keys and values, see ``caches``.
 
         Raises:
-            ValueError: another shape, type or layout of memory.
+            ValueError: a prefix of another shape, type or memory layout.
         """
         held = (0, 0)
         if prefix is not None:
@@ -278,15 +279,16 @@ class Sequences:
         self._before[row] = prefix
 
     def run(self, ids: Tensor, row: Tensor, at: Tensor, last_only: bool = False) -> Tensor:
-        """Append tokens to their rows and read the logits after them.
+        """Append tokens to their rows and return the logits after them.
 
         Args:
             ids, row, at: int64 [N], each token's id, row and place after the row's prefix. Tokens
-                of a row are beside each other and in order; those before the first are there.
-            last_only: of each row's last token alone.
+                of a row must be adjacent and in order, and all tokens before the first of them must
+                be in the cache.
+            last_only: return the logits of each row's last token only.
 
         Returns:
-            Logits [N, V], or of every run of tokens of one row.
+            Logits [N, V], or with ``last_only`` one for every run of tokens of one row.
 
         Raises:
             IndexError, MemoryError: see `NativeTransformer.run`.
@@ -302,7 +304,7 @@ class Sequences:
 
 
 class NativeDecoding:
-    """One drawing in C++, code by code (`decode.Decoding`) or in windows (`decode.Windows`); a
+    """One drawing in C++, code by code (`decode.Decoding`) or in windows (`decode.Windows`). A
     prompt's keys and values are in memory once, however many rows have it.
 
     Args:
@@ -310,9 +312,9 @@ class NativeDecoding:
         code_table: [V, D], the embeddings of image codes.
         ids, pads: prompts int64 [R, L], padded on the left by ``pads`` [R].
         steps: image tokens T.
-        guided: the second half of the rows is unconditional; what their prompts leave is kept in
-            ``model.prefixes`` for later drawings.
-        share: False keeps a copy of its prompt for each row, for comparisons.
+        guided: the second half of the rows is unconditional; the prefixes of their prompts are kept
+            in ``model.prefixes`` for later drawings.
+        share: False stores a copy of its prompt for each row, for comparisons.
 
     Attributes:
         held: tokens of prompts in the cache.
@@ -342,7 +344,7 @@ class NativeDecoding:
         self._ids, self._at = torch.zeros_like(self._row), torch.zeros_like(self._row)
 
     def prefill(self) -> Tensor:
-        """Run the prompts; image logits [R, V] of their last tokens."""
+        """Run the prompts; return the image logits [R, V] of their last tokens."""
         model = self._model
         found = {prompt: model.prefixes.get(prompt) for prompt in self._away}
         missing = [prompt for prompt in dict.fromkeys(self._prompts) if found.get(prompt) is None]
@@ -359,8 +361,8 @@ class NativeDecoding:
         return torch.stack([prefix.logits for prefix in prefixes])
 
     def step(self, code: Tensor) -> Tensor:
-        """Append image codes int64 [N], to both halves of R = 2N rows with guidance; the next image
-        logits [R, V]."""
+        """Append image codes int64 [N] (with guidance, to both halves of R = 2N rows); return the
+        next image logits [R, V]."""
         self._ids.view(-1, len(code)).copy_(code)
         logits = self._rows.run(self._ids, self._row, self._at)
         self._at.add_(1)

@@ -1,10 +1,12 @@
-"""Drawing on a CPU by PyTorch's operations: the transformer's weights laid out for it, and a step
-made of few of them. For bfloat16, large models on many threads, whose step is their weights' bytes
-(`PackedLinear`), and without a compiler; `echogen.engine.cpu.native` draws the others.
+"""Drawing on a CPU with PyTorch's operations: the transformer's weights laid out for them, and a
+step made of few of them. This is for bfloat16, for large models on many threads, whose step time is
+that of reading their weights (`PackedLinear`), and for machines without a compiler;
+`echogen.engine.cpu.native` draws the others.
 
-Cutting a view costs as much as using it: buffers and their views are made once for a drawing,
-norms' gains and scales lie in the weights. The packed weights are a copy: what holds one makes a
-new one after the weights changed. Measured by `echogen bench engine --peer transformers`.
+Making a view costs as much as using it, so buffers and their views are made once per drawing, and
+the norms' gains and scales are multiplied into the weights. The packed weights are a copy: its
+owner must make a new one after the weights change. Measured by `echogen bench engine --peer
+transformers`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from echogen.engine.model import Block, RMSNorm, UnifiedTransformer
 class PackedLinear:
     """A linear layer on a copy of its weight in oneDNN's blocked layout, which streams from memory
     faster than MKL reads a plain one (36 GB/s against 9 on a 4096×768 float32 weight) and is twice
-    as fast at a prompt's 90 rows. Every call of it costs 10 µs, which only a small model feels.
+    as fast at a prompt's 90 rows. Every call costs 10 µs, which matters only for a small model.
     (AMD EPYC, Zen 5, one thread, torch 2.13. The oneDNN operators are those that torch.compile's
     freezing emits.)
 
@@ -46,9 +48,9 @@ class PackedLinear:
 
 
 def pairs_beside(qkv: Tensor, block: Block) -> Tensor:
-    """A weight [(heads + 2·kv_heads)·K, D] of queries, keys and values with the two numbers of each
-    pair that RoPE turns beside each other, which leaves every product of a query with a key as it
-    was."""
+    """Reorder a weight [(heads + 2·kv_heads)·K, D] of queries, keys and values so that the two
+    numbers of each pair that RoPE rotates are adjacent, which leaves every dot product of a query
+    with a key unchanged."""
     dim, turned = block.head_dim, block.heads + block.kv_heads
     heads = qkv.view(-1, dim, qkv.shape[1]).clone()
     beside = torch.arange(dim).view(2, dim // 2).t().flatten()
@@ -59,9 +61,9 @@ def pairs_beside(qkv: Tensor, block: Block) -> Tensor:
 def _gain_folded(norm: RMSNorm, layer: nn.Linear) -> tuple[Callable[[Stream], Tensor], Tensor]:
     """A norm without its gain, and the weight of the layer after it with the gain multiplied in.
 
-    F.rms_norm is seven operations on a CPU, 7 µs on two rows; one norm over the stream with its
-    floor beside it and one division are 2 µs. In bfloat16 ‖x‖ would be rounded: the norm stays
-    what it is.
+    F.rms_norm is seven operations on a CPU, 7 µs on two rows; one norm over the stream including
+    its floor column, and one division, take 2 µs. In bfloat16 ‖x‖ would be rounded, so norm and
+    weight stay as they are.
     """
     if norm.weight.dtype != torch.float32:
         gain = norm.weight.detach().clone()
@@ -75,7 +77,7 @@ def _gain_folded(norm: RMSNorm, layer: nn.Linear) -> tuple[Callable[[Stream], Te
 
 class Stream:
     """The residual stream ``x`` [N, D], with √(D·eps) as a further column of the same buffer: the
-    length of the whole is √D times the root mean square with eps."""
+    Euclidean norm of a whole row is √D times the root mean square with eps."""
 
     def __init__(self, count: int, width: int, eps: float, dtype: torch.dtype) -> None:
         self.with_floor = torch.full((count, width + 1), (width * eps) ** 0.5, dtype=dtype)
@@ -85,8 +87,8 @@ class Stream:
 class Frame:
     """Buffers and views for L tokens of R rows on their way through a layer.
 
-    RoPE is a product of complex numbers: the packed weights put the two numbers of a rotated pair
-    beside each other, which leaves every dot product of a query with a key as it was.
+    RoPE is a product of complex numbers: the packed weights make the two numbers of a rotated pair
+    adjacent, which leaves every dot product of a query with a key unchanged.
     """
 
     def __init__(self, c: ModelConfig, rows: int, tokens: int, dtype: torch.dtype) -> None:
@@ -99,7 +101,7 @@ class Frame:
         split = wide.view(rows, tokens, heads, c.head_dim)
         turned = split[:, :, : c.heads + c.kv_heads].unflatten(-1, (c.head_dim // 2, 2))
         self.pairs = torch.view_as_complex(turned)
-        # [2, R, kv_heads, L, K] and, a query head beside the others of its group, [R, kv, G, L, K].
+        # [2, R, kv_heads, L, K], and [R, kv, G, L, K] with the query heads of a group together.
         self.keys_values = split[:, :, c.heads :].unflatten(2, (2, -1)).permute(2, 0, 3, 1, 4)
         self.new = self.keys_values.squeeze(-2) if tokens == 1 else self.keys_values
         groups = c.heads // c.kv_heads
@@ -110,7 +112,7 @@ class Frame:
         self.mixed_rows = self.mixed.view(self.query_rows.shape)
         self.attended = torch.empty(rows, tokens, c.kv_heads, groups, c.head_dim, dtype=dtype)
         self.attended_rows = self.attended.view(rows * tokens, c.heads * c.head_dim)
-        if tokens == 1:  # then both orders are one
+        if tokens == 1:  # then both orders are the same
             self.attended_rows = self.mixed.view(self.attended_rows.shape)
         self.gate_up = torch.empty(rows * tokens, 2 * c.mlp_width, dtype=dtype)
         self.gate, self.up = self.gate_up.chunk(2, -1)
@@ -128,7 +130,7 @@ class PackedBlock:
         self._down = PackedLinear(block.down.weight, None, rows)
 
     def project(self, stream: Stream, frame: Frame, turn: Tensor) -> None:
-        """Fill the frame with rotated queries and keys, and values, of the stream."""
+        """Fill the frame with the rotated queries and keys, and the values, of the stream."""
         frame.qkv.copy_(self._qkv(self._attn_norm(stream)))
         if frame.wide is not None:
             frame.wide.copy_(frame.qkv)
@@ -168,9 +170,9 @@ class PackedTransformer:
         into, _, out = model.image_head
         assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
         self._norm, weight = _gain_folded(model.norm, into)
-        # GELU(h) = √½·(y + y·erf y) at y = √½·h: with both factors in the weights two operations,
-        # 3 µs on two rows, where F.gelu goes through oneDNN and takes 16 (float32 only: bfloat16
-        # would round the sum).
+        # GELU(h) = √½·(y + y·erf y) at y = √½·h. With both factors in the weights this is two
+        # operations, 3 µs on two rows; F.gelu goes through oneDNN and takes 16 µs. (float32 only:
+        # bfloat16 would round the sum.)
         self._plain_gelu = weight.dtype != torch.float32
         root = 1.0 if self._plain_gelu else 0.5**0.5
         self._into = PackedLinear(weight * root, into.bias * root, rows)
@@ -187,7 +189,7 @@ class PackedTransformer:
 
     def turns(self, positions: Tensor) -> Tensor:
         """RoPE at positions [...] as complex numbers [..., heads + kv_heads, K/2]; those of the
-        queries carry attention's 1/√K."""
+        queries include attention's 1/√K."""
         return self._rope[positions] * self._scale
 
     def image_logits(self, stream: Stream) -> Tensor:

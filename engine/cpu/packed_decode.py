@@ -1,4 +1,4 @@
-"""One drawing on packed weights: the prompts, then a step a code, its views cut beforehand."""
+"""One drawing on packed weights: the prompts, then a step per code, its views made in advance."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ LANES = 32
 
 
 class PackedDecoding:
-    """One drawing on packed weights: the cache, and everything a step needs cut beforehand.
+    """One drawing on packed weights: the cache, and everything a step needs, made in advance.
 
-    The cache is one block [2, layers, R·kv_heads, S, K], keys first: a step writes one place of it
-    and reads views of what is filled, cut for all layers at once.
+    The cache is one block [2, layers, R·kv_heads, S, K], keys first: a step writes one slot of it
+    and reads views of what is filled, made for all layers at once.
 
     Args:
         model: the packed weights.
         code_table: [V, D], the embeddings of image codes, in the weights' type.
         ids, pads: prompts int64 [R, L], padded on the left by ``pads`` [R].
         steps: image tokens T.
-        guided: the second half of the rows is unconditional; what their prompts leave in the cache
-            is kept in ``model.prefixes`` for later drawings.
+        guided: the second half of the rows is unconditional; the prefixes of their prompts are kept
+            in ``model.prefixes`` for later drawings.
     """
 
     def __init__(
@@ -62,9 +62,9 @@ class PackedDecoding:
         slot = torch.arange(capacity)
         ragged = any(self._pads)
         positions = (slot[length:] - pads[:, None]) if ragged else slot[None, length:]
-        # Slots after the last code hold nothing that is read; they need a position all the same.
+        # Slots after the last code hold nothing that is read, but still need a valid position.
         positions = positions.clamp(max=c.max_positions - 1)
-        # One [R or 1, 1, heads + kv_heads, K/2] a step.
+        # One [R or 1, 1, heads + kv_heads, K/2] per step.
         self._turns = model.turns(positions).unsqueeze(2).unbind(1)
         token = (slot >= pads[:, None])[:, None]
         self._mask = for_heads(token, c.kv_heads, dtype) if ragged else None
@@ -74,12 +74,12 @@ class PackedDecoding:
         return self._up_to_edge(tokens)
 
     def _up_to_edge(self, keys: int) -> int:
-        """How many keys are read: in bfloat16 softmax sums in another order where they end within a
-        register, so they end at its edge there, the last ones masked."""
+        """How many keys are read. In bfloat16, softmax sums in a different order if the keys end
+        within a register, so they are extended to its edge, with the additional ones masked."""
         return -(-keys // self._lanes) * self._lanes
 
     def prefill(self) -> Tensor:
-        """Run the prompts, equal ones once; image logits [R, V] of their last tokens."""
+        """Run the prompts, equal ones once; return the image logits [R, V] of their last tokens."""
         found = prefixes_of(self._model, self._ids, self._pads, self._conditional)
         self._end = self._ids.shape[1]
         for row, (pad, prefix) in enumerate(zip(self._pads, found, strict=True)):
@@ -89,7 +89,7 @@ class PackedDecoding:
         return torch.stack([prefix.logits for prefix in found])
 
     def step(self, code: Tensor) -> Tensor:
-        """Append image codes int64 [N] (to R = N or, with guidance, 2N rows); logits [R, V]."""
+        """Append image codes int64 [N] to R = N (with guidance 2N) rows; return logits [R, V]."""
         model, stream, frame, end = self._model, self._stream, self._frame, self._end
         embedded = self._table.index_select(0, code)
         stream.x.view(-1, *embedded.shape).copy_(embedded)
@@ -121,9 +121,9 @@ def for_heads(visible: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
 def prefixes_of(
     model: PackedTransformer, ids: Tensor, pads: list[int], conditional: int
 ) -> list[Prefix]:
-    """What prompts int64 [R, L], padded on the left by ``pads``, leave behind, equal ones run once.
-    The first ``conditional`` rows are run together; the others, unconditional or negative, may be
-    kept from earlier drawings (``model.prefixes``)."""
+    """Return the prefixes of prompts int64 [R, L], padded on the left by ``pads``; equal ones run
+    once. The first ``conditional`` rows are run together; the others, unconditional or negative,
+    may be kept from earlier drawings (``model.prefixes``)."""
     cache = model.prefixes
     prompts = [tuple(row[pad:]) for row, pad in zip(ids.tolist(), pads, strict=True)]
     places = {prompt: row for row, prompt in reversed(list(enumerate(prompts[:conditional])))}
@@ -137,7 +137,7 @@ def prefixes_of(
     )
     found = [drawn[prompt] for prompt in prompts[:conditional]]
     for prompt in prompts[conditional:]:
-        # Alone and unpadded: what is kept must not depend on what it was drawn beside.
+        # Alone and unpadded: what is kept must not depend on the rest of a batch.
         prefix = cache.get(prompt)
         if prefix is None:
             prefix = run_prompts(model, torch.tensor([prompt]), torch.zeros(1))[0]
@@ -147,7 +147,7 @@ def prefixes_of(
 
 
 def run_prompts(model: PackedTransformer, ids: Tensor, pads: Tensor) -> list[Prefix]:
-    """Run prompts [U, L], padded on the left by ``pads`` [U]; what each leaves behind."""
+    """Run prompts [U, L], padded on the left by ``pads`` [U]; return their prefixes."""
     with span("engine/prefill/run", rows=len(ids), tokens=ids.numel()):
         return _run(model, ids, pads)
 
@@ -179,7 +179,7 @@ def _run(model: PackedTransformer, ids: Tensor, pads: Tensor) -> list[Prefix]:
             frame.query.copy_(frame.queries)
             attend(frame, keys[i].mT, values[i], mask)
             packed.finish(stream, frame)
-    # Of the last layer only the last token is read.
+    # Only the last token of the last layer is read.
     end, end_stream = Frame(c, count, 1, dtype), Stream(count, c.width, c.norm_eps, dtype)
     end_stream.x.copy_(stream.x.view(count, length, -1)[:, -1])
     end.query.copy_(frame.queries[..., -1:, :])
@@ -190,19 +190,20 @@ def _run(model: PackedTransformer, ids: Tensor, pads: Tensor) -> list[Prefix]:
 
 
 LEAST = 4
-"""Codes a window is at least; see PackedWindows."""
+"""Least number of codes in a window; see PackedWindows."""
 
 
 class PackedWindows(PackedDecoding):
     """A drawing on packed weights whose steps take several codes, anywhere after the prompt.
 
-    A code's logits do not depend on what is beside it, to the last bit. oneDNN's blocked
-    products give a row the same numbers among 1 as among 64, and MKL's batched ones of attention
-    among 4 or more, so windows shorter than ``LEAST`` are padded to it. A masked key weighs an
-    exact 0. Windows of one code are therefore sequential decoding in the same arithmetic: in
-    bfloat16 that of `PackedDecoding`, which in float32 rounds differently. All this was found, not
-    promised (AMD EPYC, Zen 5, torch 2.13): where a library rounds a row by its neighbours, as
-    torch 2.11's does in float32 among 16 or more, codes are the same but for those within rounding.
+    A code's logits do not depend on the rows that are run with it, to the last bit. oneDNN's
+    blocked products give a row the same numbers among 1 row as among 64, and MKL's batched products
+    of attention among 4 or more, so windows shorter than ``LEAST`` are padded to it. A masked key
+    has a weight of exactly 0. Windows of one code are therefore sequential decoding in the same
+    arithmetic: in bfloat16 that of `PackedDecoding`, which in float32 rounds differently. All this
+    was observed, not promised (AMD EPYC, Zen 5, torch 2.13). Where a library's rounding of a row
+    depends on its neighbours, as in torch 2.11 in float32 among 16 or more rows, codes are the same
+    except those within rounding.
     """
 
     def __init__(
@@ -220,7 +221,7 @@ class PackedWindows(PackedDecoding):
         (rows, self._length), c = ids.shape, model.config
         capacity = self._block.shape[-2]
         slot, starts = torch.arange(capacity), pads[:, None] if any(self._pads) else pads[:1, None]
-        # Of every slot: its rotation, and what it sees. Rows without pads share one.
+        # For every slot, its rotation and what it sees. Rows without pads share one of each.
         self._turn = model.turns((slot - starts).clamp(0, c.max_positions - 1))
         seen = (slot <= slot[:, None]) & (slot >= starts[..., None])
         self._seen = additive_mask(seen, code_table.dtype).squeeze(1)
@@ -230,8 +231,8 @@ class PackedWindows(PackedDecoding):
         self._buffers = dict[int, tuple[Frame, Stream]]()
 
     def window(self, codes: Tensor, first: list[int]) -> Tensor:
-        """See `Windows`. Rows at one place (a single image's always are) write a view of the
-        cache and read views of the tables; others gather."""
+        """See `Windows`. If all rows are at the same position (as for a single image), they write a
+        view of the cache and read views of the tables; otherwise they use indices."""
         model, rows, asked = self._model, len(self._ids), codes.shape[1]
         width = max(asked, LEAST)
         if width > asked:
@@ -266,11 +267,12 @@ class PackedWindows(PackedDecoding):
         return model.image_logits(stream).view(rows, width, -1)[:, :asked]
 
     def _capacity(self, tokens: int) -> int:
-        """The same with a padded window at the end."""
+        """As in `PackedDecoding`, with room for a padded window at the end."""
         return self._up_to_edge(tokens + LEAST)
 
     def _buffers_for(self, width: int) -> tuple[Frame, Stream]:
-        """Made once a width: the window's own, and the narrower ones at the image's end."""
+        """Return the buffers for a width, made once: the window's own, or a narrower one at the
+        image's end."""
         if width not in self._buffers:
             c, rows, dtype = self._model.config, len(self._ids), self._table.dtype
             frame = Frame(c, rows, width, dtype)

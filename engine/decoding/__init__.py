@@ -1,1 +1,1 @@
-"""Drawing, code by code: the loop, what a code is drawn with, several codes a step."""
+"""Drawing image codes: the decoding loop, the sampler, and several codes per step."""

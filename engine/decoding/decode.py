@@ -1,5 +1,6 @@
-"""Drawing: prefill the prompts once, then one image code a step for every row. What a step runs on
-is here too, for one code and for several (`echogen.engine.decoding.jacobi`)."""
+"""Drawing: prefill the prompts once, then draw one image code per step for every row. The
+interfaces that steps run on are here too, for one code per step and for several
+(`echogen.engine.decoding.jacobi`), with their implementations on the plain transformer."""
 
 from __future__ import annotations
 
@@ -28,19 +29,19 @@ Progress = Callable[[int, int], None]
 Packed = NativeTransformer | PackedTransformer
 """A copy of the weights for a CPU: for C++, or for PyTorch's operations."""
 Decoder = UnifiedTransformer | Packed | DeviceTransformer
-"""The transformer as drawing runs it: as it is, packed for a CPU, or on a GPU's operators."""
+"""The transformer as drawing runs it: unchanged, packed for a CPU, or on the GPU operators."""
 
 
 class Decoding(Protocol):
     """One drawing of R rows: the prompts first, then code after code."""
 
     def prefill(self) -> Tensor:
-        """Run the prompts; image logits [R, V] of their last tokens."""
+        """Run the prompts; return the image logits [R, V] of their last tokens."""
         ...
 
     def step(self, code: Tensor) -> Tensor:
-        """Append image codes int64 [N], to both halves of R = 2N rows with guidance; the next
-        image logits [R, V]."""
+        """Append image codes int64 [N] (with guidance, to both halves of R = 2N rows); return the
+        next image logits [R, V]."""
         ...
 
 
@@ -48,18 +49,18 @@ class Windows(Protocol):
     """One drawing of R rows whose steps take several codes of each image."""
 
     def prefill(self) -> Tensor:
-        """Run the prompts; image logits [R, V] of their last tokens."""
+        """Run the prompts; return the image logits [R, V] of their last tokens."""
         ...
 
     def window(self, codes: Tensor, first: list[int]) -> Tensor:
-        """Run image codes int64 [N, W], of image n at positions ``first[n]`` and on; the image
-        logits [R, W, V] after each, which depend on no later code. Everything before ``first[n]``
-        has been run; what an earlier call left from there on is overwritten."""
+        """Run image codes int64 [N, W], those of image n from position ``first[n]`` on; return the
+        image logits [R, W, V] after each, which depend on no later code. Everything before
+        ``first[n]`` must have been run; what an earlier call left from there on is overwritten."""
         ...
 
 
 class PlainDecoding:
-    """A drawing on the transformer as it is, for any device and type.
+    """A drawing on the plain transformer, for any device and type.
 
     Args:
         model: the transformer.
@@ -106,7 +107,7 @@ class PlainDecoding:
 
 
 class PlainWindows:
-    """`Windows` on the transformer as it is, for any device and type; see PlainDecoding."""
+    """`Windows` on the plain transformer, for any device and type; see PlainDecoding."""
 
     def __init__(
         self, model: UnifiedTransformer, code_table: Tensor, ids: Tensor, pads: Tensor, steps: int
@@ -145,18 +146,18 @@ class PlainWindows:
 
 
 def left_padded(prompts: list[list[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Ids int64 [B, L], padded on the left, and how many pads each row has, int64 [B]."""
+    """Return ids int64 [B, L], padded on the left, and each row's number of pads, int64 [B]."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts])
     return ids, torch.tensor([longest - len(p) for p in prompts])
 
 
 def check_drawing(model: Decoder, prompts: list[list[int]], sampler: Sampler) -> None:
-    """Refuse what would draw something else than is asked for.
+    """Refuse arguments that cannot be drawn as requested.
 
     Raises:
         LayoutError: a prompt that leaves no room for the image.
-        ValueError: another number of prompts than the sampler draws images of.
+        ValueError: the number of prompts does not match the images that the sampler draws.
     """
     c, images, each = model.config, len(sampler.draws), 1 + sampler.sampling.guided
     if len(prompts) != images * each:
@@ -175,7 +176,7 @@ def check_drawing(model: Decoder, prompts: list[list[int]], sampler: Sampler) ->
 def prepared(
     model: Decoder, code_table: Tensor, prompts: list[list[int]], pad: int
 ) -> tuple[UnifiedTransformer | Packed, Tensor, Tensor]:
-    """The model, packed where it can be, and ``left_padded`` prompts where its weights are."""
+    """Return the model, packed if possible, and ``left_padded`` prompts on its weights' device."""
     ids, pads = (t.to(code_table.device) for t in left_padded(prompts, pad))
     if isinstance(model, DeviceTransformer):
         return model.plain, ids, pads
@@ -185,8 +186,8 @@ def prepared(
 
 
 def packed(model: UnifiedTransformer, rows: int = 2) -> UnifiedTransformer | Packed:
-    """A copy of the weights for drawing so many rows on a CPU, or the model where none is made. A
-    small float32 one that could be drawn in C++ but for the compiler comes with a warning."""
+    """Return a copy of the weights for drawing ``rows`` rows on a CPU, or the model itself if none
+    can be made. Warns if only the compiler keeps a small float32 model from being drawn in C++."""
     why = misfit(model)
     if why is None:
         return NativeTransformer(model)
@@ -202,7 +203,7 @@ def packed(model: UnifiedTransformer, rows: int = 2) -> UnifiedTransformer | Pac
 def open_windows(
     model: Decoder, code_table: Tensor, prompts: list[list[int]], pad: int, guided: bool
 ) -> Windows:
-    """A drawing of ``prompts`` whose steps take several codes; arguments as for `decode_image`."""
+    """Open a drawing of ``prompts`` whose steps take several codes; see `decode_image`."""
     model, ids, pads = prepared(model, code_table, prompts, pad)
     steps = model.config.image_tokens
     if isinstance(model, UnifiedTransformer):
@@ -225,28 +226,28 @@ def decode_image(
     """Draw one image for each prompt.
 
     Args:
-        model: the transformer; a plain one is packed for this call where it can be, so a caller
-            that draws often packs it once.
+        model: the transformer; a plain one is packed for this call if possible, so a caller that
+            draws often should pack it once.
         code_table: [V, D], ``model.code_table()``.
         prompts: N prompts ending in begin-of-image; with guidance 2N, conditional ones first.
         sampler: made for N samples; decides whether rows are guided.
         pad: id that fills shorter prompts on the left, where nothing attends to it.
         progress: called after every step.
-        share: keep a prompt that many rows have once, in C++ and on a GPU's operators; False keeps
-            a copy a row, for comparisons, as other ways of drawing do.
+        share: store a prompt that many rows have once, in C++ and on the GPU operators; False
+            stores a copy per row, for comparisons. Other ways of drawing always store copies.
 
     Returns:
         Image codes int64 [N, T].
 
     Raises:
         LayoutError: a prompt that leaves no room for the image.
-        ValueError: another number of prompts than the sampler draws images of.
-        RuntimeError: on a GPU, within another drawing of the same thread.
+        ValueError: the number of prompts does not match the images that the sampler draws.
+        RuntimeError: on a GPU, called within another drawing of the same thread.
     """
     check_drawing(model, prompts, sampler)
     guided = sampler.sampling.guided
     if isinstance(model, DeviceTransformer):
-        # In the weights' own type, as a step recorded under autocast would stay under it.
+        # In the weights' own type, without autocast: a step recorded under it would keep its types.
         with model.lock, torch.autocast(code_table.device.type, enabled=False):
             own = sampler if sampler.on_device else None
             on_device = DeviceDecoding(model, prompts, guided, share, own)
@@ -275,7 +276,7 @@ def _code_by_code(
     sampler: Sampler,
     progress: Progress | None,
 ) -> Tensor:
-    """Drive a drawing of so many rows; ``held``: tokens of its prompts in the cache."""
+    """Run a drawing of ``rows`` rows; ``held`` counts the tokens of its prompts in the cache."""
     steps = model.config.image_tokens
     with span("engine/prefill", rows=rows):
         logits = decoding.prefill()

@@ -1,16 +1,16 @@
-"""Drawing several codes a step and drawing exactly what one code a step draws.
+"""Drawing several codes per step, and drawing exactly what one code per step draws.
 
 The noise of a code is keyed by (seed, draw, position), so a drawing is a function of its prompt:
 ``z_t = argmax(ℓ_t(z_<t)/temperature + g_t)``. One forward over a draft of the next W codes gives
-every ``ℓ_t`` at once, and each that has only right codes before it gives the right next code. So a
-step takes over the draft as far as it agrees with what the step itself samples, and one code more;
-the samples after it are the next draft. This is Jacobi iteration of the equations above (Song et
-al., "Accelerating feedforward computation via parallel nonlinear equation solving", ICML 2021; with
-sampling: Teng et al., "Accelerating auto-regressive text-to-image generation with training-free
-speculative Jacobi decoding", 2024), and because the noise does not change between steps it needs
-neither a rule of acceptance nor a correction: the fixed point is the sequential drawing.
+every ``ℓ_t`` at once, and each that has only correct codes before it gives the correct next code.
+So a step accepts the draft as far as it agrees with what the step itself samples, and one code
+more; the samples after that are the next draft. This is Jacobi iteration of the equations above
+(Song et al., "Accelerating feedforward computation via parallel nonlinear equation solving", ICML
+2021; with sampling: Teng et al., "Accelerating auto-regressive text-to-image generation with
+training-free speculative Jacobi decoding", 2024). Because the noise does not change between steps,
+it needs neither an acceptance rule nor a correction: the fixed point is the sequential drawing.
 
-Every step yields a code, even from a draft that is all wrong; nothing falls back on anything.
+Every step yields a code, even from a draft that is entirely wrong; there is no fallback.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from echogen.engine.layout import Layout
 from echogen.engine.ranges import span
 
 Method = Literal["auto", "sequential", "jacobi"]
-"""How a drawing runs: one code a step, several, or whichever is the faster one (see ``wins``)."""
+"""How a drawing runs: one code per step, several, or whichever is faster (see ``wins``)."""
 
 Draft = Literal["above", "left"]
-"""What stands in for a position no step has sampled yet: the code above it or left of it."""
+"""The draft for a position that no step has sampled yet: the code above it or left of it."""
 
 
 MOST_ROWS = 8
-"""Rows, two an image with guidance, up to which windows win (see ``default_window``). More fill the
-products by themselves, and a drawing takes as many steps as its slowest image."""
+"""Most rows (two per image with guidance) for which windows are faster (see ``default_window``).
+More rows fill the matrix products by themselves, and a drawing takes as many steps as its slowest
+image."""
 
 
 def default_window(rows: int) -> int:
-    """Codes W of a window of so many rows, two an image with guidance.
+    """Codes W of a window for this many rows (two per image with guidance).
 
-    Times as fast as code by code: the bundled model, 24 test layouts, temperature 1, one thread of
-    a busy AMD EPYC (Zen 3), without guidance and with CFG 5; in bold what is chosen.
+    The table gives the speed-up over code by code, the choice in bold: the bundled model, 24 test
+    layouts, temperature 1, one thread of a busy AMD EPYC (Zen 3), without guidance and with CFG 5.
 
     | images | W = 8          | 16             | 32         |
     |--------|----------------|----------------|------------|
@@ -55,8 +56,9 @@ def default_window(rows: int) -> int:
     | 4      | **1.64, 1.59** | 1.82, 1.33     | 1.37, 0.89 |
     | 8      | **1.34**, 1.25 | 1.27, 1.03     | 1.06, 0.82 |
 
-    A quicker EPYC (Zen 5) gains less, of one image 1.22 to 1.26 times with W = 16, and 1.14 to 1.21
-    with CFG 5, where 8 gave 1.18 to 1.27. The draft "left" takes up to 0.8 steps more than "above".
+    A faster EPYC (Zen 5) gains less: for one image 1.22 to 1.26 times with W = 16, and with CFG 5
+    1.14 to 1.21 times, where W = 8 gave 1.18 to 1.27. The draft "left" takes up to 0.8 steps more
+    than "above".
     (`ECHOGEN_NATIVE=0 echogen bench engine --mode jacobi --layouts 24 --temperature 1 --batch 4
     --window 8 --window 16 --window 32`, also with ``--draft left``.)
     """
@@ -64,36 +66,40 @@ def default_window(rows: int) -> int:
 
 
 MOST_COVER = 0.45
-"""Share of the canvas in boxes up to which drafts are good enough in float32; ShapesWorld's test
-layouts stay below. Crowded ones, 0.6 and more, take 20 to 23 of 64 steps, each as long as two or
-three: drawn 1.13 to 1.28 times as fast as code by code on Zen 3, and 0.79 to 0.86 times on Zen 5
-(`bench/results/jacobi-tiny-cpu.json` at 38d6be274 and bc84d3fb9, by PyTorch's operations)."""
+"""Largest share of the canvas in boxes at which drafts are good enough in float32; ShapesWorld's
+test layouts stay below. Crowded layouts, 0.6 and more, take 20 to 23 steps instead of 64, each as
+long as two or three of those: they are drawn 1.13 to 1.28 times as fast as code by code on Zen 3,
+and 0.79 to 0.86 times on Zen 5 (`bench/results/jacobi-tiny-cpu.json` at 38d6be274 and bc84d3fb9, by
+PyTorch's operations)."""
 
 
 def foreseeable(layout: Layout, dtype: torch.dtype) -> bool:
-    """Whether enough of a picture is drafted rightly for windows to win: as measured, where the
-    layout leaves some ground free. In bfloat16, where even one row goes through blocked products
-    (`PackedLinear`), an image of a test layout is drawn 2.4 to 3.0 times faster, and a crowded one
-    1.3 to 2.0 (``--dtype bfloat16 --layouts 40``; with CFG at W = 8)."""
+    """Whether enough of a picture is drafted correctly for windows to be faster. In float32,
+    measurements say so where the layout leaves some ground free. In bfloat16, where even one row
+    goes through blocked products (`PackedLinear`), an image of a test layout is drawn 2.4 to 3.0
+    times faster, and a crowded one 1.3 to 2.0 times (``--dtype bfloat16 --layouts 40``; with CFG at
+    W = 8)."""
     return dtype == torch.bfloat16 or covered(layout) <= MOST_COVER
 
 
 def wins(model: Decoder, dtype: torch.dtype, layouts: Sequence[Layout], guided: bool) -> bool:
-    """Whether windows draw ``layouts``, an image each, faster than single codes: on weights packed
-    for PyTorch's operations, up to ``MOST_ROWS``, those that are ``foreseeable``. In C++ a step of
-    one row is as much faster than one of sixteen as it draws fewer codes: windows draw an image of
-    the bundled model 1.01 times as fast, and 0.72 times with CFG 5 (`bench/results/jacobi-tiny-cpu
-    .json`). One of 110 M parameters, whose weights fit no cache, would be drawn 2.2 times as fast
-    if its drafts were as good (`bench/results/window-100m-cpu.json`); none is trained, to tell. On
-    a GPU, where one picture at a time should gain most, nothing has been timed: windows run there
-    on request alone (``decoding="jacobi"``)."""
+    """Whether windows draw ``layouts``, one image each, faster than single codes: they do on
+    weights packed for PyTorch's operations, up to ``MOST_ROWS`` rows, if all are ``foreseeable``.
+
+    In C++, a step of one row draws fewer codes than one of sixteen, but is faster in proportion:
+    windows draw an image of the bundled model 1.01 times as fast, and 0.72 times with CFG 5
+    (`bench/results/jacobi-tiny-cpu.json`). With a model of 110 M parameters, whose weights fit no
+    cache, it would be 2.2 times if the drafts were as good (`bench/results/window-100m-cpu.json`);
+    no such model has been trained, so this is untested. On a GPU, where one picture at a time
+    should gain most, nothing has been timed, so windows run there only on request
+    (``decoding="jacobi"``)."""
     if len(layouts) * (1 + guided) > MOST_ROWS or not isinstance(model, PackedTransformer):
         return False
     return all(foreseeable(layout, dtype) for layout in layouts)
 
 
 def columns_of(tokens: int) -> int:
-    """Codes in a row of a square image of so many."""
+    """Codes in a row of a square image of ``tokens`` codes."""
     return round(tokens**0.5)
 
 
@@ -113,8 +119,8 @@ class WindowDrawing:
 
     Attributes:
         codes: int64 [N, T].
-        drafted: bool [N, T]; the codes taken over from a draft. Each of the others cost a step.
-        steps: forwards each image needed, the prompt's among them: T − its drafted codes.
+        drafted: bool [N, T]; the codes accepted from a draft. Each of the others cost a step.
+        steps: forwards each image needed, including the prompt's: T − its drafted codes.
     """
 
     codes: Tensor
@@ -123,19 +129,19 @@ class WindowDrawing:
 
 
 class Drafted:
-    """One image on its way: the codes that are final, and a draft after them.
+    """One image in progress: its final codes, and a draft after them.
 
     Args:
-        drawn: the codes drawn so far, one at least.
+        drawn: the codes drawn so far, at least one.
         tokens: codes T of the image.
         columns: how far back the draft looks where no step has sampled yet: a row of the image for
             the code above, 1 for the code left of it.
 
     Attributes:
-        codes: those of ``drawn`` and what was taken since, and the draft.
+        codes: ``drawn``, the codes accepted since, and the draft.
         done: how many of ``codes`` are final.
-        drafted: whether each position's code was taken over from a draft.
-        steps: forwards it has needed, the prompt's among them.
+        drafted: whether each position's code was accepted from a draft.
+        steps: forwards it has needed, including the prompt's.
     """
 
     def __init__(self, drawn: list[int], tokens: int, columns: int) -> None:
@@ -144,16 +150,16 @@ class Drafted:
         self._columns = columns
 
     def ahead(self, width: int) -> tuple[int, list[int]]:
-        """The next window: the position of the first code it samples, and the ``width`` codes to
-        run for it, which begin one before that. Nearer to the end than a window it goes back, and
-        runs codes again."""
+        """Return the next window: the position of the first code it samples, and the ``width``
+        codes to run for it, which begin one position earlier. If fewer than ``width`` codes are
+        left, it begins earlier and runs final codes again."""
         start, codes = min(self.done, len(self.drafted) - width), self.codes
         while len(codes) < start + width:
             codes.append(codes[-self._columns if len(codes) >= self._columns else -1])
         return start, codes[start - 1 : start - 1 + width]
 
     def take(self, start: int, samples: list[int]) -> None:
-        """What a step sampled at positions ``start`` and on, from the codes before each."""
+        """Take what a step sampled from position ``start`` on, given the codes before each."""
         if self.done == len(self.drafted):
             return
         self.steps += 1
@@ -180,28 +186,28 @@ def decode_windows(
     draft: Draft = "above",
     progress: Progress | None = None,
 ) -> WindowDrawing:
-    """Draw one image for each prompt, several codes a step.
+    """Draw one image for each prompt, several codes per step.
 
     The codes are those of `decode_image` unless two are within rounding of each other: products
-    of another number of rows round differently (as between two sizes of a batch). None of 1,500
-    drawings of 64 codes in float32, and none of 300 in bfloat16, came out otherwise (``identical``
-    of `echogen bench engine --mode jacobi`). On packed weights they are those of ``window=1``
+    with a different number of rows round differently (as between two batch sizes). None of 1,500
+    drawings of 64 codes in float32, and none of 300 in bfloat16, differed (``identical`` of
+    `echogen bench engine --mode jacobi`). On packed weights the codes are those of ``window=1``
     whatever the window, to the last bit (`PackedWindows`), and in C++ those of `decode_image`.
 
-    Images advance by their own accepted codes: waiting for the one that accepts the fewest would
-    cost all of them its steps, every time another one. An image that is done, or nearer to its end
-    than a window, runs codes again that it has; they stay as they are.
+    Each image advances by its own accepted codes: waiting for the image that accepts the fewest, a
+    different one each time, would cost all of them its steps. An image that is done, or has fewer
+    codes left than a window, runs codes again that it already has; they do not change.
 
     Args:
         model, code_table, prompts, sampler, pad: as for `decode_image`.
-        window: codes W run a step; None: ``default_window``.
-        draft: of positions no step has sampled yet.
-        progress: called after every step with the codes of the image that has the fewest.
+        window: codes W run per step; None: ``default_window``.
+        draft: the draft for positions that no step has sampled yet.
+        progress: called after every step with the number of codes of the image with the fewest.
 
     Raises:
         LayoutError: a prompt that leaves no room for the image.
-        ValueError: a window below 1, an unknown draft, or another number of prompts than the
-            sampler draws images of.
+        ValueError: a window below 1, an unknown draft, or a number of prompts that does not match
+            the images that the sampler draws.
     """
     check_drawing(model, prompts, sampler)
     guided, tokens = sampler.sampling.guided, model.config.image_tokens
@@ -212,7 +218,7 @@ def decode_windows(
         raise ValueError(f"draft = {draft!r}; choose 'above' or 'left'")
     columns = columns_of(tokens) if draft == "above" else 1
     if isinstance(model, DeviceTransformer) and sampler.on_device and tokens > 1:
-        # In the weights' own type, as a step recorded under autocast would stay under it.
+        # In the weights' own type, without autocast: a step recorded under it would keep its types.
         with model.lock, torch.autocast(code_table.device.type, enabled=False):
             width = min(window, tokens - 1)
             on_device = DeviceWindows(model, prompts, guided, sampler, width, columns)
@@ -232,7 +238,7 @@ def decode_windows(
         width = min(window, tokens - fewest)
         starts, ran = map(list, zip(*(image.ahead(width) for image in images), strict=True))
         fed = len(prompts) * width
-        held = asked + len(prompts) * fewest  # in the cache at least, over all rows
+        held = asked + len(prompts) * fewest  # at least so many in the cache, over all rows
         with span("engine/decode/window", rows=fed, tokens=fed, held=held, step=fewest):
             logits = decoding.window(torch.tensor(ran, device=device), [s - 1 for s in starts])
         positions = torch.tensor(starts, device=device)[:, None] + places[:width]

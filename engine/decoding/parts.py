@@ -1,4 +1,4 @@
-"""Things in parts of bounded size, in their order."""
+"""Splitting items into parts of bounded size, in order."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ T = TypeVar("T")
 
 
 def in_parts(items: Iterable[T], size: Callable[[T], int], most: int) -> Iterator[list[T]]:
-    """Items in parts of at most ``most`` in all, or of a single item that is larger; of no items
-    one part that is empty."""
+    """Split items into parts whose sizes sum to at most ``most``; a larger item is its own part. No
+    items give one empty part."""
     part, used = list[T](), 0
     for item in items:
         more = size(item)

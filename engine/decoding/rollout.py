@@ -1,8 +1,8 @@
-"""Rollouts: drawing and grounding that keep, beside each token, how probable it was.
+"""Rollouts: drawing and grounding that keep the log-probability of each token.
 
-Reinforcement learning is right only where the distribution that sampled is the one that is scored.
+Reinforcement learning is correct only if the distribution that is scored is the one that sampled.
 So the log-probability is taken from the sampler itself, after guidance, temperature, truncation and
-grammar, and a trainer's own can be held against it.
+grammar, and a trainer's own can be checked against it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Drawing(NamedTuple):
     Attributes:
         codes: int64 [N, T].
         logprob: float32 [N, T], of each code under the guided, tempered, truncated distribution.
-        kept: int64 [N, T], how many codes the truncation left to choose from; None without one.
+        kept: int64 [N, T], how many codes the truncation left to choose from; None if there is no
+            truncation.
     """
 
     codes: Tensor
@@ -35,15 +36,15 @@ class Drawing(NamedTuple):
 
 
 def kept_codes(scores: Tensor, top_k: int, top_p: float) -> Tensor:
-    """How many codes top-k, then top-p leave of scores [N, V], int64 [N]."""
+    """Count the codes that top-k, then top-p leave of scores [N, V]; int64 [N]."""
     return (truncated(scores, top_k, top_p) > float("-inf")).sum(-1)
 
 
 class RecordingSampler(Sampler):
     """A sampler that keeps the log-probability of what it draws.
 
-    The arguments are those of `Sampler`, and so are the codes drawn. ``logprob`` and ``kept`` are
-    filled step by step, see `Drawing`.
+    The arguments and the codes drawn are those of `Sampler`. ``logprob`` and ``kept`` are filled
+    step by step, see `Drawing`.
     """
 
     def __init__(
@@ -89,11 +90,11 @@ class RecordingSampler(Sampler):
 def draw(
     engine: Engine, layouts: list[Layout], sampling: Sampling, seed: int, draws: Tensor
 ) -> Drawing:
-    """One image a layout on the engine's weights, as `Engine.generate_codes` draws it.
+    """Draw one image per layout on the engine's weights, as `Engine.generate_codes` does.
 
     Args:
         layouts: N layouts; equal prompts are run once.
-        sampling, seed: as there.
+        sampling, seed: as for `Engine.generate_codes`.
         draws: int64 [N], the noise's draw ids.
     """
     prompts = engine.prompt_rows(layouts, sampling)
@@ -113,11 +114,11 @@ def ground(
     expressions: list[list[str]],
     noise: tuple[int, Tensor] | None = None,
 ) -> Answers:
-    """Find the box of every expression, by grammar-constrained decoding, in tokens.
+    """Find the box of every expression, in tokens, by grammar-constrained decoding.
 
     Args:
         codes: int64 [N, T], image codes.
-        expressions: for each image its K_n ≥ 1 expressions.
+        expressions: for each image, its K_n ≥ 1 expressions.
         noise: (seed, draw ids int64 [N]) to sample at temperature 1; None takes the most likely.
 
     Raises:

@@ -19,12 +19,13 @@ from echogen.kernels.reference.sampling import COLDEST
 Schedule = Literal["constant", "linear", "cosine"]
 """How the guidance scale moves from the first guided position to the last."""
 CFG_MAX = 1e4
-"""Far above any scale of use, and far below where guided logits overflow their float32: the codes
-drawn from those would mean nothing."""
+"""Largest guidance scale: far above any useful one, and far below any at which guided logits
+overflow float32 and the codes drawn from them would be meaningless."""
 
 
 def whole_number(name: str, value: int) -> int:
-    """A whole number, of any type that is one. Raises ValueError; names ``name`` and the value."""
+    """Return a whole number of any integer type as an int. Raises ValueError, which names ``name``
+    and the value."""
     try:
         return operator.index(value)
     except TypeError:
@@ -32,7 +33,7 @@ def whole_number(name: str, value: int) -> int:
 
 
 def noise_seed(value: int) -> int:
-    """A key of the noise. Raises ValueError."""
+    """Return a valid noise key. Raises ValueError if ``value`` is not one."""
     seed = whole_number("seed", value)
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed = {seed}; it must be in 0 … 2^63 - 1")
@@ -40,10 +41,10 @@ def noise_seed(value: int) -> int:
 
 
 def check_draws(draws: Sequence[int] | None, images: int) -> list[int]:
-    """The draw id of each of so many images; 0 … images − 1 where None.
+    """Return the draw id of each of ``images`` images; 0 … images − 1 where ``draws`` is None.
 
     Raises:
-        ValueError: another number of them, or one that is no 32-bit word, as the noise takes it.
+        ValueError: not one per image, or not a 32-bit word, which is what the noise takes.
     """
     if draws is None:
         return list(range(images))
@@ -70,7 +71,7 @@ class Sampling:
         cfg_schedule: "constant": every guided position has scale ``cfg``; "linear" and "cosine":
             the scale goes from ``cfg_start`` at the first guided position to ``cfg`` at the last,
             in equal steps or along half a period of a cosine.
-        cfg_start: where such a schedule begins.
+        cfg_start: the scale at which such a schedule begins.
         cfg_span: (a, b) guides only positions a … b − 1, in drawing order; None guides all.
     """
 
@@ -152,7 +153,7 @@ class Sampling:
             )
         scales = [1.0] * steps
         for position in range(first, end):
-            # A span of one position is the schedule's last.
+            # A span of one position is at the schedule's end.
             way = 1.0 if end - first == 1 else (position - first) / (end - 1 - first)
             if self.cfg_schedule == "constant":
                 way = 1.0
@@ -169,8 +170,8 @@ def guided(logits: Tensor, cfg: float | Tensor) -> Tensor:
 
 
 def truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Logits [..., V] with everything outside top-k, then top-p at -inf. Codes equal to the last
-    one kept are kept too: the rule of `cfg_sample`, and its own code."""
+    """Logits [..., V] with everything outside top-k, then top-p at -inf. Ties with the last code
+    kept are kept too: this is the rule of `cfg_sample`, in the same implementation."""
     share = None
     if top_p < 1:
         share = torch.full((1,), top_p, dtype=torch.float32, device=logits.device)
@@ -179,7 +180,7 @@ def truncated(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 class Drawn(NamedTuple):
-    """Codes that a device drew in a sampler's name.
+    """Codes that a device drew on a sampler's behalf.
 
     Attributes:
         codes: int64 [N, T].
@@ -206,11 +207,11 @@ class Sampler:
         steps: image tokens T.
 
     Attributes:
-        counts: it wants to know how many codes a truncation leaves.
-        scales: float32 [T], the guidance scale of every position, where the draws are.
+        counts: whether it needs to know how many codes a truncation leaves.
+        scales: float32 [T], the guidance scale of every position, on the device of the draws.
 
     Raises:
-        ValueError: guidance asked for beyond the last position (`Sampling.scales`).
+        ValueError: guidance beyond the last position (`Sampling.scales`).
     """
 
     counts = False
@@ -226,12 +227,12 @@ class Sampler:
         self._chunk = max(1, min(steps, self.BLOCK // max(1, codebook * len(draws))))
         self._blocks = dict[int, Tensor]()
         self._samples = torch.arange(len(draws), device=draws.device)[:, None]
-        # In float32 like the logits, so that one position and several round the same scale.
+        # In float32 like the logits, so that one position and several use the same rounded scale.
         scales = torch.tensor(sampling.scales(steps), dtype=torch.float32)
         self._scales, self.scales = scales.tolist(), scales.to(draws.device)
 
     def _block(self, index: int) -> Tensor:
-        """Noise [chunk, N, V] of positions ``index·chunk`` and on."""
+        """Noise [chunk, N, V] of the positions from ``index·chunk`` on."""
         first = index * self._chunk
         last = min(first + self._chunk, self._steps)
         positions = torch.arange(first, last, device=self.draws.device)
@@ -239,13 +240,13 @@ class Sampler:
         return gumbel_noise(self.seed, grid[0], grid[1], self._codebook)
 
     def _held(self, indices: Iterable[int]) -> dict[int, Tensor]:
-        """These blocks of noise; they are kept for the next call, and no others."""
+        """Return these blocks of noise; they, and no others, are kept for the next call."""
         held = self._blocks
         self._blocks = {i: held[i] if i in held else self._block(i) for i in indices}
         return self._blocks
 
     def scale(self, step: int) -> float:
-        """The guidance scale of position ``step``; 1 reads no unconditional row."""
+        """The guidance scale of position ``step``; at 1 no unconditional row is read."""
         return self._scales[step] if self.sampling.scheduled else self.sampling.cfg
 
     def _guided(self, logits: Tensor, positions: Tensor | int | None) -> Tensor:
@@ -263,9 +264,9 @@ class Sampler:
         return torch.where(scales == 1, cond, guided(logits, scales))
 
     def scores(self, logits: Tensor, positions: Tensor | int | None = None) -> Tensor:
-        """Logits [N, ..., V], or [2N, ..., V] with guidance → float32 [N, ..., V], guided, over the
-        temperature and truncated: all that comes before the noise. ``positions`` int64 [N, ...], or
-        one for all, says where they are; only a schedule of guidance needs it."""
+        """Logits [N, ..., V], or [2N, ..., V] with guidance → float32 [N, ..., V], guided, divided
+        by the temperature and truncated: everything before the noise. ``positions``, int64 [N, ...]
+        or one for all, are those of the logits; only a guidance schedule needs them."""
         s, scores = self.sampling, self.tempered(logits, positions)
         return scores if s.temperature == 0 else truncated(scores, s.top_k, s.top_p)
 
@@ -278,8 +279,8 @@ class Sampler:
         return logits if s.temperature == 0 else logits * (1 / max(s.temperature, COLDEST))
 
     def pick(self, scores: Tensor, positions: Tensor) -> Tensor:
-        """The codes int64 [N, W] that ``scores`` [N, W, V] give at ``positions`` int64 [N, W],
-        each below T."""
+        """Draw the codes int64 [N, W] from ``scores`` [N, W, V] at ``positions`` int64 [N, W], each
+        below T."""
         if self.sampling.temperature == 0 or not positions.numel():
             return scores.argmax(-1)
         which = positions // self._chunk
@@ -297,12 +298,12 @@ class Sampler:
 
     @property
     def on_device(self) -> bool:
-        """Whether `kernels.sampling.cfg_sample` draws what this object does: a subclass with a
-        call of its own says so itself."""
+        """Whether `kernels.sampling.cfg_sample` draws the same as this object. A subclass that
+        overrides ``__call__`` must answer for itself."""
         return type(self).__call__ is Sampler.__call__
 
     def take(self, drawn: Drawn) -> None:
-        """Keep what was drawn in this sampler's name."""
+        """Receive what was drawn on this sampler's behalf; a subclass may keep it."""
 
     def __call__(self, logits: Tensor, step: int) -> Tensor:
         """Logits [N, V], or [2N, V] with guidance, of position ``step`` → codes int64 [N]."""

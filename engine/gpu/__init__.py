@@ -1,1 +1,1 @@
-"""What runs a step of drawing on a GPU: the project's operators, recorded and replayed."""
+"""The steps of drawing on a GPU: the project's operators, recorded and replayed."""

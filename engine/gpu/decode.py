@@ -1,9 +1,9 @@
-"""Drawing on a GPU: the prompts once by the plain transformer, then a recorded step a code, with no
-Python a layer and no waiting for the device.
+"""Drawing on a GPU: the plain transformer runs the prompts once, then a recorded step draws each
+code, without Python for each layer and without waiting for the device.
 
-Every different prompt's keys and values lie in memory once, however many rows continue it, and are
-read once a step for all of them; rows keep their own codes alone. Prompts are padded on the right,
-where causal attention never looks, so that none of it depends on what it is drawn beside.
+The keys and values of each distinct prompt are in memory once, however many rows continue it, and
+are read once per step for all of them; rows store only their own codes. Prompts are padded on the
+right, where causal attention never looks, so a drawing does not depend on the rest of its batch.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from echogen.engine.gpu.step import Choice, DeviceStep, S, Shape, recorded, unre
 from echogen.engine.ranges import span
 
 TOGETHER = 32
-"""Prompts run at once: their activations are little beside the caches of a drawing."""
+"""Prompts run at once: their activations are small compared with the caches of a drawing."""
 
 
 class Prompted(Generic[S]):
-    """The prompts of a drawing on the device, and the step that continues them. The memory is that
-    of all drawings on one model: hold ``model.lock``, finish one drawing before the next begins,
-    and draw all of them on one stream, whose order keeps them apart.
+    """The prompts of a drawing on the device, and the step that continues them. All drawings on one
+    model share its memory: hold ``model.lock``, finish one drawing before the next begins, and draw
+    all of them on one stream, whose order keeps them apart.
 
     Args:
-        model: what runs the steps.
+        model: runs the steps.
         prompts: of R sequences, with guidance R = 2N, the conditional ones first.
-        guided: they are.
-        share: keep equal prompts once; False keeps a copy a sequence, for comparisons.
+        guided: whether there is guidance.
+        share: store equal prompts once; False stores a copy per sequence, for comparisons.
     """
 
     _step: S
@@ -54,13 +54,12 @@ class Prompted(Generic[S]):
         self._different = list(dict(zip(self._groups, prompts, strict=True)).values())
 
     def shape(self, window: int = 1, columns: int = 1) -> Shape:
-        """Of the step that continues the prompts."""
+        """The shape of the step that continues the prompts."""
         return Shape.of(self._rows, self._guided, self._different, window, columns)
 
     def open(self) -> None:
         """Begin the drawing in the step's memory."""
-        # An unconditional sequence is as far behind the conditional ones as there are images, idle
-        # ones among them.
+        # The unconditional sequences begin after all images of the step, idle ones included.
         behind = self._step.shape.images - self._images
         images = self._images
         self._places = [row if row < images else row + behind for row in range(self._rows)]
@@ -68,11 +67,11 @@ class Prompted(Generic[S]):
 
     @property
     def held(self) -> int:
-        """Tokens of prompts in the cache, each prompt's once."""
+        """Prompt tokens in the cache; each distinct prompt counts once."""
         return sum(map(len, self._different))
 
     def _prompt_logits(self) -> Tensor:
-        """Run the prompts; image logits [P, V] of their last tokens."""
+        """Run the prompts; return the image logits [P, V] of their last tokens."""
         model, table = self._model.plain, self._model.table
         found = list[Tensor]()
         for first in range(0, len(self._different), TOGETHER):
@@ -95,11 +94,12 @@ class Prompted(Generic[S]):
 
 
 class DeviceDecoding(Prompted[DeviceStep]):
-    """One drawing code by code, whole, or driven from outside: see `decode.Decoding`.
+    """One drawing code by code, either as a whole (`draw`) or driven from outside (see
+    `decode.Decoding`).
 
     Args:
         model, prompts, guided, share: see `Prompted`.
-        sampler: what `draw` is going to draw with; None where it is not called.
+        sampler: the sampler that `draw` uses; None if `draw` is not called.
     """
 
     def __init__(
@@ -120,16 +120,17 @@ class DeviceDecoding(Prompted[DeviceStep]):
         self.open()
 
     def step(self, code: Tensor) -> Tensor:
-        """See `decode.Decoding`; one after another, operator by operator."""
+        """See `decode.Decoding`; the step is launched operator by operator."""
         self._step.feed(self._model.table[code])
         return self._step.layers()[self._places]
 
     def draw(self, tell: Callable[[int, int], None] | None = None) -> Tensor:
-        """The whole drawing; image codes int64 [N, T]. The sampler is given what was drawn.
+        """Run the whole drawing; return image codes int64 [N, T]. The sampler receives what was
+        drawn.
 
         Args:
-            tell: called after every code with (codes drawn of an image, codes in all); the device
-                is then waited for each time, so that it is true.
+            tell: called after every code with (codes drawn of an image, codes in all); this waits
+                for the device each time, so that the numbers are true.
         """
         sampler, step, steps = self._sampler, self._step, self._model.config.image_tokens
         run = self._run

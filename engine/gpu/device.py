@@ -1,28 +1,28 @@
-"""The transformer as the project's operators run a step of it on a GPU, on its own live weights.
+"""A step of the transformer on the project's GPU operators, which use its live weights.
 
-A layer is at most seven launches where a step has up to 16 rows in bfloat16, whatever is guided or
-shared:
+A layer is at most seven launches for a step of up to 16 rows in bfloat16, regardless of guidance
+and sharing:
 
 1. ``skinny_linear``: the norm, and the product with the fused query-key-value weight;
 2. ``rope_cache``: queries and keys rotated, keys and values written to their places in the cache;
 3. ``decode_attention``: partial softmaxes of the shared prefixes and of every row's own codes;
-4. ``decode_attention``: their merging;
+4. ``decode_attention``: the partial softmaxes merged;
 5. ``skinny_linear``: the output product, added to the residual stream;
 6. ``skinny_linear``: the norm, the product with gate and up, and SwiGLU;
 7. ``skinny_linear``: the product with down, added to the residual stream.
 
-With more rows, or in another type, torch multiplies: ``rms_norm`` and ``swiglu`` are then launches
-of their own and a layer takes ten (a product of torch counted as one). With weights in fp8, or with
-``ECHOGEN_FUSED=1`` in bfloat16 too, ``wide_linear`` takes the place of ``skinny_linear``, and a
-layer is seven launches again: off in bfloat16 until it has been timed against torch's product on a
-GPU (`echogen bench kernels --operator wide_linear`). Whatever the rows, a step adds the lookup of
-its rotations, the image head, sampling and one addition to its counters.
+With more rows, or in another type, torch does the matrix products: ``rms_norm`` and ``swiglu`` are
+then separate launches and a layer takes ten (counting a torch product as one). With fp8 weights, or
+in bfloat16 with ``ECHOGEN_FUSED=1``, more rows use ``wide_linear`` in place of ``skinny_linear``,
+and a layer is seven launches again. In bfloat16 this is off until it has been timed against torch's
+product on a GPU (`echogen bench kernels --operator wide_linear`). Whatever the number of rows, a
+step adds the lookup of its rotations, the image head, sampling and one addition to its counters.
 
-Where asked for, caches hold 8 bits a number, with a scale for every head of a token: launch 2
-rounds what it writes, and launch 3 multiplies the scales back.
+On request, caches hold 8 bits per number, with a scale for every head of a token: launch 2 rounds
+what it writes, and launch 3 multiplies by the scales.
 
-Nothing is copied but what is derived: the code table, the rotations and, where asked for, the
-weights in fp8. ``refresh`` renews those in place, so that what was recorded stays right.
+Only derived data is copied: the code table, the rotations and, on request, the fp8 weights.
+``refresh`` renews code table and fp8 weights in place, so that recorded steps stay valid.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ class Prefixes:
     """Prompts that rows continue.
 
     Attributes:
-        keys, values: [layers, P, Hk, Sp, K], each prompt's once.
+        keys, values: [layers, P, Hk, Sp, K], each prompt stored once.
         lengths: int64 [P].
         groups: int64 [R], which prompt each row continues; −1: none.
         order: `kernels.decode_members.decode_members` of the groups.
-        scales: float32 [layers, 2, P, Hk, Sp] of keys and values in 8 bits; None: they are not.
+        scales: float32 [layers, 2, P, Hk, Sp] of 8-bit keys and values; None: they are not 8-bit.
     """
 
     keys: Tensor
@@ -76,17 +76,18 @@ class Prefixes:
 
 @dataclass(frozen=True)
 class Places:
-    """Where the rows of a step stand, on the device alone.
+    """Where the rows of a step are, known only on the device.
 
-    A row is a token. Of each of C sequences there are one, or W side by side: R = C·W.
+    A row is a token. Each of C sequences has one row, or W adjacent ones: R = C·W.
 
     Attributes:
-        slots: int64 [R], where in its cache a row's token goes; outside: nowhere (an idle row).
+        slots: int64 [R], the cache slot that a row's token is written to; a slot outside the cache
+            is not written (an idle row).
         lengths: int64 [R], tokens of its own sequence that a row then sees.
-        positions: int64 [R], of RoPE.
+        positions: int64 [R], RoPE positions.
         keys, values: [layers, C, Hk, S, K], the sequences' own caches.
-        prefixes: what the rows see before them.
-        scales: float32 [layers, 2, C, Hk, S] of caches in 8 bits; None: they are not.
+        prefixes: the prompts that the rows see before their own tokens.
+        scales: float32 [layers, 2, C, Hk, S] of 8-bit caches; None: they are not 8-bit.
     """
 
     slots: Tensor
@@ -98,7 +99,7 @@ class Places:
     scales: Tensor | None = None
 
     def attended(self, query: Tensor, layer: int) -> Tensor:
-        """[R, H, K] → [R, H, K]: attention of every row's query over all that it sees."""
+        """[R, H, K] → [R, H, K]: attention of every row's query over everything it sees."""
         keys, values, scales = self.keys[layer], self.values[layer], _of_layer(self.scales, layer)
         p = self.prefixes
         if p is None:
@@ -114,10 +115,10 @@ def _of_layer(scales: Tensor | None, layer: int) -> Tensor | None:
 
 
 class DeviceLinear:
-    """``x·Wᵀ``, with the norm before it where it has a gain.
+    """``x·Wᵀ``, preceded by a norm if one is given.
 
     Args:
-        weight: [N, K], used where it lies.
+        weight: [N, K], used in place.
         norm: the norm before it.
         bias: [N] or None.
         fp8: multiply by a copy in fp8; ``refresh`` renews it.
@@ -168,8 +169,8 @@ class DeviceLinear:
         [R, N/2] with SwiGLU where ``gated``."""
         if len(x) <= self._few or self._fused:
             if self._bias is not None:
-                # A product, as a copy of one row is no kernel, and only behind one can the next
-                # launch begin early (`kernels.overlap`).
+                # A product rather than a copy, as a copy of one row is not a kernel, and only after
+                # a kernel can the next launch begin early (`kernels.overlap`).
                 residual = self._bias.expand(len(x), -1) * 1
             product = skinny_linear if len(x) <= self._few else wide_linear
             return product(x, self._weight, self._scale, self._gain, self._eps, residual, gated)
@@ -187,7 +188,7 @@ class DeviceLinear:
 
 
 class DeviceBlock:
-    """`model.Block` for few tokens of each sequence; see the module for its launches."""
+    """`model.Block` for few tokens of each sequence; the module's docstring lists its launches."""
 
     def __init__(self, block: Block, fp8: bool) -> None:
         self._heads, self._kv_heads, self._dim = block.heads, block.kv_heads, block.head_dim
@@ -200,8 +201,8 @@ class DeviceBlock:
     def __call__(
         self, x: Tensor, cos: Tensor, sin: Tensor, slots: Tensor, places: Places, layer: int
     ) -> Tensor:
-        """Residual stream x [R, D] → the same, perhaps in place; cos, sin [C, W, K]; the places'
-        slots as [C, W]."""
+        """Residual stream x [R, D] → residual stream, perhaps in place; cos and sin are [C, W, K],
+        and ``slots`` are those of ``places`` as [C, W]."""
         rows, h, kv = len(x), self._heads, self._kv_heads
         heads = self._qkv(x).view(*slots.shape, h + 2 * kv, self._dim)
         query = rope_cache(
@@ -214,8 +215,8 @@ class DeviceBlock:
 
 
 class Turn:
-    """A lock whose own thread is refused instead of let in again, or left to wait for itself: what
-    a drawing calls back (``progress``) would draw into the caches of that very drawing."""
+    """A lock that refuses the thread that holds it, instead of admitting it again or deadlocking: a
+    drawing's callback (``progress``) would draw into the caches of that very drawing."""
 
     def __init__(self) -> None:
         self._lock = Lock()
@@ -239,18 +240,18 @@ class DeviceTransformer:
     """A step of `UnifiedTransformer` on the project's operators.
 
     Args:
-        plain: the transformer; its weights are used where they lie. ``misfit`` says whether the
-            operators take it.
+        plain: the transformer; its weights are used in place. ``misfit`` says whether the operators
+            can run it.
         code_table: [V, D], ``plain.code_table()``; copied.
         fp8: multiply the layers' and the image head's weights in fp8 (see ``fp8_weight``).
         fp8_cache: keep keys and values in fp8, a scale for each head of a token.
-        record: how steps are made to run again; None: `graphs.recorder`.
+        record: how steps are recorded; None: `graphs.recorder`.
 
     Attributes:
-        config, plain: of the model.
-        table: [V, D], the code table, at one place for ever.
-        memory, steps: of drawings (`echogen.engine.gpu.step`).
-        lock: held while a drawing uses that memory, and by what renews or gives it back.
+        config, plain: the model's configuration, and the model.
+        table: [V, D], the code table, always at the same address.
+        memory, steps: the memory and the recorded steps of drawings (`echogen.engine.gpu.step`).
+        lock: held while a drawing uses that memory, and by ``refresh`` and ``release``.
     """
 
     def __init__(
@@ -277,14 +278,14 @@ class DeviceTransformer:
         self._seen = self._where()
 
     def _rotations(self) -> Tensor:
-        """cos and sin [2, positions, K] in the products' type, as the plain forward takes them, sin
-        without the sign that `Rotary` has in it."""
+        """cos and sin [2, positions, K] in the type of the matrix products, as the plain forward
+        uses them, but sin without the sign that `Rotary` includes."""
         rotary, half = self.plain.rotary, self.config.head_dim // 2
         sin = torch.cat((-rotary.sin[:, :half], rotary.sin[:, half:]), -1)
         return torch.stack((rotary.cos, sin)).to(self.table.dtype)
 
     def _where(self) -> list[tuple[int, torch.dtype]]:
-        """Where every tensor of the model lies."""
+        """Address and type of every tensor of the model."""
         tensors = (*self.plain.parameters(), self.plain.rotary.cos)
         return [(t.data_ptr(), t.dtype) for t in tensors]
 
@@ -295,8 +296,8 @@ class DeviceTransformer:
         yield from (self._into, self._out)
 
     def refresh(self, code_table: Tensor) -> bool:
-        """Renew what is derived from the weights, where it lies. False where the weights
-        themselves lie elsewhere by now: then nothing here is right any more."""
+        """Renew in place what is derived from the weights. Return False if the weights themselves
+        have moved: then nothing here is valid any more."""
         if self._where() != self._seen or code_table.dtype != self.table.dtype:
             return False
         with self.lock, torch.inference_mode():
@@ -306,21 +307,21 @@ class DeviceTransformer:
         return True
 
     def release(self) -> None:
-        """Forget what was recorded and give back the memory of drawings; the next drawing records
-        anew. It does not suffice to drop this object: its steps refer to it, so that it would stay
-        until Python looks for cycles."""
+        """Drop the recorded steps and free the memory of drawings; the next drawing records anew.
+        Dropping this object is not enough: its steps refer to it, so it would stay until Python
+        collects cycles."""
         with self.lock:
             self.steps.clear()
             self.memory.release()
             if self.table.is_cuda:
-                # Left in torch's cache, tensors that stay would be cut from it, and then there
-                # would be no room for as much in one piece again. Not while a step is recorded, in
-                # whatever thread, as torch refuses it then.
+                # If the memory stayed in torch's cache, lasting tensors would be allocated from it,
+                # and there would be no room for a block of that size again. The cache cannot be
+                # emptied while any thread records a step: torch refuses.
                 with ONE:
                     torch.cuda.empty_cache()
 
     def logits(self, x: Tensor, places: Places) -> Tensor:
-        """One token a row, [R, D] (overwritten) → image logits [R, V]; writes the cache."""
+        """Run one token per row, [R, D] (overwritten) → image logits [R, V]; writes the cache."""
         slots = places.slots.view(places.keys.shape[1], -1)
         rotation = self._rope.index_select(1, places.positions).view(2, *slots.shape, -1)
         cos, sin = rotation.unbind(0)
@@ -330,20 +331,20 @@ class DeviceTransformer:
 
 
 class Piece(NamedTuple):
-    """A tensor to be."""
+    """Shape and type of a tensor to be placed in memory."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
 
     @property
     def nbytes(self) -> int:
-        """Bytes, filled up so that the next piece begins at a multiple of 16."""
+        """Bytes, rounded up so that the next piece begins at a multiple of 16."""
         return -(-math.prod(self.shape) * self.dtype.itemsize // 16) * 16
 
 
 class Memory:
-    """One piece of memory for the caches of whatever is drawn, one drawing at a time: as large as
-    the largest needs, and not the sum of all."""
+    """One block of memory for the caches of all drawings, one drawing at a time: as large as the
+    largest one needs, not as the sum of all."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -355,21 +356,21 @@ class Memory:
         return self._held.nbytes
 
     def fits(self, *pieces: Piece) -> bool:
-        """Whether they lie in it side by side."""
+        """Whether the pieces fit in the block side by side."""
         return sum(piece.nbytes for piece in pieces) <= self.nbytes
 
     def grow(self, *pieces: Piece) -> None:
-        """Make room for them; whatever lay here before is gone."""
+        """Make room for the pieces; previous contents are lost."""
         size = sum(piece.nbytes for piece in pieces)
-        self.release()  # first, as both may not fit
+        self.release()  # first, as the old and the new block may not both fit
         self._held = torch.empty(size, dtype=torch.uint8, device=self._device)
 
     def release(self) -> None:
-        """Hold nothing."""
+        """Free the block."""
         self._held = torch.empty(0, dtype=torch.uint8, device=self._device)
 
     def views(self, *pieces: Piece) -> list[Tensor]:
-        """The tensors, side by side from its beginning on."""
+        """Return the pieces as tensors, side by side from the beginning of the block."""
         found, begin = list[Tensor](), 0
         for piece in pieces:
             size = math.prod(piece.shape) * piece.dtype.itemsize

@@ -1,8 +1,8 @@
 """Steps that run again without Python: each is captured once in a CUDA graph and then replayed.
 
-A step is a function without arguments. Everything that changes from one run to the next lies in
-tensors that it was made with and writes itself, so that a replay, which repeats the same launches
-on the same memory, goes on where the last one stopped. ``ECHOGEN_EAGER=1`` runs the function
+A step is a function without arguments. Everything that changes from one run to the next is in
+tensors that the step was made with and updates itself, so a replay, which repeats the same launches
+on the same memory, continues where the last one stopped. ``ECHOGEN_EAGER=1`` runs the function
 itself every time, for debugging: the same launches, and so the same codes.
 """
 
@@ -28,36 +28,36 @@ WARM_UPS = 2
 """Runs before a capture: they compile kernels, load modules, and let libraries choose and allocate,
 none of which a capture allows."""
 MOST_KEPT = 8
-"""Recorded steps kept; each is some hundred nodes of a graph and buffers of a few megabytes."""
+"""Most recorded steps kept; each has a graph of some hundred nodes and a few MB of buffers."""
 
 
 LEFT_OPEN = TorchVersion(torch.__version__) < "2.13"
-"""Whether torch goes on counting a capture that ended in an error. Its allocator does: from then on
-``torch.cuda.empty_cache`` fails, and with it every later capture. And its random generator does:
-until a capture succeeds, every draw from it outside of one fails."""
+"""Whether torch still counts a capture that ended in an error as open. Its allocator does: from
+then on ``torch.cuda.empty_cache`` fails, and with it every later capture. Its random generator does
+too: until a capture succeeds, every draw from it outside a capture fails."""
 
 ONE = Lock()
-"""Held while a step is recorded: torch takes one capture at a time, whatever thread it is in."""
+"""Held while a step is recorded: torch allows one capture at a time across all threads."""
 
 
 class CaptureError(RuntimeError):
-    """A step that cannot be recorded; says why, and how to run it all the same."""
+    """A step cannot be recorded; the message says why, and how to run it anyway."""
 
 
 class Recorder(Protocol):
-    """How a step is made to run again."""
+    """Makes a step repeatable."""
 
     def record(self, step: Step) -> Step:
-        """What does the same as ``step``; ``step`` itself may be run for that, several times."""
+        """Return a function that does the same as ``step``; this may run ``step`` several times."""
         ...
 
     def apart(self) -> Recorder:
-        """One whose steps may run between any two launches of this one's."""
+        """Return a recorder whose steps may run between any two launches of this one's steps."""
         ...
 
 
 class Eager:
-    """A step is run as it is."""
+    """Runs each step as it is."""
 
     def record(self, step: Step) -> Step:
         """See `Recorder`."""
@@ -69,10 +69,10 @@ class Eager:
 
 
 class CudaGraphs:
-    """A step is a CUDA graph. All graphs of one recorder share their memory (but for those from
-    before a capture that failed), as only one of them runs at a time and none leaves anything in it
-    that another run reads. So one stream captures them all, since torch's allocator gives what one
-    stream freed to that stream alone."""
+    """Records each step as a CUDA graph. All graphs of one recorder share their memory (except
+    those from before a failed capture), because only one of them runs at a time and none leaves
+    anything there that another run reads. One stream captures them all, because torch's allocator
+    reuses memory only on the stream that freed it."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -84,10 +84,10 @@ class CudaGraphs:
         """See `Recorder`. Launches already made on the current stream come before the step's.
 
         Raises:
-            CaptureError: the step waits for the device, or does what else no capture allows. The
-                current stream is as before, and other steps can be recorded and run.
+            CaptureError: the step waits for the device, or does something else that a capture does
+                not allow. The current stream is as before, and other steps can be recorded and run.
         """
-        if eager():  # asked here too, so that it helps an engine whose steps were refused
+        if eager():  # checked here too, so that it helps an engine whose capture failed
             return step
         with ONE, torch.cuda.device(self._device):
             outside = torch.cuda.current_stream()
@@ -101,35 +101,35 @@ class CudaGraphs:
             finally:
                 outside.wait_stream(own)
 
-        def replay(_reads: Step = step) -> None:  # a graph knows addresses, and keeps nothing there
+        def replay(_reads: Step = step) -> None:  # a graph holds addresses and keeps nothing alive
             graph.replay()
 
         return replay
 
     def apart(self) -> CudaGraphs:
-        """See `Recorder`; with memory of its own."""
+        """See `Recorder`; the new one has its own memory."""
         return CudaGraphs(self._device)
 
     def _capture(self, step: Step) -> torch.cuda.CUDAGraph:
-        """What ``step`` launches on the current stream. Not by ``torch.cuda.graph``, which leaves
-        its own stream the current one where a capture ends in an error."""
+        """Capture what ``step`` launches on the current stream. This does not use
+        ``torch.cuda.graph``, which leaves its own stream current if a capture ends in an error."""
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # within a capture the allocator cannot give anything back
-        # cuBLAS's workspace of this stream. As the warm-ups left it, it would lie outside the pool:
-        # all graphs would know its address, and the first of them to go would free it (torch since
-        # 2.12; elsewhere whoever clears workspaces, as torch.compile's own graphs do). So a capture
-        # finds none, allocates one in the pool, and leaves none to others. This clears the
-        # workspaces of all streams; whoever multiplies next on one of them allocates another. What
-        # another thread is about to launch keeps its memory: freed behind `empty_cache`, it stays
-        # with the allocator, which gives it to later work of that stream alone.
+        # Clear cuBLAS's workspace of this stream. The one that the warm-ups left is outside the
+        # pool: all graphs would hold its address, and the first of them to be destroyed would free
+        # it (torch since 2.12; in other versions, whatever clears workspaces, such as the graphs of
+        # torch.compile). So a capture finds none, allocates one in the pool, and leaves none to
+        # others. This clears the workspaces of all streams; the next product on any of them
+        # allocates another. What another thread is about to launch keeps its memory: freed after
+        # `empty_cache`, it stays with the allocator, which reuses it only on that stream.
         torch._C._cuda_clearCublasWorkspaces()
-        if not self._graphs:  # torch refuses the pool of graphs that are gone
+        if not self._graphs:  # torch refuses a pool whose graphs are gone
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         try:
             with _without_collector():
-                # Thread-local: other threads may allocate, and copy and wait on their own streams,
-                # meanwhile. What waits for the whole device ends the capture all the same.
+                # Thread-local: meanwhile other threads may allocate, and copy and wait on their own
+                # streams. Waiting for the whole device still breaks the capture.
                 self._begin(graph)
                 try:
                     step()
@@ -142,8 +142,8 @@ class CudaGraphs:
             raise
         except RuntimeError as error:
             if isinstance(error.__context__, torch.OutOfMemoryError):
-                raise error.__context__ from None  # the end of the capture failed for it
-            # Where both the step and the end of its capture failed, the step says why.
+                raise error.__context__ from None  # it made the end of the capture fail
+            # If both the step and the end of its capture failed, the step's error says why.
             why = str(error.__context__ or error).partition("\n")[0]
             raise CaptureError(
                 f"a step of drawing cannot be recorded as a CUDA graph ({why}); set "
@@ -173,12 +173,12 @@ class CudaGraphs:
             raise
 
     def _leave_pool(self) -> None:
-        """No capture goes into the pool again, as the allocator of pinned memory counts one that
-        failed as open. What graphs there are keep it."""
+        """Use this pool for no further capture, as the allocator of pinned memory counts the failed
+        one as open. Existing graphs keep the pool."""
         self._graphs = WeakSet()
 
     def _capture_nothing(self) -> None:
-        """A capture that succeeds, so that the random generator may be drawn from again."""
+        """Make a capture that succeeds, so that the random generator works again."""
         one, graph = torch.zeros(1, device=self._device), torch.cuda.CUDAGraph()
         graph.capture_begin(torch.cuda.graph_pool_handle(), capture_error_mode="thread_local")
         one.zero_()
@@ -187,8 +187,8 @@ class CudaGraphs:
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Python's garbage collector rests. It may find a graph, and a graph that is destroyed while
-    another is captured in the same thread ends the capture (pytorch issue 161037)."""
+    """Pause Python's garbage collector. It might destroy a graph, and destroying a graph while
+    another is captured in the same thread breaks the capture (pytorch issue 161037)."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -204,17 +204,17 @@ def eager() -> bool:
 
 
 def recorder(device: torch.device) -> Recorder:
-    """CUDA graphs on a GPU, unless ``ECHOGEN_EAGER=1`` is set or operators run on their references
-    or interpreted, which wait for the device."""
+    """Return CUDA graphs on a GPU, unless ``ECHOGEN_EAGER=1`` is set, or the operators run as their
+    references or interpreted, which wait for the device."""
     if device.type != "cuda" or FORCE_REFERENCE or INTERPRETED or eager():
         return Eager()
     return CudaGraphs(device)
 
 
 def bucket(count: int) -> int:
-    """What ``count`` rows or prompts are rounded up to, so that few different steps are recorded:
-    1, 2, 4, 8, multiples of 8 up to 128, of 16 up to 256, and so on; above 64 less than an eighth
-    of them is idle."""
+    """Round ``count`` rows or prompts up, so that few different steps are recorded: to 1, 2, 4, 8,
+    multiples of 8 up to 128, of 16 up to 256, and so on; above 64 less than an eighth of them is
+    idle."""
     power = 1 << (count - 1).bit_length()
     if power <= 8:
         return power
@@ -223,7 +223,7 @@ def bucket(count: int) -> int:
 
 
 class Kept(Generic[T]):
-    """Recorded steps by what they were made for; the one used longest ago goes first."""
+    """Recorded steps by what they were made for; the least recently used one is dropped first."""
 
     def __init__(self, most: int = MOST_KEPT) -> None:
         self._most, self._held = most, dict[Hashable, T]()
@@ -232,7 +232,7 @@ class Kept(Generic[T]):
         return len(self._held)
 
     def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What is held under ``key``, else what ``make`` makes, which is held from now on."""
+        """Return what is held under ``key``; if nothing is, call ``make`` and hold its result."""
         found = self._held.pop(key, None)
         if found is None:
             while len(self._held) >= self._most:
@@ -242,5 +242,5 @@ class Kept(Generic[T]):
         return found
 
     def clear(self) -> None:
-        """Forget all of them, as the memory or the weights they stand on are gone."""
+        """Drop all of them, because the memory or the weights they use are gone."""
         self._held.clear()

@@ -1,9 +1,9 @@
-"""One step of a drawing on the device, sampling and counters among it, for batches of one shape.
+"""One step of a drawing on the device, including sampling and counters, for batches of one shape.
 
-Everything that a step reads and writes is made here, once: it takes no argument and returns
-nothing, so that it can be recorded (`engine.gpu.graphs`) and run again for every code of every
-drawing of that shape. A drawing that is smaller than the shape leaves rows idle: they stand outside
-the cache, see nothing and stay where they are.
+Everything that a step reads and writes is made here, once. A step takes no argument and returns
+nothing, so it can be recorded (`engine.gpu.graphs`) and replayed for every code of every drawing of
+that shape. A drawing smaller than the shape leaves rows idle: their slots are outside the cache,
+they see nothing and do not advance.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from echogen.kernels.sampling import CfgSample, cfg_sample
 S = TypeVar("S", bound="BatchStep")
 
 EDGE = 64
-"""Prompts' caches end at a multiple of this, so that few different steps are recorded."""
+"""Prompt caches end at a multiple of this, so that few different steps are recorded."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What a step is made for; drawings that round to the same one share it.
+    """What a step is made for; drawings that round to the same shape share the step.
 
     Attributes:
         images: samples N, a `bucket`.
-        guided: there are 2N sequences, the conditional ones first.
-        prompts: different prompts held, a `bucket`.
-        prompt_tokens: of the longest, rounded up to ``EDGE``.
-        window: codes of an image that a step runs, one after another in the image.
-        columns: of windows, how far back a draft looks where no step has sampled yet.
+        guided: whether there are 2N sequences, the conditional ones first.
+        prompts: distinct prompts held, a `bucket`.
+        prompt_tokens: tokens of the longest prompt, rounded up to a multiple of ``EDGE``.
+        window: consecutive codes of an image that a step runs.
+        columns: for windows, how far back a draft looks where no step has sampled yet.
     """
 
     images: int
@@ -62,7 +62,7 @@ class Shape:
         window: int = 1,
         columns: int = 1,
     ) -> Shape:
-        """For so many sequences, which continue these different prompts."""
+        """The shape for ``sequences`` sequences that continue these distinct prompts."""
         longest = max(map(len, prompts))
         tokens = -(-longest // EDGE) * EDGE
         images = bucket(sequences // 2 if guided else sequences)
@@ -70,24 +70,25 @@ class Shape:
 
     @property
     def sequences(self) -> int:
-        """Of a step, idle ones among them; with guidance two an image."""
+        """Sequences of a step, including idle ones; with guidance two per image."""
         return 2 * self.images if self.guided else self.images
 
     @property
     def rows(self) -> int:
-        """Tokens of a step, those of a sequence side by side."""
+        """Tokens of a step; those of a sequence are adjacent."""
         return self.sequences * self.window
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What of a sampler decides about launches; its numbers are read on the device.
+    """The settings of a sampler that decide which launches a step has; its numbers are read on the
+    device.
 
     Attributes:
         greedy: temperature 0.
         top_k: codes kept, 0: all.
-        nucleus: there is a top-p.
-        counted: how many codes are left to choose from is kept, too.
+        nucleus: whether there is a top-p.
+        counted: whether the number of codes left to choose from is kept, too.
     """
 
     greedy: bool = True
@@ -97,7 +98,7 @@ class Choice:
 
     @classmethod
     def of(cls, sampler: Sampler) -> Choice:
-        """Read off a sampler."""
+        """Read the settings of a sampler."""
         s = sampler.sampling
         return cls(s.temperature == 0, s.top_k, s.top_p < 1, sampler.counts)
 
@@ -106,12 +107,12 @@ class BatchStep(ABC):
     """What every step of a shape reads and writes, however many codes of an image it runs.
 
     Args:
-        model: what runs the layers.
-        shape, choice: what it is made for.
+        model: runs the layers.
+        shape, choice: what the step is made for.
 
     Attributes:
-        places: where the rows stand.
-        codes: int64 [N, T], what was drawn.
+        places: where the rows are.
+        codes: int64 [N, T], the codes drawn.
     """
 
     _slots: Tensor
@@ -131,7 +132,7 @@ class BatchStep(ABC):
 
     @abstractmethod
     def _count(self, device: torch.device) -> None:
-        """Make what says where the rows stand, all of them idle."""
+        """Make the tensors that say where the rows are, with all rows idle."""
 
     def _prepare_prefixes(self, device: torch.device) -> None:
         shape = self.shape
@@ -163,8 +164,8 @@ class BatchStep(ABC):
     # --- a new drawing ----------------------------------------------------------------------------
 
     def open(self, places: Sequence[int], groups: Sequence[int], lengths: Sequence[int]) -> None:
-        """Begin a drawing: the sequences at ``places`` continue the prompts ``groups``, whose
-        numbers of tokens are ``lengths``; the others are idle."""
+        """Begin a drawing: the sequence at ``places[i]`` continues prompt ``groups[i]``, prompt p
+        has ``lengths[p]`` tokens, and the other sequences are idle."""
         shape, prefixes = self.shape, self._prefixes
         group = torch.full((shape.sequences,), -1)
         group[list(places)] = torch.tensor(groups)
@@ -173,15 +174,16 @@ class BatchStep(ABC):
         prefixes.lengths.copy_(torch.tensor([*lengths, *[0] * (shape.prompts - len(lengths))]))
 
     def keep_prompts(self, first: int, keys_values: Tensor) -> None:
-        """Keep what prompts ``first`` … left behind, [2, layers, n, Hk, L, K], keys first."""
+        """Store keys and values [2, layers, n, Hk, L, K], keys first, of n prompts from ``first``
+        on."""
         prompts = slice(first, first + keys_values.shape[2])
         put_prefix(self.prompts, self._prompt_scales, [prompts], keys_values)
 
     def choose(self, sampler: Sampler) -> None:
-        """Take a sampler's numbers.
+        """Copy a sampler's numbers to the device.
 
         Raises:
-            ValueError: a seed that is no key, or guidance asked for behind the last code.
+            ValueError: a seed that is not a valid key, or guidance beyond the last code.
         """
         s, images = sampler.sampling, len(sampler.draws)
         self._seed.copy_(device_seed(sampler.seed, self._seed.device))
@@ -193,7 +195,7 @@ class BatchStep(ABC):
     # --- what is run again and again --------------------------------------------------------------
 
     def feed(self, embedded: Tensor) -> None:
-        """Embeddings [n, D] of the leading images' codes, for all sequences of theirs."""
+        """Feed the embeddings [n, D] of the leading images' codes to all sequences of theirs."""
         each = self.shape.images * self.shape.window
         self._x.view(-1, each, self._x.shape[1])[:, : len(embedded)] = embedded
 
@@ -201,7 +203,7 @@ class BatchStep(ABC):
         self, logits: Tensor, draws: Tensor, position: Tensor, cfg: Tensor | float,
         table: Tensor | None = None,
     ) -> CfgSample:  # fmt: skip
-        """Draw from logits by the sampler's numbers; see `cfg_sample`."""
+        """Draw from logits with the sampler's numbers; see `cfg_sample`."""
         return cfg_sample(
             logits, self._seed, draws, position, cfg,
             0.0 if self.choice.greedy else self._temperature, self.choice.top_k,
@@ -211,19 +213,19 @@ class BatchStep(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """A step of every image, without arguments, to be recorded."""
+        """Run a step of every image; it takes no arguments, so that it can be recorded."""
 
 
 class DeviceStep(BatchStep):
-    """A step of one code an image.
+    """A step of one code per image.
 
     Attributes:
-        logprob, kept: of what was drawn, [N, T]; see `sampler.Drawn`.
+        logprob, kept: of the codes drawn, [N, T]; see `sampler.Drawn`.
     """
 
     def _count(self, device: torch.device) -> None:
-        """Counters in one piece, which one addition moves on: slots, lengths and positions of the
-        rows, and the code that each image draws next."""
+        """Make all counters as one tensor, which one addition advances: slots, lengths and
+        positions of the rows, and the code that each image draws next."""
         rows, images = self.shape.rows, self.shape.images
         self._counters = torch.zeros(3 * rows + images, dtype=torch.int64, device=device)
         self._ahead = torch.zeros_like(self._counters)
@@ -252,7 +254,7 @@ class DeviceStep(BatchStep):
         self._ahead.copy_(ahead)
 
     def layers(self) -> Tensor:
-        """Append the codes fed; image logits [R, V]."""
+        """Append the codes that were fed; return image logits [R, V]."""
         logits = self._model.logits(self._x, self.places)
         self._counters.add_(self._ahead)
         return logits
@@ -271,7 +273,7 @@ class DeviceStep(BatchStep):
         self.feed(drawn.embed)
 
     def _choices(self, logits: Tensor, cfg: Tensor | float) -> Tensor:
-        """How many codes the truncation leaves, int64 [N]."""
+        """Count the codes that the truncation leaves, int64 [N]."""
         scale = cfg if isinstance(cfg, Tensor) else None
         found = mixed(*branches(logits, "blocked" if self.shape.guided else "none"), scale)
         found = found * (1 / self._temperature.clamp(min=COLDEST))
@@ -279,20 +281,20 @@ class DeviceStep(BatchStep):
         return (truncated(found, self.choice.top_k, share) > float("-inf")).sum(-1)
 
     def run(self) -> None:
-        """One code more of every image."""
-        # The first launch of a step, of torch, takes no part: whatever wrote weights has ended.
+        """Draw one more code of every image."""
+        # A step's first launch is torch's and does not overlap: whatever wrote weights has ended.
         with overlapping(self._x.device):
             self.sample(self.layers())
 
     def drawn(self, images: int) -> Drawn:
-        """What was drawn of the leading images."""
+        """Return what was drawn of the leading images."""
         kept = None if self.kept is None else self.kept[:images].clone()
         return Drawn(self.codes[:images].clone(), self.logprob[:images].clone(), kept)
 
 
 def caches(model: DeviceTransformer, shape: Shape) -> list[Piece]:
-    """Keys and values of the prompts and of images' own codes, [2, layers, …] each, keys first;
-    in 8 bits with their scales, [layers, 2, …]. The last code of an image is never fed."""
+    """The caches of the prompts and of the images' own codes, [2, layers, …] each, keys first; in 8
+    bits with their scales, [layers, 2, …]. The last code of an image is never fed."""
     c = model.config
     own, kind = max(1, c.image_tokens - 1), FP8 if model.fp8_cache else model.table.dtype
     held = ((shape.prompts, c.kv_heads, shape.prompt_tokens), (shape.sequences, c.kv_heads, own))
@@ -305,13 +307,13 @@ def caches(model: DeviceTransformer, shape: Shape) -> list[Piece]:
 def _make_room(model: DeviceTransformer, shape: Shape) -> None:
     pieces = caches(model, shape)
     if not model.memory.fits(*pieces):
-        model.steps.clear()  # they stand on memory that is about to go
+        model.steps.clear()  # they use memory that is about to be freed
         model.memory.grow(*pieces)
 
 
 def unrecorded(model: DeviceTransformer, shape: Shape) -> DeviceStep:
-    """A step for a shape, to be run operator by operator by who samples otherwise. What lies in the
-    caches of every other step is overwritten."""
+    """Make a step for a shape, to be run operator by operator by a caller that does its own
+    sampling. The cache contents of every other step are overwritten."""
     _make_room(model, shape)
     return DeviceStep(model, shape, Choice())
 
@@ -319,8 +321,8 @@ def unrecorded(model: DeviceTransformer, shape: Shape) -> DeviceStep:
 def recorded(
     kind: type[S], model: DeviceTransformer, shape: Shape, choice: Choice
 ) -> tuple[S, Run]:
-    """The step of a kind for a shape and a choice, and what runs it; made and recorded at first
-    use. What lies in its caches is overwritten, and so is that of every other step."""
+    """Return the step of a kind for a shape and a choice, and the function that runs it; it is made
+    and recorded at first use. The cache contents of this and every other step are overwritten."""
     _make_room(model, shape)
 
     def make() -> tuple[S, Run]:

@@ -1,8 +1,8 @@
-"""Drawing several codes a step on a GPU (`engine.decoding.jacobi`): a recorded step runs a window
-of every image, samples it, takes over what is right and lays out the next one, all on the device.
+"""Drawing several codes per step on a GPU (`engine.decoding.jacobi`): a recorded step runs a window
+of every image, samples it, accepts what is correct and prepares the next window, all on the device.
 
-No step takes over more than a window, so the host knows how many steps are needed at least, and
-waits for the device behind those alone: some twenty-five times in an image of 576 codes.
+No step accepts more than a window, so the host knows the least number of steps still needed, and
+waits for the device only after those: some twenty-five times in an image of 576 codes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from echogen.kernels.overlap import overlapping
 
 
 class WindowStep(BatchStep):
-    """A step of a window of codes an image, each image's at a place of its own.
+    """A step of one window of codes per image, each image's at its own position.
 
     Attributes:
-        done: int64 [N], final codes of each image; T of an idle one.
-        drafted: bool [N, T], final codes that were taken over from a draft.
-        steps: int64 [N], that each image has needed.
+        done: int64 [N], number of final codes of each image; T for an idle one.
+        drafted: bool [N, T], final codes that were accepted from a draft.
+        steps: int64 [N], steps that each image has needed.
     """
 
     def _count(self, device: torch.device) -> None:
@@ -43,7 +43,7 @@ class WindowStep(BatchStep):
         self.drafted = torch.zeros(shape.images, tokens, dtype=torch.bool, device=device)
 
     def open(self, places: Sequence[int], groups: Sequence[int], lengths: Sequence[int]) -> None:
-        """See `BatchStep`; the first window is that behind the first code."""
+        """See `BatchStep`; the first window is the one after the first code."""
         super().open(places, groups, lengths)
         shape = self.shape
         origin = torch.full((shape.sequences,), -1)
@@ -61,8 +61,8 @@ class WindowStep(BatchStep):
         self._code.copy_(first[: shape.images].flatten() + 1)
 
     def begin(self, logits: Tensor) -> None:
-        """Draw the first codes of the leading images from their prompts' logits; they are all that
-        a draft knows."""
+        """Draw the first codes of the leading images from their prompts' logits; the first draft is
+        made of nothing else."""
         draws = self._draws[: len(logits) // (2 if self.shape.guided else 1), 0].contiguous()
         first = self._sampled(logits, draws, torch.zeros_like(draws))
         self.codes[: len(first)] = first[:, None]
@@ -74,7 +74,7 @@ class WindowStep(BatchStep):
         return self._pick(logits, draws, position, cfg).token
 
     def run(self) -> None:
-        """One window more of every image."""
+        """Run one more window of every image."""
         with overlapping(self._x.device):
             self.feed(self._model.table.index_select(0, self._fed))
             logits = self._model.logits(self._x, self.places)
@@ -86,11 +86,11 @@ class WindowStep(BatchStep):
 
 
 class DeviceWindows(Prompted[WindowStep]):
-    """One drawing in windows, code for code that of `DeviceDecoding`.
+    """One drawing in windows; its codes are those of `DeviceDecoding`.
 
     Args:
-        model, prompts, guided, sampler: as there.
-        window: codes W of a step, less than an image has.
+        model, prompts, guided, sampler: as for `DeviceDecoding`.
+        window: codes W of a step, fewer than an image has.
         columns: how far back a draft looks where no step has sampled yet.
     """
 
@@ -112,12 +112,12 @@ class DeviceWindows(Prompted[WindowStep]):
     def draw(
         self, tell: Callable[[int, int], None] | None = None
     ) -> tuple[Tensor, Tensor, list[int]]:
-        """The whole drawing: codes int64 [N, T], which of them were drafted bool [N, T], and the
-        steps of each image, the prompt's among them.
+        """Run the whole drawing; return the codes int64 [N, T], which of them were drafted, bool
+        [N, T], and the steps of each image, including the prompt's.
 
         Args:
             tell: called after every step, the prompts' too, with (codes drawn of the image that has
-                the fewest, codes in all); the device is then waited for each time.
+                the fewest, codes in all); this waits for the device each time.
         """
         step, run, sampler = self._step, self._run, self._sampler
         step.choose(sampler)
