@@ -1,7 +1,8 @@
-"""Whether one run of a benchmark is slower than another, by ratios to a peer of the same run.
+"""Compare two runs of a benchmark by their ratios to a peer timed in the same run.
 
-Times of two runs differ by the machine's mood; the ratio of two contestants that ran in turn does
-so less. Where a quantile says how much a time wandered, a change counts only beyond both.
+The machine's state changes the times of a run. It changes the ratio of two contestants timed
+alternately less. Where quantiles record how much a time varied, a change is certain only if the
+spreads of both runs do not overlap.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ TIMES = ("ms", "ms_per_step")
 
 
 class CompareError(ValueError):
-    """A file that holds no results that could be compared; the message names it."""
+    """Files cannot be compared: unreadable, without results, or without a case in common."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A time relative to the peer's of the same run (or in ms, without a peer), and its spread:
-    the ratios of this one's quick quantile to the peer's slow one, and the other way round."""
+    """A time relative to the peer's in the same run (or in ms, without a peer), and its spread:
+    ``low`` is this time's 0.2 quantile over the peer's 0.8 quantile, ``high`` the reverse."""
 
     value: float
     low: float
@@ -37,7 +38,7 @@ class Change:
 
     Attributes:
         case: what was measured.
-        before, after: ratios to the peer (below one: quicker than it).
+        before, after: ratios to the peer (below one: faster than the peer).
         ratio: after over before; above one is slower.
         certain: the spreads do not overlap.
     """
@@ -49,7 +50,7 @@ class Change:
     certain: bool
 
     def slower(self, threshold: float) -> bool:
-        """Slower than ``threshold`` times before, beyond what the runs wandered."""
+        """Whether the ratio exceeds ``threshold`` and the spreads do not overlap."""
         return self.certain and self.ratio > threshold
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,7 +59,8 @@ class Change:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The last line of a benchmark's output, or a file of nothing else.
+    """Read results from the last line of a benchmark's output, or from a file that holds nothing
+    else.
 
     Raises:
         CompareError: no such file, no JSON, or no results in it.
@@ -81,7 +83,7 @@ ROWS = ("kernels", "results")
 
 
 def measured(data: dict[str, Any], peer: str | None) -> dict[str, Measured]:
-    """By case: this project's time over the peer's, or in ms where ``peer`` is None."""
+    """Map each case to this project's time over the peer's, or in ms where ``peer`` is None."""
     rows = next(data[k] for k in ROWS if isinstance(data.get(k), list))
     times: dict[str, dict[str, tuple[float, float, float]]] = {}
     for row in rows:
@@ -104,18 +106,18 @@ def measured(data: dict[str, Any], peer: str | None) -> dict[str, Measured]:
 
 
 def missing(before: dict[str, Any], after: dict[str, Any], peer: str | None) -> list[str]:
-    """Cases of ``before`` that have no time in ``after``: gone, or refused for a wrong result."""
+    """Return the cases of ``before`` without a time in ``after``: absent, or refused as wrong."""
     there = measured(after, peer)
     return [case for case in measured(before, peer) if case not in there]
 
 
 def usual_peer(data: dict[str, Any]) -> str:
-    """What a benchmark's results are compared with unless another peer is named."""
+    """Return the peer that a benchmark's results are compared with by default."""
     return "eager" if isinstance(data.get("kernels"), list) else "transformers"
 
 
 def compare(before: dict[str, Any], after: dict[str, Any], peer: str | None) -> list[Change]:
-    """Cases that both runs hold, the most slowed first.
+    """Compare the cases that both runs have, the most slowed first.
 
     Args:
         before, after: as `load` gives them.

@@ -1,4 +1,4 @@
-"""What every benchmark needs: where it ran, alternating timed runs, quantiles."""
+"""Tools that every benchmark needs: its environment, alternating timed runs, quantiles."""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ import transformers
 
 
 class WrongResult(RuntimeError):
-    """The contestants do not compute the same, so a comparison of their speed means nothing."""
+    """The contestants compute different results, so comparing their speed means nothing."""
 
 
 def said(error: BaseException) -> str:
-    """An error in one line."""
+    """Return an error in one line."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first}"
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Device and its state, processor, versions, switches that are set, and commit, JSON-ready;
-    commit and dirty are None outside git, unless ECHOGEN_COMMIT says which commit a copy is of; gpu
-    is None on a CPU. What lies in bench/results, where results go, makes no checkout dirty."""
+    """Return the device and its state, processor, versions, set switches and commit, JSON-ready.
+
+    ``commit`` and ``dirty`` are None outside git, unless ECHOGEN_COMMIT names the commit that a
+    copy was taken from. ``gpu`` is None on a CPU. Changes in bench/results, where results go, do
+    not make a checkout dirty.
+    """
     commit = _git("rev-parse", "HEAD")
     apart = ("--", ":/", ":(top,exclude)bench/results")
     status = _git("status", "--porcelain", *apart) if commit else None
@@ -56,17 +59,18 @@ def environment(device: str = "cpu") -> dict[str, Any]:
 
 
 CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
-"""Distributions of CuPy, without which no operator in CUDA C++ runs on a GPU."""
+"""CuPy's distributions. Without one of them, no operator in CUDA C++ runs on a GPU."""
 SWITCHES = ("ECHOGEN_EAGER", "ECHOGEN_FORCE_REFERENCE", "ECHOGEN_FUSED", "ECHOGEN_NATIVE",
             "ECHOGEN_PDL", "TRITON_INTERPRET")  # fmt: skip
-"""Of the environment, that decide what runs."""
+"""Environment variables that decide what runs."""
 GPU_STATE = ("driver_version", "power.draw", "power.limit", "clocks.sm", "clocks.mem",
              "temperature.gpu", "utilization.gpu")  # fmt: skip
 
 
 def gpu_state(card: str = "0") -> dict[str, str] | None:
-    """Driver, power, clocks and temperature as a card is found, in nvidia-smi's words; None where
-    that does not run. ``card``: its UUID, as indices count what CUDA_VISIBLE_DEVICES hides."""
+    """Return a card's current driver, power, clocks and temperature, in nvidia-smi's words; None
+    where nvidia-smi does not run. ``card`` is its UUID, since nvidia-smi's indices also count the
+    cards that CUDA_VISIBLE_DEVICES hides."""
     query = f"--query-gpu={','.join(GPU_STATE)}"
     command = ["nvidia-smi", query, "--format=csv,noheader", f"--id={card}"]
     try:
@@ -84,7 +88,7 @@ def _card(device: str) -> str:
 
 
 def version(package: str) -> str | None:
-    """Of an installed distribution; None where it is absent."""
+    """Return the version of an installed distribution; None where it is absent."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -101,8 +105,8 @@ def _git(*words: str) -> str | None:
 
 
 def cpu_model(info: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name, with family and model where they are told: a virtual machine's name may
-    be "AMD EPYC" on a Zen 3 and on a Zen 4, whose figures do not compare."""
+    """Return the processor's name, with its family and model where known. A virtual machine may be
+    named "AMD EPYC" both on Zen 3 and on Zen 4, whose figures are not comparable."""
     lines = info.read_text().splitlines() if info.exists() else []
     about: dict[str, str] = {}  # of the first processor
     for line in lines:
@@ -116,7 +120,7 @@ def cpu_model(info: Path = Path("/proc/cpuinfo")) -> str:
 
 @contextmanager
 def threads(count: int | None) -> Iterator[None]:
-    """PyTorch on so many CPU threads within a block; None leaves them as they are."""
+    """Run a block with ``count`` CPU threads in PyTorch; None leaves the count unchanged."""
     before = torch.get_num_threads()
     torch.set_num_threads(before if count is None else count)
     try:
@@ -137,10 +141,10 @@ def alternate(
     repeats: int,
     after: Callable[[], None] = lambda: None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, ``repeats`` times in turn, so that a busy moment meets all of them.
+    """Time each call ``repeats`` times, in turn, so that a busy moment affects all of them.
 
-    ``after`` is called after each timed call. Warming up is the caller's: every contestant has
-    run before, to have its result checked.
+    ``after`` is called after each timed call. The caller does the warm-up: every contestant has
+    already run once, to have its result checked.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(repeats):

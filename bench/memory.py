@@ -1,4 +1,4 @@
-"""How much memory a computation holds at its worst, counted without making it."""
+"""Peak memory of a computation, counted without allocating it."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from echogen.kernels.aot import OnAnyDevice
 
 
 class _Storages(OnAnyDevice):
-    """Bytes of the storages that operators made and that are still held, within launchers too."""
+    """Tracks the bytes of storages that operators allocate, also within launchers, until freed."""
 
     def __init__(self, launches: list[dispatch.Launch]) -> None:
         super().__init__()
         self._launches, self.ledger = launches, Ledger()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self._launches.clear()  # they hold their arguments
+        self._launches.clear()  # launches keep their arguments alive
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, torch.Tensor):
                 self.ledger.note(tensor.untyped_storage(), 0)
@@ -36,11 +36,11 @@ class _Storages(OnAnyDevice):
 
 
 def peak_bytes(call: Callable[[], Any]) -> int:
-    """The most bytes that tensors made by ``call`` held at any one time.
+    """Return the most bytes that tensors made by ``call`` occupied at any one time.
 
     Args:
-        call: takes and makes tensors on the meta device, where neither memory nor time is spent;
-            arguments that exist before are not counted. Triton launches are left out.
+        call: takes and makes tensors on the meta device, which costs neither memory nor time.
+            Arguments that existed before are not counted. Triton launches are skipped.
     """
     with dispatch.recorded() as launches, _Storages(launches) as storages:
         call()

@@ -1,4 +1,4 @@
-"""One entry an operator: its inputs, who computes it, when two results agree, what it must cost.
+"""One entry per operator: inputs, implementations, accepted error and minimum cost.
 
 The benchmark, ahead-of-time compilation and the tests of both read these entries, so that a shape,
 a yardstick or a floor is written down once.
@@ -22,7 +22,7 @@ Outputs = Sequence[Tensor]
 Run = Callable[[Inputs], Outputs]
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
-"""What rounding explains: a few units in the last place of sums as long as a row."""
+"""Error that rounding explains: a few units in the last place of sums as long as a row."""
 OURS, EAGER, COMPILED = "echogen", "eager", "compile"
 MODULES = ("noise", "heads", "rewards", "transformer", "decoding", "windows", "grammar")
 """Modules of `echogen.bench.speed.cases`, in the order of the table."""
@@ -32,11 +32,11 @@ NO_CASE = {
     "decode_members": "a part of decode_attention with prefixes, done once for many calls",
     "swiglu_pair": "the kernel of swiglu, fed by two projections instead of a fused one",
 }
-"""Operators without an entry, and why; a backward is measured with its forward."""
+"""Operators without an entry, and why. A backward is measured with its forward."""
 
 
 class Make(Protocol):
-    """Makes inputs: random ones to measure with, or shapes alone to compile and count with."""
+    """Makes inputs: random ones for measuring, or shapes alone for compiling and counting."""
 
     def floats(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal."""
@@ -53,7 +53,7 @@ class Make(Protocol):
 
 @dataclass(frozen=True)
 class Drawn:
-    """Random inputs, drawn where they are used."""
+    """Random inputs, drawn on the device that uses them."""
 
     generator: torch.Generator
 
@@ -70,7 +70,7 @@ class Drawn:
 
 @dataclass(frozen=True)
 class ShapesOnly:
-    """Tensors of the meta device: any size at once, and no memory."""
+    """Tensors on the meta device: of any size at once, without memory."""
 
     def floats(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -84,13 +84,13 @@ class ShapesOnly:
 
 @dataclass(frozen=True)
 class Floor:
-    """What no implementation can do without; the slowest of the four sets the time.
+    """The least cost of any implementation; the slowest of the four sets the time.
 
     Attributes:
-        bytes: read from and written to device memory at least.
+        bytes: least traffic to and from device memory.
         flops: of matrix products.
-        issues: instructions outside of them, a thread each (128 a clock and multiprocessor).
-        specials: logarithms, exponentials and square roots (16 a clock and multiprocessor).
+        issues: per-thread instructions outside matrix products (128 per clock and multiprocessor).
+        specials: logarithms, exponentials and square roots (16 per clock and multiprocessor).
     """
 
     bytes: int
@@ -115,8 +115,8 @@ class Peer:
         name: as the table shows it.
         package: distribution, as pip names it.
         load: imports it and returns the call; raises ImportError where it is absent.
-        reaches: outputs it computes, in its order, all graded ones among them; empty: all.
-        on_cpu: it runs there too.
+        reaches: outputs it computes, in its order, including all graded ones; empty: all.
+        on_cpu: it also runs on a CPU.
     """
 
     name: str
@@ -135,21 +135,21 @@ class Case:
         sizes: named shapes: "tiny" for a CPU, the others for a GPU.
         inputs: makes the arguments of one size in one float type.
         run: this project's operator.
-        eager: the same in plain torch, as one would write it without the operator; given float64
-            inputs it is the yardstick, so it computes in no lesser type than its inputs.
+        eager: the same in plain torch, as one would write it without the operator. With float64
+            inputs it is the yardstick, so it computes in no lower precision than its inputs.
         outputs: names of what both return, in order.
-        floor: what a forward or a backward must cost, of dims and bytes a float.
-        variant: tells apart several cases of one operator.
-        trains: inputs with a gradient; none: forward only.
+        floor: the least cost of a forward or a backward, from dims and bytes per float.
+        variant: distinguishes several cases of one operator.
+        trains: inputs that get a gradient; none: forward only.
         graded: outputs whose gradient is taken.
         dtypes: float types measured on a GPU; on a CPU it is float32.
-        only: the one float type there is to measure, on a CPU too; None: any.
-        bounds: ‖found − yardstick‖ / ‖yardstick‖ that is let through, by float type.
+        only: the only float type that can be measured, on a CPU too; None: any.
+        bounds: largest accepted ‖found − yardstick‖ / ‖yardstick‖, by float type.
         mismatches: share of an integer output that may differ (ties within rounding).
-        forgotten: inputs taken away (None) once results are checked, such as noise that only makes
-            them comparable.
+        forgotten: inputs replaced by None once results are checked, such as noise that is only
+            needed to compare them.
         graphed: sizes timed as replays of a CUDA graph and forward only, as decoding runs them.
-        uncompiled: why torch.compile is not asked; empty: it is.
+        uncompiled: why torch.compile is not timed; empty: it is.
         peers: other libraries.
     """
 
@@ -184,25 +184,26 @@ class Case:
         return self.dtypes if device == "cuda" else (torch.float32,)
 
     def modes(self, size: str) -> tuple[Mode, ...]:
-        """What is measured at a size."""
+        """Modes measured at a size."""
         trained = self.trains and size not in self.graphed
         return ("forward", "backward", "both") if trained else ("forward",)
 
     def cost(self, dims: Dims, itemsize: int, mode: Mode) -> Floor:
-        """The floor of a mode; both passes are the sum of theirs."""
+        """Return the floor of a mode; that of "both" is the sum of both passes."""
         if mode != "both":
             return self.floor(dims, itemsize, mode)
         return self.floor(dims, itemsize, "forward") + self.floor(dims, itemsize, "backward")
 
 
 def cases() -> dict[str, Case]:
-    """Every entry by name, in the table's order. Registers the operators."""
+    """Return every entry by name, in the table's order. Registers the operators."""
     modules = [importlib.import_module(f"echogen.bench.speed.cases.{name}") for name in MODULES]
     return {case.name: case for module in modules for case in module.CASES}
 
 
 def named(operators: Sequence[str]) -> list[Case]:
-    """The cases of names of operators or cases, all if there are none. Raises ValueError."""
+    """Return the cases that match names of operators or cases, or all cases if there are no names.
+    Raises ValueError."""
     known = cases()
     for name in operators:
         if name not in {c.operator for c in known.values()} | known.keys():
@@ -217,5 +218,5 @@ def short(dtype: torch.dtype) -> str:
 
 
 def wide(x: Tensor) -> Tensor:
-    """In float32 at least, as eager code computes what must not be rounded."""
+    """Widen to float32 at least, as eager code does for values that must not be rounded."""
     return x if x.dtype == torch.float64 else x.float()

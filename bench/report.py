@@ -1,8 +1,8 @@
 """The tables of bench/README.md, written from the committed results and from nothing else.
 
-Each part answers a question and says on which machine, at which commit and by which command its
-figures were taken. `echogen bench report --write` puts the parts between their marks, and a test
-fails where the page says something else.
+Each part answers a question and names the machine, the commit and the command of its figures.
+`echogen bench report --write` puts the parts between their marks, and a test fails if the page
+differs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class ReportError(ValueError):
 
 
 def section(results: Path = RESULTS) -> str:
-    """The tables as Markdown, without their marks."""
+    """Return the tables as Markdown, without their marks."""
     gpu = results / "gpu"
     here = (
         engine(_read(results, "engine-*.json")),
@@ -52,10 +52,10 @@ def section(results: Path = RESULTS) -> str:
 
 
 def placed(page: str, text: str) -> str:
-    """The page with the tables between its marks.
+    """Return the page with the tables between its marks.
 
     Raises:
-        ReportError: the marks are not there, once each and in order.
+        ReportError: the marks are missing or out of order.
     """
     head, found, rest = page.partition(BEGIN)
     _, ended, tail = rest.partition(END)

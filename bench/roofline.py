@@ -1,4 +1,4 @@
-"""What a device can do at best, measured where it can be, to hold operators against."""
+"""The peak rates of a device, measured where possible, as a yardstick for operators."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from echogen.bench.registry import Floor
 from echogen.engine.cpu.packed import packs
 
 LANES, SPECIAL_LANES = 128, 16
-"""Instructions, and special functions, a clock and multiprocessor (NVIDIA, sm_80 to sm_100)."""
+"""Instructions and special functions per clock and multiprocessor (NVIDIA, sm_80 to sm_100)."""
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,12 @@ class Roofline:
     """Rates of one device for one float type.
 
     Attributes:
-        bytes_per_s: of a large copy, read and written, measured; on a CPU, where reading alone may
-            be quicker, of whichever is.
+        bytes_per_s: bytes read and written by a large copy, measured; on a CPU, the rate of the
+            copy or of reading alone, whichever is higher.
         flops_per_s: of a large matrix product, measured.
-        issues_per_s, specials_per_s: on CUDA multiprocessors × lanes × nominal clock; on a CPU
-            additions, and exponentials or reciprocals (whichever is quicker, as a floor may be low
-            but never high), of float32 in the cache, measured.
+        issues_per_s, specials_per_s: on CUDA, multiprocessors × lanes × nominal clock. On a CPU,
+            measured float32 additions, and exponentials or reciprocals, in the cache; of the last
+            two the faster counts, since a floor may be too low but never too high.
     """
 
     bytes_per_s: float
@@ -37,11 +37,11 @@ class Roofline:
     specials_per_s: float
 
     def seconds(self, floor: Floor) -> float:
-        """Least time: the slowest of what is needed, all else hidden behind it."""
+        """Return the least time: that of the slowest resource, with all others overlapped."""
         return max(self._times(floor).values())
 
     def bound(self, floor: Floor) -> str:
-        """Which of them it is."""
+        """Return the resource that sets the least time."""
         times = self._times(floor)
         return max(times, key=times.__getitem__)
 
@@ -54,7 +54,7 @@ class Roofline:
         }
 
     def or_higher(self, other: Roofline) -> Roofline:
-        """Of every rate the higher one: a busy machine is measured too low, never too high."""
+        """Return the higher of each rate: a busy machine is measured too low, never too high."""
         rates = zip(astuple(self), astuple(other), strict=True)
         return Roofline(*(max(pair) for pair in rates))
 
@@ -64,12 +64,12 @@ class Roofline:
 
 
 def measure(device: torch.device, dtype: torch.dtype, working_set: int = 1 << 29) -> Roofline:
-    """Rates of a device; takes a second or two.
+    """Measure the rates of a device, in a second or two.
 
     Args:
-        device, dtype: where, and of what products.
-        working_set: bytes that the copy reads and writes, on a CPU: what is read again and again,
-            as a small model's weights, may lie in a cache that is faster than memory.
+        device, dtype: the device, and the type of the matrix products.
+        working_set: bytes that the copy reads and writes on a CPU. Data that is read repeatedly,
+            such as a small model's weights, may lie in a cache that is faster than memory.
     """
     return _of_cuda(device, dtype) if device.type == "cuda" else _of_cpu(dtype, working_set)
 
@@ -93,7 +93,7 @@ def _of_cuda(device: torch.device, dtype: torch.dtype) -> Roofline:
 
 
 def _of_cpu(dtype: torch.dtype, working_set: int) -> Roofline:
-    """With as many threads as PyTorch uses now; the best of several runs, as ceilings are."""
+    """Measure with PyTorch's current number of threads, as the best of several runs."""
     source, side = torch.ones(working_set // 8), 1024
     target = torch.empty_like(source)
     a, b = (torch.randn(side, side).to(dtype) for _ in range(2))
@@ -111,7 +111,7 @@ def _of_cpu(dtype: torch.dtype, working_set: int) -> Roofline:
         return 200 * len(small) / best(lambda: [function(*arguments, out=out) for _ in again])
 
     target.copy_(source)
-    # Either way round: without instructions for bfloat16 one is four times as quick as the other.
+    # Both layouts: without bfloat16 instructions, one is four times as fast as the other.
     ways: list[Callable[[], object]] = [partial(torch.mm, a, w, out=product) for w in (b, b.t())]
     if packs(dtype):  # oneDNN's layout is a tenth quicker than MKL's on an AMD EPYC (Zen 4)
         blocked = torch.ops.mkldnn._reorder_linear_weight(b, side)

@@ -1,4 +1,4 @@
-"""A ledger of tensors' memory: what is held now, and the most that was held at once."""
+"""A ledger of tensor memory: bytes held now, and the most held at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Ledger:
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def note(self, storage: torch.UntypedStorage, size: int) -> None:
-        """Enter a storage with ``size`` bytes, unless it is known; 0: one that does not count."""
+        """Enter a storage with ``size`` bytes, unless it is known. With size 0 it never counts."""
         key = storage._cdata
         if key in self._known:
             return

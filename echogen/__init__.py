@@ -28,8 +28,8 @@ __all__ = [
     "__version__",
 ]
 
-# An uninstalled checkout has its packages beside this folder, not inside it. CMakeLists.txt stands
-# there too and is never installed, so it tells a checkout from a site-packages folder.
+# An uninstalled checkout has its packages beside this folder, not inside it. CMakeLists.txt is
+# there too and is never installed, so it distinguishes a checkout from a site-packages folder.
 _root = _os.path.dirname(_os.path.dirname(_os.path.abspath(__file__)))
 if _os.path.exists(_os.path.join(_root, "CMakeLists.txt")) and _root not in __path__:
     __path__.append(_root)

@@ -1,4 +1,4 @@
-"""Lets ``python -m echogen`` stand in for the ``echogen`` command."""
+"""Make ``python -m echogen`` work like the ``echogen`` command."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The command line: parses arguments, runs one command, and turns errors into exit codes."""
+"""The command line: parse arguments, run one command, and turn errors into exit codes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Command = (
 )
 DESCRIPTION = "One transformer that draws an image from a layout and finds the layout in an image."
 
-# What refuses input, by module: only a module that was loaded can have raised, so nothing heavy
+# Errors that refuse input, by module. Only a loaded module can have raised one, so nothing heavy
 # is imported to find out.
 _REFUSALS = {
     "echogen.engine.layout": "LayoutError",
@@ -56,7 +56,7 @@ _REFUSALS = {
     "echogen.bench.quality.records": "QualityError",
     "echogen.bench.report": "ReportError",
 }
-# And what says, as one line too, that work came to nothing.
+# Errors that report, also in one line, that a command failed.
 _FAILURES = {
     "echogen.train.stages.stage": "TrainingError",
     "echogen.bench.harness": "WrongResult",
@@ -75,7 +75,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def _flush() -> None:
-    print(end="", flush=True)  # of no effect where a process has no stdout (`>&-`), which is None
+    print(end="", flush=True)  # has no effect if stdout is closed (`>&-`) and so None
 
 
 def _loaded(errors: dict[str, str]) -> list[type[Exception]]:
@@ -83,7 +83,7 @@ def _loaded(errors: dict[str, str]) -> list[type[Exception]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code (0 done, 2 bad usage or input, 130 Ctrl-C, 1 other).
+    """Run one command and return the exit code (0 done, 2 bad usage or input, 130 Ctrl-C, 1 other).
 
     Args:
         argv: the arguments after the program's name; None: those of this process.
@@ -116,7 +116,7 @@ def _run(argv: list[str]) -> int:
                     tyro.conf.FlagCreatePairsOff,
                 ),
             )
-    except SystemExit as leaving:  # --help, or usage that was explained already
+    except SystemExit as leaving:  # --help, or a usage error already explained
         return leaving.code if isinstance(leaving.code, int) else 1
     try:
         command.run()

@@ -1,4 +1,4 @@
-"""Says what this installation has and lacks, and what that means for its user."""
+"""Report what this installation has and lacks, and what that means for its user."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from echogen import __version__
 from echogen.commands.options import Json, ModelOptions
 from echogen.commands.output import print_json, show
 
-# Distributions that bring a library (cupy has one a CUDA version), and what its absence means.
+# Distributions that bring a library (cupy has one per CUDA version), and what its absence means.
 LIBRARIES: dict[str, tuple[tuple[str, ...], str]] = {
     "torch": (("torch",), "nothing runs"),
     "transformers": (("transformers",), "nothing runs"),
@@ -54,7 +54,7 @@ class Doctor:
 
 
 def examine() -> dict[str, Any]:
-    """Everything but a model, as JSON-ready data."""
+    """Return everything but a model, as JSON-ready data."""
     return {
         "echogen": __version__,
         "python": ".".join(map(str, sys.version_info[:3])),
@@ -71,7 +71,7 @@ def examine() -> dict[str, Any]:
 
 
 def version(library: str) -> str | None:
-    """Version of a library; None where it is not installed."""
+    """Return the version of a library; None where it is not installed."""
     for name in LIBRARIES[library][0]:
         try:
             return metadata.version(name)
@@ -105,14 +105,14 @@ def _threads() -> int:
 
 
 def bf16_slowdown() -> float:
-    """Times as long as in float32 that products take in bfloat16 on this CPU."""
+    """Return how many times as long as in float32 products take in bfloat16 on this CPU."""
     from echogen.train.run.precision import bf16_slowdown
 
     return bf16_slowdown()
 
 
 def bundled() -> dict[str, int]:
-    """Bundled models and the bytes of each."""
+    """Return the bundled models and the bytes of each."""
     # The folder is found without importing the engine: a doctor must work where that fails.
     spec = find_spec("echogen.engine")
     assert spec is not None and spec.origin is not None
@@ -124,8 +124,8 @@ def bundled() -> dict[str, int]:
 
 
 def cpu_drawing() -> str:
-    """What draws a small float32 model on this CPU, and why (`engine.cpu.native`). Compiles it
-    where that was not done yet."""
+    """Return what draws a small float32 model on this CPU, and why (`engine.cpu.native`). Compiles
+    it if that was not done yet."""
     from echogen.engine.cpu import loader
 
     try:
@@ -139,8 +139,8 @@ def cpu_drawing() -> str:
 
 
 def operators() -> dict[str, dict[str, str]]:
-    """Every operator: the module it is in, and what runs it on a CPU and on CUDA (for one in CUDA
-    C++ also how it is loaded, or why its reference runs instead)."""
+    """Return every operator with its module, and what runs it on a CPU and on CUDA. For an operator
+    in CUDA C++, also say how it is loaded, or why its reference runs instead."""
     from echogen.kernels import dispatch
 
     spec = find_spec("echogen.kernels")  # a namespace: no __init__.py, by design
@@ -156,7 +156,7 @@ def operators() -> dict[str, dict[str, str]]:
 
 
 def cache() -> dict[str, Any]:
-    """The cache folder, and whether it can be written to."""
+    """Return the cache folder, and whether it can be written to."""
     from echogen.engine.cache_folder import cache_folder
 
     try:
@@ -167,7 +167,7 @@ def cache() -> dict[str, Any]:
 
 
 def describe(model: str) -> dict[str, Any]:
-    """What a model is, once loaded. Raises CheckpointError where it does not load."""
+    """Load a model and describe it. Raises CheckpointError where it does not load."""
     engine = ModelOptions(model).load()
     parts = {"transformer": engine.transformer, "vq": engine.vq, "siglip": engine.siglip}
     return {

@@ -20,12 +20,12 @@ _OLD_WORDS = re.compile(
     r"of peers the first (\d+ of \d+ codes) \(the rest is taken to go as fast\), without (\S+)"
 )
 _NEW_WORDS = r"peers draw only the first \1 (the rest is assumed to go as fast) and \2 is not timed"
-"""What `echogen.bench.speed.drawing` says of a run that it shortens; older results use other words.
+"""How `echogen.bench.speed.drawing` reports a run that it shortens; older results use other words.
 """
 
 
 def engine(results: list[Result]) -> Part | None:
-    """One row a model: this engine and the port, a step."""
+    """One row per model: this engine and the port, per step."""
     if not results:
         return None
     rows = []
@@ -58,7 +58,7 @@ def engine(results: list[Result]) -> Part | None:
 
 
 def drawing(results: list[Result]) -> Part | None:
-    """One row a batch: this engine, and how many times as long each of the others takes."""
+    """One row per batch: this engine, and how many times as long each of the others takes."""
     cells = dict[tuple[Any, ...], list[Result]]()
     for r in (row for result in results for row in result["results"]):
         cells.setdefault((r["model"], r["dtype"], r["batch"], r["cfg"]), []).append(r)
@@ -111,7 +111,7 @@ def drawing(results: list[Result]) -> Part | None:
 
 
 def _left_out(results: list[Result]) -> list[str]:
-    """What was not drawn; a batch that one run had no time for another may have."""
+    """Return what was not drawn, except for batches that another run did draw."""
     there = tuple(
         f"{r['model']}, batch {r['batch']}, cfg {r['cfg']:g}:"
         for result in results
@@ -122,7 +122,7 @@ def _left_out(results: list[Result]) -> list[str]:
 
 
 def _as_long(other: Result, ours: Result) -> float:
-    """How many times as long another provider takes; older results, of runs in which all of them
-    drew in turn, do not record it."""
+    """Return how many times as long another provider takes. Older results do not record this: in
+    their runs, all providers drew in turn."""
     recorded: float | None = other.get("times_as_long")
     return other["ms_per_step"] / ours["ms_per_step"] if recorded is None else recorded

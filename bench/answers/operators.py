@@ -5,11 +5,11 @@ from __future__ import annotations
 from echogen.bench.answers.part import Part, Result, measured, table
 
 CELL = ("operator", "shape", "dtype", "mode")
-"""What a time of an operator is of."""
+"""The fields that identify what a time of an operator measures."""
 
 
 def memory(results: list[Result]) -> Part | None:
-    """One row a case that holds 100 MiB or more in eager PyTorch."""
+    """One row per case that takes 100 MiB or more in eager PyTorch."""
     if not results:
         return None
     rows = [
@@ -38,14 +38,14 @@ def memory(results: list[Result]) -> Part | None:
 
 
 def kernels(results: list[Result]) -> Part | None:
-    """Of a GPU: this project's time, share of the floor and ratio to every other provider."""
+    """On a GPU: this project's time, share of the floor and ratio to every other provider."""
     cells = dict[tuple[str, ...], tuple[Result, list[str]]]()
     for result in results:
         for r in result["kernels"]:
             if r["provider"] != "echogen" or r["error"]:
                 continue
             cell = tuple(r[name] for name in CELL)
-            # Ratios are of one run; the time shown is that of the first.
+            # Each ratio is within one run; the time shown is the first run's.
             cells.setdefault(cell, (r, []))[1].extend(
                 f"{o['provider']} {o['ms'] / r['ms']:.2f}×"
                 + " (no graph)" * (o.get("graph") is False and r.get("graph") is True)

@@ -1,4 +1,4 @@
-"""What a page of results is made of: questions, each answered by a table, and an index of them."""
+"""The parts of a page of results: questions, each answered by a table, and an index of them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ class Part:
     """One question and its table.
 
     Attributes:
-        question: the heading, which no other part of the page may have; it ends in "?".
+        question: the heading, unique on the page; it ends in "?".
         about: what was measured, where and by which command, in two or three sentences.
         table: Markdown; empty where there is none yet.
-        columns: what a column holds, where its heading does not say so.
-        notes: what else one must know to read the table.
+        columns: the meaning of a column, where its heading does not give it.
+        notes: what else the reader needs to know about the table.
         left_out: what was not measured, and why.
     """
 
@@ -31,7 +31,7 @@ class Part:
     left_out: Sequence[str] = ()
 
     def on_a_gpu(self) -> Part:
-        """The same question, asked of a GPU."""
+        """Return the same question for a GPU."""
         return replace(self, question=f"{self.question.removesuffix('?')} on a GPU?")
 
     def markdown(self) -> str:
@@ -71,12 +71,12 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def short_commit(place: Result) -> str:
-    """Of an environment: short, with a + where the checkout differed from it."""
+    """Return an environment's commit, shortened, with a + where the checkout had changes."""
     return (place["commit"] or "no commit")[:9] + ("+" if place.get("dirty") else "")
 
 
 def measured(command: str, results: Sequence[Result]) -> str:
-    """By which command, on which machine, with which versions and at which commit."""
+    """Say by which command, on which machine, with which versions and at which commit."""
 
     def all_of(read: Callable[[Result], object]) -> str:
         return ", ".join(dict.fromkeys(str(read(r)) for r in results))

@@ -8,8 +8,8 @@ STAGES = ("pmtp", "djo", "cycle-rl")
 
 
 def training(results: list[Result]) -> Part | None:
-    """One row a stage of a recipe, and the phases that take most of its step; of older results,
-    which name none, the innermost ranges."""
+    """One row per stage and recipe, with the phases that take most of its step. Older results name
+    no phases and show the innermost ranges."""
     if not results:
         return None
     rows = []

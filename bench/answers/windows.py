@@ -1,4 +1,4 @@
-"""Several codes a step: what they yield, and what they cost."""
+"""Several codes per step: the steps they save, and what they cost."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from echogen.bench.answers.part import Part, Result, measured, table
 
 
 def jacobi(results: list[Result]) -> Part | None:
-    """One row a setting: how many steps an image takes, and how much sooner it is there."""
+    """One row per setting: the steps that an image takes, and how much sooner it is finished."""
     if not results:
         return None
     rows = []
@@ -54,7 +54,7 @@ def jacobi(results: list[Result]) -> Part | None:
 
 
 def windows(results: list[Result]) -> Part | None:
-    """One row a model: how many times a step of one code every window takes, and the projection."""
+    """One row per model: the cost of each window in one-code steps, and the projection."""
     if not results:
         return None
     widths = sorted({w["window"] for r in results for w in r["windows"]})

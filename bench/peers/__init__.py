@@ -1,1 +1,1 @@
-"""Other implementations that this one is measured against."""
+"""Other implementations that this project is measured against."""

@@ -1,4 +1,4 @@
-"""The port of Janus in transformers, run as its users would run it at its best."""
+"""The port of Janus in transformers, run at its best, as its users would run it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ CACHE = (
     if "cache" in signature(JanusForConditionalGeneration.forward).parameters
     else "past_key_values"
 )
-"""What this release of transformers calls the cache that is handed to ``generate``."""
+"""The name that this release of transformers gives to the cache argument of ``generate``."""
 
 
 def share_weights(model: UnifiedTransformer, port: JanusForConditionalGeneration) -> None:
-    """Make ``port`` run on the memory of ``model``; its VQ and SigLIP tower stay its own.
+    """Make ``port`` use the memory of ``model``; its VQ and SigLIP tower stay its own.
 
     Raises:
         ValueError: the two do not describe the same transformer.
@@ -39,8 +39,8 @@ def share_weights(model: UnifiedTransformer, port: JanusForConditionalGeneration
 class JanusPort:
     """The port's own generate loop.
 
-    Image generation in transformers wants its cache handed in; both kinds it knows are offered,
-    so that the caller can time the better one. Attention is SDPA, the mode inference mode.
+    Image generation in transformers expects a cache from its caller. Both kinds that it knows are
+    offered, so that the caller can time the faster one. Attention is SDPA, in inference mode.
 
     Args:
         port: the model, in evaluation mode.
@@ -67,7 +67,7 @@ class JanusPort:
         self._port.to(device, dtype)
 
     def release(self) -> None:
-        """Give back what compiled drawings keep: their cache, and the memory of their graphs."""
+        """Free what compiled drawings keep: their cache, and the memory of their graphs."""
         if self._compiled is not None:
             self._compiled = self._kept = None
             torch.compiler.reset()
@@ -83,10 +83,12 @@ class JanusPort:
         codes: int | None = None,
         told: Callable[[], None] | None = None,
     ) -> Tensor:
-        """Codes int64 [N, T] of prompts int64 [N, L] that end in begin-of-image: the most likely
-        ones, or with ``sample`` drawn at temperature 1 by PyTorch's own generator. ``compiled``:
-        the transformer's steps run through torch.compile. ``codes``: stop after so many, with the
-        cache of a whole image. ``told`` is called when the logits of each code are there.
+        """Draw codes int64 [N, T] for prompts int64 [N, L] that end in begin-of-image.
+
+        Codes are the most likely ones or, with ``sample``, drawn at temperature 1 by PyTorch's own
+        generator. ``compiled`` runs the transformer's steps through torch.compile. ``codes`` stops
+        after that many codes, with the cache of a whole image. ``told`` is called when the logits
+        of each code are available.
 
         Raises:
             ValueError: ``cfg`` is not above 1; the port's loop only runs with guidance.
@@ -116,17 +118,17 @@ class JanusPort:
         return drawn
 
     def _steps_compiled(self, *args: Any, inputs_embeds: Tensor, **kwargs: Any) -> Any:
-        """The body as transformers' own ``generate`` compiles it: steps alone, with CUDA graphs, as
-        launches are most of a small batch's time. The prompts run as they are: there the cache is
-        made, which compiled code could not place where graphs find it again."""
+        """Run the body as transformers' own ``generate`` compiles it: only the decode steps, with
+        CUDA graphs, because launches take most of a small batch's time. Prefill is not compiled: it
+        creates the cache, which compiled code could not place where graphs find it again."""
         if self._compiled is None:
             self._compiled = torch.compile(self._plain, mode="reduce-overhead")
         run = self._compiled if inputs_embeds.shape[1] == 1 else self._plain
         return run(*args, inputs_embeds=inputs_embeds, **kwargs)
 
     def _static(self, rows: int, length: int, kept: bool) -> StaticCache:
-        """An empty cache of ``length`` tokens a row; if ``kept``, the same for drawing after
-        drawing, as with another one every graph would be recorded again."""
+        """Return an empty cache of ``length`` tokens per row. With ``kept``, all drawings use the
+        same one, since with a new cache every graph would be recorded again."""
         if kept and self._kept is not None and self._kept[0] == (rows, length):
             self._kept[1].reset()
             return self._kept[1]
@@ -137,8 +139,9 @@ class JanusPort:
 
     @contextmanager
     def _until(self, codes: int | None, told: Callable[[], None] | None) -> Iterator[None]:
-        """Within, an image has ``codes`` codes and ``told`` hears of each: the loop reads the one
-        from the vision tower's configuration and calls the image head once for the other."""
+        """Within the block, an image has ``codes`` codes and ``told`` is called for each. The loop
+        reads the number of codes from the vision tower's configuration, and calls the image head
+        once per code."""
         vision, head = self._port.model.vision_model.config, self._port.model.generation_head
         whole = vision.num_image_tokens
         hook = head.register_forward_hook(lambda *_: told()) if told is not None else None

@@ -21,7 +21,7 @@ MISSING = {
     "ncu": "ncu is not on PATH: install Nsight Compute (it comes with the CUDA toolkit)",
 }
 NO_COUNTERS = ("ERR_NVGPUCTRPERM", "LibraryNotLoaded", "Failed to initialize the profiler")
-"""What Nsight Compute says where it may not, or cannot, read the GPU's counters."""
+"""What Nsight Compute prints where it may not, or cannot, read the GPU's counters."""
 
 
 class NsightError(RuntimeError):
@@ -29,16 +29,16 @@ class NsightError(RuntimeError):
 
 
 def command(tool: Tool, work: Sequence[str], out: Path, within: str | None = None) -> list[str]:
-    """The command line that profiles ``work``, itself a command line that calls the profiler's
-    start and stop around what counts.
+    """Return the command line that profiles ``work``. ``work`` is itself a command line, which
+    calls the profiler's start and stop around the part that counts.
 
     Args:
         tool: nsys records a timeline of everything, kernels of CUDA graphs one by one; ncu reads
             the counters of single kernels.
         work: `echogen profile … --tool none`.
-        out: of the report, without its ending.
+        out: path of the report, without its suffix.
         within: ncu only: innermost range (``step`` of ``engine/decode/step``) whose kernels are
-            read; None: any. The first ``MOST_KERNELS`` are, each of them several times over.
+            read; None: any. Only the first ``MOST_KERNELS`` are read, each of them several times.
     """
     if tool == "nsys":
         return [
@@ -46,7 +46,7 @@ def command(tool: Tool, work: Sequence[str], out: Path, within: str | None = Non
             "--capture-range=cudaProfilerApi", "--capture-range-end=stop",
             "--cuda-graph-trace=node", "--force-overwrite=true", f"--output={out}", *work,
         ]  # fmt: skip
-    # Clocks stay as they are: locked ones are slower than those that users run at.
+    # Clocks are not locked: locked ones are slower than those that users run at.
     told = ["ncu", "--profile-from-start=off", "--clock-control=none", "--set=full", "--nvtx"]
     if within is not None:
         told += ["--nvtx-include", f"{DOMAIN}@{within}/"]
@@ -54,7 +54,7 @@ def command(tool: Tool, work: Sequence[str], out: Path, within: str | None = Non
 
 
 def run(tool: Tool, line: Sequence[str], out: Path) -> Path:
-    """Run what `command` made; the report's path.
+    """Run a command line made by `command`, and return the report's path.
 
     Raises:
         NsightError: the tool is missing, may not read counters, or left no report.

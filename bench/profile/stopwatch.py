@@ -1,4 +1,4 @@
-"""Wall time by range, each moment counted once: in the innermost range that was open."""
+"""Wall time by range; each moment counts once, for the innermost range that is open."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class Row:
     """What one category took.
 
     Attributes:
-        category: of the range.
+        category: name of the range.
         count: how often it was entered.
-        seconds: within it and in no range inside it.
+        seconds: time within the range, but in no range inside it.
         payload: sums of its payloads by name, for rates.
     """
 
@@ -30,7 +30,7 @@ class Stopwatch:
     """A listener of ranges (`echogen.engine.ranges`) for one thread.
 
     Args:
-        clock: seconds (`echogen.bench.profile.trace.clock`).
+        clock: returns seconds (`echogen.bench.profile.trace.clock`).
     """
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -39,11 +39,11 @@ class Stopwatch:
         self._began = self._since = 0.0
 
     def start(self) -> None:
-        """Time counts from here."""
+        """Start counting time."""
         self._began = self._since = self._clock()
 
     def stop(self) -> float:
-        """Wall seconds since `start`: the sum of all rows."""
+        """Stop, and return the wall seconds since `start`: the sum of all rows."""
         self._count()
         return self._since - self._began
 
@@ -53,7 +53,7 @@ class Stopwatch:
         return sorted(self.rows.values(), key=lambda row: -row.seconds)
 
     def begin(self, category: str, payload: dict[str, int]) -> None:
-        """A range opens."""
+        """Open a range."""
         self._count()
         row = self.rows.setdefault(category, Row(category))
         row.count += 1
@@ -62,7 +62,7 @@ class Stopwatch:
         self._open.append(category)
 
     def end(self) -> None:
-        """The range opened last closes."""
+        """Close the range that was opened last."""
         self._count()
         self._open.pop()
 

@@ -1,4 +1,4 @@
-"""What can be profiled: one representative piece of work each, warmed up when it is handed over."""
+"""What can be profiled: representative pieces of work, each warmed up before it is returned."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LAYOUT = Layout(
 
 
 class Subject(NamedTuple):
-    """A piece of work, the shapes of the model that does it, and the images that it draws, reads or
+    """A piece of work, the shapes of the model that does it, and how many images it draws, reads or
     trains on."""
 
     work: Work
@@ -49,16 +49,16 @@ class Subject(NamedTuple):
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked of a subject.
+    """Options of a subject.
 
     Attributes:
         model: as `Engine.from_pretrained` takes it, or FRESH.
         device: "cpu" or "cuda".
-        batch: pictures at once, or samples of the one layout; samples of a training step, or
-            layouts of a rollout.
+        batch: number of pictures drawn at once, of samples of the one layout, of samples in a
+            training step, or of layouts in a rollout.
         float32: train in float32 where the recipe says bfloat16.
-        recipe: whose settings a stage is trained with, and whose shapes FRESH has.
-        dtype: of the weights that draw and find; training has its recipe's.
+        recipe: sets the settings that a stage trains with, and the shapes of FRESH.
+        dtype: of the weights for drawing and grounding; training uses its recipe's.
     """
 
     model: str = "tiny"
@@ -79,7 +79,7 @@ def _engine(asked: Asked) -> Engine:
 
 
 def generate(asked: Asked) -> Subject:
-    """Drawing a batch of pictures, to pixels."""
+    """Draw a batch of pictures, up to pixels."""
     engine = _engine(asked)
     work = partial(_draw, engine, asked.batch)
     return Subject(work, engine.transformer.config, asked.batch)
@@ -90,7 +90,7 @@ def _draw(engine: Engine, batch: int) -> object:
 
 
 def ground(asked: Asked) -> Subject:
-    """Finding two objects in each of a batch of pictures."""
+    """Find two objects in each of a batch of pictures."""
     engine = _engine(asked)
     codes = engine.generate_codes([LAYOUT] * asked.batch)
     expressions = [[o.expr for o in LAYOUT.objects]] * asked.batch
@@ -99,18 +99,18 @@ def ground(asked: Asked) -> Subject:
 
 
 def cycle(asked: Asked) -> Subject:
-    """Drawing samples of a layout, grounding and scoring them."""
+    """Draw samples of a layout, then ground and score them."""
     engine = _engine(asked)
     work = partial(engine.cycle, LAYOUT, asked.batch)
     return Subject(work, engine.transformer.config, asked.batch)
 
 
 class Packed:
-    """Counts what a stage packs, on the host: how many places of the rows hold a token.
+    """Counts, on the host, how many positions of a stage's packed rows hold a token.
 
     Attributes:
-        tokens: laid into rows.
-        places: that the rows have.
+        tokens: tokens placed in the rows.
+        places: positions in the rows.
     """
 
     def __init__(self, stage: Any) -> None:
@@ -126,16 +126,16 @@ class Packed:
 
     @property
     def padding(self) -> float:
-        """The share of places without a token."""
+        """The share of positions without a token."""
         return 1 - self.tokens / max(1, self.places)
 
     def clear(self) -> None:
-        """Count from here."""
+        """Restart the counts."""
         self.tokens = self.places = 0
 
 
 class Training(NamedTuple):
-    """A stage whose optimizer steps are made one after another, each by a call of ``work``."""
+    """A stage, whose optimizer steps are made one after another, each by a call of ``work``."""
 
     work: Work
     stage: Any
@@ -143,10 +143,11 @@ class Training(NamedTuple):
 
 
 def training(name: str, asked: Asked) -> Training:
-    """A stage with its recipe's settings on few scenes, whose steps are those of `train.run.loop`.
+    """Build a stage with its recipe's settings on few scenes; its steps are those of
+    `train.run.loop`.
 
     Raises:
-        BeginRefused: a batch that does not come in the recipe's parts.
+        BeginRefused: the batch cannot be divided into the recipe's parts.
     """
     from echogen.train.parallel.processes import Processes
     from echogen.train.run.optim import build_optimizers
@@ -154,7 +155,7 @@ def training(name: str, asked: Asked) -> Training:
 
     stage = STAGES[name](asked)
     if asked.device.startswith("cuda"):
-        torch.cuda.empty_cache()  # what encoding the scenes took; a run finds their codes on disk
+        torch.cuda.empty_cache()  # used to encode the scenes; a run finds their codes on disk
     loop = stage.config.loop
     check(stage, loop, Processes())
     optimizers, steps = build_optimizers(stage.module, loop), count()
@@ -186,7 +187,7 @@ def _cycle_rl(asked: Asked) -> Any:
 
 
 def _few(config: StageConfig, asked: Asked) -> StageConfig:
-    """A stage's configuration on few scenes, and as asked for."""
+    """Return a stage's configuration with few scenes and the requested options."""
     loop = replace(config.loop, bf16=config.loop.bf16 and not asked.float32)
     return replace(config, loop=loop, scenes=FEW_SCENES, batch=asked.batch)
 
@@ -206,15 +207,15 @@ def _fresh_start(asked: Asked, vq: JanusVQVAE) -> Start:
 
 
 def few_samples(vq: JanusVQVAE) -> list[Sample]:
-    """As many scenes of the training set as subjects train on."""
+    """Load as many scenes of the training set as subjects train on."""
     from echogen.train.data.samples import load_samples
 
     return load_samples(vq, "train", FEW_SCENES)
 
 
 def fresh_vq(asked: Asked) -> JanusVQVAE:
-    """The recipe's image tokenizer, untrained, the same at every call: the codes of the few scenes
-    are what it makes of them (they are cached), and mean nothing."""
+    """Build the recipe's image tokenizer, untrained and the same at every call. The codes it gives
+    the few scenes are cached, and mean nothing."""
     from echogen.train.stages.vq import build_vq
 
     torch.manual_seed(asked.recipe.vq.loop.seed)
@@ -226,8 +227,9 @@ def fresh_vq(asked: Asked) -> JanusVQVAE:
 def fresh(
     recipe: Recipe, vq: JanusVQVAE, samples: list[Sample], dtype: torch.dtype = torch.float32
 ) -> Engine:
-    """A model of the recipe's shapes with weights drawn at random, on the device of ``vq``, which
-    is a part of it; as stage 1's `new_model`, but drawn on that device, and see `fresh_config`."""
+    """Build a model of the recipe's shapes with random weights, on the device of ``vq``, which
+    becomes part of it. It follows stage 1's `new_model`, but draws on that device and uses
+    `fresh_config`."""
     from transformers import JanusVisionModel
 
     from echogen.engine.decoding.sampler import Sampling
@@ -253,9 +255,10 @@ def fresh(
 
 
 def fresh_config(recipe: Recipe, vq: JanusVQVAE, tokenizer: PreTrainedTokenizerBase) -> JanusConfig:
-    """The recipe's shapes, with as many rows of text as the checkpoint has that the recipe begins
-    with, if it does: embedding and head are a quarter of what Janus-Pro 1B trains. Texts are still
-    cut by the world's own tokenizer, so that prompts are not quite as long as in Janus's."""
+    """Return the recipe's shapes. If the recipe starts from a checkpoint, their text vocabulary is
+    as large as that checkpoint's: embedding and head are a quarter of what Janus-Pro 1B trains.
+    Texts still go through the world's own tokenizer, so prompts are not quite as long as with
+    Janus's."""
     from echogen.train.stages.pmtp import janus_config
 
     janus = janus_config(recipe.pmtp, vq, tokenizer)
@@ -265,16 +268,16 @@ def fresh_config(recipe: Recipe, vq: JanusVQVAE, tokenizer: PreTrainedTokenizerB
 
 
 def _step(name: str, asked: Asked) -> Subject:
-    """One optimizer step of a stage after another: stage 1 from weights drawn at random, the others
-    from the model asked for."""
+    """A stage's optimizer steps, one after another: stage 1 starts from random weights, the others
+    from the requested model."""
     work, stage, _ = training(name, asked)
     return Subject(work, stage.module.config, stage.images)
 
 
 FRESH = "random"
-"""In a model's place: weights drawn at random, of the recipe's shapes."""
+"""Replaces a model's name: random weights, of the recipe's shapes."""
 VOCABULARY = {"janus_pro_1b": 102_400}
-"""Rows of text in the checkpoints that recipes begin with."""
+"""Sizes of the text vocabulary in the checkpoints that recipes start from."""
 STAGES: dict[str, Callable[[Asked], Any]] = {"pmtp": _pmtp, "djo": _djo, "cycle-rl": _cycle_rl}
 SUBJECTS: dict[str, Callable[[Asked], Subject]] = {
     "generate": generate,
@@ -283,24 +286,25 @@ SUBJECTS: dict[str, Callable[[Asked], Subject]] = {
     **{name: partial(_step, name) for name in STAGES},
 }
 FEW_SCENES = 64
-"""Of the training set: drawing and encoding more would take longer than what is profiled."""
+"""Training scenes. Drawing and encoding more would take longer than the profiled work."""
 
 
 def warmed(name: str, asked: Asked) -> Subject:
-    """A subject that has run, so that compiling, packing and caches are not profiled."""
+    """Return a subject that has already run, so that compiling, packing and filling caches are not
+    profiled."""
     subject = SUBJECTS[name](asked)
     warm_up(subject.work, asked.device, 1 if name not in STAGES else steps_to_warm(asked.device))
     return subject
 
 
 def steps_to_warm(device: str) -> int:
-    """Steps of a stage before the first that counts. On a GPU the second number of rows makes
-    FlexAttention be compiled again, for any number."""
+    """Return how many steps of a stage run before the first that counts. On a GPU, the second
+    number of rows makes FlexAttention compile again, this time for any number."""
     return 3 if device.startswith("cuda") else 1
 
 
 def warm_up(work: Work, device: str, runs: int) -> None:
-    """Run a subject, and wait for it."""
+    """Run a subject ``runs`` times, and wait for the device."""
     for _ in range(runs):
         work()
     if device.startswith("cuda"):

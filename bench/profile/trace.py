@@ -1,4 +1,4 @@
-"""Runs a piece of work under PyTorch's profiler: a Chrome trace, kernels by time, time by range."""
+"""Run work under PyTorch's profiler: a Chrome trace, kernels by time, time by range."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ MOST_KERNELS = 20
 
 
 def run(work: Callable[[], object], folder: Path, name: str, device: str = "cpu") -> dict[str, Any]:
-    """Profile one run of ``work``, which has run before.
+    """Profile ``work``, which has run before.
 
     Writes ``NAME.trace.json`` into ``folder``, for chrome://tracing or ui.perfetto.dev.
 
     Args:
-        work: what is profiled, once.
-        folder: exists.
-        name: of the files.
+        work: what is profiled; it is called twice, without and with the profiler.
+        folder: existing folder for the trace.
+        name: of the work and of its trace.
         device: "cpu", or a CUDA device that is the current one.
 
     Returns:
-        JSON-ready: ``wall_ms`` and ``ranges`` of a run without the profiler, whose own work would
-        else be part of it (each moment in the innermost range, so that shares sum to one; on CUDA
-        ranges end when the device is done, which costs what overlap there was); ``kernels`` by
-        time of a run with it, on the device or, on a CPU, operators; ``trace``, its path.
+        JSON-ready. ``wall_ms`` and ``ranges`` are of a run without the profiler, whose own work
+        would otherwise be included. Each moment counts for the innermost range, so shares sum to
+        one; on CUDA a range ends when the device is done, which loses any overlap. ``kernels`` are,
+        by time, those of a run with the profiler: kernels on the device or, on a CPU, operators.
+        ``trace`` is the path of the trace.
     """
     ranges, wall = _by_range(work, device)
     trace = folder / f"{name}.trace.json"
@@ -56,7 +57,8 @@ def run(work: Callable[[], object], folder: Path, name: str, device: str = "cpu"
 
 
 def clock(device: str) -> Callable[[], float]:
-    """Seconds; on CUDA once the device is done, which gives its work to the range it belongs to."""
+    """Return a clock in seconds. On CUDA it waits until the device is done, so that the device's
+    work counts for the range it belongs to."""
 
     def waited() -> float:
         torch.cuda.synchronize()
@@ -85,8 +87,9 @@ def _by_range(work: Callable[[], object], device: str) -> tuple[list[dict[str, A
 
 
 def _kernels(profiled: profile, device: str) -> list[dict[str, Any]]:
-    """The longest, by their own time. On CUDA what ran there alone: the profiler counts a kernel's
-    time once more for the operator that launched it, and for ranges around both."""
+    """Return the longest kernels, by their own time. On CUDA only what ran on the device counts:
+    the profiler counts a kernel's time again for the operator that launched it, and for ranges
+    around both."""
     found, on_cuda = [], device.startswith("cuda")
     for event in profiled.key_averages():
         if event.key.startswith((f"{DOMAIN}:", "ProfilerStep")):

@@ -1,6 +1,6 @@
-"""Every experiment in one place: which training runs there are, and which tables read them.
+"""Every experiment in one place: the training runs, and the tables that read them.
 
-A cell is one training run, an arm of a table at a seed, with its evaluation. There are five
+A cell is one training run (one arm of a table at one seed) with its evaluation. There are five
 tables: ablation, plateau, mask, synergy, RL data. A cell may serve several of them.
 """
 
@@ -13,34 +13,35 @@ from typing import Any, Literal
 from echogen.train.config import CycleRLConfig, DJOConfig, PMTPConfig, Recipe
 
 START = "(start)"
-"""What a cell begins with that begins with no other cell: the given model of stage 1."""
+"""The start of a cell that follows no other cell: the given model of stage 1."""
 FRESH = "(fresh weights)"
 """Fresh weights, with the image tokenizer of the given model."""
 LLM_LAYOUTS = "(file of LLM-written layouts)"
-THREADS = 1  # two cells then run side by side on two cores, and CPU seconds are the compute spent
+THREADS = 1  # so two cells run side by side on two cores, and CPU seconds measure compute
 
 DRAWINGS = 8
-"""Of each test layout. AP at T = 1 on 400 layouts drawn once varies by 0.006 to 0.010 with the
-noise alone (standard deviation of the eight in the records of `plateau-stage1`), which is as much
-as the arms of a seed differ by; the mean of eight by a third of that."""
+"""Drawings of each test layout. With 400 layouts drawn once at T = 1, noise alone varies AP by
+0.006 to 0.010 (standard deviation of the eight in the records of `plateau-stage1`), which is as
+much as the arms of a seed differ by. The mean of eight drawings varies by a third of that."""
 EARLIER = {"tiny": ("ablation", "mask", "synergy", "rl-data")}
-"""The tables of a recipe that were run before this was known: each layout was drawn once."""
+"""The tables of a recipe that were run before this was known, with one drawing of each layout."""
 THEN: dict[str, Any] = {"importance_cap": None, "val_drawings": 1, "advantage": "grpo"}
-"""What Cycle RL of these tables has in place of today's recipe; in float32 the weights are 1."""
+"""Settings of Cycle RL in these tables that differ from today's recipe; in float32 the importance
+weights are 1."""
 
 Stage = Literal["none", "pmtp", "djo", "cycle-rl"]
 Task = Literal["both", "l2i", "i2l"]
 Config = PMTPConfig | DJOConfig | CycleRLConfig
 
 STARTS = {"tiny": "tiny-stage1"}
-"""The bundled model of stage 1 of a recipe that has one."""
+"""The bundled stage 1 model of each recipe that has one."""
 
 # A step of the recipe `tiny` takes 0.85 s in pmtp, 1.17 s in djo and about 2.2 s in cycle-rl
 # (OMP_NUM_THREADS=1 echogen bench train --stage S --batch 32 (cycle-rl: 8), two cores, the other
-# one busy), so these were to be 31, 10 and 26 minutes of training. The records say 27 to 86, 9 to
-# 75 and 82 to 131: their cores did other work too, and some multiplied in float32.
+# one busy), so 31, 10 and 26 minutes of training were expected. The records show 27 to 86, 9 to 75
+# and 82 to 131 minutes: the cores also did other work, and some runs multiplied in float32.
 STEPS: dict[str, dict[str, int]] = {"tiny": {"pmtp": 2200, "djo": 500, "cycle-rl": 700}}
-"""Steps of a recipe's stages in place of its own, which are for a model to keep."""
+"""Steps per stage that replace a recipe's own, which are meant for models to keep."""
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,18 @@ class Cell:
     """One training run with its evaluation.
 
     Attributes:
-        stem: table and arm in a word; the cell's name is this and its seed.
+        stem: table and arm in one word; the cell's name is the stem and the seed.
         arm: the arm in words.
-        seed: of batches and noise, and of the evaluation.
-        stage: what is trained; "none": nothing, the start itself is evaluated.
+        seed: of batches, noise and evaluation.
+        stage: the stage to train; "none": the start itself is evaluated.
         start: name of another cell, START or FRESH.
         changes: settings that differ from the recipe's, by name.
-        task: what is learnt; "l2i" or "i2l" alone in the stage `pmtp` only.
-        budget: cells whose training seconds, summed, this one spends (then ``changes`` names no
-            number of steps).
-        pace: the cell whose seconds a step turn the budget into steps (see `records.pace`).
-        chosen_as_rl: whether its weights are chosen among its evaluations as Cycle RL's are, by so
-            many drawings at T = 1; else as its stage chooses.
+        task: what is learnt; "l2i" or "i2l" alone only in the stage `pmtp`.
+        budget: cells whose total training seconds this one spends (``changes`` then sets no number
+            of steps).
+        pace: the cell whose seconds per step convert the budget into steps (see `records.pace`).
+        chosen_as_rl: whether its checkpoint is chosen as Cycle RL's is, by the same number of
+            drawings at T = 1; otherwise as its stage chooses.
     """
 
     stem: str
@@ -75,7 +76,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """The base name of its files."""
         return f"{self.stem}-seed{self.seed}"
 
     @property
@@ -85,17 +86,17 @@ class Cell:
 
     @property
     def parent(self) -> str | None:
-        """The cell whose model it begins with."""
+        """The cell whose model it starts from."""
         return None if self.start in (START, FRESH) else self.start
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Every cell that has to be finished before."""
+        """Every cell that must be finished first."""
         named = (self.parent, *self.budget, self.pace)
         return tuple(dict.fromkeys(name for name in named if name))
 
 
-# Which cells are the rows of a table, in order; the same cell may be in two tables.
+# The rows of each table, in order; the same cell may be in two tables.
 ROWS: dict[str, tuple[str, ...]] = {
     "ablation": (
         "ablation-stage1",
@@ -121,9 +122,9 @@ RENAMED = {
     ("rl-data", "ablation-stage2"): "the start (+ stage 2)",
     ("rl-data", "ablation-stage3"): "real layouts",
 }
-"""What a shared cell is called in a table that it was not made for."""
+"""The name of a shared cell in a table that it was not made for."""
 
-# What a table is read for: the first arm less the second, seed by seed.
+# The comparisons of each table: the first arm minus the second, seed by seed.
 COMPARED: dict[str, tuple[tuple[str, str], ...]] = {
     "ablation": (
         ("ablation-stage2", "ablation-stage1"),
@@ -153,14 +154,14 @@ COMPARED: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def cells(seeds: Iterable[int]) -> dict[str, Cell]:
-    """All cells by name, in the order in which they are run: table after table, and within one seed
-    after seed, so that an early stop leaves whole tables of fewer seeds."""
+    """Return all cells by name, in running order: table by table and, within a table, seed by seed,
+    so that an early stop leaves whole tables with fewer seeds."""
     seeds = tuple(seeds)
     parts = (_ablation, _plateau, _mask, _synergy, _rl_data)
     return {cell.name: cell for part in parts for seed in seeds for cell in part(seed)}
 
 
-# Stage 2 without its loop is stage 1's loss; so this continues stage 1 on the very batches of the
+# Stage 2 without its loop has stage 1's loss, so this continues stage 1 on the same batches as the
 # arm with the loop, with the same schedule and optimizer.
 CONTINUED = {"loop_weight": 0.0}
 
@@ -180,9 +181,9 @@ def _ablation(seed: int) -> list[Cell]:
     ]  # fmt: skip
 
 
-# Of `tiny`, stage 3's weights are chosen by eight drawings of each validation layout at T = 1,
-# those of stages 1 and 2 by one of a quarter of them at T = 0.7, which is mostly noise. The arm
-# that stage 3 has to beat for its seconds has the better choice too.
+# In `tiny`, stage 3's weights are chosen by eight drawings of each validation layout at T = 1;
+# those of stages 1 and 2 by one drawing of a quarter of the layouts at T = 0.7, which is mostly
+# noise. The arm that stage 3 must beat for equal seconds gets the better choice too.
 def _plateau(seed: int) -> list[Cell]:
     stem, begun = "plateau-{}".format, f"ablation-seconds3-seed{seed}"
     two, three, samples = (f"{stem(arm)}-seed{seed}" for arm in ("stage2", "stage3", "samples"))
@@ -220,12 +221,12 @@ def _rl_data(seed: int) -> list[Cell]:
 
 
 def settings(cell: Cell, recipe: Recipe, scale: float = 1.0, steps: int | None = None) -> Config:
-    """The whole configuration of a cell's stage.
+    """Return the full configuration of a cell's stage.
 
     Args:
-        scale: of steps and scenes, for trying things out; below 1 Cycle RL also begins however
-            little its reward agrees with the judge, since a few groups cannot tell.
-        steps: in place of those of ``STEPS`` or the recipe, unscaled (a cell with a budget).
+        scale: scales steps and scenes, for trials. Below 1, Cycle RL also starts however little its
+            reward agrees with the judge, since a few groups cannot measure that.
+        steps: replaces the steps of ``STEPS`` or the recipe, unscaled (for a cell with a budget).
     """
     base: Config = getattr(recipe, cell.stage.replace("-", "_"))
     planned = STEPS.get(recipe.name, {}).get(cell.stage, base.loop.steps)
@@ -250,12 +251,12 @@ def settings(cell: Cell, recipe: Recipe, scale: float = 1.0, steps: int | None =
 
 
 def scaled(count: int, scale: float, least: int) -> int:
-    """A number of scenes or layouts, scaled, yet not below what an evaluation can do with."""
+    """Scale a number of scenes or layouts, but keep the ``least`` that an evaluation needs."""
     return count if scale == 1 else max(least, round(count * scale))
 
 
 def samples(config: Config) -> tuple[int, int]:
-    """(real images trained on, images drawn and reinforced) of a whole run."""
+    """Return (real images trained on, images drawn and reinforced) for a whole run."""
     if isinstance(config, CycleRLConfig):
         return 0, config.loop.steps // config.updates * config.batch * config.group
     return config.loop.steps * config.batch, 0

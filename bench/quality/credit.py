@@ -1,18 +1,19 @@
-"""How much of a gradient is signal, and does it lead where the judge would have it lead?
+"""Measure how much of a gradient is signal, and whether it points where the judge's does.
 
-The gradient of a batch is s + noise, with the same s for all. The product of two batches' gradients
-is |s|² on the mean, and that of one with itself |s|² plus the noise n². So all pairs of R batches
-say what share of a batch's squared gradient is signal, |s|²/(|s|² + n²), and thereby how many of
-them have as much signal as noise in their mean, n²/|s|². How exact that is says the jackknife, by
-leaving out one batch after another (Efron & Stein 1981).
+The gradient of a batch is s + noise, with the same s for all batches. The product of two batches'
+gradients is |s|² on average; the product of one with itself is |s|² plus the noise n². All pairs of
+R batches thus give the share of signal in a batch's squared gradient, |s|²/(|s|² + n²), and the
+number of batches whose mean has as much signal as noise, n²/|s|². The jackknife, which leaves out
+one batch after another, gives their accuracy (Efron & Stein 1981).
 
-What is compared: Cycle RL's gradient with an image's reward credited to all of its tokens, or an
-object's to those in its box, judged by one decoded box or by several sampled ones, compared by how
-much better it is than the others of its group or by its rank among them; the same, object by
-object, with the exact judge's IoU in place of the self-reward; and stage 2's, of the loop's
-cross entropy through soft samples at some temperatures. The judge's is where training should lead,
-so each is held against it: the cosine between the two signals, from pairs of other batches.
-The parts of the network are asked one by one too: where the signal lies is what is worth training.
+Three kinds of gradients are compared. The first is Cycle RL's. It credits an image's reward to all
+of its tokens, or an object's to those in its box; it judges by one decoded box or by several
+sampled ones; and its advantage is the reward relative to the group, or the rank within it. The
+second is the same, object by object, with the exact judge's IoU in place of the self-reward. The
+third is stage 2's, of the loop's cross entropy through soft samples at some temperatures. Training
+should follow the judge's gradient, so each one is compared with it: by the cosine between the two
+signals, from pairs of different batches. The parts of the network are also measured one by one:
+where the signal lies is what is worth training.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ REWARDS: dict[str, dict[str, Any]] = {
     "object, 4 boxes": {"reward_boxes": 4},
     JUDGE: {"w_iou": 1.0, "w_l1": 0.0},
 }
-"""What each has besides (or in place of) ``USUAL``."""
+"""The settings that each one adds to ``USUAL``, or changes there."""
 USUAL: dict[str, Any] = {"credit": "object", "advantage": "grpo", "reward_boxes": 0}
 LOOPS = {f"loop, τ = {tau}": tau for tau in (1.0, 0.3)}
-"""Where τ begins and ends by default in stage 2."""
+"""The first and last τ of stage 2 by default."""
 GRADIENTS = (*REWARDS, *LOOPS)
 
 PARTS = {
@@ -59,12 +60,12 @@ PARTS = {
     "image head": ("image_head", "norm"),
     "embeddings": ("text_embedding", "code_embedding", "code_aligner"),
 }
-"""Parts of the network by the modules that a parameter's name has in it; the other modules take no
-part in drawing."""
+"""Parts of the network, each with the modules that occur in its parameters' names. The other
+modules take no part in drawing."""
 
 
 class JudgedRL(CycleRLStage):
-    """Cycle RL whose reward is an object's IoU as the exact judge sees it."""
+    """Cycle RL with an object's IoU, as measured by the exact judge, as its reward."""
 
     def _credit(self, index: int, rollout: Rollout, mask: Tensor) -> Credit:
         images = to_images(decode_codes(self.vq, rollout.drawing.codes))
@@ -78,8 +79,8 @@ class JudgedRL(CycleRLStage):
 
 
 class LoopAlone(DJOStage):
-    """Stage 2's loop term and nothing else, at one temperature: images are drawn first, and the
-    gradient reaches them through a grounder that stays as it is."""
+    """Stage 2's loop term alone, at one temperature. Images are drawn first, and the gradient
+    reaches them through a frozen grounder."""
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         """See `Stage`."""
@@ -101,26 +102,26 @@ def run(
     float32: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """The share of signal in each gradient, and its agreement with the judge's; JSON-ready.
+    """Return the share of signal in each gradient, and its agreement with the judge's; JSON-ready.
 
-    All gradients of two kinds are held at once, 8 bytes a parameter and rollout, and a part's own
-    again.
+    All gradients of two kinds are in memory at once (8 bytes per parameter and rollout), plus a
+    copy of those of one part.
 
     Args:
-        model: whose gradients, of whatever stage; its weights stay as they are.
-        rollouts: R; stage 2 gets as many batches of as many images.
-        batch: layouts a rollout, in groups of the recipe's size.
+        model: the model whose gradients are measured, of any stage; its weights do not change.
+        rollouts: R; stage 2 gets as many batches, with as many images.
+        batch: layouts per rollout, in groups of the recipe's size.
         seed: of layouts and noise; rewards are compared on the same images.
-        gradients: of `GRADIENTS`.
-        float32: multiply in float32, and not in bfloat16 as the recipe trains.
+        gradients: names from `GRADIENTS`.
+        float32: multiply in float32 instead of bfloat16, which the recipe trains in.
         progress: called with (batches done, batches in all).
 
     Returns:
         ``results``, for each gradient: ``signal`` and ``signal_stderr``, the share of signal in a
-        batch's squared gradient; ``batches_for_half``, those whose mean gradient is as much signal
-        as noise (None: no signal was seen); ``judge_cosine`` and ``judge_cosine_stderr``, between
-        the signal and the judge's (None: one of them was not seen, or not asked for); ``parts``,
-        the same of each of `PARTS` alone.
+        batch's squared gradient; ``batches_for_half``, the number of batches whose mean gradient is
+        as much signal as noise (None: no signal was found); ``judge_cosine`` and
+        ``judge_cosine_stderr``, between the signal and the judge's (None: one of them was not
+        found, or not requested); ``parts``, the same for each of `PARTS` alone.
 
     Raises:
         ValueError: too few rollouts, or an unknown gradient.
@@ -130,9 +131,9 @@ def run(
         raise ValueError(f"rollouts = {rollouts}; it must be at least 3")
     if unknown := [name for name in asked if name not in GRADIENTS]:
         raise ValueError(f"gradient {unknown[0]!r} is unknown; choose of {', '.join(GRADIENTS)}")
-    machine = environment()  # now: the checkout may be another commit's when this has ended
+    machine = environment()  # now: the checkout may be at another commit by the end
     start = load_start(model, "", any_stage=True)
-    # The judge's first: all others are held against them.
+    # The judge's first: all others are compared with them.
     asked.sort(key=lambda name: (name != JUDGE, GRADIENTS.index(name)))
     judged: Tensor | None = None
     found = []
@@ -156,7 +157,7 @@ def run(
 
 
 def _columns(module: nn.Module) -> dict[str, Tensor]:
-    """Where in a row of all parameters those of each part are, int64 [n]."""
+    """Return the positions of each part's parameters in a row of all parameters, int64 [n]."""
     found: dict[str, list[Tensor]] = {part: [] for part in PARTS}
     first = 0
     for name, p in module.named_parameters():
@@ -177,7 +178,8 @@ def _counted(
 
 
 def compared(made: Tensor, judged: Tensor | None) -> dict[str, float | None]:
-    """What `run` says of the gradients [R, P] of R batches, beside the judge's of the same ones."""
+    """Return `run`'s figures for the gradients [R, P] of R batches, given the judge's on the same
+    ones."""
     own = _products(made, made)
     share = _jackknife(lambda left: _apart(own, left) / own[left, left].mean(), len(made))
     half = 1 / share[0] - 1 if share[0] > 0 else None
@@ -198,18 +200,18 @@ def compared(made: Tensor, judged: Tensor | None) -> dict[str, float | None]:
 
 
 def _products(a: Tensor, b: Tensor) -> np.ndarray:
-    """Of each gradient with each, [R, R]."""
+    """The product of each gradient with each, [R, R]."""
     return np.asarray((a @ b.T).double())
 
 
 def _apart(products: np.ndarray, left: np.ndarray) -> float:
-    """The mean product of different batches, of those ``left``."""
+    """The mean product of different batches, among those in ``left``."""
     some = products[np.ix_(left, left)]
     return float((some.sum() - np.trace(some)) / (len(left) * (len(left) - 1)))
 
 
 def _jackknife(of: Callable[[np.ndarray], float], count: int) -> tuple[float, float]:
-    """A statistic of all batches, and its standard error."""
+    """Return a statistic of all batches, and its standard error."""
     every = np.arange(count)
     without = np.array([of(np.delete(every, i)) for i in every])
     return float(of(every)), float(((count - 1) * without.var()) ** 0.5)
@@ -231,7 +233,7 @@ def _stage(name: str, start: Start, batch: int, seed: int) -> CycleRLStage | DJO
 
 
 def _gradient(stage: CycleRLStage | DJOStage, step: int, float32: bool) -> Tensor:
-    """The gradient of a step's loss, all parameters in one row; 0 where none arrives."""
+    """Return the gradient of a step's loss, all parameters in one row; 0 where there is none."""
     stage.module.zero_grad(set_to_none=True)
     with nullcontext() if float32 else torch.autocast("cpu", torch.bfloat16):
         loss, _ = stage.loss(step)

@@ -1,7 +1,8 @@
-"""Finished cells on test layouts that no table was made of, so that nothing was settled by them.
+"""Finished cells on test layouts of no table, so that no decision was based on these layouts.
 
-Arms of a seed share layouts and noise. The errors of the tables are over seeds, which all draw the
-same 400 layouts: what these happen to favour is in none of them, and a second set tells.
+Arms of a seed share layouts and noise. The tables' errors are over seeds, which all draw the same
+400 layouts. These errors therefore miss whatever those layouts happen to favour; a second set of
+layouts reveals it.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ MEASURES = {"AP": "ap", "AP50": "ap50", "AP75": "ap75", "judge acc50": "acc50",
 
 
 def measure(lab: Lab, cell: Cell, count: int) -> str | None:
-    """Draw ``count`` test layouts behind those of the tables, ``DRAWINGS`` times each, at T = 1 and
-    CFG = 1, and write what the judge finds to ``fresh/`` of the results.
+    """Draw ``count`` test layouts that follow those of the tables, ``DRAWINGS`` times each, at T =
+    1 and CFG = 1. Write what the judge finds to ``fresh/`` in the results.
 
     Returns:
         Why nothing was drawn, or None.
@@ -66,11 +67,12 @@ def measure(lab: Lab, cell: Cell, count: int) -> str | None:
 
 
 def differences(results: Path, seeds: Iterable[int]) -> dict[str, list[dict[str, Any]]]:
-    """By table, the pairs of arms that it is read for, the first less the second, over the seeds
-    that both were measured of on the same layouts, and with the models that are recorded now.
+    """Return, by table, the differences between the arms that it compares, first minus second. They
+    are over the seeds for which both arms were measured on the same layouts, with the models that
+    are recorded now.
 
     Raises:
-        QualityError: a file that is not as it was written.
+        QualityError: a file is not as it was written.
     """
     known = cells(seeds)
     found = {name: r for name in known if (r := _read(results, name)) is not None}
@@ -119,12 +121,12 @@ def _read(results: Path, name: str) -> dict[str, Any] | None:
 
 
 def _layouts(found: dict[str, Any]) -> tuple[int, int]:
-    """The first and the last of the test layouts that were drawn."""
+    """The first and the last test layout that were drawn."""
     return int(found["first"]), int(found["first"]) + int(found["count"]) - 1
 
 
 def section(tables: dict[str, list[dict[str, Any]]]) -> str:
-    """As a part of the page; empty where nothing was measured."""
+    """Return the differences as a part of the page; empty where nothing was measured."""
     if not tables:
         return ""
     parts = [

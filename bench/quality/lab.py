@@ -1,4 +1,4 @@
-"""What decides a cell's outcome, and each cell's state: done, missing, or done otherwise."""
+"""What decides a cell's outcome, and each cell's state: done, missing, blocked or changed."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ from echogen.train.start import read_record as read_stages
 
 @dataclass
 class Lab:
-    """Where cells run and what they are made of.
+    """Where cells run, and what they are made from.
 
     Attributes:
         recipe: the configuration that cells change.
         results: folder of the finished cells.
         models: folder of the runs and of their models.
         seeds: of the cells.
-        start: the model of stage 1 that the ablation begins with, and whose image tokenizer the
-            cells with fresh weights take; ``{seed}`` in it stands for the cell's seed. None: the
-            recipe's bundled one, where it has one.
-        llm_layouts: file with one LLM-written layout a line, for the arm that needs one.
+        start: the stage 1 model that the ablation starts from, and whose image tokenizer the cells
+            with fresh weights use; ``{seed}`` in it stands for the cell's seed. None: the recipe's
+            bundled model, if it has one.
+        llm_layouts: file with one LLM-written layout per line, for the arm that needs it.
         scale: of steps and scenes.
-        force: begin Cycle RL however little its reward agrees with the judge.
-        float32: multiply in float32 where the recipe says bfloat16. It is a cell's machine rather
-            than its experiment: a finished cell counts in whichever type it was trained, and the
-            tables name those of a kind.
-        device: where cells are trained and evaluated, of the machine like ``float32``.
-        tell: called with a line about what is being done.
+        force: start Cycle RL however little its reward agrees with the judge.
+        float32: multiply in float32 where the recipe says bfloat16. This belongs to a cell's
+            machine rather than to its experiment: a finished cell counts whichever type it was
+            trained in, and the tables name the cells that differ in it.
+        device: where cells are trained and evaluated; part of the machine, like ``float32``.
+        tell: called with a line about the current work.
     """
 
     recipe: Recipe
@@ -73,7 +73,7 @@ class Lab:
     tell: Callable[[str], None] = print
     cells: dict[str, Cell] = field(init=False)
     environment: dict[str, Any] = field(init=False)
-    """Of this process, taken when it began: the commit whose code it runs."""
+    """This process's environment, taken when it began, with the commit whose code it runs."""
     _looked_at: dict[str, Given] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -82,7 +82,7 @@ class Lab:
         self.start = self.start or STARTS.get(self.recipe.name)
 
     def find(self, name: str) -> Cell:
-        """The cell of that name. Raises QualityError."""
+        """Return the cell of that name. Raises QualityError."""
         if name not in self.cells:
             raise QualityError(f"cell {name}: unknown; --list names them all")
         return self.cells[name]
@@ -90,7 +90,7 @@ class Lab:
     # --- what a cell is -------------------------------------------------------------------------
 
     def given(self, cell: Cell) -> str:
-        """The model of stage 1 that a cell of this seed begins with.
+        """Return the stage 1 model that a cell of this seed starts from.
 
         Raises:
             QualityError: none is named, and the recipe has none.
@@ -105,7 +105,7 @@ class Lab:
         return self.start.replace("{seed}", str(cell.seed))
 
     def sizes(self, cell: Cell) -> score.Sizes:
-        """How much is drawn to evaluate a cell."""
+        """Return how much is drawn to evaluate a cell."""
         full, s = score.Sizes(), self.scale
         once = cell.table in EARLIER.get(self.recipe.name, ()) or cell.task == "i2l"
         return score.Sizes(
@@ -115,8 +115,9 @@ class Lab:
         )  # fmt: skip
 
     def steps(self, cell: Cell) -> int | None:
-        """Steps of a cell that spends the measured seconds of others (see `clock`): theirs over the
-        seconds a step of its pace. None for every other cell, and where those are not finished."""
+        """Return the steps of a cell that spends the measured seconds of others (see `clock`):
+        their seconds over its pace's seconds per step. None for every other cell, and while those
+        are unfinished."""
         if not cell.budget:
             return None
         pace = self._pace(cell)
@@ -141,8 +142,8 @@ class Lab:
         return config
 
     def settings(self, cell: Cell) -> dict[str, Any]:
-        """Everything that decides what a cell finds, JSON-ready; what it begins with is recorded
-        for itself, and whether it was forced to begin decides nothing once it did."""
+        """Return everything that decides a cell's result, JSON-ready. Its start is recorded
+        separately, and ``force`` decides nothing once the cell has started."""
         found: dict[str, Any] = {"recipe": self.recipe.name, "task": cell.task}
         found["evaluation"] = to_json(self.sizes(cell))
         if cell.stage == "none":
@@ -155,8 +156,8 @@ class Lab:
         return found | {"config": config}
 
     def fingerprint(self, cell: Cell) -> str | None:
-        """Hash of what a cell begins with: a transformer's weights, or with fresh weights those of
-        the image tokenizer. None while its parent is not finished."""
+        """Return a hash of what a cell starts from: a transformer's weights or, for fresh weights,
+        those of the image tokenizer. None while its parent is unfinished."""
         if cell.parent is not None:
             record = read_record(self.results, cell.parent)
             return None if record is None else str(record["model"])
@@ -169,8 +170,8 @@ class Lab:
         return self._looked_at[name]
 
     def check_start(self, cell: Cell) -> None:
-        """Refuse to continue stage 1 from a model that is not of stage 1, and one, or its image
-        tokenizer, that is not of the recipe's shapes. Raises QualityError."""
+        """Refuse to continue stage 1 from a model of another stage. Also refuse a model, or for
+        fresh weights an image tokenizer, whose shapes are not the recipe's. Raises QualityError."""
         if cell.parent is not None:
             return
         name, fresh = self.given(cell), cell.start == FRESH
@@ -189,8 +190,8 @@ class Lab:
             )
 
     def check_pace(self, cell: Cell) -> None:
-        """Refuse to spend seconds that were measured in one type, or on one device, at the pace of
-        another, or in another. Raises QualityError."""
+        """Refuse to spend seconds if they, or the pace, were measured in another type or on another
+        device than this cell's. Raises QualityError."""
         if not cell.budget:
             return
         found = [self._pace(cell), *(read_record(self.results, name) for name in cell.budget)]
@@ -216,7 +217,7 @@ class Lab:
         new: dict[str, Any] = {"scale": self.scale, "settings": self.settings(cell)}
         old = {key: record[key] for key in new}
         if cell.budget and self.steps(cell) is None:
-            # What its seconds were measured on is not here; its record says what they came to.
+            # The cells of its budget are not here; its record has the settings that resulted.
             new["settings"]["config"] = old["settings"]["config"]
         elif cell.stage != "none":
             new["settings"]["config"]["loop"]["bf16"] = old["settings"]["config"]["loop"]["bf16"]

@@ -1,4 +1,4 @@
-"""The tables as plots, and the stages side by side: the same layouts and noise, drawn by each."""
+"""The tables as plots, and the stages side by side: each draws the same layouts and noise."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ COLUMNS, SIDE, EDGE, LEFT = 10, 64, 4, 72
 
 
 def plot(name: str, table: Table, folder: Path) -> Path | None:
-    """Means with standard errors of a table's arms, at T = 1 and at the best settings; None where
-    no cell is there. Points and not bars, as arms differ by little beside what they share.
+    """Plot the means and standard errors of a table's arms, at T = 1 and at the best settings.
+    Return None where no cell is finished. Points rather than bars, as arms differ little compared
+    with what they share.
 
     Raises:
-        ImportError: there is no matplotlib.
+        ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
@@ -59,9 +60,8 @@ def _label(row: dict[str, Any]) -> str:
 
 
 def contact_sheet(lab: Lab, path: Path) -> str | None:
-    """The first test layouts drawn by stage 1, + 2 and + 3 of one seed, at T = 1 and CFG = 1 with
-    the same noise, below the true pictures. Returns why it was not made, or None.
-    """
+    """Draw the first test layouts with stage 1, + 2 and + 3 of one seed, at T = 1 and CFG = 1 with
+    the same noise, below the true pictures. Return why the sheet was not made, or None."""
     why = "no seed has all three stages finished"
     for seed in lab.seeds:
         models = _models(lab, seed)
@@ -83,7 +83,7 @@ def contact_sheet(lab: Lab, path: Path) -> str | None:
 
 
 def _models(lab: Lab, seed: int) -> dict[str, Engine | None]:
-    """The stages' models, each only if it is the one that was recorded."""
+    """Return the stages' models, each only if it is the recorded one."""
     found: dict[str, Engine | None] = {}
     for stem in STAGES:
         found[stem] = recorded_model(lab, cells([seed])[f"{stem}-seed{seed}"])
@@ -91,7 +91,7 @@ def _models(lab: Lab, seed: int) -> dict[str, Engine | None]:
 
 
 def _sheet(rows: dict[str, list[Image.Image]]) -> Image.Image:
-    """Labelled rows of pictures, small ones at twice their size."""
+    """Arrange labelled rows of pictures, with small ones at twice their size."""
     side = max(2 * SIDE, next(iter(rows.values()))[0].width)
     wide = LEFT + COLUMNS * (side + EDGE) + EDGE
     sheet = Image.new("RGB", (wide, len(rows) * (side + EDGE) + EDGE), "white")

@@ -1,4 +1,4 @@
-"""Finished cells on disk: one JSON a cell with its metrics log beside it, meant to be committed."""
+"""Finished cells on disk: one JSON file per cell and its metrics log, meant to be committed."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ KEYS = {"cell", "arm", "seed", "stage", "scale", "settings", "start", "model", "
 
 
 class QualityError(ValueError):
-    """An experiment that cannot be run or read; the message names the cell and the fix."""
+    """An experiment cannot be run or read; the message names the cell and the fix."""
 
 
 def record_path(folder: Path, name: str) -> Path:
-    """Where a finished cell is kept."""
+    """Where a finished cell is stored."""
     return folder / f"{name}.json"
 
 
 def log_path(folder: Path, name: str) -> Path:
-    """Where its metrics log is kept."""
+    """Where its metrics log is stored."""
     return folder / f"{name}.metrics.jsonl"
 
 
 def read_record(folder: Path, name: str) -> Record | None:
-    """A finished cell; None where there is none.
+    """Read a finished cell; None where there is none.
 
     Raises:
-        QualityError: a file that is no record, or the record of another cell.
+        QualityError: the file is no record, or the record of another cell.
     """
     path = record_path(folder, name)
     if not path.is_file():
@@ -53,13 +53,13 @@ def read_record(folder: Path, name: str) -> Record | None:
 
 
 def recorded_seeds(folder: Path) -> set[int]:
-    """The seeds of which there are finished cells."""
+    """Return the seeds that have finished cells."""
     found = (re.fullmatch(r".+-seed(\d+)", path.stem) for path in folder.glob("*.json"))
     return {int(match[1]) for match in found if match}
 
 
 def precision(record: Record) -> str | None:
-    """What a cell's training multiplied in, "bfloat16" or "float32"; None: it had none."""
+    """The type a cell's training multiplied in, "bfloat16" or "float32"; None: no training."""
     config = record["settings"].get("config")
     return config and precision_of(config["loop"]["bf16"])
 
@@ -70,9 +70,10 @@ def precision_of(bf16: bool) -> str:
 
 
 def clock(record: Record) -> str:
-    """By which of its numbers a cell's compute is counted: CPU seconds, which leave out what else
-    the machine did, or on a GPU, of whose work they tell nothing, wall "seconds" of its steps."""
-    found: str = record.get("clock", "cpu_seconds")  # early records are of a CPU, and do not say
+    """Return the name of the number that counts a cell's compute. It is CPU seconds, which exclude
+    the machine's other work. On a GPU, whose work CPU seconds do not show, it is wall "seconds" of
+    steps."""
+    found: str = record.get("clock", "cpu_seconds")  # early records, from CPUs, lack it
     return found
 
 
@@ -83,7 +84,7 @@ def device(record: Record) -> str:
 
 
 def kind(record: Record) -> str | None:
-    """What seconds a step are compared within: a type, and off the CPU the device."""
+    """What must be equal to compare seconds per step: the type and, off the CPU, the device."""
     return (found := precision(record)) and kind_of(found, device(record))
 
 
@@ -95,13 +96,15 @@ def kind_of(precision: str, device: str) -> str:
 def pace(
     cell: Cell, known: Mapping[str, Cell], read: Callable[[str], Record | None]
 ) -> Record | None:
-    """The record whose seconds a step turn a cell's budget into steps: that of its own seed, or,
-    where this was trained in another type than the budget was, or on another device, of the first
-    seed's that was not. Steps of all seeds cost the same, those of two types or devices do not.
+    """Return the record whose seconds per step convert a cell's budget into steps.
+
+    It is the record of the cell's own seed. If that was trained in another type, or on another
+    device, than the budget was, it is the first seed's record that was not. Steps cost the same for
+    all seeds, but not for two types or devices.
 
     Args:
         known: all cells, by name.
-        read: gives a finished cell's record, None where there is none.
+        read: returns a finished cell's record, or None where there is none.
     """
     own, spent = read(cell.pace), [kind(r) for name in cell.budget if (r := read(name))]
     if own is None or kind(own) in spent:
@@ -112,8 +115,8 @@ def pace(
 
 
 def write_record(folder: Path, record: Record, log: Path | None) -> None:
-    """Keep a finished cell: its log first, so that a record that is there has its log. A number
-    that JSON cannot hold (NaN, infinity) becomes None, as in every result of the command line."""
+    """Store a finished cell: its log first, so that every stored record has its log. Numbers that
+    JSON cannot hold (NaN, infinity) become None, as in every result of the command line."""
     folder.mkdir(parents=True, exist_ok=True)
     if log is not None:
         replace_file(log_path(folder, record["cell"]), log.read_bytes())

@@ -21,7 +21,7 @@ TITLES = {
 }
 AT = {"plain": "At T = 1, CFG = 1", "best": "At each run's own validation-best T and CFG"}
 
-# name in a table → (where it is in an evaluation, the task that has to be learnt for it)
+# name in a table → (its place in an evaluation, the task that must be learnt for it)
 MEASURES: dict[str, tuple[tuple[str, str], str]] = {
     "AP": (("l2i", "ap"), "l2i"),
     "AP50": (("l2i", "ap50"), "l2i"),
@@ -70,7 +70,7 @@ Made by `echogen bench quality --report` from the cells in this folder, each wit
 
 
 def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
-    """{"mean", "stderr", "values"}; stderr is None for one value, mean too for none."""
+    """{"mean", "stderr", "values"}; stderr is None for one value, and both are None for none."""
     n = len(values)
     if n == 0:
         return {"mean": None, "stderr": None, "values": []}
@@ -81,10 +81,10 @@ def mean_and_error(values: Sequence[float]) -> dict[str, Any]:
 
 
 def make(results: Path, seeds: Iterable[int]) -> dict[str, Table]:
-    """All tables from the finished cells of these seeds, JSON-ready.
+    """Make all tables from the finished cells of these seeds, JSON-ready.
 
     Raises:
-        QualityError: a record that cannot be read.
+        QualityError: a record cannot be read.
     """
     known = cells(seeds)
     found = {name: read_record(results, name) for name in known}
@@ -123,8 +123,8 @@ def _ceiling(record: Record) -> dict[str, Any]:
 
 
 def _value(record: Record, at: str, measure: str) -> float | None:
-    """A measure of a record; None where the cell did not learn what it measures, or where it came
-    to no number."""
+    """Return a measure of a record; None where the cell did not learn its task, or where the
+    measure has no value."""
     (part, name), needs = MEASURES[measure]
     task = record["settings"]["task"]
     if task not in ("both", needs):
@@ -162,12 +162,12 @@ def _row(stem: str, arm: str, by_seed: dict[int, Record]) -> dict[str, Any]:
 
 
 def _not_counted(record: Record) -> tuple[str, ...]:
-    """What is left out of a cell's compute, since it would mean nothing."""
+    """Return what is left out of a cell's compute because it would mean nothing."""
     return () if clock(record) == "cpu_seconds" else ("cpu_seconds",)
 
 
 def _difference(what: str, a: dict[int, Record], b: dict[int, Record]) -> dict[str, Any]:
-    """The first arm less the second, over the seeds that both have."""
+    """The first arm minus the second, over the seeds that both have."""
     seeds = [seed for seed in a if seed in b]
     measures: dict[str, dict[str, Any]] = {at: {} for at in AT}
     for at in AT:
@@ -179,7 +179,7 @@ def _difference(what: str, a: dict[int, Record], b: dict[int, Record]) -> dict[s
 
 
 def _notes(some: list[Record], records: dict[str, Record]) -> list[str]:
-    """What would make the rows of a table incomparable."""
+    """List what makes the rows of a table incomparable."""
     notes = []
     for what, seen in {
         "recipes": {r["settings"]["recipe"] for r in some},
@@ -216,7 +216,7 @@ def _notes(some: list[Record], records: dict[str, Record]) -> list[str]:
 
 
 def _forced(some: list[Record]) -> list[str]:
-    """The cells of Cycle RL whose reward agreed less with the judge than they ask for."""
+    """List the cells of Cycle RL whose reward agreed with the judge less than they require."""
     notes = []
     for r in some:
         before, config = r.get("before") or {}, r["settings"].get("config", {})
@@ -231,8 +231,8 @@ def _forced(some: list[Record]) -> list[str]:
 
 
 def _paces(some: list[Record], known: dict[str, Cell], records: dict[str, Record]) -> list[str]:
-    """Whose pace turned a budget of seconds into steps; a cell's own pace cannot, where it ran on
-    another machine than the cell that set the budget."""
+    """Say whose pace converted a budget of seconds into steps. A cell's own pace cannot, where it
+    ran on another machine than the cell that set the budget."""
     of: dict[str, list[str]] = {}
     for r in some:
         cell = known[r["cell"]]
@@ -324,7 +324,7 @@ def _spent(rows: list[dict[str, Any]]) -> str:
 
 
 def shown(estimate: dict[str, Any], sign: bool = False) -> str:
-    """A mean with its standard error, or with the word that it has none."""
+    """Format a mean with its standard error, or with a note that it has none."""
     if estimate["mean"] is None:
         return "–"
     mean = f"{estimate['mean']:{'+' if sign else ''}.3f}"

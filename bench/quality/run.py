@@ -1,8 +1,8 @@
-"""Runs the cells that are missing, each after those it needs, and keeps every finished one.
+"""Run the missing cells, each after those it needs, and keep every finished one.
 
-A cell's run lies in the folder of models, outside the repository, and is resumed there; what it
-found is written beside the other results in one piece. A stop between or within cells thus costs at
-most the steps since the last checkpoint.
+A cell's run lies in the folder of models, outside the repository, and is resumed there. Its result
+is written in one piece beside the other results. A stop between or within cells thus costs at most
+the steps since the last checkpoint.
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ from echogen.train.run.loop import run as train
 from echogen.train.start import load_start, model_folder
 
 REFUSED = (QualityError, TrainingError, StateError, CheckpointError, LayoutError)
-"""What keeps one cell from being run, or from its end."""
+"""Errors that keep one cell from starting or finishing."""
 
 
 def run_all(lab: Lab, chosen: list[Cell], again: bool = False) -> dict[str, str]:
-    """Run cells in order; why one did not run, by its name. A cell that cannot be run (its settings
-    changed, Cycle RL refused to begin) does not keep the others from it, save those it leads to."""
+    """Run cells in order; return, by name, why a cell did not run. A cell that cannot be run (its
+    settings changed, Cycle RL refused to start) does not stop the others, except those that need
+    it."""
     failed: dict[str, str] = {}
     for cell in chosen:
         state, why = lab.state(cell)
@@ -64,15 +65,16 @@ def run_all(lab: Lab, chosen: list[Cell], again: bool = False) -> dict[str, str]
 
 
 def run_cell(lab: Lab, cell: Cell, again: bool = False) -> None:
-    """Run a cell, unless it is done, after those it needs.
+    """Run a cell after those it needs, unless it is done.
 
     Args:
-        again: forget what is there of this cell and run it again.
+        again: discard what exists of this cell and run it again.
 
     Raises:
-        QualityError: done with other settings; lacking something; run by another process.
-        TrainingError: its training came to nothing, or Cycle RL refused to begin.
-        StateError, CheckpointError, LayoutError: a file that it goes on from or reads is damaged.
+        QualityError: the cell is done with other settings, lacks something, or is run by another
+            process.
+        TrainingError: its training failed, or Cycle RL refused to start.
+        StateError, CheckpointError, LayoutError: a file that it resumes from or reads is damaged.
     """
     state, why = lab.state(cell)
     if state == "blocked":
@@ -102,13 +104,13 @@ def run_cell(lab: Lab, cell: Cell, again: bool = False) -> None:
 
 
 def folder_of(lab: Lab, cell: Cell) -> Path:
-    """Where a cell's run and its model lie."""
+    """Where a cell's run and its model are stored."""
     return lab.models / cell.name
 
 
 @contextmanager
 def held(lab: Lab, cell: Cell) -> Iterator[None]:
-    """One process at a time runs a cell."""
+    """Lock a cell, so that one process at a time runs it."""
     folder_of(lab, cell).mkdir(parents=True, exist_ok=True)
     try:
         with run_folder.held(folder_of(lab, cell), cell.name):
@@ -159,7 +161,7 @@ def _finish(lab: Lab, cell: Cell) -> None:
 
 
 def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
-    """Train a cell's model into its folder, or go on with it, or find it there; returns what its
+    """Train a cell's model into its folder, resume its training, or find it there. Return what its
     record says of the training."""
     folder = folder_of(lab, cell)
     wanted = lab.settings(cell) | {"start": lab.fingerprint(cell)}
@@ -174,12 +176,12 @@ def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
         return told
     config = lab.config(cell)
     run = folder / "run"
-    if not (run / "state.pt").is_file():  # what was timed and kept belongs to no state
+    if not (run / "state.pt").is_file():  # without a state, timings and files are void
         shutil.rmtree(run, ignore_errors=True)
-    places = run / "environments.json"  # of every process that had a part in it
+    places = run / "environments.json"  # of every process that took part
     there = json.loads(places.read_text()) if places.is_file() else []
     here = lab.environment["device"]
-    if there and there[-1]["device"] != here:  # its seconds would be of both
+    if there and there[-1]["device"] != here:  # its seconds would mix both
         raise QualityError(
             f"{cell.name}: its run in {folder} began on {there[-1]['device']}, and this is {here}; "
             f"go on there (--device), or start it over with --cell {cell.name} --again"
@@ -205,7 +207,7 @@ def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
         "clock": timed.clock,
         "checkpoint": checkpoint(log, timed.selects),
         "trained_in": json.loads(places.read_text()),
-        # What Cycle RL finds out before its first step: how its reward agrees with the judge.
+        # What Cycle RL measures before its first step: how its reward agrees with the judge.
         "before": {k: v for k, v in first.items() if k != "step"} if not first["step"] else {},
     }
     write_json(mark, told)
@@ -213,7 +215,7 @@ def trained_model(lab: Lab, cell: Cell) -> dict[str, Any]:
 
 
 def recorded_model(lab: Lab, cell: Cell) -> Engine | None:
-    """The model of a finished cell, if it is here and the one that was recorded."""
+    """Return the model of a finished cell, if it is here and matches the record."""
     record = read_record(lab.results, cell.name)
     if cell.stage != "none":
         folder = folder_of(lab, cell) / "model"
@@ -230,8 +232,8 @@ def recorded_model(lab: Lab, cell: Cell) -> Engine | None:
 
 
 def _beginning(lab: Lab, cell: Cell) -> Path | str:
-    """The model that a cell begins with. One that is finished but whose weights are not here (they
-    are not committed) is trained again, and must come out the same."""
+    """Return the model that a cell starts from. If the parent is finished but its weights are not
+    here (they are not committed), it is trained again, and must come out the same."""
     if cell.parent is None:
         return lab.given(cell)
     parent = lab.find(cell.parent)

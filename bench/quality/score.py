@@ -1,4 +1,4 @@
-"""How good a model is, and how varied: chosen on validation scenes, measured on test scenes."""
+"""A model's quality and variety: settings chosen on validation scenes, measured on test scenes."""
 
 from __future__ import annotations
 
@@ -29,15 +29,16 @@ GRID = tuple(
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is drawn.
+    """How much an evaluation draws.
 
     Attributes:
         validation: scenes on which temperature and guidance are chosen.
         test: scenes of the tables.
-        varied, draws: layouts, and pictures of each, of the diversity measures.
-        drawings: of each test layout; the measures of drawing (``l2i``) are means over them.
+        varied, draws: layouts, and pictures of each, for the diversity measures.
+        drawings: drawings of each test layout; the measures of drawing (``l2i``) are means over
+            them.
         choosing: drawings at T = 1 of each of Cycle RL's validation layouts, by which the weights
-            are chosen among a training's evaluations; 0: the stage has its own way.
+            are chosen among a training's evaluations; 0: the stage chooses in its own way.
     """
 
     validation: int = 96
@@ -49,16 +50,17 @@ class Sizes:
 
 
 def measure(engine: Engine, sizes: Sizes, seed: int, choose: bool = True) -> dict[str, Any]:
-    """A model at T = 1, CFG = 1 (``plain``) and at its validation-best setting (``best``).
+    """Evaluate a model at T = 1, CFG = 1 (``plain``) and at its validation-best setting (``best``).
 
     Args:
-        engine: the model; its default sampling is left as it was.
+        engine: the model; its default sampling does not change.
         seed: of the noise and of the layouts' wording, so that arms of one seed share both.
-        choose: False: do not search, ``best`` is ``plain`` (a model that does not draw).
+        choose: False: do not search; ``best`` is ``plain`` (for a model that does not draw).
 
     Returns:
-        JSON-ready data: ``validation`` (the grid, each with the judge's mean IoU), ``plain`` and
-        ``best``, each the tables of `evaluate` with ``sampling`` and ``diversity``, and ``sizes``.
+        JSON-ready data: ``validation`` (the grid, each entry with the judge's mean IoU), ``plain``
+        and ``best``, each the tables of `evaluate` with ``sampling`` and ``diversity``, and
+        ``sizes``.
     """
     grid = []
     for sampling in GRID if choose else ():
@@ -76,11 +78,11 @@ def measure(engine: Engine, sizes: Sizes, seed: int, choose: bool = True) -> dic
 def judged(
     engine: Engine, count: int, seed: int, sampling: Sampling, drawings: int = 1
 ) -> dict[str, float]:
-    """The judge's mean IoU and accuracy at 0.5 on the layouts of validation scenes, over so many
-    drawings of each."""
+    """Return the judge's mean IoU and accuracy at 0.5 on the layouts of validation scenes, over
+    ``drawings`` drawings of each."""
     scenes = load_scenes("val", count)
     layouts = layouts_of(scenes, seed)
-    # Drawing by drawing, so that memory is that of one.
+    # One drawing at a time, so that memory holds only one.
     found = [
         judge_boxes(_draw(engine, layouts, seed, sampling, i * count)[1], scenes)
         for i in range(drawings)
@@ -89,7 +91,7 @@ def judged(
 
 
 def tables(engine: Engine, sizes: Sizes, seed: int, sampling: Sampling) -> dict[str, Any]:
-    """The tables on test scenes at one setting, with the diversity of its pictures."""
+    """Return the tables on test scenes at one setting, with the diversity of the pictures."""
     default, engine.sampling = engine.sampling, sampling
     try:
         found = evaluate(engine, "test", sizes.test, seed)
@@ -123,10 +125,11 @@ def drawing(
 
 
 def over_drawings(found: list[dict[str, Any]]) -> dict[str, Any]:
-    """One L2I table of several drawings: means of the numbers that all have, `fd_vq` of the first.
+    """Combine several drawings' L2I tables: means of the numbers that all have, `fd_vq` of the
+    first.
 
-    The intervals, which are of one drawing, are left out; ``each`` has every drawing's AP and
-    accuracy at 0.5, from which the noise of drawing can be read.
+    Confidence intervals are left out, as they are of one drawing. ``each`` has every drawing's AP
+    and accuracy at 0.5, which show the noise of drawing.
     """
     first = {name: value for name, value in found[0].items() if name != "interval95"}
     shared = [name for name in first if all(name in table for table in found)]
@@ -138,11 +141,12 @@ def over_drawings(found: list[dict[str, Any]]) -> dict[str, Any]:
 def diversity(
     engine: Engine, layouts: list[Layout], draws: int, seed: int, sampling: Sampling
 ) -> dict[str, float]:
-    """How much pictures of one layout differ, as means over layouts.
+    """Measure how much pictures of one layout differ, as means over layouts.
 
     Returns:
-        ``distinct_codes``: different codes at a place of the image, 1 (all pictures the same) …
-        ``draws``. ``pixel_distance``: mean absolute difference of two pictures, in 0 … 1.
+        ``distinct_codes``: number of different codes at a position of the image, from 1 (all
+        pictures the same) to ``draws``. ``pixel_distance``: mean absolute difference of two
+        pictures, in 0 … 1.
     """
     repeated = [layout for layout in layouts for _ in range(draws)]
     codes, images = _draw(engine, repeated, seed, sampling)
@@ -162,8 +166,8 @@ def diversity(
 def _draw(
     engine: Engine, layouts: list[Layout], seed: int, sampling: Sampling, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Codes [N, T] and pictures [N, 3, H, W] in −1 … 1; ``first``: number of the first sample,
-    which its noise is drawn by."""
+    """Return codes [N, T] and pictures [N, 3, H, W] in −1 … 1. ``first`` is the number of the first
+    sample, which its noise is drawn by."""
     codes = torch.cat(
         [
             engine.generate_codes(

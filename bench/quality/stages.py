@@ -1,4 +1,4 @@
-"""From a cell to the stage that trains it, with a clock on its steps."""
+"""The stage that trains a cell, with a clock on its steps."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from echogen.train.start import load_start, model_folder
 
 
 class OneTaskStage(PMTPStage):
-    """Stage 1 with one of its two tasks left out: the same samples in the same order."""
+    """Stage 1 without one of its two tasks: the same samples in the same order."""
 
     def __init__(self, config: PMTPConfig, vq: JanusVQVAE, task: Task) -> None:
         if config.mask != "isolated" or config.extra_grounding:
@@ -37,7 +37,7 @@ class OneTaskStage(PMTPStage):
         self._task = task
 
     def tasks(self, step: int) -> list[Asked]:
-        # Both tasks' randomness is drawn, so that either has what it has in company.
+        # Draw both tasks' randomness, so that a task alone gets the same as with the other.
         every = super().tasks(step)
         if self._task == "l2i":
             return [asked._replace(questions=[]) for asked in every]
@@ -47,15 +47,16 @@ class OneTaskStage(PMTPStage):
 def build(
     cell: Cell, config: Config, start: Path | str, device: str = "cpu"
 ) -> tuple[Stage, dict[str, Any]]:
-    """The stage of a cell, and what is recorded of its beginning.
+    """Build the stage of a cell, and what is recorded about its start.
 
     Args:
-        start: the model it begins with, or (fresh weights) whose image tokenizer it takes.
+        start: the model it starts from or, for fresh weights, the one whose image tokenizer it
+            uses.
         device: where it is trained.
 
     Raises:
-        StateError: a model of another stage.
-        CheckpointError: a model that does not load.
+        StateError: the model is of another stage.
+        CheckpointError: the model does not load.
     """
     if isinstance(config, PMTPConfig):
         vq = Engine.from_pretrained(model_folder(start), device).vq
@@ -64,7 +65,7 @@ def build(
             return PMTPStage(config, vq), told
         return OneTaskStage(config, vq, cell.task), told
     after = "djo" if isinstance(config, CycleRLConfig) else "pmtp"
-    # Stage 1 is continued as stage 2 without its loop, and says that it is a model of stage 2.
+    # Stage 1 is continued as stage 2 without its loop; its model then says that it is of stage 2.
     continued = isinstance(config, DJOConfig) and cell.parent is not None
     begun = load_start(start, after, any_stage=continued, device=device)
     told = {"fingerprint": begun.fingerprint, "stages": list(begun.stages)}
@@ -74,13 +75,13 @@ def build(
 
 
 class Timed:
-    """A stage whose optimizer steps are timed, evaluations left out.
+    """A stage whose optimizer steps are timed, without the evaluations.
 
-    The clock lies in the run's folder, so that a resumed run goes on with it; on a GPU a step ends
-    when the device is through with it, and wall seconds count (``clock``). The checkpoint that
-    the loop exports is the best on validation by the stage's own number where it has one, else by
-    the judge's IoU (grounding alone: by its own); or, asked for ``choosing`` drawings of Cycle RL's
-    validation layouts, by the judge's IoU of these (``drawn_iou``).
+    The clock is kept in the run's folder, so that a resumed run continues it. On a GPU, a step ends
+    when the device has finished it, and wall seconds count (``clock``). The loop exports the
+    checkpoint that is best on validation. It compares the stage's own number if there is one, else
+    the judge's IoU (for grounding alone, the grounding IoU). With ``choosing``, it compares the
+    judge's IoU of that many drawings of Cycle RL's validation layouts (``drawn_iou``).
     """
 
     def __init__(self, stage: Stage, folder: Path, task: Task, choosing: int = 0) -> None:
@@ -90,7 +91,7 @@ class Timed:
         self.selects: str = "drawn_iou" if choosing else own or usual
         self._device = next(stage.module.parameters()).device
         self.clock = "seconds" if self._device.type == "cuda" else "cpu_seconds"
-        """The name of the number that compute is counted by."""
+        """The name of the number that counts compute."""
         self._path, self._began = folder / "clock.json", (0.0, 0.0)
         self._clock = {"steps": 0, "seconds": 0.0, "cpu_seconds": 0.0}
         if self._path.is_file():
@@ -116,7 +117,7 @@ class Timed:
         return self.stage.loss(step)
 
     def __getattr__(self, name: str) -> Any:
-        """What a stage may have besides (see `Stage`), as far as its steps need it."""
+        """Forward the optional members of a stage (see `Stage`) that its steps need."""
         if name not in ("ahead", "inputs", "loss_part"):
             raise AttributeError(name)
         found = getattr(self.stage, name)
@@ -131,7 +132,7 @@ class Timed:
         return timed
 
     def after_step(self, step: int) -> None:
-        """Called after the optimizer: from ``loss`` to here is one step."""
+        """Called after the optimizer: one step lasts from ``loss`` to here."""
         self.stage.after_step(step)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -152,8 +153,8 @@ class Timed:
         self.stage.export(folder)
 
     def seconds(self, steps: int) -> dict[str, float]:
-        """Wall and CPU seconds of ``steps`` steps: as many times the mean step's, so that what an
-        interruption lost does not count."""
+        """Return wall and CPU seconds of ``steps`` steps, as that many times the mean step, so that
+        work lost to an interruption does not count."""
         each = max(1, self._clock["steps"])
         return {
             name: round(self._clock[name] / each * steps, 3) for name in ("seconds", "cpu_seconds")
@@ -161,7 +162,7 @@ class Timed:
 
 
 def checkpoint(log: Path, by: str) -> dict[str, Any]:
-    """Which checkpoint of a finished run was exported, and among which, from its metrics."""
+    """Return which checkpoint of a finished run was exported, and from which, by its metrics."""
     rows = [json.loads(line) for line in log.read_text().splitlines()]
     chosen = next(row["chosen_step"] for row in rows if "chosen_step" in row)
     of = [{"step": r["step"], "score": r[f"val_{by}"]} for r in rows if f"val_{by}" in r]

@@ -1,4 +1,4 @@
-"""The model of stage 1 that cells begin with: its hashes, and whether it is the recipe's."""
+"""The stage 1 model that cells start from: its hashes, and whether it fits the recipe."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from echogen.train.data.samples import module_hash
 from echogen.train.start import model_folder
 
 OF_TOKENIZER = ("image_size", "image_tokens", "codebook_size", "code_dim", "width")
-"""Shapes that fresh weights take over with the image tokenizer, which projects to their width."""
+"""Shapes that fresh weights inherit from the image tokenizer, which projects to their width."""
 
 
 @dataclass(frozen=True)
 class Given:
-    """What is to be known of a model.
+    """Facts about a model.
 
     Attributes:
         weights, tokenizer: hashes of its transformer's weights and of its image tokenizer's.
@@ -29,14 +29,14 @@ class Given:
 
 
 def look_at(name: str) -> Given:
-    """Load a run's, a folder's or a bundled model. Raises CheckpointError, StateError."""
+    """Load the model of a run or a folder, or a bundled one. Raises CheckpointError, StateError."""
     engine = Engine.from_pretrained(model_folder(name))
     config = engine.transformer.config
     return Given(module_hash(engine.transformer), module_hash(engine.vq), config)
 
 
 def shapes(recipe: Recipe) -> dict[str, int]:
-    """Of the models that a recipe makes, named as in `ModelConfig`."""
+    """Return the shapes of the models that a recipe makes, named as in `ModelConfig`."""
     c, vq = recipe.pmtp, recipe.vq
     side = vq.image_size >> (len(vq.multipliers) - 1)
     return {
@@ -47,7 +47,7 @@ def shapes(recipe: Recipe) -> dict[str, int]:
 
 
 def unlike(given: Given, recipe: Recipe, fresh: bool) -> list[str]:
-    """How a model's shapes differ from the recipe's, or (``fresh``) its image tokenizer's."""
+    """List how a model's shapes, or (``fresh``) its image tokenizer's, differ from the recipe's."""
     found = asdict(given.config)
     return [
         f"{name.replace('_', ' ')} {found[name]}, not {wanted}"

@@ -1,15 +1,15 @@
-"""Requests that come over time, as a server meets them: at random moments, at a given load.
+"""Requests that arrive over time, as on a server: at random moments, at a given load.
 
-Gaps between requests are exponential (a Poisson process), in real time, and every provider meets
-the same requests at the same moments. Times are counted from the moment a request was due, so that
-a server cannot look better by being slow to take it. Queue and slots are looked at when a request
-comes: those that come at random moments find what there is on average.
+Gaps between requests are exponential (a Poisson process), in real time, and every provider gets the
+same requests at the same moments. Times count from the moment when a request was due, so that a
+server cannot look better by being slow to take it. The queue and the slots are read at each
+arrival: arrivals at random moments see their average state.
 
-Loads are shares of the scheduler's own capacity, measured in the same run by a queue that is never
-empty. Fixed batches have another one (`echogen.bench.speed.serving`).
+Loads are shares of the scheduler's own capacity, which is measured in the same run with a queue
+that is never empty. Fixed batches have a different capacity (`echogen.bench.speed.serving`).
 
-Nothing is counted before queue and slots are as full as the load makes them: the first ``SETTLING``
-of a trace meets a machine that was idle. A quantile is given where enough requests lie beyond it.
+Counting starts once queue and slots are as full as the load makes them: the first ``SETTLING`` of a
+trace meets a machine that was idle. A quantile is given where enough requests lie beyond it.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ LOADS = (0.5, 0.8, 1.2)
 """Shares of the capacity: easy, busy, and more than can be drawn."""
 WHO_WAITS = "batches of who waits"
 PROVIDERS = (SCHEDULER, STATIC, WHO_WAITS)
-"""The scheduler; batches that wait until they are full; batches of what waits when the one
-before has ended."""
+"""The scheduler; batches that wait until they are full; batches that take whatever waits when the
+previous one has ended."""
 PARTS = 4
-"""The first part of an image is so many times smaller than the whole."""
+"""An image's first part is this many times smaller than the whole."""
 SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99}
 SETTLING = 0.2
-"""Share of a trace that is played and not counted. At a load of 0.8 a queue forgets that it began
-empty in about a hundred requests."""
+"""Share of a trace that is played but not counted. At a load of 0.8, a queue forgets within about a
+hundred requests that it began empty."""
 BEYOND = 5
 """Requests that must lie beyond a quantile: 500 for p99."""
 WARMING = 50
@@ -63,15 +63,17 @@ WARMING = 50
 
 @dataclass
 class Fate:
-    """What became of a request; moments on the clock of ``time.perf_counter``.
+    """What happened to a request; moments on the clock of ``time.perf_counter``.
 
     Attributes:
-        due: when it came.
-        asked: when it was sent: as soon as the one before had been taken, if later.
-        waiting, held: requests that waited and slots that were held, as it found them.
-        first, ended: when the first part of its images was there, and all; None where refused.
-        future: of its codes; None where refused.
-        over: set after all of them; a future's result may be there before it has called back.
+        due: when it was due.
+        asked: when it was sent. This is later than ``due`` if the previous one was still being
+            taken.
+        waiting, held: requests waiting and slots held when it arrived.
+        first, ended: when the first part of its images was available, and when all of them were;
+            None if refused.
+        future: of its codes; None if refused.
+        over: set after all of these; a future's result may be available before its callback runs.
     """
 
     due: float
@@ -84,17 +86,18 @@ class Fate:
     over: threading.Event = field(default_factory=threading.Event)
 
     def note_first(self) -> None:
-        """The first part is there."""
+        """Record that the first part is available."""
         self.first = time.perf_counter()
 
     def note_end(self, _: Future[Tensor]) -> None:
-        """The whole is there."""
+        """Record that the whole is available."""
         self.ended = time.perf_counter()
         self.over.set()
 
 
 def poisson(count: int, seed: int) -> list[float]:
-    """Moments of ``count`` arrivals at one a second on average; over a rate, at that rate."""
+    """Return the moments of ``count`` arrivals, one per second on average. Divide by a rate to get
+    that rate."""
     rng, at, moments = random.Random(seed), 0.0, list[float]()
     for _ in range(count):
         moments.append(at := at + rng.expovariate(1.0))
@@ -102,8 +105,8 @@ def poisson(count: int, seed: int) -> list[float]:
 
 
 def play(server: Server, asked: Sequence[Asked], moments: Sequence[float]) -> list[Fate]:
-    """Send each request at its moment, in seconds from now, and wait for all that were taken.
-    Raises whatever a request raises but QueueFull, which is its fate."""
+    """Send each request at its moment, in seconds from now, and wait for all that were accepted.
+    QueueFull is recorded as a request's fate; any other error of a request is raised."""
     began, fates = time.perf_counter(), list[Fate]()
     for each, moment in zip(asked, moments, strict=True):
         time.sleep(max(0.0, began + moment - time.perf_counter()))
@@ -122,7 +125,7 @@ def play(server: Server, asked: Sequence[Asked], moments: Sequence[float]) -> li
 
 
 def saturated(scheduler: Scheduler, asked: Sequence[Asked], queue: int) -> list[Tensor]:
-    """The codes of all requests, the queue kept full."""
+    """Draw all requests with the queue kept full, and return their codes."""
     made = []
     for a in asked:
         while scheduler.metrics().waiting >= queue:
@@ -147,23 +150,23 @@ def measure(
 
     Args:
         engine: draws; in float32.
-        requests: that come at each load, of all kinds (`serving.mixed`); the first ``SETTLING`` of
+        requests: arrivals at each load, of all kinds (`serving.mixed`); the first ``SETTLING`` of
             them are not counted.
         slots: rows of the scheduler and of a batch.
-        queue: requests that may wait; any more are refused.
+        queue: requests that may wait; more are refused.
         loads: shares of the scheduler's capacity.
-        rates: further loads, in requests a second.
+        rates: further loads, in requests per second.
         seed: of the requests, their moments and the noise.
         progress: called with (traces played, traces in all).
 
     Returns:
-        ``capacity_per_s`` (requests) and ``capacity_images_per_s`` of the scheduler, ``settling``,
-        the requests of a trace that are not counted, and ``results``, one object a load and
-        provider: see ``_row``.
+        ``capacity_per_s`` (requests) and ``capacity_images_per_s`` of the scheduler, ``settling``
+        (the number of requests of a trace that are not counted), and ``results``, one object per
+        load and provider: see ``_row``.
 
     Raises:
-        WrongResult: other pictures at some load than with a full queue.
-        ValueError: a number out of range.
+        WrongResult: at some load, pictures differ from those with a full queue.
+        ValueError: a number is out of range.
     """
     check(requests, slots, queue, loads, rates)
     asked, moments = mixed(requests, seed), poisson(requests, seed)
@@ -172,7 +175,7 @@ def measure(
     rows, settling = list[dict[str, Any]](), int(SETTLING * requests)
     with threads(1):
         scheduler = Scheduler(engine, slots, queue, prompt_tokens=longest)
-        wanted = saturated(scheduler, asked, queue)  # prompts that come again are kept from here on
+        wanted = saturated(scheduler, asked, queue)  # repeated prompts are cached from here on
         capacity = requests / seconds(lambda: saturated(scheduler, asked, queue))
         in_batches(engine, asked[:WARMING], slots)
         points = [(load, load * capacity) for load in loads]
@@ -200,7 +203,7 @@ def measure(
 def check(
     requests: int, slots: int, queue: int, loads: Sequence[float], rates: Sequence[float]
 ) -> None:
-    """Raises ValueError, see ``measure``."""
+    """Check the arguments of ``measure``. Raises ValueError."""
     if requests < 1 or queue < 1:
         raise ValueError(f"requests = {requests}, queue = {queue}; both must be at least 1")
     if slots < 2 * SAMPLES:
@@ -223,7 +226,7 @@ def _server(
 
 
 def check_codes(name: str, fates: Sequence[Fate], wanted: Sequence[Tensor]) -> int:
-    """Images drawn otherwise than with a full queue. Raises WrongResult."""
+    """Count the images that differ from those drawn with a full queue. Raises WrongResult."""
     pairs = [(f.future.result(), w) for f, w in zip(fates, wanted, strict=True) if f.future]
     different = sum(int((a != b).any(-1).sum()) for a, b in pairs)
     images = sum(len(w) for _, w in pairs)
@@ -233,12 +236,15 @@ def check_codes(name: str, fates: Sequence[Fate], wanted: Sequence[Tensor]) -> i
 
 
 def _row(asked: Sequence[Asked], fates: Sequence[Fate], slots: int) -> dict[str, Any]:
-    """Of what is counted of a trace: requests ``finished`` and ``refused``; ``images_per_s`` from
-    the first arrival to the last end; quantiles of the seconds to the first part (``first_p50_s``
-    …) and to the end (``latency_p50_s`` …) of those taken, and of those by which requests were sent
-    late (``late_p50_s`` …, part of the other two); and as arrivals found them, requests waiting on
-    average and at most, and the mean share of the slots that were held. A quantile is None where
-    fewer than ``BEYOND`` lie beyond it."""
+    """Summarise the counted part of a trace.
+
+    It has the requests ``finished`` and ``refused``; ``images_per_s``, from the first arrival to
+    the last end; quantiles of the seconds to the first part (``first_p50_s`` …) and to the end
+    (``latency_p50_s`` …) of accepted requests, and of the delay in sending (``late_p50_s`` …, which
+    is part of the other two). As seen at arrivals, it also has the mean and the largest number of
+    waiting requests, and the mean share of slots held. A quantile is None where fewer than
+    ``BEYOND`` requests lie beyond it.
+    """
     taken = [(a, f) for a, f in zip(asked, fates, strict=True) if f.future is not None]
     images = sum(a.samples for a, _ in taken)
     ends = [f.ended for _, f in taken if f.ended is not None]
@@ -269,7 +275,7 @@ def _quantile(values: Sequence[float], share: float) -> float | None:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """What ``measure`` found, for people."""
+    """Format the result of ``measure`` for people."""
     shown = Table(
         title=f"{result['requests']} requests that come over time, the first {result['settling']} "
         f"not counted, {result['slots']} slots, a queue of {result['queue']}; the scheduler can "

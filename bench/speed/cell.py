@@ -1,5 +1,5 @@
-"""One batch at one scale of modes latency and rollout: this engine is timed and told first, then
-one peer after another in turn with it, so that whatever ends a run leaves what was measured."""
+"""One batch at one scale in modes latency and rollout. This engine is timed and reported first.
+Then each peer is timed in turn with it, so that whatever ends a run leaves what was measured."""
 
 from __future__ import annotations
 
@@ -22,25 +22,26 @@ from echogen.bench.speed.held import held_mib
 
 Row = dict[str, Any]
 LEAST_SAME = 0.9
-"""Share of images that must be code for code those of this engine: in a batch of hundreds two codes
-of random weights are within rounding of each other now and then."""
+"""Share of images that must equal this engine's, code for code. In a batch of hundreds, two codes
+of random weights are now and then within rounding of each other."""
 SLOW = 5.0
-"""Seconds of a drawing on a GPU above which the one that a peer is compared by is its time: the
-port's loop may take half a minute for an image, which its launches decide and noise does not."""
+"""If a peer's drawing for comparison takes longer than this many seconds on a GPU, that drawing is
+also its time. The port's loop may take half a minute per image; launches decide that, and noise
+does not."""
 WARM_UP = 8
-"""Codes that a peer draws before: they load what it runs, compile it, and record its graphs."""
+"""Codes that a peer draws first, to load what it runs, compile it, and record its graphs."""
 ERRORS = "logits_error", "logits_error_plain"
 
 
 class Cell:
-    """Who draws one batch, and how long it takes them.
+    """Times one batch with every provider.
 
     Args:
-        contestants: those who may.
+        contestants: the providers.
         asked: the batch.
         repeats: timed drawings of each.
-        fixed: the threads of all on a CPU; None: those that draw quickest.
-        threads: of each provider, as known so far; added to.
+        fixed: the thread count of all on a CPU; None: the fastest one for each.
+        threads: thread counts of the providers known so far; extended here.
     """
 
     def __init__(
@@ -58,11 +59,12 @@ class Cell:
         self._ceiling: Roofline | None = None
 
     def rows(self, peers: Sequence[str]) -> Iterator[Row]:
-        """This engine's row, and one of each peer that runs here, each as soon as it is there.
+        """Yield this engine's row, and one of each peer that runs here, each as soon as it is
+        measured.
 
         Raises:
             WrongResult: this engine's logits are off, or a peer draws other codes; then none of the
-                rows is worth anything.
+                rows is valid.
             RuntimeError: this engine does not draw here.
         """
         self._contestants.release()
@@ -78,7 +80,7 @@ class Cell:
         peak = self._prepare(OURS, held)
         self._ceiling = self._contestants.ceiling(self._threads[OURS])
         if self._on_gpu:
-            self._at_best(OURS)  # records what is timed
+            self._at_best(OURS)  # records the graphs to time
         row = self._row(OURS, self._in_turn(OURS)[OURS], 1.0, peak, 1.0)
         return row | (dict(zip(ERRORS, errors, strict=True)) if errors else {})
 
@@ -94,8 +96,8 @@ class Cell:
         return self._row(name, times[name], same, peak, statistics.median(pairs))
 
     def _first(self, name: str) -> tuple[Tensor, float, float | None]:
-        """The most likely codes of a provider, the seconds they took, and on a GPU MiB held: what
-        it keeps for its next drawing it makes now."""
+        """Return a provider's most likely codes, the seconds they took and, on a GPU, the MiB held.
+        This run also creates what the provider keeps for its next drawing."""
         greedy = self._contestants.greedy
         torch.set_num_threads(self._fixed or 1)
         drawn, took, held = list[Tensor](), list[float](), None
@@ -112,12 +114,12 @@ class Cell:
         return drawn[0], took[0], held
 
     def _prepare(self, name: str, held: float | None) -> float | None:
-        """Find out a provider's threads on a CPU; its peak memory in MiB."""
+        """Find a provider's thread count on a CPU, and return its peak memory in MiB."""
         draw = self._contestants.timed(name, self._asked)
         if name not in self._threads:
             counts = range(1, 1 + (1 if self._on_gpu else os.cpu_count() or 1))
             self._threads[name] = self._fixed or _quickest(draw, counts)
-        # Counting would be compiled too, and a few codes fill no cache.
+        # torch.compile would also compile the counting, and a few codes do not fill a cache.
         uncounted = name == COMPILED or (name != OURS and self._asked.codes is not None)
         return held if self._on_gpu or uncounted else held_mib(draw)
 
@@ -132,20 +134,20 @@ class Cell:
         return stretches.in_turn(draws, self._repeats, self._wanted.shape[1])
 
     def _beside(self, name: str, took: float) -> dict[str, list[float]]:
-        """On a GPU: seconds of this engine and of a peer in turn, where the one that was compared
-        took so long."""
+        """On a GPU: seconds of this engine and of a peer in turn, but only one drawing of each if
+        the peer's drawing for comparison took long."""
         ours, theirs = (partial(self._at_best, one) for one in (OURS, name))
         ours()  # records again
         if took > SLOW and not name.startswith(OURS):
             return {name: [took], OURS: [seconds(ours)]}
-        theirs()  # records what is timed
+        theirs()  # records the graphs to time
         if name != COMPILED:
             return self._in_turn(OURS, name)
         times: dict[str, list[float]] = {name: [], OURS: []}
         for _ in range(self._repeats):
             times[name].append(seconds(theirs))
-            # Where Inductor records a graph it frees cuBLAS's workspaces, whose addresses are in
-            # this engine's graphs: they are recorded again before they run again.
+            # When Inductor records a graph, it frees cuBLAS's workspaces, whose addresses are in
+            # this engine's graphs. So these are recorded again before they run again.
             self._contestants.forget_steps()
             ours()
             times[OURS].append(seconds(ours))
@@ -179,8 +181,8 @@ class Cell:
 
 
 def _same(name: str, codes: Tensor, wanted: Tensor, exact: bool) -> float:
-    """Share of images that are code for code this engine's. In bfloat16 the first rounding parts
-    them, so there it is told and not asked for."""
+    """Return the share of images that equal this engine's, code for code. In bfloat16 the first
+    rounding makes them differ, so there the share is reported but not required."""
     if codes.shape != wanted.shape:
         shapes = f"{tuple(codes.shape)}, not {tuple(wanted.shape)}"
         raise WrongResult(f"{name} drew codes of shape {shapes}; no time is kept")
@@ -194,7 +196,7 @@ def _same(name: str, codes: Tensor, wanted: Tensor, exact: bool) -> float:
 
 
 def _quickest(draw: Callable[[], object], counts: Sequence[int]) -> int:
-    """The thread count that draws quickest, by one drawing each."""
+    """Return the thread count that draws fastest, by one drawing each."""
     spent = {}
     for count in counts:
         torch.set_num_threads(count)

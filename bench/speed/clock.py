@@ -1,8 +1,8 @@
-"""Times of calls on a GPU: what the device takes, and apart from it what the host takes to ask.
+"""Times of calls on a GPU: the device's time and, separately, the host's time to launch.
 
-Events around a call that is shorter than its launch would time the host. So the device is held up
-first, for as long as the host needs to be ahead; calls of some microseconds, as decoding makes
-them, are captured in one graph, one after another, and share its replay.
+Events around a call that is shorter than its launch would time the host. So the device is first
+delayed for as long as the host needs to get ahead. Calls of some microseconds, as in decoding, are
+captured one after another in one graph, and share the time of its replay.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from echogen.engine.gpu.graphs import CudaGraphs
 
 Call = Callable[[], object]
 CLEARED_BYTES = 256 << 20
-"""Read before a call that shall find nothing in the cache: four times what Hopper's holds."""
+"""Bytes read before a call that must find nothing in the cache: four times Hopper's cache."""
 LEAD_CYCLES = 2_000_000
-"""A millisecond at the 2 GHz of Hopper: the shortest lead. A call that takes the host longer gets
-twice what it takes."""
+"""A millisecond at Hopper's 2 GHz: the shortest delay of the device. A call gets twice its launch
+time if that is longer."""
 MOST_LEAD_MS = 50.0
 WARM_UPS, REPEATS = 3, 50
 
 
 def times(call: Call, cold: bool = True, repeats: int = REPEATS) -> dict[str, float]:
-    """Milliseconds of a call: ``median``, ``q20`` and ``q80`` on the device, and ``host``, the
-    median of what launching it takes.
+    """Return milliseconds of a call: ``median``, ``q20`` and ``q80`` on the device, and ``host``,
+    the median time of its launch.
 
     Args:
-        cold: the second-level cache holds nothing of its inputs; else what the last call left.
+        cold: the second-level cache holds none of its inputs; otherwise it holds what the last call
+            left.
     """
     cleared = torch.zeros(CLEARED_BYTES // 4 if cold else 1, device="cuda")
     for _ in range(WARM_UPS):
@@ -41,7 +42,7 @@ def times(call: Call, cold: bool = True, repeats: int = REPEATS) -> dict[str, fl
     events = []
     for _ in range(repeats):
         if cold:
-            cleared.sum()  # by reading: written lines would have to be written back meanwhile
+            cleared.sum()  # by reading, as written lines would be written back during the call
         torch.cuda._sleep(lead)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -54,9 +55,9 @@ def times(call: Call, cold: bool = True, repeats: int = REPEATS) -> dict[str, fl
 
 
 def _host_ms(call: Call, repeats: int) -> float:
-    """Median of launching a call on an idle device: after a lead, a call that waits for the device
-    would wait for the lead too, and so would one that finds the queue of launches full (it holds
-    about a thousand)."""
+    """Return the median time of launching a call on an idle device. After a delay, a call that
+    waits for the device would wait for the delay too. So would one that finds the launch queue full
+    (it holds about a thousand)."""
     host = list[float]()
     for _ in range(repeats):
         torch.cuda.synchronize()
@@ -67,10 +68,10 @@ def _host_ms(call: Call, repeats: int) -> float:
 
 
 def captured(calls: Sequence[Call]) -> Call:
-    """One graph of all calls, one after the other, without gradients.
+    """Return one graph of all calls, one after another, without gradients.
 
     Raises:
-        CaptureError: one of them waits for the device; calls outside go on as before.
+        CaptureError: one of them waits for the device; calls outside the graph still work.
     """
 
     @torch.no_grad()
@@ -82,5 +83,5 @@ def captured(calls: Sequence[Call]) -> Call:
 
 
 def shared(found: dict[str, float], calls: int) -> dict[str, float]:
-    """Times of one of so many calls that were timed together."""
+    """Return the times of one of ``calls`` calls that were timed together."""
     return {name: ms / calls for name, ms in found.items()}

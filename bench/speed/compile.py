@@ -1,7 +1,7 @@
-"""Every operator compiled for named architectures, at the shapes training and decoding use.
+"""Compile every operator for given architectures, at the shapes of training and decoding.
 
-Needs no GPU: Triton brings its compiler, and the kernels in CUDA C++ are compiled where nvcc is
-installed. A kernel that spills registers, or does not compile, is found here and not by a user.
+This needs no GPU: Triton includes its compiler, and the CUDA C++ kernels are compiled where nvcc is
+installed. A kernel that spills registers, or does not compile, is found here rather than by a user.
 """
 
 from __future__ import annotations
@@ -34,18 +34,19 @@ def run(
     """Compile; JSON-ready.
 
     Args:
-        arches: as ``sm_90`` or ``gfx942`` (of AMD, which runs the kernels in Triton alone).
+        arches: such as ``sm_90`` or ``gfx942`` (AMD, which runs only the Triton kernels).
         operators: names of operators or cases; none: all.
-        processes: that compile side by side; None: one a core.
+        processes: how many compile in parallel; None: one per core.
         progress: called with (Triton kernels compiled, to compile).
-        note: told what is left out.
+        note: called with what is left out.
 
     Returns:
-        ``kernels``, an object a kernel and architecture: `echogen.kernels.aot.Compiled`, with the
-        operator and float type it was found at, and the environment. Equal code is compiled once.
+        ``kernels``, one object per kernel and architecture: `echogen.kernels.aot.Compiled`, with
+        the operator and float type where it was found, and the environment. Equal code is compiled
+        once.
 
     Raises:
-        ValueError: no such architecture or operator.
+        ValueError: an architecture or operator is unknown.
         RuntimeError: kernels are interpreted in this process.
     """
     for arch in arches:
@@ -75,7 +76,7 @@ def run(
 def _in_cuda(
     operators: set[str], arches: Sequence[str], note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Rows of the kernels in CUDA C++; their types are fixed, in the kernels' names."""
+    """Return rows of the CUDA C++ kernels; their types are fixed, in the kernels' names."""
     asked = {
         operator.module.rpartition(".")[2]
         for operator in OPERATORS.values()
@@ -109,7 +110,7 @@ def sources(case: Case, dtype: torch.dtype, on: Gpu = H200) -> list[aot.Source]:
 
 
 def launches(case: Case, size: str, dtype: torch.dtype, mode: Mode, on: Gpu = H200) -> list[Launch]:
-    """What one pass over a case, and what has to come before it, launches on a GPU."""
+    """Return what one pass over a case, and whatever must precede it, launches on a GPU."""
 
     def call() -> None:
         inputs = case.inputs(ShapesOnly(), case.sizes[size], dtype)
@@ -120,8 +121,8 @@ def launches(case: Case, size: str, dtype: torch.dtype, mode: Mode, on: Gpu = H2
 
 
 def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each kernel that spills, does not compile or asks for more shared memory than
-    there is; AMD's are reported, not held against the run, as no test has ever run there."""
+    """Return a line for each kernel that spills, does not compile or needs more shared memory than
+    there is. AMD's are reported but do not fail the run, since no test has ever run there."""
     return [
         f"{r['name']} of {r['operator']}, {r['arch']}: {fault}"
         for r in rows
@@ -130,7 +131,7 @@ def failures(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 
 def fault_of(row: dict[str, Any], on: Gpu | None) -> str | None:
-    """Why a kernel is not to be launched on a GPU; None where it may be."""
+    """Return why a kernel must not be launched on a GPU; None where it may be."""
     if row["error"] or row["spill_bytes"]:
         return row["error"] or f"{row['spill_bytes']} bytes of registers spilled"
     shared = row["shared_bytes"]

@@ -1,4 +1,4 @@
-"""Contestants of one case: they are held to the same result before any is timed."""
+"""Contestants of one case: their results must agree before any is timed."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Results = dict[str, Tensor]
 
 
 def raised(inputs: Inputs) -> Inputs:
-    """Inputs for the yardstick, floats all of one type: float32 where some are halves, else
-    float64."""
+    """Return inputs for the yardstick, with all floats in one type: float32 if any of them has 16
+    bits, else float64."""
     floats = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
     halves = any(v.dtype in (torch.bfloat16, torch.float16) for v in floats.values())
     dtype = torch.float32 if halves else torch.float64
@@ -24,8 +24,8 @@ def raised(inputs: Inputs) -> Inputs:
 
 
 def own(case: Case, inputs: Inputs, forget: bool = False) -> Inputs:
-    """A copy that a contestant may write to, with gradients asked for; ``forget`` takes away what
-    only made results comparable."""
+    """Return a copy that a contestant may write to, with gradients enabled. ``forget`` removes what
+    is only needed to compare results."""
     copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in inputs.items()}
     for name in case.trains:
         copies[name].requires_grad_()
@@ -38,7 +38,7 @@ def named(names: Sequence[str], outputs: Outputs) -> Results:
 
 
 def upstream(case: Case, outputs: Results) -> list[Tensor]:
-    """Gradients of the graded outputs, the same numbers whatever their type."""
+    """Return gradients of the graded outputs, with the same numbers in every type."""
     made = []
     for seed, name in enumerate(case.graded, 1):
         output = outputs[name]
@@ -54,14 +54,14 @@ def upstream(case: Case, outputs: Results) -> list[Tensor]:
 def gradients(
     case: Case, outputs: Results, inputs: Inputs, above: Sequence[Tensor], again: bool = False
 ) -> tuple[Tensor, ...]:
-    """Of the trained inputs; ``again``: the graph is kept for another call."""
+    """Return the gradients of the trained inputs. ``again`` keeps the graph for another call."""
     graded = [outputs[name] for name in case.graded]
     leaves = [inputs[name] for name in case.trains]
     return torch.autograd.grad(graded, leaves, above, retain_graph=again)
 
 
 def results(case: Case, run: Run, inputs: Inputs, names: Sequence[str]) -> Results:
-    """Outputs and gradients of one contestant, on inputs of its own."""
+    """Return outputs and gradients of one contestant, on its own copy of the inputs."""
     mine = own(case, inputs)
     found = named(names, run(mine))
     if case.trains:
@@ -71,7 +71,7 @@ def results(case: Case, run: Run, inputs: Inputs, names: Sequence[str]) -> Resul
 
 
 def check(case: Case, bound: float, name: str, found: Results, wanted: Results) -> None:
-    """Raises WrongResult where a contestant computes something else."""
+    """Check a contestant's results against the wanted ones. Raises WrongResult."""
     for key, tensor in found.items():
         true = wanted[key]
         if tensor.shape != true.shape:
@@ -96,7 +96,9 @@ def check(case: Case, bound: float, name: str, found: Results, wanted: Results) 
 def call(
     case: Case, run: Run, names: Sequence[str], mode: Mode, copies: Sequence[Inputs]
 ) -> Callable[[], object]:
-    """What is timed: one pass over the next of the copies, so that none is warm in a cache."""
+    """Return the call to time: one pass over the next of the copies, so that none is warm in a
+    cache.
+    """
     turns = cycle(copies)
     if mode == "forward":
         return lambda: run(next(turns))
@@ -120,7 +122,7 @@ def call(
 def once(
     case: Case, run: Run, names: Sequence[str], mode: Mode, mine: Inputs
 ) -> Callable[[], object]:
-    """One pass to count the memory of; what exists before it is made here."""
+    """Return one pass whose memory is counted; whatever exists before it is made here."""
     if mode == "forward":
         return lambda: run(mine)
     outputs = named(names, run(mine))

@@ -1,6 +1,6 @@
-"""Who draws in modes latency and rollout: this engine, the same with a copy of its prompt in every
-row or with its weights in 8 bits, plain eager PyTorch, and the port's loop, with either of its
-caches and compiled."""
+"""Who draws in modes latency and rollout: this engine, variants of it (a copy of its prompt in
+every row, weights or caches in 8 bits), plain eager PyTorch, and the port's loop (with either of
+its caches, and compiled)."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ from echogen.engine.gpu.device import DeviceTransformer
 T = TypeVar("T")
 Draw = Callable[[], Tensor]
 Told = Callable[[], None] | None
-"""Called when each code of a batch is drawn (of the port: when its logits are there)."""
+"""Called when each code of a batch is drawn (for the port: when its logits are available)."""
 EAGER, PORT = "eager", "transformers"
 STATIC, COMPILED = "transformers:static", "transformers:compile"
 COPIES = "echogen:copies"
 FP8, FP8_CACHE = "echogen:fp8", "echogen:fp8-cache"
 PEERS = (PORT, COPIES, FP8, FP8_CACHE, EAGER, STATIC, COMPILED)
-"""In the order of timing: the port first, whose time all are held against, should time run out;
-last the one that takes minutes to compile and whose graphs may disturb this engine's."""
+"""In order of timing. The port is first, in case time runs out, because all are compared with it.
+The last takes minutes to compile, and its graphs may disturb this engine's."""
 CACHES: dict[str, CacheKind] = {PORT: "dynamic", STATIC: "static", COMPILED: "static"}
 
 
@@ -47,10 +47,10 @@ class Asked:
     Attributes:
         prompts: int64 [N, L].
         cfg: guidance scale.
-        sample: at temperature 1, with log-probabilities; else the most likely codes.
+        sample: draw at temperature 1, with log-probabilities; otherwise draw the most likely codes.
         seed: of the noise.
-        codes: after which eager and the port stop; None: an image's last. This engine draws whole
-            images.
+        codes: number after which eager and the port stop; None: a whole image. This engine draws
+            whole images.
     """
 
     prompts: Tensor
@@ -65,11 +65,11 @@ class Contestants:
 
     Args:
         subject: the weights.
-        peers: of PEERS.
-        about: put before what ``leave`` is told.
-        leave: told once of each peer that does not run here, with the first line of its error.
-        fail: told once where that is this engine otherwise set, and of its error, unless it is a
-            ValueError, by which the engine refuses what a device cannot do.
+        peers: names from PEERS.
+        about: prefix of the lines passed to ``leave``.
+        leave: called once for each peer that does not run here, with the first line of its error.
+        fail: called once, with the error, if such a peer is a variant of this engine. A ValueError,
+            with which the engine refuses what a device cannot do, goes to ``leave``.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Contestants:
         self._models = dict[tuple[bool, bool], Decoder]()
 
     def _model(self, name: str = OURS) -> Decoder:
-        """What this engine draws with, made at first use."""
+        """Return the model that this engine draws with, made at first use."""
         eight = name == FP8, name == FP8_CACHE  # weights, caches
         if eight not in self._models:
             s = self._subject
@@ -95,21 +95,21 @@ class Contestants:
         return self._models[eight]
 
     def forget_steps(self) -> None:
-        """Give back this engine's steps and caches on a GPU; its next drawing records again."""
+        """Free this engine's steps and caches on a GPU; its next drawing records them again."""
         for model in self._models.values():
             if isinstance(model, DeviceTransformer):
                 model.release()
 
     def release(self) -> None:
-        """Give back what drawings on a GPU keep for the next; of large batches there is room for
-        one provider's alone."""
+        """Free what drawings on a GPU keep for the next one. With large batches, memory holds that
+        of only one provider."""
         self.forget_steps()
         if self._subject.port is not None and self._subject.code_table.is_cuda:
             self._subject.port.release()
 
     def check_logits(self, asked: Asked) -> tuple[float, float] | None:
-        """Errors of this engine's logits and of plain torch's (`logits.errors`), where it draws by
-        a GPU's operators in a type in which codes tell nothing; else None.
+        """Return the errors of this engine's logits and of plain torch's (`logits.errors`). None
+        unless this engine draws with a GPU's operators in a type in which codes are no evidence.
 
         Raises:
             WrongResult: this engine's are too far off.
@@ -121,7 +121,7 @@ class Contestants:
 
     @property
     def exact(self) -> bool:
-        """Whether codes are compared to the last one."""
+        """Whether codes must be equal to the last one."""
         return self._subject.code_table.dtype == torch.float32
 
     @property
@@ -130,8 +130,8 @@ class Contestants:
         return self._subject.transformer.config.image_tokens
 
     def names(self, asked: Asked) -> list[str]:
-        """This engine, and the peers that draw such a batch, in the order of PEERS; the port draws
-        only above cfg 1."""
+        """Return this engine, and the peers that can draw such a batch, in the order of PEERS. The
+        port draws only with cfg above 1."""
         there = {EAGER} | ({COPIES} if self._shares(asked) else set())
         there |= set(CACHES) if asked.cfg > 1 else set()
         rounded = isinstance(self._model(), DeviceTransformer) and not self.exact
@@ -139,26 +139,26 @@ class Contestants:
         return [OURS, *(p for p in PEERS if p in self._peers and p in there - self._broken)]
 
     def _shares(self, asked: Asked) -> bool:
-        """Whether rows have a prompt in common that this engine keeps once."""
+        """Whether rows share a prompt that this engine keeps only once."""
         rows = self._rows(asked)
         keeps_once = isinstance(self._model(), NativeTransformer | DeviceTransformer)
         return keeps_once and len({*map(tuple, rows)}) < len(rows)
 
     def greedy(self, name: str, asked: Asked) -> Draw:
-        """The most likely codes, to compare."""
+        """Return the call that draws the most likely codes, for comparison."""
         return self._draw(name, asked, Sampling(temperature=0, cfg=asked.cfg))
 
     def timed(self, name: str, asked: Asked, told: Told = None) -> Draw:
-        """What is timed; returns when the device has done it."""
+        """Return the call to time; it returns when the device is done."""
         sampling = Sampling(temperature=float(asked.sample), cfg=asked.cfg)
         return partial(waited, self._draw(name, asked, sampling, told))
 
     def attempt(self, name: str, call: Callable[[], T]) -> T | None:
-        """What a peer's ``call`` gives; None where it raises, and from now on the peer is left out
-        (where there is no room for it, this time).
+        """Return the result of a peer's ``call``. If it raises, return None and leave the peer out
+        from now on, or only this time if memory was short.
 
         Raises:
-            WrongResult: the call does.
+            WrongResult: the call raises it.
         """
         try:
             return call()
@@ -167,7 +167,7 @@ class Contestants:
         except torch.OutOfMemoryError:
             self._leave(f"{self._about}{name}: no room beside the others")
             return None
-        except Exception as error:  # whatever a compiler or another version says is the reason
+        except Exception as error:  # the reason may come from a compiler or another version
             self._broken.add(name)
             if name.startswith(OURS) and not isinstance(error, ValueError):
                 self._fail(f"{self._about}{name}", error)
@@ -191,7 +191,7 @@ class Contestants:
         return self._subject.rows(asked.prompts, asked.cfg)
 
     def _sampler(self, asked: Asked, sampling: Sampling) -> Sampler:
-        """Rollouts keep log-probabilities."""
+        """Return a sampler; in rollouts it keeps log-probabilities."""
         c, device = self._subject.transformer.config, asked.prompts.device
         made = RecordingSampler if asked.sample and sampling.temperature > 0 else Sampler
         draws = torch.arange(len(asked.prompts), device=device)
@@ -205,7 +205,7 @@ class Contestants:
 
     @torch.inference_mode()
     def _eager(self, asked: Asked, sampling: Sampling, told: Told) -> Tensor:
-        """The plain transformer with a cache, and nothing else."""
+        """Draw with the plain transformer and a cache, and nothing else."""
         s, sampler = self._subject, self._sampler(asked, sampling)
         steps = s.transformer.config.image_tokens
         device = s.code_table.device
@@ -223,9 +223,9 @@ class Contestants:
         return codes
 
     def ceiling(self, threads: int) -> Roofline | None:
-        """Rates of the machine, measured once, with this engine's threads on a CPU. There the copy
-        is as large as the weights, which may lie in a cache that is faster than memory. None where
-        they cannot be measured, which takes no time from anybody."""
+        """Return the machine's rates, measured once, with this engine's threads on a CPU. There,
+        the copy is as large as the weights, which may lie in a cache that is faster than memory.
+        None where rates cannot be measured; the timings do not need them."""
         if threads not in self._ceilings:
             torch.set_num_threads(threads)
             weights, table = Weights.of(self._subject.transformer.config), self._subject.code_table
@@ -238,7 +238,8 @@ class Contestants:
         return self._ceilings[threads]
 
     def floor(self, asked: Asked, name: str = OURS) -> Floor:
-        """Least cost of a step of such a batch, with what a provider holds in 8 bits."""
+        """Return the least cost of a step of such a batch. What a provider stores in 8 bits counts
+        as 8 bits."""
         rows = self._rows(asked)
         different = len({tuple(row) for row in rows})
         c, itemsize = self._subject.transformer.config, self._subject.code_table.element_size()
@@ -247,7 +248,7 @@ class Contestants:
 
 
 def waited(draw: Draw) -> Tensor:
-    """The codes of a drawing that its device has done."""
+    """Return the codes of a drawing once its device is done."""
     codes = draw()
     if codes.is_cuda:
         torch.cuda.synchronize()

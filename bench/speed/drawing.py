@@ -1,8 +1,9 @@
-"""How near drawing is to what the machine allows: one image at a time (`latency`) and rollouts of
+"""How near drawing is to the machine's limit, for single images (`latency`) and for rollouts of
 many in groups (`rollout`), beside the port's loop and plain eager PyTorch on the same weights.
 
-A step must read the weights it multiplies by and the keys and values of its rows; how much that is
-says `phases.step_floor`. A peer that does not run where this does is left out, with the reason.
+A step must read the weights it multiplies by and the keys and values of its rows;
+`phases.step_floor` computes how much that is. A peer that does not run here is left out, with the
+reason.
 """
 
 from __future__ import annotations
@@ -37,21 +38,22 @@ GROUP = 8
 
 @dataclass(frozen=True)
 class Plan:
-    """What one run times.
+    """What one run measures.
 
     Attributes:
-        mode: "latency" draws the most likely codes of one prompt; "rollout" draws groups of GROUP
-            at temperature 1, each provider with its own noise, after its most likely codes were
-            compared with this engine's.
+        mode: "latency" draws the most likely codes of one prompt. "rollout" draws groups of GROUP
+            at temperature 1, each provider with its own noise; before that, each one's most likely
+            codes are compared with this engine's.
         batches, scales: images at once, and guidance scales.
         peers: providers beside this engine.
         repeats: timed drawings of each.
-        threads: of every provider on a CPU; None takes each one's quickest count, found by one
-            drawing each at the first batch.
-        most: seconds that one batch may take on a CPU, by what the one before it took.
-        long: processor seconds that the smallest batch of a rollout may take on a CPU; a model
-            that takes more is timed as `stretches` says.
-        codes: of an image that peers draw; None: all. Set by ``run`` for such models.
+        threads: of every provider on a CPU; None: the fastest count of each, found by one drawing
+            per count at the first batch.
+        most: seconds that one batch may take on a CPU, estimated from the batch before.
+        long: processor seconds that the smallest batch of a rollout may take on a CPU; a slower
+            model is timed as described in `stretches`.
+        codes: number of an image's codes that peers draw; None: all. ``run`` sets it for such
+            models.
     """
 
     mode: Mode
@@ -71,7 +73,7 @@ class Plan:
 
     @property
     def cells(self) -> int:
-        """Batches and scales of a model."""
+        """Number of batches and scales of a model."""
         return len(self.batches) * len(self.scales)
 
 
@@ -80,7 +82,7 @@ class Found:
     """What a run has found so far; see ``run`` for the names.
 
     Args:
-        note: told of every line as it is added.
+        note: called with every line as it is added.
     """
 
     note: Note
@@ -91,24 +93,25 @@ class Found:
     interrupted: bool = False
 
     def leave(self, line: str) -> None:
-        """Something is not run."""
+        """Record that something is not run."""
         self.left_out.append(line)
         self.note(line)
 
     def refuse(self, line: str) -> None:
-        """A result is wrong."""
+        """Record that a result is wrong."""
         self.refused.append(line)
         self.note(line)
 
     def fail(self, where: str, error: Exception) -> None:
-        """What was measured at ``where`` ended in an error."""
+        """Record that the measurement at ``where`` ended in an error."""
         traceback.print_exception(error)
         self.failed.append(f"{where}: {said(error)}")
         self.note(self.failed[-1])
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready, with every ``ratio``: that of the times of the port and of a provider, each
-        as long as this engine's by the median over the pairs in which the two drew in turn."""
+        """Return the results, JSON-ready, and add every ``ratio``: the port's time over a
+        provider's. Each of the two times is relative to this engine's, as the median over the pairs
+        drawn in turn."""
         port = {_of_cell(r): r["times_as_long"] for r in self.results if r["provider"] == PORT}
         rows = [
             row
@@ -145,36 +148,36 @@ def run(
 
     Args:
         models: what ``Engine.from_pretrained`` takes, or random models (``models.RANDOM``).
-        device, dtype: where, and of what type weights, keys and values are.
+        device, dtype: the device, and the type of weights, keys and values.
         seed: of random weights, prompts and noise.
-        note: told of everything that is left out.
+        note: called with everything that is left out.
         progress: called with (cells done, cells in all); a cell is a model, a batch and a scale.
 
     Returns:
-        ``results``, one object a model, batch, scale and provider: images and tokens a second, ms a
-        step, and the step's floor: ``bytes_per_step`` by `step_floor`, and ``limit_share``, the
-        share of the time that the floor would take at the rates of memory and of products that were
-        measured in this run (None where they could not be). This engine is timed alone first, then
-        each peer in turn with it: ``times_as_long`` is the peer's time over this engine's, median
-        over the pairs. ``ratio``: the port's (dynamic cache) ``times_as_long`` over this
-        provider's; None where the port was not timed. ``peak_mib``: held beyond the
-        weights (`held_mib`). ``overhead_us_per_token``, of this engine in mode latency: a step of a
-        model of as many layers whose tensors hold a few numbers, which leaves Python and PyTorch's
-        dispatch. ``codes_timed``: of an image, fewer than all where the rest is projected
-        (`stretches`). ``logits_error``, ``logits_error_plain``, of this engine on a GPU in
-        bfloat16: see `logits.errors`. ``left_out``: what was not run and why. ``refused``: cells of
-        which no time is kept, as a provider draws other codes. ``failed``: cells that an error of
-        this engine ended, with what they had until then. ``interrupted``: Ctrl-C (SIGINT) ended it,
-        and this is what was measured until then.
+        ``results``, one object per model, batch, scale and provider: images and tokens per second,
+        ms per step, and the step's floor: ``bytes_per_step`` by `step_floor`, and ``limit_share``,
+        the share of the time that the floor would take at the rates of memory and of products that
+        were measured in this run (None where they could not be). This engine is timed alone first,
+        then each peer in turn with it: ``times_as_long`` is the peer's time over this engine's,
+        median over the pairs. ``ratio``: the port's (dynamic cache) ``times_as_long`` over this
+        provider's; None where the port was not timed. ``peak_mib``: memory beyond the weights
+        (`held_mib`). ``overhead_us_per_token``, for this engine in mode latency: a step of a model
+        with as many layers whose tensors hold only a few numbers, which leaves Python and PyTorch's
+        dispatch. ``codes_timed``: codes of an image; fewer than all where the rest is projected
+        (`stretches`). ``logits_error``, ``logits_error_plain``, for this engine on a GPU in
+        bfloat16: see `logits.errors`. ``left_out``: what was not run, and why. ``refused``: cells
+        whose times are discarded because a provider draws other codes. ``failed``: cells that an
+        error of this engine ended, with their results until then. ``interrupted``: Ctrl-C (SIGINT)
+        ended the run, and these are the results until then.
 
     Raises:
-        ValueError: an unknown model or dtype, a batch below 1, a batch of mode rollout that is no
-            multiple of GROUP.
-        CheckpointError: no such checkpoint.
+        ValueError: an unknown model or dtype, a batch below 1, or in mode rollout a batch that is
+            no multiple of GROUP.
+        CheckpointError: there is no such checkpoint.
     """
     check(plan, dtype)
     threads, found, cells = torch.get_num_threads(), Found(note), plan.cells
-    taken_on = environment(device)  # now, as after an illegal access no call to the device answers
+    taken_on = environment(device)  # now, as after an illegal access no call to the device works
     try:
         for place, name in enumerate(models):
             if name in GPU_ONLY and device == "cpu":
@@ -183,7 +186,7 @@ def run(
             told = partial(_from, progress, place * cells, len(models) * cells)
             try:
                 _model(plan, name, device, dtype, seed, found, told)
-            except RuntimeError as error:  # of the device: its weights may not even be there
+            except RuntimeError as error:  # of the device: the weights may not even have loaded
                 found.fail(name, error)
     except KeyboardInterrupt:  # what was measured until then is kept
         found.interrupted = True
@@ -200,7 +203,7 @@ def _from(progress: Callable[[int, int], None], before: int, total: int, done: i
 
 
 def check(plan: Plan, dtype: str) -> None:
-    """Raises ValueError, see ``run``."""
+    """Check the arguments of ``run``. Raises ValueError."""
     dtype_of(dtype)
     for batch in plan.batches:
         if batch < 1 or batch % plan.group:
@@ -218,7 +221,7 @@ def _model(
     found: Found,
     progress: Callable[[int], None],
 ) -> None:
-    """The cells of one model."""
+    """Run the cells of one model."""
     group = plan.group
     wanted = max(plan.scales) > 1 and any(peer in CACHES for peer in plan.peers)
     most = max(plan.batches) // group
@@ -254,12 +257,12 @@ def _model(
             except WrongResult as error:
                 del found.results[kept:]
                 found.refuse(f"{where}: {error}")
-            except Exception as error:  # the next may fare better, and what is measured is kept
+            except Exception as error:  # the next may succeed, and what is measured is kept
                 found.fail(where, error)
             else:
                 last[cfg] = batch, time.perf_counter() - began
     own = [r for r in found.results if r["model"] == name and r["provider"] == OURS]
-    if plan.mode == "latency" and own:  # last, as on a GPU it compiles kernels of its own
+    if plan.mode == "latency" and own:  # last, as on a GPU it compiles its own kernels
         torch.set_num_threads(threads[OURS])
         overhead = _overhead_us(subject, name, found)
         for row in own:
@@ -267,7 +270,7 @@ def _model(
 
 
 def _suited(plan: Plan, contestants: Contestants, least: Asked, leave: Note) -> Plan:
-    """The plan, shortened where the smallest batch takes longer than ``plan.long``."""
+    """Return the plan, shortened if the smallest batch takes longer than ``plan.long``."""
     torch.set_num_threads(plan.threads or 1)
     took = stretches.busy_seconds(contestants.greedy(OURS, least))
     if took <= plan.long:
@@ -285,15 +288,15 @@ def _suited(plan: Plan, contestants: Contestants, least: Asked, leave: Note) -> 
 
 
 def _overhead_us(subject: Subject, name: str, found: Found) -> dict[str, float]:
-    """Microseconds a step of this engine takes on a model without arithmetic; the least of some
-    drawings, as a busy machine adds to them."""
+    """Return the microseconds per step of this engine on a model without arithmetic. It is the
+    minimum of some drawings, as a busy machine only adds time."""
     try:
         empty = hollow(subject)
         asked = Asked(empty.prompts[:1], 5.0, False, 0)
         draw = Contestants(empty, (), "", found.leave, found.fail).greedy(OURS, asked)
         draw()
         least = min(seconds(draw) for _ in range(7))
-    except Exception as error:  # of a compiler, say: the figures themselves are not lost for it
+    except Exception as error:  # e.g. of a compiler; it must not lose the other figures
         found.leave(f"{name}: its step without arithmetic: {said(error)}")
         return {}
     return {"overhead_us_per_token": 1e6 * least / empty.transformer.config.image_tokens}

@@ -1,9 +1,9 @@
-"""Tokens a second of this engine and of the transformers port: same weights, machine and sampling.
+"""Tokens per second of this engine and the transformers port: same weights, machine and sampling.
 
 Each side runs at its own best thread count (and the port with its better cache). Greedy codes are
-compared before anything is timed; then the two draw in turn. This engine keeps the prefixes of
-unconditional prompts between drawings, and its packed weights, and runs equal prompts of a batch
-once; the port does none of it.
+compared before anything is timed; then the two draw in turn. Between drawings, this engine keeps
+the prefixes of unconditional prompts and its packed weights, and it runs equal prompts of a batch
+once; the port does none of this.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def run(
     Args:
         model: what ``Engine.from_pretrained`` takes, or a random model (``models.RANDOM``).
         peer: "none" times this engine alone.
-        repeats: timed images a side.
+        repeats: timed images per side.
         batch: images drawn at once.
         cfg: guidance scale; the port's loop only runs above 1.
         seed: of a random model's weights and prompts.
@@ -50,14 +50,15 @@ def run(
         device: "cpu" or "cuda".
 
     Returns:
-        ``results``, one object a provider (times of one batch of images, medians and quantiles
-        0.2 and 0.8), ``ratio`` (this engine / port, median over the pairs; None without a peer) and
-        what was run where. ``pack_ms`` is spent once for a set of weights, not once an image.
+        ``results``, one object per provider (times of one batch of images, medians and quantiles
+        0.2 and 0.8), ``ratio`` (this engine's speed over the port's, median over the pairs; None
+        without a peer), and the settings and the environment. ``pack_ms`` is spent once per set of
+        weights, not once per image.
 
     Raises:
         WrongResult: the port draws other codes; nothing was timed.
         ValueError: repeats or batch below 1, an unknown model or peer, guidance the port lacks.
-        CheckpointError: no such checkpoint.
+        CheckpointError: there is no such checkpoint.
     """
     if repeats < 1 or batch < 1:
         raise ValueError(f"repeats = {repeats}, batch = {batch}; both must be at least 1")
@@ -110,7 +111,9 @@ def _compare(
 
 
 def _contestants(subject: Subject, cfg: float) -> tuple[dict[str, list[Draw]], float]:
-    """Each provider's ways of drawing, and the seconds spent on packing this engine's weights."""
+    """Return each provider's ways of drawing, and the seconds spent on packing this engine's
+    weights.
+    """
     s, c = subject, subject.transformer.config
     prompts, images = s.rows(s.prompts, cfg), len(s.prompts)
     holder: list[Any] = [s.transformer]
@@ -149,7 +152,8 @@ def _check(name: str, codes: Tensor, wanted: Tensor) -> None:
 
 
 def _best(variants: list[Draw], cores: int) -> tuple[Draw, int]:
-    """The fastest variant and thread count: the better of two probes, after one to warm up."""
+    """Return the fastest variant and thread count: each is scored by the better of two probes,
+    after one to warm up."""
     scores: dict[tuple[int, int], float] = {}
     for count in range(1, cores + 1):
         torch.set_num_threads(count)
@@ -166,7 +170,7 @@ def _row(name: str, times: list[float], threads: int, images: int, steps: int) -
         "provider": name,
         "threads": threads,
         "tokens_per_s": images * steps / spread["median"],
-        # A slow run has few tokens a second: the time's upper quantile is the rate's lower one.
+        # A slow run has few tokens per second: the time's upper quantile is the rate's lower one.
         "tokens_per_s_q20": images * steps / spread["q80"],
         "tokens_per_s_q80": images * steps / spread["q20"],
         "ms_per_step": spread["median"] / steps * 1e3,
@@ -177,7 +181,7 @@ def _row(name: str, times: list[float], threads: int, images: int, steps: int) -
 
 
 def table(result: dict[str, Any]) -> Table:
-    """What ``run`` found, for people."""
+    """Format the result of ``run`` for people."""
     ratio = "" if result["ratio"] is None else f", {result['ratio']:.2f}x the port"
     shown = Table(
         title=f"{result['model']} ({result['parameters'] / 1e6:.1f}M, {result['dtype']}, "

@@ -1,7 +1,7 @@
-"""How much memory a piece of work holds at its worst, on tensors that are there.
+"""Peak memory of a piece of work that runs on real tensors.
 
-`echogen.bench.memory` counts operators on tensors without memory; a drawing decides by values what
-comes next, so it is counted while it runs.
+`echogen.bench.memory` counts operators on tensors without memory. A drawing's next step depends on
+values, so its memory is counted while it runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from echogen.bench.storages import Ledger
 
 
 class _Held(TorchDispatchMode):
-    """Bytes of the storages that operators made and that are still held."""
+    """Counts the bytes of storages that operators allocate, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class _Held(TorchDispatchMode):
 
 
 def cuda_peak(call: Callable[[], object]) -> int:
-    """Bytes that ``call`` held on the current GPU at its worst moment beyond what was there."""
+    """Return the most bytes that ``call`` held on the current GPU, beyond those held before."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -50,9 +50,9 @@ def cuda_peak(call: Callable[[], object]) -> int:
 
 
 def held_mib(call: Callable[[], object], device: str = "cpu") -> float:
-    """MiB that ``call`` held at its worst moment beyond what was there before: on CUDA what the
-    allocator of that GPU says, on a CPU every tensor that an operator made and that was still
-    held."""
+    """Return the most MiB that ``call`` held, beyond those held before. On CUDA this is what that
+    GPU's allocator reports; on a CPU it counts every tensor that an operator made and that was
+    still alive."""
     if device.startswith("cuda"):
         with torch.cuda.device(device):
             return cuda_peak(call) / 2**20

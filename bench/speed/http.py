@@ -1,7 +1,7 @@
-"""What HTTP adds: the same pictures from the engine, from its scheduler, and over a socket.
+"""The cost of HTTP: the same pictures from the engine, from its scheduler, and over a socket.
 
-Each way ends with the bytes of a PNG. Clients and server are in one process, so that what clients
-take counts as well: over HTTP the figures are an upper bound of what the server adds.
+Each way ends with the bytes of a PNG. Clients and server share one process, so the clients' own
+work counts too: the figures over HTTP are an upper bound of what the server adds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ENGINE, SCHEDULER, HTTP = "engine", "scheduler", "HTTP"
 QUEUE = 1024
 
 Draw = Callable[[Layout, int], bytes]
-"""A layout and a seed to a PNG."""
+"""Draws a layout with a seed, as a PNG."""
 
 
 def measure(
@@ -47,28 +47,28 @@ def measure(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Time pictures of ShapesWorld's test split, with the model's own settings, one after another
-    and of many clients at once, on one thread of a CPU in float32; JSON-ready.
+    """Time pictures of ShapesWorld's test split with the model's own settings: one after another,
+    and from many clients at once. It uses one CPU thread and float32; JSON-ready.
 
     Args:
         model: what ``Engine.from_pretrained`` takes.
-        images: drawn one after another each way, in turn; and by all clients together, each way,
-            ``repeats`` times.
-        clients: that ask again as soon as they are answered; as many rows are drawn at once as
-            they need.
+        images: number that each way draws one after another, in turn; and that all clients together
+            draw each way, ``repeats`` times.
+        clients: each sends its next request as soon as it gets an answer; the scheduler has as many
+            slots as they need.
         repeats: of the clients' runs.
         seed: of the noise.
         progress: called with (runs done, runs in all).
 
     Returns:
-        ``alone``: of each way the seconds of a picture (median, quantiles 0.2 and 0.8); ``many``:
-        the same of all pictures, and pictures a second; ``ratio_alone`` and ``ratio_many``, of
-        HTTP's time to the scheduler's, medians over the pairs.
+        ``alone``: for each way, the seconds per picture (median, quantiles 0.2 and 0.8); ``many``:
+        the same for all pictures, and pictures per second; ``ratio_alone`` and ``ratio_many``:
+        HTTP's time over the scheduler's, medians over the pairs.
 
     Raises:
-        WrongResult: other bytes over HTTP than of the scheduler; nothing was timed.
-        ValueError: images, clients or repeats out of range.
-        CheckpointError: no such checkpoint.
+        WrongResult: HTTP returns other bytes than the scheduler; nothing was timed.
+        ValueError: images, clients or repeats are out of range.
+        CheckpointError: there is no such checkpoint.
     """
     for name, value in (("images", images), ("clients", clients), ("repeats", repeats)):
         if value < 1:
@@ -124,14 +124,16 @@ def _ratio(times: dict[str, list[float]]) -> float:
 
 
 def _check(ways: dict[str, Draw], layout: Layout, seed: int) -> None:
-    """Raises WrongResult. The engine itself may differ by rounding: it runs fewer rows."""
+    """Compare the ways. Raises WrongResult. The engine itself may differ by rounding, as it runs
+    fewer rows."""
     drawn = {name: way(layout, seed) for name, way in ways.items()}
     if drawn[HTTP] != drawn[SCHEDULER]:
         raise WrongResult("another picture came over HTTP than of the scheduler; nothing was timed")
 
 
 def _crowd(way: Draw, layouts: list[Layout], clients: int, seed: int) -> Callable[[], None]:
-    """All layouts, by so many clients that ask again as soon as they are answered."""
+    """Draw all layouts with ``clients`` clients, each of which sends its next request as soon as it
+    gets an answer."""
 
     def run() -> None:
         with ThreadPoolExecutor(clients) as pool:
@@ -142,7 +144,7 @@ def _crowd(way: Draw, layouts: list[Layout], clients: int, seed: int) -> Callabl
 
 @contextmanager
 def _connections(port: int) -> Iterator[Draw]:
-    """Pictures over HTTP, on a connection of each thread's own that is kept open."""
+    """Draw pictures over HTTP, on one connection per thread, which is kept open."""
     own, made = threading.local(), list[HTTPConnection]()
 
     def draw(layout: Layout, seed: int) -> bytes:
@@ -167,7 +169,7 @@ def _connections(port: int) -> Iterator[Draw]:
 
 @contextmanager
 def running(app: FastAPI) -> Iterator[int]:
-    """The port of a server that runs meanwhile in a thread, without a log of what it is asked."""
+    """Run a server in a thread for the block, without an access log, and yield its port."""
     config = uvicorn.Config(
         app, port=0, http=Connection, log_level="error", timeout_keep_alive=3600
     )
@@ -188,7 +190,7 @@ def running(app: FastAPI) -> Iterator[int]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """What ``measure`` found, for people."""
+    """Format the result of ``measure`` for people."""
     shown = Table(
         title=f"{result['images']} pictures, one after another and of {result['clients']} clients "
         f"({result['model']}, {result['dtype']}, {result['slots']} slots); over HTTP "

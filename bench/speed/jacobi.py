@@ -1,8 +1,8 @@
-"""Drawing several codes a step beside one code a step: the same codes, how many steps, what time.
+"""Several codes per step against one code per step: equal codes, number of steps, and time.
 
-Acceptance is a matter of the weights, so random ones are refused. Plain background is easy to
-foresee and would flatter it: object codes are counted apart, and so are layouts that leave little
-ground free, of which ShapesWorld itself has none.
+Acceptance depends on the weights, so random ones are refused. Plain background is easy to predict
+and would flatter the result. Object codes are therefore counted separately, and so are layouts that
+leave little ground free, of which ShapesWorld itself has none.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ from echogen.train.eval.tables import layouts_of
 
 TEMPERATURES, SCALES = (0.3, 0.7, 1.0), (1.0, 5.0)
 CROWDED_COVER = 0.6
-"""Share of the canvas that the boxes of a crowded layout cover at least."""
+"""Least share of the canvas that the boxes of a crowded layout cover."""
 FAR = 40
-"""Levels of 255 between a pixel and the ground's colour that no tokenizer's blur explains."""
+"""Difference from the ground's colour, in levels of 255, that no tokenizer's blur explains."""
 
 
 def run(
@@ -52,13 +52,13 @@ def run(
     progress: Progress | None = None,
     device: str = "cpu",
 ) -> dict[str, Any]:
-    """Draw layouts of ShapesWorld's test split, and a quarter as many crowded ones, each way.
+    """Draw layouts of ShapesWorld's test split, and a quarter as many crowded ones, in every way.
 
     Args:
         model: what ``Engine.from_pretrained`` takes.
-        layouts: of the test split.
-        windows, drafts: what `decode_windows` takes; no windows: its default.
-        temperatures, scales: a setting is one of each.
+        layouts: number from the test split.
+        windows, drafts: as in `decode_windows`; no windows: its default.
+        temperatures, scales: every combination is a setting.
         batch: layouts drawn at once.
         dtype: of the weights, float32 or bfloat16.
         seed: of the noise.
@@ -67,11 +67,11 @@ def run(
 
     Returns:
         JSON-ready; ``settings`` holds one object for each temperature, scale, window and draft (see
-        ``_Tally.report``), and ``identical`` is true where all of them drew the sequential codes.
+        ``_Tally.report``), and ``identical`` is true if all of them drew the sequential codes.
 
     Raises:
-        ValueError: random weights, an unknown dtype or draft, a count or window below 1.
-        CheckpointError: no such checkpoint.
+        ValueError: random weights, an unknown dtype or draft, or a count or window below 1.
+        CheckpointError: there is no such checkpoint.
     """
     if model.startswith("random:"):
         raise ValueError(f"model = {model!r}; acceptance on random weights means nothing")
@@ -97,7 +97,8 @@ def run(
             usual = default_window(batch * (1 + sampling.guided))
             ways = list(itertools.product(windows or (usual,), drafts))
             if isinstance(engine.decoder, DeviceTransformer):
-                # All ways, code by code, and windows of one: or one would be recorded as timed.
+                # Keep the steps of all ways, of code by code, and of windows of one code. If one
+                # were dropped, recording it again would be timed.
                 engine.decoder.steps = Kept[Any](2 + len(ways))
             tallies = [_Tally(sampling, *way) for way in ways]
             for pictures in sets:
@@ -116,7 +117,9 @@ def run(
 
 
 def crowded_scenes(count: int, seed: int = 0) -> list[Scene]:
-    """Scenes of the test split that are nearly full: one object in each quarter of the canvas."""
+    """Return scenes of the test split that are nearly full: one object in each quarter of the
+    canvas.
+    """
     half = IMAGE_SIZE // 2
     least = int(np.ceil((CROWDED_COVER / 4) ** 0.5 * IMAGE_SIZE))
     scenes, rng = list[Scene](), np.random.default_rng(seed)
@@ -137,7 +140,7 @@ def crowded_scenes(count: int, seed: int = 0) -> list[Scene]:
 
 @dataclass(frozen=True)
 class _Pictures:
-    """Layouts, the codes an object's box touches bool [N, T], and the share of the canvas that
+    """Layouts, the codes that an object's box touches bool [N, T], and the share of the canvas that
     boxes cover [N]."""
 
     layouts: list[Layout]
@@ -160,15 +163,15 @@ class _Pictures:
         return cls(layouts_of(scenes, 0), on_object, pixels.mean((1, 2)))
 
     def groups(self, batch: int) -> Iterator[range]:
-        """Places of layouts that are drawn at once."""
+        """Yield the indices of layouts that are drawn together."""
         for first in range(0, len(self.layouts), batch):
             yield range(first, min(first + batch, len(self.layouts)))
 
 
 @dataclass(frozen=True)
 class _Reference:
-    """One group of layouts drawn code by code: as `decode_image` does it, in ``seconds``, and in
-    the arithmetic of windows; ``covers``: the share of each picture that is not ground."""
+    """One group of layouts drawn code by code: by `decode_image`, in ``seconds``, and in the
+    arithmetic of windows. ``covers`` is the share of each picture that is not ground."""
 
     codes: Tensor
     same_arithmetic: Tensor
@@ -178,7 +181,7 @@ class _Reference:
 
 @dataclass
 class _Seen:
-    """What one way of drawing did to one set of layouts."""
+    """Counts of one way of drawing on one set of layouts."""
 
     drafted: list[Tensor] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
@@ -210,12 +213,16 @@ class _Tally:
         seen.times.append((reference.seconds, spent))
 
     def report(self, sets: list[_Pictures]) -> dict[str, Any]:
-        """Of this setting: ``steps_sequential`` and ``steps_jacobi`` an image (forwards of the
-        transformer, the prompt's among them), ``identical`` to `decode_image`, the images that are
-        ``different``, also beside one code a step in the same arithmetic; ``acceptance``, the share
-        of codes taken over from a draft; median milliseconds an image, and the median ratio of one
-        drawing's times; ``crowded``: the same for crowded layouts. ``forwards`` are those of a
-        batch, which is done when its last image is."""
+        """Return the figures of this setting.
+
+        Per image they have ``steps_sequential`` and ``steps_jacobi`` (forwards of the transformer,
+        including the prompt's) and the median milliseconds. ``identical`` says whether all codes
+        equal those of `decode_image`. ``different`` counts the images that differ, and
+        ``different_in_same_arithmetic`` those that differ from one code per step in the same
+        arithmetic. ``acceptance`` is the share of codes taken from a draft. ``ratio`` is the median
+        over drawings of the ratio of times. ``crowded`` has the same for crowded layouts.
+        ``forwards`` are those of a batch, which is done when its last image is.
+        """
         tests, crowded = (self._of(self.seen[id(s)], s) for s in sets)
         return {
             "temperature": self.sampling.temperature,
@@ -265,7 +272,7 @@ def _draw(
     seed: int,
     tallies: list[_Tally],
 ) -> None:
-    """Draw one group of layouts code by code, and then in every way that is tallied."""
+    """Draw one group of layouts code by code, and then in every tallied way."""
     c, embeddings, pad = engine.transformer.config, engine.code_table, engine.prompts.pad
     prompts = engine.prompt_rows([pictures.layouts[i] for i in group], sampling)
     draws = torch.tensor(group, device=embeddings.device)
@@ -276,14 +283,14 @@ def _draw(
 
     def one_by_one() -> None:
         drawn[0] = decode_image(engine.decoder, embeddings, prompts, sampler(), pad)
-        if embeddings.is_cuda:  # its steps are queued, not waited for
+        if embeddings.is_cuda:  # its steps are only queued
             torch.cuda.synchronize()
 
     def several(window: int, draft: Draft) -> None:
         made = sampler()
         drawn[0] = decode_windows(engine.decoder, embeddings, prompts, made, pad, window, draft)
 
-    if embeddings.is_cuda:  # steps of this shape are recorded when it is first drawn
+    if embeddings.is_cuda:  # steps of this shape are recorded at the first drawing
         one_by_one()
         for tally in tallies:
             several(tally.window, tally.draft)
@@ -297,14 +304,14 @@ def _draw(
 
 
 def _covers(engine: Engine, codes: Tensor) -> list[float]:
-    """Share of each picture's pixels that are far from the ground's colour."""
+    """Return the share of each picture's pixels that are far from the ground's colour."""
     pixels = np.stack([np.asarray(image, dtype=np.int16) for image in engine.decode(codes)])
     far = np.abs(pixels - np.array(GROUND, dtype=np.int16)).max(-1) > FAR
     return [float(share) for share in far.mean((1, 2))]
 
 
 def table(result: dict[str, Any]) -> Table:
-    """What ``run`` found, for people."""
+    """Format the result of ``run`` for people."""
     same = "identical codes" if result["identical"] else "DIFFERENT codes"
     shown = Table(
         title=f"{result['model']} ({result['dtype']}, batch {result['batch']}, "

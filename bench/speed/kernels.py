@@ -1,8 +1,8 @@
-"""Time and memory of every operator beside eager torch, torch.compile and its peers.
+"""Time and memory of every operator beside eager torch, torch.compile and other libraries.
 
-A contestant whose output or gradient is not the yardstick's is not timed. On a GPU inputs rotate
-and caches are cleared between runs; on a CPU the plain-torch references run at a tiny size, which
-says nothing about the kernels and is labelled so.
+A contestant whose output or gradient differs from the yardstick's is not timed. On a GPU, inputs
+rotate and caches are cleared between runs. On a CPU, the plain-torch references run at a tiny size;
+their times do not describe the kernels, and are labelled accordingly.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ NUMBERS = ("ms", "ms_q20", "ms_q80", "ms_warm", "host_ms", "floor_ms", "bytes", 
            "tflop_per_s", "percent_of_floor", "bound", "mib")  # fmt: skip
 ROTATED_BYTES, MOST_COPIES = 256 << 20, 4
 FEWEST_CALLS, MOST_CALLS = 32, 64
-"""In one graph: enough that its launch and the events around it are little of each."""
+"""Calls in one graph: enough that its launch and the events around it are a small part of each."""
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who computes a case: its name, its call, the outputs it reaches."""
+    """A provider of a case: its name, its call, the outputs it computes."""
 
     name: str
     run: Run
@@ -59,10 +59,11 @@ class Contestant:
 
 
 def choose(operators: Sequence[str], size: str | None, device: str) -> list[tuple[Case, str]]:
-    """Cases and sizes to measure; by default every case, tiny on a CPU and the others on a GPU.
+    """Return the cases and sizes to measure; by default every case, tiny on a CPU and the others on
+    a GPU.
 
     Raises:
-        ValueError: no such operator or size.
+        ValueError: the operator or size is unknown.
     """
     chosen = named(operators)
     usual = [(c, s) for c in chosen for s in c.sizes if (s == "tiny") == (device == "cpu")]
@@ -97,24 +98,24 @@ def run(
     Args:
         operators: names of operators or cases; none: all.
         size: a named size; None: tiny on a CPU, the others on a GPU.
-        device: "cpu" (on one thread: at a tiny size a second one, on a core that is taken, can make
-            a call a hundred times as long) or "cuda".
-        providers: names; none: all. This operator is always among them.
+        device: "cuda", or "cpu" (on one thread: at a tiny size, a second thread on a busy core can
+            make a call a hundred times slower).
+        providers: names; none: all. This project's operator is always included.
         repeats: timed runs of each on a CPU.
-        note: told what is skipped or refused, a line each.
+        note: called with what is skipped or refused, one line each.
         progress: called with (cases done, cases in all).
-        ceilings: of the device; measured where missing on CUDA, and else left out.
+        ceilings: of the device; missing ones are measured on CUDA, and otherwise left out.
 
     Returns:
-        ``kernels``, a row for each provider and mode (``error`` says why one was not timed; on
-        CUDA ``ms`` is with a cold cache, ``ms_warm`` with the inputs in it, ``host_ms`` what the
-        host takes to launch it; ``graph``: a graph was replayed), ``on`` (what ran), ``ended``
-        (why not all was run: "interrupted", or an error of the device), ``interrupted`` (it was by
-        Ctrl-C), ``peers`` (their versions, None where absent), ``rates`` of the device, and the
-        environment, as it was found before anything ran.
+        ``kernels``, a row for each provider and mode (``error`` says why one was not timed; on CUDA
+        ``ms`` is with a cold cache, ``ms_warm`` with the inputs in the cache, ``host_ms`` the
+        host's time to launch; ``graph``: a graph was replayed), ``on`` (what ran), ``ended`` (why
+        not everything was run: "interrupted", or an error of the device), ``interrupted`` (Ctrl-C
+        ended it), ``peers`` (their versions, None where absent), ``rates`` of the device, and the
+        environment as it was before anything ran.
 
     Raises:
-        ValueError: no such operator, size or provider.
+        ValueError: an operator, size or provider is unknown.
     """
     chosen = choose(operators, size, device)
     check_providers(providers)
@@ -122,7 +123,7 @@ def run(
     rows: list[Row] = []
     peers = _versions([case for case, _ in chosen], providers, device, note)
     rates = dict(ceilings or {})
-    taken_on = environment(device)  # now, as after an illegal access no call to the device answers
+    taken_on = environment(device)  # now, as after an illegal access no call to the device works
     total, ended = len(chosen), ""
     try:
         with harness.threads(1 if on.type == "cpu" else None):
@@ -141,7 +142,7 @@ def run(
     except Exception as error:
         if on.type == "cpu":
             raise
-        # On a GPU an illegal access fails whatever comes after it.
+        # On a GPU, everything after an illegal access fails.
         ended = f"{type(error).__name__}: {error}"
     if ended:
         note(f"{ended}: {len(rows)} rows until then, at {case.name}")
@@ -164,7 +165,7 @@ def _what_ran(device: str) -> str:
 def _versions(
     chosen: Sequence[Case], providers: Sequence[str], device: str, note: Note
 ) -> dict[str, str | None]:
-    """Versions of the peers' packages; says once which are absent."""
+    """Return the versions of the peers' packages, and note once which are absent."""
     wanted = [p for c in chosen for p in c.peers if not providers or p.name in providers]
     found = {peer.package: version(peer.package) for peer in wanted}
     for package, installed in found.items():
@@ -178,7 +179,9 @@ def _versions(
 def _contestants(
     case: Case, device: torch.device, wanted: Sequence[str], note: Note
 ) -> Iterator[Contestant]:
-    """One after the other, this operator first: it is measured before others are even loaded."""
+    """Yield contestants one by one, this operator first: it is measured before others are even
+    loaded.
+    """
     yield Contestant(OURS, case.run, case.outputs)
     if not wanted or EAGER in wanted:
         yield Contestant(EAGER, case.eager, case.outputs)
@@ -194,7 +197,7 @@ def _contestants(
             continue
         try:
             run = peer.load()
-        except Exception as error:  # another version, or one that this torch or driver breaks
+        except Exception as error:  # another version, or one that breaks with this torch or driver
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             note(f"{case.name}: {peer.name} is left out ({reason})")
         else:
@@ -211,8 +214,9 @@ def _case(
     rate: Roofline | None,
     note: Note,
 ) -> Iterator[Row]:
-    """Check the contestants, and time those that agree: on a CPU in turn, on a GPU one after the
-    other, this operator first, so that it has its times before anything is compiled."""
+    """Check the contestants and time those that agree. On a CPU they are timed in turn. On a GPU
+    they are timed one after another, this operator first, so that it has its times before anything
+    is compiled."""
     make = Drawn(torch.Generator(device).manual_seed(0))
     inputs = case.inputs(make, case.sizes[size], dtype)
     wanted = contest.results(case, case.eager, contest.raised(inputs), case.outputs)
@@ -256,9 +260,9 @@ def _row(
 
 
 def stand_in(case: Case, one: Contestant, device: torch.device) -> str | None:
-    """Why this operator has no time: on a GPU its reference would be timed in its name, as CuPy is
-    absent or its code does not load. None where the operator itself runs, or the reference is asked
-    for."""
+    """Return why this operator has no time: on a GPU its reference would be timed under its name,
+    because CuPy is absent or its code does not load. None where the operator itself runs, or where
+    the reference was requested."""
     if one.name != OURS or device.type != "cuda":
         return None
     runs = dispatch.implementation(case.operator, "cuda")
@@ -275,15 +279,15 @@ def refusal(
     inputs: Inputs,
     wanted: contest.Results,
 ) -> str | None:
-    """Why a contestant is not timed; None where it computes the same."""
+    """Return why a contestant is not timed; None where its results agree."""
     try:
-        # Without gradients where it is timed without: torch.compile compiles again for either.
+        # Gradients as in the timing, since torch.compile compiles again for the other setting.
         with torch.set_grad_enabled(bool(case.trains) or size not in case.graphed):
             found = contest.results(case, one.run, inputs, one.outputs)
         contest.check(case, case.bounds[dtype], one.name, found, wanted)
     except WrongResult as error:
         return str(error)
-    except Exception as error:  # of compilers and peers; the others go on
+    except Exception as error:  # of a compiler or a peer; the others continue
         return _failure(case, one, error)
     return None
 
@@ -301,7 +305,7 @@ def _on_cpu(
     inputs: Inputs,
     repeats: int,
 ) -> dict[str, Measured]:
-    """Times and peak of each contestant, in turn."""
+    """Return times and peak of each contestant, timed in turn."""
     mine = {one.name: [contest.own(case, inputs, forget=True)] for one in agreed}
     calls = {
         one.name: contest.call(case, one.run, one.outputs, mode, mine[one.name]) for one in agreed
@@ -317,13 +321,13 @@ def _on_cpu(
 
 
 def on_gpu(case: Case, size: str, mode: Mode, one: Contestant, inputs: Inputs) -> Measured | str:
-    """Times and peak of a contestant, or why there are none."""
+    """Return the times and peak of a contestant, or why there are none."""
     try:
         ms, graph = _cuda_times(case, size, mode, one, inputs)
         with torch.set_grad_enabled(size not in case.graphed):  # as it was compiled to be timed
             measured = ms, cuda_peak(_once(case, mode, one, inputs)), graph
         torch.cuda.empty_cache()
-    except Exception as error:  # one that runs out of memory must not end the table
+    except Exception as error:  # running out of memory must not end the table
         return _failure(case, one, error)
     return measured
 
@@ -336,14 +340,14 @@ def _once(case: Case, mode: Mode, one: Contestant, inputs: Inputs) -> Callable[[
 def _counted_peak(call: Callable[[], object]) -> int | None:
     try:
         return peak_bytes(call)
-    except NotImplementedError:  # a size that depends on data, which shapes alone do not give
+    except NotImplementedError:  # a size depends on data, which shapes alone do not have
         return None
 
 
 def _cuda_times(
     case: Case, size: str, mode: Mode, one: Contestant, inputs: Inputs
 ) -> tuple[dict[str, float], bool]:
-    """Times, and whether they are those of a graph."""
+    """Return the times, and whether they are those of a graph."""
     from torch._functorch import config
 
     graphed = size in case.graphed
@@ -351,12 +355,12 @@ def _cuda_times(
     least, most = (FEWEST_CALLS, MOST_CALLS) if graphed else (2, MOST_COPIES)
     count = max(least, min(most, ROTATED_BYTES // max(1, held)))
     copies = [contest.own(case, inputs, forget=True) for _ in range(count)]
-    # torch.compile would free what its backward reads, which is called again and again here.
+    # torch.compile would free what its backward reads, but here backward is called repeatedly.
     with config.patch(donated_buffer=False):
         calls = [contest.call(case, one.run, one.outputs, mode, [mine]) for mine in copies]
         if graphed:
             try:
-                # Every copy once after clearing the cache, and one copy again and again.
+                # Cold: every copy once after clearing the cache. Warm: one copy repeatedly.
                 cold = clock.shared(clock.times(clock.captured(calls)), count)
                 again = clock.captured(calls[:1] * count)
                 warm = clock.shared(clock.times(again, cold=False), count)
@@ -372,7 +376,7 @@ def _cuda_times(
 
 
 def labels(case: Case, size: str, dtype: torch.dtype, provider: str, mode: Mode) -> Row:
-    """What a row is about."""
+    """Return the columns that identify a row."""
     return {
         "operator": case.name,
         "provider": provider,

@@ -1,4 +1,4 @@
-"""The machine's ceilings, and how close this project comes to them: operators one by one, and the
+"""The machine's ceilings, and how close this project comes to them: single operators, and the
 phases of drawing and grounding."""
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ def run(
     """Measure ceilings, then operators and phases; JSON-ready.
 
     Args:
-        device: "cpu" or "cuda". On a CPU everything runs on one thread, and the operators are
-            their references, at the shapes of decoding where they have some (those of training
-            would take minutes), else tiny.
-        model: whose phases are timed.
+        device: "cpu" or "cuda". On a CPU everything runs on one thread, and the operators are their
+            references, at the shapes of decoding where they have some (those of training would take
+            minutes), else tiny.
+        model: the model whose phases are timed.
         batch: pictures at once.
         dtype: of its weights, "float32" or "bfloat16".
-        note: told what is left out.
+        note: called with what is left out.
         progress: called with (steps done, steps in all).
 
     Returns:
-        ``ceilings`` by float type, ``operators`` and ``phases`` with time, floor, share of it and
-        what bounds it, and the environment.
+        ``ceilings`` by float type; ``operators`` and ``phases``, each with its time, its floor, the
+        floor's share of the time, and what bounds it; and the environment.
     """
     with threads(1 if device == "cpu" else None):
         return _run(Asked(model, device, batch, dtype=getattr(torch, dtype)), note, progress)
@@ -80,7 +80,9 @@ def _run(asked: Asked, note: Note, progress: Progress) -> dict[str, Any]:
 
 
 def _sizes(device: str) -> dict[str | None, list[str]]:
-    """Cases by the size they are timed at; on CUDA every case at its usual ones (None)."""
+    """Return cases by the size at which they are timed; on CUDA every case at its usual ones
+    (None).
+    """
     if device == "cuda":
         return {None: []}
     found: dict[str | None, list[str]] = {}
@@ -90,9 +92,9 @@ def _sizes(device: str) -> dict[str | None, list[str]]:
 
 
 def _phases(what: str, asked: Asked, ceiling: Roofline) -> list[dict[str, Any]]:
-    """The ranges of one piece of work: the median of several runs, range by range."""
+    """Return the ranges of one piece of work, each with the median of several runs."""
     work, config, _ = warmed(what, asked)
-    # The tiny model's weights lie in a cache.
+    # The tiny model's weights fit in a cache.
     size = asked.dtype.itemsize
     held = size * (phases.Weights.of(config).body + phases.Weights.of(config).image_head)
     own = partial(measure, torch.device("cpu"), asked.dtype, held)
@@ -106,7 +108,7 @@ def _phases(what: str, asked: Asked, ceiling: Roofline) -> list[dict[str, Any]]:
             work()
             watch.stop()
         runs.append(watch.rows)
-    if asked.device == "cpu":  # what made the machine slow before may be over by now
+    if asked.device == "cpu":  # the machine may have been slower before
         ceiling = ceiling.or_higher(own())
     rows = []
     for category, row in runs[0].items():
@@ -136,7 +138,7 @@ Shown = tuple[str, Sequence[str], Sequence[Sequence[object]]]
 
 
 def tables(result: dict[str, Any]) -> list[Shown]:
-    """Title, headings and rows, for people."""
+    """Return titles, headings and rows, for people."""
     ceilings = [
         (dtype, c["bytes_per_s"] / 1e9, c["flops_per_s"] / 1e9, c["issues_per_s"] / 1e9,
          c["specials_per_s"] / 1e9)
@@ -172,11 +174,11 @@ def _share(row: dict[str, Any]) -> str:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Achieved against possible: a roofline of memory and matrix products, a dot an operator and
-    phase.
+    """Plot achieved against possible rates: a roofline of memory and matrix products, with a dot
+    per operator and phase.
 
     Raises:
-        ImportError: there is no matplotlib.
+        ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 
@@ -198,7 +200,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def _dots(result: dict[str, Any]) -> list[tuple[dict[str, Any], str]]:
-    """What multiplies matrices: the others have no place over an axis of operations a byte."""
+    """Return what multiplies matrices; nothing else fits on an axis of operations per byte."""
     found = [(r, f"{r['operator']} {r['mode']}") for r in result["operators"]]
     found += [(r, f"{r['work']}: {r['phase']}") for r in result["phases"]]
     return [(row, name) for row, name in found if row["flops"]]

@@ -1,7 +1,7 @@
-"""Whether a GPU's operators compute what the model computes, where codes cannot tell.
+"""Check that a GPU's operators compute what the model computes, where codes cannot show it.
 
-In bfloat16 the first rounding parts two drawings of random weights, right or wrong. So logits are
-compared instead: those of the operators and those of plain torch, either against float32.
+In bfloat16, the first rounding makes two drawings of random weights differ, right or wrong. So
+logits are compared instead: those of the operators and those of plain torch, each against float32.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ STEPS = 8
 """Codes fed, each to all rows."""
 MOST_ROWS = 128
 MORE = 2.0
-"""How many times plain torch's error the operators' may be: they round at other places."""
+"""How many times plain torch's error the operators may have, as they round at other places."""
 
 
 @torch.inference_mode()
 def errors(
     model: DeviceTransformer, rows: list[list[int]], guided: bool, pad: int
 ) -> tuple[float, float]:
-    """‖difference‖/‖logits‖ from float32 of the operators, and of plain torch in the type of the
-    weights, after the prompts ``rows`` and a few codes more.
+    """Return ‖difference‖/‖logits‖ relative to float32, of the operators and of plain torch in the
+    type of the weights, after the prompts ``rows`` and a few more codes.
 
     Raises:
         WrongResult: the operators are further off than their rounding explains.

@@ -1,7 +1,7 @@
-"""How much memory each operator that trains holds at its worst, beside eager torch.
+"""Peak memory of each operator that trains, beside eager torch.
 
-`torch.cuda`'s allocator answers this on a GPU (`echogen bench kernels`); here the tensors that both
-make are counted, of the shapes of training and without making them.
+On a GPU, `torch.cuda`'s allocator reports this (`echogen bench kernels`). Here, the tensors that
+both make are counted at the shapes of training, without allocating them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from echogen.bench.speed import contest
 from echogen.bench.speed.kernels import choose
 
 SIZE, LARGE = "training", {"images": 64}
-"""Shapes of training, and where they say how many images, those of a batch of Cycle RL too."""
+"""Shapes of training and, for those with a number of images, also those of a Cycle RL batch."""
 
 
 def run(operators: Sequence[str] = ()) -> dict[str, Any]:
@@ -28,11 +28,11 @@ def run(operators: Sequence[str] = ()) -> dict[str, Any]:
         operators: names of operators or cases; none: all that train.
 
     Returns:
-        ``memory``, a row a case, shape and float type: MiB of forward and backward beyond the
-        inputs, and of it the gradients, which nothing can do without; and the environment.
+        ``memory``, a row per case, shape and float type: MiB of forward and backward beyond the
+        inputs, and the part of it that is gradients, which nothing can avoid; and the environment.
 
     Raises:
-        ValueError: no such operator, or one that does not train.
+        ValueError: an operator is unknown, or does not train.
     """
     rows = [
         _row(case, dims, dtype)

@@ -27,7 +27,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """The type of the weights, by its name in ``DTYPES``. Raises ValueError."""
+    """Return the type of the weights, by its name in ``DTYPES``. Raises ValueError."""
     if name not in DTYPES:
         raise ValueError(f"dtype = {name!r}; choose one of {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -35,8 +35,8 @@ def dtype_of(name: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Shape:
-    """Sizes of a random model, and its prompts' length: ShapesWorld's layouts have about 60 tokens.
-    Its VQ and its SigLIP tower are stubs, which drawing never runs."""
+    """Sizes of a random model, and the length of its prompts: ShapesWorld's layouts have about 60
+    tokens. VQ and SigLIP tower are stubs, which drawing never runs."""
 
     width: int
     layers: int
@@ -102,10 +102,10 @@ RANDOM = {
     ),
 }  # fmt: skip
 """Random models: one for tests, one shaped like the bundled model, one of 100M parameters, whose
-weights no longer fit a cache, and one shaped like Janus-Pro 1B, with layouts of as many tokens as
-several objects in a sentence each take."""
+weights no longer fit a cache, and one shaped like Janus-Pro 1B. The last has prompts as long as a
+layout of several objects takes, each described in a sentence."""
 GPU_ONLY = ("janus_pro_1b",)
-"""Whose 576 codes an image take minutes on a CPU."""
+"""Models whose 576 codes per image take minutes on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Subject:
 
     Attributes:
         transformer, code_table: this engine's.
-        port: the peer on the same weights, None where none was asked for.
+        port: the peer on the same weights; None where none was requested.
         prompts: int64 [N, L], of equal length, ending in begin-of-image.
         bos, pad, begin_image: ids the unconditional prompt is made of.
     """
@@ -128,7 +128,8 @@ class Subject:
     begin_image: int
 
     def rows(self, prompts: Tensor, cfg: float) -> list[list[int]]:
-        """What a drawing of ``prompts`` [N, L] runs: with guidance then unconditional ones."""
+        """Return the rows that a drawing of ``prompts`` [N, L] runs: with guidance, the
+        unconditional ones follow."""
         found: list[list[int]] = prompts.tolist()
         if cfg != 1:
             middle = [self.pad] * (prompts.shape[1] - 2)
@@ -136,7 +137,7 @@ class Subject:
         return found
 
     def to(self, device: str, dtype: torch.dtype = torch.float32) -> Subject:
-        """The same on another device, in another type; the port moves with it."""
+        """Return the same on another device, in another type; the port moves with it."""
         if self.port is not None:
             self.port.to(device, dtype)
         plan_no_shapes(torch.device(device))
@@ -149,14 +150,14 @@ class Subject:
 
 
 def load(name: str, batch: int, seed: int, with_port: bool, device: str = "cpu") -> Subject:
-    """A random model of ``RANDOM``, or whatever ``Engine.from_pretrained`` loads, in float32, and
-    ``batch`` prompts of one length, different ones where the model allows it.
+    """Load a random model of ``RANDOM``, or whatever ``Engine.from_pretrained`` loads, in float32,
+    with ``batch`` prompts of one length, which differ where the model allows it.
 
-    Random weights are drawn on ``device``: those of a billion take a processor a minute.
+    Random weights are drawn on ``device``: drawing a billion takes a processor a minute.
 
     Raises:
         ValueError: an unknown random model.
-        CheckpointError: nothing to load under ``name``.
+        CheckpointError: there is nothing to load under ``name``.
     """
     if not name.startswith("random:") and name not in RANDOM:
         return _from_checkpoint(name, batch, with_port)
@@ -190,14 +191,14 @@ def _from_checkpoint(name: str, batch: int, with_port: bool) -> Subject:
         table = engine.transformer.code_table()
     p = engine.prompts
     prompts = [p.l2i(_layout(i)) for i in range(batch)]
-    if len({len(prompt) for prompt in prompts}) > 1:  # boxes as text are not all equally long
+    if len({len(prompt) for prompt in prompts}) > 1:  # boxes written as text differ in length
         prompts = prompts[:1] * batch
     ids = torch.tensor(prompts)
     return Subject(engine.transformer, table, port, ids, p.bos, p.pad, p.begin_image)
 
 
 def _layout(index: int) -> Layout:
-    """One text with two boxes, which move with ``index``; the first is the one of old."""
+    """Return one text with two boxes, which move with ``index``; index 0 is the original layout."""
     across, down = (index % 8) / 40, (index // 8 % 8) / 80
     objects = (
         LayoutObject("a red circle in front", (0.10 + across, 0.20 + down, 0.45 + across, 0.60)),
@@ -207,9 +208,9 @@ def _layout(index: int) -> Layout:
 
 
 def hollow(subject: Subject) -> Subject:
-    """A model of as many layers and the same prompts, whose tensors hold a few numbers: its step is
-    a step's calls without their arithmetic."""
-    # As narrow as all ways of drawing take it.
+    """Return a model with as many layers and the same prompts, whose tensors hold a few numbers:
+    its step makes the calls of a real step without their arithmetic."""
+    # The smallest sizes that every way of drawing accepts.
     config = replace(
         subject.transformer.config, width=16, heads=1, kv_heads=1, head_dim=16, mlp_width=16,
         head_width=16, codebook_size=16, code_dim=2,

@@ -1,8 +1,8 @@
-"""What drawing and grounding must cost at least, phase by phase, from the model's shapes.
+"""The least cost of drawing and grounding, phase by phase, from the model's shapes.
 
-A phase reads the weights it uses once a call, the keys and values that its rows hold, and
-multiplies every token by the weights. Activations and the products of attention in a prefill are
-left out: they are little, and a floor may be low but never high.
+In each call, a phase reads the weights it uses once, reads the keys and values that its rows hold,
+and multiplies every token by the weights. Activations, and the products of attention in a prefill,
+are left out: they are small, and a floor may be too low but never too high.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Weights:
     Attributes:
         body: of the decoder's layers.
         image_head, text_head: of the heads.
-        cached: numbers a token leaves in the cache, keys and values of all layers.
+        cached: numbers that a token leaves in the cache, keys and values of all layers.
     """
 
     body: int
@@ -31,7 +31,7 @@ class Weights:
 
     @classmethod
     def of(cls, c: ModelConfig) -> Weights:
-        """Read off the shapes."""
+        """Derive the numbers from the shapes."""
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
         layer = c.width * (2 * queries + 2 * keys + 3 * c.mlp_width)
         image_head = c.width * c.head_width + c.head_width * c.codebook_size
@@ -45,18 +45,18 @@ HEADS = {
     "engine/ground/prefill": "text_head",
     "engine/ground/step": "text_head",
 }
-"""Phases that have a floor, and the head after each. Others (sampling, the image decoder) show
-their time alone."""
+"""Phases that have a floor, and the head that follows each. For others (sampling, the image
+decoder) only the time is shown."""
 
 
 def floor(config: ModelConfig, row: Row, itemsize: int) -> Floor | None:
-    """Least cost of all entries of one range, or None for one without a formula.
+    """Return the least cost of all entries of one range; None for a range without a formula.
 
     Args:
         config: of the model.
-        row: its payload sums ``tokens`` (run through the layers), ``rows`` (that pass the head) and
-            ``held`` (cached tokens read, over all rows).
-        itemsize: bytes of a weight.
+        row: the range; its payload sums ``tokens`` (run through the layers), ``rows`` (that pass
+            the head) and ``held`` (cached tokens read, over all rows).
+        itemsize: bytes per weight.
     """
     if row.category not in HEADS:
         return None
@@ -64,7 +64,7 @@ def floor(config: ModelConfig, row: Row, itemsize: int) -> Floor | None:
     head = getattr(weights, HEADS[row.category])
     tokens, rows, held = (row.payload.get(name, 0) for name in ("tokens", "rows", "held"))
     read = row.count * (weights.body + head) + held * weights.cached
-    # A query meets every key and value it reads in two products.
+    # Two products: of a query with every key, and of the result with every value it reads.
     attended = 2 * held * weights.cached * config.heads // config.kv_heads
     return Floor(read * itemsize, 2 * tokens * weights.body + 2 * rows * head + attended)
 
@@ -78,21 +78,21 @@ def step_floor(
     fp8: bool = False,
     fp8_cache: bool = False,
 ) -> Floor:
-    """Least cost of a step, the mean over an image.
+    """Return the least cost of a step, averaged over an image.
 
-    Bytes: every weight that a row is multiplied by once (the decoder's layers, the image head), the
-    ``length`` keys and values of each of the ``prompts`` that differ once, and those of each row's
-    own codes, half an image's on average. (The run of the prompts reads the weights too.)
-    Operations: a product and an addition a weight and row, and two products of a query with every
-    key and value that it meets.
+    Bytes: every weight that a row is multiplied by is read once (the decoder's layers, the image
+    head). The ``length`` keys and values of each of the different ``prompts`` are read once, and so
+    are those of each row's own codes, half an image's on average. (The prefill reads the weights
+    too.) Operations: a product and an addition per weight and row, and two products of a query with
+    every key and value that it attends to.
 
     Args:
-        rows: run in a step, unconditional ones among them.
-        prompts: different ones among theirs.
+        rows: rows that run in a step, including unconditional ones.
+        prompts: number of different prompts among them.
         length: of a prompt.
-        itemsize: bytes of a number.
-        fp8: of a weight's numbers it is one.
-        fp8_cache: of the caches' numbers it is one, and four more for each head of a token.
+        itemsize: bytes per number.
+        fp8: a weight takes one byte.
+        fp8_cache: a number in the caches takes one byte, plus four for each head of a token.
     """
     weights, own = Weights.of(c), (c.image_tokens - 1) / 2
     held = prompts * length + rows * own

@@ -1,7 +1,8 @@
-"""What draws requests that come over time: the scheduler, and batches that are drawn to their end.
+"""What draws requests that arrive over time: the scheduler, and batches drawn to their end.
 
-Each takes requests from any thread, refuses one where as many wait as may, and says when the first
-part of a request's images is there, so that `echogen.bench.speed.arrivals` plays one trace to all.
+Each accepts requests from any thread, refuses one when the queue is full, and reports when the
+first part of a request's images is available. So `echogen.bench.speed.arrivals` can play one trace
+to all.
 """
 
 from __future__ import annotations
@@ -21,30 +22,30 @@ from echogen.engine.serving.waiting import QueueFull
 from echogen.engine.serving.worker import SchedulerClosed, Worker
 
 First = Callable[[], None]
-"""Called in the thread that draws, when the first part of a request's images is drawn."""
+"""Called in the drawing thread when the first part of a request's images is drawn."""
 
 
 class Server(Protocol):
-    """Takes requests while it draws."""
+    """Accepts requests while it draws."""
 
     def ask(self, asked: Asked, first: First) -> Future[Tensor]:
-        """Queue a request; its codes [samples, T]. Raises QueueFull."""
+        """Queue a request; return a future of its codes [samples, T]. Raises QueueFull."""
         ...
 
     def load(self) -> tuple[int, int]:
-        """Requests that wait, and slots held."""
+        """Return the number of requests waiting and of slots held."""
         ...
 
     def end(self) -> None:
-        """No more requests come."""
+        """Tell the server that no more requests come."""
         ...
 
 
 class Continuous:
-    """A scheduler that runs.
+    """A running scheduler.
 
     Args:
-        scheduler: started.
+        scheduler: must be started.
         part: codes of an image's first part.
     """
 
@@ -69,7 +70,7 @@ class Continuous:
         return found.waiting, found.live_slots
 
     def end(self) -> None:
-        """A scheduler draws what is there."""
+        """Do nothing: a scheduler draws what it has."""
 
 
 @dataclass(eq=False)
@@ -80,16 +81,17 @@ class _Waits:
 
 
 class Batches(Worker):
-    """Batches as `decode_image` draws them: rows of one kind, with guidance or without, begun
-    together and drawn to their end before the next batch begins. First come, first served.
+    """Batches as `decode_image` draws them. Their rows are of one kind, with guidance or without;
+    they begin together and are drawn to their end before the next batch begins. First come, first
+    served.
 
     Args:
         engine: draws.
-        slots: rows of a batch at most.
+        slots: most rows in a batch.
         queue: requests that may wait.
         part: codes of an image's first part.
-        full: wait until a batch is full, or until no more requests come; otherwise the machine,
-            once free, takes what waits.
+        full: wait until a batch is full, or until no more requests come; otherwise take whatever
+            waits once the machine is free.
     """
 
     def __init__(self, engine: Engine, slots: int, queue: int, part: int, full: bool) -> None:
@@ -139,7 +141,7 @@ class Batches(Worker):
         return True
 
     def _next(self) -> list[_Waits]:
-        """The next batch, of the kind whose turn it is; empty where none waits or may begin."""
+        """Return the next batch, of the kind whose turn it is; empty if none waits or may begin."""
         for guided in dict.fromkeys(each.asked.sampling.guided for each in self._waiting):
             mine = [each for each in self._waiting if each.asked.sampling.guided == guided]
             count = fitting([each.asked for each in mine], self._slots)

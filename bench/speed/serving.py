@@ -1,11 +1,11 @@
-"""Many requests at once: through the scheduler, one after another, and in batches that are fixed.
+"""Many requests at once: through the scheduler, one after another, and in fixed batches.
 
-All requests are there at the beginning and all images of a model take as many steps, so here fixed
-batches are at their best: their rows are all at one place, and a step writes and reads views of the
-cache where the scheduler's gathers. What a scheduler is for, that later requests need not wait for
-a batch to end, `echogen.bench.speed.arrivals` measures. Codes are compared before anything is
-timed; usual steps may differ from drawing one by one where codes are within rounding,
-batch-invariant ones in no bit from a request alone.
+All requests are present from the beginning, and all images of a model take as many steps. So fixed
+batches are at their best here: their rows are all at one position, and a step reads and writes
+views of the cache where the scheduler's gathers. A scheduler's purpose is that later requests need
+not wait for a batch to end; `echogen.bench.speed.arrivals` measures that. Codes are compared before
+anything is timed. Usual steps may differ from drawing one by one where codes are within rounding;
+batch-invariant steps draw every request, to the last bit, as if it were alone.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ KINDS = (
     Sampling(temperature=0.7, cfg=3.0),
 )
 SAMPLES = 3
-"""A request asks for 1 to so many images."""
+"""A request is for 1 to this many images."""
 SCHEDULER = "scheduler"
 CODES, INVARIANT = "scheduler, code by code", "scheduler, batch-invariant"
 ALONE, DEFAULT, STATIC = "one by one", "one by one, several codes a step", "fixed batches"
 FOR_ONE = (SCHEDULER, CODES, INVARIANT, ALONE, DEFAULT)
-"""What is timed with a single image, too. Batch-invariant steps cost most there: slots that are
-empty are run all the same."""
+"""Providers that are also timed with a single image. Batch-invariant steps cost most there, because
+empty slots run too."""
 MOST_DIFFERENT = 0.05
 """Share of the images that may differ by rounding before a result counts as wrong."""
 
@@ -61,12 +61,12 @@ class Asked:
 
     @property
     def rows(self) -> int:
-        """Slots it takes."""
+        """Slots that it takes."""
         return self.samples * (1 + self.sampling.guided)
 
 
 Draw = Callable[[list[Asked]], list[Tensor]]
-"""Draws requests; the codes [samples, T] of each."""
+"""Draws requests and returns the codes [samples, T] of each."""
 
 
 def measure(
@@ -77,28 +77,29 @@ def measure(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Time the same requests each way, in turn, on one thread of a CPU in float32; JSON-ready.
+    """Time the same requests each way, in turn, on one CPU thread in float32; JSON-ready.
 
     Args:
         model: what ``Engine.from_pretrained`` takes.
         requests: layouts of ShapesWorld's test split, with settings of ``KINDS`` and 1 to
             ``SAMPLES`` images each.
-        slots: rows a step has at most, the scheduler's and the fixed batches'.
+        slots: most rows in a step, of the scheduler and of the fixed batches.
         repeats: timed runs of each.
         seed: of the settings and of the noise.
         progress: called with (runs done, runs in all).
 
     Returns:
-        ``results``, one object a provider: seconds for all requests (median, quantiles 0.2 and
-        0.8), images and codes a second, and ``different``, images unlike those drawn one by one;
-        ``ratio``, of each other provider's time to the scheduler's (medians over the pairs), and
-        ``ratio_alone``, the same for one image without guidance that has the slots to itself.
+        ``results``, one object per provider: seconds for all requests (median, quantiles 0.2 and
+        0.8), images and codes per second, and ``different``, the number of images unlike those
+        drawn one by one; ``ratio``, each other provider's time over the scheduler's (medians over
+        the pairs); and ``ratio_alone``, the same for one image without guidance that has the slots
+        to itself.
 
     Raises:
-        WrongResult: other pictures than one by one, or bits that depend on the crowd in
-            batch-invariant mode; nothing was timed.
-        ValueError: requests, repeats or slots out of range.
-        CheckpointError: no such checkpoint.
+        WrongResult: pictures differ from those drawn one by one or, in batch-invariant mode, bits
+            depend on the other requests; nothing was timed.
+        ValueError: requests, repeats or slots are out of range.
+        CheckpointError: there is no such checkpoint.
     """
     if requests < 1 or repeats < 1:
         raise ValueError(f"requests = {requests}, repeats = {repeats}; both must be at least 1")
@@ -135,7 +136,7 @@ def measure(
 
 
 def mixed(count: int, seed: int) -> list[Asked]:
-    """Requests of all kinds, in no order."""
+    """Return requests of all kinds, in random order."""
     rng = random.Random(seed)
     return [
         Asked(scene.layout(), rng.randrange(1 << 32), rng.choice(KINDS), rng.randint(1, SAMPLES))
@@ -144,8 +145,8 @@ def mixed(count: int, seed: int) -> list[Asked]:
 
 
 def contestants(engine: Engine, asked: list[Asked], slots: int) -> dict[str, Draw]:
-    """Each way to draw such requests; schedulers are made here, and used for every run. Raises
-    WrongResult (`check_invariance`)."""
+    """Return each way to draw such requests. Schedulers are made here, and used for every run.
+    Raises WrongResult (`check_invariance`)."""
     longest = max(len(engine.prompts.l2i(a.layout)) for a in asked)
 
     def alone(decoding: Method, asked: list[Asked]) -> list[Tensor]:
@@ -167,13 +168,13 @@ def contestants(engine: Engine, asked: list[Asked], slots: int) -> dict[str, Dra
         DEFAULT: partial(alone, "auto"),
         STATIC: lambda asked: in_batches(engine, asked, slots),
     }
-    if isinstance(engine.decoder, NativeTransformer):  # one code a step is its usual way
+    if isinstance(engine.decoder, NativeTransformer):  # it draws one code per step by default
         del found[CODES], found[DEFAULT]
     return found
 
 
 def scheduled(scheduler: Scheduler, asked: list[Asked]) -> list[Tensor]:
-    """All requests at once through a scheduler."""
+    """Draw all requests at once through a scheduler."""
     made = [scheduler.submit(a.layout, a.seed, a.sampling, a.samples) for a in asked]
     while scheduler.step():
         pass
@@ -198,8 +199,8 @@ class Together(Sampler):
 
 
 def in_batches(engine: Engine, asked: list[Asked], slots: int) -> list[Tensor]:
-    """Requests in batches of up to ``slots`` rows, as they come, those with guidance and those
-    without apart: `decode_image` takes rows of one kind."""
+    """Draw requests in order, in batches of up to ``slots`` rows. Those with and those without
+    guidance are separate: `decode_image` takes rows of one kind."""
     found: dict[int, Tensor] = {}
     for guided in (False, True):
         mine = [i for i, a in enumerate(asked) if a.sampling.guided == guided]
@@ -212,14 +213,14 @@ def in_batches(engine: Engine, asked: list[Asked], slots: int) -> list[Tensor]:
 
 
 def fitting(asked: list[Asked], slots: int) -> int:
-    """How many of the first requests make up a batch of at most so many rows."""
+    """Return how many of the first requests fit into a batch of at most ``slots`` rows."""
     rows = itertools.accumulate(a.rows for a in asked)
     return sum(1 for _ in itertools.takewhile(lambda total: total <= slots, rows))
 
 
 def one_batch(engine: Engine, asked: list[Asked], progress: Progress | None = None) -> list[Tensor]:
-    """Requests of one kind, with guidance or without, drawn together; the codes of each.
-    ``progress``: as for `decode_image`."""
+    """Draw requests of one kind, with guidance or without, together; return the codes of each.
+    ``progress`` is as for `decode_image`."""
     c = engine.transformer.config
     pairs = [engine.prompt_rows([a.layout], a.sampling) for a in asked]
     counts = [a.samples for a in asked]
@@ -239,7 +240,7 @@ def one_batch(engine: Engine, asked: list[Asked], progress: Progress | None = No
 
 
 def check_invariance(scheduler: Scheduler, asked: list[Asked]) -> None:
-    """Raises WrongResult where a request alone draws other codes than among all of them."""
+    """Check that a request draws the same codes alone as among all of them. Raises WrongResult."""
     together = scheduled(scheduler, asked)
     for each, codes in zip(asked, together, strict=True):
         if not torch.equal(scheduled(scheduler, [each])[0], codes):
@@ -250,7 +251,9 @@ def check_invariance(scheduler: Scheduler, asked: list[Asked]) -> None:
 
 
 def check(draws: dict[str, Callable[[], list[Tensor]]]) -> dict[str, int]:
-    """Images of each provider that are not those drawn one by one. Raises WrongResult."""
+    """Count the images of each provider that differ from those drawn one by one. Raises
+    WrongResult.
+    """
     wanted = draws[ALONE]()
     different = {}
     for name, draw in draws.items():
@@ -277,7 +280,7 @@ def _ratio(times: list[float], to: list[float]) -> float:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """What ``measure`` found, for people."""
+    """Format the result of ``measure`` for people."""
     shown = Table(
         title=f"{result['requests']} requests, {result['images']} images, {result['slots']} slots "
         f"({result['model']}, {result['dtype']})"

@@ -1,4 +1,4 @@
-"""What the benchmarks of operators, drawing and compilation found: tables, CSV, plots."""
+"""Results of the benchmarks of operators, drawing and compilation as tables, CSV and plots."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from rich.table import Table
 
 Row = dict[str, Any]
 WIDE = 168
-"""Columns of a table that goes to a file, where no terminal says how many there are."""
+"""Columns of a table in a file, where no terminal gives a width."""
 
 
 def console() -> Console:
-    """For tables: as wide as the terminal, or as wide as they need."""
+    """Return a console for tables: as wide as the terminal, or as wide as they need."""
     made = Console()
     return made if made.is_terminal else Console(width=WIDE)
 
 
 def kernels(result: dict[str, Any]) -> Table:
-    """What `echogen.bench.speed.kernels.run` found."""
+    """Show the result of `echogen.bench.speed.kernels.run`."""
     title = f"Operators on {result['device']}"
     if result["on"] != "cuda":
         title += f" ({result['on']}: these are not the kernels' times)"
@@ -51,8 +51,8 @@ def kernels(result: dict[str, Any]) -> Table:
 
 
 def alone(r: Row, rows: Sequence[Row]) -> bool:
-    """Whether a time has the host in it where others' of the same are a graph's: the two must not
-    be compared unsaid."""
+    """Whether a time includes the host where others' times of the same case are a graph's. The two
+    must not be compared without saying so."""
     same = ("operator", "shape", "dtype", "mode")
     others = (o for o in rows if o.get("graph") and all(o[k] == r[k] for k in same))
     return r.get("graph") is False and any(others)
@@ -70,7 +70,7 @@ def _cells(r: Row) -> tuple[str, str, str, str, str]:
 
 
 def memory(rows: Sequence[Row]) -> Table:
-    """What `echogen.bench.speed.memory.run` found."""
+    """Show the result of `echogen.bench.speed.memory.run`."""
     shown = Table(
         title="Peak memory of forward and backward beyond the inputs, MiB",
         caption="counted of every tensor that is made and held, on tensors without memory",
@@ -87,7 +87,7 @@ def memory(rows: Sequence[Row]) -> Table:
 
 
 def compiled(rows: Sequence[Row]) -> Table:
-    """What `echogen.bench.speed.compile.run` found."""
+    """Show the result of `echogen.bench.speed.compile.run`."""
     shown = Table(title="Operators compiled ahead of time")
     for heading in ("kernel", "of", "dtype", "arch"):
         shown.add_column(heading, overflow="fold")
@@ -108,7 +108,7 @@ def compiled(rows: Sequence[Row]) -> Table:
 
 
 def tuned(result: Row) -> Table:
-    """What `echogen.bench.speed.tune.run` found."""
+    """Show the result of `echogen.bench.speed.tune.run`."""
     title = f"Launch constants and their candidates, {result['arch']}"
     if result["timed"]:
         title += f" on {result['device']}"
@@ -141,7 +141,7 @@ def tuned(result: Row) -> Table:
 
 
 def drawing(result: Row) -> Table:
-    """What `echogen.bench.speed.drawing.run` found."""
+    """Show the result of `echogen.bench.speed.drawing.run`."""
     shown = Table(
         title=f"Drawing on {result['device']}, {result['dtype']}, mode {result['mode']}",
         caption="; ".join(result["left_out"]) or None,
@@ -175,7 +175,7 @@ def drawing(result: Row) -> Table:
 
 
 def write_csv(rows: Sequence[Row], path: Path) -> None:
-    """All rows, one file."""
+    """Write all rows to one file."""
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
@@ -183,10 +183,11 @@ def write_csv(rows: Sequence[Row], path: Path) -> None:
 
 
 def plot(rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Times of every operator, a picture each: bars by shape and mode, side by side by provider.
+    """Plot times of every operator, one picture each: bars by shape and mode, side by side by
+    provider.
 
     Raises:
-        ImportError: there is no matplotlib.
+        ImportError: matplotlib is not installed.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""How fast a training stage runs, and where its step's time goes."""
+"""The speed of a training stage, and where the time of its step goes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from echogen.train.run.progress import PASS, peak_memory
 from echogen.train.run.stop import Stop
 
 WATCHED = 2
-"""Steps whose time is given out to ranges, at most."""
+"""Most steps whose time is divided among ranges."""
 PHASES = {
     name: {f"train/{name}/{part}": part for part in ("data", "forward", "backward", "optimizer")}
     for name in ("pmtp", "djo")
@@ -46,15 +46,15 @@ PHASES = {
         **{f"train/cycle-rl/{part}": "update" for part in ("forward", "backward", "optimizer")},
     }
 }
-"""What a stage's step consists of, by the ranges that begin it."""
+"""The phases of a stage's step, by the ranges that begin them."""
 REST = "rest"
-"""Of a step outside its phases, as clipping is."""
+"""The part of a step outside its phases, such as clipping."""
 
 Progress = Callable[[int, int], None]
 
 
 class BatchError(ValueError):
-    """A batch that does not come in a recipe's parts."""
+    """A batch cannot be divided into a recipe's parts."""
 
 
 def run(
@@ -69,38 +69,38 @@ def run(
 ) -> dict[str, Any]:
     """Time optimizer steps of a stage with a recipe's settings, on 64 scenes; JSON-ready.
 
-    The steps follow one another as in training: a GPU is waited for before the first and after the
-    last, and in between only where a step itself does. ``phases`` and ``shares`` come from further
-    steps, in which it is waited for at the ends of every range. Ctrl-C (SIGINT) ends it behind the
-    step under way, and what was measured until then is returned; a second one ends it at once.
+    The steps follow one another as in training. The host waits for a GPU before the first and after
+    the last step, and in between only where a step itself does. ``phases`` and ``shares`` come from
+    further steps, in which it waits at the end of every range. Ctrl-C (SIGINT) ends the run after
+    the current step and returns what was measured until then; a second one ends it at once.
 
     Args:
         stage: one of ``STAGES``.
-        model: that stages 2 and 3 begin with, and whose image tokenizer stage 1 takes; FRESH:
-            weights and an image tokenizer of the recipe's shapes, drawn at random. Left out: the
-            bundled model of the recipe's name, or FRESH where there is none.
-        batch: samples a step; layouts a rollout in Cycle RL. Left out: the recipe's.
-        repeats: steps timed, after one to warm up, three on CUDA.
+        model: the model that stages 2 and 3 start from, and whose image tokenizer stage 1 uses;
+            FRESH: random weights and a random image tokenizer of the recipe's shapes. Left out: the
+            bundled model of the recipe's name, or FRESH if there is none.
+        batch: samples per step; in Cycle RL, layouts per rollout. Left out: the recipe's.
+        repeats: steps timed, after one to warm up, or three on CUDA.
         device: "cpu" or "cuda".
         float32: multiply in float32 where the recipe says bfloat16.
         progress: called with (steps done, steps in all).
-        recipe: whose settings; `tiny` if left out.
+        recipe: gives the settings; `tiny` if left out.
 
     Returns:
         ``images_per_s`` and ``tokens_per_s`` (of the trainer's own passes, without padding),
-        ``padding`` (its share of what was packed in these steps, where a stage packs ahead for the
-        next one too and so leaves the first out), ``ms_per_step`` with quantiles,
-        ``utilisation`` (`needed` over the measured rate of matrix products in ``dtype``, the
-        stage's type), ``peak_mib`` of the process or, on CUDA, of the tensors of the steps timed,
-        ``phases``, shares of the time by what a step consists of (see ``PHASES``; whatever runs
-        inside a phase is part of it, but for another phase), ``shares`` of it by innermost range,
-        ``interrupted`` (it was by Ctrl-C; before the steps of the shares these are empty), and the
+        ``padding`` (its share of what was packed in these steps; a stage that packs ahead for the
+        next step leaves the first one out), ``ms_per_step`` with quantiles, ``utilisation``
+        (`needed` over the measured rate of matrix products in ``dtype``, the stage's type),
+        ``peak_mib`` of the process or, on CUDA, of the tensors of the timed steps, ``phases``,
+        shares of the time by phase of a step (see ``PHASES``; whatever runs inside a phase is part
+        of it, except another phase), ``shares`` of it by innermost range, ``interrupted`` (Ctrl-C
+        ended it; if that was before the steps for the shares, these are empty), and the
         environment.
 
     Raises:
-        ValueError: no such stage.
-        BatchError: a batch that does not come in the recipe's parts.
-        CheckpointError: no such model.
+        ValueError: the stage is unknown.
+        BatchError: the batch cannot be divided into the recipe's parts.
+        CheckpointError: there is no such model.
     """
     if stage not in STAGES:
         raise ValueError(f"stage {stage}: unknown; choose {', '.join(STAGES)}")
@@ -154,11 +154,11 @@ def run(
 
 
 class Passes:
-    """A listener that counts the tokens of the trainer's passes, padding included.
+    """A listener that counts the tokens of the trainer's passes, including padding.
 
     Attributes:
-        trained: of passes that are kept for backward.
-        read: of others, a reference's.
+        trained: tokens of passes that are kept for backward.
+        read: tokens of others, such as a reference's.
     """
 
     def __init__(self) -> None:
@@ -166,7 +166,7 @@ class Passes:
 
     @property
     def tokens(self) -> int:
-        """Of all passes."""
+        """Tokens of all passes."""
         return self.trained + self.read
 
     def begin(self, category: str, payload: dict[str, int]) -> None:
@@ -183,17 +183,18 @@ class Passes:
 
 
 def needed(config: ModelConfig, passes: Passes) -> int:
-    """Operations of the decoder's weights in all passes and their backward: 6 a weight and token,
-    as trainers count them, and 2 where there is no backward. Heads, attention's own products and
-    rollouts are left out, and so is what is run again for want of memory."""
+    """Return the operations of the decoder's weights in all passes and their backward: 6 per weight
+    and token, as trainers count them, and 2 where there is no backward. Heads, attention's own
+    products and rollouts are left out, and so is recomputation that saves memory."""
     return Weights.of(config).body * (6 * passes.trained + 2 * passes.read)
 
 
 def timed(
     work: Work, repeats: int, device: str, progress: Progress, stop: Stop
 ) -> tuple[list[float], float]:
-    """Seconds of each run and of all, with the device waited for at both ends only: on CUDA the
-    single times lie between events in its queue. Fewer runs where it was asked to stop."""
+    """Return the seconds of each run and of all, waiting for the device at both ends only; on CUDA
+    the single times are between events in its queue. There are fewer runs if ``stop`` was
+    requested."""
     on_cuda = device.startswith("cuda")
     marks: list[Any] = []
 
@@ -221,7 +222,7 @@ def timed(
 
 
 class Phases(Stopwatch):
-    """Wall time by phase: ranges that begin none count for the phase that they are in."""
+    """Wall time by phase. A range that begins no phase counts for the phase around it."""
 
     def __init__(self, phases: dict[str, str], clock: Callable[[], float]) -> None:
         super().__init__(clock)
@@ -235,7 +236,7 @@ class Phases(Stopwatch):
 def _shares(
     work: Work, steps: int, device: str, stage: str, stop: Stop
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Shares of the time by phase and by innermost range, the largest first."""
+    """Return shares of the time by phase and by innermost range, the largest first."""
     watches = Phases(PHASES[stage], clock(device)), Stopwatch(clock(device))
     with listening(*watches):
         for watch in watches:

@@ -1,11 +1,11 @@
-"""Launch constants beside their candidates: what each compiles to and, on a GPU, what it takes.
+"""Launch constants beside their candidates: the compiled code of each and, on a GPU, its time.
 
-A measurement and nothing more: people change constants, in the kernels, from its table, and commit
-its JSON under ``bench/results/`` with the change. Written beside the kernels by a program, figures
-would be a second place for constants, out of date as soon as a kernel changes.
+This only measures. People read its table, change the constants in the kernels, and commit its JSON
+under ``bench/results/`` with the change. If a program wrote figures beside the kernels, they would
+be a second place for constants, out of date as soon as a kernel changes.
 
-A candidate takes the place of the constants of its type in every launch of a case, while all others
-stay as they are; so of an operator with two choices the two best need not be the best pair.
+A candidate replaces the constants of its type in every launch of a case, while all others stay as
+they are. So for an operator with two choices, the two best need not be the best pair.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from echogen.kernels.dispatch import Launch
 Note = Callable[[str], None]
 Row = dict[str, Any]
 REGISTERS, AT_ONCE, BLOCKS, RESERVED = 65536, 256, 32, 1024
-"""Of a multiprocessor (compute capability 8.0 to 10.0): its registers, how many a warp is given at
-once, the most blocks, and the bytes of shared memory that the driver takes of each."""
+"""Of a multiprocessor (compute capability 8.0 to 10.0): its registers, the unit in which a warp
+gets them, the most blocks, and the bytes of shared memory that the driver reserves per block."""
 TIMES = ("ms", "ms_q20", "ms_q80", "times_as_fast")
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One choice of a case: the constants of now, and the pass that asks for them."""
+    """One choice of a case: the current constants, and the pass that requests them."""
 
     case: Case
     size: str
@@ -49,7 +49,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Constants of a choice, those of now among them, and the launches that depend on them."""
+    """Constants for a choice, possibly the current ones, and the launches that depend on them."""
 
     choice: Choice
     constants: Constants
@@ -71,21 +71,21 @@ def run(
         operators: names of operators or cases; none: all.
         size: a named size; None: those for a GPU.
         device: "cuda", or "cpu" to compile only.
-        arch: what to compile for on a CPU; a GPU's own is used there.
-        processes: that compile side by side; None: one a core.
-        note: told what is left out, a line each.
+        arch: architecture to compile for on a CPU; on a GPU its own is used.
+        processes: how many compile in parallel; None: one per core.
+        note: called with what is left out, one line each.
         progress: called with (candidates compiled or timed, in all).
 
     Returns:
-        ``tuned``, a row for each candidate of each choice of each case, ``now`` first: its
-        ``constants``, the ``kernels`` that depend on them (`echogen.kernels.aot.Compiled`, with
-        ``warps``, as many as a multiprocessor holds at once), ``error`` (why it is not to be
-        launched, or was wrong), the time of the pass that depends on them, and whether it is
-        ``best``; ``timed`` (whether anything was), ``ended`` as `kernels.run` has it, and the
-        environment.
+        ``tuned``, a row for each candidate of each choice of each case, with the current one
+        (``now``) first. A row has its ``constants``; the ``kernels`` that depend on them
+        (`echogen.kernels.aot.Compiled`, with ``warps``, the most that a multiprocessor holds at
+        once); ``error`` (why it must not be launched, or was wrong); the time of the pass that
+        depends on them; and whether it is ``best``. Also ``timed`` (whether anything was),
+        ``ended`` as in `kernels.run`, and the environment.
 
     Raises:
-        ValueError: no such operator, size or architecture.
+        ValueError: an operator, size or architecture is unknown.
         RuntimeError: kernels are interpreted in this process.
     """
     timed, taken_on = device == "cuda", environment(device)
@@ -118,8 +118,8 @@ def _arch() -> str:
 def _candidates(
     operators: Sequence[str], size: str | None, arch: str, on: Gpu, note: Note
 ) -> Iterator[Candidate]:
-    """Of every choice of the cases asked for, choice by choice, those of now first; without what
-    an architecture has no types for."""
+    """Yield the candidates of every choice of the requested cases, choice by choice, with the
+    current one first. Candidates whose types an architecture lacks are left out."""
     for case, name in kernels.choose(operators, size, "cuda"):
         choices = [c for dtype in case.types("cuda") for c in _choices(case, name, dtype, on)]
         made = [one for choice in choices for one in _of_choice(choice, on)]
@@ -136,8 +136,8 @@ def _runs_on(one: Candidate, arch: str) -> bool:
 
 
 def _choices(case: Case, size: str, dtype: torch.dtype, on: Gpu) -> list[Choice]:
-    """The choices that a case depends on: launchers ask for them while their launches are recorded.
-    One belongs to the first pass that asks."""
+    """Return the choices that a case depends on. Launchers request them while their launches are
+    recorded; a choice belongs to the first pass that requests it."""
     found: dict[type, Choice] = {}
     for mode in case.modes(size)[:2]:
         with trial() as launched:
@@ -148,7 +148,7 @@ def _choices(case: Case, size: str, dtype: torch.dtype, on: Gpu) -> list[Choice]
 
 
 def _of_choice(choice: Choice, on: Gpu) -> list[Candidate]:
-    """Candidates that launch something different each, with the kernels in which they differ."""
+    """Return the candidates whose launches differ, each with the kernels in which they differ."""
     made: dict[str, tuple[Constants, list[Launch]]] = {}
     for constants in (choice.now, *choice.now.candidates()):
         with trial(constants):
@@ -169,7 +169,7 @@ def _written(launch: Launch) -> str:
 
 
 def _row(one: Candidate, code: dict[str, aot.Compiled], on: Gpu | None) -> Row:
-    """What is known without a launch."""
+    """Return what is known without a launch."""
     choice, compiled = one.choice, []
     for launch in one.launches:
         made = code[repr(aot.Source.of(launch))]
@@ -187,12 +187,12 @@ def _row(one: Candidate, code: dict[str, aot.Compiled], on: Gpu | None) -> Row:
 
 
 def resident_warps(made: aot.Compiled, warps: int, on: Gpu | None) -> int | None:
-    """How many warps of a kernel whose blocks have so many a multiprocessor holds at once, by
-    registers and shared memory; None where either is unknown."""
+    """Return how many warps a multiprocessor holds at once, by registers and shared memory, of a
+    kernel with ``warps`` warps per block. None where either is unknown."""
     if on is None or not made.registers or made.shared_bytes is None:
         return None
     each = -(-32 * made.registers // AT_ONCE) * AT_ONCE
-    by_registers = 4 * (REGISTERS // 4 // each)  # each quarter of it has warps of its own
+    by_registers = 4 * (REGISTERS // 4 // each)  # each quarter of it has its own warps
     by_shared = (on.shared_bytes + RESERVED) // (made.shared_bytes + RESERVED)
     return warps * min(min(by_registers, on.warps) // warps, by_shared, BLOCKS)
 
@@ -204,7 +204,7 @@ def _time(
     note: Note,
     progress: Callable[[int], None],
 ) -> str:
-    """Fill in times; why it ended before all were taken, empty where it did not."""
+    """Fill in times. Return why this ended before all were taken, or an empty string."""
     done = 0
     try:
         for choice, group in groupby(zip(found, rows, strict=True), lambda pair: pair[0].choice):
@@ -213,7 +213,7 @@ def _time(
                 progress(done)
     except KeyboardInterrupt:
         return "interrupted"
-    except Exception as error:  # on a GPU an illegal access fails whatever comes after it
+    except Exception as error:  # on a GPU, everything after an illegal access fails
         note(f"{said(error)}: {done} candidates until then")
         return said(error)
     return ""
@@ -222,7 +222,8 @@ def _time(
 def _time_choice(
     choice: Choice, mine: Sequence[tuple[Candidate, Row]], device: torch.device, note: Note
 ) -> Iterator[None]:
-    """Check and time, as the operators' benchmark does, what may be launched: one a step."""
+    """Check and time, as the operators' benchmark does, the candidates that may be launched, one
+    per step."""
     case, size, dtype = choice.case, choice.size, choice.dtype
     inputs = case.inputs(Drawn(torch.Generator(device).manual_seed(0)), case.sizes[size], dtype)
     wanted = contest.results(case, case.eager, contest.raised(inputs), case.outputs)

@@ -1,8 +1,8 @@
-"""What a step of several codes costs beside a step of one, and what an image might take by it.
+"""The cost of a step of several codes beside a step of one, and a projected time per image.
 
-The cost is a matter of shapes, so unlike acceptance it can be told of random weights. How many
-codes a step yields is a matter of training: of a model that has not been, an image's time is a
-projection, from what `echogen.bench.speed.jacobi` counted of one that has.
+The cost depends only on shapes, so unlike acceptance it can be measured with random weights. How
+many codes a step yields depends on training. For an untrained model, an image's time is therefore a
+projection, from what `echogen.bench.speed.jacobi` counted with a trained one.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from echogen.engine.gpu.graphs import Kept
 
 WINDOWS = (1, 2, 4, 8, 16, 32)
 CODES = 17
-"""Of an image, drawn to time one code a step on a CPU: the run of the prompts, and sixteen."""
+"""Codes of an image drawn to time one code per step on a CPU: prefill, and sixteen steps."""
 STEPS = 4
-"""In windows, timed together."""
+"""Steps in windows that are timed together."""
 TRAINED = RESULTS / "jacobi-tiny-cpu.json"
 
 
 class WindowError(ValueError):
-    """A window that does not fit into an image."""
+    """A window does not fit into an image."""
 
 
 def run(
@@ -55,31 +55,31 @@ def run(
     trained: Path = TRAINED,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Time steps in turn, from the middle of an image on, sampling at temperature 1 included.
+    """Time steps in turn, from the middle of an image, including sampling at temperature 1.
 
     Args:
         model: what ``Engine.from_pretrained`` takes, or a random model (``models.RANDOM``).
-        windows: codes W a step.
+        windows: codes W per step.
         batch, cfg: images at once, and the guidance scale.
-        dtype, device: of the weights, and where. On a GPU whole images are drawn, whose steps are
-            recorded: a step is what the image took over their number.
+        dtype, device: of the weights, and where. On a GPU whole images are drawn, with recorded
+            steps: a step's time is the image's over their number.
         repeats: how often each is timed.
-        threads: on a CPU; None leaves torch's.
+        threads: on a CPU; None leaves torch's number.
         seed: of random weights, prompts and noise.
-        trained: a result of `echogen bench engine --mode jacobi`, to project from.
+        trained: a result of `echogen bench engine --mode jacobi` to project from.
         progress: called with (rounds done, rounds in all).
 
     Returns:
-        JSON-ready: ``ms_sequential``, a step of one code; ``windows``, of each ``ms_per_step`` with
-        quantiles and ``ratio``, times a step of one code, median over the rounds. ``projection``
-        where ``trained`` has that window and scale at temperature 1, of its test layouts and of the
-        crowded ones: codes a step there, and if this model's drafts were as good an image's
-        milliseconds and how many times as fast that is as one code a step.
+        JSON-ready: ``ms_sequential``, a step of one code; ``windows``, for each ``ms_per_step``
+        with quantiles and ``ratio``, its time over that of a step of one code, median over the
+        rounds. ``projection``, where ``trained`` has that window and scale at temperature 1, for
+        its test layouts and for the crowded ones: codes per step there and, if this model's drafts
+        were as good, an image's milliseconds and the speed-up over one code per step.
 
     Raises:
-        ValueError: an unknown model or dtype.
-        WindowError: a window that is more than half an image.
-        CheckpointError: no such checkpoint.
+        ValueError: the model or dtype is unknown.
+        WindowError: a window is more than half an image.
+        CheckpointError: there is no such checkpoint.
     """
     kind = dtype_of(dtype)
     single, several = list[float](), {width: list[float]() for width in windows}
@@ -91,7 +91,7 @@ def run(
             if not 1 <= width <= tokens // 2:
                 raise WindowError(f"window {width}: this model's are 1 to {tokens // 2} codes")
         drawing = _Drawing(subject, batch, cfg, seed, 1 + len(windows))
-        for done in range(-1, repeats):  # the first round makes what the others find
+        for done in range(-1, repeats):  # the first round warms up
             spent = drawing.one_by_one(), [drawing.in_windows(w) for w in windows]
             if done >= 0:
                 single.append(spent[0])
@@ -124,14 +124,14 @@ class _Drawing:
         codes = torch.randint(c.codebook_size, (batch, c.image_tokens), generator=generator)
         self._codes, self._made = codes.to(s.code_table.device), self._sampler()
         if isinstance(self._model, DeviceTransformer):
-            self._model.steps = Kept[Any](steps)  # all of them, or one would be recorded as timed
+            self._model.steps = Kept[Any](steps)  # all, or recording would be timed
             return
         self._windows: Windows = open_windows(
             self._model, s.code_table, self._rows, s.pad, self._sampling.guided
         )
         self._windows.prefill()
         half = c.image_tokens // 2
-        for first in range(0, half, 16):  # what is before the window
+        for first in range(0, half, 16):  # codes before the window
             here = self._codes[:, first : min(first + 16, half)]
             self._windows.window(here, [first] * batch)
 
@@ -141,8 +141,9 @@ class _Drawing:
         return Sampler(self._sampling, self._seed, draws, c.codebook_size, c.image_tokens)
 
     def in_windows(self, width: int) -> float:
-        """Seconds a step of ``width`` codes, sampling included, as one follows another: after
-        other work the first finds its weights out of the cache."""
+        """Return the seconds per step of ``width`` codes, sampling included, in a sequence of
+        steps. The first step after other work is not timed, since its weights are no longer in the
+        cache."""
         if isinstance(self._model, DeviceTransformer):
             s, steps = self._subject, list[int]()
 
@@ -170,9 +171,9 @@ class _Drawing:
         return found
 
     def one_by_one(self) -> float:
-        """Seconds a step of one code, sampling included."""
+        """Return the seconds per step of one code, sampling included."""
         s, tokens = self._subject, self._codes.shape[1]
-        if isinstance(self._model, DeviceTransformer):  # its steps are queued, not waited for
+        if isinstance(self._model, DeviceTransformer):  # its steps are only queued
 
             def draw() -> Tensor:
                 codes = decode_image(self._model, s.code_table, self._rows, self._sampler(), s.pad)
@@ -193,7 +194,7 @@ class _Drawing:
 
 
 class _Enough(Exception):
-    """As much of an image was drawn as is wanted."""
+    """Raised when enough of an image is drawn."""
 
 
 def _projected(
@@ -219,7 +220,7 @@ def _projected(
 
 
 def table(result: dict[str, Any]) -> Table:
-    """What ``run`` found, for people."""
+    """Format the result of ``run`` for people."""
     shown = Table(
         title=f"Steps of several codes: {result['model']} ({result['dtype']}, batch "
         f"{result['batch']}, cfg {result['cfg']:g}); of one code {result['ms_sequential']:.3f} ms",

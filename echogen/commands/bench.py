@@ -36,7 +36,7 @@ from echogen.commands.training import find_recipe
 class BenchEngine:
     """Time drawing, from the prompt to the last image code. --mode peer: against the same weights
     in one peer. latency, rollout: one picture, or groups of eight, against every peer and the
-    machine's limits. jacobi: several codes a step against one, with steps, acceptance and identity.
+    machine's limits. jacobi: several codes per step against one, with steps, acceptance, identity.
     window: what a step of several codes costs, with any weights."""
 
     model: str | None = None
@@ -60,7 +60,7 @@ class BenchEngine:
     layouts: int = 200
     """Test layouts to draw in mode jacobi, plus a quarter as many crowded ones."""
     window: Annotated[tuple[int, ...], tyro.conf.UseAppendAction] = ()
-    """Codes a step; repeatable (left out: the engine's choice; in mode window 1 to 32)."""
+    """Codes per step; repeatable (left out: the engine's choice; in mode window 1 to 32)."""
     draft: Annotated[tuple[Literal["above", "left"], ...], tyro.conf.UseAppendAction] = ()
     """Neighbour from which mode jacobi guesses a code first; repeatable (left out: above)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -185,7 +185,7 @@ class BenchEngine:
 
 @dataclass(frozen=True)
 class BenchTrain:
-    """Time optimizer steps of a training stage: images and tokens a second, and where time goes."""
+    """Time optimizer steps of a stage: images and tokens per second, and where the time goes."""
 
     stage: Literal["pmtp", "djo", "cycle-rl"]
     """Which stage."""
@@ -300,7 +300,7 @@ class BenchKernels:
         try:
             if self.out is not None and result["kernels"]:
                 self._write(result["kernels"])
-        finally:  # whatever becomes of the files, Ctrl-C while they are drawn among it
+        finally:  # even if the files fail, or Ctrl-C interrupts their drawing
             if self.json:
                 print_json(result)
         if result["interrupted"]:
@@ -357,7 +357,7 @@ class BenchKernels:
             tables.plot(rows, self.out)
         except ImportError:
             warn("matplotlib is not installed; no plots were drawn")
-        except Exception as error:  # the figures are there, and printed after this
+        except Exception as error:  # the figures exist, and are printed after this
             warn(f"no plots were drawn ({type(error).__name__}: {error})")
 
 

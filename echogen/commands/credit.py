@@ -1,4 +1,4 @@
-"""The command that asks how much of a gradient is signal."""
+"""The command that measures how much of a gradient is signal."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ TITLES = {
     "i2l": "Image to layout, on true pictures",
     "cycle": "Cycle: layout to image to layout",
 }
-# A Fréchet distance and a covariance need a few pictures; beyond the second, scenes take hours.
+# A Fréchet distance and a covariance need a few pictures; more than the maximum takes hours.
 COUNT_MIN, COUNT_MAX = 2, 100_000
 
 

@@ -1,4 +1,4 @@
-"""The command that makes layouts for Cycle RL, by language model or sampler, and checks them."""
+"""The command that makes layouts for Cycle RL, by language model or at random, and checks them."""
 
 from __future__ import annotations
 
@@ -54,9 +54,9 @@ class Layouts:
     api_key_env: str | None = None
     """Environment variable that holds the API key."""
     batch: int = 10
-    """Layouts asked for in one request."""
+    """Layouts per request."""
     at_once: int = 1
-    """Requests under way together; see also --per-minute."""
+    """Requests in flight at the same time; see also --per-minute."""
     temperature: float | None = None
     """Temperature of the language model (left out: the server's own)."""
     timeout: float = 120.0
@@ -110,7 +110,7 @@ class Layouts:
                 collect(
                     endpoint.ask, harvest, self.count, self.batch, self.seed, update, self.at_once
                 )
-        finally:  # an interruption, too, leaves its count
+        finally:  # print the count after an interruption too
             tally = harvest.tally
             rows: list[tuple[str, object]] = [
                 ("layouts held", tally.held), ("there before", had), ("requests", tally.requests),
@@ -207,7 +207,7 @@ class Layouts:
 
 
 def _room(model: str) -> Callable[[Layout], None]:
-    """What raises LayoutError for a layout that a model has no room for."""
+    """Return a check that raises LayoutError for a layout that a model has no room for."""
     from functools import partial
 
     from echogen.commands.options import ModelOptions

@@ -1,5 +1,5 @@
-"""The commands that say what could be, at best, and whether it became worse: ceilings of the
-machine, memory, compiled code, two runs side by side."""
+"""The commands that measure limits and find regressions: ceilings of the machine, memory, compiled
+code, two runs side by side."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class BenchMemory:
 
 
 def refuse_interpreted() -> None:
-    """Raises InputError where kernels are interpreted, of a command that compiles them."""
+    """Refuse to compile kernels where they are interpreted. Raises InputError."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise InputError("TRITON_INTERPRET=1: an interpreted kernel cannot be compiled; unset it")
 
@@ -142,7 +142,7 @@ class BenchCompare:
     to: str | None = None
     """The peer; none compares times. Left out: eager for operators, transformers for the engine."""
     threshold: float = 1.15
-    """Factor by which slower is too slow."""
+    """Largest factor by which a case may become slower."""
     json: Json = False
     """End with one JSON object on stdout."""
 

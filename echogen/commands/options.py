@@ -35,7 +35,7 @@ class ModelOptions:
     """Draw with keys and values rounded to 8 bits (GPU only)."""
 
     def check(self) -> None:
-        """Refuse a device that is not there, and 8 bits where nothing multiplies by them."""
+        """Refuse a device that does not exist, and 8 bits on a device without 8-bit products."""
         import torch
 
         kind, _, index = self.device.partition(":")
@@ -51,7 +51,7 @@ class ModelOptions:
                 )
 
     def load(self) -> Engine:
-        """The engine. Raises CheckpointError where there is no such model, and InputError where its
+        """Load the engine. Raises CheckpointError if there is no such model, and InputError if its
         drawing cannot run in 8 bits."""
         self.check()
         import torch
@@ -97,7 +97,7 @@ class SamplingOptions:
         """Refuse values out of range, before a model is loaded."""
         from echogen.engine.decoding.sampler import Sampling
 
-        own: dict[str, Any] = {"cfg": 2.0}  # in place of the model's, which may guide as well
+        own: dict[str, Any] = {"cfg": 2.0}  # instead of the model's, which may also guide
         if self.cfg_schedule != "constant":
             own |= {"cfg_schedule": "linear", "cfg_start": 2.0}
         try:
@@ -106,8 +106,8 @@ class SamplingOptions:
             raise InputError(flagged(error)) from None
 
     def over(self, engine: Engine) -> Sampling:
-        """The model's defaults with the given options in their place; InputError where the two do
-        not go together, or do not fit the model's images."""
+        """Return the model's defaults with the given options in their place. Raises InputError if
+        the two conflict, or do not fit the model's images."""
         from echogen.engine.decoding.sampler import Sampling
 
         try:
@@ -119,9 +119,9 @@ class SamplingOptions:
 
 
 def usual_device(asked: str) -> str:
-    """ "cpu" or "cuda": what is asked for, or for "auto" the GPU where there is one.
+    """Return "cpu" or "cuda": the requested device or, for "auto", the GPU if there is one.
 
-    Raises InputError for a GPU that is not there.
+    Raises InputError for a GPU that does not exist.
     """
     import torch
 
@@ -132,8 +132,8 @@ def usual_device(asked: str) -> str:
 
 
 def make_current(device: str) -> None:
-    """Make a GPU with a number the current one, which what waits for a GPU waits for; "cuda" is
-    the current one, and torch takes no name without a number here."""
+    """Make a numbered GPU the current one, which synchronisation waits for. Plain "cuda" is already
+    the current one, and torch accepts no name without a number here."""
     if ":" in device:
         import torch
 
@@ -141,14 +141,14 @@ def make_current(device: str) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that is no key of the noise."""
+    """Refuse a seed that cannot key the noise."""
     if not 0 <= seed <= SEED_MAX:
         raise InputError(f"--seed {seed}: it must be in 0 … 2^63 - 1")
 
 
 def check_evaluates() -> None:
-    """Refuse, before pictures are drawn or steps are run, what would end in an evaluation without
-    what average precision needs."""
+    """Refuse a command that ends in an evaluation if what average precision needs is missing. This
+    happens before pictures are drawn or steps are run."""
     if find_spec("pycocotools") is None:
         raise InputError(
             "pycocotools is not installed, and evaluations need it: pip install pycocotools"
@@ -156,12 +156,12 @@ def check_evaluates() -> None:
 
 
 def flagged(error: Exception) -> str:
-    """What is wrong with a setting, "top_p = 0; …", said of its option: "--top-p = 0; …"."""
+    """Turn a setting's error, "top_p = 0; …", into that of its option: "--top-p = 0; …"."""
     name, _, rest = str(error).partition(" ")
     return f"--{name.replace('_', '-')} {rest}"
 
 
 def check_range(name: str, value: int | None, low: int, high: int) -> None:
-    """Refuse a number outside low … high; None is an option left out."""
+    """Refuse a number outside low … high; None means that the option was left out."""
     if value is not None and not low <= value <= high:
         raise InputError(f"--{name} {value}: it must be in {low} … {high}")

@@ -1,4 +1,4 @@
-"""How commands speak: tables for people, one JSON line for programs, progress, files."""
+"""Output of commands: tables for people, one JSON line for programs, progress, files."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ class InputError(Exception):
 
 
 class Failure(Exception):
-    """A command did its work, and what it found is a failure; the message is one line."""
+    """A command did its work and found a failure; the message is one line."""
 
 
 def fail(message: str) -> None:
-    """One line on stderr, whatever the message holds."""
+    """Print one line on stderr, whatever the message holds."""
     print("echogen: " + " ".join(message.split()), file=sys.stderr)
 
 
 def warn(message: str) -> None:
-    """One line on stderr about something that does not stop the command."""
+    """Print one line on stderr about something that does not stop the command."""
     print("echogen: warning: " + " ".join(message.split()), file=sys.stderr)
 
 
@@ -49,7 +49,7 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -
     cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in row] for row in rows]
     for i, name in enumerate(columns):
         numeric = bool(rows) and all(isinstance(row[i], (int, float)) for row in rows)
-        # In a narrow terminal the first column folds, to a word at least, and words of the last.
+        # In a narrow terminal only the first and the last column fold, unless they are numeric.
         widest = max((cell_len(row[i]) for row in cells), default=0)
         whole = numeric or 0 < i < len(columns) - 1
         table.add_column(
@@ -61,20 +61,20 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -
     for row in cells:
         table.add_row(*map(Text, row))
     console = Console()
-    # Where that is not narrow enough the terminal breaks the lines: rich would leave columns out.
+    # If that is not narrow enough, the terminal breaks the lines: rich would leave columns out.
     least = Measurement.get(console, console.options.update(max_width=10**6), table).minimum
     console.width = max(console.width, least)
-    console.print(Text(title, "bold"), soft_wrap=True)  # rich would fold a table's own to its width
+    console.print(Text(title, "bold"), soft_wrap=True)  # rich would fold a table's title
     console.print(table)
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """The one JSON object for programs, as the last line of stdout."""
+    """Print the one JSON object for programs, as the last line of stdout."""
     print(json.dumps(finite(data), allow_nan=False))
 
 
 def finite(value: Any) -> Any:
-    """The value with every number that JSON cannot hold (NaN, infinity) turned into None."""
+    """Return the value with every number that JSON cannot hold (NaN, infinity) turned into None."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -86,7 +86,7 @@ def finite(value: Any) -> Any:
 
 @contextmanager
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on stderr while it is a terminal; yields ``update(done, total)``."""
+    """Show a bar on stderr if that is a terminal; yield ``update(done, total)``."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -103,7 +103,7 @@ def progress(what: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def check_file(path: Path, suffixes: Sequence[str]) -> None:
-    """Refuse, before any work, an output file that could not be written after it."""
+    """Refuse, before any work, an output file that could not be written afterwards."""
     if path.suffix.lower() not in suffixes:
         raise InputError(f"--out {path}: ends in {path.suffix!r}; choose {', '.join(suffixes)}")
     if path.is_dir():
@@ -126,15 +126,15 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def folder_for(path: Path) -> Iterator[None]:
-    """An output folder and its parents, made before the work within that fills it; where that ends
-    in an error with nothing written, those made are gone again."""
+    """Make an output folder and its parents for the block that fills it. If the block ends in an
+    error with nothing written, remove those that were made."""
     made = list(takewhile(lambda folder: not os.path.lexists(folder), (path, *path.parents)))
     try:
         make_folder(path)
         yield
     except BaseException:
         for folder in made:
-            with suppress(OSError):  # it was never made, or holds something
+            with suppress(OSError):  # it was never made, or is not empty
                 folder.rmdir()
         raise
 
@@ -150,7 +150,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def write_picture(path: Path, image: Image.Image) -> None:
-    """Encode a picture by its file name; the same picture gives the same bytes."""
+    """Encode a picture in the format of its file name; the same picture gives the same bytes."""
     from io import BytesIO
 
     from PIL import Image as Pillow

@@ -56,8 +56,8 @@ class BenchQuality:
     report: bool = False
     """Write and print the tables of the finished cells, with plots and pictures; run none."""
     fresh: int | None = None
-    """Draw so many test layouts behind those of the tables, at T = 1, with the models of the
-    finished cells (of --table or --cell) that are here, and add a table of them; run none."""
+    """Draw this many test layouts beyond those of the tables, at T = 1, with the models of the
+    finished cells (of --table or --cell) that are present, and add a table of them; run none."""
     again: bool = False
     """Discard the results of the cells named by --cell and run them again."""
     out: Path | None = None
@@ -129,7 +129,7 @@ class BenchQuality:
         )  # fmt: skip
 
     def _chosen(self, lab: Lab) -> list[Cell]:
-        """The cells that the options name, in the order in which they are run."""
+        """Return the cells that the options name, in running order."""
         from echogen.bench.quality.cells import ROWS
         from echogen.bench.quality.records import QualityError
 
@@ -150,11 +150,11 @@ class BenchQuality:
         from echogen.bench.quality.records import recorded_seeds
         from echogen.bench.quality.run import run_all
 
-        lab.given(chosen[0])  # or every cell would be refused for want of it
+        lab.given(chosen[0])  # without it, every cell would be refused
         make_folder(lab.results)
         failed = run_all(lab, chosen, self.again)
         states = {cell.name: lab.state(cell)[0] for cell in chosen}
-        # Of all seeds that are there: a run of fewer is not to take them out of the tables.
+        # With all recorded seeds: a run of fewer must not remove the others from the tables.
         self._write_report(lab, sorted({*lab.seeds, *recorded_seeds(lab.results)}))
         print(f"tables of the finished cells written to {lab.results / 'README.md'}")
         if self.json:
@@ -210,8 +210,8 @@ class BenchQuality:
             print_json(tables)
 
     def _write_report(self, lab: Lab, seeds: Iterable[int]) -> dict[str, Table]:
-        """Write tables and pictures of the finished cells of these seeds; the tables. Raises
-        QualityError for a record that cannot be read."""
+        """Write tables and pictures of the finished cells of these seeds, and return the tables.
+        Raises QualityError for a record that cannot be read."""
         from echogen.bench.quality import fresh, pictures, report
 
         seeds = tuple(seeds)

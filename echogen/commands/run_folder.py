@@ -1,4 +1,4 @@
-"""The folder of a run: one process at a time writes it, and a refused run leaves none behind."""
+"""The folder of a run: one process at a time writes to it, and a refused run leaves none behind."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ except ImportError:  # Windows, where nothing is locked
 
 @contextmanager
 def run_folder(out: Path) -> Iterator[None]:
-    """Make a run's folder and hold it within the block; folders that were made for it and in which
-    nothing was written are removed after it.
+    """Make a run's folder and lock it within the block. Folders that were made for it are removed
+    afterwards if nothing was written in them.
 
     Raises:
-        InputError: it cannot be made or written to, or another process holds it.
+        InputError: the folder cannot be made or written to, or another process has locked it.
     """
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file; name a folder for the run")
@@ -34,15 +34,15 @@ def run_folder(out: Path) -> Iterator[None]:
         with held(out, f"--out {out}"):
             yield
     finally:
-        with contextlib.suppress(OSError):  # of the first that is not empty
+        with contextlib.suppress(OSError):  # at the first that is not empty
             for folder in made:
                 folder.rmdir()
 
 
 @contextmanager
 def held(folder: Path, name: str) -> Iterator[None]:
-    """Hold a folder against other processes. The lock ends with the process, however that ends, so
-    a file ``lock`` that a kill left behind blocks no one. Raises InputError, with the name."""
+    """Lock a folder against other processes. The lock ends with the process, however that ends, so
+    a file ``lock`` left by a killed process blocks no one. Raises InputError, with the name."""
     if fcntl is None:
         yield
         return
@@ -58,7 +58,7 @@ def held(folder: Path, name: str) -> Iterator[None]:
 
 
 def _locked(path: Path, name: str) -> TextIO:
-    """The file, locked."""
+    """Return the file, locked."""
     while True:
         file = open(path, "a+")  # noqa: SIM115 - the caller's, for as long as it holds the lock
         try:
@@ -79,7 +79,7 @@ def _locked(path: Path, name: str) -> TextIO:
 
 
 def _is_at(file: TextIO, path: Path) -> bool:
-    """Whether the file still has its name: its last holder may have removed it since."""
+    """Whether the file still has its name: its last holder may have removed it."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

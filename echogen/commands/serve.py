@@ -18,7 +18,7 @@ NEEDS = ("fastapi", "uvicorn", "prometheus_client")
 
 
 def check_installed(command: str) -> None:
-    """Refuse a command that serves where what that takes is missing."""
+    """Refuse a command that serves if a package for serving is missing."""
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(
@@ -69,8 +69,9 @@ class Serve:
             self._serve(place)
 
     def _bound(self) -> socket.socket:
-        """A socket at the address, before the model is loaded, so that one in use is told at once;
-        it listens only once requests can be answered."""
+        """Return a socket bound to the address. This happens before the model is loaded, so that an
+        address in use is reported at once. The socket listens only once requests can be answered.
+        """
         place = socket.socket(socket.AF_INET6 if ":" in self.host else socket.AF_INET)
         place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -84,7 +85,7 @@ class Serve:
         return place
 
     def _check_prompts(self, engine: Engine) -> None:
-        """Refuse prompts in which no layout has room."""
+        """Refuse a prompt length that has room for no layout."""
         from echogen.engine.layout import Layout, LayoutObject
 
         shortest = len(engine.prompts.l2i(Layout("a", (LayoutObject("a", (0, 0, 1, 1)),))))
@@ -118,7 +119,7 @@ class Serve:
                 f"{error.what}; give fewer --slots, a smaller --prompt-tokens than "
                 f"{error.prompt_tokens}, or more --memory"
             ) from None
-        except ValueError as error:  # a setting: a prompt too long, memory that has to be named
+        except ValueError as error:  # a setting: a prompt too long, or memory that must be given
             raise InputError(flagged(error)) from None
         if engine.sampling.guided and scheduler.plan.slots < 2:
             warn(
@@ -133,16 +134,16 @@ class Serve:
         )
 
         class Server(uvicorn.Server):
-            """Says when it listens."""
+            """Prints a line when it listens."""
 
             async def startup(self, sockets: list[socket.socket] | None = None) -> None:
                 await super().startup(sockets)
                 print(line, flush=True)
 
-        # The end waits no longer than an answer may take: a body that never comes, or an answer
-        # that is never read, would hold it for ever.
+        # Shutdown waits no longer than an answer may take. Otherwise a body that never comes, or an
+        # answer that is never read, would block it for ever.
         graceful = math.ceil(self.timeout) + 5
-        # Twice as many connections as may be answered, and some for monitoring; requests
+        # Twice as many connections as requests accepted at once, and some for monitoring; requests
         # beyond those are answered with 503.
         most = _connections(100 + 2 * (scheduler.plan.slots + self.queue + self.searches))
         config = uvicorn.Config(
@@ -153,11 +154,12 @@ class Serve:
 
 
 OTHER_FILES = 100
-"""Open files beside connections, with some to spare."""
+"""Open files besides connections, with some to spare."""
 
 
 def _connections(wanted: int) -> int:
-    """As many as are wanted, or as the files that this process may have open allow."""
+    """Return the wanted number of connections, or as many as this process's limit of open files
+    allows."""
     import resource
 
     from echogen.engine.http.connection import SPARE

@@ -1,4 +1,4 @@
-"""The commands that time many requests, at once and as they come, and what HTTP adds."""
+"""The commands that time many requests, at once and over time, and the cost of HTTP."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from echogen.commands.serve import check_installed
 @dataclass(frozen=True)
 class BenchServing:
     """Time mixed requests through the scheduler, against one after another and in fixed batches,
-    and the cost of batch-invariant mode; then such requests arriving over time, at several loads.
-    On one CPU thread."""
+    and the cost of batch-invariant mode; then the same kinds of requests arriving over time, at
+    several loads. On one CPU thread."""
 
     model: str = "tiny"
     """A bundled model, a folder, or a hub id in the Janus format."""
     requests: int = 24
-    """Layouts of the test split, each with settings and a number of images of its own."""
+    """Layouts of the test split, each with its own settings and number of images."""
     slots: int = 16
-    """Rows of a step; an image with guidance takes two."""
+    """Rows per step; an image with guidance takes two."""
     repeats: int = 5
     """Timed runs of each."""
     arrivals: int = 1000
@@ -33,7 +33,7 @@ class BenchServing:
     """Arrivals as a share of the scheduler's capacity; repeatable (without this and --rate: 0.5,
     0.8 and 1.2)."""
     rate: Annotated[tuple[float, ...], tyro.conf.UseAppendAction] = ()
-    """Arrivals in requests a second; repeatable."""
+    """Arrivals in requests per second; repeatable."""
     queue: int = 16
     """Requests that may wait; further ones are refused."""
     seed: int = 0
@@ -86,7 +86,7 @@ class BenchHttp:
     images: int = 200
     """Layouts of the test split."""
     clients: int = 16
-    """Concurrent clients, each of which asks again as soon as it is answered."""
+    """Concurrent clients; each sends its next request as soon as it is answered."""
     repeats: int = 5
     """Timed runs of all clients together."""
     seed: int = 0

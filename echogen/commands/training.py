@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 MOST_SAMPLES = 1_000_000
 RUN_FILES = ("state.pt", "state.prev.pt", "best.pt", "config.json", "metrics.jsonl", "model")
 OWN_OPTIONS = {"bf16": "float32", "muon_lr": "lora"}
-"""Settings of the loop that an option of another name makes something of."""
+"""Settings of the loop that are set by an option of another name."""
 
 
 Set = Annotated[
@@ -57,7 +57,7 @@ BeginOrNot = Annotated[str | None, tyro.conf.arg(name="from", metavar="MODEL-OR-
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """Where a run lies and how its steps are taken, whatever the stage."""
+    """Where a run is stored and how its steps are made, for every stage."""
 
     out: Path
     """Folder of the run; the trained model goes to its subfolder model/."""
@@ -72,7 +72,7 @@ class RunOptions:
     checkpoint_activations: bool = False
     """Recompute each decoder block in the backward pass, to save memory (not for vq)."""
     ema: float | None = None
-    """Decay (say 0.999) of a moving average of the weights, which is evaluated and exported."""
+    """Decay (such as 0.999) of a moving average of the weights, which is evaluated and exported."""
     float32: bool = False
     """Use float32 where the recipe says bfloat16: for CPUs without bfloat16 instructions."""
     deterministic: bool = False
@@ -93,7 +93,7 @@ class RunOptions:
     """End with one JSON object on stdout."""
 
     def check(self) -> None:
-        """Refuse a folder or a file that is not what it has to be. Raises InputError."""
+        """Refuse a folder or a file that is not what it must be. Raises InputError."""
         if self.repeat is None:
             check_run_folder(self.out, self.resume)
         elif not self.repeat.is_file():
@@ -101,7 +101,7 @@ class RunOptions:
         self.place()
 
     def place(self) -> str:
-        """The device of the run's module. Raises InputError for one that is not there."""
+        """Return the device of the run's module. Raises InputError if it does not exist."""
         own = os.environ.get("LOCAL_RANK", "0")
         device = f"cuda:{own}" if self.device == "cuda" else self.device
         ModelOptions(device=device).check()
@@ -112,13 +112,13 @@ class RunOptions:
         return device
 
     def folder(self) -> AbstractContextManager[None]:
-        """The run's folder, where something will be written, made and held within a block; of
-        torchrun's processes the first holds it for all."""
+        """Make and lock the run's folder within a block, if something will be written. Of
+        torchrun's processes, the first does this for all."""
         own = self.repeat is None and os.environ.get("RANK", "0") == "0"
         return run_folder(self.out) if own else nullcontext()
 
     def asked(self) -> dict[str, Any]:
-        """The settings that options of their own ask for, by name."""
+        """Return the settings given by their own options, by name."""
         names = ("steps", "accumulate", "checkpoint_activations", "ema", "deterministic")
         asked: dict[str, Any] = {f"loop.{name}": getattr(self, name) for name in names}
         asked["batch"] = self.batch
@@ -132,12 +132,12 @@ class RunOptions:
         return asked
 
     def sized(self, config: StageConfig) -> StageConfig:
-        """A stage's configuration with the settings asked for. Raises InputError."""
+        """Return a stage's configuration with the requested settings. Raises InputError."""
         if self.steps is not None and self.steps < 1:
             raise InputError(f"--steps {self.steps}: it must be at least 1")
         check_range("batch", self.batch, 1, MOST_SAMPLES)
         sized = with_settings(config, self.assign, self.asked())
-        if sized.loop.deterministic:  # read by cuBLAS, which a stage may start that is only built
+        if sized.loop.deterministic:  # read by cuBLAS, which building a stage may start
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         if self.resume and self.repeat is None:
             check_same_run(self.out, sized)
@@ -182,12 +182,12 @@ class DataOptions(RunOptions):
 
     def asked(self) -> dict[str, Any]:
         asked = super().asked()
-        if self.data is not None:  # the same run with a slash behind its folder and without
+        if self.data is not None:  # a trailing slash does not make another run
             asked["data"] = str(Path(self.data))
         return asked
 
     def sized(self, config: StageConfig) -> StageConfig:
-        if self.data == "":  # of a variable that is not set: the setting would mean ShapesWorld
+        if self.data == "":  # from an unset variable: the setting would mean ShapesWorld
             raise InputError("--data is empty; name a folder, or leave it out for ShapesWorld")
         sized = super().sized(config)
         folder = getattr(sized, "data", "")
@@ -241,7 +241,7 @@ class TrainPMTP(DataOptions):
         self.train(stage)
 
     def _start(self, recipe: Recipe) -> Start:
-        """What --from or --pretrained names."""
+        """Load what --from or --pretrained names."""
         from echogen.train.start import check_shape, load_start
         from echogen.train.vocabulary import pretrained_start
 
@@ -331,16 +331,16 @@ class TrainSettings:
     """Every setting of a stage: its value, and what `--set NAME=VALUE` takes for it."""
 
     stage: Annotated[Literal["vq", "pmtp", "pmtp-on", "djo", "cycle-rl"], tyro.conf.Positional]
-    """Which stage; pmtp-on is stage 1 gone on with (`train pmtp --from`)."""
+    """Which stage; pmtp-on is stage 1 continued (`train pmtp --from`)."""
     recipe: str = "tiny"
     """Which configuration: tiny, small or janus_pro_1b."""
     assign: Set = ()
-    """Settings to try, as loop.seed=1; may be repeated."""
+    """Settings to try, such as loop.seed=1; repeatable."""
     json: Json = False
     """End with one JSON object on stdout."""
 
     def folder(self) -> AbstractContextManager[None]:
-        """Nothing is written."""
+        """Return an empty context, as nothing is written."""
         return nullcontext()
 
     def run(self) -> None:
@@ -376,16 +376,16 @@ class Train:
 
 
 class _Asked(BaseException):
-    """SIGTERM came before the loop listened for it."""
+    """SIGTERM arrived before the loop listened for it."""
 
 
 @contextmanager
 def start_up() -> Iterator[None]:
-    """Let SIGTERM end what is before the steps, minutes of making data say, with a line and the
-    code that it has in the loop, which listens for itself (see `Stop`).
+    """Handle SIGTERM before the first step, for example while data is made for minutes: print a
+    line and exit with the same code as in the loop, which listens for itself (see `Stop`).
 
-    Of torchrun's processes the first speaks. The others may be waiting for it within a library,
-    where nothing of Python's is called, and are ended by the signal as ever.
+    Of torchrun's processes, the first reports. The others may be waiting for it inside a library,
+    where no Python code is called, so the signal ends them as usual.
     """
     here = threading.current_thread() is threading.main_thread()
     if not here or os.environ.get("RANK", "0") != "0":
@@ -406,7 +406,7 @@ def start_up() -> Iterator[None]:
 
 
 def check_run_folder(out: Path, resume: bool) -> None:
-    """Refuse to write over a run, or to resume where there is none."""
+    """Refuse to overwrite a run, or to resume where there is none."""
     present = [name for name in RUN_FILES if (out / name).exists()]
     if present and not resume:
         raise InputError(
@@ -418,8 +418,8 @@ def check_run_folder(out: Path, resume: bool) -> None:
 
 
 def check_same_run(out: Path, config: Any) -> None:
-    """Refuse to go on with a run that has other settings, before a model and data are loaded for
-    it. Without a state it starts over, and the loop has the last word (`other_run`)."""
+    """Refuse to resume a run that has other settings, before a model and data are loaded for it.
+    Without a state the run starts over, and the loop decides (`other_run`)."""
     from echogen.train.config import differences, to_json
     from echogen.train.settings import FOUND_OUT
     from echogen.train.stages.stage import few, settings
@@ -445,7 +445,7 @@ def check_same_run(out: Path, config: Any) -> None:
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises InputError with the known names."""
+    """Return the recipe of that name. Raises InputError with the known names."""
     from echogen.train.recipes import RECIPES
 
     if name not in RECIPES:
@@ -454,8 +454,8 @@ def find_recipe(name: str) -> Recipe:
 
 
 def with_settings(config: StageConfig, assign: Sequence[str], asked: dict[str, Any]) -> StageConfig:
-    """A stage's configuration with what ``--set`` assigns and what options of their own ask for, by
-    the settings' names. Raises InputError, also where a setting is given twice, and differently."""
+    """Return a stage's configuration with the values from ``--set`` and from settings' own options,
+    by the settings' names. Raises InputError, also if a setting is given two different values."""
     from echogen.train.settings import SettingError, assigned, changed, written
 
     values = dict(asked)
@@ -480,7 +480,8 @@ def with_settings(config: StageConfig, assign: Sequence[str], asked: dict[str, A
 
 
 def load_vq(folder: Path, width: int, device: str = "cpu") -> JanusVQVAE:
-    """An image tokenizer, whole and of the transformer's width. Raises InputError otherwise."""
+    """Load an image tokenizer that is complete and of the transformer's width. Raises InputError
+    otherwise."""
     from safetensors import SafetensorError
     from torch import nn
     from transformers import JanusVQVAE
@@ -514,9 +515,9 @@ def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool
     """Run a stage to its end and report its last numbers.
 
     Raises:
-        BeginRefused: the stage refuses to begin.
-        TrainingError: training came to nothing.
-        SystemExit: a signal asked the run to stop, and its state is saved (see `Stopped`): 143 for
+        BeginRefused: the stage refuses to start.
+        TrainingError: training failed.
+        SystemExit: a signal stopped the run, and its state is saved (see `Stopped`): 143 for
             SIGTERM, 130 for SIGINT.
     """
     from transformers.utils import logging
@@ -535,7 +536,7 @@ def train(stage: Stage, loop: LoopConfig, out: Path, resume: bool, as_json: bool
 
 
 def repeat(stage: Stage, loop: LoopConfig, dump: Path, as_json: bool) -> None:
-    """Compute a dumped step again and show what came out."""
+    """Compute a dumped step again and show the result."""
     from echogen.train.run.dump import repeat_dump
 
     found = repeat_dump(stage, loop, dump)

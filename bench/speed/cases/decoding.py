@@ -1,4 +1,4 @@
-"""Cases of decoding, where reading weights and caches is the whole cost."""
+"""Cases of decoding, whose whole cost is reading weights and caches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _attention_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
         own = make.floats(rows, heads, capacity, width, dtype=dtype)
         shared = make.floats(groups, heads, prefix, width, dtype=dtype)
         copies = shared.repeat_interleave(dims["samples"], 0)
-        # Without the operator every sequence holds its own copy of the prefix.
+        # Without the operator, every sequence has its own copy of the prefix.
         made |= {name: own, f"prefix_{name}": shared, f"whole_{name}": torch.cat((copies, own), 2)}
     counted = make.integers(0, 1, rows)
     made["lengths"] = counted + dims["held"]
@@ -90,7 +90,7 @@ def _flash() -> Run:
     from flash_attn import flash_attn_with_kvcache
 
     def run(i: Inputs) -> Outputs:
-        # Tokens before heads, as it reads them; in memory a head's tokens stay side by side.
+        # It expects tokens before heads; in memory, a head's tokens stay contiguous.
         keys, values = (i[f"whole_{name}"].transpose(1, 2) for name in ("keys", "values"))
         out = flash_attn_with_kvcache(
             i["query"][:, None], keys, values, cache_seqlens=i["whole_lengths"]
@@ -105,7 +105,7 @@ FLASH = Peer("flash-attn", "flash-attn", _flash)
 
 def _attention_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     rows = dims["groups"] * dims["samples"]
-    # Keys and values that are held, those of a prefix once for its group; query in, result out.
+    # Keys and values held, a prefix's once per group; query in, result out.
     tokens = rows * dims["held"] + dims["groups"] * dims["prefix"]
     pairs = rows * (dims["held"] + dims["prefix"]) * dims["heads"]
     token = dims["heads"] * dims["width"] * size
@@ -113,7 +113,7 @@ def _attention_floor(dims: Dims, size: int, mode: Pass) -> Floor:
 
 
 def _eight_floor(dims: Dims, size: int, mode: Pass) -> Floor:
-    """A byte a number held, and 4 a scale of each head."""
+    """One byte per stored number, and 4 per scale of each head."""
     plain = _attention_floor(dims, size, mode)
     rows, heads, width = dims["groups"] * dims["samples"], dims["heads"], dims["width"]
     tokens = rows * dims["held"] + dims["groups"] * dims["prefix"]
@@ -125,7 +125,7 @@ def _eight_floor(dims: Dims, size: int, mode: Pass) -> Floor:
 
 EPS = 1e-6
 # Janus-Pro's layers at batch 1 with guidance: the fused projection of queries, keys and values
-# after its norm, the fused gate and up after theirs, and the way back with the residual.
+# after its norm, the fused gate and up after theirs, and the down projection with the residual.
 _QKV = {
     "tiny": {"rows": 2, "depth": 64, "channels": 48},
     "decoding": {"rows": 2, "depth": 2048, "channels": 3 * 2048},
@@ -174,7 +174,7 @@ def _normed_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
 def _fp8_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
     made = _normed_inputs(make, dims, dtype)
     weight = made["weight"]
-    if weight.is_meta:  # no values that a scale could be found of
+    if weight.is_meta:  # no values to compute a scale from
         return made | {"weight": weight.to(FP8), "scale": make.uniform(len(weight))}
     return made | dict(zip(("weight", "scale"), fp8_weight(weight), strict=True))
 
@@ -203,7 +203,7 @@ def _eager_gated(i: Inputs) -> Outputs:
 
 def _linear_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     rows, depth, channels = dims["rows"], dims["depth"], dims["channels"]
-    # The weight is read once; x in, y out, and a gain or a residual, are next to nothing.
+    # The weight is read once; x in, y out, and a gain or a residual, are negligible.
     moved = channels * depth + rows * (depth + channels)
     return Floor(moved * size, 2 * rows * depth * channels)
 
@@ -222,7 +222,7 @@ def _product(
     floor: Callable[[Dims, int, Pass], Floor] = _linear_floor,
     swiglu: bool = False,
 ) -> Case:
-    """A case of one of the two linear layers, which take the same arguments."""
+    """Return a case of one of the two linear layers, which take the same arguments."""
     return Case(
         operator=linear.__name__,
         variant=variant,
@@ -267,7 +267,7 @@ CASES: tuple[Case, ...] = (
         eager=_eager_attention,
         outputs=("out",),
         floor=_eight_floor,
-        bounds=dict.fromkeys(BOUNDS, 0.08),  # eager has what was rounded to 8 bits
+        bounds=dict.fromkeys(BOUNDS, 0.08),  # eager reads the values before rounding to 8 bits
     ),
     _product(skinny_linear, "", _QKV, _normed_inputs),
     _product(skinny_linear, "fp8", _QKV, _fp8_inputs, _fp8_floor),

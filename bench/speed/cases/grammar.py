@@ -1,4 +1,4 @@
-"""Cases of reading boxes out of tokens and of what may follow them."""
+"""Cases of parsing boxes from tokens, and of masking the tokens that may follow."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _spelling(i: Inputs) -> tuple[Tensor, int, int, int]:
 
 
 def _vocabulary() -> list[str | None]:
-    """A byte-level tokenizer's tokens that boxes are made of, and the closing mark."""
+    """A byte-level tokenizer's tokens that spell boxes, and the closing mark."""
     numbers = [str(n) for n in range(1000)]
     return [*numbers, "[", "]", ", ", ",", " ", None]
 
@@ -79,13 +79,13 @@ def _text_floor(dims: Dims, size: int, mode: Pass) -> Floor:
 
 
 def _mask_floor(dims: Dims, size: int, mode: Pass) -> Floor:
-    return Floor(dims["rows"] * dims["vocab"])  # a byte a word, written
+    return Floor(dims["rows"] * dims["vocab"])  # one byte written per word
 
 
 UNROLLED = "the loop over tokens unrolls to thousands of nodes, minutes of compiling"
 
 CASES: tuple[Case, ...] = (
-    # Eager is the operators' own reference: the grammar in plain torch, a step a character.
+    # Eager is the operators' own reference: the grammar in plain torch, a step per character.
     Case(
         operator="parse_location_boxes",
         sizes=_ANSWERS,

@@ -16,7 +16,7 @@ GUIDANCE, BETA = 5.0, 0.01
 _TINY = {"images": 2, "tokens": 12, "codes": 192, "width": 32}
 _TRAINING = {"images": 8, "tokens": 576, "codes": 16384, "width": 2048}
 SIZES = {"tiny": _TINY, "training": _TRAINING}
-# Logits are rounded to the type of hidden states here and not in the yardstick, which moves a
+# Here, unlike in the yardstick, logits are rounded to the type of hidden states, which changes a
 # probability by the logits' last place.
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
 
@@ -32,10 +32,11 @@ def _head_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
 
 
 def products(dims: Dims, size: int, mode: Pass) -> Floor:
-    """Hidden states through the head, logits never in memory.
+    """Cost of hidden states through the head, without logits in memory.
 
-    Forward 2·N·V·D operations; backward as many for each of the logits again, the gradient of the
-    hidden states and that of the weight. Reads hidden and weight, backward writes both gradients.
+    Forward needs 2·N·V·D operations. Backward needs as many for each of three: the logits again,
+    the gradient of the hidden states and that of the weight. Both read hidden and weight; backward
+    writes both gradients.
     """
     n, v, d = dims["images"] * dims["tokens"], dims["codes"], dims["width"]
     arguments = (n * d + v * d) * size
@@ -47,7 +48,7 @@ def products(dims: Dims, size: int, mode: Pass) -> Floor:
 def _softmax_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     n = dims["images"] * dims["tokens"]
     elements = n * dims["codes"]
-    # An element: scale, compare, exp and two sums forward, exp and the gradient's terms backward.
+    # Per element: scale, compare, exp and two sums forward; exp and the gradient's terms backward.
     return products(dims, size, mode) + Floor(20 * n, 0, 5 * elements, elements)
 
 
@@ -59,7 +60,7 @@ def _gumbel_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
     made = _head_inputs(make, dims, dtype) | key(make, rows)
     return made | {
         "codebook": make.floats(codes, 8, dtype=dtype) / 8**0.5,
-        # Given, as rounding of the logits would let a few rows choose another code.
+        # Given, since rounding of the logits would make a few rows choose another code.
         "index": make.integers(0, codes, rows),
         "noise": keyed_noise(made, codes),
     }
@@ -103,7 +104,7 @@ def _trl() -> Run:
     from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
     def run(i: Inputs) -> Outputs:
-        # Its loop over halves goes along the first axis: images, as its trainer has sequences.
+        # For 16-bit types it loops over the first axis: here images, in its trainer sequences.
         logits = (i["hidden"] @ i["weight"].T).unflatten(0, (i["images"], -1))
         logprob = selective_log_softmax(logits, i["targets"].view(i["images"], -1))
         with torch.no_grad():
@@ -115,7 +116,7 @@ def _trl() -> Run:
 
 def _guided_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
     made = _head_inputs(make, dims, dtype)
-    # Both branches say much the same, as trained ones do; guidance makes their difference large.
+    # Both branches are similar, as after training; guidance makes their difference large.
     return made | {"plain": made["hidden"] + 0.1 * torch.ones_like(made["hidden"])}
 
 
@@ -130,8 +131,8 @@ def _eager_guided(i: Inputs) -> Outputs:
 
 def _guided_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     n, d = dims["images"] * dims["tokens"], dims["width"]
-    # The head is linear, so one product of mixed hidden states does; the other branch is read,
-    # and backward writes its gradient.
+    # The head is linear, so one product of mixed hidden states is enough. The other branch is
+    # read, and backward writes its gradient.
     other = n * d * size * (1 if mode == "forward" else 2)
     return _softmax_floor(dims, size, mode) + Floor(other)
 
@@ -157,8 +158,8 @@ def _liger_entropy() -> Run:
 
 
 def older(logp: Tensor, make: Make) -> Tensor:
-    """Log-probabilities of an older policy: most ratios well within the clip, one in twenty well
-    outside, and none so near that rounding decides."""
+    """Return log-probabilities of an older policy: most ratios are well within the clip, one in
+    twenty is well outside, and none is so near that rounding decides."""
     near = 0.15 * (2 * make.uniform(*logp.shape) - 1)
     return logp - torch.where(make.uniform(*logp.shape) < 0.05, near.sign() * 0.5, near)
 
@@ -220,7 +221,7 @@ def _liger_policy() -> Run:
 
 def _policy_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     n = dims["images"] * dims["tokens"]
-    # Beside the head: two older log-probabilities and a mask a token, in either pass.
+    # Besides the head: two older log-probabilities and a mask per token, in either pass.
     return _softmax_floor(dims, size, mode) + Floor(9 * n, 0, 20 * n, 2 * n)
 
 

@@ -1,4 +1,4 @@
-"""Cases of what samples: keyed noise, the straight-through sample, guided sampling."""
+"""Cases of sampling: keyed noise, the straight-through sample, guided sampling."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from echogen.kernels.sampling import cfg_sample
 
 TAU, GUIDANCE = 0.7, 5.0
 
-# Instructions and special functions an element, counted as if nothing were wasted. Philox: ten
-# rounds of two wide products (at half rate: four) and two three-way xors give four columns, so
-# 60 / 4; shift, conversion and one fused multiply-add make the uniform; two logarithms.
+# Instructions and special functions per element, with none wasted. Philox: ten rounds of two wide
+# products (at half rate: four) and two three-way xors give four columns, so 60 / 4; shift,
+# conversion and one fused multiply-add make the uniform; two logarithms.
 NOISE_ISSUES, NOISE_SPECIALS = 15 + 3 + 2, 2
 # Softmax, online: add the noise, compare, select the index, scale and shift, exp, sum.
 SOFTMAX_ISSUES, SOFTMAX_SPECIALS = 6, 1
@@ -30,7 +30,7 @@ def keyed_noise(key: Inputs, columns: int) -> Tensor | None:
 
 
 def key(make: Make, rows: int) -> Inputs:
-    """Arguments that key the noise of each row."""
+    """Return the arguments that key the noise of each row."""
     return {
         "seed": make.integers(0, 2**31, 1),
         "draw": make.integers(0, 2**32, rows),
@@ -39,14 +39,14 @@ def key(make: Make, rows: int) -> Inputs:
 
 
 def gumbel_like(x: Tensor, noise: Tensor | None) -> Tensor:
-    """The noise given, or fresh noise as `torch.nn.functional.gumbel_softmax` draws it."""
+    """Return the given noise, or fresh noise as `torch.nn.functional.gumbel_softmax` draws it."""
     if noise is not None:
         return noise
     return -torch.empty_like(x, memory_format=torch.contiguous_format).exponential_().log()
 
 
 def straight_through(logits: Tensor, i: Inputs) -> Outputs:
-    """Embedding, index and cross entropy as autograd users write them; a given index stays."""
+    """Embedding, index and cross entropy as autograd users write them; a given index is kept."""
     logits = wide(logits)
     noisy = logits + gumbel_like(logits, i["noise"])
     soft = (noisy / TAU).softmax(-1)
@@ -68,7 +68,7 @@ def _eager_noise(i: Inputs) -> Outputs:
 
 def _noise_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     n = dims["rows"] * dims["codes"]
-    # Writes every number; reads a key a row.
+    # Writes every number; reads a key per row.
     return Floor(4 * n + 16 * dims["rows"], 0, n * NOISE_ISSUES, n * NOISE_SPECIALS)
 
 
@@ -94,10 +94,10 @@ def _eager_gumbel(i: Inputs) -> Outputs:
 
 
 def gumbel_floor(dims: Dims, size: int, logits_passes: int) -> Floor:
-    """Of the sampler after logits that cross memory ``logits_passes`` times.
+    """Floor of the sampler after logits that cross memory ``logits_passes`` times.
 
-    Forward keeps p·E and two sums a row (4·C + 8) beside embed, index and cross entropy and needs
-    2·N·V·C for p·E; backward reads them again, needs 2·N·V·C for dO·Eᵀ, and sums dE.
+    Forward keeps p·E and two sums per row (4·C + 8) beside embed, index and cross entropy, and
+    needs 2·N·V·C for p·E. Backward reads them again, needs 2·N·V·C for dO·Eᵀ, and sums dE.
     """
     n, v, c = dims["rows"], dims["codes"], dims["width"]
     rows = n * (size * c + 4 * c + 40)
@@ -144,7 +144,7 @@ def _eager_sample(i: Inputs) -> Outputs:
     logp = x.log_softmax(-1)
     if i["noise"] is not None:
         token = (x + i["noise"]).argmax(-1)
-    else:  # as gpt-fast does: torch.multinomial waits for the device
+    else:  # as gpt-fast does, since torch.multinomial waits for the device
         token = (logp.exp() / torch.empty_like(logp).exponential_()).argmax(-1)
     return token, logp.gather(1, token[:, None])[:, 0], i["table"][token]
 

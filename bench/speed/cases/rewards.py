@@ -1,4 +1,4 @@
-"""Cases of the cycle's end: boxes, rewards, advantages, the policy loss."""
+"""Cases of the end of the cycle: boxes, rewards, advantages, the policy loss."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _boxes(i: Inputs) -> Outputs:
 
 
 def compared(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """IoU, L1 and GIoU as one writes them for valid boxes."""
+    """IoU, L1 and GIoU as one would write them for valid boxes."""
     low, high = torch.maximum(a[..., :2], b[..., :2]), torch.minimum(a[..., 2:], b[..., 2:])
     shared = (high - low).clamp(min=0).prod(-1)
     union = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - shared
@@ -79,7 +79,7 @@ def _box_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     layouts, samples, count = dims["layouts"], dims["samples"], dims["boxes"]
     n = layouts * samples * count
     targets = layouts * count * 17  # four numbers and a mask
-    if mode == "forward":  # reads boxes; writes three numbers a box and one a sample
+    if mode == "forward":  # reads boxes; writes three numbers per box and one per sample
         return Floor(16 * n + targets + 12 * n + 4 * layouts * samples, 0, 50 * n)
     return Floor(16 * n + targets + 4 * n + 16 * n, 0, 100 * n)  # d_giou in, d_pred out
 
@@ -88,7 +88,7 @@ def _box_floor(dims: Dims, size: int, mode: Pass) -> Floor:
 
 
 def normed(reward: Tensor) -> Tensor:
-    """GRPO's advantage of rows of samples."""
+    """GRPO's advantage for rows of samples."""
     centred = reward - reward.mean(-1, keepdim=True)
     return centred / (reward.std(-1, keepdim=True, correction=0) + 1e-6)
 
@@ -146,7 +146,7 @@ def _eager_cycle(i: Inputs) -> Outputs:
 def _cycle_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     layouts, samples, count = dims["layouts"], dims["samples"], dims["boxes"]
     n = layouts * samples * count
-    # Reads four tokens a box and the targets; writes the box, IoU and L1, and two a sample.
+    # Reads four tokens per box and the targets; writes box, IoU and L1, and two per sample.
     moved = 32 * n + 17 * layouts * count + 24 * n + 8 * layouts * samples + layouts
     return Floor(moved, 0, 60 * n)
 
@@ -180,7 +180,7 @@ def _loss(i: Inputs) -> Outputs:
 
 def _loss_floor(dims: Dims, size: int, mode: Pass, read: int = 3) -> Floor:
     n = dims["rows"] * dims["tokens"]
-    # So many log-probabilities and a mask a token; backward writes one gradient more.
+    # ``read`` log-probabilities and a mask per token; backward also writes a gradient.
     each = 4 * (read + (mode != "forward")) + 1
     return Floor(each * n + 4 * dims["rows"], 0, 20 * n, (read - 1) * n)
 

@@ -47,7 +47,7 @@ def _norm_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
 
 
 def eager_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """As transformers' Llama writes it."""
+    """RMS norm as transformers' Llama writes it."""
     above = wide(x)
     scaled = above * torch.rsqrt(above.square().mean(-1, keepdim=True) + EPS)
     return weight * scaled.to(x.dtype)
@@ -154,7 +154,7 @@ def _eight_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
 
 
 def _eight(i: Inputs) -> Outputs:
-    """Queries alone: what is cached is tested with the operator, and eager rounds otherwise."""
+    """Return queries alone: the operator's tests check the caches, and eager rounds differently."""
     written = (i["keys"], i["values"], i["slots"], i["scales"])
     return (rope_cache(i["q"], i["k"], i["v"], i["cos"], i["sin"], *written),)
 
@@ -170,7 +170,7 @@ def _eager_eight(i: Inputs) -> Outputs:
 
 def _eight_floor(dims: Dims, size: int, mode: Pass) -> Floor:
     n = dims["rows"] * dims["heads"]
-    # Four are read or written in full, two written in 8 bits, each with a scale for a head.
+    # Four are read or written in full, and two written in 8 bits with a scale per head.
     moved = n * dims["width"] * (4 * size + 2) + 8 * n
     return Floor(moved + 2 * dims["width"] * size + 8 * dims["rows"], 0, 8 * n * dims["width"])
 
@@ -196,7 +196,7 @@ def _liger_swiglu() -> Run:
     from liger_kernel.transformers.functional import liger_swiglu
 
     def run(i: Inputs) -> Outputs:
-        # Its two inputs must be contiguous; a model that fuses the projections pays this copy.
+        # Its two inputs must be contiguous; a model that fuses the projections pays for this copy.
         gate, up = (half.contiguous() for half in i["gate_up"].chunk(2, -1))
         return (liger_swiglu(gate, up),)
 

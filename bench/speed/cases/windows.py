@@ -1,4 +1,4 @@
-"""Cases of drawing in windows: a picture with guidance, eight codes a step."""
+"""Cases of drawing in windows: a picture with guidance, eight codes per step."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _WRITTEN = ("codes", "drafted", "done", "steps", "fed", "position", "places")
 
 
 def _images(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
-    """Images that are done, and so stay as they are: every run finds the same."""
+    """Return images that are done and so do not change: every run gets the same inputs."""
     images, tokens, window = dims["images"], dims["tokens"], dims["window"]
     codes, rows = make.integers(0, 2, images, tokens), images * window
     none = make.integers(0, 1, images)
@@ -95,7 +95,7 @@ def _eager_accept(i: Inputs) -> Outputs:
 
 
 def _accept_floor(dims: Dims, size: int, mode: Pass) -> Floor:
-    # A window's samples and codes in; codes, what is fed and where, and two sequences' places out.
+    # In: a window's samples and codes. Out: codes, what is fed and where, two sequences' places.
     return Floor(dims["images"] * dims["window"] * 8 * (2 + 3 + 6))
 
 
