@@ -142,6 +142,11 @@ def test_the_arms_of_one_seed_differ_in_what_they_are_named_for_only():
     assert declared.samples(two) == (steps["djo"] * 3, 0)
     rl = declared.settings(known["ablation-stage3-seed2"], recipe)
     assert declared.samples(rl) == (0, steps["cycle-rl"] * 2 * 2) and not rl.force
+    fast, slow = (
+        declared.settings(known[f"plateau-{arm}-seed2"], recipe) for arm in ("stage3", "slow")
+    )
+    rates = {"lr": 5e-6, "muon_lr": 2.5e-5, "steps": 500, "eval_every": 125}
+    assert replace(fast, loop=replace(fast.loop, **rates)) == slow
     another = replace(RECIPE, name="another")  # has no steps but its own
     assert declared.settings(known["ablation-stage2-seed2"], another).loop.steps == LOOP.steps
 
