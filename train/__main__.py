@@ -1,7 +1,7 @@
 """``torchrun … -m echogen.train {pmtp,djo,cycle-rl} …``, with the arguments of ``echogen train``.
 
-torchrun starts a module, and the command line is one. This folder may not import it (imports point
-one way), so it is run as the program that it is. Only the first process reports.
+torchrun starts a module: this one, which runs the command line. The folder may not import the
+command line (imports point one way), so it is run as a program. Only the first process reports.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch.distributed as dist
 
 @contextmanager
 def leaving() -> Iterator[None]:
-    """Leave the other processes behind the block: with them where all went well, and with an error
-    at once.
+    """End this process after the block: together with the others if all went well, at once on an
+    error.
 
-    torchrun notices an error by the process that ends of it. It then sends the others SIGTERM and
-    30 seconds later (its ``--shutdown-timeout``) SIGKILL, which ends those too that wait within a
-    collective, where no handler of Python's runs. So a process with an error waits for nobody: not
-    in `destroy_process_group`, which may wait for collectives under way, and not at the end of the
-    interpreter, which joins the threads that write checkpoints.
+    torchrun notices an error when a process exits with it. It then sends the others SIGTERM and, 30
+    seconds later (its ``--shutdown-timeout``), SIGKILL, which also ends processes that wait in a
+    collective, where no Python handler runs. So a process with an error waits for nobody: neither
+    in `destroy_process_group`, which may wait for pending collectives, nor at interpreter exit,
+    which joins the threads that write checkpoints.
     """
     code: object = 0
     try:
@@ -35,7 +35,7 @@ def leaving() -> Iterator[None]:
             raise
         if isinstance(error, SystemExit):
             code = error.code
-            if isinstance(code, str):  # which the interpreter would say
+            if isinstance(code, str):  # the interpreter would print it
                 print(code, file=sys.stderr)
         else:
             traceback.print_exc()
@@ -49,7 +49,7 @@ def leaving() -> Iterator[None]:
 
 
 def main() -> None:
-    """Run `echogen train`; leave with its exit code."""
+    """Run `echogen train` and exit with its code."""
     sys.argv = ["echogen", "train", *sys.argv[1:]]
     if os.environ.get("RANK", "0") != "0":
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - for as long as the process lives

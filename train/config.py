@@ -13,8 +13,8 @@ from echogen.train.data.shapes import IMAGE_SIZE
 
 
 def later(default: Any, was: Any = ...) -> Any:
-    """A field that came after runs were recorded. Where it is what these did, ``was`` (left out:
-    the default), it is left out of `to_json`, so that they stay the runs they were."""
+    """A field added after runs had been recorded. `to_json` omits it where it has the value of
+    those runs, ``was`` (by default ``default``), so that they stay the same runs."""
     return field(default=default, metadata={"was": default if was is ... else was})
 
 
@@ -26,31 +26,35 @@ class LoopConfig:
     """The step loop.
 
     Attributes:
-        steps: optimizer steps in all.
+        steps: optimizer steps in total.
         lr: peak learning rate of AdamW.
         muon_lr: peak learning rate of Muon for the transformer's matrices; None: AdamW for all.
         warmup: steps of linear warm-up.
         decay: share of the steps, at the end, over which the rate falls to zero.
-        betas, weight_decay, clip: AdamW's, decoupled decay on matrices only, gradient-norm clip.
+        betas, weight_decay, clip: AdamW's betas, decoupled decay (matrices only), gradient-norm
+            limit.
         bf16: autocast matrix products and convolutions to bfloat16; weights stay float32.
         log_every, eval_every, save_every: steps between log lines, evaluations, checkpoints.
         threads: intra-op threads on a CPU (None: torch's own choice).
         seed: of weights and batches.
-        decay_shape: how it falls, "linear" or "cosine" (half a period).
-        accumulate: parts in which a step's batch goes through the model, one after another; their
-            gradients add up to the whole batch's, and only one part's activations exist at a time.
-        checkpoint_activations: keep a decoder block's input only, and run the block again in the
+        decay_shape: how the rate falls, "linear" or "cosine" (half a period).
+        accumulate: number of parts into which a step's batch is split, processed one after another;
+            their gradients add up to the whole batch's, and only one part's activations exist at a
+            time.
+        checkpoint_activations: keep only each decoder block's input, and run the block again in the
             backward pass: less memory, one more forward pass, the same gradients.
-        ema: decay of a moving average of the weights, which is then what is evaluated and exported;
-            None: the weights themselves.
-        deterministic: refuse operations whose result may differ from run to run (on a GPU a sum
-            over threads in no fixed order, say), so that a resumed run repeats itself bit by bit.
-        parallel: how the processes that torchrun has started share the weights: "ddp", all in each;
-            "fsdp", a slice of every weight in each, for models that do not fit one GPU with their
-            gradients and AdamW's two moments (16 bytes a weight); "none", there is one process;
-            "auto": "none" for one process, "ddp" for several. A run may resume with another choice.
+        ema: decay of a moving average of the weights, which is then evaluated and exported instead
+            of them; None: no average.
+        deterministic: refuse operations whose result may differ from run to run (for example, on a
+            GPU, a sum over threads in no fixed order), so that a resumed run repeats itself bit by
+            bit.
+        parallel: how the processes that torchrun has started share the weights: "ddp", each holds
+            all of them; "fsdp", each holds a slice of every weight, for models that do not fit on
+            one GPU with their gradients and AdamW's two moments (16 bytes a weight); "none", there
+            is one process; "auto": "none" for one process, "ddp" for several. A run may resume with
+            another choice.
         lora: rank of the adapters that are trained in place of the blocks' projections (see
-            `lora`); 0: the weights themselves.
+            `lora`); 0: no adapters.
         lora_also: parts of the transformer that are trained in full beside the adapters: any of
             text_embedding, code_embedding, code_aligner, text_head, image_head.
     """
@@ -116,13 +120,14 @@ class VQConfig:
 
     Attributes:
         channels, multipliers, res_blocks, latent: shape of `JanusVQVAE`; the image side shrinks by
-            2^(len(multipliers) − 1). Its norms take channels in 32 groups.
+            2^(len(multipliers) − 1). Its norms divide the channels into 32 groups.
         codes, code_dim: codebook size and width.
         image_size: pixels along a side, a multiple of ShapesWorld's.
-        batch: images a step.
+        batch: images per step.
         warmup_steps: steps as a plain autoencoder before the codebook is seeded by k-means.
         commitment: weight of the pull of features towards their codes.
-        agreement: weight of the pull of equal patches towards one feature, whatever surrounds them.
+        agreement: weight of the pull of equal patches towards one feature, whatever their
+            surroundings.
         ema: decay of the codebook's moving averages.
     """
 
@@ -168,18 +173,19 @@ class PMTPConfig:
         data: folder of pictures with their layouts to learn from (see `data.pictures`); "":
             ShapesWorld.
         scenes: layouts of ShapesWorld's training set.
-        batch: samples a step that carry both tasks.
-        extra_grounding: further samples a step that carry grounding only.
-        branches: grounding branches (expressions) of one image.
+        batch: samples per step that carry both tasks.
+        extra_grounding: additional samples per step that carry grounding only.
+        branches: grounding branches (expressions) per image.
         prompt_dropout: share of L2I prompts replaced by the unconditional prompt.
-        mask: "isolated": each task reads an image of its own, and no path leads from the layout
-            to the grounding; "shared": both read one, through which the layout can leak.
+        mask: "isolated": each task reads its own copy of the image, and no path leads from the
+            layout to the grounding; "shared": both read one image, through which the layout can
+            leak.
         temperature, cfg: default sampling written into the exported model; chosen on validation.
         loop: the step loop.
-        start: fingerprint of the model of stage 1 that the run goes on with; filled in by the
-            stage. "": fresh weights.
-        data_hash: fingerprint of what the stage learns from, without which changed data would pass
-            for the same run; filled in by the stage. "": ShapesWorld.
+        start: fingerprint of the stage-1 model that the run continues; filled in by the stage. "":
+            fresh weights.
+        data_hash: fingerprint of the training data, so that a run on changed data does not pass for
+            the same run; filled in by the stage. "": ShapesWorld.
     """
 
     loop: LoopConfig
@@ -214,7 +220,7 @@ class PMTPConfig:
             )
         if not 0 <= self.prompt_dropout < 1:
             raise ValueError(f"prompt_dropout = {self.prompt_dropout}; it must be in [0, 1)")
-        Sampling(temperature=self.temperature, cfg=self.cfg)  # refuses what it cannot be
+        Sampling(temperature=self.temperature, cfg=self.cfg)  # raises ValueError for invalid values
 
 
 @dataclass(frozen=True)
@@ -229,8 +235,8 @@ class DJOConfig:
             exponential in between.
         prefix: what the codes of the loop are predicted from: the real image's codes ("teacher")
             or an image that the model itself has drawn ("sampled").
-        freeze_grounder: the loop's gradient reaches the generator only, not the weights as they
-            read the image.
+        freeze_grounder: the loop's gradient reaches only the generator, not the weights in their
+            role as grounder.
         loop: the step loop.
         start: fingerprint of the model that the run began with; filled in by the stage.
         data_hash: as in stage 1.
@@ -268,48 +274,48 @@ class CycleRLConfig:
 
     Attributes:
         layouts: "real" (ShapesWorld's training layouts), "random", or the path of a file with one
-            layout a line.
+            layout per line.
         scenes: how many training layouts "real" chooses from.
-        batch, group: layouts a rollout, images a layout.
-        sampling: the distribution that images are drawn from, and by which they are scored. The
-            default has no guidance, no truncation and temperature 1.
-        policy: the tokens that are reinforced: "image", "boxes" (then sampled, not the most
-            likely) or "both".
+        batch, group: layouts per rollout, images per layout.
+        sampling: the distribution that images are drawn from and scored under. The default has no
+            guidance, no truncation and temperature 1.
+        policy: the tokens that are reinforced: "image", "boxes" (which are then sampled instead of
+            being the most likely) or "both".
         w_iou, w_l1: weights of the reward's terms.
         reward_boxes: boxes sampled for each object, over which its IoU and L1 are averaged; 0 takes
-            only the most likely box. Several reflect how sure the grounder is and cost as many
-            groundings; training has not been shown to gain from it. It must be 0 if boxes are
-            reinforced (``policy``): they are sampled once each.
-        credit: whose tokens an advantage goes to: "image", all of an image's, by its mean reward;
-            "object", those in an object's box, by that object's (see `credit`).
+            only the most likely box. Several boxes reflect how certain the grounder is, at the cost
+            of as many groundings; training has not been shown to gain from them. It must be 0 if
+            boxes are reinforced (``policy``), as each is then sampled once.
+        credit: which tokens share an advantage: "image", all tokens of an image, by its mean
+            reward; "object", the tokens in an object's box, by that object's reward (see `credit`).
         advantage: "grpo", "dr_grpo", "rloo" or "rank", see `group_advantage`.
         normalise: "sequence", "token" or "constant", see `grpo_loss`, whose sequences are the rows
             of ``credit``; "constant" divides by the number of images in either case.
-        clip_low, clip_high, beta: of `grpo_loss`; beta = 0 keeps no reference model, and is what
-            truncated sampling of reinforced image tokens needs.
-        updates: optimizer steps on one rollout.
-        rollout_dtype: of the weights that rollouts are drawn and found with: "float32", the trained
-            ones themselves, or "bfloat16", a copy that is made of them before each rollout: on a
-            GPU half of what a step of drawing reads, on the tensor cores, and 2 bytes a weight
-            more. How far the sampler's log-probabilities are from the trainer's is logged as
-            ``sampler_gap``; the ratio of `grpo_loss` is between the trainer's own.
-        importance_cap: largest weight of a token, which is its probability by the trainer over that
-            by the sampler (`grpo_loss`; the share of weights held at the cap is logged as
-            ``capped``). None: no weights, and where either works in bfloat16 the samples are
-            another policy's, unnoticed.
-        export: the weights that a run leaves: "best", those with the judge's highest IoU on 256
+        clip_low, clip_high, beta: see `grpo_loss`; beta = 0 keeps no reference model, and is
+            required if reinforced image tokens are sampled with truncation.
+        updates: optimizer steps per rollout.
+        rollout_dtype: dtype of the weights that rollouts are drawn and grounded with: "float32",
+            the trained weights themselves, or "bfloat16", a copy made before each rollout: on a GPU
+            a decode step then reads half as much and uses the tensor cores, for 2 more bytes a
+            weight. ``sampler_gap`` logs how far the sampler's log-probabilities are from the
+            trainer's; the ratio of `grpo_loss` compares only the trainer's own.
+        importance_cap: upper limit of a token's importance weight, its probability under the
+            trainer over that under the sampler (`grpo_loss`; ``capped`` logs the share of weights
+            at the cap). None: no weights; if either side works in bfloat16, samples of another
+            policy then go uncorrected.
+        export: the weights that a run exports: "best", those with the judge's highest IoU on 256
             validation layouts of ShapesWorld, or "last", the choice for layouts of another world.
-        val_drawings: how often each of these is drawn in an evaluation. Drawn once, the noise of
-            the drawings alone moves the judge's IoU by as much as a few hundred steps do.
+        val_drawings: how often each of these layouts is drawn in an evaluation. With one drawing
+            each, sampling noise alone moves the judge's IoU by as much as a few hundred steps do.
         gate_scenes, gate_group: validation layouts, and images of each, on which the self-reward is
             compared with the judge before the first step.
         gate_bound: lowest within-group rank correlation of the two at which training starts,
             measured over at least a quarter of the layouts.
-        force: start below it anyway.
+        force: start even if this check fails.
         loop: the step loop; ``save_every`` and ``eval_every`` are multiples of ``updates``.
         start: fingerprint of the model that the run began with; filled in by the stage.
-        layouts_hash: of the bytes of a file of layouts, without which an edited one would pass for
-            the same run; filled in by the stage.
+        layouts_hash: hash of the bytes of a file of layouts, so that a run on an edited file does
+            not pass for the same run; filled in by the stage.
     """
 
     loop: LoopConfig
@@ -342,8 +348,8 @@ class CycleRLConfig:
 
     @property
     def truncated(self) -> bool:
-        """Whether sampling may cut codes off; a codebook of ``top_k`` codes or fewer, which the
-        configuration does not know, would stay whole."""
+        """Whether sampling may cut codes off. (It cuts none if the codebook has at most ``top_k``
+        codes, but the configuration does not know its size.)"""
         return self.sampling.top_k > 0 or self.sampling.top_p < 1
 
     def __post_init__(self) -> None:
@@ -357,7 +363,7 @@ class CycleRLConfig:
         _at_least(self, 1, "scenes", "batch", "updates", "gate_scenes", "val_drawings")
         _at_least(self, 0, "reward_boxes", "w_iou", "w_l1", "clip_low", "clip_high")
         _at_least(self, 1, "importance_cap")
-        if self.importance_cap == float("inf"):  # no number of JSON's
+        if self.importance_cap == float("inf"):  # not a JSON number
             raise ValueError("importance_cap = inf; give a finite cap, or none for no weights")
         if not 0 <= self.beta < float("inf"):
             raise ValueError(f"beta = {self.beta}; it must be finite and 0 or more")
@@ -375,8 +381,8 @@ class CycleRLConfig:
         self._check_scorable()
 
     def _check_scorable(self) -> None:
-        """What could not be scored exactly as it was drawn is refused, or the gradient would be
-        biased in silence."""
+        """Refuse sampling that cannot be scored exactly as it was drawn, since the gradient would
+        be silently biased."""
         s = self.sampling
         if self.policy == "boxes":
             return  # images are not scored
@@ -471,7 +477,7 @@ def differences(old: Any, new: Any, at: str = "") -> list[str]:
 
 
 def _told(config: Any) -> dict[str, Any]:
-    """A dataclass as a dictionary, without fields that came `later` and are as they were."""
+    """A dataclass as a dictionary, without `later` fields that have their original value."""
     told = {}
     for part in dataclasses.fields(config):
         value = getattr(config, part.name)

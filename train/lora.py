@@ -1,9 +1,9 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021; through `peft`), for those with one small GPU.
+"""Low-rank adapters (LoRA, Hu et al. 2021; through `peft`), for training on one small GPU.
 
-The projections of every decoder block stay as they are, and beside each one B·A of a small rank is
-trained: the optimizer then keeps its moments, and a step its gradients, for about a hundredth of
-the weights. Ours are the fused ones, so that q, k and v share a rank, and so do gate and up. The
-engine draws with the sum of both (`WholeEngine`), and that is exported, with the adapter beside it.
+The projections of every decoder block are frozen, and a low-rank product B·A beside each is
+trained: gradients and optimizer moments then exist for only about a hundredth of the weights. The
+projections here are fused, so q, k and v share a rank, and so do gate and up. The engine draws with
+the sum of both (`WholeEngine`), which is also exported, with the adapter beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from echogen.train.config import LoopConfig
 from echogen.train.run.checkpoint import StateError
 
 PROJECTIONS = r"blocks\.\d+\.(qkv|out|gate_up|down)"
-NAME = "default"  # peft's, of a model's only adapter
+NAME = "default"  # peft's name for a model's only adapter
 
 
 def _peft() -> Any:
@@ -40,11 +40,11 @@ def _config(loop: LoopConfig) -> Any:
 
 
 def add_adapters(model: UnifiedTransformer, loop: LoopConfig) -> None:
-    """Put adapters of rank ``loop.lora`` beside every projection, and freeze all else but the parts
-    that ``loop.lora_also`` names. B is 0 at first: the model is the same.
+    """Add adapters of rank ``loop.lora`` to every projection, and freeze everything else except the
+    parts named in ``loop.lora_also``. B starts at 0, so the model's output does not change.
 
     Raises:
-        StateError: without peft.
+        StateError: peft is not installed.
     """
     device = model.norm.weight.device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
@@ -57,7 +57,7 @@ def add_adapters(model: UnifiedTransformer, loop: LoopConfig) -> None:
 
 
 def is_adapter(name: str) -> bool:
-    """Whether a parameter of this name is an adapter's."""
+    """Whether a parameter of this name belongs to an adapter."""
     return ".lora_" in name
 
 
@@ -68,7 +68,7 @@ def adapter_weights(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
-    """The model as it was before they were trained."""
+    """Use the model as it was before the adapters were trained."""
     layers = [m for m in model.modules() if isinstance(m, _peft().tuners.lora.LoraLayer)]
     trained = [p for p in model.parameters() if p.requires_grad]
     for layer in layers:
@@ -83,8 +83,8 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
 
 
 def save_adapter(weights: dict[str, Tensor], loop: LoopConfig, folder: Path) -> None:
-    """Write adapters as `peft` does: ``PeftModel.from_pretrained(transformer, folder)`` puts them
-    beside the transformer that the run began with."""
+    """Write adapters in `peft`'s format: ``PeftModel.from_pretrained(transformer, folder)`` adds
+    them to the transformer that the run started from."""
     folder.mkdir(parents=True, exist_ok=True)
     named = {
         "base_model.model." + name.replace(f".{NAME}.", "."): w.contiguous().cpu()

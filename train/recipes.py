@@ -27,8 +27,8 @@ def tiny() -> Recipe:
             temperature=0.3,
             cfg=1.0,
         ),
-        # Stage 1 gone on with, since its validation losses were still falling: twice the scenes
-        # (the loss on training scenes had come to lie below that on validation), and half the rate.
+        # Stage 1 continued, since its validation losses were still falling: with twice the scenes
+        # (the training loss had fallen below the validation loss) and half the rate.
         pmtp_on=PMTPConfig(
             loop=LoopConfig(
                 steps=6400, lr=1e-3, muon_lr=2e-3, decay=0.8, eval_every=800, threads=1
@@ -39,20 +39,21 @@ def tiny() -> Recipe:
             temperature=0.5,
             cfg=3.0,
         ),
-        # Rates far below stage 1's, which ended at zero: this stage goes on from there, and is not
-        # to undo it. λ below 1: the gradients are clipped together, and drawing and grounding true
-        # images are to keep the upper hand. Both are choices; nothing here was swept.
+        # The rates are far below stage 1's, which ended at zero: this stage continues from there
+        # and should not undo it. λ is below 1 because the gradients are clipped together, and
+        # drawing and grounding true images should dominate. Both are choices; nothing here was
+        # swept.
         djo=DJOConfig(
             loop=LoopConfig(
                 steps=2400, lr=5e-5, muon_lr=1e-4, decay=0.5, eval_every=400, threads=2
             ),
             loop_weight=0.2,
         ),
-        # Most of a gradient is noise (`echogen bench credit`), so it is credited object by object,
-        # with advantages by rank, which have more signal in them, and the rate falls to zero over
-        # most of the run, which averages the noise of late steps out. So trained, AP at T = 1 rose
-        # by 0.012 ± 0.002 (the table `plateau` of `echogen bench quality`). No KL term: the
-        # reference model would cost a pass of its own.
+        # Most of a gradient is noise (`echogen bench credit`). So credit is assigned per object,
+        # with rank advantages, which carry more signal, and the rate falls to zero over most of the
+        # run, which averages out the noise of late steps. Trained this way, AP at T = 1 rose by
+        # 0.012 ± 0.002 (the table `plateau` of `echogen bench quality`). There is no KL term, as
+        # the reference model would cost an extra pass.
         cycle_rl=CycleRLConfig(
             loop=LoopConfig(
                 steps=700,
@@ -74,13 +75,13 @@ def tiny() -> Recipe:
 def small() -> Recipe:
     """One GPU: ShapesWorld at 128×128, 256 image tokens, a transformer of 12 layers.
 
-    No run of it has been made: sizes and rates are scaled up from `tiny`, and nothing was swept.
+    It has not been run: sizes and rates are scaled up from `tiny`, and nothing was swept.
     """
     loop = LoopConfig(
         steps=20_000, lr=1e-3, muon_lr=2e-3, decay=0.5, warmup=500, eval_every=2000,
         save_every=1000, threads=None,
     )  # fmt: skip
-    # 65 bins, as in `tiny`: the world is decided on a grid of 64, whatever it is drawn at.
+    # 65 bins, as in `tiny`: scenes are defined on a grid of 64, whatever size they are drawn at.
     pmtp = PMTPConfig(
         loop=loop, width=512, layers=12, heads=8, mlp_width=1408, bins=65, scenes=200_000,
         batch=128, temperature=0.3, cfg=1.0,
@@ -97,7 +98,7 @@ def small() -> Recipe:
         pmtp=pmtp,
         pmtp_on=replace(pmtp, loop=on),
         djo=DJOConfig(loop=late, scenes=200_000, batch=128, loop_weight=0.2),
-        # Drawn and scored in bfloat16: `sampler_gap` in the metrics says how far the two are apart.
+        # Drawn and scored in bfloat16: `sampler_gap` in the metrics shows how much they differ.
         cycle_rl=CycleRLConfig(loop=rl, scenes=200_000, batch=16, rollout_dtype="bfloat16"),
     )  # fmt: skip
 
@@ -106,21 +107,22 @@ def janus_pro_1b() -> Recipe:
     """The paper's model: Janus-Pro 1B at 384×384, 576 image tokens, B = 1000 location tokens.
 
     From the paper: AdamW at 5e-5 in all stages; 125k, 60k and 50k steps on 4M, 2M and 50k samples,
-    hence 32, 32 and 1 per step; groups of 8. The rest of AdamW, and a constant rate, are taken from
-    its predecessor (PlanGen), as the sources at hand do not say. The image tokenizer and the first
-    weights are the checkpoint's (`train pmtp --pretrained`), and ``vq`` only describes it. The data
-    are ShapesWorld at 384×384, or (``data``) a folder of pictures. A step of stage 3 is one layout,
-    and so runs on one process; several need a larger batch (`--batch`). It has not been run.
+    hence 32, 32 and 1 per step; groups of 8. The other AdamW settings and the constant rate are
+    those of its predecessor (PlanGen), as the sources at hand do not state them. The image
+    tokenizer and the initial weights come from the checkpoint (`train pmtp --pretrained`), which
+    ``vq`` only describes. The data are ShapesWorld at 384×384, or (``data``) a folder of pictures.
+    A step of stage 3 has one layout and so runs in one process; several processes need a larger
+    batch (`--batch`). It has not been run.
 
-    Stages 1 and 2 split a step into two parts, for one GPU of 141 GB: a layer keeps 83,016 bytes
+    Stages 1 and 2 split a step into two parts to fit one GPU of 141 GB: a layer keeps 83,016 bytes
     per token for backward, which for 45,000 tokens (stage 2 with its loop: 65,000) and 24 layers is
-    83 (121) GiB beside 27 GiB of weights, moments and casts. In one part stage 2 would not fit, and
-    stage 1 would leave a fifth for logits and all else. Several GPUs need no split
-    (`--accumulate 1`).
+    83 (121) GiB beside 27 GiB of weights, moments and casts. In one part, stage 2 would not fit,
+    and stage 1 would leave only a fifth of the memory for logits and everything else. Several GPUs
+    need no split (`--accumulate 1`).
 
-    Of the bytes, what the norms read takes 2 · 8192 (float32), what the products read 3 · 4096 and
-    11,264, queries and keys turned 8192 and as they were, with the values, 12,288, gate and up
-    22,528 (bfloat16), and factors of norms and softmax 72.
+    The 83,016 bytes are: the inputs of the norms, 2 · 8192 (float32); the inputs of the matrix
+    products, 3 · 4096 and 11,264; queries and keys after rotation, 8192, and before it, with the
+    values, 12,288; gate and up, 22,528 (all bfloat16); and the factors of norms and softmax, 72.
     """
     loop = LoopConfig(
         steps=125_000, lr=5e-5, warmup=1000, decay=0.0, betas=(0.9, 0.999), eval_every=5000,
@@ -142,7 +144,7 @@ def janus_pro_1b() -> Recipe:
         pmtp_on=pmtp,
         djo=DJOConfig(loop=replace(loop, steps=60_000, accumulate=2), scenes=200_000, batch=32),
         cycle_rl=CycleRLConfig(
-            # Of eight drawings, an evaluation would be of half as many images as 500 steps.
+            # With eight drawings, an evaluation would draw half as many images as 500 steps do.
             loop=rl, scenes=200_000, batch=1, group=8, rollout_dtype="bfloat16", val_drawings=1,
         ),
     )  # fmt: skip

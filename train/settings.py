@@ -1,4 +1,4 @@
-"""Every setting of a stage by its name, and its value as text: ``loop.seed=1``, as it is typed."""
+"""The settings of a stage by name, and their values as typed text: ``loop.seed=1``."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 Config = TypeVar("Config")
 
 FOUND_OUT = ("start", "layouts_hash", "data_hash")
-"""Settings that a stage finds out by itself, from the model and the data it is given."""
+"""Settings that a stage fills in itself, from the model and the data it is given."""
 
 _BASIC = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
 class SettingError(ValueError):
-    """A setting that there is not, or a value that it does not take; names both and the mend."""
+    """An unknown setting, or a value that it does not accept; the message names it and the fix."""
 
 
 class Setting(NamedTuple):
@@ -28,7 +28,7 @@ class Setting(NamedTuple):
 
 
 def settings_of(config: Any) -> dict[str, Setting]:
-    """The settings of a configuration by name; those of a part behind a dot, as ``loop.seed``."""
+    """The settings of a configuration by name; nested ones after a dot, as in ``loop.seed``."""
     found, kinds = dict[str, Setting](), get_type_hints(type(config))
     for part in fields(config):
         value = getattr(config, part.name)
@@ -40,11 +40,11 @@ def settings_of(config: Any) -> dict[str, Setting]:
 
 
 def assigned(config: Any, text: str) -> tuple[str, Any]:
-    """``NAME=VALUE`` → the setting's whole name, of which the last part is enough where only one
-    setting ends in it, and the value.
+    """Parse ``NAME=VALUE`` into the setting's full name and its value. The last part of a name is
+    enough if only one setting ends in it.
 
     Raises:
-        SettingError: no such setting, or a value of another type.
+        SettingError: there is no such setting, or the value has the wrong type.
     """
     name, equals, value = text.partition("=")
     if not equals:
@@ -69,8 +69,8 @@ def _whole(name: str, known: dict[str, Setting]) -> str:
 
 
 def changed(config: Config, values: dict[str, Any]) -> Config:
-    """The configuration with other values of settings, by whole name, all of them at once. Raises
-    ValueError where they do not go together."""
+    """Return the configuration with new values of settings, given by full name and set all at once.
+    Raises ValueError if they are incompatible."""
     own, parts = dict[str, Any](), dict[str, dict[str, Any]]()
     for name, value in values.items():
         part, dot, rest = name.partition(".")
@@ -86,7 +86,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
 
 
 def read(kind: Any, text: str) -> Any:
-    """A value of a field's type. Raises ValueError where the text is none."""
+    """Parse a value of a field's type. Raises ValueError if the text is not one."""
     options = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
         if NoneType in options and text.lower() == "none":
@@ -108,14 +108,14 @@ def read(kind: Any, text: str) -> Any:
 
 
 def written(value: Any) -> str:
-    """A value as `read` takes it."""
+    """Format a value as `read` accepts it."""
     if isinstance(value, tuple):
         return ",".join(map(written, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def accepted(kind: Any) -> str:
-    """What `read` takes for a type, in words."""
+    """Describe in words what `read` accepts for a type."""
     options = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
         return " or ".join("none" if k is NoneType else accepted(k) for k in options)

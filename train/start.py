@@ -1,8 +1,8 @@
-"""What a stage begins with: the model that the stage before it left, and the record of how it came.
+"""What a stage starts from: the model of the previous stage, and the record of its stages.
 
-A model folder written by a stage holds `stage.json`, which names the stages it went through, so
-that a stage can refuse a model it was not meant for, and the step whose weights it holds where they
-were chosen on validation.
+A model folder written by a stage holds `stage.json`. It lists the stages that the model went
+through, so that a stage can refuse a model it is not meant for. If the weights were chosen on
+validation, it also names their step.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ RECORD = "stage.json"
 
 @dataclass(frozen=True)
 class Start:
-    """The beginning of a stage.
+    """The model that a stage starts from.
 
     Attributes:
         engine: the model, in float32.
-        stages: the stages it went through, in order; () where that is not known.
+        stages: the stages it went through, in order; () if they are unknown.
         fingerprint: hash of the transformer's weights.
     """
 
@@ -40,11 +40,11 @@ class Start:
 
 
 def model_folder(path: str | Path) -> Path:
-    """The model of a run's folder, of a model's folder, or of a bundled name.
+    """Return the model folder for a run's folder, a model's folder or a bundled model's name.
 
     Raises:
-        StateError: a run that has not come to its end.
-        CheckpointError: nothing there.
+        StateError: the run has not finished.
+        CheckpointError: there is nothing to load.
     """
     if isinstance(path, str) and path in bundled():  # `resolve` has the rule; runs follow it
         return resolve(path)
@@ -59,13 +59,13 @@ def model_folder(path: str | Path) -> Path:
 def load_start(
     path: str | Path, after: str, any_stage: bool = False, device: str | torch.device = "cpu"
 ) -> Start:
-    """Load the model that a stage begins with.
+    """Load the model that a stage starts from.
 
     Args:
         path: folder of a run or of a model, or the name of a bundled model.
-        after: the stage that must have been the model's last.
-        any_stage: take a model of any stage, or of an unknown one (for ablations).
-        device: where it is trained.
+        after: the stage that the model must have gone through last.
+        any_stage: accept a model of any stage, or of an unknown one (for ablations).
+        device: where the model is trained.
 
     Raises:
         StateError: a model of another stage, or one that does not say which; a damaged record.
@@ -84,18 +84,19 @@ def load_start(
 
 
 def recipe_shape(recipe: Recipe) -> dict[str, int]:
-    """What tells a recipe's models from another's, in the words of its settings."""
+    """The shape of a recipe's models, by the names of its settings."""
     names = ("width", "layers", "heads", "mlp_width")
     codes = {"codes": recipe.vq.codes, "image_size": recipe.vq.image_size}
     return {name: getattr(recipe.pmtp, name) for name in names} | codes
 
 
 def check_shape(start: Start, path: str | Path, recipe: Recipe) -> None:
-    """Refuse to train a model by a recipe for models of another shape, whose rates, batches and
+    """Refuse a model of another shape than the recipe's, since the recipe's rates, batches and
     steps are not meant for it.
 
     Raises:
-        StateError: it names what differs, and the recipe that fits, if one does.
+        StateError: the shapes differ; the message names the differences and the recipe that fits,
+            if there is one.
     """
     c, wanted = start.engine.transformer.config, recipe_shape(recipe)
     found = {name: getattr(c, name) for name in ("width", "layers", "heads", "mlp_width")}
@@ -106,7 +107,7 @@ def check_shape(start: Start, path: str | Path, recipe: Recipe) -> None:
     has, asks = (", ".join(f"{k} {shape[k]}" for k in other) for shape in (found, wanted))
     fits = [name for name, made in RECIPES.items() if recipe_shape(made()) == found]
     mend = f"take --recipe {fits[0]}" if fits else "no recipe has its shape"
-    if recipe.name in fits:  # whose settings were changed
+    if recipe.name in fits:  # the recipe's settings were changed
         mend = f"leave {', '.join(other)} as the recipe has {'it' if len(other) == 1 else 'them'}"
     raise StateError(
         f"{path}: this model has {has}, and recipe {recipe.name} is for {asks}; {mend} "
@@ -129,12 +130,13 @@ def read_record(folder: Path) -> tuple[str, ...]:
 
 
 def write_record(folder: Path, stages: tuple[str, ...]) -> None:
-    """Say in a model's folder which stages it went through."""
+    """Record in a model's folder which stages the model went through."""
     (folder / RECORD).write_text(json.dumps({"stages": list(stages)}) + "\n")
 
 
 def note_chosen(folder: Path, chosen: dict[str, Any]) -> None:
-    """Add to a model's record, where it has one, which step of its run it is and by what."""
+    """Add to a model's record, if it has one, which step's weights were chosen and by which
+    number."""
     path = folder / RECORD
     if path.is_file():
         path.write_text(json.dumps({**json.loads(path.read_text()), "chosen": chosen}) + "\n")

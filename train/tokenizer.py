@@ -27,9 +27,9 @@ def train_tokenizer(texts: Iterable[str], bins: int, merges: int = 256) -> PreTr
     """Train on captions and expressions.
 
     Args:
-        texts: the world's language.
+        texts: captions and expressions of the world.
         bins: location tokens ``<loc_0>`` … ``<loc_{bins-1}>`` to add.
-        merges: the most byte pairs to merge.
+        merges: largest number of byte pairs to merge.
 
     Returns:
         A tokenizer with 256 bytes, the merges, Janus's control tokens and the box tokens.

@@ -1,6 +1,4 @@
-"""A pretrained Janus checkpoint for stage 1 to begin with: its vocabulary gets the tokens of boxes
-first.
-"""
+"""Load a pretrained Janus checkpoint for stage 1, with box tokens added to its vocabulary."""
 
 from __future__ import annotations
 
@@ -17,17 +15,17 @@ from echogen.train.start import RECORD, Start, read_record
 
 
 def pretrained_start(path: str | Path, bins: int, device: str | torch.device = "cpu") -> Start:
-    """Load a Janus checkpoint that no stage has trained yet, with ``bins`` location tokens; one
-    that says how many it has (``echogen.json``) keeps those.
+    """Load a Janus checkpoint that no stage has trained yet, with ``bins`` location tokens; a
+    checkpoint that states how many it has (``echogen.json``) keeps those.
 
-    What the tokenizer lacks is added (`add_box_tokens`): the row of ``<loc_i>``, in the embedding
-    and in the text head, starts at the mean of the rows of i's digits. Old rows stay as they are,
-    and so do the image tokenizer and the shape of the transformer.
+    Missing tokens are added (`add_box_tokens`): the row of ``<loc_i>``, in the embedding and in the
+    text head, starts as the mean of the rows of i's digits. Existing rows, the image tokenizer and
+    the transformer's shape do not change.
 
     Args:
         path: folder of a checkpoint, in transformers' Janus format or the original, or a hub id.
         bins: B, one location token each.
-        device: where it is trained.
+        device: where the model is trained.
 
     Raises:
         StateError: a model that has been through a stage.

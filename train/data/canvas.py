@@ -1,7 +1,7 @@
 """ShapesWorld's scenes on canvases of more than its own 64 pixels a side.
 
-A scene is decided on the world's grid of 64; a larger canvas draws the same scene with finer edges.
-The judge reads it back at 64, by every so-many-th pixel.
+A scene is defined on the world's grid of 64; a larger canvas shows the same scene with finer edges.
+The judge reads it at 64 pixels a side, after a nearest-neighbour resize.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A language model behind an OpenAI-compatible address, asked with the standard library alone.
+"""A client for a language model with an OpenAI-compatible API, on the standard library alone.
 
-Whoever writes layouts with one needs three things of it: an answer's text, patience with a server
-that is busy, and one clear line where patience will not help.
+Writing layouts needs three things of it: an answer's text, patience with a busy server, and one
+clear line when patience will not help.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 PATH = "/chat/completions"
-MOST_WAIT = 300.0  # seconds; a server that asks for more is to be asked again by hand
+MOST_WAIT = 300.0  # seconds; if a server asks for more, the user has to run again later
 MOST_BYTES = 1 << 24  # of an answer
-_PASSING = frozenset({408, 425, 429})  # and 500 and above: worth another try
+_PASSING = frozenset({408, 425, 429})  # and 500 and above: worth a retry
 _MISSPELT = "is it the base of an OpenAI-compatible API, as http://localhost:8000/v1 ?"
 
 
 class LLMError(RuntimeError):
-    """An endpoint that cannot be used; the message is one line with the address and the mend."""
+    """An endpoint that cannot be used; the message is one line with the address and the fix."""
 
 
 class Answer(NamedTuple):
@@ -36,7 +36,7 @@ class Answer(NamedTuple):
 
 
 class _Passing(Exception):
-    """What another try may mend; ``wait`` is what the server asks for, in seconds."""
+    """A failure that a retry may fix; ``wait`` is the wait that the server asks for, in seconds."""
 
     def __init__(self, reason: str, wait: float | None = None) -> None:
         super().__init__(reason)
@@ -44,14 +44,15 @@ class _Passing(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would repeat the request as a GET, and its key to whoever it names."""
+    """Refuses redirects: one would repeat the request as a GET, and send its key to whoever it
+    names."""
 
     def redirect_request(self, *_: Any) -> None:
         return None
 
 
 class Endpoint:
-    """One model at one address, asked from any number of threads.
+    """One model at one address, usable from any number of threads.
 
     Args:
         url: base of the API (``…/v1``), or the whole address of its chat completions.
@@ -59,13 +60,13 @@ class Endpoint:
         key: sent as a bearer token; None: none is sent.
         temperature: None: the server's own.
         timeout: seconds without a byte before a try is given up.
-        tries: of one request.
+        tries: the most tries of one request.
         pause: seconds before the second try, doubled before each further one.
-        per_minute: requests begun in a minute, at most.
-        wait: how seconds are waited (replaced by tests).
+        per_minute: the most requests started per minute.
+        wait: waits a number of seconds (replaced in tests).
 
     Raises:
-        LLMError: an address that is none.
+        LLMError: the address is not a valid one.
     """
 
     def __init__(
@@ -92,13 +93,13 @@ class Endpoint:
         self._turns = threading.Lock()
 
     def ask(self, messages: Sequence[dict[str, str]], seed: int) -> Answer:
-        """The model's answer to a conversation. A server that is busy, slow or failing is asked
-        again, after as long as it asks for, else after twice as long as before.
+        """Return the model's answer to a conversation. If the server is busy, slow or failing, it
+        is asked again, after the wait that it asks for, else after a pause that doubles each time.
 
         Args:
             messages: ``role`` and ``content`` each.
-            seed: sent along; a server that refuses to know of seeds is asked without (``seeded``
-                then is False).
+            seed: sent along; a server that rejects seeds is asked again without one (``seeded`` is
+                then False).
 
         Raises:
             LLMError: refused, unreachable, no chat completion, or still failing at the last try.
@@ -121,7 +122,7 @@ class Endpoint:
         raise AssertionError("the last try returns or raises")
 
     def _pace(self) -> None:
-        with self._turns:  # who waits for his turn keeps the others from theirs
+        with self._turns:  # a thread that waits here makes the others wait too
             early = self._began + self._gap - time.monotonic()
             if early > 0:
                 self._wait(early)
@@ -166,11 +167,11 @@ class Endpoint:
         return LLMError(f"{self.address}: cannot be reached ({reason}); is a server running there?")
 
     def _refusal(self, error: urllib.error.HTTPError, seeded: bool) -> Exception:
-        """What a status means; ``seeded``: this request had a seed, which others may do without by
-        now."""
+        """The error for a status; ``seeded``: whether this request had a seed (others may have
+        dropped it by now)."""
         try:
             said = _said(error.read(MOST_BYTES))
-        except (OSError, http.client.HTTPException):  # the status alone has to do
+        except (OSError, http.client.HTTPException):  # only the status is known
             said = ""
         what, told = f"HTTP {error.code}", f" ({said})" if said else ""
         if error.code in _PASSING or error.code >= 500:
@@ -207,18 +208,18 @@ class Endpoint:
 
 
 def _is_address(url: str) -> bool:
-    """Whether a request can be made of it."""
+    """Whether a request can be sent to this address."""
     try:
         parts = urlsplit(url)
         named = bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of brackets, or of the port
+    except ValueError:  # wrong brackets or port
         return False
     sendable = url.isprintable() and " " not in url and parts.path.isascii()
     return parts.scheme in ("http", "https") and named and sendable
 
 
 def _said(body: bytes) -> str:
-    """What a server says of its refusal, in one line."""
+    """What a server says about its refusal, in one line."""
     text = body.decode("utf-8", "replace")
     try:
         found = json.loads(text)
@@ -231,7 +232,7 @@ def _said(body: bytes) -> str:
 
 
 def _asked_wait(header: str | None) -> float | None:
-    """Seconds of a Retry-After header (a number, or a date); None where it says nothing."""
+    """Seconds of a Retry-After header (a number, or a date); None if it gives none."""
     if header is None:
         return None
     try:

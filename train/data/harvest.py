@@ -1,6 +1,6 @@
-"""A file of layouts that a language model fills, request after request, and what was turned away.
+"""A file of layouts that a language model fills, request by request, and a file of rejected ones.
 
-Answers cost time or money: a run that is interrupted loses those under way at most, and goes on.
+Answers cost time or money: an interrupted run loses at most those under way, and can continue.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from echogen.train.data.endpoint import Answer, LLMError
 from echogen.train.data.llm import Message, Rejected, Rules, key_of, pieces, write_request
 from echogen.train.stages import keys
 
-IN_VAIN = 5  # answers without a single layout to take, one after another, before giving up
+IN_VAIN = 5  # consecutive answers without a single acceptable layout before giving up
 
 
 @dataclass
 class Tally:
-    """What came of it: layouts in the file, and of this run requests, layouts taken, and pieces
-    turned away by kind."""
+    """The counts: layouts in the file and, in this run, requests, layouts accepted, and pieces
+    rejected, by kind."""
 
     held: int = 0
     requests: int = 0
@@ -34,13 +34,14 @@ class Tally:
 
 
 class Harvest:
-    """A file of layouts that grows, and beside it one of what was turned away.
+    """A growing file of layouts, and beside it a file of what was rejected.
 
-    Every answer's lines are written and synced before more is asked for, so that an interruption
-    loses what is under way at most; a line torn by one is cut off when the file is opened again.
+    Every answer's lines are written and synced before the next request, so that an interruption
+    loses at most what is under way. A line torn by an interruption is cut off when the file is
+    opened again.
 
     Raises:
-        LayoutError: a file that holds anything but layouts that keep to the rules.
+        LayoutError: the file holds anything but layouts that follow the rules.
     """
 
     def __init__(self, path: Path, rules: Rules) -> None:
@@ -61,11 +62,12 @@ class Harvest:
 
     @property
     def place(self) -> int:
-        """Lines in both files: what a resumed run's randomness goes on from."""
+        """Number of lines in both files, from which a resumed run's randomness continues."""
         return self.tally.held + self._turned
 
     def add(self, answer: Answer, shown: Sequence[Layout], count: int) -> int:
-        """Take what an answer is good for, up to ``count`` layouts in all; how many were taken."""
+        """Accept the good layouts of an answer, up to ``count`` in total; return how many were
+        accepted."""
         taken: list[Layout] = []
         turned, examples = [], {key_of(example) for example in shown}
         for piece in pieces(answer):
@@ -83,7 +85,7 @@ class Harvest:
                 turned.append({"kind": error.kind, "reason": str(error), "text": piece.text})
             else:
                 taken.append(layout)
-        # Layouts first: were only the other file written, a request would be made again.
+        # Layouts first: if only the other file were written, the request would have to be repeated.
         _append(self.path, [layout.dumps() for layout in taken])
         _append(self.rejects, [json.dumps(line) for line in turned])
         self.tally.requests += 1
@@ -108,16 +110,17 @@ def collect(
         ask: messages and a seed → an answer (`Endpoint.ask`).
         seed: of the requests; each has randomness of its own, also after an interruption.
         tell: called with (layouts held, layouts wanted).
-        at_once: requests under way together, each in a thread of its own. Their answers are taken
-            in the order of the requests, and the next are made when all of them are there.
+        at_once: number of concurrent requests, each in its own thread. Their answers are processed
+            in the order of the requests, and the next requests are made when all of them have
+            arrived.
 
     Raises:
-        LLMError: the endpoint's, once the answers beside it are taken, or `IN_VAIN` answers with
-            nothing to take.
+        LLMError: the endpoint's error, after the other answers have been processed, or `IN_VAIN`
+            answers in a row without an acceptable layout.
     """
     vain, tally = 0, harvest.tally
     while (left := count - tally.held) > 0:
-        # Every answer leaves a line at least, so no later request has the number of one of these.
+        # Every answer leaves at least one line, so no later request has the number of one of these.
         numbers = range(harvest.place, harvest.place + min(at_once, -(-left // batch)))
         asked = [
             write_request(
@@ -154,13 +157,13 @@ def collect(
 def _under_way(
     ask: Callable[[list[Message], int], Answer], messages: list[Message], seed: int
 ) -> Future[Answer]:
-    """An answer to come. Not of an executor: Ctrl-C would wait for its threads, for minutes."""
+    """The future of an answer. Not from an executor: Ctrl-C would wait minutes for its threads."""
     answer = Future[Answer]()
 
     def wait() -> None:
         try:
             answer.set_result(ask(messages, seed))
-        except BaseException as error:  # handed on
+        except BaseException as error:  # passed on
             answer.set_exception(error)
 
     Thread(target=wait, daemon=True).start()
@@ -168,8 +171,8 @@ def _under_way(
 
 
 def examine_file(path: Path, rules: Rules) -> tuple[int, list[tuple[int, Rejected]]]:
-    """How many lines of a file are layouts to take, and the others, by their numbers. A file that
-    is one JSON object is one layout, on however many lines.
+    """How many lines of a file are acceptable layouts, and the other lines with their numbers. A
+    file that is one JSON object is one layout, on however many lines.
 
     Raises:
         LayoutError: a file that cannot be read.
@@ -194,14 +197,14 @@ def _is_object(text: str | bytes) -> bool:
 
 
 def _once(layout: Layout, known: set[str]) -> None:
-    """Note a layout's key; one that was there is rejected."""
+    """Record a layout's key; raise Rejected if it was there before."""
     if (key := key_of(layout)) in known:
         raise Rejected("duplicate", "its objects and boxes were there before")
     known.add(key)
 
 
 def _whole_lines(path: Path) -> list[str]:
-    """The lines of a file, once a torn last one is cut off; [] where there is no file."""
+    """The lines of a file after cutting off a torn last one; [] if there is no file."""
     if not path.exists():
         return []
     data = path.read_bytes()
@@ -210,7 +213,7 @@ def _whole_lines(path: Path) -> list[str]:
     if last.startswith(b"{") and not _is_object(last):
         os.truncate(path, begin)
         data = data[:begin]
-    elif last:  # whole but for its end, as an editor may leave it
+    elif last:  # only the newline is missing, as an editor may leave it
         _append(path, [""])
         data += b"\n"
     try:

@@ -1,6 +1,6 @@
-"""Layouts without images, for Cycle RL: drawn at random, or read from a file of one a line.
+"""Layouts without images, for Cycle RL: drawn at random, or read from a file with one per line.
 
-Both keep to the same rules, so that whoever else writes layouts can be held to them too.
+Both follow the same rules, which layouts from other sources can be checked against too.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from echogen.train.eval.judge import box_iou
 MOST_OBJECTS = 10  # PlanGen's limit
 SMALLEST_SIDE = 0.03  # below it a box is less than an image code wide, in Janus-Pro's 24×24 codes
 MOST_IN_WORLD = 4
-LARGEST_IOU = 0.8  # above it two boxes are as good as one, and the object behind cannot be seen
+LARGEST_IOU = 0.8  # above it two boxes nearly coincide, and the lower object cannot be seen
 MOST_DRAWS = 1000
 
 
 def check_layout(layout: Layout) -> None:
-    """What a layout must be, beyond valid, so that recovering it from an image can be a reward.
+    """Check that recovering a (valid) layout from an image can serve as a reward.
 
     Raises:
-        LayoutError: too many objects, two of them under one expression, a box too small to be
-            drawn, two boxes that all but coincide.
+        LayoutError: too many objects, two of them with the same expression, a box too small to be
+            drawn, two boxes that nearly coincide.
     """
     if len(layout.objects) > MOST_OBJECTS:
         raise LayoutError(f"layout has {len(layout.objects)} objects; leave at most {MOST_OBJECTS}")
@@ -51,12 +51,13 @@ def check_layout(layout: Layout) -> None:
 
 
 def scene_of(layout: Layout) -> Scene:
-    """The scene that a layout of ShapesWorld asks for, on its grid of pixels. An object whose
-    texture is not named has one that none of its kind is named by.
+    """The scene that a layout of ShapesWorld describes, on its grid of pixels. An object whose
+    texture is not named gets, if possible, one that is not named for any other of its shape and
+    colour.
 
     Raises:
-        LayoutError: an expression that is not of the world's language, or a box, or a number of
-            boxes, of another size than the world's.
+        LayoutError: an expression outside the world's language, or a size of a box or a number of
+            boxes that the world does not have.
     """
     if (count := len(layout.objects)) > MOST_IN_WORLD:
         raise LayoutError(f"layout has {count} objects; ShapesWorld draws 1 to {MOST_IN_WORLD}")
@@ -83,8 +84,9 @@ def scene_of(layout: Layout) -> Scene:
 
 
 def check_truth(layout: Layout, scene: Scene) -> None:
-    """Every expression must be true of its object and single it out, and no object may be more than
-    half beneath others: else what is asked for cannot be drawn, or found. Raises LayoutError."""
+    """Check that every expression is true of its object and singles it out, and that no object is
+    more than half beneath others: else the layout cannot be drawn, or not be found. Raises
+    LayoutError."""
     for k, o in enumerate(layout.objects):
         forms = scene.expressions(k)
         if o.expr not in forms:
@@ -96,13 +98,13 @@ def check_truth(layout: Layout, scene: Scene) -> None:
 
 
 def check_split(scene: Scene) -> None:
-    """A layout that models are validated or tested on is none to train on. Raises LayoutError."""
+    """Refuse a layout that models are validated or tested on. Raises LayoutError."""
     if (split := scene.split()) != "train":
         raise LayoutError(f"it is one of ShapesWorld's {split} layouts; move a box")
 
 
 def check_room(layout: Layout, prompts: Prompts, config: ModelConfig) -> None:
-    """A model must have room for the prompt and its image. Raises LayoutError."""
+    """Check that a model has room for the prompt and its image. Raises LayoutError."""
     length = len(prompts.l2i(layout)) + config.image_tokens
     if length > config.max_positions:
         raise LayoutError(
@@ -112,11 +114,11 @@ def check_room(layout: Layout, prompts: Prompts, config: ModelConfig) -> None:
 
 
 def read_layouts(path: str | Path) -> list[Layout]:
-    """Layouts of a file with one JSON layout a line; empty lines are passed over.
+    """Read a file with one JSON layout per line; empty lines are skipped.
 
     Raises:
-        LayoutError: a file that cannot be read or holds none, or the first line that is no layout
-            or does not keep to `check_layout`; names file and line.
+        LayoutError: a file that cannot be read or holds none, or the first line that is not a
+            layout or fails `check_layout`; the message names file and line.
     """
     layouts = []
     for number, line in enumerate(read_text(path).splitlines(), 1):
@@ -133,13 +135,13 @@ def read_layouts(path: str | Path) -> list[Layout]:
 
 
 def random_layout(rng: np.random.Generator) -> Layout:
-    """A layout that no image was seen of: one to four objects, class, texture and box each drawn
-    evenly and for itself, in ShapesWorld's language.
+    """Draw a layout that has no image: one to four objects, with class, texture and box each drawn
+    uniformly and independently, in ShapesWorld's language.
 
-    Drawn again until it keeps to `check_layout`, every object can be told from the others in
-    words, none is more than half beneath others, and it is no validation or test layout. Unlike
-    ShapesWorld's own it knows nothing of how scenes are composed there: crowding, sizes that fall
-    with the count, how often things overlap.
+    It is drawn again until it passes `check_layout`, an expression singles out every object, none
+    is more than half beneath others, and it is not a validation or test layout. Unlike
+    ShapesWorld's own layouts it does not follow how scenes are composed there: crowding, sizes that
+    fall with the count, how often objects overlap.
     """
     for _ in range(MOST_DRAWS):
         scene = Scene(tuple(_object(rng) for _ in range(rng.integers(1, 5))))
@@ -165,7 +167,7 @@ def _object(rng: np.random.Generator) -> Object:
 
 
 def seen(scene: Scene) -> bool:
-    """Is at least half of every object in sight?"""
+    """Whether at least half of every object is visible."""
     above = np.zeros((IMAGE_SIZE, IMAGE_SIZE), dtype=bool)
     for mask in scene.masks[::-1]:
         if (mask & ~above).sum() < 0.5 * mask.sum():

@@ -1,8 +1,8 @@
-"""Layouts written by a language model: what it is asked, and which of its answers are taken.
+"""Layouts written by a language model: the requests, and which of its answers are accepted.
 
 EchoGen finds that Cycle RL learns about as well from layouts that a language model has written as
-from real ones. A model's answers are read tolerantly (a fence, an array, one object a line) and
-held to the rules that every layout is held to; what is turned away is written down with its reason.
+from real ones. A model's answers are read tolerantly (a fence, an array, one object per line) but
+must follow the same rules as every layout; rejected ones are recorded with the reason.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ _PLACES = (
 
 
 class Rejected(Exception):
-    """A layout that is not taken: why, in a word and in a line."""
+    """A layout that is not accepted, with the reason in a word and in a line."""
 
     def __init__(self, kind: str, reason: str) -> None:
         super().__init__(reason)
@@ -88,11 +88,11 @@ def write_request(
 ) -> tuple[list[Message], list[Layout]]:
     """A conversation that asks for ``batch`` layouts, and the examples that it shows.
 
-    Each layout is given its number of objects and one thing to show, since a model left to itself
-    writes the same few over and over.
+    The request gives each layout's number of objects and one thing to show, since a model left to
+    itself writes the same few layouts over and over.
 
     Args:
-        free: of photographs, in any words, instead of ShapesWorld's.
+        free: ask for photographs, in any words, instead of ShapesWorld's pictures.
     """
     wishes: list[str] = []
     examples: list[Layout] = []
@@ -119,8 +119,8 @@ def write_request(
 
 
 def pieces(answer: Answer) -> Iterator[Piece]:
-    """The objects of an answer, in whatever they are wrapped: prose, a fence, an array, lines, a
-    list under one key. What was begun and is no JSON comes with its problem."""
+    """The objects of an answer, whatever they are wrapped in: prose, a fence, an array, lines, a
+    list under one key. An object that is not valid JSON comes with its problem."""
     text = re.sub(r"<think>.*?(</think>|\Z)", "", answer.text, flags=re.DOTALL)
     decoder, at, found = json.JSONDecoder(), 0, 0
     while (at := text.find("{", at)) >= 0:
@@ -130,7 +130,7 @@ def pieces(answer: Answer) -> Iterator[Piece]:
             end = _close(text, at)
             why = "cut off at the answer's length limit" if answer.cut else "never closed"
             broken = getattr(error, "msg", None) or type(error).__name__
-            if not end:  # begun and never closed: what is whole behind it still counts
+            if not end:  # never closed: complete objects after it still count
                 following = re.compile(r'\{\s*"caption"').search(text, at + 1)
                 end, broken = following.start() if following else len(text), why
             found += 1
@@ -149,7 +149,7 @@ def pieces(answer: Answer) -> Iterator[Piece]:
 
 
 def _close(text: str, at: int) -> int:
-    """Where the object that opens at ``at`` ends, quotes heeded; 0: nowhere."""
+    """Where the object that opens at ``at`` ends, with quotes respected; 0: nowhere."""
     depth, quoted, i = 0, False, at
     while i < len(text):
         c = text[i]
@@ -167,17 +167,18 @@ def _close(text: str, at: int) -> int:
 
 
 def key_of(layout: Layout) -> str:
-    """What makes two layouts the same: their objects, in whatever order, to a thousandth."""
+    """A key that two layouts share if they count as the same: the same objects in any order, boxes
+    to a thousandth."""
     return repr(sorted((o.expr, *(round(v, 3) for v in o.box)) for o in layout.objects))
 
 
 @dataclass(frozen=True)
 class Rules:
-    """What a layout is held to.
+    """The rules that a layout must follow.
 
     Attributes:
-        free: it need not be of ShapesWorld.
-        fits: raises LayoutError where a model has no room for it.
+        free: it need not belong to ShapesWorld.
+        fits: raises LayoutError if a model has no room for it.
     """
 
     free: bool = False
@@ -193,7 +194,7 @@ class Rules:
         return layout
 
     def hold(self, layout: Layout) -> None:
-        """Raises Rejected for a layout that does not keep to the rules."""
+        """Check a layout. Raises Rejected if it breaks the rules."""
         kind = "rules"
         try:
             check_layout(layout)

@@ -1,10 +1,10 @@
-"""The packed training sequence: trees of segments laid into rows, with their targets.
+"""Packed training sequences: trees of segments in rows, with their targets.
 
 A tree is a trunk and branches. L2I is a trunk alone (prompt and image codes), or, where one prompt
 was drawn several times, a trunk (prompt) with one branch for each image; I2L is a trunk (image
 prefix) with one branch for each expression. `visibility` turns the tree and branch numbers
 of a row into its mask: nothing passes from one tree to another, which is the `isolated`
-mask. The `shared` one is a third kind of tree, in which both tasks read one image.
+mask. The `shared` mask uses a third kind of tree, in which both tasks read one image.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Tree:
             for image codes; ``positions`` of RoPE; ``branch``, 0 on the trunk, k on branch k, in a
             `shared_tree` also SHARED_PROMPT and SHARED_IMAGE; ``codes`` and ``texts``, the image
             code or the text id to predict here, or NO_TARGET.
-        image: the places whose ids are image codes, from left to right.
+        image: the positions whose ids are image codes, from left to right.
     """
 
     table: np.ndarray
@@ -59,7 +59,7 @@ def segment(
     branch: int = 0,
     codes: int | np.ndarray = NO_TARGET,
 ) -> np.ndarray:
-    """A tree's table of ids at the positions from ``first`` on."""
+    """A segment's table: ids at the positions from ``first`` on."""
     table = np.empty((len(FIELDS), len(ids)), np.int64)
     table[0], table[1], table[2] = ids, np.arange(first, first + len(ids)), branch
     table[CODES], table[-1] = codes, NO_TARGET
@@ -67,7 +67,7 @@ def segment(
 
 
 def image_ids(codes: np.ndarray, vocab_size: int) -> np.ndarray:
-    """The ids int64 of image codes of any type: a data set's are stored in a narrow one."""
+    """The ids int64 of image codes of any dtype (data sets store them in a narrow one)."""
     return codes.astype(np.int64) + vocab_size
 
 
@@ -80,10 +80,10 @@ def l2i_tree(prompt: list[int], codes: np.ndarray, vocab_size: int) -> Tree:
 
 
 def l2i_group_tree(prompt: list[int], codes: np.ndarray, vocab_size: int) -> Tree:
-    """A prompt and several images of it, codes [G, T]: the sequences of G `l2i_tree`, in which the
-    prompt stands once.
+    """A prompt and several images of it, codes [G, T]: the sequences of G `l2i_tree` that share one
+    copy of the prompt.
 
-    Its last token predicts each image's first code, and so begins every branch.
+    The prompt's last token predicts each image's first code, so it begins every branch.
     """
     (group, t), trunk = codes.shape, len(prompt) - 1
     ids = np.concatenate((np.full((group, 1), prompt[-1]), image_ids(codes[:, :-1], vocab_size)), 1)
@@ -141,12 +141,12 @@ def _with_branches(
 class Batch:
     """Packed rows, int64 [R, L] each; ``tree`` is -1 at padding.
 
-    And where in them, flattened, something stands, int64 [n] each, in the order of the trees and
-    from left to right in each: found by a mask on a GPU, it would have to be waited for.
+    The attributes below are places in the flattened rows, int64 [n] each, in the order of the trees
+    and from left to right in each. Finding them with a mask on a GPU would force a synchronisation.
 
     Attributes:
-        code_at, text_at: that predict an image code, or a text id.
-        image_at: that hold an image code.
+        code_at, text_at: places that predict an image code, or a text id.
+        image_at: places that hold an image code.
     """
 
     ids: Tensor
@@ -160,12 +160,13 @@ class Batch:
     image_at: Tensor
 
     def at(self, name: str, places: Tensor) -> Tensor:
-        """Of the rows called ``name``, what stands at flattened ``places``."""
+        """The values of the field ``name`` at flattened ``places``."""
         rows: Tensor = getattr(self, name)
         return rows.flatten()[places]
 
     def to(self, device: torch.device) -> Batch:
-        """The same on a device. A GPU gets it from pinned memory, without being waited for."""
+        """The same batch on a device. It is copied to a GPU from pinned memory, without
+        synchronisation."""
         if device == self.ids.device:
             return self
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -175,12 +176,12 @@ class Batch:
 
 
 def pack(trees: list[Tree], pad: int, *, blocks: bool = False) -> Batch:
-    """Lay trees into rows, each whole in one of them; ``blocks``: see `cheapest`."""
+    """Pack trees into rows, each tree whole within one row; ``blocks``: see `cheapest`."""
     return lay(trees, *cheapest(list(map(len, trees)), blocks), pad)
 
 
 def lay(trees: list[Tree], rows: list[list[int]], row_tokens: int, pad: int) -> Batch:
-    """Rows of ``row_tokens`` with the trees that each is to hold, by their number."""
+    """Make rows of ``row_tokens`` from the trees that each holds, given by their numbers."""
     shape = len(rows), row_tokens
     table = np.empty((len(FIELDS), *shape), np.int64)
     table[:] = np.array([pad, 0, 0, NO_TARGET, NO_TARGET])[:, None, None]
@@ -205,17 +206,17 @@ def lay(trees: list[Tree], rows: list[list[int]], row_tokens: int, pad: int) -> 
 
 
 def visibility(batch: Batch) -> Tensor:
-    """Which key a query sees, bool [R, L, L].
+    """Which keys each query sees, bool [R, L, L].
 
-    `tree_visibility`, and in a `shared_tree` everything sees the image before it, while the prompt
-    is seen by itself and by the image only.
+    That is `tree_visibility`; and in a `shared_tree` everything sees the image before it, while
+    only the prompt itself and the image see the prompt.
     """
     length = batch.ids.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=batch.ids.device).tril()
     seen = tree_visibility(batch.tree, batch.branch, batch.tree, batch.branch, causal)
     query, key = batch.branch.unsqueeze(-1), batch.branch.unsqueeze(-2)
     image = key == SHARED_IMAGE
-    if not image.is_cuda and not image.any():  # a GPU would be waited for
+    if not image.is_cuda and not image.any():  # on a GPU this would wait
         return seen
     same = batch.tree.unsqueeze(-1) == batch.tree.unsqueeze(-2)
     shared = image | ((key == SHARED_PROMPT) & (query == SHARED_IMAGE))
@@ -223,7 +224,8 @@ def visibility(batch: Batch) -> Tensor:
 
 
 def visible(batch: Batch) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """`visibility` as FlexAttention asks for it, place by place: (row, head, query, key) → bool."""
+    """`visibility` in FlexAttention's form, for one pair of positions: (row, head, query, key) →
+    bool."""
     tree, branch = batch.tree, batch.branch
 
     def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -237,11 +239,11 @@ def visible(batch: Batch) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
 
 
 def block_mask(batch: Batch) -> BlockMask:
-    """`visibility` on the batch's device, in blocks, of which FlexAttention skips the empty ones.
+    """`visibility` on the batch's device, in blocks; FlexAttention skips the empty ones.
 
-    Making it holds a few bytes for each pair of places in a row, once a batch and not once a layer.
-    From the counts of the dense mask, as torch's `create_block_mask` takes the host six times
-    as long (a row of 384), and before the first layer a GPU waits for it.
+    Making it needs a few bytes for each pair of positions in a row, once per batch and not once per
+    layer. It is made from counts over the dense mask, as torch's `create_block_mask` takes the host
+    six times as long (a row of 384), and a GPU waits for it before the first layer.
     """
     rows, length = batch.ids.shape
     blocks = length // BLOCK
@@ -255,6 +257,7 @@ def block_mask(batch: Batch) -> BlockMask:
 
 
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of each row of blocks are marked, and which: those first, in order."""
+    """For each row of blocks, how many are marked, and the numbers of all, the marked ones first,
+    in order."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.int()

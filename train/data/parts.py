@@ -1,7 +1,7 @@
-"""Derived data that takes minutes to make: it is made in parts, each kept as soon as it is there.
+"""Derived data that takes minutes to make: it is made in parts, each saved as soon as it is done.
 
-A run that is killed meanwhile goes on from the parts. A part is a pure function of its place, so
-two runs that make the same data write the same files, and neither has to know of the other.
+A run that was killed meanwhile continues from the parts. A part is a pure function of its place, so
+two runs that make the same data write the same files and need not know of each other.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def place(path: Path, part: range) -> Path:
-    """Where a part of the file ``path`` is kept until the whole of it is there."""
+    """Where a part of the file ``path`` is kept until the whole file exists."""
     return path.with_name(f"{path.stem}.{part.start}-{part.stop}.part{path.suffix}")
 
 
@@ -29,16 +29,17 @@ def gathered(
     encode: Callable[[T], bytes],
     decode: Callable[[bytes, range], T | None],
 ) -> list[T]:
-    """All parts of the file ``path``: those that are kept, and the others made now, and kept.
+    """Return all parts of the file ``path``: those saved earlier, and the others, made and saved
+    now.
 
     Args:
-        path: of the whole, which the caller writes before he drops the parts (`drop`).
-        what: is done to what, for those who wait: ("drawing", "train scenes").
-        parts: the numbers in each, one behind the other.
-        make: the parts of a list, one after another; it calls its second argument with how many
-            numbers it has got through since the last call.
-        encode: a part as it is kept.
-        decode: the other way; None for what is no whole part, which is then made again.
+        path: the whole file, which the caller writes before dropping the parts (`drop`).
+        what: what is done to what, for the progress display: ("drawing", "train scenes").
+        parts: the item numbers of each part, in order.
+        make: makes the parts of a list, one after another; it calls its second argument with the
+            number of items finished since the last call.
+        encode: turns a part into the bytes that are saved.
+        decode: the inverse; None for an incomplete part, which is then made again.
     """
     found: dict[range, T] = {}
     for part in parts:
@@ -56,7 +57,7 @@ def gathered(
 
 
 def _read(part: Path) -> bytes | None:
-    """A part as it is kept; None where there is none, or another run has just dropped it."""
+    """The bytes of a part; None if there are none, or another run has just dropped them."""
     try:
         return part.read_bytes()
     except FileNotFoundError:
@@ -64,6 +65,6 @@ def _read(part: Path) -> bytes | None:
 
 
 def drop(path: Path, parts: Iterable[range]) -> None:
-    """Remove the parts of a file that is there as a whole."""
+    """Remove the parts of a file once the whole file exists."""
     for part in parts:
         place(path, part).unlink(missing_ok=True)

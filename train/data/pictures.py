@@ -1,9 +1,9 @@
-"""Pictures of one's own: a folder with a file `layouts.jsonl`, whose lines are layouts of pictures.
+"""The user's own pictures: a folder with a file `layouts.jsonl`, whose lines are their layouts.
 
-A line is a layout as everywhere, and "image", the path of its picture from the file's folder. It is
-held to the rules of `echogen layouts --check --open`; a picture must be square, as its boxes would
-not survive a crop, and is scaled to the model's size. Nobody but the model can tell what is in a
-drawing, so there is no judge.
+A line is an ordinary layout with "image", the path of its picture relative to the file's folder. It
+must follow the rules of `echogen layouts --check --open`. A picture must be square, as its boxes
+would not survive a crop, and is scaled to the model's size. Only the model itself can tell what is
+in a drawing, so there is no judge.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from echogen.train.parallel.distributed import told_by_first
 
 FILE = "layouts.jsonl"
 EVERY = 50
-"""One in so many pictures is kept for validation."""
+"""One picture in this many is held back for validation."""
 
 
 class Entry(NamedTuple):
@@ -39,7 +39,7 @@ class Entry(NamedTuple):
     Attributes:
         line: its number, from 1.
         path: of the picture.
-        digest: of the picture's bytes: what the picture is, whatever it is called.
+        digest: hash of the picture's bytes, which identifies it whatever its name.
     """
 
     line: int
@@ -51,27 +51,26 @@ class Entry(NamedTuple):
 class Pictures:
     """A folder's pictures as a `Source`.
 
-    All files are read once, at every start and by the first process, so that none can change
-    unnoticed. The image codes are kept in the cache under the pictures' bytes and the image
-    tokenizer that made them.
+    The first process reads all files once at every start, so that none can change unnoticed. The
+    image codes are cached by the pictures' bytes and the image tokenizer that made them.
 
     Raises:
-        LayoutError: the first line that does not keep to the rules, or whose picture cannot be
-            used; names file and line. A file with fewer than two different pictures.
+        LayoutError: the first line that breaks the rules, or whose picture cannot be used (the
+            message names file and line), or a file with fewer than two different pictures.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self._file = Path(folder) / FILE
         self._entries = told_by_first(lambda: read_entries(self._file))
         self._first = {e.digest: e for e in reversed(self._entries)}
-        """Of every different picture the first line."""
+        """The first line of every different picture."""
         self._held = held_back(self._first)
         if len(self._first) < 2:
             raise LayoutError(
                 f"{self._file}: holds one picture; a stage learns from some and is validated on "
                 f"others, so add more"
             )
-        # See `Source`: of the bytes of the file and of all its pictures.
+        # See `Source`: a hash of the bytes of the file and of all its pictures.
         digests = [e.digest.encode() for e in self._entries]
         self.fingerprint = _digest(self._file.read_bytes(), *digests)
 
@@ -118,15 +117,15 @@ class Pictures:
         try:
             picture = np.asarray(load_image(str(entry.path), side))
             if not entry.path.is_file() or _digest(entry.path.read_bytes()) != entry.digest:
-                # Its codes would be kept under the bytes that it had.
+                # Its codes would be cached under its old bytes.
                 raise ImageError(f"{entry.path} has changed since the start; start again")
-        except ImageError as error:  # of what its head did not tell
+        except ImageError as error:  # faults that the header did not show
             raise ImageError(f"{self._file}: line {entry.line}: {error}") from None
         return picture
 
 
 def read_entries(file: Path) -> list[Entry]:
-    """The lines of a file; empty ones are passed over. Raises LayoutError, see `Pictures`."""
+    """Read the lines of a file; empty ones are skipped. Raises LayoutError, see `Pictures`."""
     entries, known = list[Entry](), set[tuple[str, str]]()
     look = cache(_looked_at)  # a picture may have many lines
     for number, line in enumerate(read_text(file).split("\n"), 1):
@@ -163,22 +162,22 @@ def _entry(file: Path, number: int, line: str, look: Callable[[Path], str]) -> E
 
 
 def _looked_at(path: Path) -> str:
-    """The digest of a picture that can be opened, is square and of known black and white, by its
-    head: to read the pixels of all would take minutes at every start. Raises ImageError."""
+    """The digest of a picture that, by its header, can be opened, is square and has known black and
+    white levels: reading the pixels of all would take minutes at every start. Raises ImageError."""
     usable = False
     unreadable = OSError, ValueError, SyntaxError, Image.DecompressionBombError
     with suppress(*unreadable), Image.open(path) as image:
         usable = image.width == image.height and image.mode not in ("I", "F")
     if not usable:
-        load_image(str(path), 1)  # has the words
+        load_image(str(path), 1)  # raises the error that says why
     return _digest(path.read_bytes())
 
 
 def held_back(digests: Iterable[str]) -> set[str]:
-    """Which pictures are validated on: about one in `EVERY`, by their bytes, so that a picture
-    stays on its side whatever it is called and whatever is added; at least one, and not all. Where
-    this rule finds none (of few pictures) or all, it is one that may be another when some are
-    added."""
+    """Which pictures are held back for validation: about one in `EVERY`, chosen by their bytes, so
+    that a picture stays on its side whatever its name and whatever is added; at least one, and not
+    all. If this rule selects none (of few pictures) or all, a single one is held back, and it may
+    be another when some are added."""
     every = set(digests)
     held = {digest for digest in every if int(digest, 16) % EVERY == 0}
     return held if 0 < len(held) < len(every) else {min(every)}

@@ -1,4 +1,4 @@
-"""What stage 1 reads: samples of (image codes, caption, objects with their expressions).
+"""What training reads: samples of (image codes, caption, objects with their expressions).
 
 Codes of a data set are computed once and kept on disk under the hash of the VQ that made them.
 """
@@ -24,17 +24,17 @@ from echogen.train.data.scenes import load_scenes, render, world_version
 from echogen.train.data.shapes import IMAGE_SIZE, Scene
 
 _PART = 8
-"""Batches in a part of the codes that are kept: 512 pictures, on two cores some seconds."""
+"""Batches in a saved part of the codes: 512 pictures, a few seconds on two cores."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One image with everything known of its layout.
+    """One image with everything known about its layout.
 
     Attributes:
-        codes: image codes [T], whole numbers of any type.
+        codes: image codes [T], integers of any dtype.
         caption: of the whole image.
-        boxes: one normalised box an object.
+        boxes: one normalised box per object.
         expressions: for each object, the expressions that single it out, shortest first.
     """
 
@@ -44,7 +44,7 @@ class Sample:
     expressions: tuple[tuple[str, ...], ...]
 
     def layout(self, rng: np.random.Generator) -> Layout:
-        """A layout of this sample, each object under one of its expressions."""
+        """A layout of this sample, each object with one of its expressions, chosen at random."""
         chosen = (forms[rng.integers(len(forms))] for forms in self.expressions)
         objects = (LayoutObject(e, b) for e, b in zip(chosen, self.boxes, strict=True))
         return Layout(self.caption, tuple(objects))
@@ -68,7 +68,7 @@ def image_side(vq: JanusVQVAE) -> int:
 
 def load_codes(vq: JanusVQVAE, split: str, scenes: list[Scene], batch: int = 64) -> np.ndarray:
     """Image codes uint16 [N, T] of the scenes, from the cache or encoded now and cached, part by
-    part: what a run that was killed has encoded is not encoded again."""
+    part, so that a killed run's work is not repeated."""
     side = image_side(vq)
     drawn = "" if side == IMAGE_SIZE else f"-{side}-{canvas_version()}"
     name = f"{module_hash(vq)}-{world_version()}{drawn}-{split}-{len(scenes)}"
@@ -88,12 +88,12 @@ def cached_codes(
     batch: int = 64,
 ) -> np.ndarray:
     """Image codes uint16 [count, T] of any pictures, from the cache or encoded now; see
-    `load_codes`. They are mapped from the file, which the processes of a machine share.
+    `load_codes`. They are memory-mapped from the file, which the processes of a machine share.
 
     Args:
-        name: under which they are kept; it tells apart whatever their codes depend on.
-        what: is encoded, for those who wait.
-        pictures: some of them by their places, uint8 [n, side, side, 3].
+        name: of their cache; it must identify everything that the codes depend on.
+        what: what is encoded, for the progress display.
+        pictures: returns those of a range of places, uint8 [n, side, side, 3].
     """
     path = cache_path(f"codes-{name}.npy")
     if not path.exists():
@@ -125,7 +125,7 @@ def _as_bytes(codes: np.ndarray) -> bytes:
 def _as_codes(data: bytes, part: range) -> np.ndarray | None:
     try:
         codes: np.ndarray = np.load(BytesIO(data))
-    except (ValueError, EOFError):  # of a disk that lost power
+    except (ValueError, EOFError):  # torn by a power cut
         return None
     return codes if len(codes) == len(part) else None
 

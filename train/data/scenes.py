@@ -1,4 +1,4 @@
-"""Scenes of the embedded world on disk, so that drawing and judging them is paid once."""
+"""ShapesWorld's scenes on disk, so that they are drawn and judged only once."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def _draw(split: str, indices: range) -> _Drawn:
 
 
 def _place(split: str, count: int) -> Path:
-    # The 0 is the seed, of which there is one.
+    # The 0 is the seed; there is only one.
     return cache_path(f"scenes-{world_version()}-{split}-{count}-0.jsonl")
 
 
 def load_scenes(split: str, count: int) -> list[Scene]:
     """Scenes 0 … count-1 of a split, from the cache or drawn now (on all cores) and cached, part by
-    part: what a run that was killed has drawn is not drawn again. Beside them is kept why proposals
-    were drawn again, which is counted meanwhile (see `load_statistics`)."""
+    part, so that a killed run's work is not repeated. Counts of why proposals were drawn again are
+    kept beside them (see `load_statistics`)."""
     path = _place(split, count)
     if not path.exists():
         chunks = [range(i, min(i + _CHUNK, count)) for i in range(0, count, _CHUNK)]
@@ -94,8 +94,9 @@ def load_scenes(split: str, count: int) -> list[Scene]:
 
 
 def load_statistics(split: str, count: int) -> DrawStatistics | None:
-    """Why proposals were drawn again when the scenes of `load_scenes` were made: to count later
-    would be to draw anew, 3 to 10 s for 400 test scenes. None where older code made the scenes."""
+    """Counts of why proposals were drawn again when the scenes of `load_scenes` were made: counting
+    later would mean drawing again, 3 to 10 s for 400 test scenes. None if older code made the
+    scenes."""
     path = _statistics_beside(_place(split, count))
     return DrawStatistics(**json.loads(path.read_text())) if path.exists() else None
 
@@ -111,13 +112,13 @@ def _draw_all(split: str, chunks: list[range]) -> Iterator[_Drawn]:
     count = min(os.cpu_count() or 1, len(chunks))
     others = set(multiprocessing.active_children())
     with ProcessPoolExecutor(count, initializer=_follow, initargs=(os.getpid(),)) as pool:
-        # Not map, which cancels what is left: the pool of a dead worker stumbles over that.
+        # Not map, which cancels pending jobs: a pool with a dead worker fails on that.
         try:
             with _held_back(signal.SIGINT, signal.SIGTERM):
                 jobs = [pool.submit(_draw, split, chunk) for chunk in chunks]
             for job in jobs:
                 yield job.result()
-        except BaseException:  # or a signal would wait for the chunks under way
+        except BaseException:  # otherwise a signal would wait for the chunks under way
             for worker in set(multiprocessing.active_children()) - others:
                 worker.terminate()
             raise
@@ -125,11 +126,12 @@ def _draw_all(split: str, chunks: list[range]) -> Iterator[_Drawn]:
 
 @contextmanager
 def _held_back(*signals: signal.Signals) -> Iterator[None]:
-    """Signals wait for the end of the block, in which workers are begun: one that came between a
-    fork and the worker's entry among the children would leave a worker that nobody ends and all
-    wait for, and until a worker has handlers of its own (`_follow`) it would answer with its
-    parent's. Blocked they wait in a worker too; threads that do not block them tell handlers."""
-    if threading.current_thread() is not threading.main_thread():  # which alone has handlers
+    """Delay signals until the end of the block, in which workers are started. A signal between a
+    fork and the worker's entry among the children would leave a worker that nobody ends and
+    everyone waits for. And until a worker has its own handlers (`_follow`), it would react with its
+    parent's. Because the signals are blocked, they wait in a worker too; the handlers record those
+    that reach a thread which does not block them."""
+    if threading.current_thread() is not threading.main_thread():  # no other has handlers
         yield
         return
     came = list[int]()
@@ -146,21 +148,22 @@ def _held_back(*signals: signal.Signals) -> Iterator[None]:
 
 
 def _follow(parent: int) -> None:
-    """A worker's beginning: it ends with its parent, which may be killed without a chance to end
-    it, and would sleep on for ever, holding what it inherited (pipes, locks). Linux can do that."""
+    """Prepare a worker to end with its parent. The parent may be killed without a chance to end the
+    worker, which would then sleep for ever, holding what it inherited (pipes, locks). Only Linux
+    can do this."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the parent's handlers
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C the parent speaks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent reports Ctrl-C
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
     if sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    # It may have died before that. A fork server's children are not its own.
+    # The parent may have died before that. Children of a fork server are not the parent's own.
     if multiprocessing.get_start_method() != "forkserver" and os.getppid() != parent:
         os._exit(1)
 
 
 def _whole(data: bytes, part: range) -> bytes | None:
-    """A part that has a line for each scene, and one of statistics."""
+    """The part, if it has a line for each scene and one of statistics; else None."""
     return data if data.count(b"\n") == len(part) + 1 and data.endswith(b"}\n") else None
 
 

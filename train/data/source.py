@@ -1,7 +1,7 @@
-"""What a stage learns from: samples to train on, others to validate on, and who judges drawings.
+"""What a stage learns from: samples to train on, others to validate on, and a judge of drawings.
 
-A stage asks nothing else of its data. ShapesWorld is one `Source`, a folder of pictures another
-(`pictures`); whoever has a third writes its methods and hands it to the stage.
+A stage needs nothing else from its data. ShapesWorld is one `Source`, a folder of pictures another
+(`pictures`). For a third, implement its methods and pass it to the stage.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from echogen.train.data.shapes import IMAGE_SIZE
 from echogen.train.eval.tables import judge_boxes, layouts_of
 
 Judge = Callable[[Tensor], dict[str, float]]
-"""Pictures [N, 3, H, W], drawn from the first N layouts of a `Validation` → what is found in them,
-as "judge_iou" and, if one likes, other numbers."""
+"""Pictures [N, 3, H, W], drawn from the first N layouts of a `Validation` → how well their objects
+are found, as "judge_iou" and any other numbers."""
 
 
 class Validation(NamedTuple):
     """Samples that are not trained on.
 
     Attributes:
-        samples: one at least.
-        layouts: of each sample one that is grounded and drawn, the same in every evaluation.
-        judge: who reads the drawings; None where nobody does but the model itself.
+        samples: at least one.
+        layouts: one per sample, which is grounded and drawn, the same in every evaluation.
+        judge: reads the drawings; None: only the model itself does.
     """
 
     samples: Sequence[Sample]
@@ -43,18 +43,18 @@ class Validation(NamedTuple):
 class Source(Protocol):
     """A data set, as a stage sees it.
 
-    Every process of a run makes its own; what they find in a cache, one of each machine has made
-    (`one_goes_first`).
+    Every process of a run makes its own instance; what they find in a cache was made by one process
+    of each machine (`one_goes_first`).
     """
 
     @property
     def fingerprint(self) -> str:
-        """What tells these data from others; a run is resumed with the same ones only. "": the
-        stage's configuration says it all."""
+        """Identifies the data; a run resumes only with the same data. "": the stage's configuration
+        is enough."""
         ...
 
     def check(self, engine: Engine) -> None:
-        """Refuse a model that cannot learn from these data, by an error that says why."""
+        """Refuse a model that cannot learn from these data, with an error that says why."""
         ...
 
     def training(self, vq: JanusVQVAE) -> Sequence[Sample]:
@@ -69,10 +69,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class ShapesWorld:
-    """The embedded world, and its judge.
+    """The built-in world and its judge.
 
     Attributes:
-        scenes: how many of its training scenes there are to learn from.
+        scenes: the number of training scenes.
     """
 
     scenes: int
@@ -83,7 +83,8 @@ class ShapesWorld:
         return ""
 
     def check(self, engine: Engine) -> None:
-        """Refuse a model on whose images the world cannot be drawn. Raises CheckpointError."""
+        """Refuse a model with an image size that the world cannot be drawn at. Raises
+        CheckpointError."""
         if engine.image_size % IMAGE_SIZE:
             raise CheckpointError(
                 f"the model's images have {engine.image_size} pixels a side, those of "

@@ -1,4 +1,5 @@
-"""Does the self-reward rank a layout's images as the judge does? Cycle RL is no better than that.
+"""Whether the self-reward ranks a layout's images as the judge does: Cycle RL is no better than
+that.
 
 A policy only learns from differences within a group, so correlation is measured within groups: a
 reward that merely knows which layouts are hard would look good across them.
@@ -21,16 +22,17 @@ from echogen.train.eval.matching import class_ious
 from echogen.train.eval.tables import layouts_of
 from echogen.train.stages.rollouts import roll_out
 
-BATCH = 8  # layouts a rollout
+BATCH = 8  # layouts per rollout
 
 
 class Agreement(NamedTuple):
     """Spearman's correlation of reward and judge within groups.
 
     Attributes:
-        correlation, stderr: mean over groups and its standard error; NaN where no group tells.
-        groups: how many the judge tells apart, and so how many the mean is over.
-        of: how many there were.
+        correlation, stderr: mean over groups and its standard error; NaN if there are too few
+            groups.
+        groups: number of groups in which the judge sees a difference; the mean is over these.
+        of: number of all groups.
     """
 
     correlation: float
@@ -40,11 +42,11 @@ class Agreement(NamedTuple):
 
 
 def within_groups(reward: np.ndarray, judged: np.ndarray) -> Agreement:
-    """Agreement of two scores [B, G], a group a row; ties share their mean rank.
+    """Agreement of two scores [B, G], one group per row; ties share their mean rank.
 
     A group in which only the judge sees a difference counts as 0: the reward says nothing there.
-    Left out, a single lucky group could speak for all the others. One in which the judge sees none
-    cannot be right or wrong, and is left out.
+    If such groups were left out, a single lucky group could speak for all the others. A group in
+    which the judge sees no difference cannot be right or wrong, and is left out.
     """
     found = []
     for a, b in zip(reward, judged, strict=True):

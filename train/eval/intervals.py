@@ -24,8 +24,8 @@ class Estimate:
 
 def estimate(per_image: list[np.ndarray]) -> Estimate:
     """Mean over all objects of all images; resampled by image, since objects of one image err
-    together. ``per_image`` holds one float array [K_i] an image; a resample without any object says
-    nothing and is left out."""
+    together. ``per_image`` holds one float array [K_i] per image; a resample without any object
+    says nothing and is left out."""
     sums = np.array([v.sum() for v in per_image], dtype=float)
     counts = np.array([len(v) for v in per_image], dtype=float)
     picks = np.random.default_rng(0).integers(len(sums), size=(RESAMPLES, len(sums)))

@@ -1,4 +1,4 @@
-"""What was asked for against what the judge sees: matches, attributes, average precision."""
+"""Compares the layout with what the judge sees: matches, attributes, average precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ATTRIBUTES = ("spatial", "color", "texture", "shape")
 
 
 def class_ious(scene: Scene, found: list[Detection]) -> np.ndarray:
-    """For each object, its IoU with the detection of its class it is matched to (0: none).
+    """For each object, its IoU with the detection of its class that it is matched to (0: none).
 
     Within a class, detections and objects are matched one to one for the largest total IoU.
     """
@@ -67,7 +67,7 @@ def average_precision(scenes: list[Scene], found: list[list[Detection]]) -> dict
     ]
     if not results:
         return {"ap": 0.0, "ap50": 0.0, "ap75": 0.0}
-    from pycocotools.coco import COCO  # here, as training itself does without it
+    from pycocotools.coco import COCO  # imported here, as training does not need it
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):  # the COCO API prints its progress

@@ -1,4 +1,4 @@
-"""The tables of an evaluation on ShapesWorld: L2I, I2L, cycle; the judge's ceiling beside them."""
+"""The tables of an evaluation on ShapesWorld: L2I, I2L, cycle, and the judge's ceiling."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ MACC_THRESHOLDS = np.round(np.arange(0.5, 0.951, 0.05), 2)  # Ref-L4: ten thresh
 
 
 def layouts_of(scenes: list[Scene], seed: int) -> list[Layout]:
-    """One layout a scene, the forms of its expressions drawn from (seed, place)."""
+    """One layout per scene, with the wording of its expressions drawn from (seed, place)."""
     return [s.layout(np.random.default_rng((seed, i))) for i, s in enumerate(scenes)]
 
 
@@ -60,14 +60,14 @@ def judge_boxes(pixels: Tensor, scenes: list[Scene]) -> dict[str, float]:
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Fréchet distance of two feature sets [N, F] as Gaussians (Heusel et al. 2017).
 
-    The trace of the root of C₁·C₂ is taken as the sum of the singular values of √C₁·√C₂, as the
-    product itself has no root that is safe to compute where there are fewer samples than features.
+    The trace of √(C₁·C₂) is computed as the sum of the singular values of √C₁·√C₂, as the root of
+    the product itself is not safe to compute with fewer samples than features.
     """
     mean = a.mean(0) - b.mean(0)
     roots, spread = [], 0.0
     for x in (a, b):
         values, vectors = np.linalg.eigh(np.atleast_2d(np.cov(x, rowvar=False)))
-        values = np.maximum(values, 0)  # rounding leaves zeros a little below it
+        values = np.maximum(values, 0)  # rounding can make zeros slightly negative
         roots.append(vectors * np.sqrt(values) @ vectors.T)
         spread += values.sum()
     shared = np.linalg.svd(roots[0] @ roots[1], compute_uv=False).sum()
@@ -132,14 +132,14 @@ def evaluate(
     """All tables of a model on ``count`` scenes of a split.
 
     Drawing uses the engine's default sampling; grounding is free-running constrained decoding.
-    ``progress`` is told the scenes done and their number.
+    ``progress`` is called with the number of scenes done and the total.
 
     Returns:
         JSON-ready data with ``l2i``, ``i2l``, ``cycle``, ``judge_ceiling`` (accuracy at IoU 0.5 of
         the judge on the true pictures), ``vq_ceiling`` (the L2I table of the true pictures after a
         round trip through the image tokenizer), ``misread`` (the share of otherwise valid scenes
-        that the judge misread when they were made, and that were drawn again; None: not known of
-        scenes that were cached before it was counted) and ``count``.
+        that the judge misread when they were made, and that were drawn again; None: unknown, as
+        the scenes were cached before it was counted) and ``count``.
     """
     scenes = load_scenes(split, count)
     layouts = layouts_of(scenes, seed)
@@ -190,15 +190,16 @@ def quick_scores(
     layouts: list[Layout],
     judge: Judge | None = None,
 ) -> dict[str, float]:
-    """What a trainer watches: grounding of true images (all layouts), and the first ``QUICK``
-    layouts drawn at temperature 0.7 without guidance, as the judge reads them (``judge_iou``) and
-    as the model itself does (``self_iou``), with the signed ``gap`` of the two, self less judge. On
-    one thread 6.8 s for `tiny` and 256 scenes, 0.9 s of them for ``self_iou``.
+    """The scores watched during training: grounding of true images (all layouts), and the IoU of
+    the first ``QUICK`` layouts, drawn at temperature 0.7 without guidance, as the judge
+    (``judge_iou``) and the model itself (``self_iou``) find them, with the signed ``gap``, self
+    minus judge. On one thread this takes 6.8 s for `tiny` and 256 scenes, of which 0.9 s for
+    ``self_iou``.
 
     Args:
         codes: of the true images [N, T].
         layouts: of these images.
-        judge: see `Validation`; without one there are no numbers of it, and no gap.
+        judge: see `Validation`; without one, its numbers and the gap are missing.
     """
     table = model.code_table().detach()
 
@@ -234,8 +235,8 @@ def cycle_table(
 ) -> dict[str, Any]:
     """Self-judged IoU, L1 and reward of generated images, the judge's IoU, and the signed gap.
 
-    ``missed_found`` says what the reward is blind to: of the objects that the judge does not find
-    at IoU 0.5, of their colour and shape, the share that the model itself does (NaN: there are
+    ``missed_found`` shows what the reward is blind to: of the objects that the judge does not find
+    at IoU 0.5, with their colour and shape, the share that the model itself finds (NaN: there are
     none).
     """
     scores = [score(layout, [row]) for layout, row in zip(layouts, boxes, strict=True)]

@@ -1,9 +1,9 @@
-"""Runs of several processes, on as many GPUs and machines as torchrun starts them.
+"""Runs of several processes, on as many GPUs and machines as torchrun starts them on.
 
-Each process takes its part of a step's batch (`shares`), and what they find is added up: the
-gradients (`replicated`, `sharded`), the numbers here. Validation, samples and the model are the
-first process's work, for which the others wait: they are short beside the steps between them, and
-split they would be other numbers for another number of processes.
+Each process takes its part of a step's batch (`shares`), and the results are added up: the
+gradients in `replicated` and `sharded`, the numbers here. Validation, samples and the exported
+model are made by the first process, for which the others wait: they are short compared with the
+steps between them, and if they were split, the numbers would depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from echogen.train.stages.stage import BeginRefused, Stage, TrainingError
 
 T = TypeVar("T")
 PATIENCE = timedelta(days=1)
-"""How long processes wait for what one of them does alone; a dead one is torchrun's to notice."""
+"""How long processes wait for what one of them does alone; torchrun notices a dead one."""
 LAST_WRITE = 60.0
-"""Seconds that a process with an error gives the checkpoint under way; only then does it end, and
-torchrun notices."""
+"""Seconds that a process with an error waits for the pending checkpoint; only then does it exit,
+and torchrun notices."""
 
 
 def world_size() -> int:
@@ -57,20 +57,20 @@ def connect() -> None:
             f"WORLD_SIZE = {world_size()}, but the environment has no {', '.join(missing)}; start "
             f"with torchrun, or unset WORLD_SIZE"
         )
-    # Both: what is on the CPU (numbers to log, checkpoints) goes over gloo.
+    # Both backends: what is on the CPU (numbers to log, checkpoints) goes over gloo.
     dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
 
 
 @cache
 def patient_group() -> dist.ProcessGroup:
-    """All processes, for waiting and for words, on the CPU."""
+    """The group of all processes, on the CPU, for barriers and messages."""
     return dist.new_group(backend="gloo", timeout=PATIENCE)
 
 
 @contextmanager
 def one_goes_first() -> Iterator[None]:
-    """Of each machine's processes one goes through the block before the others do: what it finds
-    missing in a cache it makes, and they read."""
+    """On each machine one process runs the block before the others: it makes what is missing in a
+    cache, and they read it."""
     if world_size() == 1:
         yield
         return
@@ -84,7 +84,7 @@ def one_goes_first() -> Iterator[None]:
 
 
 def told_by_first(find: Callable[[], T]) -> T:
-    """What the first process finds, in all of them."""
+    """Run ``find`` in the first process, and return its result in all of them."""
     if world_size() == 1:
         return find()
     connect()
@@ -95,10 +95,10 @@ def told_by_first(find: Callable[[], T]) -> T:
 
 
 def start(config: LoopConfig) -> Processes:
-    """The processes of a run, as ``config.parallel`` and the environment say.
+    """The processes of a run, according to ``config.parallel`` and the environment.
 
     Raises:
-        BeginRefused: what does not fit together.
+        BeginRefused: the two do not fit together.
     """
     kind, count = config.parallel, world_size()
     if kind == "auto":
@@ -126,10 +126,10 @@ def start(config: LoopConfig) -> Processes:
 
 
 class Several(Processes):
-    """What runs of several processes have in common, however the weights are held.
+    """What runs of several processes have in common, however the weights are stored.
 
-    Two process groups beside the default one: `patient_group`, and one for checkpoints, which are
-    written in a thread.
+    There are two process groups besides the default one: `patient_group`, and one for checkpoints,
+    which are written in a thread.
     """
 
     def __init__(self, config: LoopConfig) -> None:
@@ -141,13 +141,13 @@ class Several(Processes):
         self._saver = Saver(dist.new_group(backend="gloo"))
 
     def prepare(self, stage: Stage) -> None:
-        """Begin with the first process's weights."""
+        """Give all processes the first one's weights."""
         with torch.no_grad():
             for tensor in [*stage.module.parameters(), *stage.module.buffers()]:
                 dist.broadcast(tensor, 0)
 
     def total(self, numbers: dict[str, Any]) -> dict[str, Any]:
-        """See `Processes`. On a device they stay there, so that nobody waits for them."""
+        """See `Processes`. Numbers on a device stay there, so that nothing waits for them."""
         names = sorted(numbers)
         tensors = [v for v in numbers.values() if isinstance(v, Tensor)]
         if tensors:
@@ -167,7 +167,7 @@ class Several(Processes):
         every: list[Any] = [b""] * self.count
         dist.gather_object(told.getvalue(), every if self.rank == 0 else None, 0, self._side)
         found: dict[str, Any] = {}
-        for data in filter(None, every):  # not onto the devices that the others have it on
+        for data in filter(None, every):  # not onto the senders' devices
             found |= torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
         return found
 
@@ -178,7 +178,7 @@ class Several(Processes):
         return bool(flag)
 
     def on_first(self, stage: Stage, work: Callable[[], T]) -> T:
-        """See `Processes`; what is raised there is raised everywhere."""
+        """See `Processes`; an error there is raised in all processes."""
         self.assemble(stage)
         told: list[Any] = [None, None]
         if self.rank == 0:
@@ -197,7 +197,7 @@ class Several(Processes):
         return result
 
     def assemble(self, stage: Stage) -> None:
-        """Before the first process works alone: what takes all of them."""
+        """Do what needs all processes before the first one works alone."""
 
     def save(self, path: Path, head: dict[str, Any], trained: Trained) -> None:
         """See `Processes`: every process writes its shards, in the background."""
@@ -209,8 +209,9 @@ class Several(Processes):
         dist.barrier(self._side)  # what only the first process writes is there too
 
     def settle_alone(self) -> None:
-        """See `Processes`. In a barrier a process whose error is its own would wait for others that
-        wait for it in a step, and torchrun, which ends them all as soon as one ends, for both."""
+        """See `Processes`. There is no barrier: in one, a process with an error of its own would
+        wait for others that wait for it in a step, and torchrun, which ends all processes as soon
+        as one ends, would wait for both."""
         self._saver.settle(LAST_WRITE)
 
     def load(self, path: Path, trained: Trained) -> dict[str, Any]:

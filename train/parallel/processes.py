@@ -1,7 +1,7 @@
-"""How many processes a run has, and what they do together: here one, which does all of it.
+"""What the processes of a run do together; here for a run of one process.
 
-The loop asks this class, and only it, how a batch is shared out, how what the processes found is
-added up, and who writes files. Runs of several processes override it.
+Only this class decides how a batch is split, how the processes' results are added up, and which
+process writes files. Runs of several processes override it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass
 class Trained:
-    """What a step changes, and a checkpoint holds.
+    """What a step changes and a checkpoint stores.
 
     Attributes:
         module: of the stage.
@@ -36,7 +36,7 @@ class Trained:
     average: Average | None
 
     def state(self) -> dict[str, Any]:
-        """As tensors, numbers and strings."""
+        """The state as tensors, numbers and strings."""
         held = {
             "module": self.module.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
@@ -44,7 +44,7 @@ class Trained:
         return held if self.average is None else held | {"average": self.average.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go back to a state."""
+        """Restore a state."""
         self.module.load_state_dict(state["module"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
@@ -52,8 +52,8 @@ class Trained:
             self.average.load(state["average"])
 
     def template(self, name: str) -> Tensor | None:
-        """What a tensor of a state becomes (see `shard_state`): the weight that it is of, or that
-        it is kept for."""
+        """The template of a tensor of a state (see `shard_state`): the weight that it holds or
+        belongs to."""
         kind, *path = name.split("/")
         if kind == "optimizers":  # optimizers/#i/state/%j/what
             groups = self.optimizers[int(path[0][1:])].param_groups
@@ -66,25 +66,26 @@ class Trained:
 
 
 class Processes:
-    """One process. Every method but ``shares`` is called by all processes at the same moments."""
+    """One process. Every method but ``shares`` and ``settle_alone`` is called by all processes
+    together."""
 
     rank = 0
     count = 1
 
     @property
     def writes(self) -> bool:
-        """Whether this one writes files (of the run's folder) and speaks to the console."""
+        """Whether this process writes files (in the run's folder) and prints to the console."""
         return self.rank == 0
 
     def prepare(self, stage: Stage) -> None:
-        """Before optimizers are built: shard or replicate the weights."""
+        """Shard or replicate the weights; called before optimizers are built."""
 
     def run(self, work: Callable[[], T]) -> T:
-        """A part's loss, with what it needs of the weights."""
+        """Compute a part's loss by ``work``, with the weights that it needs."""
         return work()
 
     def on_first(self, stage: Stage, work: Callable[[], T]) -> T:
-        """What ``work`` gives in the first process, where alone it is done."""
+        """The result of ``work``, which runs in the first process alone."""
         return work()
 
     def shares(self, accumulate: int) -> list[tuple[int, int]]:
@@ -97,22 +98,22 @@ class Processes:
         return numbers
 
     def clip(self, parameters: list[nn.Parameter], limit: float) -> float:
-        """Scale the gradients, which are those of the whole batch, to a norm of at most ``limit``;
-        their norm before."""
+        """Scale the gradients of the whole batch to a norm of at most ``limit``; return their norm
+        before."""
         return float(nn.utils.clip_grad_norm_(parameters, limit))
 
     def gathered(self, held: dict[str, Any]) -> dict[str, Any]:
-        """What any process holds by a name, of tensors in containers, for a file; what processes
-        get that do not write is not used."""
+        """Merge what each process holds by name (tensors in containers) for a file; only the result
+        in the process that writes is used."""
         return held
 
     def any(self, here: bool) -> bool:
-        """Whether it is so in any process."""
+        """Whether ``here`` is true in any process."""
         return here
 
     def save(self, path: Path, head: dict[str, Any], trained: Trained) -> None:
-        """Write a checkpoint: ``head`` (which run, which step) and what was trained. It may still
-        be under way behind this, until `settle`."""
+        """Write a checkpoint: ``head`` (which run, which step) and what was trained. Writing may
+        continue after the call, until `settle`."""
         if path.is_dir() or previous(path).is_dir():  # of a run of several processes
             from echogen.train.parallel.shard_state import set_aside
 
@@ -120,14 +121,16 @@ class Processes:
         save_state(path, {**head, **trained.state()}, keep_previous=True)
 
     def settle(self) -> None:
-        """Wait until all that was written is on the disk. Raises StateError where it cannot be."""
+        """Wait until everything written is on the disk. Raises StateError if it cannot be
+        written."""
 
     def settle_alone(self) -> None:
-        """`settle` in a process that ends with an error, which the others may not have: they are
-        not waited for."""
+        """`settle` in a process that ends with an error. The others may not have it, so there is no
+        waiting for them."""
 
     def load(self, path: Path, trained: Trained) -> dict[str, Any]:
-        """What `save` wrote, in however many processes: the head, and what `Trained.load` takes."""
+        """Read what `save` wrote in any number of processes: the head, and the state for
+        `Trained.load`."""
         if path.is_dir() or previous(path).is_dir():
             from echogen.train.parallel.shard_state import read
 
@@ -135,8 +138,8 @@ class Processes:
         return load_state(path, or_previous=True)
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The module's weights, whole, for a file that any number of processes can read; what
-        processes get that do not write is not used."""
+        """The module's weights, whole, for a file that any number of processes can read; only the
+        result in the process that writes is used."""
         return module.state_dict()
 
     def put_weights(self, module: nn.Module, weights: dict[str, Tensor]) -> None:

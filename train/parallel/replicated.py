@@ -1,10 +1,10 @@
-"""Replicated data parallelism: every process has all the weights, and gradients are added up.
+"""Replicated data parallelism: every process has all the weights, and gradients are summed.
 
-Not `DistributedDataParallel`, for two reasons. It averages, and here the parts of a batch add up
-(`shares`): each has divided by the whole batch's count already. And it asks to be called where the
-module is, while a loss calls the module's pieces (embeddings, blocks, heads) as it needs them,
-twice in a stage whose second pass reads what the first has drawn. What is left is small: buckets of
-gradients, each sent as soon as backward has filled it, while it goes on.
+`DistributedDataParallel` is not used, for two reasons. It averages, but here the parts of a batch
+add up (`shares`): each has already divided by the whole batch's count. And it has to be called in
+place of the module, but a loss calls the module's pieces (embeddings, blocks, heads) as it needs
+them, twice in a stage whose second pass reads what the first has drawn. What remains is small:
+buckets of gradients, each sent as soon as backward has filled it, while backward continues.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from echogen.train.parallel.distributed import Several
 from echogen.train.stages.stage import Stage
 
 BUCKET_BYTES = 32 << 20
-"""Gradients sent at once: enough to be worth a message, few enough that most of them travel while
-backward still runs (torch's own buckets hold 25 MiB)."""
+"""Bytes of gradients sent at once: enough to be worth a message, few enough that most are sent
+while backward still runs (torch's own buckets hold 25 MiB)."""
 
 
 SMALL_BYTES = 1 << 20
-"""Gradients up to this go along in a bucket that others fill, or each norm would make a message."""
+"""Gradients up to this size join a bucket that others fill, or each norm would be a message."""
 
 
 class Bucket:
@@ -37,11 +37,11 @@ class Bucket:
         self.sent: tuple[Tensor, dist.Work] | None = None
 
     def send(self) -> None:
-        """Begin to add up the gradients. One that is missing counts as zero, and is told apart
-        from one by a flag for each parameter: what no process has a gradient of is left out, or
-        the optimizer would decay it."""
+        """Start summing the gradients. A missing gradient counts as zero; a flag for each parameter
+        distinguishes the two. A parameter for which no process has a gradient gets none, or the
+        optimizer would decay it."""
         first = self.parameters[0]
-        # Made where it is sent from: a copy from the host would wait for the whole backward so far.
+        # Made on the gradients' device: a copy from the host would wait for all of backward so far.
         there = first.new_ones(len(self.parameters), requires_grad=False)
         for i, p in enumerate(self.parameters):
             if p.grad is None:
@@ -51,21 +51,22 @@ class Bucket:
         self.sent = row, dist.all_reduce(row, async_op=True)
 
     def receive(self) -> None:
-        """Wait for the sums and let them be the gradients."""
+        """Wait for the sums and make them the gradients."""
         assert self.sent is not None
         row, work = self.sent
         work.wait()
         *sums, there = row.split([*(p.numel() for p in self.parameters), len(self.parameters)])
         for i, (p, total) in enumerate(zip(self.parameters, sums, strict=True)):
-            # Whether others have one is read (on a device: waited for) only where it is not known.
+            # The flag is read (on a device: waited for) only if this process has no gradient.
             if p.grad is not None or float(there[i]) > 0:
                 p.grad = total.view(p.shape)
         self.sent = None
 
 
 def sent_together(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    """Parameters by bucket, in order: of one type, large ones of up to ``BUCKET_BYTES`` together
-    (or one of more), and beside them as many bytes of small ones."""
+    """Divide parameters into buckets, in order. A bucket has one dtype; its large parameters have
+    up to ``BUCKET_BYTES`` together (or it has a single larger one), and its small ones up to as
+    much again."""
     buckets: list[list[nn.Parameter]] = []
     kind, held = None, {True: 0, False: 0}
     for p in parameters:
@@ -80,15 +81,15 @@ def sent_together(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 class GradientSum:
-    """Adds gradients up over the processes.
+    """Sums gradients over the processes.
 
-    Buckets are sent in a fixed order, which every process keeps to; one that is full before its
-    turn waits, and so do those that a part of a batch leaves unfilled, until `finish`.
+    Buckets are sent in a fixed order, the same in every process. One that is full before its turn
+    waits; those that a part of a batch leaves unfilled wait until `finish`.
 
     Args:
         parameters: those that are trained, in the order of the forward pass.
-        idle: those of which no gradient may come, likewise: their buckets are the last, so that no
-            other waits for them.
+        idle: those that may get no gradient, in the same order: their buckets are the last, so that
+            no other waits for them.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class GradientSum:
     ) -> None:
         self._buckets: list[Bucket] = []
         for part in (parameters, idle or []):
-            # Backwards: about the order in which backward finishes them.
+            # Reversed: about the order in which backward finishes them.
             for together in sent_together(part[::-1]):
                 self._buckets.append(Bucket(together))
         self._next = 0
@@ -106,7 +107,7 @@ class GradientSum:
         self.expect(1)
 
     def expect(self, passes: int) -> None:
-        """A step begins, in which backward runs so many times before the sums are due."""
+        """Begin a step in which backward runs ``passes`` times before the sums are due."""
         self._next = 0
         for bucket in self._buckets:
             bucket.missing = passes * len(bucket.parameters)
@@ -118,7 +119,7 @@ class GradientSum:
             self._next += 1
 
     def finish(self) -> None:
-        """The gradients are the sums over all processes."""
+        """Make the gradients the sums over all processes."""
         for bucket in self._buckets[self._next :]:
             bucket.send()
         for bucket in self._buckets:

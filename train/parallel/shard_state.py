@@ -1,10 +1,10 @@
 """Training state of several processes on disk: a folder into which each writes its own shards.
 
-PyTorch's distributed checkpoint (`torch.distributed.checkpoint`) writes and reads the tensors: each
-process its part, in the background, and readable by any number of processes, one without a process
-group included. What is no tensor (settings of the optimizers, the step) lies beside them in
-``rest.pt``. The folder has the name that one process gives its file, and is likewise written beside
-and renamed; the one before it is kept.
+PyTorch's distributed checkpoint (`torch.distributed.checkpoint`) writes and reads the tensors. Each
+process writes its part in the background, and any number of processes can read them, even one
+without a process group. Everything that is not a tensor (settings of the optimizers, the step) is
+in ``rest.pt`` beside them. The folder has the same name as the file of a run of one process. It too
+is first written beside that name and then renamed, and the previous one is kept.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ REST = "rest.pt"
 SEPARATOR = "/"
 
 Template = Callable[[str], Tensor | None]
-"""What the tensor of a flat name becomes: of which device and sharding. None: as it is."""
+"""Gives, for a flat name, a tensor with the device and sharding to load into. None: as stored."""
 
 
 class Saver:
@@ -55,7 +55,7 @@ class Saver:
         self._path = Path()
 
     def save(self, path: Path, state: dict[str, Any]) -> None:
-        """Copy the state and begin to write it; `settle` says how it went."""
+        """Copy the state and start writing it; `settle` waits for the outcome."""
         self.settle()
         beside = path.with_name(path.name + ".part")
         tensors, rest = flat(state)
@@ -78,10 +78,11 @@ class Saver:
             sync(path.parent)
 
     def settle(self, patience: float | None = None) -> None:
-        """Wait until what was begun is on the disk; None: however long that takes.
+        """Wait until the pending state is on the disk, for ``patience`` seconds at most (None: no
+        limit).
 
         Raises:
-            StateError: it could not be written (in ``patience`` seconds); the state before it is
+            StateError: it could not be written (in ``patience`` seconds); the previous state is
                 untouched.
         """
         pending, self._pending = self._pending, None
@@ -102,7 +103,7 @@ class Saver:
 
 
 def set_aside(path: Path) -> None:
-    """Let what is at ``path`` be the state before the last."""
+    """Make what is at ``path`` the previous state."""
     if not path.exists():
         return
     if previous(path).is_dir():
@@ -113,9 +114,9 @@ def set_aside(path: Path) -> None:
 
 
 def read(path: Path, template: Template, group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """A state, be it a file or a folder, by all processes of ``group``; None: by one alone.
+    """Read a state, a file or a folder, in all processes of ``group``; None: in one process alone.
 
-    Where it is torn or missing, the one before it; its name is then under "fallen_back".
+    If it is torn or missing, the previous one is read; its name is then under "fallen_back".
 
     Raises:
         StateError: neither can be read.
@@ -141,14 +142,14 @@ def _read(path: Path, template: Template, group: dist.ProcessGroup | None) -> di
 def _empty(stored: Any, template: Tensor | None) -> Tensor:
     if not isinstance(stored, TensorStorageMetadata):
         raise ValueError(f"holds a {type(stored).__name__} where a tensor is due")
-    # An optimizer's step counter is filed under a parameter, but is a number.
+    # An optimizer's step counter is stored under a parameter, but is a number.
     if template is not None and template.shape == stored.size:
         return torch.empty_like(template, dtype=stored.properties.dtype)
     return torch.empty(stored.size, dtype=stored.properties.dtype)
 
 
 def flat(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of nested dictionaries and lists by their flat names, and all the rest."""
+    """Split nested dictionaries and lists into the tensors, by flat name, and everything else."""
     tensors: dict[str, Tensor] = {}
     rest: dict[str, Any] = {}
     for name, value in _leaves(state, ""):
@@ -158,8 +159,8 @@ def flat(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
-    """A list's places are written #0, #1, …; a number that is a key, as optimizers have them, %0.
-    Empty containers are leaves."""
+    """Indices of a list are written #0, #1, …; integer keys, as optimizers have them, %0. Empty
+    containers are leaves."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
             word = f"%{key}" if isinstance(key, int) else key
@@ -172,7 +173,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, Any]]:
 
 
 def nested(leaves: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat`, of its two parts together."""
+    """The inverse of `flat`, given its two results merged."""
     tree: dict[str, Any] = {}
     for name, value in leaves.items():
         *path, last = name.split(SEPARATOR)

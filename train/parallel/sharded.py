@@ -1,10 +1,10 @@
-"""Sharded data parallelism: every process holds a slice of each weight, of its gradient and of what
-the optimizer keeps of it (FSDP2, `torch.distributed.fsdp.fully_shard`; ZeRO-3, Rajbhandari 2020).
+"""Sharded data parallelism: every process holds a slice of each weight, of its gradient and of its
+optimizer state (FSDP2, `torch.distributed.fsdp.fully_shard`; ZeRO-3, Rajbhandari 2020).
 
-A decoder block is gathered just before it runs and freed behind it, in backward once more; all that
-is no block (embeddings, heads) is one group, gathered for the whole of a part's forward and
-backward pass. The slices are float32, the optimizer's master weights; under ``bf16`` products cast
-what was gathered, as in one process.
+A decoder block is gathered just before it runs and freed afterwards, and again in backward.
+Everything that is not a block (embeddings, heads) is one group, gathered for the whole forward and
+backward pass of a part. The slices are float32, the optimizer's master weights; under ``bf16``
+products cast the gathered weights, as in one process.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 
 class Root(nn.Module):
-    """Calls what it is given, with everything that is no block gathered.
+    """Calls the function it is given, with everything that is not a block gathered.
 
     A loss calls a model's pieces as it needs them, the embeddings before its forward and the heads
-    behind it; so the call that FSDP surrounds is that of the loss.
+    after it, so FSDP wraps the call of the loss.
     """
 
     def __init__(self, *models: nn.Module) -> None:
@@ -73,7 +73,7 @@ class Sharded(Several):
         for model in (stage.module, *frozen):
             for block in model.blocks:
                 fully_shard(block, mesh=mesh)
-        # Gathered once a part and not freed between forward and backward: the heads are the last
+        # Gathered once per part and not freed between forward and backward: the heads are the last
         # of one and the first of the other.
         self._root = fully_shard(
             Root(stage.module, *frozen), mesh=mesh, reshard_after_forward=False
@@ -100,7 +100,7 @@ class Sharded(Several):
         return float(norm)
 
     def assemble(self, stage: Stage) -> None:
-        """Fill the engine's buffer, which takes every process."""
+        """Fill the engine's buffer, which needs every process."""
         stage.engine.refresh()  # type: ignore[attr-defined]
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:

@@ -1,10 +1,10 @@
-"""A module's weights as the engine reads them, whatever they are trained as.
+"""A module's weights as the engine reads them, whatever form they are trained in.
 
-In a sharded run each process holds a slice of every weight, with adapters (LoRA) a weight is a
-frozen one and a product beside it, and float32 is what an optimizer needs, but twice the bytes that
-drawing should read. The engine draws and grounds with whole, plain weights of its type: there it
-runs on a copy in a fixed buffer, filled anew when the weights have changed. What is trained as it
-is shares its memory with the copy.
+In a sharded run each process holds a slice of every weight. With adapters (LoRA) a weight is a
+frozen one and a product beside it. And an optimizer needs float32, twice the bytes that drawing
+should read. The engine draws and grounds with whole, plain weights of its own dtype, so in these
+cases it runs on a copy in a fixed buffer, refilled when the weights have changed. Weights that are
+already trained in that form share their memory with the copy.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from echogen.train.lora import adapter_weights, is_adapter
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded; then every process must ask for it."""
+    """The whole of a tensor that may be sharded; if it is, every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def like(every: Tensor, template: Tensor | None) -> Tensor:
-    """A whole tensor on the device and in the shards of a template of its shape."""
+    """Put a whole tensor on the device and into the shards of a template of its shape."""
     if template is None or template.shape != every.shape:
         return every
     if not isinstance(template, DTensor):
@@ -38,8 +38,8 @@ def like(every: Tensor, template: Tensor | None) -> Tensor:
 
 
 def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """(name in a plain module, whole weight, whether it is the trained tensor itself), for each
-    parameter; adapters are added to the weights they stand beside."""
+    """Yield (name in a plain module, whole weight, whether it is the trained tensor itself) for
+    each parameter; adapters are added to their weights."""
     for prefix, part in module.named_modules():
         start = f"{prefix}." if prefix else ""
         if ".base_layer" in start or is_adapter(start):
@@ -53,7 +53,7 @@ def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def _merged(layer: Any) -> Tensor:
-    """W + scale·B·A of a layer of peft's."""
+    """W + scale·B·A of a peft layer."""
     weight = whole(layer.base_layer.weight.detach())
     for name, scale in layer.scaling.items():
         a, b = (whole(x[name].weight.detach()) for x in (layer.lora_A, layer.lora_B))
@@ -65,7 +65,7 @@ class WholeEngine(Engine):
     """An engine on whole weights of a module that is trained in another form.
 
     Args:
-        engine: whose tokenizer, configuration and image tokenizer it takes.
+        engine: provides the tokenizer, the configuration and the image tokenizer.
         module: the transformer that is trained.
         dtype: of the engine's weights; None: as they are trained.
 
@@ -93,17 +93,18 @@ class WholeEngine(Engine):
         )
 
     def outdate(self) -> None:
-        """An optimizer step follows."""
+        """Mark the buffer as outdated: an optimizer step follows."""
         self._seen = []
 
     def refresh(self) -> None:
-        """Fill the buffer anew. See `Engine`.
+        """Refill the buffer. See `Engine`.
 
-        In a sharded run it takes every process, so there it is done only if the weights have
-        changed since: then one process can draw and ground alone. Fused optimizer steps leave no
-        trace in the version of a sharded tensor, so they are told by ``outdate``. Versions are not
-        added up: within a sharded pass some are of gathered tensors, which count for themselves,
-        and two sums may be equal though an average has come and gone between them.
+        In a sharded run this needs every process, so it is done only if the weights have changed
+        since the last time: otherwise one process can draw and ground alone. Fused optimizer steps
+        do not change the version of a sharded tensor, so ``outdate`` reports them. Versions are
+        compared one by one, not by their sum: within a sharded pass some belong to gathered
+        tensors, which have their own count, and two sums may be equal although an average has come
+        and gone between them.
         """
         now = [p._version for p in self._module.parameters()]
         if not self._sharded or now != self._seen:
@@ -115,7 +116,7 @@ class WholeEngine(Engine):
     def _fill(self) -> None:
         into = dict(self.transformer.named_parameters())
         for name, weight, _ in plain_weights(self._module):
-            # Not by what it is now: within a sharded pass some weights stand there gathered.
+            # As decided in `_allocate`: within a sharded pass some weights are gathered now.
             if name not in self._shared:
                 into[name].copy_(weight)
         self.adapter = {name: whole(w).clone() for name, w in adapter_weights(self._module).items()}

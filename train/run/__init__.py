@@ -1,1 +1,1 @@
-"""The step loop, and what a run keeps, shows and survives."""
+"""The step loop, with a run's checkpoints, metrics, progress and faults."""

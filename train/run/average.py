@@ -1,6 +1,6 @@
 """A moving average of the weights, which is evaluated and exported in their place.
 
-Late in a run the weights circle around where they are going; their average lies nearer to it
+Late in a run the weights circle around the point they approach; their average lies nearer to it
 (Polyak & Juditsky 1992). With a learning rate that falls to zero there is less to gain.
 """
 
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 class Average:
     """Exponential moving average of a module's trained parameters.
 
-    The first steps count more than ``decay`` would let them, or the fresh weights would stay in the
-    average for 1/(1 − decay) steps: behind n steps it is at most (1 + n)/(10 + n).
+    In the first steps the decay is smaller than ``decay``, or the initial weights would stay in the
+    average for 1/(1 − decay) steps: after n steps it is at most (1 + n)/(10 + n).
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -27,14 +27,15 @@ class Average:
 
     @torch.no_grad()
     def update(self, done: int) -> None:
-        """Take in the weights behind ``done`` steps."""
+        """Add the weights after ``done`` steps to the average."""
         decay = min(self._decay, (1 + done) / (10 + done))
         for name, p in self._now.items():
             self._mean[name].lerp_(p, 1 - decay)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """The module with the average for its weights; behind it the weights are as before."""
+        """Within the block the module has the average as its weights; afterwards its own are
+        restored."""
         with torch.no_grad():
             kept = {n: p.detach().clone() for n, p in self._now.items()}
             self._fill(self._mean)
@@ -49,11 +50,11 @@ class Average:
             p.copy_(weights[name])
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
+        """The state for a checkpoint."""
         return dict(self._mean)
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Go back to a state."""
+        """Restore a state."""
         for name, mean in self._mean.items():
             mean.copy_(state[name])

@@ -1,8 +1,8 @@
 """What TensorBoard shows of a run: its numbers, its validations, and samples drawn along the way.
 
 TensorBoard is optional (``pip install -e .[train]``); a run without it says so once and lacks
-nothing else. Event files are for the eye: they are not read back, and a resumed run hides what lies
-beyond its checkpoint.
+nothing else. Event files are only for viewing: they are not read back, and a resumed run hides what
+lies beyond its checkpoint.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from echogen.train.stages.stage import Stage
 
 
 class Board:
-    """Where numbers and pictures are shown; this one shows them nowhere."""
+    """Shows numbers and pictures; this base class shows nothing."""
 
     def numbers(self, step: int, group: str, values: dict[str, Any]) -> None:
-        """Curves: one point of each number, under the name ``group/number``."""
+        """Add a point to each number's curve, under the name ``group/number``."""
 
     def pictures(self, step: int, stage: Stage) -> None:
-        """Samples of a stage that has ``pictures`` (see `Stage`)."""
+        """Show the samples of a stage that has ``pictures`` (see `Stage`)."""
 
     def close(self) -> None:
-        """Write what is still held."""
+        """Write what is still buffered."""
 
 
 class TensorBoard(Board):
@@ -38,7 +38,7 @@ class TensorBoard(Board):
 
     Args:
         folder: of the files.
-        start: the step that the run goes on from.
+        start: the step that the run resumes from.
 
     Raises:
         ImportError: tensorboard is not installed.
@@ -84,7 +84,7 @@ class TensorBoard(Board):
 
 
 def open_board(folder: Path, start: int, console: Console) -> Board:
-    """The board of a run; one that shows nothing, and a line about it, without tensorboard."""
+    """The board of a run; without tensorboard, one that shows nothing, after a line about it."""
     if find_spec("tensorboard") is None:
         console.print("no curves for TensorBoard: it is not installed (pip install tensorboard)")
         return Board()

@@ -1,8 +1,8 @@
 """Training state on disk: written beside the old one and renamed, so that one is always whole.
 
-The state before the last is kept as ``NAME.prev.pt``: a kill, a full disk or a power cut cannot
-tear a state that is in place, but a failing disk or a copy broken off can, and then the run goes on
-from the one before it.
+The previous state is kept as ``NAME.prev.pt``. A kill, a full disk or a power cut cannot tear a
+state that is in place, but a failing disk or an interrupted copy can; the run then resumes from the
+previous one.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from echogen.engine.checkpoints.shards import replace_file, sync
 UNREADABLE = (OSError, RuntimeError, EOFError, pickle.UnpicklingError, zipfile.BadZipFile)
 
 GIVEN_UP = "it cannot be resumed: delete the folder or name another --out"
-"""The mend where a run's files are damaged; without --resume its folder is refused as well."""
+"""The advice if a run's files are damaged; without --resume its folder is refused as well."""
 
 
 class StateError(RuntimeError):
-    """A training state that cannot be used; the message names the file and the mend."""
+    """A training state that cannot be used; the message names the file and the fix."""
 
 
 def save_state(path: Path, state: dict[str, Any], keep_previous: bool = False) -> None:
     """Write ``state`` (tensors, numbers, strings, containers of them) to ``path`` atomically.
 
     Args:
-        path: of the file; at every moment there is a whole one, the old or the new.
-        state: what `load_state` gives back.
-        keep_previous: keep the one that was there as `previous`.
+        path: the file; at every moment there is a whole one, the old or the new.
+        state: what `load_state` returns.
+        keep_previous: keep the old file as `previous`.
 
     Raises:
-        StateError: it cannot be written, the disk being full, say; what was there is as before.
+        StateError: it cannot be written, for example to a full disk; the old file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
@@ -52,7 +52,7 @@ def save_state(path: Path, state: dict[str, Any], keep_previous: bool = False) -
         os.replace(beside, path)
         sync(path.parent)
     except (OSError, RuntimeError) as error:
-        # Torch's writer covers the file's own error with one about its position.
+        # Torch's writer hides the file's own error behind one about its position.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
@@ -64,30 +64,31 @@ def save_state(path: Path, state: dict[str, Any], keep_previous: bool = False) -
 
 
 def previous(path: Path) -> Path:
-    """Where the state before the last is kept."""
+    """Where the previous state is kept."""
     return path.with_suffix(".prev" + path.suffix)
 
 
 def put_back(path: Path) -> None:
-    """Let the state before the last be the last, which is torn or missing."""
+    """Put the previous state in the place of the last one, which is torn or missing."""
     if path.is_dir():
         shutil.rmtree(path)
-    elif previous(path).is_dir():  # no folder replaces a file
+    elif previous(path).is_dir():  # a folder cannot replace a file
         path.unlink(missing_ok=True)
     os.replace(previous(path), path)
 
 
 def _second_name(path: Path) -> None:
-    """Let ``previous(path)`` be the file at ``path`` too, which is thus never missing there."""
+    """Give the file at ``path`` the second name ``previous(path)``, so that ``path`` is never
+    missing."""
     link = path.with_name(path.name + ".link.part")
     link.unlink(missing_ok=True)
     try:
         os.link(path, link)
-    except OSError:  # a file system without second names: for a moment there is the previous only
+    except OSError:  # no hard links on this file system: for a moment only the previous exists
         os.replace(path, previous(path))
     else:
         os.replace(link, previous(path))
-        link.unlink(missing_ok=True)  # a rename leaves both names where both are of the same file
+        link.unlink(missing_ok=True)  # a rename leaves both names if they are of the same file
 
 
 def load_state(path: Path, or_previous: bool = False, mend: str = GIVEN_UP) -> dict[str, Any]:
@@ -95,12 +96,12 @@ def load_state(path: Path, or_previous: bool = False, mend: str = GIVEN_UP) -> d
 
     Args:
         path: of the file.
-        or_previous: where it is torn or missing, read the one before it; its name is then under
+        or_previous: if it is torn or missing, read the previous one; its name is then under
             "fallen_back", with the reason.
-        mend: what helps where nothing can be read.
+        mend: what helps if nothing can be read.
 
     Raises:
-        StateError: a file that is torn or foreign, and none before it.
+        StateError: the file is torn or foreign, and there is no previous one.
     """
     return fallen_back(path, whole_state, or_previous, mend)
 
@@ -108,7 +109,7 @@ def load_state(path: Path, or_previous: bool = False, mend: str = GIVEN_UP) -> d
 def fallen_back(
     path: Path, read: Callable[[Path], dict[str, Any]], or_previous: bool, mend: str = GIVEN_UP
 ) -> dict[str, Any]:
-    """A state as ``read`` gives it; see `load_state`."""
+    """A state as returned by ``read``; see `load_state`."""
     try:
         try:
             return read(path)
@@ -122,7 +123,7 @@ def fallen_back(
 
 
 def whole_state(path: Path) -> dict[str, Any]:
-    """A state of one process. Raises StateError with the reason, and no mend."""
+    """Read a state of one process. Raises StateError with the reason but no advice."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except UNREADABLE as error:
@@ -133,7 +134,7 @@ def whole_state(path: Path) -> dict[str, Any]:
 
 
 def reason(error: BaseException) -> str:
-    """What torch says of a file, without the sentences about how that may have come."""
+    """What torch says about a file, without its sentences on possible causes."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     first = (str(error).strip().splitlines() or ["it is empty or ends too early"])[0]

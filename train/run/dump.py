@@ -1,8 +1,8 @@
-"""The step at which a run broke, in a file: what its loss was computed from, to look at and repeat.
+"""Dumps of failed steps: what the loss was computed from, in a file, to inspect and repeat.
 
-A loss that is NaN says nothing of where it came from. The file holds the weights before the step,
-the batch, and everything else that the step reads; `repeat_dump` computes the step again and says
-which numbers of it are not finite.
+A NaN loss does not show where it came from. The file holds the weights before the step, the batch,
+and everything else that the step reads; `repeat_dump` computes the step again and reports which of
+its numbers are not finite.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from echogen.train.stages.stage import Stage, identity, other_run, resumable
 
 
 def inputs_of(stage: Stage, step: int) -> dict[str, Any]:
-    """What the loss of a step reads in this process, where the stage tells it."""
+    """What the loss of a step reads in this process, if the stage provides it."""
     inputs = getattr(stage, "inputs", None)
     return {} if inputs is None else inputs(step)
 
@@ -38,11 +38,11 @@ def write_dump(
     inputs: dict[str, Any],
     parts: int,
 ) -> Path:
-    """Write ``dump-stepN.pt`` into a run's folder; its path.
+    """Write ``dump-stepN.pt`` into a run's folder and return its path.
 
     It holds: ``stage`` and ``config`` of the run, ``step``, the ``error``, the module's ``weights``
     before the step, whole, and their ``fingerprint``, the ``inputs`` of the loss in all processes,
-    and in how many ``parts`` (processes × accumulate) these took the batch.
+    and the number of ``parts`` (processes × accumulate) in which they processed the batch.
     """
     path = folder / f"dump-step{step}.pt"
     found = {
@@ -73,14 +73,14 @@ class Repeated:
     """A step computed again.
 
     Attributes:
-        step: which.
-        loss: of it.
+        step: its number.
+        loss: its loss.
         grad_norm: norm of its gradients, before they are clipped.
-        numbers: of the stage.
+        numbers: the stage's numbers.
         broken: parameters whose gradients are not finite.
         weights: parameters that were not finite before the step.
-        same_inputs: whether the stage made the batch of the file again; where it did not (other
-            data, another version), what was computed here is another step.
+        same_inputs: whether the stage reproduced the batch in the file; if not (other data, another
+            version), a different step was computed here.
     """
 
     step: int
@@ -93,13 +93,13 @@ class Repeated:
 
 
 def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
-    """Compute the step of a dump again, on its weights, which the stage then has; nothing is
-    written and nothing updated. The parts are those of the run, in one process one after another:
-    in others, what a stage draws in each would be other inputs.
+    """Compute the step of a dump again, with its weights, which the stage then keeps; nothing is
+    written or updated. The parts are those of the run, one after another in one process: with other
+    parts, a stage would draw other inputs in each.
 
     Raises:
-        StateError: a file that is torn, no dump, of another run, or whose weights are not those
-            that it says.
+        StateError: a file that is torn, not a dump, of another run, or whose weights do not match
+            its fingerprint; a step that is not the first on its rollout.
     """
     found = load_state(path, mend="name another dump-step….pt")
     if "fingerprint" not in found:

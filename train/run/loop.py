@@ -1,9 +1,9 @@
 """One step loop for every stage: optimizer, schedule, logging, evaluation, checkpoints, resume.
 
 A stage's batch is a pure function of the step number, so a resumed run needs no data position and
-repeats an uninterrupted one exactly, whenever and however that was ended. What one step does stands
-in `update`, what several processes do together in `processes`, how files outlast a kill in
-`checkpoint`.
+repeats an uninterrupted one exactly, whenever and however it was interrupted. See `update` for one
+step, `processes` for what several processes do together, and `checkpoint` for how files survive a
+kill.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ def run(
 ) -> None:
     """Train ``stage`` for ``config.steps`` steps, keeping everything under ``folder``.
 
-    Writes ``state.pt`` (resumable; the one before it is ``state.prev.pt``), ``metrics.jsonl``,
-    ``config.json``, where TensorBoard is installed ``board/``, and, at the end, the exported model
-    under ``model/``. Where the stage selects (see `Stage`), also ``best.pt``, the weights to
-    export; which they are ends the metrics and stands in the model's record. A step whose loss is
-    not finite leaves ``dump-stepN.pt``, see `dump`.
+    Writes ``state.pt`` (to resume from; the previous one is ``state.prev.pt``), ``metrics.jsonl``,
+    ``config.json``, ``board/`` if TensorBoard is installed and, at the end, the exported model
+    under ``model/``. If the stage selects (see `Stage`), it also writes ``best.pt``, the weights to
+    export; the last line of the metrics and the model's record name their step. A step whose loss
+    is not finite leaves ``dump-stepN.pt``, see `dump`.
 
     Raises:
         Stopped: SIGTERM or SIGINT came; the state of the last whole step is saved.
@@ -107,7 +107,7 @@ class Run:
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
         self.start = self._restore() if resume else 0
         self.saved = self.start
-        # Before anything is written: a run that is refused leaves its folder free.
+        # Before anything is written, so that a refused run leaves its folder free.
         found = {} if self.start else _rounded(processes.on_first(stage, stage.begin))
         if processes.writes:
             self._tidy()
@@ -123,14 +123,16 @@ class Run:
     # --- the run --------------------------------------------------------------------------------
 
     def to_its_end(self) -> None:
-        """The steps that are left, and the export."""
-        # A run may have been killed behind its state and before that step's validation was written.
+        """Run the remaining steps and the export."""
+        # A run may have been killed after its state was saved and before that step's validation was
+        # written.
         if self.start and self._due(self.start) and not self.metrics.validated(self.start):
             self._evaluate(self.start)
         pace = Pace(getattr(self.stage, "images", None), self.processes.count)
         with progress_bar(self.console, self.stage.name, self.config.steps, self.start) as bar:
             for step in range(self.start, self.config.steps):
-                # Between the updates on one rollout nothing could go on from, so they are made.
+                # A run cannot resume between the updates on one rollout, so they are finished
+                # first.
                 if resumable(self.stage, step) and self.processes.any(self.stop.asked):
                     self._leave(step)
                 self._step(step, pace, bar)
@@ -146,7 +148,7 @@ class Run:
         if self.trained.average is not None:
             self.trained.average.update(done)
         logged = done % c.log_every == 0 or last
-        # To look at a number is to wait for the device, so it is part of the step's time.
+        # Reading a number waits for the device, so it is part of the step's time.
         told = note(numbers, pace.rates()) if self.console.is_terminal else ""
         pace.stop(wait=logged)
         bar.update(bar.task_ids[0], completed=done, note=told)
@@ -160,7 +162,7 @@ class Run:
                 told = f"{pace.step:.3f} s/step  {note({}, rates)}"
                 told += f"  {duration(left)} left" * (not last)
                 self._say(f"{self.stage.name} {line} {told}")
-        # Saved first: a failing evaluation costs no training.
+        # Saved first, so that a failing evaluation costs no training.
         if done % c.save_every == 0 or last:
             self._save(done)
         if self._due(done):
@@ -182,8 +184,8 @@ class Run:
             raise TrainingError(f"{told} (try a lower lr)") from None
 
     def _inputs(self, step: int) -> tuple[dict[str, Any], str]:
-        """What the step read here; or nothing, and why. It is made again for a dump, and whatever
-        is wrong with that, the loss is what there is to say, by all processes."""
+        """What the step read in this process; or nothing, and why. It is made again for a dump. If
+        that fails, all processes must still report the loss."""
         try:
             return inputs_of(self.stage, step), ""
         except Exception as error:
@@ -192,7 +194,7 @@ class Run:
     def _dumped(
         self, step: int, told: str, weights: dict[str, Tensor], inputs: dict[str, Any]
     ) -> str:
-        """Dump a step; where to, or why not."""
+        """Dump a step; return where to, or why not."""
         parts = self.config.accumulate * self.processes.count
         try:
             path = write_dump(self.folder, self.stage, step, told, weights, inputs, parts)
@@ -201,7 +203,7 @@ class Run:
         return f"; what it was computed from is in {path} (--repeat {path})"
 
     def _kept(self) -> str:
-        """What a run that breaks off can be gone on with from."""
+        """What a failed run can resume from, for its message."""
         try:
             self.processes.settle()
         except StateError as error:
@@ -209,18 +211,18 @@ class Run:
         return f"; the state of step {self.saved} is kept in {self.state_path}" * bool(self.saved)
 
     def _due(self, done: int) -> bool:
-        """Is there an evaluation behind ``done`` steps?"""
+        """Whether there is an evaluation after ``done`` steps."""
         return done % self.config.eval_every == 0 or done == self.config.steps
 
     def _evaluate(self, done: int) -> None:
         with span(f"train/{self.stage.name}/evaluate", step=done - 1), self._averaged():
             broken_off = self._validate(done)
-        # Behind the average: the state is of the weights themselves.
+        # After the average is taken out again: the state is of the weights themselves.
         if broken_off and resumable(self.stage, done):
             self._leave(done)
 
     def _validate(self, done: int) -> bool:
-        """Validate the weights as they are; whether a signal broke it off."""
+        """Validate the weights as they are; return whether a signal interrupted it."""
         stage = self.stage
         found = self.processes.on_first(stage, lambda: self.stop.unless_asked(stage.evaluate))
         if self.processes.any(found is None):
@@ -245,30 +247,31 @@ class Run:
 
     def _save(self, done: int) -> None:
         with span(f"train/{self.stage.name}/checkpoint", step=done - 1):
-            self.metrics.sync()  # what a state is behind is on the disk before it
+            self.metrics.sync()  # lines of steps before a state are on the disk before it
             head = {**identity(self.stage), "step": done}
             self.processes.save(self.state_path, head, self.trained)
         self.saved = done
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """However the block ends, what was begun to be written is on the disk behind it.
+        """However the block ends, pending writes are on the disk after it.
 
-        An error may be this process's alone (its memory, its disk) or that of all: they are not
-        told apart. Errors that all have in common have waited for each other where they came up.
+        An error may be this process's alone (its memory, its disk) or common to all; the two cases
+        are not distinguished. On a common error, the processes have already waited for each other
+        where it arose.
         """
         try:
             yield
         except BaseException:
             try:
                 self.processes.settle_alone()
-            except RuntimeError as error:  # beside the one that is under way
+            except RuntimeError as error:  # in addition to the one being raised
                 self._say(f"{self.stage.name}: {error}")
             raise
         self.processes.settle()
 
     def _restore(self) -> int:
-        """Go back to the last checkpoint; its step, 0 where there is none."""
+        """Restore the last checkpoint; return its step, or 0 if there is none."""
         path = self.state_path
         if not path.exists() and not previous(path).exists():
             return 0
@@ -288,7 +291,7 @@ class Run:
         return int(state["step"])
 
     def _leave(self, done: int) -> None:
-        """End the run behind ``done`` steps, because it was asked to. Raises Stopped."""
+        """End the run after ``done`` steps, because a signal asked it to. Raises Stopped."""
         if done != self.saved:
             self._save(done)
         self.processes.settle()
@@ -301,7 +304,7 @@ class Run:
         raise Stopped(message, self.stop.number or signal.SIGTERM)
 
     def _tidy(self) -> None:
-        """Remove what a kill left half written, and before a first step what older runs left."""
+        """Remove what a kill left half-written and, before a first step, what older runs left."""
         old = [] if self.start else [self.state_path, previous(self.state_path)]
         for path in [*self.folder.glob("*.part"), *old]:
             if path.is_dir():
@@ -320,11 +323,11 @@ class Run:
         return Best(self.folder / "best.pt", by, run, self.start, seen, self.processes)
 
     def _finish(self) -> None:
-        """Export the weights chosen, or the last ones."""
+        """Export the chosen weights, or the last ones."""
         stage, model = self.stage, self.folder / "model"
         self.processes.settle()
         chosen = self.best.restore(stage.module) if self.best is not None else None
-        # The best weights are an average already, where one was kept.
+        # The best weights are an average already, if one was kept.
         with self._averaged() if chosen is None else nullcontext():
             self.processes.on_first(stage, lambda: self._write_model(model, chosen))
         which = ""
@@ -336,7 +339,8 @@ class Run:
         self._say(f"{stage.name}: done; the model{which} is in {model}")
 
     def _write_model(self, model: Path, chosen: dict[str, Any] | None) -> None:
-        """Beside and renamed, or a kill would leave half a model that looks like one."""
+        """Write beside the final name and rename, or a kill could leave half a model that looks
+        whole."""
         beside = model.with_name(model.name + ".part")
         shutil.rmtree(beside, ignore_errors=True)
         self.stage.export(beside)
@@ -349,5 +353,5 @@ class Run:
 
 
 def _rounded(numbers: dict[str, Any]) -> dict[str, float]:
-    # To six digits, not places: a gap of 1e-6 between sampler and trainer is worth reading.
+    # To six significant digits, not decimal places: a sampler-trainer gap of 1e-6 is worth reading.
     return {k: float(f"{float(v):.6g}") for k, v in numbers.items()}

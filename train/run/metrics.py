@@ -1,7 +1,7 @@
-"""What a run has measured, one JSON object a line, in a file that a kill at any moment leaves good.
+"""A run's metrics, one JSON object per line, in a file that survives a kill at any moment.
 
-A line that was being written when the run was killed is torn, and no loss: a resumed run writes it
-again, be it of a step beyond the restored one or of that step's validation.
+A line that was being written when the run was killed is torn, but not lost: a resumed run writes it
+again, whether it is of a step beyond the restored one or of that step's validation.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from echogen.train.run.checkpoint import StateError, write_text
 
 TIMED = ("seconds_per_step", "tokens_per_s", "images_per_s", "memory_mib")
-"""Numbers of the clock and of the machine; in all others a resumed run repeats an uninterrupted one
+"""Numbers that depend on time and machine; in all others a resumed run repeats an uninterrupted one
 exactly."""
 
 
@@ -23,19 +23,19 @@ class MetricsFile:
 
     Args:
         path: of the file.
-        step: that the run goes on from; 0 begins the file anew.
+        step: the step that the run resumes from; 0 starts a new file.
         writes: False in a process that leaves the file to another one.
 
     Raises:
-        StateError: a line before the last that is no line of metrics; a file that cannot be
-            written, here or in any method.
+        StateError: a line other than the last is not a line of metrics; the file cannot be written,
+            here or in any method.
     """
 
     def __init__(self, path: Path, step: int, writes: bool = True) -> None:
         self._path, self._writes = path, writes
         rows = _read(path) if step and path.exists() else []
         self._rows = [row for row in rows if row["step"] <= step]
-        if writes:  # beside and renamed: a kill in between leaves the old file whole
+        if writes:  # written beside it and renamed, so that a kill leaves the old file whole
             write_text(path, "".join(json.dumps(row) + "\n" for row in self._rows))
 
     def column(self, name: str) -> list[float]:
@@ -43,7 +43,7 @@ class MetricsFile:
         return [row[name] for row in self._rows if name in row]
 
     def validated(self, step: int) -> bool:
-        """Was a validation of this step among the lines kept?"""
+        """Whether the lines kept include a validation of this step."""
         there = (row for row in self._rows if row["step"] == step)
         return any(name.startswith("val_") for row in there for name in row)
 
@@ -52,7 +52,7 @@ class MetricsFile:
         self._append(json.dumps(values) + "\n")
 
     def sync(self) -> None:
-        """Put the lines onto the disk, so that a power cut does not lose them either."""
+        """Flush the lines to the disk, so that a power cut does not lose them either."""
         self._append("", sync=True)
 
     def _append(self, text: str, sync: bool = False) -> None:
@@ -78,7 +78,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
             row = json.loads(line)
             if not isinstance(row, dict) or not isinstance(row.get("step"), int):
                 raise ValueError("no object with a step")
-        except ValueError as error:  # of JSON and of UTF-8 alike
+        except ValueError as error:  # from JSON or from UTF-8
             if number == len(lines):
                 break
             raise StateError(

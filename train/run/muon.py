@@ -1,10 +1,10 @@
 """Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon): the update of a matrix is
 orthogonalised, so that all of its directions move by about as much.
 
-`torch.optim.Muon` goes from matrix to matrix and always multiplies in bfloat16. Here matrices of
-one shape go together, and the type is that of the rest of the step: where a CPU has no instructions
-for bfloat16, a step of the tiny model's 24 matrices took 7.0 s in it and 0.38 s in float32 (AMD
-EPYC of 2021, one thread).
+`torch.optim.Muon` updates one matrix at a time and always multiplies in bfloat16. Here matrices of
+one shape are updated together, in the dtype of the rest of the step: on a CPU without bfloat16
+instructions, a step of the tiny model's 24 matrices took 7.0 s in bfloat16 and 0.38 s in float32
+(AMD EPYC of 2021, one thread).
 """
 
 from __future__ import annotations
@@ -20,16 +20,17 @@ from torch import Tensor, nn
 from echogen.train.parallel.whole import like, whole
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the quintic a·x + b·x³ + c·x⁵, Jordan's: steepest at 0 of those that keep (0, 1] below 1.3."""
+"""Jordan's, of the quintic a·x + b·x³ + c·x⁵: steepest at 0 among those that keep (0, 1] below
+1.3."""
 ITERATIONS = 5
 EPS = 1e-7
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Every matrix U·S·Vᵀ of [N, A, B] → about U·Vᵀ, by Newton and Schulz's iteration: singular
-    values above a hundredth of the matrix's Frobenius norm come to 0.68 … 1.14.
+    """Turn every matrix U·S·Vᵀ of [N, A, B] into about U·Vᵀ by the Newton–Schulz iteration:
+    singular values above a hundredth of the matrix's Frobenius norm end up in 0.68 … 1.14.
 
-    A matrix of zeros stays one. The products are in the type of ``matrices``.
+    A matrix of zeros stays zero. The products have the dtype of ``matrices``.
     """
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
@@ -50,10 +51,10 @@ class Muon(torch.optim.Optimizer):
         lr: learning rate.
         weight_decay: λ; a step begins with W ← (1 − lr·λ)·W.
         momentum: share of the running mean that is kept.
-        dtype: of the iteration's products.
+        dtype: dtype of the iteration's products.
 
     Raises:
-        ValueError: a parameter that is no matrix.
+        ValueError: a parameter is not a matrix.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; no closure is taken."""
+        """Update every parameter that has a gradient; no closure is accepted."""
         assert closure is None, "Muon takes no closure"
         for group in self.param_groups:
             same_shape = defaultdict[torch.Size, list[nn.Parameter]](list)

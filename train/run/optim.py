@@ -14,8 +14,8 @@ from echogen.train.run.muon import Muon
 def build_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
     """AdamW for everything, or Muon for the matrices of decoder blocks and AdamW for the rest.
 
-    AdamW (Loshchilov & Hutter 2019) decays matrices and kernels only. Muon's products are in the
-    type of the step's others.
+    AdamW (Loshchilov & Hutter 2019) decays matrices and kernels only. Muon's products have the
+    dtype of the step's other products.
     """
     named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
     use_muon = config.muon_lr is not None
@@ -49,7 +49,7 @@ def build_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.
 
 
 def schedule(step: int, config: LoopConfig) -> float:
-    """Share of the peak rate at step 0, 1, …: linear warm-up, constant, decay to zero, which is
+    """Share of the peak rate at step 0, 1, …: linear warm-up, constant, then decay to zero, either
     linear or half a period of a cosine."""
     warm = min(1.0, (step + 1) / max(1, config.warmup))
     tail = max(1.0, config.decay * config.steps)

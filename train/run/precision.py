@@ -1,4 +1,4 @@
-"""What training in bfloat16 costs where a CPU has no instructions for it."""
+"""The cost of training in bfloat16 on a CPU that has no instructions for it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from time import perf_counter
 import torch
 
 SLOW = 1.5
-"""Times as long as float32, from which on a CPU is taken to have no such instructions. With them it
-is at least as fast; without, an AMD EPYC of 2021 took 28 times as long (`echogen doctor`)."""
+"""If bfloat16 takes at least this many times as long as float32, a CPU is taken to have no
+instructions for it. With them it is at least as fast; without, an AMD EPYC of 2021 took 28 times as
+long (`echogen doctor`)."""
 
 
 def bf16_slowdown() -> float:
     """How many times as long a matrix product takes on this CPU in bfloat16 as in float32, by the
-    medians of products in turn; a fifth of a second in all."""
+    medians of alternating products; this takes a fifth of a second in total."""
     times: dict[torch.dtype, list[float]] = {torch.float32: [], torch.bfloat16: []}
     for _ in range(8):  # the first is not counted
         for dtype, taken in times.items():
@@ -27,7 +28,7 @@ def bf16_slowdown() -> float:
 
 
 def advice(slowdown: float) -> str | None:
-    """What to do about a slowdown; None where there is nothing to be done."""
+    """What to do about a slowdown; None if nothing is needed."""
     if slowdown < SLOW:
         return None
     return (

@@ -1,4 +1,4 @@
-"""How far a run is and how fast it goes, for those who watch it."""
+"""Display how far a run is and how fast it goes."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 PASS = "train/pass"
-"""The range of a packed batch's way through the model; its ``tokens`` have padding among them."""
+"""The range of a packed batch's pass through the model; its ``tokens`` include padding."""
 EVERY = 30.0
-"""Seconds between the lines about data that is made, where no terminal shows a bar."""
+"""Seconds between the lines about data being made, if no terminal shows a bar."""
 
 
 class Meter:
@@ -36,11 +36,11 @@ class Meter:
 
 
 class Pace:
-    """Rates since the start, training steps alone: evaluations and checkpoints are left out.
+    """Rates since the start, of training steps only: evaluations and checkpoints are left out.
 
     Args:
-        images: images a step, over all processes; None where that is not known.
-        processes: how many; tokens are counted in this one, and the others take as many.
+        images: images per step, over all processes; None if unknown.
+        processes: their number; tokens are counted in this one, and the others process as many.
     """
 
     def __init__(self, images: int | None, processes: int = 1) -> None:
@@ -51,18 +51,19 @@ class Pace:
 
     @property
     def meter(self) -> Meter:
-        """To listen with while steps run."""
+        """The listener to use while steps run."""
         return self._meter
 
     def start(self) -> None:
-        """A step begins."""
+        """Mark the beginning of a step."""
         self._began, self._meter.tokens = time.perf_counter(), 0
         if self._first is None:
             self._first = self._began
 
     def stop(self, wait: bool = False) -> None:
-        """And ends. A step that is logged waits for the device, or the work still queued there
-        would pass for none; the others need not, since the next one waits for them."""
+        """Mark the end of a step. A step that is logged waits for the device, or the work still
+        queued there would not be counted; the others need not, since the next one waits for
+        them."""
         if wait and torch.cuda.is_available() and torch.cuda.is_initialized():
             torch.cuda.synchronize()
         self._ended = time.perf_counter()
@@ -72,17 +73,17 @@ class Pace:
 
     @property
     def step(self) -> float:
-        """Seconds a step."""
+        """Seconds per step."""
         return self._seconds / max(1, self._steps)
 
     def left(self, steps: int) -> float:
-        """Seconds that so many more steps take, with evaluations and checkpoints between them as
-        there have been."""
+        """Estimated seconds for ``steps`` more steps, with evaluations and checkpoints between them
+        as before."""
         return (self._ended - (self._first or 0.0)) / max(1, self._steps) * steps
 
     def rates(self) -> dict[str, float]:
-        """Per second: steps' images and, padding and frozen passes included, tokens; and the memory
-        of this process at its highest."""
+        """Images and tokens per second of the steps (tokens include padding and frozen passes), and
+        the peak memory of this process."""
         each = max(self.step, 1e-9)
         tokens = self._tokens * self._processes / max(1, self._steps)
         found = {"tokens_per_s": tokens / each}
@@ -93,8 +94,8 @@ class Pace:
 
 
 def peak_memory() -> int:
-    """Bytes at the highest: of the device where any was taken there, else of this process."""
-    # torch.compile begins with CUDA where there is a GPU, also for what runs on the CPU.
+    """Peak memory in bytes: of the device if any was allocated there, else of this process."""
+    # torch.compile initialises CUDA if there is a GPU, even for what runs on the CPU.
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         taken = torch.cuda.max_memory_allocated()
         if taken:
@@ -117,7 +118,7 @@ def progress_bar(console: Console, name: str, steps: int, start: int) -> Progres
 
 
 def note(numbers: dict[str, Any], rates: dict[str, float]) -> str:
-    """Loss, reward where there is one, and the rates, in one line."""
+    """Loss, reward if there is one, and the rates, in one line."""
     parts = [f"{k} {float(numbers[k]):.4f}" for k in ("loss", "reward") if k in numbers]
     forms = {"tokens_per_s": "{:,.0f} tokens/s", "images_per_s": "{:,.1f} images/s"}
     parts += [form.format(rates[name]) for name, form in forms.items() if name in rates]
@@ -128,18 +129,18 @@ def note(numbers: dict[str, Any], rates: dict[str, float]) -> str:
 def telling(
     doing: str, what: str, total: int, done: int, kept: Path, large: bool
 ) -> Iterator[Callable[[int], None]]:
-    """Tell those who wait what is made: a line if it is ``large``, then on a terminal a bar, and
-    elsewhere a line every half minute.
+    """Show the progress of data being made: a line if it is ``large``, then a bar on a terminal,
+    and a line every half minute elsewhere.
 
     Args:
-        doing, what: "encoding", "train pictures".
-        total: how many of them.
-        done: how many were there already.
-        kept: the file that spares the next run the work.
-        large: whether it is worth a line before it has taken half a minute.
+        doing, what: for example "encoding", "train pictures".
+        total: number of items.
+        done: number of items that exist already.
+        kept: the file that saves the next run the work.
+        large: whether to print a line at once, and not only after half a minute.
 
     Yields:
-        To be called with how many were made since the last call.
+        A function to call with the number of items made since the last call.
     """
     console = Console(stderr=True)
 
@@ -174,7 +175,7 @@ def telling(
 
 
 def duration(seconds: float) -> str:
-    """About how long that is, for people."""
+    """A duration in readable form, rounded."""
     for size, name in ((3600, "h"), (60, "min")):
         if seconds >= 1.5 * size:
             return f"about {seconds / size:.0f} {name}"

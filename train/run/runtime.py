@@ -1,4 +1,4 @@
-"""What a run asks of the process it runs in: to keep memory, to be deterministic."""
+"""Process settings that a run needs: keeping freed memory, determinism."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def keep_pages() -> None:
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # glibc; musl has none and does not need it
         m_trim_threshold, m_mmap_threshold = -1, -3
-        # Some versions refuse more than 32 MiB (half of HEAP_MAX_SIZE). Where neither is taken the
+        # Some versions refuse more than 32 MiB (half of HEAP_MAX_SIZE). If neither is accepted, the
         # other call would do harm: it ends the adjustment that is on by default.
         if libc.mallopt(m_mmap_threshold, 1 << 30) or libc.mallopt(m_mmap_threshold, 1 << 25):
             libc.mallopt(m_trim_threshold, (1 << 31) - 1)
@@ -31,10 +31,10 @@ def keep_pages() -> None:
 
 @contextmanager
 def only_deterministic(wanted: bool) -> Iterator[None]:
-    """Within the block torch refuses operations that are not deterministic."""
+    """Make torch refuse nondeterministic operations within the block, if ``wanted``."""
     before = torch.are_deterministic_algorithms_enabled()
     if wanted:
-        # cuBLAS is deterministic only with work space of its own, and reads this at its start.
+        # cuBLAS is deterministic only with its own workspace, and reads this when it starts.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     try:

@@ -19,16 +19,16 @@ from echogen.train.run.checkpoint import StateError, load_state, save_state
 class Best:
     """The weights of a run's best validation so far, kept in ``best.pt`` beside its state.
 
-    The first of equals is kept, and a number that is NaN never is. A run that resumes from before
-    its best step comes by that step again and finds the same, so the file may be ahead of it.
+    Of equal values the first is kept, and NaN never is. A run that resumes from before its best
+    step reaches that step again with the same result, so the file may be ahead of it.
 
     Args:
         path: of the file.
-        by: the validation number, of which more is better; with a minus before its name, less.
-        run: what tells the run from others, JSON-ready; a file of another run is refused.
-        start: the step that the run goes on from; 0 begins anew, and an old file goes.
+        by: the validation number; higher is better, or lower with a minus before the name.
+        run: what identifies the run, JSON-ready; a file of another run is refused.
+        start: the step that the run resumes from; 0 begins anew and removes an old file.
         seen: the numbers of the validations up to ``start``.
-        processes: which of them writes.
+        processes: decides which process writes.
 
     Raises:
         StateError: a file that is torn, of another run, or missing though there were validations.
@@ -62,7 +62,8 @@ class Best:
             )
 
     def offer(self, step: int, value: float, module: nn.Module) -> None:
-        """Keep the weights if their validation is the best so far, or is made again."""
+        """Keep the weights if their validation is the best so far, or repeats that of the best
+        step."""
         if self._sign * value > self._sign * self.value or step == self.step:
             weights = self._processes.weights(module)
             found = {**self._run, "step": step, "value": value, "module": weights}
@@ -71,7 +72,8 @@ class Best:
             self.step, self.value = step, value
 
     def restore(self, module: nn.Module) -> dict[str, Any] | None:
-        """Put the best weights into the module; which they are. None where there are none."""
+        """Put the best weights into the module and return which they are; None if there are
+        none."""
         if not self.step:
             return None
         self._processes.put_weights(module, load_state(self._path)["module"])

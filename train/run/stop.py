@@ -1,4 +1,4 @@
-"""A run that is asked to stop: it finishes its step, saves its state and leaves with a code.
+"""Stopping a run by a signal: it finishes its step, saves its state and exits with a code.
 
 Batch systems send SIGTERM some seconds before they kill, and Ctrl-C is SIGINT. The exit code is the
 one a shell gives for the signal, 128 + its number: 143 and 130.
@@ -17,10 +17,9 @@ T = TypeVar("T")
 
 
 class Stopped(SystemExit):
-    """A run that stopped because a signal asked it to; its ``message``, said before, names what was
-    kept.
+    """A run was stopped by a signal; its ``message``, printed before, names what was saved.
 
-    Uncaught it ends the process with the signal's code and no traceback: nothing went wrong.
+    If uncaught, it ends the process with the signal's code and no traceback, as nothing went wrong.
     """
 
     def __init__(self, message: str, number: int) -> None:
@@ -32,16 +31,17 @@ class Stopped(SystemExit):
 
 
 class _BrokenOff(BaseException):
-    """Raised by the handler where the work under way may be broken off."""
+    """Raised by the handler if the current work may be interrupted."""
 
 
 class Stop:
     """Listens for SIGTERM and SIGINT within a block.
 
-    The first signal is noted; a second SIGINT is an ordinary `KeyboardInterrupt` for those who do
-    not want to wait for the step's end. A process that waits for others in a collective notes it
-    when that ends; where it never does, who has sent SIGTERM sends SIGKILL later. Outside the main
-    thread, where Python allows no handlers, nothing is listened for.
+    The first signal is recorded; a SIGINT after it raises an ordinary `KeyboardInterrupt`, for
+    those who do not want to wait for the step's end. A process that waits for others in a
+    collective records a signal when the collective ends; if it never ends, the sender of SIGTERM
+    sends SIGKILL later. Outside the main thread, where Python allows no handlers, signals are not
+    handled here.
     """
 
     def __init__(self) -> None:
@@ -55,13 +55,13 @@ class Stop:
 
     @property
     def name(self) -> str:
-        """Of the signal that came."""
+        """The name of the signal that came."""
         return signal.Signals(self.number).name
 
     @contextmanager
     def listening(self, *numbers: signal.Signals) -> Iterator[None]:
-        """Note signals within the block, of these ``numbers`` where any are given; behind it
-        handlers are as before."""
+        """Record signals within the block (``numbers``, by default SIGTERM and SIGINT); afterwards
+        the handlers are restored."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -75,7 +75,7 @@ class Stop:
                 signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def unless_asked(self, work: Callable[[], T]) -> T | None:
-        """What ``work`` gives, or None where a signal came, which breaks it off at once."""
+        """The result of ``work``, or None if a signal came, which interrupts it at once."""
         if self.asked:
             return None
         try:
@@ -85,7 +85,7 @@ class Stop:
                 self._may_break_off = False
             finally:
                 self._may_break_off = False
-        except _BrokenOff:  # be it in the lines around the work
+        except _BrokenOff:  # possibly raised in the lines around the work
             return None
         return result
 

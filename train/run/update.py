@@ -1,5 +1,4 @@
-"""One optimizer step: the gradients of a step's batch, in as many parts as there are, and the
-update."""
+"""One optimizer step: the gradients of a step's batch, part by part, and the update."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ from echogen.train.stages.stage import BeginRefused, NotFinite, Stage, TrainingE
 
 
 def check(stage: Stage, config: LoopConfig, processes: Processes) -> None:
-    """Refuse what the stage cannot do. Raises BeginRefused."""
+    """Refuse settings that the stage does not support. Raises BeginRefused."""
     parts = processes.shares(config.accumulate)[0][1]
     if parts > 1:
         splittable(stage)
@@ -49,12 +48,12 @@ def update(
     step: int,
     processes: Processes | None = None,
 ) -> tuple[dict[str, Any], float]:
-    """One optimizer step at ``rate`` of the peak; the stage's numbers, as `Stage.loss` gives them,
-    and the gradient norm.
+    """Make one optimizer step at ``rate`` times the peak rate; return the stage's numbers, as in
+    `Stage.loss`, and the gradient norm.
 
     Raises:
         NotFinite: a loss or a gradient that is NaN or infinite; the weights are as before.
-        TrainingError: ``deterministic``, and an operation that is not.
+        TrainingError: ``deterministic`` is set, and an operation is not deterministic.
     """
     processes = processes or Processes()
     for optimizer in optimizers:
@@ -79,8 +78,8 @@ def gradients(
     step: int,
     processes: Processes,
 ) -> tuple[float, dict[str, Any]]:
-    """Fill the gradients of a step's batch in; the loss of this process's parts, and the numbers of
-    all processes."""
+    """Compute the gradients of a step's batch; return the loss of this process's parts and the
+    numbers of all processes."""
     for p in parameters:
         p.grad = None
     losses, numbers, shares = [], dict[str, Any](), processes.shares(config.accumulate)
@@ -92,8 +91,8 @@ def gradients(
             numbers[name] = numbers[name] + value if name in numbers else value
     ahead = getattr(stage, "ahead", None)
     if ahead is not None and step + 1 < config.steps:
-        # Backward is queued, and nobody has waited for it yet. Made between two steps, a batch
-        # would hold a GPU up for as long (`train/STAGE/data` of `echogen bench train`).
+        # Backward is queued, and nothing has waited for it yet. If the batch were made between two
+        # steps, a GPU would idle for that long (`train/STAGE/data` of `echogen bench train`).
         ahead(step + 1, *shares[0])
     return sum(float(loss) for loss in losses), processes.total(numbers)
 
@@ -107,7 +106,7 @@ def _backward(
     parts: int,
     processes: Processes,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Add the gradients of one part; its loss and its numbers."""
+    """Add the gradients of one part; return its loss and its numbers."""
     torch.manual_seed(torch_seed(config.seed, step, part, parts))
     name = f"train/{stage.name}"
     try:
@@ -145,7 +144,7 @@ def splittable(stage: Stage) -> Any:
 
 
 def torch_seed(seed: int, step: int, part: int = 0, parts: int = 1) -> int:
-    """Of torch's own random state in a part of a step (dropout reads it): as every number that a
-    run draws, a function of its place, so that none is kept for a resumed run."""
+    """The seed of torch's own random state in a part of a step (dropout uses it). Like every number
+    that a run draws it is a function of its place, so no state has to be kept for a resumed run."""
     digest = hashlib.blake2b(f"{seed} {step} {part} {parts}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1

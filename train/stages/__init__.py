@@ -1,1 +1,1 @@
-"""What is learnt in each stage, and what stages share."""
+"""The training stages, and what they share."""

@@ -1,11 +1,11 @@
-"""Whom a reward is credited to: all tokens of an image alike, or each object's own.
+"""Credit assignment: one advantage for all tokens of an image, or one for each object's tokens.
 
 An image's reward is the mean over its objects, and one advantage for all of its tokens lets a good
-circle reinforce the square that failed beside it. Yet the answer about an object is, above all, a
-matter of the tokens that lie in its box: here every object is compared with the same object in the
-group's other images, and the advantage goes to these tokens alone. For the rest of the image there
-is the KL term. What it is to change is the noise: `echogen bench credit` measures what share of a
-gradient is signal.
+circle reinforce the square that failed beside it. Yet whether an object is found depends mostly on
+the tokens in its box. With credit by object, every object is compared with the same object in the
+group's other images, and the advantage goes to those tokens alone; only the KL term acts on the
+rest of the image. The aim is less noise: `echogen bench credit` measures what share of a gradient
+is signal.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from echogen.kernels.group_advantage import Mode, group_advantage
 
 EPS = 0.02
 """ε of an object's advantage, in units of reward. Boxes are quantised, so objects drawn equally
-well differ by about a bin of 64, and without it that would count as much as success and failure."""
+well differ by about a bin of 64, and without ε this would count as much as success and failure."""
 
 
 class Credit(NamedTuple):
     """Rows of `grpo_loss`: tokens that share an advantage.
 
     Attributes:
-        image: int64 [R], the image whose tokens a row has.
-        mask: bool [R, S], which of them.
+        image: int64 [R], the image that a row's tokens belong to.
+        mask: bool [R, S], which of the image's tokens are in the row.
         advantage: float32 [R].
-        flat: bool, of every group that rewards were compared in, whether all in it were equal, so
-            that nothing is learnt from it.
+        flat: bool, for every group in which rewards were compared, whether all were equal, so that
+            nothing is learnt from it.
     """
 
     image: Tensor
@@ -46,7 +46,7 @@ class Credit(NamedTuple):
 
 def cells(boxes: Tensor, rows: int, columns: int) -> Tensor:
     """The image tokens whose centre lies in a box, and the one that holds the box's own centre, so
-    that none is empty: boxes [..., 4] in [0, 1] → bool [..., rows · columns]."""
+    that no box is without tokens: boxes [..., 4] in [0, 1] → bool [..., rows · columns]."""
     x1, y1, x2, y2 = boxes.unsqueeze(-1).unbind(-2)
 
     def inside(low: Tensor, high: Tensor, count: int) -> Tensor:
@@ -60,7 +60,7 @@ def cells(boxes: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def by_image(score: CycleReward, mask: Tensor) -> Credit:
-    """One row an image. Args: score of [B, G] images; mask bool [N, S] of the policy's tokens."""
+    """One row per image. Args: score of [B, G] images; mask bool [N, S] of the policy's tokens."""
     image = torch.arange(len(mask), device=mask.device)
     return Credit(image, mask, score.advantage.flatten(), score.flat)
 
@@ -68,12 +68,13 @@ def by_image(score: CycleReward, mask: Tensor) -> Credit:
 def object_tokens(
     boxes: Tensor, there: Tensor, grid: tuple[int, int] | None, answers: bool
 ) -> Tensor:
-    """Whose tokens are whose: bool [B, K + 1, S], a row for each object and one for what no object
-    has. S: the image tokens, where there is a ``grid``, then, with ``answers``, four for each of K.
+    """Which tokens belong to which object: bool [B, K + 1, S], a row for each object and one for
+    tokens of no object. S: the image tokens, if there is a ``grid``, then, with ``answers``, four
+    for each of K.
 
     Args:
-        boxes, there: asked for, [B, K, 4], and which of them there are, bool [B, K].
-        grid: (rows, columns) of the image tokens; None: they are not the policy's.
+        boxes, there: target boxes [B, K, 4], and which of them exist, bool [B, K].
+        grid: (rows, columns) of the image tokens; None: they are not part of the policy.
     """
     count, most = there.shape
     parts = [] if grid is None else [cells(boxes, *grid)]
@@ -90,13 +91,13 @@ def object_tokens(
 def by_object(
     score: CycleReward, tokens: Tensor, there: Tensor, w_iou: float, w_l1: float, mode: Mode
 ) -> Credit:
-    """One row for each object of each image, and one of advantage 0 for the rest of it; rows
+    """One row for each object of each image, and one of advantage 0 for the rest of the image; rows
     without tokens are left out.
 
     Args:
         score: of [B, G] images.
-        tokens: of `object_tokens`, [B, K + 1, S], on the host: which rows there are is then known
-            without waiting for the images.
+        tokens: from `object_tokens`, [B, K + 1, S], on the host, so that the rows are known without
+            waiting for the images.
         there: bool [B, K], on the host.
         w_iou, w_l1, mode: as for `cycle_reward`.
     """

@@ -1,9 +1,9 @@
-"""Stage 3, Cycle RL: layout → image → layout, and what came back right is reinforced.
+"""Stage 3, Cycle RL: layout → image → layout, and images whose layout is recovered are reinforced.
 
-Each layout is drawn G times with the present weights, found again in every image, and rewarded for
-how well the boxes match: a higher reward is a better match (the paper's formula, read as it stands,
-is a discrepancy, and `box_reward` is 1 less that). GRPO (arXiv 2402.03300) turns rewards into
-advantages within the layout's group. No image labels are needed, only texts and boxes.
+Each layout is drawn G times with the current weights, grounded in every image, and rewarded for how
+well the boxes match: a higher reward is a better match (the paper's formula, read literally, is a
+discrepancy, and `box_reward` is 1 minus it). GRPO (arXiv 2402.03300) turns rewards into advantages
+within the layout's group. No image labels are needed, only texts and boxes.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from echogen.train.stages.shares import places
 from echogen.train.stages.world import WorldStage
 from echogen.train.start import Start
 
-VAL_LAYOUTS = 256  # as many as the other numbers of an evaluation are of
+VAL_LAYOUTS = 256  # as many as for the other numbers of an evaluation
 GROUP_TOKENS = 2560
-"""Of a prompt and the images that share it in one sequence, at most: of Janus-Pro's 576 codes four
-images, so that its groups of 8 are two sequences of one length. As three, of 3, 3 and 2 images,
-they leave a tenth and more of their rows to padding."""
-DECODED = 32  # images that the image tokenizer makes at once: 7 GB at 384×384
+"""The most tokens of a prompt and the images that share it in one sequence: with Janus-Pro's 576
+codes four images, so that its groups of 8 are two sequences of one length. Three sequences, of 3, 3
+and 2 images, would leave a tenth or more of their rows as padding."""
+DECODED = 32  # images that the image tokenizer decodes at once: 7 GB at 384×384
 
 
 class CycleRLStage(WorldStage):
-    """One batch → loss of stage 3; judged on ShapesWorld, trained on any layouts.
+    """Stage 3: its batches and its loss; trained on any layouts, judged on ShapesWorld.
 
     Raises:
         PromptError: a model whose boxes are not location tokens.
@@ -65,7 +65,7 @@ class CycleRLStage(WorldStage):
     """
 
     name = "cycle-rl"
-    # The judge's: the reward itself goes on rising where the images get worse.
+    # The judge's IoU, as the reward itself keeps rising even when the images get worse.
     selects: str | None = "cycle_iou"
 
     def __init__(self, config: CycleRLConfig, start: Start) -> None:
@@ -79,7 +79,7 @@ class CycleRLStage(WorldStage):
             self.selects = None
         self.config = replace(config, start=start.fingerprint)
         self._key = keys.noise_key(config.loop.seed, keys.RL_NOISE)
-        # What adapters are beside is the reference, unless it is trained in part.
+        # The weights beside the adapters are the reference, unless some of them are trained too.
         self._base = bool(config.beta and config.loop.lora and not config.loop.lora_also)
         apart = config.beta and not self._base
         self._reference = copy.deepcopy(self.module).requires_grad_(False) if apart else None
@@ -100,12 +100,12 @@ class CycleRLStage(WorldStage):
 
     @property
     def reward_boxes(self) -> int:
-        """How many boxes of each object are sampled: one where they are the policy's own."""
+        """Number of boxes sampled for each object: one if they are part of the policy."""
         return self.config.reward_boxes if self.config.policy == "image" else 1
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """See `Stage`: the head of the tokens that are not the policy's."""
+        """See `Stage`: the head of the tokens that are not part of the policy."""
         return {"image": ("text_head",), "boxes": ("image_head",), "both": ()}[self.config.policy]
 
     def _check_room(self, layout: Layout, what: str) -> None:
@@ -133,7 +133,7 @@ class CycleRLStage(WorldStage):
 
     def _hold(self, step: int, part: int = 0, parts: int = 1) -> Held:
         """The rollout of a step's part: a new one every ``updates`` steps. A layout's images are
-        all in the same part, and drawn with the noise they would have in any other."""
+        all in the same part, and their noise does not depend on the part."""
         c, index = self.config, step // self.config.updates
         held = self._held.get((part, parts))
         if held is not None and held.index == index:
@@ -161,13 +161,13 @@ class CycleRLStage(WorldStage):
         return held
 
     def _tokens(self, layouts: list[Layout]) -> Tensor:
-        """Whose tokens of the policy are whose, see `object_tokens`."""
+        """Which of the policy's tokens belong to which object, see `object_tokens`."""
         policy, config = self.config.policy, self.module.config
         grid = None if policy == "boxes" else (config.grid, config.grid)
         return object_tokens(*targets(layouts), grid, policy != "image")
 
     def _portion(self, here: list[Layout], every: list[Layout]) -> Portion:
-        """What the layouts of a part are of all the step's."""
+        """The share of the step that the layouts of a part make up."""
         image = self.module.config.image_tokens * (self.config.policy != "boxes")
         box = 4 * (self.config.policy != "image")
 
@@ -217,11 +217,11 @@ class CycleRLStage(WorldStage):
         )
 
     def _sequences(self, prompts: list[list[int]], codes: np.ndarray) -> Batch:
-        """L2I sequences of B prompts and the B·G images drawn of them. As many of a prompt's images
-        as GROUP_TOKENS are share it, in sequences of as many each: at 64 codes, groups of 8 and
-        prompts of 50 tokens the pass and its backward take 0.65 of the time of one sequence an
-        image, and a step 0.78 of its (`echogen bench train --stage cycle-rl --float32`, medians of
-        three runs in turn, one thread of a Zen 3)."""
+        """L2I sequences of B prompts and the B·G images drawn from them. As many images as fit into
+        GROUP_TOKENS share their prompt in one sequence, and a group is divided evenly. At 64 codes,
+        groups of 8 and prompts of 50 tokens, the forward and backward passes take 0.65 of the time
+        that one sequence per image takes, and a step 0.78 (`echogen bench train --stage cycle-rl
+        --float32`, medians of three alternating runs, one thread of a Zen 3)."""
         trees, tokens = [], codes.shape[1]
         for prompt, images in zip(prompts, np.split(codes, len(prompts)), strict=True):
             together = max(1, (GROUP_TOKENS + 1 - len(prompt)) // tokens)
@@ -230,7 +230,7 @@ class CycleRLStage(WorldStage):
         return self.pack(trees)
 
     def _questions(self, layouts: list[Layout], codes: np.ndarray, tokens: Tensor) -> Batch:
-        """I2L sequences whose answers are the tokens found."""
+        """I2L sequences whose answers are the rollout's box tokens."""
         trees = []
         for layout, z, row in zip(layouts, codes, tokens.tolist(), strict=True):
             boxes = [self.prompts.codec.parse(answer) for answer in row]
@@ -266,8 +266,8 @@ class CycleRLStage(WorldStage):
         return self.config.batch * self.config.group
 
     def inputs(self, step: int) -> dict[str, Any]:
-        """See `Stage`: of every part of the rollout in use, what was drawn and found, and what it
-        is worth."""
+        """See `Stage`: for every part of the rollout in use, what was drawn and found, and its
+        reward."""
         now = {k: h for k, h in self._held.items() if h.index == step // self.config.updates}
         return {
             f"part {part} of {parts}": {
@@ -299,8 +299,8 @@ class CycleRLStage(WorldStage):
         tokens = self.module.config.image_tokens * (held.drawn is not None)
         tokens += 4 * MOST_OBJECTS * (held.asked is not None)
         # With one update the ratio is 1 by definition. Against the sampler's log-probabilities it
-        # would be 1 but for rounding, and in bfloat16 the rounding would pass for a change and be
-        # clipped; it is a weight of its own instead.
+        # would be 1 up to rounding, and in bfloat16 the rounding would pass for a change of the
+        # policy and be clipped; it is a separate weight instead.
         out = grpo_loss(
             credit.rows(logp),
             None if held.old is None else credit.rows(held.old),
@@ -313,14 +313,14 @@ class CycleRLStage(WorldStage):
             c.normalise,
             tokens,
             sampled_logp=None if c.importance_cap is None else credit.rows(held.sampled),
-            importance_cap=c.importance_cap or 1.0,  # without samples it holds nothing
+            importance_cap=c.importance_cap or 1.0,  # unused without sampled_logp
         )
         if held.gap is None:
             off = (logp.detach() - held.sampled).abs()
             held.gap = torch.where(held.mask, off, 0.0).sum() / held.mask.sum()
             held.old = logp.detach() if c.updates > 1 else None
         portion, loss = held.portion, out.loss
-        if c.normalise == "constant":  # an image's share: its rows are as many as its objects
+        if c.normalise == "constant":  # a mean over images, not over rows
             loss = loss * (len(credit.mask) / len(held.mask))
         if parts > 1:
             by = {"sequence": portion.rows, "token": portion.row_tokens}
@@ -341,11 +341,11 @@ class CycleRLStage(WorldStage):
     # --- before and beside training -------------------------------------------------------------
 
     def begin(self) -> dict[str, float]:
-        """Hold the self-reward against the judge.
+        """Compare the self-reward with the judge.
 
         Raises:
-            BeginRefused: they agree too little within a group, so that training would teach what
-                the grounder gets wrong, or the judge tells too few groups apart to say.
+            BeginRefused: they agree too little within a group, so that training would teach the
+                grounder's mistakes, or the judge sees differences in too few groups to say.
         """
         c = self.config
         key = keys.noise_key(c.loop.seed, keys.RL_JUDGED)
@@ -384,16 +384,16 @@ class CycleRLStage(WorldStage):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """What every stage watches, and on validation layouts, drawn as in training and
+        """Compute every stage's numbers and, on validation layouts drawn as in training,
         ``val_drawings`` times each, the reward (of the most likely boxes, whatever
-        ``reward_boxes``) beside the judge: ``gap`` is self-judged minus independently judged IoU
-        (``self_iou``, ``cycle_iou``), and so of other images than ``judge_iou``. A gap that grows
-        is a private language between the two halves."""
+        ``reward_boxes``) and the judge's IoU. ``gap`` is self-judged minus independently judged IoU
+        (``self_iou``, ``cycle_iou``), and so is of other images than ``judge_iou``. A growing gap
+        means a private language between the two halves."""
         values = super().evaluate()
         scenes = load_scenes("val", VAL_LAYOUTS)
         c, layouts = self.config, layouts_of(scenes, 0)
         key, rewards, boxes, drawn = keys.noise_key(c.loop.seed, keys.RL_JUDGED), [], [], []
-        # Drawing by drawing, so that memory is that of one.
+        # One drawing at a time, to need the memory of one only.
         for draws in torch.arange(c.val_drawings * len(layouts)).chunk(c.val_drawings):
             rollout = roll_out(
                 self.engine, layouts, 1, c.sampling, key, draws, w_iou=c.w_iou, w_l1=c.w_l1
@@ -404,9 +404,9 @@ class CycleRLStage(WorldStage):
                 for y, row in zip(layouts, rollout.score.boxes.tolist(), strict=True)
             ]
             drawn.append(rollout.drawing.codes)
-        # That was a drawing of many more rows than a step's, and on a GPU its caches would stay. A
-        # step's own do stay through its update: recording anew in every step costs time, and the
-        # memory is seldom missed.
+        # This drew many more rows than a step does, and on a GPU its caches would stay. A step's
+        # own caches do stay during its update: recording them again in every step costs time, and
+        # the memory is seldom needed.
         self.engine.release()
         detected = [
             detect(image)
@@ -414,14 +414,14 @@ class CycleRLStage(WorldStage):
             for image in to_images(decode_codes(self.vq, codes))
         ]
         table = cycle_table(scenes * c.val_drawings, layouts * c.val_drawings, boxes, detected)
-        # Of the weights that are trained; the table's is of equal ones, as models are compared by.
+        # With the run's w_iou and w_l1; the table's reward has equal weights, for comparing models.
         values["reward"] = float(torch.cat(rewards).mean())
         values |= {name: table[name] for name in ("self_iou", "gap")}
         return values | {"cycle_iou": table["judge_iou"]}
 
 
 def _of(rollout: Rollout, portion: Portion) -> dict[str, Tensor]:
-    """What a log line says of a rollout; of a part's, what it adds."""
+    """A rollout's numbers for a log line; those of a part's rollout are its contributions."""
     score, there = rollout.score, rollout.mask.unsqueeze(1)
     boxes = there.sum() * rollout.group
     return {

@@ -1,4 +1,4 @@
-"""Stage 2, dual joint optimisation: what the model draws is at once the image it has to ground.
+"""Stage 2, dual joint optimisation: the model has to ground the image that it draws.
 
 `J = L_L2I + μ·L_I2L + λ·L_loop` (EchoGen, stage 2). One parallel pass predicts every code of the
 image; a straight-through Gumbel-Softmax sample of each is embedded; a second pass reads these
@@ -51,10 +51,10 @@ class Example(NamedTuple):
     """One sample of a step.
 
     Attributes:
-        sample: the image and what is known of it.
-        layout: what it is drawn from.
-        kept: whether it is; else from the unconditional prompt.
-        questions: (expression, box), asked of the real image.
+        sample: the image and what is known about it.
+        layout: the sample's layout.
+        kept: whether it is drawn from the layout; otherwise from the unconditional prompt.
+        questions: (expression, box), asked about the real image.
         draw: draw id of its noise.
     """
 
@@ -69,10 +69,10 @@ class Laid(NamedTuple):
     """A part of a step, packed.
 
     Attributes:
-        every, here: all samples of the step, and the part's.
-        real: stage 1's batch of these.
+        every, here: all samples of the step, and those of the part.
+        real: stage 1's batch of the part's samples.
         looped: int64 [n], which of them go through the loop.
-        questions: asked of their drawn images; None where there are none.
+        questions: asked about their drawn images; None if there are none.
         total, counts: see `DJOStage._looped`.
     """
 
@@ -108,13 +108,13 @@ def draw_codes(
     given: bool = False,
     freeze_codes: bool = False,
 ) -> Drawn:
-    """A straight-through sample at every place of a batch that predicts an image code.
+    """Draw a straight-through sample at every position of a batch that predicts an image code.
 
     Args:
         hidden: final hidden states [R, L, D] of the batch, whose drawing trees are 0 … N−1.
         tau: temperature of the soft sample.
         noise: of the N images.
-        given: the batch's codes are the samples (drawn with the same noise).
+        given: take the batch's codes as the samples (they were drawn with the same noise).
         freeze_codes: no gradient for the code embedding's rows.
     """
     count, tokens = len(noise.draws), model.config.image_tokens
@@ -149,7 +149,7 @@ class LoopPass(nn.Module):
         the mean over box tokens."""
         model, here = self.model, batch.image_at
         lifted = model.code_aligner(images.flatten(0, 1))
-        ids = batch.ids.flatten().index_fill(0, here, 0)  # what is no text has no embedding there
+        ids = batch.ids.flatten().index_fill(0, here, 0)  # image codes have no text embedding
         text = model.embed_text(ids)
         embedded = text.index_put((here,), lifted.to(text.dtype)).view(*batch.ids.shape, -1)
         return box_loss(model, hidden_states(model, batch, embedded), batch, total)
@@ -162,11 +162,11 @@ def loop_loss(
     frozen: bool = False,
     total: int | None = None,
 ) -> Tensor:
-    """Cross entropy of the boxes of I2L trees 0 … N−1 whose images are drawn ones [N, T, C];
+    """Cross entropy of the boxes of I2L trees 0 … N−1 whose images are the drawn ones [N, T, C];
     ``total`` as in `box_loss`.
 
-    ``frozen``: the same weights, detached: gradients pass through them to the images, yet leave
-    them alone. A frozen grounder thus costs no second model, and keeps up with the trained one.
+    ``frozen``: use the same weights, detached: gradients pass through them to the images but do not
+    update them. A frozen grounder thus needs no second model, and always has the current weights.
     """
     grounder = LoopPass(model)
     if not frozen:
@@ -183,12 +183,12 @@ def temperature(step: int, config: DJOConfig) -> float:
 
 
 class DJOStage(WorldStage):
-    """One batch → loss of stage 2."""
+    """Stage 2: its batches and its loss."""
 
     name = "djo"
 
     def __init__(self, config: DJOConfig, start: Start, source: Source | None = None) -> None:
-        """Args: ``source``: what it learns from; None: what the configuration says."""
+        """Args: ``source``: the data set; None: the one that the configuration names."""
         source = source_of(config) if source is None else source
         super().__init__(start.engine, config.loop, source, start.stages)
         self.config = replace(config, start=start.fingerprint, data_hash=source.fingerprint)
@@ -214,7 +214,7 @@ class DJOStage(WorldStage):
         return self.config.batch
 
     def inputs(self, step: int) -> dict[str, Any]:
-        """See `Stage`. What the loop reads besides is drawn from this."""
+        """See `Stage`. Everything else that the loop reads is drawn from this."""
         every = self.examples(step)
         kept = torch.tensor([x.kept for x in every])
         return {**vars(self._real(every)), "kept": kept, "draws": [x.draw for x in every]}
@@ -245,7 +245,7 @@ class DJOStage(WorldStage):
                 model, hidden, batch, tau, Noise(self._key, draws), freeze_codes=c.freeze_grounder
             )
             image = part_of_mean(drawn.ce.mean(), len(here), c.batch)
-            # An index that lies on the host would be waited for.
+            # An index on the host would force a synchronisation.
             at = torch.from_numpy(looped).to(drawn.embed.device, non_blocking=True)
             images = drawn.embed[at]
         elif len(looped):
@@ -269,11 +269,11 @@ class DJOStage(WorldStage):
 
     def _looped(self, here: list[Example], every: list[Example]) -> tuple[np.ndarray, int, bool]:
         """Which examples of a part go through the loop, how many box tokens the loop predicts in
-        all parts, and whether these count.
+        all parts, and whether the part's own loop loss counts.
 
-        Without its layout an image cannot be asked for the layout's boxes: no loop for these. A
-        part in which no layout is kept sends an image through all the same, which does not count:
-        a sharded run needs all processes to pass through the same weights.
+        An image drawn without its layout cannot be asked for the layout's boxes, so it skips the
+        loop. A part in which no layout is kept still sends one image through, which does not count:
+        in a sharded run all processes must pass through the same weights.
         """
         if not self.config.loop_weight:
             return np.empty(0, dtype=int), 0, False
@@ -296,8 +296,8 @@ class DJOStage(WorldStage):
     def _sampled(
         self, layouts: list[Layout], tau: float, noise: Noise, step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Images [N, T, C] that the engine draws first, and, where the step is logged, the share
-        of their codes that the parallel pass would have drawn otherwise."""
+        """Images [N, T, C] that the engine draws first and, if the step is logged, the share of
+        their codes that the parallel pass would have drawn differently."""
         c, model = self.config, self.module
         with torch.autocast(self.engine.device.type, enabled=False):
             self.engine.refresh()
@@ -319,8 +319,8 @@ class DJOStage(WorldStage):
         return drawn.embed, flips
 
     def _questions(self, layouts: list[Layout]) -> Batch:
-        """The layouts' own expressions, asked of images that are still to be drawn."""
-        # They take the place of these codes.
+        """Questions with the layouts' own expressions, about images that are yet to be drawn."""
+        # The drawn images replace these codes.
         unseen = np.zeros(self.module.config.image_tokens, dtype=np.int64)
         return self.pack([self.grounding(unseen, _boxes(y)) for y in layouts])
 

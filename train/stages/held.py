@@ -13,8 +13,8 @@ from echogen.train.stages.rollouts import Rollout
 
 
 class Portion(NamedTuple):
-    """The shares that a part of a step has in it: of the layouts (and of their images), of their
-    boxes, of the policy's tokens, and of the rows of `Credit` and the tokens in these."""
+    """A part's share of its step: of the layouts (and their images), of their boxes, of the
+    policy's tokens, of the rows of `Credit`, and of the tokens in these rows."""
 
     layouts: float
     boxes: float
@@ -31,16 +31,17 @@ class Held:
     """A rollout in use, packed for scoring.
 
     Attributes:
-        index: which of the run it is.
-        drawn, unconditional, asked: L2I sequences, the same behind unconditional prompts (with
-            guidance), and I2L ones; None where the policy does not need them.
-        sampled: log-probabilities of the policy's tokens by the sampler, [N, S].
+        index: the rollout's number in the run.
+        drawn, unconditional, asked: L2I sequences, the same with unconditional prompts (under
+            guidance), and I2L ones; None if the policy does not need them.
+        sampled: log-probabilities of the policy's tokens under the sampler, [N, S].
         mask: bool [N, S].
         credit: which of these tokens share an advantage.
-        portion: what the rollout is of its step's.
-        old: those of the trainer before the first update; None until then.
-        gap: mean absolute difference of the two.
-        reference: those of the frozen reference, which no update changes; None without one.
+        portion: the rollout's share of its step.
+        old: log-probabilities under the trainer before the first update; None until then.
+        gap: mean absolute difference between sampler and trainer.
+        reference: log-probabilities under the frozen reference, which no update changes; None
+            without one.
     """
 
     index: int

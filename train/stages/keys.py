@@ -1,11 +1,11 @@
 """The randomness of a run: every number drawn is a function of (seed, step, place in the batch).
 
-That is what lets a resumed run repeat an uninterrupted one without a stored random state. Each use
-has a number of its own, so that no two of them share noise. 0 to 2 are not given out here: scenes
-are drawn with (seed, split, place), and the splits are these three. One use has no number:
-`layouts_of` draws the wording of an evaluation's layouts with (seed, place), and as NumPy fills a
-short seed up with zeros, places 0 to 2 have the bits of the splits' first scenes, and places 3 to 9
-those of the uses below, at step 0. The committed evaluations are worded so, and stay.
+So a resumed run repeats an uninterrupted one without a stored random state. Each use has its own
+number, so that no two uses share noise. Numbers 0 to 2 are reserved: scenes are drawn with (seed,
+split, place), and these are the three splits. One use has no number: `layouts_of` draws the wording
+of an evaluation's layouts with (seed, place). As NumPy pads a short seed with zeros, places 0 to 2
+have the bits of the splits' first scenes, and places 3 to 9 those of the uses below at step 0. This
+stays, because the committed evaluations have this wording.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ def noise_key(seed: int, use: int) -> int:
 
 def draw_ids(step: int, per_step: int) -> Tensor:
     """Draw ids int64 [per_step] of a step's samples, by their place in the global batch: unique
-    over the run, and the same however the batch is shared out.
+    within the run, and the same however the batch is split.
 
     Raises:
-        ValueError: more samples in a run than there are ids.
+        ValueError: the run has more samples than there are ids.
     """
     first = step * per_step
     if first + per_step > 1 << 32:

@@ -1,5 +1,5 @@
-"""Packed batches through the transformer, what every stage's loss begins with, and the numbers that
-it ends with."""
+"""What the stages' losses are made of: the pass of a packed batch through the transformer, the
+cross entropies, and the numbers to log."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from echogen.train.stages.shares import part_of_mean
 def hidden_states(
     model: UnifiedTransformer, batch: Batch, embedded: Tensor | None = None
 ) -> Tensor:
-    """Final hidden states [R, L, D] of a packed batch; ``embedded`` [R, L, D] stands in for the
+    """Final hidden states [R, L, D] of a packed batch; ``embedded`` [R, L, D] replaces the
     embeddings of its ids."""
     x = model.embed_mixed(batch.ids) if embedded is None else embedded
     with span(PASS, rows=len(batch.ids), tokens=batch.ids.numel()):  # padding included
@@ -28,8 +28,8 @@ def hidden_states(
 
 
 def attention_mask(batch: Batch, x: Tensor) -> Tensor | BlockMask:
-    """Who sees whom in a batch, for embeddings ``x``: in blocks on a GPU, dense elsewhere, since
-    FlexAttention has no backward on a CPU."""
+    """The attention mask of a batch for embeddings ``x``: in blocks on a GPU, dense elsewhere,
+    since FlexAttention has no backward on a CPU."""
     if x.is_cuda:
         return block_mask(batch)
     kind = x.device.type
@@ -40,8 +40,8 @@ def attention_mask(batch: Batch, x: Tensor) -> Tensor | BlockMask:
 def image_loss(
     model: UnifiedTransformer, hidden: Tensor, batch: Batch, total: int | None = None
 ) -> Tensor:
-    """Mean cross entropy of a batch's image codes; 0 where it has none. ``total``: how many there
-    are in all shares of the batch, of whose mean this is then the share's part."""
+    """Mean cross entropy of a batch's image codes; 0 where it has none. ``total``: the number of
+    codes in all parts of the batch; the result is then this part's contribution to their mean."""
     targets = batch.at("codes", batch.code_at)
     return _cross_entropy(model.image_head, hidden, batch.code_at, targets, total)
 
@@ -49,7 +49,8 @@ def image_loss(
 def box_loss(
     model: UnifiedTransformer, hidden: Tensor, batch: Batch, total: int | None = None
 ) -> Tensor:
-    """Mean cross entropy of a batch's box tokens; 0 where it has none. ``total``: see above."""
+    """Mean cross entropy of a batch's box tokens; 0 where it has none. ``total``: as in
+    `image_loss`."""
     targets = batch.at("texts", batch.text_at)
     return _cross_entropy(model.text_head, hidden, batch.text_at, targets, total)
 
@@ -68,8 +69,8 @@ def _cross_entropy(
 
 
 def image_features(model: UnifiedTransformer, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the fused operators take for the image head: (features [N, H], weight [V, H], bias [V])
-    of one type, whose product is the logits of ``hidden`` [N, D]."""
+    """Inputs of the fused operators for the image head: (features [N, H], weight [V, H], bias [V])
+    of one dtype, whose product is the logits of ``hidden`` [N, D]."""
     into, activation, out = model.image_head
     assert isinstance(out, nn.Linear)
     features = activation(into(hidden))
@@ -77,8 +78,8 @@ def image_features(model: UnifiedTransformer, hidden: Tensor) -> tuple[Tensor, T
 
 
 def worth_logging(numbers: dict[str, Tensor]) -> dict[str, Any]:
-    """Numbers of a step as `Stage.loss` returns them. To read one on a device is to wait for it,
-    and backward is not queued yet: there they stay tensors, without their gradient."""
+    """Numbers of a step as `Stage.loss` returns them. Reading one on a device would wait for it
+    before backward is queued, so there they stay tensors, detached."""
     return {
         k: float(v) if v.is_cpu else v for k, v in ((k, v.detach()) for k, v in numbers.items())
     }

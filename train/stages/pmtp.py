@@ -1,8 +1,8 @@
 """Stage 1, parallel multi-task pre-training: draw from layouts and ground in images, packed.
 
 `L = CE(image codes | layout) + CE(box tokens | image, expression)` (EchoGen, stage 1), with the
-`isolated` mask or the `shared` one. Grounding learns more slowly than drawing, so a step
-carries further images that are only grounded: a branch costs a dozen tokens on top of the prefix.
+`isolated` mask or the `shared` one. Grounding learns more slowly than drawing, so a step may carry
+additional images that are only grounded: a branch costs a dozen tokens on top of the prefix.
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ def janus_config(
 
 
 def new_model(config: PMTPConfig, vq: JanusVQVAE, samples: Sequence[Sample]) -> Engine:
-    """A model with fresh weights and a tokenizer of the samples' texts, on the device of ``vq``."""
+    """Build a model with fresh weights and a tokenizer trained on the samples' texts, on ``vq``'s
+    device."""
     texts = [t for s in islice(samples, 5000) for t in (s.caption, *sum(s.expressions, ()))]
     tokenizer = train_tokenizer(texts, config.bins)
     janus = janus_config(config, vq, tokenizer)
@@ -121,8 +122,8 @@ class Draw(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What a step asks of a sample: to be drawn, where ``draw`` says from what, and to be grounded
-    in; (expression, box) for each question."""
+    """What a step does with a sample: draw it from ``draw`` (None: not drawn), and answer
+    ``questions`` about it, each an (expression, box)."""
 
     sample: Sample
     draw: Draw | None
@@ -130,22 +131,22 @@ class Task(NamedTuple):
 
 
 class PMTPStage(WorldStage):
-    """One batch → loss of stage 1."""
+    """Stage 1: its batches and its loss."""
 
     name = "pmtp"
 
     def __init__(
         self, config: PMTPConfig, begin: JanusVQVAE | Start, source: Source | None = None
     ) -> None:
-        """Fresh weights behind an image tokenizer, or a model of this stage to go on with, whose
-        shape, vocabulary and image tokenizer then stand, whatever the configuration says.
+        """Start from fresh weights with an image tokenizer, or continue a model of this stage,
+        whose shape, vocabulary and image tokenizer then override the configuration.
 
         Args:
-            source: what it learns from; None: what the configuration says.
+            source: the data set; None: the one that the configuration names.
 
         Raises:
             PromptError: a model whose boxes are not location tokens.
-            StateError: adapters beside fresh weights.
+            StateError: adapters on fresh weights.
         """
         if config.loop.lora and not isinstance(begin, Start):
             raise StateError(
@@ -169,7 +170,7 @@ class PMTPStage(WorldStage):
         super().__init__(new_model(config, begin, self._train), config.loop, source)
 
     def tasks(self, step: int) -> list[Task]:
-        """What a step asks of each of its samples, a pure function of (seed, step)."""
+        """The task of each of a step's samples, a pure function of (seed, step)."""
         c = self.config
         rng = keys.generator(c.loop.seed, keys.PMTP_BATCH, step)
         chosen = rng.integers(len(self._train), size=c.batch + c.extra_grounding)
@@ -184,10 +185,10 @@ class PMTPStage(WorldStage):
         return [Task(s, d, ask(s, c.branches, rng)) for s, d in zip(samples, drawn, strict=True)]
 
     def _both(self, sample: Sample, rng: np.random.Generator) -> Task:
-        """Both tasks of a sample in one tree. At inference an image that is grounded stands behind
-        no layout, and its questions see what it stands behind; so as many samples as have their
-        prompt dropped are grounded in that form. Otherwise this mask would be judged on what it
-        never saw."""
+        """Both tasks of a sample in one tree. At inference the text before a grounded image is not
+        a layout, and the questions see it. So as many samples as have their prompt dropped are
+        grounded in that form; otherwise this mask would be evaluated on a form it has never
+        seen."""
         c, layout, chance = self.config, sample.layout(rng), rng.random()
         questions = ask(sample, c.branches, rng)
         if c.prompt_dropout <= chance < 2 * c.prompt_dropout:
@@ -228,7 +229,8 @@ class PMTPStage(WorldStage):
         return codes, sum(self.answer_tokens(t.questions) for t in tasks)
 
     def _lay(self, step: int, part: int, parts: int) -> tuple[Batch, tuple[int | None, int | None]]:
-        """A part's batch, and how many targets there are in all parts; None: it is all there is."""
+        """A part's batch, and how many targets there are in all parts; None: the part is the whole
+        batch."""
         with span("train/pmtp/data", step=step):
             batch = self.batch(step, part, parts)
             return batch, self.targets(step) if parts > 1 else (None, None)

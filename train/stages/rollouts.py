@@ -1,4 +1,4 @@
-"""A rollout of Cycle RL: each layout drawn several times, found in every image, and scored."""
+"""A rollout of Cycle RL: each layout drawn several times, grounded in every image, and scored."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Rollout:
     Attributes:
         layouts: the B layouts.
         drawing: N images and how they were drawn.
-        answers: the boxes found in them, [N, K, 4]; of several an object, the first.
+        answers: the boxes found in them, [N, K, 4]; if several are sampled per object, the first.
         mask: bool [B, K], False where a layout has fewer than K objects.
         score: reward and advantage [B, G], and what they are made of.
     """
@@ -37,19 +37,20 @@ class Rollout:
 
     @property
     def group(self) -> int:
-        """G, images a layout."""
+        """G, images per layout."""
         return len(self.drawing.codes) // len(self.layouts)
 
 
 def _expected(score: CycleReward, boxes: int) -> CycleReward:
-    """A score of K·n answers, ``boxes`` = n to each of K questions, → of the K questions: mean IoU
-    and L1 of each, and the first of its boxes. The reward, a mean over all, stays what it is."""
+    """Reduce a score of K·n answers, ``boxes`` = n to each of K questions, to the K questions: the
+    mean IoU and L1 of each, and its first box. The reward, a mean over all answers, does not
+    change."""
     iou, l1, box = (x.unflatten(2, (-1, boxes)) for x in (score.iou, score.l1, score.boxes))
     return score._replace(iou=iou.mean(-1), l1=l1.mean(-1), boxes=box[:, :, :, 0])
 
 
 def targets(layouts: list[Layout]) -> tuple[Tensor, Tensor]:
-    """Boxes asked for, float32 [B, K, 4], and which of them there are, bool [B, K]."""
+    """Target boxes, float32 [B, K, 4], and which of them exist, bool [B, K]."""
     most = max(len(y.objects) for y in layouts)
     box, mask = torch.zeros(len(layouts), most, 4), torch.zeros(len(layouts), most, dtype=bool)  # type: ignore[call-overload]
     for b, layout in enumerate(layouts):
@@ -71,24 +72,24 @@ def roll_out(
     w_l1: float = 0.5,
     mode: Mode = "grpo",
 ) -> Rollout:
-    """Draw, ground and score with the engine's present weights.
+    """Draw, ground and score with the engine's current weights.
 
-    What is derived from the weights is rebuilt first, so that rollouts use the weights of this very
-    step: the table of code embeddings and, on a CPU, the packed copy that drawing reads (for its
+    Everything derived from the weights is rebuilt first, so that rollouts use the current step's
+    weights: the table of code embeddings and, on a CPU, the packed copy that drawing reads (for its
     cost with the tiny model see ``pack_ms`` in bench/results/engine-tiny-cpu.json).
 
     Args:
         engine: the model.
         layouts: B layouts.
-        group: G, images drawn of each layout.
+        group: G, images per layout.
         sampling: how their codes are drawn.
-        key, draws: of the noise: its seed, and the draw ids int64 [B·G].
+        key, draws: seed of the noise, and draw ids int64 [B·G].
         boxes: 0 takes the most likely box of each object; n ≥ 1 samples n, and the object's IoU and
             L1 are their mean: an unbiased estimate of the expectation under the grounder's
             distribution.
         w_iou, w_l1, mode: see `cycle_reward`.
     """
-    # What the trainer's autocast would do to the engine's products is not what users run.
+    # Without the trainer's autocast, so that the engine computes as it does for users.
     images = len(layouts) * group
     with (
         span("train/cycle-rl/rollout", batch=images),

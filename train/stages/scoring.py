@@ -1,7 +1,7 @@
 """The trainer's log-probabilities of a rollout's tokens, with gradients.
 
-They are those of the distribution that drew them: guided, tempered, truncated, constrained by the
-grammar, as `engine.decoding.rollout` has recorded it.
+They are taken under the distribution that the tokens were sampled from, with its guidance,
+temperature, truncation and grammar, as recorded by `engine.decoding.rollout`.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def image_logprob(
     """Log-probability of every image code, float32 [N, T].
 
     Args:
-        drawn: L2I trees in the order of the N = ``count`` images, whose codes were drawn.
-        unconditional: the same images behind unconditional prompts, where there is guidance.
-        sampling: what drew them.
-        kept: int64 [N, T], how many codes truncation left (see `Drawing`). The codes kept are the
-            trainer's most likely ones, that many: which of two nearly equal codes is the last one
-            then makes no difference beyond rounding. None: there was no truncation.
+        drawn: L2I trees of the drawn codes, in the order of the N = ``count`` images.
+        unconditional: the same images with unconditional prompts, if there is guidance.
+        sampling: the settings they were drawn with.
+        kept: int64 [N, T], how many codes truncation left (see `Drawing`). As many of the trainer's
+            most likely codes are kept here: which of two nearly equal codes comes last then makes
+            no difference beyond rounding. None: there was no truncation.
 
     Raises:
-        ValueError: the guidance scale changed from position to position (see `CycleRLConfig`).
+        ValueError: the guidance scale varies by position (see `CycleRLConfig`).
     """
     if sampling.scheduled:
         raise ValueError(
@@ -105,7 +105,7 @@ def box_logprob(
         asked: I2L trees 0 … N−1 = ``count``−1, whose answers are the tokens.
     """
     first, _ = locations(prompts)
-    # The </box> behind a box is forced, and so no decision.
+    # The </box> after a box is forced, so it is not a decision.
     here = asked.text_at.view(-1, 5)[:, :4].flatten()
     logits = model.text_head(hidden_states(model, asked).flatten(0, 1)[here])
     tokens = asked.at("texts", here).view(-1, 4)

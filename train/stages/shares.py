@@ -1,10 +1,10 @@
-"""A step's batch in parts: one for each process and, with accumulation, for each turn of a process.
+"""Split a step's batch into parts: one per process and, with accumulation, one per turn of it.
 
-The batch of a step is a pure function of (seed, step), so every process draws the whole of it,
-which costs a few random numbers, and lays out its own part only. A loss is a mean over targets of
-the whole batch. So a part divides its sum by the whole batch's count, which every process knows
-without asking: then losses, numbers and gradients of the parts add up to those of the batch, even
-where parts hold different numbers of targets.
+The batch of a step is a pure function of (seed, step), so every process draws all of it, which
+costs a few random numbers, but builds only its own part. A loss is a mean over the targets of the
+whole batch. So a part divides its sum by the whole batch's count, which every process knows without
+communication. Losses, numbers and gradients of the parts then add up to those of the batch, even if
+parts hold different numbers of targets.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 
 def places(what: str, count: int, part: int, parts: int) -> range:
-    """The places in a batch of ``count`` samples that a part holds: every ``parts``-th one.
+    """The places of a part's samples in a batch of ``count``: every ``parts``-th one.
 
     Raises:
-        ValueError: samples that cannot be shared out evenly; ``what`` names their setting.
+        ValueError: the samples cannot be divided evenly; ``what`` names their setting.
     """
     if count % parts:
         raise ValueError(
@@ -27,6 +27,6 @@ def places(what: str, count: int, part: int, parts: int) -> range:
 
 
 def part_of_mean(mean: Tensor, count: int, total: int | None) -> Tensor:
-    """A mean over ``count`` things of a part → what it adds to the mean over all ``total`` things
-    of the batch. None: the part is all there is."""
+    """Convert a mean over a part's ``count`` items into its contribution to the mean over the
+    batch's ``total`` items. ``total`` None: the part is the whole batch."""
     return mean if total in (None, count) else mean * (count / total)

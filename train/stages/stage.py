@@ -1,4 +1,4 @@
-"""What a training stage is to the step loop, and how a stage or a step refuses to go on."""
+"""The interface of a training stage to the step loop, and the errors that end a run."""
 
 from __future__ import annotations
 
@@ -15,73 +15,75 @@ class Stage(Protocol):
     """What a training stage adds to the loop: its batch → loss, its evaluation, its export.
 
     A stage may also have:
-        selects: the name of one of its validation numbers; then the weights with the most of it are
-            exported, and not the last ones. "-NAME": those with the least. None: the last ones.
-        loss_part(step, part, parts) → (loss, numbers): the share of every ``parts``-th sample of
-            the step's batch, beginning with sample ``part``. Losses, gradients and numbers of the
-            parts add up to those of ``loss(step)``: a mean over the batch is divided by what the
-            batch has, not by what the part has. Needed where a batch is accumulated or shared out.
-        ahead(step, part, parts): make what the host makes of a part before it is asked for. Called
-            with what comes next, while the device is busy with backward.
-        images: images a step, over all processes, for the rate that is shown.
-        pictures() → [(name, picture)]: samples for people, drawn at each evaluation.
+        selects: the name of a validation number; the weights with its highest value are then
+            exported instead of the last ones. "-NAME": those with its lowest value. None: the last
+            ones.
+        loss_part(step, part, parts) → (loss, numbers): the contribution of every ``parts``-th
+            sample of the step's batch, beginning with sample ``part``. Losses, gradients and
+            numbers of the parts add up to those of ``loss(step)``: a mean is divided by the batch's
+            count, not by the part's. Needed for gradient accumulation and several processes.
+        ahead(step, part, parts): prepare a part's data on the host ahead of time. Called with the
+            next part while the device is busy with backward.
+        images: images per step, over all processes, for the displayed rate.
+        pictures() → [(name, picture)]: samples to look at, drawn at each evaluation.
         inputs(step) → tensors (in dictionaries and lists) that the step's loss reads, for a dump.
-        engine, gather(): the engine that evaluates, and the request that it run on whole weights of
-            its own (`WholeEngine`). Needed for adapters and sharded weights.
-        idle: how the names of parameters begin of which its loss may have no gradient.
+        engine, gather(): the engine used in evaluation, and a method that makes it run on whole
+            weights of its own (`WholeEngine`). Needed for adapters and sharded weights.
+        idle: name prefixes of parameters for which its loss may have no gradient.
         frozen: models beside the trained one, to be sharded like it.
     """
 
     @property
     def name(self) -> str:
-        """What the run is called."""
+        """The stage's name."""
         ...
 
     @property
     def module(self) -> nn.Module:
-        """Everything that checkpoints hold; its parameters are trained."""
+        """Everything that checkpoints store; its parameters are trained."""
         ...
 
     @property
     def config(self) -> Any:
-        """The stage's configuration, a dataclass with the `LoopConfig` as its ``loop``. Where it
-        has ``updates``, a state is resumable behind multiples of so many steps only."""
+        """The stage's configuration, a dataclass with the `LoopConfig` as its ``loop``. If it has
+        ``updates``, a run can resume only after a multiple of that many steps."""
         ...
 
     def begin(self) -> dict[str, float]:
-        """Called once, before the first step of a run: what is found out then, or a refusal."""
+        """Called once before the first step of a run; returns what it measured, or refuses to
+        begin."""
         ...
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
         """Loss of step ``step`` and the numbers worth logging; a pure function of the step.
 
-        Torch's own random state is set from (seed, step) before, so that it may be used.
+        Torch's own random state is set from (seed, step) beforehand, so it may be used.
 
-        The numbers, one of them "loss", are floats or tensors of one element without a gradient,
-        which are read where they are logged: to read one is to wait for the device, and backward
+        The numbers, one of them "loss", are floats or one-element tensors without a gradient.
+        Tensors are read only when they are logged: reading one waits for the device, and backward
         could not be queued meanwhile.
         """
         ...
 
     def after_step(self, step: int) -> None:
-        """Whatever follows the optimizer step (a codebook's moving averages, say)."""
+        """Work that follows the optimizer step, such as updating a codebook's moving averages."""
         ...
 
     def evaluate(self) -> dict[str, float]:
-        """Validation numbers. It may be broken off by an exception at any point."""
+        """Validation numbers. An exception may interrupt it at any point."""
         ...
 
     def export(self, folder: Path) -> None:
-        """Write the trained model in the format users load, into a folder that it makes."""
+        """Write the trained model in the format users load, into a folder that it creates."""
         ...
 
 
 class TrainingError(RuntimeError):
-    """A run that cannot go on; the message says at which step and why."""
+    """A run that cannot continue; the message says at which step and why."""
 
 
 class BeginRefused(TrainingError):
-    """A stage that found, before its first step, that it would do harm; the message says how."""
+    """A run that is refused before its first step; the message says why."""
 
 
 class NotFinite(TrainingError):
@@ -89,30 +91,30 @@ class NotFinite(TrainingError):
 
 
 def resumable(stage: Stage, step: int) -> bool:
-    """Whether a run can go on from a state behind ``step`` steps: not between the updates on one
-    rollout, which was drawn with weights that are gone."""
+    """Whether a run can resume from a state after ``step`` steps: not between the updates on one
+    rollout, which was drawn with weights that no longer exist."""
     return step % getattr(stage.config, "updates", 1) == 0
 
 
 HOW = ("parallel", "accumulate", "checkpoint_activations", "deterministic")
-"""Settings of the loop that say how a step is computed, and not which."""
+"""Settings of the loop that change how a step is computed, but not what it computes."""
 
 
 def settings(told: dict[str, Any]) -> dict[str, Any]:
-    """Of a configuration as `to_json` tells it, what says which run it is: all but ``HOW``."""
+    """The part of a configuration, as from `to_json`, that identifies a run: all but ``HOW``."""
     return {**told, "loop": {k: v for k, v in told["loop"].items() if k not in HOW}}
 
 
 def identity(stage: Stage) -> dict[str, str]:
-    """What tells a run's files from those of other runs. Settings in ``HOW`` do not: a run that
-    found too little memory may go on in more parts, with the same steps to rounding."""
+    """What identifies a run's files. Settings in ``HOW`` are left out: a run that ran out of memory
+    may resume with more parts, and its steps stay the same up to rounding."""
     told = settings(to_json(stage.config))
     return {"stage": stage.name, "config": json.dumps(told, sort_keys=True)}
 
 
 def other_run(found: dict[str, Any], stage: Stage) -> str:
-    """How the run that wrote a file, by the `identity` there, is another one than ``stage``'s; ""
-    where it is not."""
+    """How the run that wrote a file, by the `identity` in it, differs from ``stage``'s run; "" if
+    it does not."""
     mine = identity(stage)
     if found.get("stage") != mine["stage"]:
         return f"of stage {found.get('stage')}, not {mine['stage']}"
@@ -123,6 +125,6 @@ def other_run(found: dict[str, Any], stage: Stage) -> str:
 
 
 def few(changed: list[str]) -> str:
-    """The first of some differences, and how many there are besides."""
+    """The first three differences, and how many more there are."""
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return ", ".join(changed[:3]) + more

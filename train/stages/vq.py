@@ -1,9 +1,10 @@
-"""Trains the image tokenizer: `JanusVQVAE` with a straight-through over l2-normalised codes.
+"""Trains the image tokenizer: `JanusVQVAE` with a straight-through estimator over l2-normalised
+codes.
 
-The port's own `forward` decodes indices, which stops the reconstruction's gradient at the codes,
-so the quantiser is written out here. Order of events: a plain autoencoder learns features, k-means
-over them seeds the codebook, then codes follow their features by moving averages (van den Oord et
-al. 2017, appendix A.1) on the unit sphere, and codes that fall out of use are drawn anew.
+The `forward` in `transformers` decodes indices, which stops the reconstruction's gradient at the
+codes, so the quantiser is written out here. First a plain autoencoder learns features, and k-means
+over them seeds the codebook. Then codes follow their features by moving averages (van den Oord et
+al. 2017, appendix A.1) on the unit sphere, and codes that fall out of use are replaced.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from echogen.train.stages.ahead import Ahead
 from echogen.train.stages.passes import worth_logging
 
 VAL_SCENES = 256
-DEAD_AFTER = 0.05  # a code whose moving count (in vectors a step) falls below this is drawn anew
+DEAD_AFTER = 0.05  # a code whose moving count (in vectors per step) falls below this is replaced
 
 
 def build_vq(config: VQConfig, width: int) -> JanusVQVAE:
-    """A fresh `JanusVQVAE`; ``width`` is the transformer's, which Janus keeps in this config."""
+    """A fresh `JanusVQVAE`; ``width`` is the transformer's, which Janus stores in this config."""
     side = config.image_size >> (len(config.multipliers) - 1)
     vq = JanusVQVAE(
         JanusVQVAEConfig(
@@ -44,8 +45,8 @@ def build_vq(config: VQConfig, width: int) -> JanusVQVAE:
             image_token_embed_dim=width,
         )
     )
-    # The port draws every convolution at std 0.02, whatever its fan-in: too small for these
-    # widths, and the reconstruction stays at the mean colour for hundreds of steps.
+    # `transformers` initialises every convolution with std 0.02, whatever its fan-in. That is too
+    # small for these widths: the reconstruction stays at the mean colour for hundreds of steps.
     for module in vq.modules():
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()
@@ -53,8 +54,8 @@ def build_vq(config: VQConfig, width: int) -> JanusVQVAE:
 
 
 def patch_groups(pixels: Tensor, grid: int) -> tuple[Tensor, Tensor]:
-    """Which of the B·grid² patches of pixels [B, 3, H, W], in raster order, are the same pixel by
-    pixel: (first place of each group [G], group of each patch [B·grid²]), int64."""
+    """Group the B·grid² patches of pixels [B, 3, H, W], in raster order, by equality of all pixels:
+    (first patch of each group [G], group of each patch [B·grid²]), int64."""
     side = pixels.shape[-1] // grid
     patches = pixels.unfold(2, side, side).unfold(3, side, side).permute(0, 2, 3, 1, 4, 5)
     flat = np.ascontiguousarray(patches.reshape(-1, 3 * side * side).cpu().numpy())
@@ -70,16 +71,16 @@ def group_means(features: Tensor, group: Tensor) -> Tensor:
 
 
 def nearest(points: Tensor, table: Tensor) -> Tensor:
-    """Codes int64 [N] of unit vectors [N, C] in a codebook [V, C], as drawing and grounding find
-    them: in float32, whatever the training multiplies in. In bfloat16 one distinct patch in ten
-    got another code."""
+    """Codes int64 [N] of unit vectors [N, C] in a codebook [V, C], found as in drawing and
+    grounding: in float32, whatever dtype training multiplies in. In bfloat16 one distinct patch in
+    ten got another code."""
     with torch.autocast(points.device.type, enabled=False):
         return (points @ table.T).argmax(-1)
 
 
 def disagreement(features: Tensor, mean: Tensor) -> Tensor:
-    """Share of the variance of features [N, D] that is spread around the ``mean`` [N, D] of each
-    one's group of equal patches. 0: a feature depends on its patch alone. As it is a share,
+    """Share of the variance of features [N, D] that lies within groups of equal patches, around
+    each feature's group ``mean`` [N, D]. 0: a feature depends on its patch alone. As it is a share,
     shrinking all features gains nothing."""
     total = (features - features.mean(0)).square().sum()
     return (features - mean).square().sum() / total.clamp(min=1e-12)
@@ -132,8 +133,8 @@ class VQStage:
         self._votes: tuple[Tensor, Tensor] | None = None  # distinct patches' features and codes
 
     def _batch(self, step: int) -> Tensor:
-        """Fresh pictures of the training split. Whether the judge reads them does not matter
-        here, and drawing them unjudged takes 0.2 ms each instead of 6.6."""
+        """Fresh pictures of the training split. Whether the judge can read them does not matter
+        here, and drawing them unjudged takes 0.2 ms each instead of 6.6 ms."""
         first = step * self.config.batch
         indices = range(first, first + self.config.batch)
         scenes = [sample_scene("train", i, judged=False) for i in indices]
@@ -141,7 +142,7 @@ class VQStage:
         return pixels.to(self.module.averages.count.device)
 
     def begin(self) -> dict[str, float]:
-        """Nothing to find out before the first step."""
+        """Nothing to measure before the first step."""
         return {}
 
     @property
@@ -229,7 +230,7 @@ class VQStage:
         averages.total.lerp_(total, 1 - decay)
         dead = averages.count < DEAD_AFTER
         if step < 0.8 * self.config.loop.steps and dead.any():
-            # Drawn from the features that their codes serve worst.
+            # Replaced by the features that their codes fit worst.
             served = (features * table[codes]).sum(-1)
             worst = features[served.argsort()[: int(dead.sum())]]
             averages.total[dead] = F.pad(worst, (0, 0, 0, int(dead.sum()) - len(worst)), value=1.0)
@@ -238,7 +239,8 @@ class VQStage:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Pixel error, share of codes in use and the judge's reading of reconstructions."""
+        """Pixel error, entropy of the ground's codes, share of codes in use, and the judge's scores
+        on reconstructions."""
         from echogen.train.eval.tables import judge_boxes
 
         vq = self.module.vq

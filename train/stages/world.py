@@ -1,4 +1,4 @@
-"""What every stage of the model has besides its loss: its data, trees, evaluation, export."""
+"""What all stages of the model share besides the loss: data, trees, evaluation, export."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ PICTURES = 6
 VAL_TREES = 64
 """Trees validated at once."""
 BRANCHES = 6
-"""Questions about one image when losses are validated, the same in every stage."""
+"""Questions per image when losses are validated, the same in every stage."""
 
 
 def source_of(config: PMTPConfig | DJOConfig) -> Source:
-    """What a configuration says to learn from."""
+    """The data source that a configuration names."""
     return Pictures(config.data) if config.data else ShapesWorld(config.scenes)
 
 
 def ask(sample: Sample, branches: int, rng: np.random.Generator) -> list[tuple[str, tuple]]:
-    """(expression, box) of every object of a sample, then further expressions of random objects up
-    to ``branches`` in all, each once."""
+    """Questions (expression, box) about a sample: one per object, then more about random objects,
+    up to ``branches`` in total, each expression once."""
     objects = list(range(len(sample.boxes)))
     objects += rng.integers(len(objects), size=max(0, branches - len(objects))).tolist()
     asked = {}
@@ -58,21 +58,23 @@ def ask(sample: Sample, branches: int, rng: np.random.Generator) -> list[tuple[s
 
 
 class WorldStage(ABC):
-    """A stage of the model but for its batches and its loss.
+    """A stage of the model without its batches and its loss.
 
     Args:
-        engine: the model to train; its transformer's weights are the trained ones, so that it
-            draws and grounds with them as they are (but see ``gather``).
-        loop: of the run; its seed, and whether adapters are trained in place of the weights.
-        source: of what it validates on.
+        engine: the model to train. It draws and grounds with the very weights that are trained (but
+            see ``gather``).
+        loop: settings of the run's loop: the seed, and whether adapters are trained instead of
+            weights.
+        source: the data set; its validation samples are used here.
         stages: the stages that the model went through before this one.
     """
 
     name = "world"
     selects: str | None = None
-    """See `Stage`. Without a judge it is the validation loss, which alone comes from outside."""
+    """See `Stage`. Without a judge it is the validation loss, the only measure of drawing that is
+    not the model's own opinion."""
     engine_dtype: torch.dtype | None = None
-    """Of the weights that the engine runs on where it has its own (see ``gather``)."""
+    """Dtype of the engine's weights if it has its own (see ``gather``)."""
 
     def __init__(
         self, engine: Engine, loop: LoopConfig, source: Source, stages: tuple[str, ...] = ()
@@ -105,11 +107,11 @@ class WorldStage(ABC):
         return i2l_tree(self.prompts, codes, questions, self.module.config.vocab_size)
 
     def answer_tokens(self, questions: list[tuple[str, tuple]]) -> int:
-        """How many targets the answers to (expression, box) are."""
+        """Number of target tokens in the answers to (expression, box) questions."""
         return sum(len(self.prompts.answer(box)) for _, box in questions)
 
     def pack(self, trees: list[Tree]) -> Batch:
-        """Trees in rows, on the module's device."""
+        """Pack trees into rows, on the module's device."""
         blocks = self._device.type == "cuda"
         return pack(trees, self.prompts.pad, blocks=blocks).to(self._device)
 
@@ -121,7 +123,7 @@ class WorldStage(ABC):
     # --- the rest of a stage --------------------------------------------------------------------
 
     def begin(self) -> dict[str, float]:
-        """Nothing to find out before the first step."""
+        """Nothing to measure before the first step."""
         return {}
 
     def loss(self, step: int) -> tuple[Tensor, dict[str, Any]]:
@@ -137,9 +139,9 @@ class WorldStage(ABC):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Validation losses, free-running grounding on true images, the judge on drawn ones beside
-        the model's own grounding there (see `quick_scores`). Without a judge also ``loss``, the sum
-        of the two losses, by which weights are then chosen."""
+        """Compute validation losses, free-running grounding on true images, and on drawn images the
+        judge's scores and the model's own (see `quick_scores`). Without a judge also ``loss``, the
+        sum of the two losses, by which weights are then chosen."""
         samples, layouts, judge = self._val
         rng = keys.generator(self._settings.seed, keys.VALIDATION)
         drawn = [self.drawing(self.prompt(s.layout(rng)), s.codes) for s in samples]
@@ -155,8 +157,8 @@ class WorldStage(ABC):
         return values if judge is not None else {"loss": image + text, **values}
 
     def _validation(self, trees: list[Tree], loss: Loss) -> float:
-        """The mean over the targets of trees, which go through the model in pieces: in one, those
-        of a large model would need more memory than its training."""
+        """Mean loss over the targets of trees. They go through the model in pieces: for a large
+        model, all at once would need more memory than its training."""
         model, mean = self.engine.transformer, 0.0
         batches = [self.pack(trees[i : i + VAL_TREES]) for i in range(0, len(trees), VAL_TREES)]
         total = sum(len(b.code_at) + len(b.text_at) for b in batches)
@@ -165,14 +167,14 @@ class WorldStage(ABC):
         return mean
 
     def gather(self) -> None:
-        """From here on the engine runs on whole weights of its own, see `WholeEngine`: the trained
-        ones are sharded, have adapters beside them, or are of another type."""
+        """Make the engine run on whole weights of its own from now on (see `WholeEngine`), because
+        the trained ones are sharded, have adapters beside them, or have another dtype."""
         self.engine = WholeEngine(self.engine, self.module, self.engine_dtype)
 
     @torch.no_grad()
     def pictures(self) -> list[tuple[str, Image.Image]]:
-        """The first validation layouts, drawn as users would have them and found again, always with
-        the same noise, so that one evaluation can be compared with the next."""
+        """Draw the first validation layouts as users would, and ground them again, always with the
+        same noise, so that one evaluation can be compared with the next."""
         rng = keys.generator(self._settings.seed, keys.VALIDATION)
         layouts = [s.layout(rng) for s in self._val.samples[:PICTURES]]
         self.module.eval()
