@@ -1,6 +1,6 @@
-"""One step of a drawing in windows, behind its sampling: how far the draft was right, and what the
-next step runs (`echogen.engine.decoding.jacobi`). Of integers alone; a launch where PyTorch takes
-some thirty, which at a batch of one would be a good part of the step.
+"""The part of a windowed decoding step that follows sampling: it finds how far the draft was right
+and what the next step runs (`echogen.engine.decoding.jacobi`). It handles only integers, in one
+launch where PyTorch takes some thirty, which at a batch of one would be a good part of the step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _draft(codes_ptr, at, known, columns, inside):
     return tl.load(codes_ptr + source, mask=inside, other=0)
 
 
-# Numbers that are 1 for one image and not for two.
+# Triton would specialise these, which are 1 for one image and not for two.
 @triton.jit(do_not_specialize=["tokens", "columns", "rows"])
 def _accept_window_kernel(
     sampled_ptr, codes_ptr, drafted_ptr, done_ptr, steps_ptr, fed_ptr, position_ptr, places_ptr,
@@ -32,7 +32,7 @@ def _accept_window_kernel(
     WINDOW: tl.constexpr, LANES: tl.constexpr, BRANCHES: tl.constexpr,
     DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
-    """One image."""
+    """One program per image."""
     wait_for_earlier(DEPENDENT)
     image, w = tl.program_id(0), tl.arange(0, LANES)
     inside, first = w < WINDOW, image * WINDOW
@@ -47,23 +47,23 @@ def _accept_window_kernel(
     now = tl.where(done < tokens, wrong + 1, done)
     right = inside & (at >= done) & (at < now - 1)
     tl.store(drafted_ptr + image * tokens + at, tl.full([LANES], 1, tl.int1), mask=right)
-    tl.debug_barrier()  # what was read of the codes has been read
+    tl.debug_barrier()  # all reads of the codes above are done
     tl.store(codes_ptr + at, sample, mask=fresh)
-    tl.debug_barrier()  # and what is read of them from here on has been written
+    tl.debug_barrier()  # and the writes are visible to the reads below
     tl.store(steps_ptr + image, steps + (done < tokens).to(tl.int64))
     tl.store(done_ptr + image, now)
     start = tl.minimum(now, tokens - WINDOW)
     at = start + w
     drafts = _draft(codes_ptr, at, known, columns, inside)
     ran = _draft(codes_ptr, at - 1, known, columns, inside)
-    # No draft is read from a place that one is written to: all of those were not known.
+    # No draft is read from a place that is written: none of those was known.
     tl.store(codes_ptr + at, drafts, mask=inside & (at >= known))
     tl.store(fed_ptr + first + w, ran, mask=inside)
     tl.store(position_ptr + first + w, at, mask=inside)
     for branch in tl.static_range(BRANCHES):
         sequence = branch * tl.num_programs(0) + image
         origin = tl.load(origin_ptr + sequence)
-        # Of vectors, as the interpreter takes no mask that came of a number.
+        # A vector mask: the interpreter takes none that came from a scalar.
         place, moves = places_ptr + sequence * WINDOW + w, inside & (origin + w >= w)
         tl.store(place, at - 1, mask=moves)
         tl.store(place + rows, at, mask=moves)
@@ -130,31 +130,31 @@ def accept_window(
     origin: Tensor,
     columns: int,
 ) -> None:
-    """Take over what a window of W codes of each image sampled, and lay out the next window.
+    """Accept what each image's window of W codes sampled, and lay out the next window.
 
-    Image n has ``done`` final codes and drafts behind them. The window sampled at positions s … s +
-    W − 1, with s = min(done, T − W). Each sample that has only right drafts before it is right, so
-    the samples are final up to the first that is not what the draft said, that one included (Song
-    et al. 2021; Teng et al. 2024); those behind are the next draft. Where no step has sampled yet,
-    the draft is the code ``columns`` before, the one above it in the image, or where there is none
-    the last one known. An image with T final codes stays as it is.
+    Image n has ``done`` final codes, followed by drafts. The window sampled at positions s … s + W
+    − 1, with s = min(done, T − W). A sample is right if all drafts before it are right, so the
+    samples are final up to and including the first that differs from its draft (Song et al. 2021;
+    Teng et al. 2024). Those after it are the next draft. Where no step has sampled yet, the draft
+    is the code ``columns`` before, which is the one above in the image, or if there is none the
+    last known code. An image with T final codes is left unchanged.
 
-    All but ``sampled``, ``origin`` and ``columns`` is written, and all integers are int64.
+    All arguments but ``sampled``, ``origin`` and ``columns`` are written; all integers are int64.
 
     Args:
-        sampled: [N·W], W below T, the samples of the last window, an image's together.
-        codes: [N, T], final ones and drafts.
-        drafted: bool [N, T], set where a final code was the draft's.
-        done: [N], 1 … T.
-        steps: [N], one more for each image that was not done.
-        fed: [N·W], the codes that the next step runs; they begin one before the first position it
+        sampled: [N·W], W below T, the samples of the last window, grouped by image.
+        codes: [N, T], final codes and drafts.
+        drafted: bool [N, T], set where a final code came from the draft.
+        done: [N], number of final codes, 1 … T.
+        steps: [N], incremented for each image that was not done.
+        fed: [N·W], the codes that the next step runs, from one before the first position it
             samples.
-        position: [N·W], which position each of them samples.
-        places: [3, S·W], of every row of the next step its slot in its sequence's cache, the tokens
-            of its own that it sees, and its position of RoPE. S is N, or with guidance 2N, the
-            conditional sequences first.
-        origin: [S], tokens of each sequence's prompt; below 0: its places stay as they are.
-        columns: codes in a row of the image; 1: drafts are the code to the left.
+        position: [N·W], the position that each of them samples.
+        places: [3, S·W], for every row of the next step: its slot in its sequence's cache, the
+            number of tokens in that cache that it sees, and its RoPE position. S is N, or 2N with
+            guidance, the conditional sequences first.
+        origin: [S], tokens of each sequence's prompt; below 0, its places are left unchanged.
+        columns: codes per row of the image; with 1, a draft is the code to the left.
 
     Raises:
         ValueError: shapes, devices or strides that do not fit.

@@ -1,9 +1,9 @@
 """Ahead-of-time compilation of every Triton operator, with no GPU present.
 
-The operators themselves are run at production shapes on tensors without memory (of the meta
-device; CPU tensors that are never touched do as well), with their launches recorded instead of
-made; what they would have launched is then compiled for each architecture and read back out of the
-binary. So nothing about a kernel is written down twice.
+The operators themselves run at production shapes on tensors without memory (on the meta device; CPU
+tensors that are never touched work as well), with their launches recorded instead of made. What
+they would have launched is then compiled for each architecture, and its properties are read from
+the binary. So nothing about a kernel is written down twice.
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion",
 
 @dataclass(frozen=True)
 class Compiled:
-    """One kernel as one architecture runs it.
+    """One kernel compiled for one architecture.
 
     Attributes:
-        name, arch: kernel and architecture.
-        registers, shared_bytes, spill_bytes: of one thread, block, thread (None: not NVIDIA's).
-        wide_access_share: global loads and stores of 16 bytes a thread over all.
-        instructions: of the machine's code, each counted once however often it runs.
-        error: first line of the compiler's complaint; None where it compiled.
+        name, arch: names of the kernel and the architecture.
+        registers, shared_bytes, spill_bytes: per thread, per block and per thread; None where
+            unknown (outside NVIDIA only shared_bytes is known).
+        wide_access_share: the share of global loads and stores that move 16 bytes per thread.
+        instructions: machine instructions, each counted once however often it runs.
+        error: first line of the compiler's error; None if it compiled.
     """
 
     name: str
@@ -60,12 +61,12 @@ class Compiled:
     error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """Return the fields as a JSON-ready dictionary."""
         return asdict(self)
 
 
 def target_of(arch: str) -> GPUTarget:
-    """``sm_90`` or ``gfx942`` as Triton names it.
+    """Return Triton's target for an architecture such as ``sm_90`` or ``gfx942``.
 
     Raises:
         ValueError: no such architecture.
@@ -78,27 +79,27 @@ def target_of(arch: str) -> GPUTarget:
 
 
 def gpu_of(arch: str) -> Gpu | None:
-    """The GPU that an architecture is compiled for; None where launchers know of none."""
+    """The GPU that an architecture is compiled for; None if launchers know of none."""
     return GPUS.get(arch.removesuffix("a"))
 
 
 class OnAnyDevice(TorchDispatchMode):
-    """Takes an operator's CPU kernel whatever its tensors' device, so that it is entered on meta
-    tensors too, where neither its library calls nor its memory cost anything."""
+    """Runs an operator's CPU kernel whatever its tensors' device, and so on meta tensors too, where
+    neither its library calls nor its memory cost anything."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace == "echogen":
             with self:
                 return func._op_dk(torch._C.DispatchKey.CPU, *args, **(kwargs or {}))
-        if func is torch.ops.aten.addmm.dtype_out:  # of meta tensors torch 2.11 has no rule for it
+        if func is torch.ops.aten.addmm.dtype_out:  # torch 2.11 has no rule for it on meta
             return (kwargs or {})["out"]
         return func(*args, **(kwargs or {}))
 
 
 @dataclass(frozen=True)
 class Source:
-    """A launch as the compiler wants it, specialised as Triton's own launcher would. It can be
-    sent to another process, which imports the kernel by its name."""
+    """A launch in the form that the compiler takes, specialised as Triton's own launcher would. It
+    can be sent to another process, which imports the kernel by its name."""
 
     module: str
     kernel: str
@@ -109,7 +110,7 @@ class Source:
 
     @staticmethod
     def of(launch: Launch) -> Source:
-        """What would be compiled for this launch."""
+        """Return what would be compiled for this launch."""
         kernel = launch.kernel
         values = dict(zip(kernel.arg_names, launch.arguments, strict=False)) | launch.constants
         signature: dict[str, str] = {}
@@ -139,13 +140,14 @@ class Source:
         return Source(kernel.__module__, kernel.__name__, signature, constants, attributes, options)
 
     def runs_on(self, arch: str) -> bool:
-        """Whether an architecture has its types: only NVIDIA's from sm_89 on have float8_e4m3fn."""
+        """Whether ``arch`` has the launch's types: only NVIDIA's from sm_89 on have
+        float8_e4m3fn."""
         target = target_of(arch)
         has = target.backend == "cuda" and target.arch >= 89
         return has or "*fp8e4nv" not in self.signature.values()
 
     def compile(self, arch: str) -> Compiled:
-        """For one architecture.
+        """Compile for one architecture.
 
         Raises:
             ValueError: no such architecture.
@@ -160,7 +162,7 @@ class Source:
         source = ASTSource(kernel, self.signature, self.constants, self.attributes)
         try:
             made = triton.compile(source, target=target, options=self.options)
-        except Exception as error:  # the compiler raises of its own many kinds; all are reported
+        except Exception as error:  # the compiler raises many kinds of its own; all are reported
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
             return Compiled(name, arch, error=f"{type(error).__name__}: {reason}")
         if "cubin" not in made.asm:
@@ -170,8 +172,8 @@ class Source:
 
 
 def launches(call: Callable[[], Any], on: Gpu = H200) -> list[Launch]:
-    """What ``call`` launches in Triton on a GPU when it runs operators on meta or CPU tensors,
-    backward included; launches of a kernel that compile to the same code are kept once."""
+    """Return what ``call`` launches in Triton on a GPU when it runs operators on meta or CPU
+    tensors, backward included. Launches of a kernel that compile to the same code are kept once."""
     entered: AbstractContextManager[Any] = OnAnyDevice()
     with recorded(on) as found, entered:
         call()
@@ -187,14 +189,14 @@ def compile_all(
     processes: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Compiled]:
-    """Every source for the architecture beside it, in that many processes."""
+    """Compile every source for its paired architecture, in up to ``processes`` processes."""
     found: dict[int, Compiled] = {}
     if processes < 2 or len(asked) < 2:
         for i, (source, arch) in enumerate(asked):
             found[i] = source.compile(arch)
             progress(len(found), len(asked))
         return [found[i] for i in range(len(asked))]
-    # Not forked: torch's threads would be left behind in the middle of their work.
+    # Not forked: a fork would leave torch's threads behind in the middle of their work.
     fresh = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(processes, len(asked)), fresh) as pool:
         jobs = {pool.submit(source.compile, arch): i for i, (source, arch) in enumerate(asked)}
@@ -220,19 +222,19 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
 
 
 def disassembly(cubin: Path) -> str:
-    """A cubin's instructions, as the disassembler in Triton's wheel writes them."""
+    """Disassemble a cubin's instructions with the disassembler in Triton's wheel."""
     return _run("nvdisasm", "-c", cubin)
 
 
 def wide_access_share(assembly: str) -> float:
-    """Global loads and stores of 16 bytes a thread (or of a whole block) over all of them."""
+    """The share of global loads and stores that move 16 bytes per thread (or a whole block)."""
     accesses = re.findall(r"\b(?:LDG|STG|LDGSTS|UBLKCP)[.\w]*", assembly)
     wide = [a for a in accesses if ".128" in a or a.startswith("UBLKCP")]
     return len(wide) / len(accesses) if accesses else 0.0
 
 
 def instructions(assembly: str) -> int:
-    """Those of a kernel, without the NOPs behind it."""
+    """Count the instructions of a kernel, without NOPs."""
     found = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(\w+)", assembly, re.MULTILINE)
     return sum(name != "NOP" for name in found)
 

@@ -1,4 +1,4 @@
-"""Box overlap and the reward of the cycle: how close recovered boxes lie to those asked for.
+"""Box overlap and the reward of the cycle: how close recovered boxes lie to the requested ones.
 
 In plain torch a reward is some forty launches over tensors of a few thousand elements; here it is
 one, and its gradient another, so that it serves as a loss too.
@@ -27,7 +27,7 @@ _FLOOR = tl.constexpr(reference.FLOOR)
 @triton.jit
 def corners(tile, SAMPLES: tl.constexpr, BOXES: tl.constexpr):
     """x1, y1, x2, y2 [SAMPLES, BOXES] of a tile [SAMPLES, BOXES, 4], which was loaded whole: four
-    numbers a thread. Device code for other kernels, as is all that does not end in _kernel."""
+    numbers per thread. Device code for other kernels, as is all that does not end in _kernel."""
     x, y = tl.split(tl.reshape(tile, [SAMPLES, BOXES, 2, 2]))
     x1, x2 = tl.split(x)
     y1, y2 = tl.split(y)
@@ -77,7 +77,7 @@ def _valid(x1, y1, x2, y2):
 
 @triton.jit
 def _or_unit(ok, x1, y1, x2, y2):
-    """The unit box in place of what is no box: so nothing that is calculated is ever NaN."""
+    """The unit box in place of an invalid one, so that nothing calculated is ever NaN."""
     return (
         tl.where(ok, x1, 0.0),
         tl.where(ok, y1, 0.0),
@@ -113,7 +113,7 @@ def score_tile(
 ):  # fmt: skip
     """Compare a tile of boxes with their targets, store what was found, and return the sum of
     discrepancies [SAMPLES] and the number [1] of boxes that count. Launch kernels that use it with
-    ``enable_fp_fusion=False``: then each of them rounds alike."""
+    ``enable_fp_fusion=False``, so that they all round the same way."""
     s1, t1, s2, t2, kept = _target(target_ptr, mask_ptr, layout, first_box, boxes, BOXES)
     iou, l1, giou = _compare(x1, y1, x2, y2, s1, t1, s2, t2)
     tl.store(iou_ptr + place, tl.where(kept, iou, 0.0), mask=inside)
@@ -169,8 +169,9 @@ def _slope(difference):
 
 @triton.jit
 def _corner_grad(sign, x, s, d_box, d_shared, d_hull, d_l1):
-    """Gradient of one coordinate. An area grows with a corner by the other side's length: an inner
-    corner moves the overlap, an outer one the hull, one on the other box's edge half of each."""
+    """Gradient of one coordinate. Moving a corner changes an area by the other side's length: an
+    inner corner moves the overlap, an outer one the hull, one on the other box's edge half of
+    each."""
     outer = _outer(sign * (x - s))
     return sign * (d_box + d_shared * (1.0 - outer) - d_hull * outer) + 0.25 * d_l1 * _slope(x - s)
 
@@ -241,9 +242,9 @@ def _box_reward_backward_kernel(
 
 
 def tile(samples: int, boxes: int) -> tuple[int, int, int]:
-    """Samples and boxes of a tile, and the warps that share it: a thread a box, as each of the
-    IEEE divisions is a call that every further box repeats (with four warps for 64 boxes
-    `cycle_reward` spilled a register on sm_100)."""
+    """Samples and boxes of a tile, and the warps that share it. Each box has its own thread, as
+    each IEEE division is a call that a thread would repeat for every further box (with four warps
+    for 64 boxes `cycle_reward` spilled a register on sm_100)."""
     wide = min(triton.next_power_of_2(max(boxes, 1)), BOXES)
     high = min(triton.next_power_of_2(max(samples, 1)), max(TILE // wide, 1))
     return high, wide, max(1, high * wide // 32)
@@ -352,7 +353,7 @@ def box_iou(a: Tensor, b: Tensor) -> Tensor:
     """
     _check(a, b)
     # Not an operator: it measures a few boxes at a time, where a launch and the dispatcher cost
-    # more than the arithmetic; whatever runs in a training step is `box_reward`.
+    # more than the arithmetic; training steps run `box_reward`.
     return reference.iou(a, b)
 
 
@@ -361,7 +362,7 @@ class BoxReward(NamedTuple):
 
     Attributes:
         iou, l1: float32 [B, G, K]; 0 at padding.
-        reward: float32 [B, G]; 0 for a layout of no boxes.
+        reward: float32 [B, G]; 0 for a layout without boxes.
         giou: float32 [B, G, K], in [−1, 1]; 0 at padding.
     """
 
@@ -377,10 +378,10 @@ def box_reward(
     """IoU, L1, GIoU and reward of recovered boxes; a higher reward is a better match.
 
     ``d_k = w_iou·(1 − IoU(b̂_k, b_k)) + w_l1·mean|b̂_k − b_k|`` and ``r = 1 − mean_k d_k``
-    (EchoGen, arXiv 2603.18001, with the sign that rewards success). A box that is not finite or
-    has no extent counts as IoU 0, L1 1 and GIoU −1, the largest discrepancy, and has no gradient.
-    GIoU is ``IoU − (hull − union)/hull`` (Rezatofighi et al., CVPR 2019), whose gradient also
-    draws boxes together that do not overlap. All four are differentiable in pred; where two edges
+    (EchoGen, arXiv 2603.18001, with the sign that rewards success). A box that is not finite or has
+    no extent counts as IoU 0, L1 1 and GIoU −1, the largest discrepancy, and has no gradient. GIoU
+    is ``IoU − (hull − union)/hull`` (Rezatofighi et al., CVPR 2019), whose gradient also draws
+    together boxes that do not overlap. All four are differentiable in pred; where two edges
     coincide, each counts half.
 
     Args:
@@ -391,7 +392,7 @@ def box_reward(
         w_iou, w_l1: weights of the two terms.
 
     Returns:
-        BoxReward, in float32 (float64 of float64).
+        BoxReward, in float32 (float64 for float64).
 
     Raises:
         ValueError: shapes, devices, strides or weights that do not fit.
@@ -409,7 +410,7 @@ def box_reward(
 def check_targets(
     target: Tensor, mask: Tensor, layouts: int, boxes: int, w_iou: float, w_l1: float
 ) -> None:
-    """Raises ValueError or TypeError where what boxes are compared with does not fit."""
+    """Raises ValueError or TypeError if the targets that boxes are compared with do not fit."""
     checks.check_floats(target=target)
     checks.check_bools(mask=mask)
     checks.check_shape("target", target, (layouts, boxes, 4))

@@ -13,7 +13,7 @@ FP8 = torch.float8_e4m3fn
 
 
 def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
-    """``shape`` with None for any size.
+    """Check a tensor's shape; None in ``shape`` stands for any size.
 
     Raises:
         ValueError: another shape.
@@ -27,7 +27,7 @@ def check_shape(name: str, tensor: Tensor, shape: Sequence[int | None]) -> None:
 
 
 def check_floats(**tensors: Tensor | None) -> None:
-    """Raises TypeError for a tensor that holds no floats."""
+    """Raises TypeError for a tensor that is not of a float type."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.dtype not in FLOATS:
             raise TypeError(f"{name} is {tensor.dtype}; it must be a float type")
@@ -41,11 +41,11 @@ def check_integers(**tensors: Tensor | None) -> None:
 
 
 def check_scales(name: str, scales: Tensor | None, **caches: Tensor | None) -> None:
-    """Caches [B, H, S, K] in a float type, or in float8_e4m3fn with scales float32 [2, B, H, S].
+    """Check caches [B, H, S, K]: a float type, or float8_e4m3fn with scales float32 [2, B, H, S].
 
     Raises:
         ValueError: scales of another shape.
-        TypeError: other types, 8 bits without scales, or scales without 8 bits.
+        TypeError: other types, an 8-bit cache without scales, or scales without one.
     """
     if scales is None:
         for one, cache in caches.items():
@@ -64,8 +64,8 @@ def check_scales(name: str, scales: Tensor | None, **caches: Tensor | None) -> N
 
 
 def halves(name: str, scales: Tensor | None) -> dict[str, Tensor]:
-    """The scales of keys and of values by name, each of which is to be contiguous: those of the
-    leading rows of a cache are not so together."""
+    """The scales of keys and of values by name, each of which must be contiguous: those of a
+    cache's leading rows are not contiguous together."""
     return {} if scales is None else {f"{name}[{i}]": scales[i] for i in range(2)}
 
 
@@ -92,7 +92,7 @@ def check_not_empty(**tensors: Tensor) -> None:
 
 
 def check_contiguous(**tensors: Tensor | None) -> None:
-    """Raises ValueError for a tensor that is not contiguous: kernels count on it, and a copy made
+    """Raises ValueError for a tensor that is not contiguous: kernels rely on it, and a copy made
     here would hide its cost."""
     for name, tensor in tensors.items():
         if tensor is None or tensor.numel() == 0:
@@ -113,17 +113,17 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
 def device_scalar(
     name: str, value: float | Tensor, device: torch.device, low: float, rows: int = 1
 ) -> Tensor:
-    """A number as float32 [1] on ``device``, where a CUDA graph reads it afresh at every replay; a
-    tensor may hold one for each of ``rows`` too, and gives [rows].
+    """Return a number as float32 [1] on ``device``, where a CUDA graph reads it anew at every
+    replay. A tensor may also hold one number for each of ``rows``, and then gives [rows].
 
     A Python number is checked against ``low`` (exclusive), as the float32 that it becomes; where
-    ``low`` is 0, 1/value is finite too. A tensor's value is not looked at, as that would stop the
-    host until the device is done.
+    ``low`` is 0, 1/value is finite too. A tensor's value is not checked, as reading it would make
+    the host wait for the device.
 
     Raises:
-        ValueError: not finite, not above ``low``, or a tensor of another shape or on another
-            device (a copy of it would be a stop too, and a graph would not read it afresh), or one
-            that waits for a gradient: it would get none.
+        ValueError: not finite, not above ``low``, or a tensor of another shape or on another device
+            (copying it would also make the host wait, and a graph would not read it anew), or one
+            that requires a gradient, as it would get none.
     """
     if isinstance(value, Tensor):
         if value.requires_grad and torch.is_grad_enabled():
@@ -147,8 +147,8 @@ def _check_on(name: str, tensor: Tensor, device: torch.device) -> None:
 
 
 def device_seed(seed: int | Tensor, device: torch.device, rows: int = 1) -> Tensor:
-    """A 64-bit key as int64 [1] on ``device``; a tensor may hold one for each of ``rows`` too, and
-    gives [rows].
+    """Return a 64-bit key as int64 [1] on ``device``. A tensor may also hold one for each of
+    ``rows``, and then gives [rows].
 
     Raises:
         ValueError: outside 0 … 2⁶³ − 1, or a tensor of another type or shape or on another device.

@@ -1,7 +1,7 @@
-"""The gradient of a codebook: what arrives at the rows that were chosen of it, summed by code.
+"""The gradient of a codebook: the gradients of the rows chosen from it, summed by code.
 
-Rows are sorted by their code first, so that a code's sum is one program's and always in the same
-order; adding atomically would give another sum in every run.
+Rows are first sorted by their code, so that one program computes a code's sum, always in the same
+order; atomic additions would give another sum in every run.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.reference import codebook_grad as reference
 
-SEGMENT = 256  # rows of one code that are summed at once: most tokens may be of one, background
+SEGMENT = 256  # rows of one code to sum at a time: most tokens may have one code, background
 
 
 @triton.jit
@@ -52,16 +52,16 @@ def _launch(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
 
 @operator("codebook_grad", _launch)
 def codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
-    """The gradient of a codebook of which rows were chosen: what `gumbel_st_embed` and its head
-    form call in backward, with arguments that they have checked.
+    """Compute the gradient of a codebook from those of the rows chosen from it. `gumbel_st_embed`
+    and its head form call this in backward, with arguments that they have checked.
 
     Args:
         d_embed: float [N, C], contiguous, the gradient of the rows.
-        index: int64 [N], which code each of them is; one that is none counts for nothing.
-        codes: of the codebook.
+        index: int64 [N], the code of each row; rows without a valid code are ignored.
+        codes: number of codes in the codebook.
 
     Returns:
-        float32 [codes, C] (float64 of float64): of each code the sum over its rows, in their order.
+        float32 [codes, C] (float64 for float64): for each code, the sum over its rows, in order.
     """
     return reference.codebook_grad(d_embed, index, codes)
 

@@ -1,8 +1,8 @@
-"""Launch constants that were chosen among several, and how a measurement tries the others.
+"""Launch constants that have alternatives, and how a measurement tries the alternatives.
 
-Nothing is tuned while a model runs: graphs, a batch's independence of its neighbours and
-compilation ahead of time all need constants that stay. Launchers ask `chosen` for theirs, and get
-what the code says; only `echogen bench kernels --tune` puts others in their place, in a `trial`.
+Nothing is tuned while a model runs: graphs, results that do not depend on the rest of the batch and
+ahead-of-time compilation all need fixed constants. Launchers get theirs from `chosen`, which
+returns those in the code; only `echogen bench kernels --tune` replaces them, in a `trial`.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from typing import Any, ClassVar, Protocol, Self, TypeVar
 
 
 class Constants(Protocol):
-    """Launch constants: a frozen dataclass, of a type of its own for each choice."""
+    """Launch constants: a frozen dataclass, with its own type for each choice."""
 
     __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     def candidates(self) -> Sequence[Self]:
-        """What to measure against these, which may be among them; what does not compile or spills
-        is skipped by whoever measures."""
+        """The constants to measure against these, possibly including these. The measurement skips
+        those that do not compile or that spill."""
         ...
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A measurement: what is ``tried``, and ``asked``, the constants of the code by their type, as
-    the first launch to ask had them."""
+    """A measurement: the constants ``tried``, and in ``asked``, by type, the code's own constants
+    as the first launch passed them to `chosen`."""
 
     tried: Constants | None
     asked: dict[type, Constants] = field(default_factory=dict)
 
 
 C = TypeVar("C", bound=Constants)
-# A global and no context variable: on a GPU backward runs in threads of autograd's own.
+# A global, not a context variable: on a GPU, backward runs in autograd's own threads.
 _trial: Trial | None = None
 
 
 def chosen(constants: C) -> C:
-    """These, or in a trial the ones tried, where they are of the same type."""
+    """Return ``constants``, or in a trial the ones tried if they are of the same type."""
     if _trial is None:
         return constants
     _trial.asked.setdefault(type(constants), constants)
@@ -48,8 +48,7 @@ def chosen(constants: C) -> C:
 
 @contextmanager
 def trial(tried: Constants | None = None) -> Iterator[Trial]:
-    """Launches within use these constants wherever they ask for ones of their type; None: the
-    code's own."""
+    """Make launches within use ``tried`` in place of constants of its type, unless it is None."""
     global _trial
     before, _trial = _trial, Trial(tried)
     try:

@@ -1,7 +1,8 @@
 """The end of the cycle in one launch: from the tokens of the grounding branches to advantages.
 
-Composed of its pieces it takes four to six launches and, in plain torch, some eighty; none of them
-has work for more than a corner of the device. It shares their device code, and so their results.
+Composed of the separate operators it would take four to six launches, and in plain torch some
+eighty; none of them fills more than a corner of the device. It shares the operators' device code
+and so gives the same results.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ def _cycle_reward_kernel(
             total += discrepancy
             count += kept
         store_reward(reward_ptr, layout, first_sample, samples, total, count, SAMPLES)
-    # Rewards were written by other threads of this program than those that read them now.
+    # Other threads of this program wrote the rewards that are read now.
     tl.debug_barrier()
     flat = advantages(
         reward_ptr, None, advantage_ptr, layout * samples, samples, eps, MODE, GROUP
@@ -152,14 +153,14 @@ def cycle_reward(
 ) -> CycleReward:
     """Score the answers of grounding branches (EchoGen, arXiv 2603.18001, stage 3).
 
-    Four location tokens, x1 y1 x2 y2, spell the box of their bins over ``bins − 1``; other tokens,
-    and bins without ``x2 > x1`` and ``y2 > y1``, spell none. From there on it is
-    `box_reward` and `group_advantage`, to the last bit, without a host synchronisation. No
-    gradient: tokens have none, and none reaches target.
+    Four location tokens, x1 y1 x2 y2, spell a box: their bins divided by ``bins − 1``. Other
+    tokens, and bins without ``x2 > x1`` and ``y2 > y1``, spell none. The rest is the same as
+    `box_reward` and `group_advantage`, to the last bit, without a host synchronisation. Not
+    differentiable: tokens have no gradient, and target gets none.
 
     Args:
         tokens: int64 [B, G, K, 4], for each layout, sample and expression.
-        target: float [B, K, 4], the boxes asked for.
+        target: float [B, K, 4], the requested boxes.
         mask: bool [B, K]; False is padding and contributes nothing.
         first_location: id of ``<loc_0>``; that of ``<loc_i>`` is i more.
         bins: number of location tokens, at least 2.

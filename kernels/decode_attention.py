@@ -1,22 +1,23 @@
-"""Attention of a sequence's newest query, or of a few, over its cache: decoding, where reading keys
-and values is the whole cost.
+"""Attention of a sequence's newest query, or its newest few, over its cache. In decoding, reading
+keys and values is the whole cost.
 
-Two things are done about that cost. The keys of a sequence are cut among several programs, so that
-a small batch still fills the device, and their partial softmaxes merged (flash-decoding, Dao et
-al. 2023). And a prefix that several sequences share is stored once and read once for all of them,
-with their queries stacked into one tile (cascade inference, Ye et al. 2024; Hydragen, Juravsky et
-al. 2024); it adds one more partial softmax to each of its sequences. Prefixes and own caches are
-read side by side in one launch; another finds which sequence continues which prefix, and many calls
-can share it (`decode_members`).
+Two measures reduce that cost. The keys of a sequence are split among several programs, so that a
+small batch still fills the device, and their partial softmaxes are merged (flash-decoding, Dao et
+al. 2023). A prefix that several sequences share is stored once and read once for all of them, with
+their queries stacked into one tile (cascade inference, Ye et al. 2024; Hydragen, Juravsky et al.
+2024); it adds its own partial softmaxes to each of its sequences. One launch reads prefixes and the
+sequences' own caches side by side; another finds which sequence continues which prefix, and many
+calls can share its result (`decode_members`).
 
 A partial is the maximum m of the scores (base 2), the sum l of 2^(s − m), and the sum a of
-2^(s − m)·v, in float32; partials merge as ``Σ 2^(mᵢ − m)·aᵢ / Σ 2^(mᵢ − m)·lᵢ`` with m = max mᵢ.
+2^(s − m)·v, in float32. Partials merge as ``Σ 2^(mᵢ − m)·aᵢ / Σ 2^(mᵢ − m)·lᵢ`` with m = max mᵢ.
 
-Several queries of one sequence (a window of codes that are run together) lie in one tile too, each
-with an end of its own, so that what they see is read once for all of them.
+Several queries of one sequence (a window of codes that run together) also share a tile, each with
+its own end, so that the keys they see are read once for all of them.
 
-Caches may hold 8 bits a number, with a scale for every token and head (`rope.rope_cache` writes
-them): a key's scales its scores, a value's its weights, so that nothing wider is ever stored.
+Caches may hold 8-bit numbers, with a scale for every token and head (`rope.rope_cache` writes
+them). A key's scale multiplies its scores and a value's scale its weights, so that nothing wider is
+ever stored.
 
 Kernels see a flat list of query rows (sequence · H + head), and read a cache in one place
 (`_attend`).
@@ -48,24 +49,24 @@ from echogen.kernels.reference import decode_attention as reference
 
 @dataclass(frozen=True)
 class Splits:
-    """How finely keys are cut.
+    """How finely keys are split.
 
     Attributes:
-        programs: wanted at least. Three for each of an H200's 132 multiprocessors, as many as fit
-            one by the registers and shared memory of tiles in bfloat16, 128 wide.
-        least: keys a program has at least, one tile in bfloat16: below, the partial written and
-            the start of a program cost more than what is read.
+        programs: the fewest programs to aim for. Three for each of an H200's 132 multiprocessors,
+            as many as fit on one, given the registers and shared memory of bfloat16 tiles 128 wide.
+        least: the fewest keys of a program, one bfloat16 tile. With fewer, starting the program and
+            writing its partial cost more than the reads.
     """
 
     programs: int = 396
     least: int = 64
 
     def of(self, programs: int, keys: int) -> int:
-        """Splits of up to ``keys`` keys where there are ``programs`` without splitting."""
+        """Splits to make of up to ``keys`` keys, given ``programs`` without splitting."""
         return max(1, min(triton.cdiv(self.programs, programs), triton.cdiv(keys, self.least)))
 
     def candidates(self) -> list[Splits]:
-        """One to six programs for each of an H200's multiprocessors, of one to four tiles."""
+        """One to six programs per multiprocessor of an H200, each of at least one to four tiles."""
         return [Splits(132 * n, least) for n in (1, 2, 3, 4, 6) for least in (64, 128, 256)]
 
 
@@ -74,8 +75,8 @@ class Tiles:
     """Launch constants of one type of cache.
 
     Attributes:
-        keys: of a tile.
-        warps, stages: of a program; loads run ``stages − 1`` tiles ahead.
+        keys: keys of a tile.
+        warps, stages: per program; loads run ``stages − 1`` tiles ahead.
     """
 
     keys: int
@@ -83,28 +84,28 @@ class Tiles:
     stages: int
 
     def candidates(self) -> list[Tiles]:
-        """Tiles of half, as many and twice the keys, of 16 at least, as `tl.dot` wants."""
+        """Tiles of half, the same and twice the keys, but at least the 16 that `tl.dot` needs."""
         sizes = [keys for keys in (self.keys // 2, self.keys, 2 * self.keys) if keys >= 16]
         return [Tiles(k, warps, stages) for k in sizes for warps in (4, 8) for stages in (2, 3, 4)]
 
 
 SPLITS = Splits()
 HALF = Tiles(keys=64, warps=4, stages=3)
-# 8 bits are bound by instructions, of which a larger tile has fewer a key: on sm_90 8.3 in 182
-# registers, where 32 keys and 4 stages take 10.6 in 156.
+# 8-bit caches are bound by instructions, of which a larger tile needs fewer per key: on sm_90 8.3
+# with 182 registers, against 10.6 with 156 for 32 keys and 4 stages.
 EIGHT = Tiles(keys=64, warps=4, stages=3)
 # float32 has no tensor cores: larger tiles than these spill registers.
 SINGLE, SINGLE_NARROW = Tiles(16, 4, 3), Tiles(32, 4, 3)
-# Times the weight and scale of a value: scales are a 448th of numbers that are about 1, and what is
-# small beside that should not vanish in float16.
+# Multiplies the product of a value's weight and scale. Scales are a 448th of numbers of about 1,
+# and products that are small beside that should not vanish in float16.
 WEIGHED = tl.constexpr(64.0)
-MERGED = 8  # partials in flight a row while merging
+MERGED = 8  # partials in flight per row while merging
 MOST_WIDE = 128
 
 
 @triton.jit
 def _dot(a, b, WIDE: tl.constexpr):
-    if WIDE:  # the interpreter, whose bfloat16 are integers, and multiplied as such
+    if WIDE:  # the interpreter holds bfloat16 as integers and would multiply those
         a, b = a.to(tl.float32), b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
 
@@ -115,13 +116,13 @@ def _fold(
     WHOLE: tl.constexpr, RAGGED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
     KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """A partial softmax with one more tile of keys, of which one at least lies before the end: the
-    maximum is a number. All of a WHOLE one do, which then needs no masks. Where it is RAGGED, rows
-    have ends of their own, the last of which is the end, and one may see nothing of a tile."""
+    """Extend a partial softmax by one tile of keys. At least one key lies before the end, so the
+    maximum is a number. In a WHOLE tile all keys do, so no masks are needed. If RAGGED, rows have
+    their own ends, the last of which is the end, and a row may see nothing of a tile."""
     c, j = tl.arange(0, PADDED), tl.arange(0, KEYS)
     there = (j < KEYS) if WHOLE else (first + j < end)
     keep = there[:, None] & (c < WIDTH)[None, :]
-    token = tl.cast(first, tl.int64)  # interpreted, the loop counts in plain numbers
+    token = tl.cast(first, tl.int64)  # a plain int in the interpreter
     tile = token * WIDTH + j[:, None] * WIDTH + c[None, :]
     keys = tl.load(keys_ptr + tile, mask=keep, other=0.0)
     scores = _dot(query, tl.trans(keys.to(query.dtype)), WIDE) * scale
@@ -150,9 +151,9 @@ def _attend(
     RAGGED: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Partial softmax of query rows over keys start … end of the cache that begins with ``token``
-    of all, or, RAGGED, up to their own ``ends``; with scales a value's is ``apart`` from its
-    key's."""
+    """Partial softmax of query rows over keys start … end of the cache whose first token is
+    ``token`` among all, or, if RAGGED, up to their own ``ends``. A value's scale is ``apart`` after
+    its key's."""
     c = tl.arange(0, PADDED)
     place = row.to(tl.int64)[:, None] * WIDTH + c[None, :]
     within = (c < WIDTH)[None, :]
@@ -160,8 +161,8 @@ def _attend(
     keys_ptr, values_ptr = keys_ptr + token * WIDTH, values_ptr + token * WIDTH
     if scales_ptr is not None:
         scales_ptr += token
-        # One instruction makes two numbers of 8 bits float16, and two more each bfloat16 (sm_90).
-        # Its range is enough for a query divided by its largest number.
+        # One instruction converts two 8-bit numbers to float16, two more each to bfloat16 (sm_90).
+        # float16's range is enough for a query divided by its largest number.
         most = tl.max(tl.abs(query.to(tl.float32)), 1)
         most = tl.where(most == 0, 1.0, most)[:, None]
         query, scale = (query / most).to(tl.float16), scale * most
@@ -198,8 +199,8 @@ def _held(length_ptr, capacity):
 
 @triton.jit
 def _part_of(length, split, splits, KEYS: tl.constexpr):
-    """Keys of one split: whole tiles, as many for each. Of a sequence, so 32 bits count them;
-    places among all of a cache take 64."""
+    """Keys of one split: whole tiles, the same number for each. 32 bits suffice within a sequence;
+    places in the whole cache take 64."""
     share = tl.cdiv(tl.cdiv(length, splits), KEYS) * KEYS
     start = tl.minimum(split.to(tl.int64) * share, length).to(tl.int32)
     return start, start + tl.minimum(share, length - start)
@@ -210,8 +211,8 @@ def _keep_partial(
     sums_ptr, tops_ptr, totals_ptr, row, inside, part, parts, top, total, sums,
     WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """An empty part leaves its sums unwritten: a maximum of −inf says so. Maxima drop NaN, so one
-    of NaN alone could pass for empty; its total does not."""
+    """Store a partial. An empty part leaves its sums unwritten, which a maximum of −inf marks.
+    Maxima drop NaN, so a part of only NaN could pass for empty; its total does not."""
     c, place = tl.arange(0, PADDED), row.to(tl.int64) * parts + part
     tl.store(tops_ptr + place, tl.where(total == total, top, 0.0), mask=inside)
     tl.store(totals_ptr + place, total, mask=inside)
@@ -225,8 +226,8 @@ def _own(
     KV_HEADS: tl.constexpr, SHARED: tl.constexpr, WINDOW: tl.constexpr, MEMBERS: tl.constexpr,
     ROWS: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, head of its keys and tile of its window: query rows, one split of its own
-    cache, where it ends for each row, and the first of its tokens among all."""
+    """For one sequence, key head and tile of the window: the query rows, one split of the
+    sequence's own cache, its end for each row, and the cache's first token among all."""
     TILES: tl.constexpr = (WINDOW + MEMBERS - 1) // MEMBERS
     r, sequence, head = tl.arange(0, ROWS), place // (KV_HEADS * TILES), place // TILES % KV_HEADS
     member = r // SHARED + place % TILES * MEMBERS
@@ -244,8 +245,8 @@ def _own(
     return row, inside, start, end, tl.minimum(ends, end), token
 
 
-# Numbers that change with the batch: Triton would compile the kernel anew where one is 1 or
-# divisible by 16, while somebody waits for a picture.
+# These numbers change with the batch. Triton would recompile the kernel whenever one is 1 or
+# divisible by 16, while a request waits for its image.
 @triton.jit(do_not_specialize=["apart", "parts"])
 def _decode_own_kernel(
     query_ptr, keys_ptr, values_ptr, scales_ptr, apart, lengths_ptr, out_ptr,
@@ -255,7 +256,7 @@ def _decode_own_kernel(
     WIDE: tl.constexpr, WHOLE: tl.constexpr,
     DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
-    """Sequences without prefixes; the result where one split is the whole."""
+    """Sequences without prefixes; writes the result if one split is the whole, else a partial."""
     wait_for_earlier(DEPENDENT)
     split = tl.program_id(1)
     row, inside, start, end, ends, token = _own(
@@ -287,8 +288,8 @@ def _decode_shared_kernel(
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     WIDE: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
-    """Either one tile of a prefix's sequences, one head of its keys and one split of them, or the
-    same of a sequence's own cache."""
+    """Either one tile of a prefix's sequences with one key head and one split of its keys, or the
+    same for a sequence's own cache."""
     wait_for_earlier(DEPENDENT)
     apart, prefix_apart = apart.to(tl.int64), prefix_apart.to(tl.int64)  # one type for both
     program, of_prefixes = tl.program_id(0), slots * KV_HEADS * before
@@ -370,7 +371,7 @@ def _tiles(query: Tensor, keys: Tensor) -> Tiles:
 
 
 def _apart(scales: Tensor | None) -> int:
-    """From a key's scale to its value's."""
+    """Offset from a key's scale to its value's."""
     return 0 if scales is None else scales.stride(0)
 
 
@@ -404,7 +405,7 @@ def _launch(
         "PADDED": max(16, triton.next_power_of_2(width)), "ROWS": ROWS, "KEYS": tiles.keys,
         "WIDE": INTERPRETED, "num_warps": tiles.warps, "num_stages": tiles.stages,
     }  # fmt: skip
-    # The scores are powers of two: one multiplication less than e^x for each.
+    # The softmax takes powers of two: one multiplication fewer per score than e^x.
     scale = scale / math.log(2)
     out = torch.empty_like(query)
     prefixes, splits, before = 0, cut.of(places, capacity), 0
@@ -487,42 +488,43 @@ def decode_attention(
     scales: Tensor | None = None,
     prefix_scales: Tensor | None = None,
 ) -> Tensor:
-    """Attention of a sequence's query over the prefix of its group and then its own cache; or of a
-    window of W queries, each up to a length of its own.
+    """Attention of each sequence's query over its group's prefix and then its own cache, or of a
+    window of W queries, each up to its own length.
 
     ``softmax(scale · q·[prefix keys, keys]ᵀ)·[prefix values, values]`` (Vaswani et al. 2017), each
-    cache up to its length; what lies behind is not read. Query head h attends to head
+    cache up to its length; nothing beyond it is read. Query head h attends to head
     ``h // (H / Hk)`` of the caches (grouped heads, Ainslie et al. 2023). Lengths and groups are
-    read on the device, where their values cannot be checked: lengths are taken as at most the
-    capacity and at least 0, and a sequence with no key at all gets zeros. Repeated calls are
-    bit-equal; so is a sequence in another batch that is cut into as many splits. Float64 is
-    the reference's, on CUDA too. Not differentiable.
+    read on the device, where their values cannot be checked: lengths are clamped to 0 … the
+    capacity, and a sequence without any key gets zeros. Repeated calls are bit-equal, and so is a
+    sequence in another batch if it is cut into the same number of splits. The reference computes
+    float64, on CUDA too. Not differentiable.
 
     Args:
-        query: float [B·W, H, K], contiguous, as are all; K up to 128. The W queries of a sequence
-            stand together.
-        keys, values: [B, Hk, S, K] of the query's type, or with scales float8_e4m3fn; H is Hk
-            times 1 … 16.
-        lengths: int64 or int32 [B·W], tokens that each query sees of its sequence, its own among
-            them.
-        scale: of the scores; 1/√K if None.
+        query: float [B·W, H, K], contiguous, like all arguments; K up to 128. The W queries of a
+            sequence are adjacent.
+        keys, values: [B, Hk, S, K] of the query's type, or float8_e4m3fn with scales; H is 1 … 16
+            times Hk.
+        lengths: int64 or int32 [B·W], tokens of its sequence's own cache that each query sees, its
+            own token included.
+        scale: factor of the scores; 1/√K if None.
         prefix_keys, prefix_values: [P, Hk, Sp, K], each stored once for all that share it.
         prefix_lengths: int64 or int32 [P]; Sp each if None.
-        groups: int64 or int32 [B·W], in any order: which prefix each query's sequence continues;
-            outside 0 … P − 1: none. Needed with prefixes.
-        order: `decode_members` of these groups, where several calls share it; None: made here. An
-            order of other groups silently gives wrong results.
-        scales, prefix_scales: float32 [2, B, Hk, S] and [2, P, Hk, Sp] of caches in 8 bits, of keys
-            and of values, each contiguous, as `rope.rope_cache` and `rope.scaled_heads` make them.
-            8 bits need a GPU of compute capability 8.9 or later, which multiplies in float16: a
-            value above 458,000 gives infinities or NaN, and heads of values that are all below 1e-4
-            lose digits.
+        groups: int64 or int32 [B·W], in any order: the prefix that each query's sequence continues;
+            none if outside 0 … P − 1. Required with prefixes.
+        order: the result of `decode_members` for these groups, if several calls share it; None
+            computes it here. An order of other groups silently gives wrong results.
+        scales, prefix_scales: float32 [2, B, Hk, S] and [2, P, Hk, Sp] of 8-bit caches, for keys
+            and for values, each contiguous, as `rope.rope_cache` and `rope.scaled_heads` make them.
+            8-bit caches need a GPU of compute capability 8.9 or later. Their products are in
+            float16: a value above 458,000 gives infinities or NaN, and heads whose values are all
+            below 1e-4 lose digits.
 
     Returns:
         [B·W, H, K] in the query's type.
 
     Raises:
-        ValueError: shapes, devices, strides or numbers that do not fit, or only part of a prefix.
+        ValueError: shapes, devices, strides or numbers that do not fit, or only some of a prefix's
+            arguments.
         TypeError: types that do not fit.
     """
     floats = {"query": query, "keys": keys, "values": values, "prefix_keys": prefix_keys,

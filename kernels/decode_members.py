@@ -1,5 +1,5 @@
-"""Which sequences continue which prefix, as `decode_attention` wants to be told: their order by
-prefix, and the tiles of it that attend together. A launch, which many calls can share.
+"""Which sequences continue which prefix, in the form that `decode_attention` takes: their order by
+prefix, and the tiles of that order that attend together. One launch finds it for many calls.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.reference import decode_members as reference
 
-# Query rows of a tile, of one sequence or of several that share a prefix: the least that tl.dot
-# takes. With 32 for prefixes two programs fit a multiprocessor instead of three (78 KB of shared
-# memory instead of 72, 128 wide); larger groups read their prefix again, out of the L2 cache.
+# Query rows per tile, from one sequence or from several that share a prefix: the fewest that tl.dot
+# takes. With 32 for prefixes, two programs fit a multiprocessor instead of three (78 KB of shared
+# memory instead of 72, 128 wide). Larger groups read their prefix again, from the L2 cache.
 ROWS = 16
 MOST_SHARED = ROWS
-SCANNED = 1024  # sequences looked at in one go when members are gathered
+SCANNED = 1024  # sequences scanned at a time when members are gathered
 
 
 @triton.jit(do_not_specialize=["sequences", "prefixes", "slots"])
@@ -26,8 +26,8 @@ def _decode_members_kernel(
     groups_ptr, order_ptr, sequences, prefixes, slots,
     MEMBERS: tl.constexpr, SCANNED: tl.constexpr,
 ):  # fmt: skip
-    """One prefix: its sequences in their order, and its tiles (prefix, first, end of the order),
-    which lie behind the order.
+    """One prefix: its sequences in their order, and its tiles (prefix, first, end in the order),
+    which follow the order.
 
     Prefix p with ``start`` sequences before it has slots from ``start // MEMBERS + p`` on: never
     fewer than its tiles, known without the other prefixes, and B // MEMBERS + P in all.
@@ -55,17 +55,17 @@ def _decode_members_kernel(
 
 
 def members_of(query: Tensor, kv_heads: int) -> int:
-    """Sequences whose queries fill a prefix's tile."""
+    """Number of sequences whose queries fill a prefix's tile."""
     return ROWS // (query.shape[1] // kv_heads)
 
 
 def _order_size(sequences: int, prefixes: int, members: int) -> int:
-    """Numbers of an order: the sequences', and three of every slot for a tile."""
+    """Length of an order: one number per sequence, and three per slot for a tile."""
     return sequences + 3 * (sequences // members + prefixes)
 
 
 def launch_members(groups: Tensor, prefixes: int, members: int) -> Tensor:
-    """The order of these groups, for prefixes whose tiles hold so many members."""
+    """Compute the order of these groups, for prefixes whose tiles hold ``members`` sequences."""
     sequences = len(groups)
     size = _order_size(sequences, prefixes, members)
     order = torch.empty(size, dtype=torch.int32, device=groups.device)
@@ -89,20 +89,20 @@ def _fake(groups: Tensor, prefixes: int, members: int) -> Tensor:
 
 
 def decode_members(groups: Tensor, query: Tensor, prefix_keys: Tensor) -> Tensor:
-    """The ``order`` of a `decode_attention` call, found once for all layers and steps in which the
-    groups are the same: a launch less for each.
+    """Compute the ``order`` of a `decode_attention` call, once for all layers and steps that have
+    the same groups; each of them then saves a launch.
 
     Args:
-        groups: int64 or int32 [B], contiguous, as there.
-        query, prefix_keys: [B, H, K] and [P, Hk, Sp, K], read for their shapes and type alone.
+        groups: int64 or int32 [B], contiguous, as in `decode_attention`.
+        query, prefix_keys: [B, H, K] and [P, Hk, Sp, K]; only their shapes and devices are used.
 
     Returns:
-        int32 [B + 3·n]: the sequences by prefix, in their order, and n tiles of them, each a
-        prefix with the places of its first sequence and of the one behind its last.
+        int32 [B + 3·n]: the sequences by prefix, in their order, and n tiles of them, each a prefix
+        with the place of its first sequence and the place after its last.
 
     Raises:
         ValueError: shapes, devices or strides that do not fit.
-        TypeError: groups that hold no integers.
+        TypeError: groups that are not integers.
     """
     checks.check_integers(groups=groups)
     checks.check_shape("query", query, (None, None, None))
@@ -118,7 +118,7 @@ def decode_members(groups: Tensor, query: Tensor, prefix_keys: Tensor) -> Tensor
 
 
 def check_heads(heads: int, kv_heads: int) -> None:
-    """Raises ValueError for heads of queries and keys that a tile cannot hold together."""
+    """Raises ValueError for numbers of query and key heads that a tile cannot hold together."""
     if heads % kv_heads or heads // kv_heads > MOST_SHARED:
         raise ValueError(
             f"query has {heads} heads and keys {kv_heads}; the query's must be the keys' times "
@@ -127,7 +127,7 @@ def check_heads(heads: int, kv_heads: int) -> None:
 
 
 def check_order(order: Tensor | None, query: Tensor, prefix_keys: Tensor | None) -> None:
-    """What `decode_attention` asks of its order. Raises as it does."""
+    """Check the order that `decode_attention` is given. Raises as it does."""
     if order is None:
         return
     if prefix_keys is None:

@@ -1,12 +1,12 @@
-"""How an operator reaches its implementations: through PyTorch's dispatcher, and nothing else.
+"""How an operator reaches its implementations: through PyTorch's dispatcher alone.
 
 An operator is `torch.ops.echogen.<name>`, with a CPU kernel (the plain-torch reference), a CUDA
-kernel (the launcher of Triton or CUDA C++ code), a fake rule, and an autograd rule where it trains.
-Two environment variables, read once, change what is registered:
+kernel (the launcher of Triton or CUDA C++ code), a fake rule, and, if it is differentiable, an
+autograd rule. Two environment variables, read once, change what is registered:
 
-- ``TRITON_INTERPRET=1`` (Triton's own): the launcher is the CPU kernel too, so that the same tests
-  run the Triton code, interpreted, through the public name;
-- ``ECHOGEN_FORCE_REFERENCE=1``: the reference is the CUDA kernel too, for debugging.
+- ``TRITON_INTERPRET=1`` (Triton's own): the launcher becomes the CPU kernel too, so that the same
+  tests run the Triton code in the interpreter, through the public name;
+- ``ECHOGEN_FORCE_REFERENCE=1``: the reference becomes the CUDA kernel too, for debugging.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 FORCE_REFERENCE = os.environ.get("ECHOGEN_FORCE_REFERENCE") == "1"
 
 LAUNCHED: Counter[str] = Counter()
-"""How often each kernel was launched; tests ask it whether they entered the code they are about."""
+"""How often each kernel was launched; tests check with it that they ran the code under test."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,14 @@ _recorded: list[Launch] | None = None
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a Triton kernel on the current stream; every launch of the project goes through here.
 
-    An empty grid launches nothing, as CUDA refuses it. Kernels that take part in it overlap with
-    the launch before where that is on (`echogen.kernels.overlap`).
+    An empty grid launches nothing, because CUDA refuses it. Where overlap is on
+    (`echogen.kernels.overlap`), kernels that take part in it overlap with the previous launch.
     """
     if overlap.active() and "DEPENDENT" in getattr(kernel, "arg_names", ()):
         constants |= {"DEPENDENT": True, "launch_pdl": True}
     if isinstance(kernel, KernelInterface):
-        # Triton's default until 3.9; the one after it does not fuse, and what is checked ahead of
-        # time for spills, and in the tests for its rounding, is fused.
+        # Triton's default up to 3.9. The next version does not fuse, but the code that is checked
+        # ahead of time for spills, and in the tests for its rounding, is fused.
         constants.setdefault("enable_fp_fusion", True)
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, constants))
@@ -69,15 +69,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     if device is None or device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[grid](*arguments, **constants)
         return
-    with torch.cuda.device(device):  # Triton launches on the current one, wherever the tensors are
+    with torch.cuda.device(device):  # Triton launches on the current device, not the tensors'
         kernel[grid](*arguments, **constants)
 
 
 @contextmanager
 def recorded(on: loader.Gpu = loader.H200) -> Iterator[list[Launch]]:
-    """Record launches instead of making them, also those of operators called on CPU tensors: for
-    ahead-of-time compilation, and for counting what a launcher allocates without a GPU. Launchers
-    are told that they launch on ``on``. The operators' results are then uninitialised memory."""
+    """Record launches instead of making them, including those of operators called on CPU tensors:
+    for ahead-of-time compilation, and for measuring without a GPU what a launcher allocates.
+    Launchers see ``on`` as their GPU. The operators' results are then uninitialised memory."""
     global _recorded
     before, _recorded = _recorded, []
     told = loader.RECORDED_FOR.set(on)
@@ -98,7 +98,7 @@ class Operator:
 
 
 OPERATORS: dict[str, Operator] = {}
-"""Every operator registered so far, by name; importing its module registers it."""
+"""Every operator registered so far, by name; importing an operator's module registers it."""
 
 
 def operator(
@@ -114,11 +114,12 @@ def operator(
     (``register_fake``, ``register_autograd``).
 
     Args:
-        name: of the operator, the reference, the test file and the benchmark.
+        name: name of the operator, the reference, the test file and the benchmark.
         launcher: same signature; allocates the outputs and launches the kernel.
-        kind: what the launcher launches, for people.
-        mutates: arguments that are written to, none of which has a default: of one that is left
-            out torch 2.11 notes the writing all the same (IndexError).
+        kind: what the launcher launches, "Triton" or "CUDA C++"; shown to users, and decides
+            whether the interpreter runs it and whether it can fall back to the reference.
+        mutates: arguments that are written to. None of them may have a default: torch 2.11 records
+            the write even for an argument that is left out (IndexError).
     """
 
     def register(reference: Callable[..., Any]) -> CustomOpDef:
@@ -143,8 +144,8 @@ def operator(
 
 
 def _exactly(reference: Callable[..., Any], device: str, arguments: tuple[Any, ...]) -> Any:
-    """A reference in its arguments' types, whatever autocast would make of its products: launchers
-    know no autocast, and either must give the same."""
+    """Run a reference in its arguments' types, without autocast: launchers ignore autocast, and
+    both must give the same result."""
     if not torch.is_autocast_enabled(device):
         return reference(*arguments)
     with torch.autocast(device, enabled=False):
@@ -154,8 +155,8 @@ def _exactly(reference: Callable[..., Any], device: str, arguments: tuple[Any, .
 def _on_cuda(
     name: str, reference: Callable[..., Any], launcher: Callable[..., Any], kind: str
 ) -> Callable[..., Any]:
-    """The CUDA kernel of an operator. One in CUDA C++ falls back to its reference where it cannot
-    be loaded, and says so once: a service then runs slower, but it runs."""
+    """Return the CUDA kernel of an operator. One in CUDA C++ falls back to its reference if it
+    cannot be loaded, and warns once: a service then runs slower, but it runs."""
     source = _source(reference.__module__)
 
     def in_torch(*arguments: Any) -> Any:
@@ -172,7 +173,7 @@ def _on_cuda(
         if why is None:
             return launcher(*arguments)
         mend = f" ({loader.INSTALL})" if loader.unloadable() else ""
-        # Python shows a warning once for each place in the code and text.
+        # Python shows a warning once per place in the code and text.
         warnings.warn(f"{name} runs on plain torch: {why}{mend}", stacklevel=2)
         return in_torch(*arguments)
 
@@ -180,7 +181,7 @@ def _on_cuda(
 
 
 def implementation(name: str, device: str) -> str:
-    """What runs operator ``name`` on ``device`` ("cpu" or "cuda"), in words."""
+    """Describe in words what runs operator ``name`` on ``device`` ("cpu" or "cuda")."""
     operator = OPERATORS[name]
     kind = operator.kind
     if device == "cpu":
@@ -191,5 +192,5 @@ def implementation(name: str, device: str) -> str:
 
 
 def _source(module: str) -> str:
-    """The file in CUDA C++ that an operator's module launches, which bears its name."""
+    """The CUDA C++ file that an operator's module launches, which has the module's name."""
     return module.rpartition(".")[2]

@@ -1,7 +1,7 @@
 """Group-relative advantage: how much better a sample did than the others of its layout.
 
-A group is one program, and all its sums have a fixed order, so that a resumed run repeats the
-first one bit by bit; `cycle_reward` shares the device code, and so the results.
+Each group is one program, and all its sums have a fixed order, so that a resumed run repeats the
+original one bit for bit. `cycle_reward` shares the device code and so gives the same results.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.reference import group_advantage as reference
 
-SAMPLES = 128  # of a group at a time, one warp's worth of 16 bytes a thread
+SAMPLES = 128  # of a group at a time: 16 bytes per thread of one warp
 
 MODES = ("grpo", "dr_grpo", "rloo", "rank")
 Mode = Literal["grpo", "dr_grpo", "rloo", "rank"]
@@ -27,8 +27,8 @@ _LIMIT = tl.constexpr(reference.LIMIT)
 
 @triton.jit
 def tree_sum(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums [ROWS] of the rows of x [ROWS, COLUMNS], neighbours first. `tl.sum` adds in an order
-    that depends on how the compiler lays x out over threads, and so on the kernel around it."""
+    """Sums [ROWS] of the rows of x [ROWS, COLUMNS], neighbours first. The order in which `tl.sum`
+    adds depends on how the compiler lays x out over threads, and so on the surrounding kernel."""
     for level in tl.static_range(12):
         if (COLUMNS >> level) > 1:
             left, right = tl.split(tl.reshape(x, [ROWS, COLUMNS >> (level + 1), 2]))
@@ -43,7 +43,8 @@ def _total(x, SIZE: tl.constexpr):
 
 @triton.jit
 def _rewards(reward_ptr, mask_ptr, start, size, first, SAMPLES: tl.constexpr):
-    """Rewards from ``start + first`` on, 0 where not kept or not finite; kept; inside the group."""
+    """Rewards from ``start + first`` on (0 if not kept or not finite), kept, broken, inside the
+    group."""
     at = first + tl.arange(0, SAMPLES)
     inside = at < size
     reward = tl.load(reward_ptr + start + at, mask=inside, other=0.0).to(tl.float32)
@@ -56,7 +57,7 @@ def _rewards(reward_ptr, mask_ptr, start, size, first, SAMPLES: tl.constexpr):
 
 @triton.jit
 def _above_middle(reward, reward_ptr, mask_ptr, start, size, count, SAMPLES: tl.constexpr):
-    """Mid-ranks in the group, less their mean: exact, since they are halves of whole numbers."""
+    """Mid-ranks in the group minus their mean: exact, since they are halves of whole numbers."""
     below, equal = tl.zeros([SAMPLES], tl.int32), tl.zeros([SAMPLES], tl.int32)
     for other in range(size):
         value = tl.load(reward_ptr + start + other).to(tl.float32)
@@ -74,9 +75,9 @@ def advantages(
     reward_ptr, mask_ptr, advantage_ptr, start, size, eps,
     MODE: tl.constexpr, SAMPLES: tl.constexpr,
 ):  # fmt: skip
-    """Write the advantages of the group [start, start + size) and return whether it is flat.
-    Device code for other kernels; launch them with ``enable_fp_fusion=False``, so that each of
-    them rounds alike."""
+    """Write the advantages of the group [start, start + size) and return whether it is flat. Device
+    code for other kernels; launch them with ``enable_fp_fusion=False``, so that they all round the
+    same way."""
     total = tl.zeros([SAMPLES], tl.float32)
     low = tl.full([SAMPLES], float("inf"), tl.float32)
     high = tl.full([SAMPLES], float("-inf"), tl.float32)
@@ -136,7 +137,7 @@ def _group_advantage_kernel(
 
 
 def samples_block(samples: int) -> int:
-    """How many samples of a group of so many are taken at a time."""
+    """Number of samples to process at a time in a group of ``samples``."""
     return min(triton.next_power_of_2(max(samples, 1)), SAMPLES)
 
 
@@ -175,12 +176,12 @@ def _fake(
 
 
 class Advantage(NamedTuple):
-    """What a group says of its samples.
+    """The advantages of samples within their groups.
 
     Attributes:
-        advantage: float32, shaped as the rewards; 0 for masked samples and in flat groups.
-        flat: bool [B], groups whose samples all have the same reward (or that have none): nothing
-            is to be learnt from them.
+        advantage: float32, shaped like the rewards; 0 for masked samples and in flat groups.
+        flat: bool [B], groups whose samples all have the same reward (or that have none): there is
+            nothing to learn from them.
     """
 
     advantage: Tensor
@@ -199,21 +200,22 @@ def group_advantage(
     With n samples in the group: ``grpo``: ``(r − mean)/(std + ε)``, population deviation (GRPO,
     arXiv 2402.03300); ``dr_grpo``: ``r − mean`` (Dr.GRPO, arXiv 2503.20783); ``rloo``: ``r`` minus
     the mean of the others, ``n/(n − 1)·(r − mean)`` (RLOO, arXiv 2402.14740); ``rank``: the
-    standardised rank, ``(rank − (n − 1)/2)/√((n² − 1)/12)`` with ranks from 0 and ties in their
-    middle, so that it matters who did better and not by how much (fitness shaping, Wierstra et al.,
-    arXiv 1106.4487; n² comparisons a group, so meant for tens of samples). No gradient: an
-    advantage weighs a policy's gradient, and has none of its own.
+    standardised rank, ``(rank − (n − 1)/2)/√((n² − 1)/12)`` with ranks from 0 and ties at their
+    mean, so that only the order of the rewards matters and not their distances (fitness shaping,
+    Wierstra et al., arXiv 1106.4487; n² comparisons per group, so meant for tens of samples). Not
+    differentiable: an advantage weights a policy's gradient and has none of its own.
 
     Args:
         reward: float [B, G], one row for the G samples of a layout; with offsets, [N].
         offsets: int64 [B + 1], from 0 to N; group b is ``reward[offsets[b]:offsets[b + 1]]``. Its
-            numbers are looked at on a CPU only.
-        mask: bool, shaped as reward; False excludes a sample, which then gets 0 and does not count.
+            values are checked on a CPU only.
+        mask: bool, shaped like reward; False excludes a sample, which then gets 0 and does not
+            count.
         mode: "grpo", "dr_grpo", "rloo" or "rank".
         eps: ε of "grpo", at least 0.
 
     Returns:
-        Advantage, float32 (float64 of float64) and bool [B]. A group with a reward that is not
+        Advantage, float32 (float64 for float64) and bool [B]. A group with a reward that is not
         finite (or beyond 1e15) has advantage NaN and is not flat.
 
     Raises:
@@ -240,7 +242,7 @@ def group_advantage(
 
 
 def check_mode(mode: str, eps: float) -> None:
-    """Raises ValueError for no mode of `group_advantage`, and for an eps it cannot take."""
+    """Raises ValueError for an unknown mode of `group_advantage`, and for an eps out of range."""
     checks.check_choice("mode", mode, MODES)
     if not 0 <= eps < float("inf"):
         raise ValueError(f"eps = {eps}; it must be finite and not negative")
@@ -253,6 +255,6 @@ def _check_offsets(offsets: Tensor, size: int) -> None:
     if len(offsets) == 0:
         raise ValueError("offsets has shape (0,); B groups have B + 1 offsets")
     if offsets.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # a look would stop the host until the device is done
+        return  # reading them would make the host wait for the device
     if offsets[0] != 0 or offsets[-1] != size or (offsets.diff() < 0).any():
         raise ValueError(f"offsets = {offsets.tolist()}; they must rise from 0 to {size}")

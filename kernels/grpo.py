@@ -1,9 +1,9 @@
-"""The clipped loss of group-relative policy optimisation, which follows from how much better a
-sample did than the others of its layout (`group_advantage`).
+"""The clipped loss of group-relative policy optimisation, given how much better each sample did
+than the others of its layout (`group_advantage`).
 
-Written in plain torch, it holds a dozen [N, T] tensors for autograd; here it holds none: a
-forward pass leaves five sums a row, a backward pass recomputes each token and writes the gradient.
-All sums have a fixed order, so that a resumed run repeats the first one bit by bit.
+In plain torch it would hold a dozen [N, T] tensors for autograd. Here it holds none: forward leaves
+five sums per row, and backward recomputes each token and writes the gradient. All sums have a fixed
+order, so that a resumed run repeats the original one bit for bit.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ _SERIES_BELOW = tl.constexpr(reference.SERIES_BELOW)
 
 @triton.jit
 def _held(d):
-    """Within ±the limit; NaN stays, which minimum and maximum would drop."""
+    """Clamp to ± the limit; NaN stays, which minimum and maximum would drop."""
     return tl.where(d > _RATIO_LIMIT, _RATIO_LIMIT, tl.where(d < -_RATIO_LIMIT, -_RATIO_LIMIT, d))
 
 
 @triton.jit
 def _k3(d):
-    """exp(d) − d − 1, by its series where the difference would cancel."""
+    """exp(d) − d − 1, from its series where the difference would cancel."""
     series = d * (1 / 40320) + 1 / 5040
     series = series * d + 1 / 720
     series = series * d + 1 / 120
@@ -57,7 +57,7 @@ def _token_terms(
     inside = column < width
     place = row.to(tl.int64) * width + column
     keep = inside & (tl.load(mask_ptr + place, mask=inside, other=0) != 0)
-    # Not loaded under `keep`: that would end 16-byte loads.
+    # Not masked by `keep`, which would prevent 16-byte loads.
     new = tl.where(keep, tl.load(logp_ptr + place, mask=inside, other=0.0).to(tl.float32), 0.0)
     old = new
     if old_ptr is not None:
@@ -69,7 +69,7 @@ def _token_terms(
     plain = ratio * advantage
     clipped = keep & (held < plain)
     loss = -tl.where(clipped, held, plain)
-    # What is held has no slope; that of exp(60) would make the norm of all gradients infinite.
+    # Clamped ratios have no slope; that of exp(60) would make the whole gradient's norm infinite.
     grad = -tl.where(clipped | (tl.abs(change) > _RATIO_LIMIT), 0.0, plain)
     capped = tl.zeros([TOKENS], tl.int1)
     if sampled_ptr is not None:
@@ -85,7 +85,7 @@ def _token_terms(
         apart = tl.where(keep, ref, 0.0) - new
         d = _held(apart)
         kl = tl.where(keep, _k3(d), 0.0)
-        if PENALISED:  # else a reference that is NaN is only measured, as it is asked to be
+        if PENALISED:  # else the KL is only measured, even where the reference is NaN
             loss += beta * kl
             grad -= tl.where(tl.abs(apart) > _RATIO_LIMIT, 0.0, beta * (kl + d))
     loss, grad = tl.where(keep, loss, 0.0), tl.where(keep, grad, 0.0)
@@ -295,13 +295,13 @@ _grpo_loss.register_autograd(_backward, setup_context=_setup)
 
 
 class GrpoLoss(NamedTuple):
-    """The policy loss and what to watch.
+    """The policy loss and the numbers to monitor.
 
     Attributes:
         loss: float32 scalar, to be minimised; the only one with a gradient.
         clip_fraction: float32 scalar, share of tokens whose ratio is clipped.
         mean_kl: float32 scalar, mean k3 over tokens; 0 without a reference.
-        capped_fraction: float32 scalar, share of tokens whose importance is held at
+        capped_fraction: float32 scalar, share of tokens whose importance is capped at
             ``importance_cap``; 0 without ``sampled_logp``.
     """
 
@@ -325,29 +325,29 @@ def grpo_loss(
     sampled_logp: Tensor | None = None,
     importance_cap: float = 2.0,
 ) -> GrpoLoss:
-    """The clipped policy loss with a KL penalty, its gradient recomputed in backward.
+    """Compute the clipped policy loss with a KL penalty; its gradient is recomputed in backward.
 
     Per token, with ``r = exp(new − old)`` and ``d = ref − new``:
     ``−min(r·A, clip(r, 1 − clip_low, 1 + clip_high)·A) + β·k3``, ``k3 = exp(d) − d − 1`` (GRPO,
-    arXiv 2402.03300; k3: Schulman, "Approximating KL divergence", 2020). Log-ratios are held
-    within ±60, and have no gradient beyond.
+    arXiv 2402.03300; k3: Schulman, "Approximating KL divergence", 2020). Log-ratios are clamped to
+    ±60 and have no gradient beyond.
 
-    A sampler that computes in another type than the trainer draws from a slightly other policy
-    than ``old``. With ``sampled_logp`` a token's first term, not its KL, is weighted by
+    A sampler that computes in another type than the trainer's draws from a slightly different
+    policy than ``old``. With ``sampled_logp`` a token's first term, but not its KL, is weighted by
     ``min(exp(old − sampled), importance_cap)``: truncated importance sampling (Ionides 2008; for
     this mismatch Yao et al., "Your efficient RL framework secretly brings you off-policy RL
-    training", 2025, with a cap of 2). The weight has no gradient, and is 1 but for rounding where
-    the two compute alike. Sums over tokens become a loss by
+    training", 2025, with a cap of 2). The weight has no gradient, and is 1 up to rounding where the
+    two compute alike. ``normalise`` selects how sums over tokens become a loss:
 
-    - ``sequence``: the mean over a sequence's tokens, then over sequences with any (GRPO);
+    - ``sequence``: the mean over a sequence's tokens, then over the sequences that have any (GRPO);
     - ``token``: the mean over all tokens of the batch;
-    - ``constant``: the sum over N·max_tokens (Dr.GRPO, arXiv 2503.20783).
+    - ``constant``: the sum divided by N·max_tokens (Dr.GRPO, arXiv 2503.20783).
 
     Args:
         logp: float [N, T], log-probabilities of the tokens under the policy.
         old_logp: [N, T], under the policy before the first update on these samples, as the trainer
-            computes it; None: the same policy (one update per rollout), so that the ratio is 1 and
-            has a gradient.
+            computes it; None means the same policy (one update per rollout), so that the ratio is 1
+            and has a gradient.
         advantage: float [N].
         mask: bool [N, T]; False marks padding, which contributes nothing, whatever the
             log-probabilities hold there.
@@ -356,11 +356,11 @@ def grpo_loss(
         beta: weight of the KL penalty; 0 with ref_logp only measures it.
         normalise: "sequence", "token" or "constant".
         max_tokens: the most tokens a sequence may have; "constant" needs it.
-        sampled_logp: [N, T], as the sampler itself computed them; None: the sampler is ``old``.
-        importance_cap: the largest weight of a token, at least 1 (infinite: none).
+        sampled_logp: [N, T], as the sampler itself computed them; None if the sampler is ``old``.
+        importance_cap: the largest weight of a token, at least 1 (infinite for no cap).
 
     Returns:
-        GrpoLoss. Gradients reach logp alone. A batch without any token has loss 0.
+        GrpoLoss. Only logp gets a gradient. A batch without any token has loss 0.
 
     Raises:
         ValueError: shapes, devices, strides or numbers that do not fit.

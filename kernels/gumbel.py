@@ -1,10 +1,10 @@
 """Straight-through Gumbel-Softmax over a codebook, as flash attention with the codes as values.
 
 ``y = onehot(argmax(ℓ + g))`` forward, ``softmax((ℓ + g)/τ)`` backward (Jang et al. 2017; Maddison
-et al. 2017), times the codebook E. What an autograd graph would hold, noise, soft and hard samples
-of [N, V] each, is never stored: the noise is a function of its key, and p = softmax(a) enters the
-gradient of the logits only as ``dℓ = p ⊙ (dO·Eᵀ − dO·(p·E))/τ``, whose p·E is [N, C] and is summed
-online, as flash attention sums its output (Dao et al. 2022).
+et al. 2017), times the codebook E. An autograd graph would hold noise, soft and hard samples, each
+[N, V]; here none is stored. The noise is a function of its key, and p = softmax((ℓ + g)/τ) enters
+the gradient of the logits only as ``dℓ = p ⊙ (dO·Eᵀ − dO·(p·E))/τ``, where p·E is [N, C] and is
+summed online, as flash attention sums its output (Dao et al. 2022).
 """
 
 from __future__ import annotations
@@ -24,28 +24,28 @@ from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.philox import gumbel_tile
 from echogen.kernels.reference import gumbel as reference
 
-ROWS = 16  # of a tile of [N, V] at least: they let a tile of codes be reused by one tl.dot
+ROWS = 16  # of a tile of [N, V] at least, so that one tl.dot reuses a tile of codes
 WARPS, LEAST, MOST_SPLITS = 3168, 1024, 8
-"""A forward pass cuts the codes of its rows among several programs where there are few rows: up to
-24 warps for each of an H200's 132 multiprocessors, as many as fit by registers, each program with
-1,024 codes at least, beside which writing and merging its partial is little."""
+"""With few rows, a forward pass splits their codes among several programs: up to 24 warps for each
+of an H200's 132 multiprocessors, as many as registers allow. Each program has at least 1,024 codes,
+beside which writing and merging its partial costs little."""
 MANY = 32 * (WARPS // 4) // MOST_SPLITS
-"""Rows from which tiles of 32 rows on four warps, cut so, still fill the device."""
+"""Rows from which tiles of 32 rows on four warps, split like this, still fill the device."""
 MOST_WIDE = 256
 LEAST_K = 8 if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9) else 16
-"""Numbers that `tl.dot` sums over in float32, at least; 3.6 and 3.7 take no eight."""
+"""The fewest numbers that `tl.dot` sums over in float32; Triton 3.6 and 3.7 do not take eight."""
 
 
 @dataclass(frozen=True)
 class Tile:
     """Launch constants of a pass: rows and codes of a tile, and warps that share it.
 
-    The rules below take those of few instructions an element in registers that do not spill on
-    sm_80 to sm_100, as `echogen bench compile` reads them for 8 numbers a code, with targets, from
-    Triton 3.9. Forward over many rows of half floats takes 80 a thread (72 on sm_80): each of its
-    256 numbers of the dot has a thread of its own, where 16 rows on eight warps make each twice.
-    Otherwise forward takes 64 to 80. Backward takes 96 to 114 (128 on sm_80 in bfloat16). Which is
-    fastest, only a GPU can tell: `echogen bench kernels --tune`.
+    The rules below choose tiles with few instructions per element whose registers do not spill on
+    sm_80 to sm_100, as `echogen bench compile` reports for 8 numbers per code, with targets, under
+    Triton 3.9. Forward over many rows of half floats takes 80 registers per thread (72 on sm_80):
+    one thread computes each of the dot's 256 numbers, whereas 16 rows on eight warps compute each
+    twice. Otherwise forward takes 64 to 80. Backward takes 96 to 114 (128 on sm_80 in bfloat16).
+    Only a GPU can tell which is fastest: `echogen bench kernels --tune`.
     """
 
     rows: int
@@ -53,19 +53,19 @@ class Tile:
     warps: int
 
     def candidates(self) -> list[Self]:
-        """16 to 64 rows, half to twice the codes, 16 at least, by four and eight warps. Nearly all
-        tiles of more than 4,096 numbers spill (sm_90)."""
+        """16 to 64 rows and half to twice the codes (at least 16), with four and eight warps.
+        Nearly all tiles of more than 4,096 numbers spill (sm_90)."""
         codes = (self.columns // 2, self.columns, 2 * self.columns)
         sizes = [(r, c) for r in (16, 32, 64) for c in codes if c >= 16 and r * c <= 4096]
         return [type(self)(*size, warps) for size in sizes for warps in (4, 8)]
 
 
 class ForwardTile(Tile):
-    """Of the forward pass."""
+    """Launch constants of the forward pass."""
 
 
 class BackwardTile(Tile):
-    """Of the backward pass."""
+    """Launch constants of the backward pass."""
 
 
 def _forward_tile(width: int, rows: int, half: bool) -> ForwardTile:
@@ -109,8 +109,8 @@ def _codes_tile(codebook_ptr, first, columns, WIDTH: tl.constexpr, PADDED: tl.co
 
 @triton.jit
 def _larger(top, here):
-    """Their maximum, and the same with 0 for −inf: a row of nothing but −inf so far must not make
-    −inf − −inf."""
+    """The maximum, and the same with 0 for −inf: a row of only −inf so far must not give −inf −
+    −inf."""
     now = tl.maximum(top, here)
     return now, tl.where(now == float("-inf"), 0.0, now)
 
@@ -121,9 +121,9 @@ def _finish(
     given_ptr, codebook_ptr, embed_ptr, index_ptr, ce_ptr, lse_a_ptr, lse_l_ptr, e_soft_ptr,
     TARGETS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Store what whole rows give."""
+    """Store the results of whole rows."""
     inside = row < rows
-    # NaN compares with nothing, and the padding may win an argmax: keep the place in the codebook.
+    # NaN compares with nothing, so padding may win an argmax: keep the index in the codebook.
     index = tl.minimum(index, columns - 1).to(tl.int64)
     if given_ptr is not None:
         index = tl.load(given_ptr + row, mask=inside, other=0)
@@ -144,7 +144,7 @@ def _finish(
     if TARGETS:
         log_l = tl.log(tl.where(inside, total_l, 1.0))
         lse_l = top_l + log_l
-        # Not lse_l − at_target: logits that share a large offset round the logarithm away.
+        # Not lse_l − at_target: if logits share a large offset, it rounds the logarithm away.
         ce = tl.where(target < columns, (top_l - at_target) + log_l, float("nan"))
         ce = tl.where(target < 0, 0.0, ce)
     tl.store(lse_l_ptr + row, lse_l, mask=inside)
@@ -221,7 +221,8 @@ def _gumbel_st_merge_kernel(
     lse_a_ptr, lse_l_ptr, e_soft_ptr, rows, columns, splits,
     TARGETS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """The parts of a tile of rows, in the order of codes, so that the first of equals is chosen."""
+    """Merge the parts of a tile of rows in the order of codes, so that the first of ties is
+    chosen."""
     row, c = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, PADDED)
     inside = row < rows
     target = tl.full([ROWS], -1, tl.int64)
@@ -333,7 +334,7 @@ def _launch_forward(
 
 
 def empty_outputs(rows: int, codebook: Tensor) -> Kept:
-    """What `launch_forward_into` fills: embed, index, ce, lse_a, lse_l, e_soft."""
+    """Allocate what `launch_forward_into` fills: embed, index, ce, lse_a, lse_l, e_soft."""
     width = codebook.shape[1]
     index = torch.empty(rows, dtype=torch.int64, device=codebook.device)
     ce, lse_a, lse_l = (torch.empty_like(index, dtype=torch.float32) for _ in range(3))
@@ -345,7 +346,7 @@ def launch_forward_into(
     out: Kept, logits: Tensor, codebook: Tensor, tau: Tensor, seed: Tensor, draw: Tensor,
     position: Tensor, index: Tensor | None, targets: Tensor | None,
 ) -> None:  # fmt: skip
-    """The forward pass, into tensors or rows of tensors given."""
+    """Run the forward pass, into the given tensors or rows of tensors."""
     (rows, columns), width = logits.shape, codebook.shape[1]
     tile = chosen(_forward_tile(width, rows, half=logits.element_size() == 2))
     tiles = triton.cdiv(rows, tile.rows)
@@ -353,7 +354,7 @@ def launch_forward_into(
     share = triton.cdiv(triton.cdiv(columns, splits), tile.columns) * tile.columns
     parts = soft = None
     if splits > 1:
-        # top, total, best, its index, and of the plain logits top, total, the target's
+        # top, total, best and its index; of the plain logits top, total and the target's logit
         parts = torch.empty(7, splits, rows, dtype=torch.float32, device=logits.device)
         soft = torch.empty(splits, rows, width, dtype=torch.float32, device=logits.device)
     constants = {"TARGETS": targets is not None, "WIDTH": width, "PADDED": _padded(width)}
@@ -401,8 +402,8 @@ def launch_backward_into(
     position: Tensor, targets: Tensor | None, lse_a: Tensor, lse_l: Tensor, e_soft: Tensor,
     d_embed: Tensor | None, d_ce: Tensor | None,
 ) -> None:  # fmt: skip
-    """The backward pass; ``out`` may be ``logits``, as every element is read by the program that
-    writes it, before."""
+    """Run the backward pass; ``out`` may be ``logits``, as the program that writes an element has
+    read it before."""
     (rows, columns), width = logits.shape, codebook.shape[1]
     tile = chosen(_backward_tile(width))
     grid = triton.cdiv(rows, tile.rows), triton.cdiv(columns, tile.columns)
@@ -477,7 +478,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     logits, codebook, tau, seed, draw, position, _, targets = inputs
     _, index, _, lse_a, lse_l, e_soft = output
     ctx.mark_non_differentiable(index, lse_a, lse_l, e_soft)
-    ctx.set_materialize_grads(False)  # the gradient of one output alone costs half of both
+    ctx.set_materialize_grads(False)  # one output's gradient costs half as much as both
     ctx.save_for_backward(
         logits, codebook, tau, seed, draw, position, targets, lse_a, lse_l, e_soft, index
     )
@@ -500,8 +501,8 @@ def _backward(
 def above(
     d_embed: Tensor | None, d_ce: Tensor | None, targets: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the outputs as the backward operators want them; None where there is none, also
-    of a cross entropy without targets."""
+    """Return the outputs' gradients in the form that the backward operators take; None where there
+    is none, and for a cross entropy without targets."""
     return (
         None if d_embed is None else d_embed.contiguous(),
         None if d_ce is None or targets is None else d_ce.contiguous(),
@@ -512,12 +513,12 @@ _gumbel_st_embed.register_autograd(_backward, setup_context=_setup)
 
 
 class GumbelSample(NamedTuple):
-    """What a straight-through sample gives.
+    """The result of straight-through sampling.
 
     Attributes:
         embed: [N, C], rows of the codebook, in its type.
         code: int64 [N], the codes chosen (or given).
-        ce: float32 [N] (float64 of float64 logits), cross entropy of the plain logits with the
+        ce: float32 [N] (float64 for float64 logits), cross entropy of the plain logits with the
             targets; 0 without targets and where a target is negative.
     """
 
@@ -529,7 +530,7 @@ class GumbelSample(NamedTuple):
 def check_sampling(
     codebook: Tensor, rows: int, columns: int, per_row: dict[str, Tensor | None]
 ) -> None:
-    """The arguments that both forms of the sampler share, for logits [rows, columns].
+    """Check the arguments that both forms of the sampler share, for logits [rows, columns].
 
     Raises:
         ValueError, TypeError: as in `gumbel_st_embed`.
@@ -556,7 +557,7 @@ def gumbel_st_embed(
     index: Tensor | None = None,
     targets: Tensor | None = None,
 ) -> GumbelSample:
-    """Sample a code a row and return its embedding, with a gradient through the soft sample.
+    """Sample one code per row and return its embedding, with a gradient through the soft sample.
 
     Forward ``embed = E[argmax(ℓ + g)]``; backward, with ``p = softmax((ℓ + g)/τ)``,
     ``dℓ = p ⊙ (dO·Eᵀ − dO·(p·E))/τ``, plus the cross entropy's share, and ``dE`` sums dO over the
@@ -569,10 +570,11 @@ def gumbel_st_embed(
         codebook: float [V, C], contiguous; C up to 256.
         tau: temperature of the soft sample, above 0; a tensor of one element is not checked.
         seed: key of the noise, an int or an int64 tensor of one element.
-        draw, position: int64 [N], the noise's words of each row.
+        draw, position: int64 [N], the words of each row's noise.
         index: int64 [N], codes already sampled (with the same noise); the noise then only shapes
-            the soft sample. One outside the codebook has NaN for its embedding.
-        targets: int64 [N], codes for the cross entropy; negative: none; beyond the codebook: NaN.
+            the soft sample. A code outside the codebook has embedding NaN.
+        targets: int64 [N], codes for the cross entropy, which is 0 for a negative target and NaN
+            beyond the codebook.
 
     Raises:
         ValueError: shapes, devices, strides or numbers that do not fit.

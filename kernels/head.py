@@ -1,7 +1,7 @@
 """The linear head in chunks of rows, so that logits of all rows never exist.
 
-Matrix products are the library's (cuBLAS on CUDA), written into one reused buffer; what operators
-do with a chunk's logits is their own. Plain torch: launchers and references share it.
+The library (cuBLAS on CUDA) computes the matrix products, into one reused buffer; each operator
+does its own work on a chunk's logits. This is plain torch, which launchers and references share.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ MOST_ROWS = 4096
 
 
 def chunk_rows(rows: int, columns: int, width: int, itemsize: int) -> int:
-    """How many rows to take at once where the caller does not say.
+    """How many rows to take at once if the caller does not say.
 
-    Fewer rows hold less memory, yet each chunk reads and writes the float32 sum of the weight's
-    gradient [V, D] once: on an H200 about 184 rows' worth of a chunk's four products in bf16 (18%
-    at 1024 rows, 4.5% at 4096). So the buffer may grow to the size of that sum, which backward
-    holds anyway (4·D / itemsize rows), or to 64 MiB where the head is small, and to 4096 rows at
-    most. Janus-Pro's head (V = 16,384, D = 2048) gets 4096 rows in bf16 and 2048 in float32.
-    The rows are then shared out evenly, in multiples of 128.
+    Fewer rows take less memory, but each chunk reads and writes the float32 sum of the weight's
+    gradient [V, D] once. On an H200 this costs as much as about 184 rows of a chunk's four products
+    in bf16 (18% at 1024 rows, 4.5% at 4096). So the buffer may grow to the size of that sum, which
+    backward holds anyway (4·D / itemsize rows), or to 64 MiB if the head is small, and to at most
+    4096 rows. Janus-Pro's head (V = 16,384, D = 2048) gets 4096 rows in bf16 and 2048 in float32.
+    The rows are then divided evenly, in multiples of 128.
     """
     at_once = max(BUFFER_BYTES // (columns * itemsize), 4 * width // itemsize)
     at_once = max(128, min(MOST_ROWS, at_once // 128 * 128))
@@ -34,7 +34,7 @@ def chunk_rows(rows: int, columns: int, width: int, itemsize: int) -> int:
 
 
 def resolve_chunk(chunk: int | None, hidden: Tensor, weight: Tensor) -> int:
-    """``chunk``, or the rule of `chunk_rows` for None.
+    """Return ``chunk``, at most all rows, or for None the choice of `chunk_rows`.
 
     Raises:
         ValueError: below 1.
@@ -47,7 +47,7 @@ def resolve_chunk(chunk: int | None, hidden: Tensor, weight: Tensor) -> int:
 
 
 def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """hidden [N, D], weight [V, D] and bias [V] that fit each other: one float type, contiguous.
+    """Check that hidden [N, D], weight [V, D] and bias [V] fit: one float type, contiguous.
 
     Raises:
         ValueError, TypeError: as in `echogen.kernels.checks`.
@@ -72,8 +72,8 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def logits_in_chunks(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, chunk: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, their logits in hidden's type), chunk by chunk. The logits are a view of one buffer,
-    which may be overwritten until the next chunk is asked for."""
+    """Yield (rows, their logits in hidden's type) chunk by chunk. The logits are a view of one
+    buffer, which the caller may overwrite until it takes the next chunk."""
     buffer = torch.empty(chunk, len(weight), dtype=hidden.dtype, device=hidden.device)
     for first in range(0, len(hidden), chunk):
         rows = slice(first, min(first + chunk, len(hidden)))
@@ -90,7 +90,7 @@ class HeadGradients:
     their order, in float32; only those that are needed.
 
     Args:
-        chunks: how many there will be. A single one needs no sum, so the library's product is
+        chunks: number of chunks to come. A single one needs no sum, so the library's product is
             written in the weight's own type.
     """
 
@@ -106,7 +106,7 @@ class HeadGradients:
         self._d_bias = torch.zeros(bias_shape, dtype=wide(hidden.dtype), device=hidden.device)
 
     def add(self, rows: slice, d_logits: Tensor) -> None:
-        """One chunk's share."""
+        """Add one chunk's share."""
         if self._needs[0]:
             torch.mm(d_logits, self._weight, out=self._d_hidden[rows])
         if self._needs[1]:
@@ -116,15 +116,15 @@ class HeadGradients:
         self._first = False
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """In the type of the arguments; empty where not needed."""
+        """Return the gradients in the type of the arguments; empty where not needed."""
         dtype = self._hidden.dtype
         return self._d_hidden, self._d_weight.to(dtype), self._d_bias.to(dtype)
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, accumulate: bool) -> None:
-    """total (+)= a @ b, in total's memory, with no rounding to a lesser type on the way."""
+    """total (+)= a @ b, in total's memory, without rounding to a narrower type on the way."""
     if total.dtype != a.dtype and (a.device.type == "cpu" or torch.version.hip):
-        # Products of halves into float32 are CUDA's alone.
+        # Only CUDA multiplies half-precision matrices into float32.
         a, b = a.to(total.dtype), b.to(total.dtype)
     if accumulate and total.dtype == a.dtype:
         torch.addmm(total, a, b, out=total)

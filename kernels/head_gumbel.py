@@ -1,9 +1,9 @@
-"""The straight-through sampler from hidden states: logits of all rows never exist.
+"""The straight-through sampler from hidden states, without ever storing the logits of all rows.
 
 Rows go through the linear head in chunks, into one buffer that `gumbel`'s kernels read; backward
-computes a chunk's logits once more and lets them be overwritten with their gradient. For a head of
-16,384 codes this is the largest tensor of a training step gone: 64 images of 576 tokens have 2.4 GB
-of float32 logits, and as much again of their gradient.
+recomputes a chunk's logits and overwrites them with their gradient. For a head of 16,384 codes this
+removes the largest tensor of a training step: 64 images of 576 tokens have 2.4 GB of float32
+logits, and as much again for their gradient.
 """
 
 from __future__ import annotations
@@ -209,8 +209,8 @@ def head_gumbel_st_embed(
 ) -> GumbelSample:
     """`gumbel_st_embed` of the logits ``hidden·Wᵀ + b``, a chunk of rows at a time.
 
-    Gradients reach hidden, weight, bias and codebook. Sums over chunks are float32 and in order,
-    so that a rerun is identical; those that nobody needs are not computed.
+    Gradients reach hidden, weight, bias and codebook. Sums over chunks are float32 and in a fixed
+    order, so that a rerun is identical. Gradients that are not needed are not computed.
 
     Args:
         hidden: float [N, D], contiguous.

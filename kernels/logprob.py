@@ -1,11 +1,11 @@
-"""Log-probability and entropy of each token under a linear head, without the logits of all tokens.
+"""Log-probability and entropy of each token under a linear head, without storing all logits.
 
-What RL trainers ask of a head of V outputs is two numbers a token; eager autograd holds three to
-five [N, V] tensors for them (2.4 GB each for 64 images of 576 tokens over 16,384 codes). Here rows
-go through the head in chunks, into one buffer: forward reduces a chunk's logits in one pass, with a
-running maximum (Milakov and Gimelshein 2018); backward computes them once more, overwrites them
-with their gradient and multiplies that on, as Liger's fused linear cross entropy does for a loss
-(Hsu et al. 2024).
+RL trainers need only two numbers per token from a head of V outputs, but eager autograd holds three
+to five [N, V] tensors for them (2.4 GB each for 64 images of 576 tokens over 16,384 codes). Here
+rows go through the head in chunks, into one buffer. Forward reduces a chunk's logits in one pass,
+with a running maximum (Milakov and Gimelshein 2018). Backward recomputes them, overwrites them with
+their gradient and multiplies it through the head, as Liger's fused linear cross entropy does for a
+loss (Hsu et al. 2024).
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from echogen.kernels.reference import logprob as reference
 
 @dataclass(frozen=True)
 class Tile:
-    """Launch constants of a pass: columns of a row at once, and warps of a program."""
+    """Launch constants of a pass: columns of a row at a time, and warps per program."""
 
-    columns: int = 2048  # 16 a thread, loaded 16 bytes at a time
+    columns: int = 2048  # 16 per thread, loaded 16 bytes at a time
     warps: int = 4
 
     def candidates(self) -> list[Self]:
-        """Half to twice the columns, by two to eight warps."""
+        """Half to twice the columns, with two to eight warps."""
         sizes = (self.columns // 2, self.columns, 2 * self.columns)
         return [type(self)(columns, warps) for columns in sizes for warps in (2, 4, 8)]
 
 
 class ForwardTile(Tile):
-    """Of the forward pass."""
+    """Launch constants of the forward pass."""
 
 
 class BackwardTile(Tile):
-    """Of the backward pass."""
+    """Launch constants of the backward pass."""
 
 
 FORWARD, BACKWARD = ForwardTile(), BackwardTile()
-MIXED_ROWS = 4096  # of hidden states that are guided at once
+MIXED_ROWS = 4096  # rows of hidden states to guide at once
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def _logprob_forward_kernel(
     logits_ptr, targets_ptr, temperature_ptr, logprob_ptr, entropy_ptr, lse_ptr, columns,
     COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One row: Σ exp(z − m) and Σ exp(z − m)·(z − m) below a running maximum m, lane by lane."""
+    """One row: Σ exp(z − m) and Σ exp(z − m)·(z − m) with a running maximum m, lane by lane."""
     row = tl.program_id(0).to(tl.int64)
     start = logits_ptr + row * columns
     scale = 1.0 / tl.load(temperature_ptr)
@@ -73,17 +73,17 @@ def _logprob_forward_kernel(
     x = tl.load(start + column, mask=column < columns, other=float("-inf"))
     for _ in range(0, columns, COLUMNS):
         z = x.to(tl.float32) * scale
-        # The next tile is under way while this one is summed.
+        # The next tile loads while this one is summed.
         column += COLUMNS
         x = tl.load(start + column, mask=column < columns, other=float("-inf"))
         now = tl.maximum(top, tl.max(z, 0))
-        # A tile of nothing but −inf must not make −inf − −inf, nor the first one 0·−inf.
+        # A tile of only −inf must not give −inf − −inf, nor the first tile 0·−inf.
         safe = tl.where(now == float("-inf"), 0.0, now)
         shift = tl.where(top == float("-inf"), 0.0, top - safe)
         shrink, below = tl.exp(shift), z - safe
         e = tl.exp(below)
-        # Bounded, as a tile of finfo.min makes the shift so large that its product is −inf, and
-        # that times the shrink of 0 no number.
+        # Bounded: a tile of finfo.min makes the shift so large that its product is −inf, and −inf
+        # times a shrink of 0 is NaN.
         moment = (moment + total * tl.maximum(shift, -1e4)) * shrink + e * tl.maximum(below, -1e4)
         total = total * shrink + e
         top = now
@@ -105,14 +105,14 @@ def _logprob_backward_kernel(
     logits_ptr, targets_ptr, temperature_ptr, lse_ptr, entropy_ptr, d_logprob_ptr, d_entropy_ptr,
     columns, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of one row's logits becomes its gradient."""
+    """Overwrite a tile of one row's logits with its gradient."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     scale = 1.0 / tl.load(temperature_ptr)
     target = tl.load(targets_ptr + row)
     lse, entropy = tl.load(lse_ptr + row).to(tl.float32), tl.load(entropy_ptr + row).to(tl.float32)
     d_logprob = tl.load(d_logprob_ptr + row).to(tl.float32)
-    # A target that is no output has NaN for a log-probability, and for its gradient.
+    # A target beyond the outputs has log-probability NaN, and so gradient NaN.
     d_logprob = tl.where((target < columns) | (d_logprob == 0), d_logprob, float("nan"))
     d_logprob = tl.where(target < 0, 0.0, d_logprob)
     d_entropy = tl.load(d_entropy_ptr + row).to(tl.float32)
@@ -244,8 +244,8 @@ def _backward(
     ctx: Any, d_logprob: Tensor, d_entropy: Tensor, _lse: None
 ) -> tuple[Tensor | None, ...]:
     hidden, weight, _, _, bias = ctx.needs_input_grad[:5]
-    # The same chunks as forward, so the same products, and neither fuses z/T with what it is taken
-    # from: the log-sum-exp fits the logits exactly.
+    # Backward has the same chunks as forward and so the same products, and neither fuses z/T with
+    # the subtraction after it: the log-sum-exp matches the logits exactly.
     d_hidden, d_weight, d_bias = _linear_logprob_backward(
         *ctx.saved_tensors, d_logprob.contiguous(), d_entropy.contiguous(), hidden, weight, bias,
         ctx.chunk,
@@ -258,7 +258,7 @@ _linear_logprob.register_autograd(_backward, setup_context=_setup)
 
 
 class LogProb(NamedTuple):
-    """What a policy update asks of a head.
+    """What a policy update needs from a head.
 
     Attributes:
         logprob: float32 [N] (float64 for float64 input), natural logarithm; 0 where the target is
@@ -278,21 +278,21 @@ def linear_logprob(
     chunk: int | None = None,
     temperature: float | Tensor = 1.0,
 ) -> LogProb:
-    """log p(target) and H(p) a row, with p = softmax((hidden·Wᵀ + b)/T).
+    """Compute log p(target) and H(p) per row, with p = softmax((hidden·Wᵀ + b)/T).
 
     Backward, with z = logits/T: ``dz = dlogp ⊙ (onehot − p) − dH ⊙ p ⊙ (log p + H)``, times 1/T,
-    and from there through the layer; sums over chunks are float32 and in order, so that a rerun
-    is identical. Gradients that nobody needs are not computed. The logits are rounded to hidden's
-    type, as a sampler's are that runs the same layer without guidance.
+    and then through the layer. Sums over chunks are float32 and in a fixed order, so that a rerun
+    is identical. Gradients that are not needed are not computed. The logits are rounded to hidden's
+    type, like those of a sampler that runs the same layer without guidance.
 
     Args:
         hidden: float [N, D], contiguous.
         weight: [V, D], of hidden's type, contiguous.
-        targets: int64 [N]; negative: no log-probability (the entropy is still given).
+        targets: int64 [N]; a negative one has no log-probability (but still an entropy).
         bias: [V], of hidden's type.
-        chunk: rows whose logits exist at once, N·V never. None chooses by size: up to 4096, see
+        chunk: rows whose logits exist at once. None chooses by size: up to 4096, see
             `echogen.kernels.head.chunk_rows`.
-        temperature: what the sampler divided by, above 0; a tensor of one element is not checked.
+        temperature: the sampler's T, above 0; a tensor of one element is not checked.
 
     Raises:
         ValueError: shapes, devices, strides or numbers that do not fit.
@@ -322,11 +322,11 @@ def _scaled(d: Tensor, by: Tensor) -> Tensor:
     return out
 
 
-# Names of its own would be out of torch.compile's sight: Dynamo traces no attribute of the class.
+# Its helpers live outside the class: torch.compile's Dynamo traces no attribute of the class.
 class _Guided(torch.autograd.Function):
-    """``u + s·(c − u)`` in float32 at least, rounded once, some rows at a time: over all rows at
-    once a backward would hold three float32 tensors of the hidden states' size (for 64 images of
-    Janus-Pro 860 MiB, twice what the head itself needs)."""
+    """``u + s·(c − u)`` in at least float32, rounded once, some rows at a time. Over all rows at
+    once, backward would hold three float32 tensors of the hidden states' size (860 MiB for 64
+    images of Janus-Pro, twice what the head itself needs)."""
 
     @staticmethod
     def forward(ctx: Any, c: Tensor, u: Tensor, s: Tensor) -> Tensor:
@@ -362,14 +362,14 @@ def guided_linear_logprob(
     ``h = h_u + s·(h_c − h_u)``, bias included (its weights 1 − s and s sum to one): one matrix
     product instead of two. h is mixed in float32 and rounded to hidden's type once.
 
-    In bfloat16 a sampler that mixes two rounded logits multiplies their rounding by about s, and
-    differs from this by 0.04 to 0.06 nats (standard deviation; s of 3 to 5, random weights of
-    width 2048): take a policy's old log-probabilities from here too, not from the sampler.
+    A bfloat16 sampler that mixes two rounded logits multiplies their rounding error by about s, and
+    differs from this function by 0.04 to 0.06 nats (standard deviation; s of 3 to 5, random weights
+    of width 2048). So take a policy's old log-probabilities from here too, not from the sampler.
 
     Args:
         hidden, hidden_uncond: [N, D] of the conditional and the unconditional rows.
-        scale: the guidance s; 1 is no guidance. A tensor of one element is not checked.
-        detach_unconditional: no gradient through the unconditional rows.
+        scale: the guidance scale s; 1 means no guidance. A tensor of one element is not checked.
+        detach_unconditional: stop the gradient through the unconditional rows.
 
     The other arguments, the result and the errors are those of `linear_logprob`.
     """

@@ -1,18 +1,18 @@
-"""Programmatic dependent launch (CUDA, compute capability 9.0): a launch may begin while the one
-before it on the stream still runs, and waits for its results where it first needs them.
+"""Programmatic dependent launch (CUDA, compute capability 9.0): a launch may begin while the
+previous one on the stream still runs, and waits for that one's results where it first needs them.
 
-A step of decoding is some two hundred launches of a few microseconds each. In a graph, too, every
-one of them waits until the last block of the one before is gone and its writes are visible, and
+A decoding step is some two hundred launches of a few microseconds each. Even in a graph, each of
+them waits until the last block of the previous launch has ended and its writes are visible, and
 only then begins to set up. Kernels that take part wait by themselves, so that the setup, and in
-``skinny_linear`` the first weights on their way to shared memory, fall into the time of the launch
-before. A kernel that takes part
+``skinny_linear`` the first copies of weights to shared memory, overlap with the previous launch. A
+kernel that takes part
 
-- reads nothing that an earlier launch wrote, and writes nothing, before it waits: once the wait is
-  over, every launch before it has ended, as each of them waited in its turn;
+- before it waits, reads nothing that an earlier launch wrote and writes nothing: once the wait is
+  over, every earlier launch has ended, because each of them waited in its turn;
 - waits in every block, or launches further back might still run when it ends;
-- says at its wait that the next one may begin, so that no more than two run side by side.
+- signals at its wait that the next one may begin, so that no more than two run side by side.
 
-Off unless ``ECHOGEN_PDL=1`` is set: no GPU has run or timed it yet.
+It is off unless ``ECHOGEN_PDL=1`` is set, because no GPU has run or timed it yet.
 """
 
 from __future__ import annotations
@@ -36,18 +36,19 @@ LEAST_CAPABILITY = (9, 0)
 
 @triton.jit
 def wait_for_earlier(DEPENDENT: tl.constexpr):
-    """First in a Triton kernel that takes part; ``DEPENDENT`` is its last parameter, False by
-    default, and set by the launch."""
+    """Comes first in a Triton kernel that takes part. ``DEPENDENT`` is that kernel's last
+    parameter, False by default; the launch sets it."""
     if DEPENDENT:
         gdc_wait()
         gdc_launch_dependents()
 
 
 def available(device: torch.device) -> bool:
-    """Whether launches on this device are to overlap.
+    """Whether launches on this device should overlap.
 
     Raises:
-        RuntimeError: they are, and what launches those in CUDA C++ so is not installed.
+        RuntimeError: they should, but cuda-bindings, which launches the CUDA C++ kernels this way,
+            is not installed.
     """
     if os.environ.get("ECHOGEN_PDL") != "1" or device.type != "cuda":
         return False
@@ -63,8 +64,8 @@ def available(device: torch.device) -> bool:
 
 @contextmanager
 def overlapping(device: torch.device) -> Iterator[None]:
-    """Launches within, of kernels that take part, overlap with those before them, where that is
-    `available`. Weights must not be written by the launch right before the first one within."""
+    """Let launches within, of kernels that take part, overlap with those before them, if that is
+    `available`. The launch right before the first one within must not write weights."""
     token = _overlapping.set(available(device))
     try:
         yield

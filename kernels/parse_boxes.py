@@ -1,10 +1,10 @@
-"""Boxes read from token sequences, and which tokens may follow, without a host synchronisation.
+"""Parse boxes from tokens, and find which tokens may follow, without a host synchronisation.
 
-Reading answers on the host stops the device once a step; here a row's tokens run through the
-grammar's finite-state machine in one thread. Both codecs of the engine have one: four location
-tokens, and the text ``[x1, y1, x2, y2]``, whose tokens' characters come in a table. x1 and y1 are
-below the scale, x2 > x1 and y2 > y1, integers have no leading zeros (EchoGen, arXiv 2603.18001, and
-PlanGen's format of boxes).
+Reading answers on the host would stall the device once per step. Here one thread runs a row's
+tokens through the grammar's finite-state machine. Both codecs of the engine have a grammar: four
+location tokens, and the text ``[x1, y1, x2, y2]``, for which a table holds each token's characters.
+x1 and y1 are below the scale, x2 > x1 and y2 > y1, and integers have no leading zeros (EchoGen,
+arXiv 2603.18001, and PlanGen's box format).
 """
 
 from __future__ import annotations
@@ -136,21 +136,21 @@ def _fake_text_mask(
 
 
 def parse_location_boxes(tokens: Tensor, first_location: int, bins: int, close: int) -> Tensor:
-    """Boxes of four location tokens, as `LocationCodec.parse` reads them.
+    """Parse boxes of four location tokens, as `LocationCodec.parse` does.
 
     Args:
-        tokens: integers [N, S], contiguous: what stands behind ``<box>``. A box ends at the first
-            ``close`` or with its row; what stands behind that is ignored.
-        first_location: token of coordinate 0; those of 0 … bins − 1 follow one another.
-        bins: coordinates a side, at least 2; token i means i/(bins − 1).
+        tokens: integers [N, S], contiguous: the tokens after ``<box>``. A box ends at the first
+            ``close`` or at the end of its row; tokens after that are ignored.
+        first_location: token of coordinate 0; those of 0 … bins − 1 are consecutive.
+        bins: coordinates per side, at least 2; token i means i/(bins − 1).
         close: the token ``</box>``.
 
     Returns:
-        float32 [N, 4], normalised ``xyxy``; NaN where a row is no box.
+        float32 [N, 4], normalised ``xyxy``; NaN where a row is not a box.
 
     Raises:
         ValueError: shapes, strides or numbers that do not fit.
-        TypeError: tokens that are no integers.
+        TypeError: tokens that are not integers.
     """
     _check_tokens(tokens)
     _check_location(first_location, bins, close, None)
@@ -161,14 +161,14 @@ def parse_location_boxes(tokens: Tensor, first_location: int, bins: int, close: 
 def allowed_location_mask(
     tokens: Tensor, lengths: Tensor, first_location: int, bins: int, close: int, vocab: int
 ) -> Tensor:
-    """Which tokens may follow so that a box can be completed, as `LocationCodec.allowed` lists.
+    """Mark the tokens after which a box can still be completed, as `LocationCodec.allowed` lists.
 
     After a complete box, and after its ``close``, only ``close`` may follow, so that finished rows
     can stay in a batch. After an error that no token can repair, nothing may follow.
 
     Args:
         tokens, first_location, bins, close: as in `parse_location_boxes`.
-        lengths: integers [N]: how many tokens of each row there are so far, taken as 0 … S.
+        lengths: integers [N]: the number of tokens in each row so far, clamped to 0 … S.
         vocab: width of the mask.
 
     Returns:
@@ -176,7 +176,7 @@ def allowed_location_mask(
 
     Raises:
         ValueError: shapes, devices, strides or numbers that do not fit.
-        TypeError: tokens or lengths that are no integers.
+        TypeError: tokens or lengths that are not integers.
     """
     _check_tokens(tokens, lengths)
     _check_location(first_location, bins, close, vocab)
@@ -187,15 +187,15 @@ def allowed_location_mask(
 
 
 def parse_text_boxes(tokens: Tensor, pieces: Tensor, close: int, scale: int = 1000) -> Tensor:
-    """Boxes spelled ``[x1, y1, x2, y2]``, as `TextualCodec.parse` reads them.
+    """Parse boxes spelled ``[x1, y1, x2, y2]``, as `TextualCodec.parse` does.
 
     Args:
         tokens, close: as in `parse_location_boxes`.
-        pieces: uint8 [width, vocab], contiguous: `text_pieces` of the tokenizer.
+        pieces: uint8 [width, vocab], contiguous: the tokenizer's `text_pieces`.
         scale: the largest coordinate, which means 1; up to 10⁶.
 
     Returns:
-        float32 [N, 4], normalised ``xyxy``; NaN where a row is no box.
+        float32 [N, 4], normalised ``xyxy``; NaN where a row is not a box.
 
     Raises:
         ValueError: shapes, devices, strides or numbers that do not fit.
@@ -210,10 +210,11 @@ def parse_text_boxes(tokens: Tensor, pieces: Tensor, close: int, scale: int = 10
 def allowed_text_mask(
     tokens: Tensor, lengths: Tensor, pieces: Tensor, close: int, scale: int = 1000
 ) -> Tensor:
-    """Which tokens may follow so that a box can be completed, as `TextualCodec.allowed` lists.
+    """Mark the tokens after which a box can still be completed, as `TextualCodec.allowed` lists.
 
-    What may follow a box that is done or past mending: as in `allowed_location_mask`, which says
-    also what ``lengths`` are; the rest as in `parse_text_boxes`. Returns bool [N, vocab].
+    Complete boxes and those beyond repair are treated as in `allowed_location_mask`, which also
+    describes ``lengths``. The other arguments are those of `parse_text_boxes`. Returns bool
+    [N, vocab].
     """
     _check_tokens(tokens, lengths)
     _check_text(tokens, pieces, close, scale)
@@ -222,14 +223,14 @@ def allowed_text_mask(
 
 
 def text_pieces(texts: Sequence[str | None]) -> Tensor:
-    """The table of a tokenizer for the textual codec, made once.
+    """Build a tokenizer's table of characters for the textual codec; needed once per tokenizer.
 
     Args:
         texts: what each token id decodes to; None for special tokens.
 
     Returns:
-        uint8 [width, vocab]: a token's characters from the top, then zeros; nothing but zeros where
-        a token is empty, longer than a box, or holds anything but ``[], 0123456789``.
+        uint8 [width, vocab]: each column holds a token's characters, then zeros; only zeros where a
+        token is empty, longer than a box, or holds anything other than ``[], 0123456789``.
     """
     fits = [
         t.encode("ascii") if t and len(t) <= LONGEST_PIECE and not set(t) - set("[], 0123456789")

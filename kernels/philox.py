@@ -21,11 +21,11 @@ BLOCK_ROWS, BLOCK_COLUMNS = 4, 512
 @triton.jit
 def _log(x):
     """Natural logarithm of float32 numbers that are positive, finite and not denormal: x = m·2ᵏ
-    with m in [2/3, 4/3), log m as a polynomial, in libdevice's own steps and so to its last bit,
-    less what it does for numbers that cannot occur here (8 instructions). Multiplications and
-    additions are fused by name, so that every kernel around it rounds alike."""
+    with m in [2/3, 4/3), log m as a polynomial, in libdevice's own steps and so equal to its last
+    bit, without the 8 instructions for numbers that cannot occur here. Multiplications and
+    additions are fused explicitly, so that every surrounding kernel rounds the same way."""
     bits = x.to(tl.int32, bitcast=True)
-    e = (bits - 0x3F2AAAAB) & -8388608  # of 2/3; the exponent's bits and the sign
+    e = (bits - 0x3F2AAAAB) & -8388608  # bits of 2/3; sign and exponent
     m = (bits - e).to(tl.float32, bitcast=True) - 1.0
     k = e.to(tl.float32) * 1.1920928955078125e-07  # 2⁻²³
     r = tl.fma(m, -0.130310059, 0.140869141)
@@ -46,8 +46,8 @@ def gumbel_tile(
     """Standard Gumbel noise float32 [rows, COLUMNS] for columns first, first + 1, …; ``first`` and
     COLUMNS are multiples of 4, draw and position int64 [rows]. Device code for other kernels.
 
-    TIGHT is for those short of registers: the same numbers by the library's logarithm, whose branch
-    keeps the compiler from working on many elements at once."""
+    TIGHT is for kernels short of registers: it gives the same numbers by the library's logarithm,
+    whose branch keeps the compiler from working on many elements at once."""
     block = (first // 4 + tl.arange(0, COLUMNS // 4)).to(tl.uint32)[None, :]
     # All four words of the counter are uint32: with 64-bit ones tl.philox is Philox-4x64.
     none = (position[:, None] * 0).to(tl.uint32) + block * 0
@@ -59,7 +59,7 @@ def gumbel_tile(
         none + stream.to(tl.uint32),
     )
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    # Exact, and from 2⁻²⁴ to 1 − 2⁻²⁴: its −log lies in [6e-8, 16.7], its own logarithm exists too.
+    # Exact, from 2⁻²⁴ to 1 − 2⁻²⁴: so its −log, in [6e-8, 16.7], has a logarithm too.
     u = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2⁻²³
     return -tl.log(-tl.log(u)) if TIGHT else -_log(-_log(u))
 
@@ -114,10 +114,11 @@ def gumbel_noise(
 
     Args:
         seed: 64-bit key, or the key as an int64 tensor of one element, which a CUDA graph reads
-            afresh at every replay.
-        draw: int64 [...], in [0, 2³²): unique to a sample over the whole run; not its place in
+            anew at every replay.
+        draw: int64 [...], in [0, 2³²): unique to each sample over the whole run; not its place in
             the batch, and not the data set's index (noise would repeat every epoch).
-        position: int64, broadcastable to draw's shape, in [0, 2³²): which token of the sample.
+        position: int64, broadcastable to draw's shape, in [0, 2³²): the token's index in its
+            sample.
         columns: width of a row (the codebook).
         stream: separates uses that share the other words.
 
@@ -126,7 +127,7 @@ def gumbel_noise(
 
     Raises:
         ValueError: ``columns`` below 1, a seed outside 0 … 2⁶³ − 1, several devices.
-        TypeError: draw or position that holds no integers.
+        TypeError: draw or position that are not integers.
     """
     if columns < 1:
         raise ValueError(f"columns = {columns}; it must be at least 1")

@@ -1,8 +1,8 @@
-"""RMS norm, alone or with the residual addition before it, read and written once.
+"""RMS norm, alone or with the residual addition before it, in one read and one write.
 
-Eager code reads a row four times, and once more for the addition. Rounding follows the Llama of
-transformers: normalised in float32, rounded to the input's type, then multiplied by the weight, so
-that half-precision models give the numbers they were trained with (Zhang & Sennrich 2019).
+Eager code reads a row four times, and once more for the addition. Rounding follows transformers'
+Llama: rows are normalised in float32, rounded to the input's type, then multiplied by the weight,
+so that half-precision models give the numbers they were trained with (Zhang & Sennrich 2019).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.reference import rms_norm as reference
 
-TILE = 2048  # elements of a program's tile at least: narrow rows share a program
+TILE = 2048  # the fewest elements of a program's tile: narrow rows share a program
 PROGRAMS = 512  # of backward, each with its own partial sum of the weight's gradient
 MAX_WIDTH = 8192  # a row is held in registers; wider ones would spill
 SUM_ROWS, SUM_COLUMNS = 128, 16
 
 
-@triton.jit(do_not_specialize=["rows"])  # or 1, 8 and 16 rows would be three kernels
+@triton.jit(do_not_specialize=["rows"])  # otherwise 1, 8 and 16 rows would be three kernels
 def _rms_norm_forward_kernel(
     x_ptr, residual_ptr, weight_ptr, out_ptr, summed_ptr, rstd_ptr, eps, rows, width,
     ADD: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -93,15 +93,15 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _double(x: Tensor, weight: Tensor) -> bool:
-    """Not a type to train in: kernels calculate in float32, and the reference in float64."""
+    """Whether the reference runs: float64 is not a type to train in, and kernels use float32."""
     return torch.float64 in (x.dtype, weight.dtype)
 
 
 def _tile(width: int) -> dict[str, int]:
     """Launch constants for rows of this width."""
     columns = triton.next_power_of_2(width)
-    # 16 elements a thread, but 8 of a row above 4096: there backward would spill with 16 where the
-    # width is no multiple of 16, up to 56 bytes (Triton 3.9; with 8 up to 24, in bfloat16).
+    # 16 elements per thread, but 8 for rows above 4096: there, with 16, backward would spill up to
+    # 56 bytes if the width is not a multiple of 16 (Triton 3.9; with 8 up to 24, in bfloat16).
     warps = min(32, max(4, columns // (512 if columns <= 4096 else 256)))
     return {"ROWS": max(1, TILE // columns), "COLUMNS": columns, "num_warps": warps}
 
@@ -282,10 +282,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
 def add_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:
-    """The residual addition and the norm of its sum, which a pre-norm decoder does twice a layer.
+    """The residual addition and the norm of its sum, which a pre-norm decoder does twice per layer.
 
     Args:
-        x: float [..., D], what a sublayer gave; contiguous, D up to 8192.
+        x: float [..., D], a sublayer's output; contiguous, D up to 8192.
         residual: [..., D], of x's type.
         weight: float [D].
         eps: ε, above 0.

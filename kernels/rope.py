@@ -1,9 +1,10 @@
-"""Rotary position embedding of queries and keys in one launch; in decoding, with the cache write.
+"""Rotary position embedding of queries and keys in one launch; in decoding, also the cache write.
 
-Eager code makes two rotated halves, two products and a sum of each; here every element is read
+Eager code makes two rotated halves, two products and a sum for each. Here every element is read
 once and written once, and a decoded token's key and value go straight to their place in the cache.
-That cache may hold 8 bits a number (float8_e4m3fn) with a scale for every token and head: half the
-bytes that decoding reads, and nothing to calibrate, as a head is scaled by its own largest number.
+That cache may hold 8-bit numbers (float8_e4m3fn) with a scale for every token and head. This halves
+the bytes that decoding reads and needs no calibration, as each head is scaled by its own largest
+number.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.reference import rope as reference
 
-MOST_ROWS = 65_535  # of the batch, CUDA's limit of a grid's second axis
+MOST_ROWS = 65_535  # of the batch: CUDA's limit on a grid's second axis
 LARGEST = tl.constexpr(reference.LARGEST)
 LEAST = tl.constexpr(reference.LEAST)
-TILE = 1024  # pairs of elements that a program rotates at once: heads times half a head
+TILE = 1024  # pairs of elements that a program rotates at a time: heads times half a head
 
 
 @triton.jit
@@ -37,26 +38,28 @@ def _table(cos_ptr, sin_ptr, place, HALF: tl.constexpr, PAIRS: tl.constexpr):
 
 @triton.jit
 def _eight_bits(x):
-    """float8_e4m3fn of −448 … 448, rounded to even, as uint8. By its definition and not by a cast:
-    GPUs before compute capability 8.9 have none, and the interpreter's rounds 125 to 64."""
+    """float8_e4m3fn of −448 … 448, rounded to even, as uint8. Computed by definition and not by a
+    cast: GPUs before compute capability 8.9 have no cast, and the interpreter's rounds 125 to
+    64."""
     size = tl.abs(x)
     bits = size.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
-    # Below 2⁻⁶ steps are 2⁻⁹, as those of float32 are from 2¹⁴ on.
+    # Below 2⁻⁶ the spacing is 2⁻⁹, as float32's is from 2¹⁴ on.
     small = (size + 16384.0).to(tl.int32, bitcast=True) - 0x46800000
     return (tl.where(size < 0.015625, small, normal) | tl.where(x < 0, 128, 0)).to(tl.uint8)
 
 
 @triton.jit
 def _keep_scales(scales_ptr, scales_stride, head, kept, x, y):
-    """Write the scales of heads, whose numbers are those of x and y; returns their inverses.
+    """Write the scales of heads whose numbers are x and y, and return their inverses.
 
-    Divisions are the IEEE's: a GPU's `/` is off by up to two units in the last place, and then a
-    head whose largest number is 448 would not be scaled by 1, which alone keeps all of its 8 bits.
+    Divisions are IEEE: a GPU's `/` is off by up to two units in the last place. A head whose
+    largest number is 448 would then not be scaled by 1, the only scale that keeps all of its 8
+    bits.
     """
     most = tl.max(tl.maximum(tl.abs(x), tl.abs(y)), 1)
     scale = tl.maximum(tl.div_rn(most, LARGEST), LEAST)
-    scale += 0 * tl.sum(x + y, 1)  # maxima drop NaN; it must not be hidden
+    scale += 0 * tl.sum(x + y, 1)  # maxima drop NaN, which must not be hidden
     tl.store(scales_ptr + head.to(tl.int64) * scales_stride, scale[:, None], mask=kept)
     return tl.div_rn(1.0, scale)[:, None]
 
@@ -66,8 +69,8 @@ def _rotate_heads(
     x_ptr, x_stride, out_ptr, out_stride, scales_ptr, scales_stride, heads, stored, c1, c2, s1, s2,
     INVERSE: tl.constexpr, HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token, ``…_stride`` elements apart; scaled where there are scales. The first
-    ``stored`` of them are kept."""
+    """Rotate all heads of one token, ``…_stride`` elements apart; scaled if there are scales. The
+    first ``stored`` heads are stored."""
     i = tl.arange(0, PAIRS)[None, :]
     for first in range(0, heads, HEADS):
         head = (first + tl.arange(0, HEADS))[:, None]
@@ -94,7 +97,7 @@ def _copy_heads(
     x_ptr, x_stride, out_ptr, out_stride, scales_ptr, scales_stride, heads, stored,
     HALF: tl.constexpr, PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token, as they are; scaled and stored as in `_rotate_heads`."""
+    """Copy all heads of one token unrotated; scaled and stored as in `_rotate_heads`."""
     i = tl.arange(0, 2 * PAIRS)[None, :]
     for first in range(0, heads, HEADS):
         head = (first + tl.arange(0, HEADS))[:, None]
@@ -135,8 +138,8 @@ def _rope_cache_kernel(
     HALF: tl.constexpr, PAIRS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
     DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
-    """Query, key or value of one token, each by a program, so that none waits for another's memory;
-    nor for the slot, which only stores need."""
+    """One program each for the query, key and value of a token, so that none waits for another's
+    memory, nor for the slot, which only stores need."""
     wait_for_earlier(DEPENDENT)
     token, row = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     part, place, width = tl.program_id(2), row * length + token, 2 * HALF
@@ -168,7 +171,7 @@ def _rope_cache_kernel(
 
 
 def _double(q: Tensor, k: Tensor) -> bool:
-    """Not a type to train in: kernels calculate in float32, and the reference in float64."""
+    """Whether the reference runs: float64 is not a type to train in, and kernels use float32."""
     return torch.float64 in (q.dtype, k.dtype)
 
 
@@ -177,7 +180,7 @@ def _strides(x: Tensor) -> tuple[int, ...]:
 
 
 def _tiles(q_heads: int, k_heads: int, width: int) -> dict[str, int]:
-    """Launch constants: heads that are rotated at once."""
+    """Launch constants: how many heads to rotate at a time."""
     pairs = triton.next_power_of_2(width // 2)
     heads = [min(triton.next_power_of_2(h), max(1, TILE // pairs)) for h in (q_heads, k_heads)]
     return {"HALF": width // 2, "PAIRS": pairs, "Q_HEADS": heads[0], "K_HEADS": heads[1],
@@ -313,17 +316,18 @@ def rope_cache(
     slots: Tensor,
     scales: Tensor | None = None,
 ) -> Tensor:
-    """`rope` for decoding: returns q rotated and writes k, rotated, and v into the caches.
+    """`rope` for decoding: return q rotated, and write k (rotated) and v into the caches.
 
     Args:
         q, k, cos, sin: as for `rope`; no gradients.
         v: float [B, L, H_k, K], strides as for q.
-        keys, values: [B, H_k, S, K], contiguous; written; of k's and v's types, with scales
-            float8_e4m3fn.
+        keys, values: [B, H_k, S, K], contiguous; written to. They have k's and v's types, or
+            float8_e4m3fn with scales.
         slots: int64 [B, L], where in S each token goes. A slot outside 0 … S − 1 writes nothing
-            (padding); of one that occurs twice in a row what it holds is undefined.
-        scales: float32 [2, B, H_k, S], of keys and of values, each contiguous; written: what the 8
-            bits of a token's head are to be multiplied by (`scaled_heads`).
+            (padding). A slot that occurs twice in one batch row holds undefined values.
+        scales: float32 [2, B, H_k, S], for keys and for values, each contiguous; written to. They
+            are the factors by which to multiply the 8-bit numbers of a token's head
+            (`scaled_heads`).
 
     Returns:
         q rotated, [B, L, H, K], contiguous.
@@ -352,16 +356,16 @@ def rope_cache(
 
 
 def scaled_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Heads as a cache of 8 bits holds them: the largest number of each becomes 448.
+    """Scale heads as an 8-bit cache holds them: the largest magnitude of each becomes 448.
 
     Args:
         x: float [..., K].
 
     Returns:
-        float8_e4m3fn [..., K], and float32 [...] to multiply it by.
+        float8_e4m3fn [..., K], and its factors, float32 [...].
 
     Raises:
-        TypeError: x is no float tensor.
+        TypeError: x is not a float tensor.
     """
     checks.check_floats(x=x)
     return reference.scaled_heads(x)

@@ -1,12 +1,13 @@
 """Guided sampling in one launch: logits in; token, its log-probability and its embedding out.
 
 Between two decoding steps the eager path makes some twenty passes over [N, V]: guidance, division,
-sort, cumulative sum, noise, softmax, argmax, gather. Here a row is read once (a second time from
-cache where it is truncated) and nothing of its size is written. A token is
+sort, cumulative sum, noise, softmax, argmax, gather. Here a row is read once (and, if it is
+truncated, a second time from cache) and nothing of its size is written. A token is
 ``argmax(x/T + g)`` with keyed Gumbel noise g, a draw from softmax(x/T) (Gumbel 1954), so the
-softmax's sum is needed only for the log-probability and is kept online. Truncation needs no sort:
-a float32's bits, flipped so that they order as the floats do, let a threshold be found exactly, bit
-by bit, by counting the codes above it (top-k) or adding up their probability (top-p).
+softmax's sum is needed only for the log-probability and is accumulated online. Truncation needs no
+sort: the bits of a float32 are flipped so that they sort like the floats, and the exact threshold
+is then found bit by bit, counting the codes above it (top-k) or adding up their probability
+(top-p).
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.philox import gumbel_tile
 from echogen.kernels.reference import sampling as reference
 
-ROWS = 1  # a program; while decoding there are fewer rows than multiprocessors
-COLUMNS = 4096  # of a row at once, by eight warps
-LONGEST = 65536  # row that is held in one block to be truncated; above 16384 registers spill
+ROWS = 1  # per program; decoding has fewer rows than multiprocessors
+COLUMNS = 4096  # of a row at a time, by eight warps
+LONGEST = 65536  # row that one block can hold for truncation; above 16384 registers spill
 EMBED = 4096
 COLDEST, SMALLEST = tl.constexpr(reference.COLDEST), tl.constexpr(reference.SMALLEST)
 
@@ -39,21 +40,21 @@ Guided = Literal["none", "blocked", "interleaved"]
 
 @dataclass(frozen=True)
 class Tile:
-    """Launch constants: columns of a row that are drawn from at once, and warps of a program, which
-    hold the whole row where it is truncated."""
+    """Launch constants: columns of a row to draw from at a time, and warps per program. If the row
+    is truncated, the warps hold all of it."""
 
     columns: int
     warps: int
 
     def candidates(self) -> list[Tile]:
-        """Half to twice the columns, by four to sixteen warps."""
+        """Half to twice the columns, with four to sixteen warps."""
         sizes = (self.columns // 2, self.columns, 2 * self.columns)
         return [Tile(columns, warps) for columns in sizes for warps in (4, 8, 16)]
 
 
 def _tile(columns: int, truncated: bool) -> Tile:
-    """For rows of so many columns. 16 elements a thread in the online pass; 32 of a row of 16,384
-    that is held."""
+    """Launch constants for rows of ``columns``: 16 elements per thread in the online pass, 32 for a
+    truncated row of 16,384."""
     warps = min(16, max(4, columns // 1024)) if truncated else min(8, max(4, columns // 512))
     return Tile(COLUMNS * warps // 8, warps)
 
@@ -73,22 +74,22 @@ def _scores(
         # −inf − −inf must not be computed.
         dead = (x == float("-inf")) | (u == float("-inf"))
         x, u = tl.where(dead, 0.0, x), tl.where(dead, 0.0, u)
-        # u + 1·(x − u) is x only up to rounding, and schedules of guidance have ones.
+        # u + 1·(x − u) equals x only up to rounding, and guidance schedules contain ones.
         x = tl.where(dead, float("-inf"), tl.where(cfg == 1.0, x, u + cfg * (x - u)))
     return x * scale
 
 
 @triton.jit
 def _ordered(x):
-    """uint32 that compare as the float32 do; 0 and −0 are equal."""
+    """uint32 numbers that sort like the float32 ones; 0 and −0 are equal."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.uint32, bitcast=True)
     return bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
 
 
 @triton.jit
 def _threshold(key, weight, target):
-    """Largest t [rows] such that the weights of the keys ≥ t sum to ``target`` or more. Exact for
-    the rounded sums too: added in a fixed order, a larger set never sums to less."""
+    """Largest t [rows] such that the weights of the keys ≥ t sum to ``target`` or more. It is exact
+    for the rounded sums too: added in a fixed order, a larger set never sums to less."""
     t = tl.zeros_like(target).to(tl.uint32)
     bit = t + 0x80000000
     for _ in range(32):
@@ -101,7 +102,7 @@ def _threshold(key, weight, target):
 
 @triton.jit
 def _of_row(pointer, row, each, real, other):
-    """A number of every row, or with ``each`` = 0 the one that there is."""
+    """Each row's number, or with ``each`` = 0 the single one."""
     return tl.load(pointer + row * each, mask=real, other=other)
 
 
@@ -117,7 +118,7 @@ def _lowest_kept(
     key, most = _ordered(x), tl.max(x, 1)
     lowest = tl.zeros_like(most).to(tl.uint32)
     if TOP_K:
-        # Padding is counted, but as the least of all: the k-th of more than k codes is above it.
+        # Padding is counted, but as the smallest: the k-th of more than k codes lies above it.
         lowest = _threshold(key, 1.0, tl.zeros_like(most) + top_k)
     if TOP_P:
         most = tl.where(most == float("-inf"), 0.0, most)
@@ -163,7 +164,7 @@ def _cfg_sample_kernel(
             logits_ptr, share, row[:, None], real[:, None], columns, stride, apart, top_k,
             cfg[:, None], scale[:, None], MIXED, TOP_K, TOP_P, BLOCK,
         )  # fmt: skip
-    if not GREEDY:  # not before the truncation, whose registers they would take
+    if not GREEDY:  # after truncation, whose registers they would occupy
         seed = _of_row(seed_ptr, row, seed_each, real, 0)
         draw = tl.load(draw_ptr + row, mask=real, other=0)
         position = tl.load(position_ptr + row, mask=real, other=0)
@@ -184,11 +185,11 @@ def _cfg_sample_kernel(
             broken += tl.sum((x != x).to(tl.int32), 1)
         else:
             word = tl.full([1, 1], 0, tl.int32)
-            # Sixteen warps spill on sm_80 else, and hold 90 registers on sm_100 instead of 62.
+            # Otherwise sixteen warps spill on sm_80, and take 90 registers on sm_100, not 62.
             tight: tl.constexpr = TOP_K or TOP_P
             noisy = x + gumbel_tile(seed[:, None], draw, position, word, first, COLUMNS, tight)
             now = tl.maximum(top, tl.max(x, 1))
-            # A tile of nothing but −inf must not make −inf − −inf.
+            # A tile of only −inf must not give −inf − −inf.
             safe = tl.where(now == float("-inf"), 0.0, now)
             total = total * tl.exp(top - safe) + tl.sum(tl.exp(x - safe[:, None]), 1)
             top = now
@@ -196,13 +197,13 @@ def _cfg_sample_kernel(
         token = tl.where(here > best, first + where, token)
         best = tl.maximum(best, here)
 
-    token = tl.minimum(token, columns - 1)  # NaN compares with nothing, padding included
-    # Without a temperature the best code is certain, unless there is none.
+    token = tl.minimum(token, columns - 1)  # NaN compares with nothing, so padding may win
+    # Greedy: the best code has probability 1, unless there is none.
     sound = (broken == 0) & (best > float("-inf"))
     logprob = tl.where(sound, tl.zeros([ROWS], tl.float32), float("nan"))
     if not GREEDY:
         x = _scores(logits_ptr, row, token, columns, real, stride, apart, cfg, scale, MIXED)
-        drawn = total > 0  # else the row holds NaN, or nothing but −inf
+        drawn = total > 0  # otherwise the row holds NaN or only −inf
         x, top = tl.where(drawn, x, 0.0), tl.where(drawn, top, 0.0)
         logprob = tl.where(drawn, x - top - tl.log(tl.where(drawn, total, 1.0)), float("nan"))
     tl.store(token_ptr + row, token.to(tl.int64), mask=real)
@@ -236,9 +237,9 @@ def _launch(
     truncated = temperature is not None and (top_k > 0 or top_p is not None)
     row = max(4, triton.next_power_of_2(columns))
     tile = chosen(_tile(row, truncated))
-    # Not fused: the largest score is rounded, and a fused x/T less it is not, so that the only code
-    # kept would have a log-probability other than 0, by up to half a unit in x/T's last place (0.25
-    # for x = 8 at T = 1e-6).
+    # Not fused: the largest score is rounded, but a fused x/T minus it would not be. If only one
+    # code is kept, its log-probability would then differ from 0 by up to half a unit in x/T's last
+    # place (0.25 for x = 8 at T = 1e-6).
     launch(
         _cfg_sample_kernel, (triton.cdiv(rows, ROWS),), logits, seed, draw, position, table, cfg,
         temperature, top_p, token, logprob, embed, rows, columns, width,
@@ -285,8 +286,8 @@ class CfgSample(NamedTuple):
 
     Attributes:
         token: int64 [N], the codes drawn.
-        logprob: float32 [N], natural logarithm of their probability under the distribution drawn
-            from, guided, tempered and truncated.
+        logprob: float32 [N], natural logarithm of their probability under the guided, tempered and
+            truncated distribution.
         embed: [N, D], their rows of the table, in its type; [N, 0] without one.
     """
 
@@ -299,8 +300,8 @@ def _number(
     name: str, value: float | Tensor, off: float, low: float, words: str, device: torch.device,
     rows: int,
 ) -> Tensor | None:  # fmt: skip
-    """On the device, [1] or one for each of ``rows``; None for the number ``off``, whose step is
-    then left out of the kernel."""
+    """Return the value as a device tensor, [1] or one for each of ``rows``; None for the number
+    ``off``, at which the kernel skips the step."""
     if isinstance(value, Tensor):
         return checks.device_scalar(name, value, device, 0, rows)
     high = 1.0 if name == "top_p" else float(np.finfo(np.float32).max)
@@ -321,42 +322,42 @@ def cfg_sample(
     guided: Guided = "none",
     table: Tensor | None = None,
 ) -> CfgSample:
-    """Draw one code a sample from guided, tempered, truncated logits.
+    """Draw one code per sample from guided, tempered, truncated logits.
 
-    ``x = u + s·(c − u)`` (classifier-free guidance, Ho & Salimans 2022) over float32, exactly c
-    where s is 1; a code at −inf in either branch has no probability. x/T is cut to the ``top_k``
+    ``x = u + s·(c − u)`` (classifier-free guidance, Ho & Salimans 2022) in float32, and exactly c
+    where s is 1; a code at −inf in either branch has probability 0. x/T is cut to the ``top_k``
     largest, then to the smallest set of most likely codes whose probability, renormalised after
-    top-k, reaches ``top_p`` (Holtzman et al. 2020); codes equal to the last one kept are kept too.
-    The token is ``argmax(x/T + g)`` over what is left, with g of `echogen.kernels.philox`: a row's
-    result depends on its logits, its key and its numbers alone, not on its place in the batch.
-    Nothing here has a gradient.
+    top-k, reaches ``top_p`` (Holtzman et al. 2020); codes that tie with the last one kept are kept
+    too. The token is ``argmax(x/T + g)`` over the codes that are left, with g from
+    `echogen.kernels.philox`. A row's result depends only on its logits, its key and its numbers,
+    not on its place in the batch. Not differentiable.
 
-    Temperature 0 takes the most likely code (the first of equals), with log-probability 0. A row
-    of nothing but −inf, or with a NaN, gives some code in range and log-probability NaN.
+    Temperature 0 takes the most likely code (the first if several tie), with log-probability 0. A
+    row of only −inf, or with a NaN, gives an arbitrary code in range and log-probability NaN.
 
     Args:
         logits: [N, V] where ``guided`` is "none", else [2N, V]; any float type.
-        seed: 64-bit noise key, or an int64 tensor of one, or of one for each sample.
-        draw: int64 [N], unique to a sample over the whole run.
-        position: int64 [N], which token of the sample.
-        cfg: guidance scale s, 0 or more. The number 1 reads no unconditional row.
-        temperature: T, 0 or more; what lies between 0 and 1e-6, or below it in a tensor, counts
-            as 1e-6.
-        top_k: how many codes to keep; 0, or V and more, keeps all.
-        top_p: in (0, 1]; 1 keeps all (a tensor of 1: all that adds to a float32 sum).
+        seed: 64-bit noise key, or an int64 tensor of one key, or of one per sample.
+        draw: int64 [N], a number unique to each sample over the whole run.
+        position: int64 [N], the token's index in its sample.
+        cfg: guidance scale s, 0 or more. At the number 1 no unconditional row is read.
+        temperature: T, 0 or more; a number between 0 and 1e-6, or a tensor's value below 1e-6,
+            counts as 1e-6.
+        top_k: how many codes to keep; 0, or V or more, keeps all.
+        top_p: in (0, 1]; 1 keeps all (a tensor of 1 keeps all that contribute to a float32 sum).
         guided: where the unconditional rows are: "none"; "blocked", after all the conditional ones
             (transformers); "interleaved", each after its conditional one (Janus).
         table: [V, D], the codes' next input embeddings; None for none.
 
-    A tensor in place of the number for ``seed``, ``cfg``, ``temperature`` or ``top_p``, of one
-    element or of N, one for each sample, is read on the device, afresh at every replay of a CUDA
-    graph, and its values are not checked.
+    ``seed``, ``cfg``, ``temperature`` and ``top_p`` may be tensors, of one element or of N, one per
+    sample. They are then read on the device, anew at every replay of a CUDA graph, and their values
+    are not checked.
 
     Raises:
         ValueError: shapes, strides or devices that do not fit, an odd number of rows with
             guidance, a number out of its range, a scale other than 1 without guidance, V above
             65536 with truncation.
-        TypeError: logits or a table that hold no floats, draw or position that hold no integers.
+        TypeError: logits or a table that are not floats, draw or position that are not integers.
     """
     checks.check_floats(logits=logits, table=table)
     checks.check_integers(draw=draw, position=position)

@@ -1,10 +1,10 @@
 """y = x·Wᵀ for the 1 to 16 rows of decoding, at the speed at which memory delivers W.
 
-A step of decoding multiplies every weight of the model by a handful of rows: it costs what reading
-the weights once costs, and little else should. The norm before the product, and the residual
-addition or SwiGLU behind it, are done on the way; with fp8 weights there is half as much to read.
-What else there is: every block brings the rows in before its first product, which for 16 rows of
-5632 numbers is as much out of the L2 cache as W is out of memory.
+A decoding step multiplies every weight of the model by a handful of rows. It costs as much as
+reading the weights once, and should cost little more. The norm before the product, and the residual
+addition or SwiGLU after it, are done on the way; with fp8 weights there is half as much to read.
+One further cost is that every block loads the rows before its first product, which for 16 rows of
+5632 numbers is as much from the L2 cache as W is from memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from echogen.kernels.reference import skinny_linear as reference
 FP8 = checks.FP8
 MAX_ROWS, TEMPLATES = 16, (16, 8, 4, 2, 1)
 WARPS, CHUNK, STAGE_BYTES = 8, 64, 8192  # as in skinny_linear.cu
-STAGES = (8, 4)  # bytes under way: 56 KB an SM, or what large rows leave room for
+STAGES = (8, 4)  # 56 KB in flight per SM, or what large rows leave room for
 
 _KERNELS = {
     (fp8, rows): CudaKernel("skinny_linear", f"skinny_linear_{kind}_{rows}", overlaps=True)
@@ -37,9 +37,9 @@ class Plan:
     """How a product is launched.
 
     Attributes:
-        rows: of x a launch, and the template that takes them; W is read once for as many.
-        stages: of copies in shared memory.
-        shared_bytes: of a block.
+        rows: rows of x per launch, and the template that takes them; a launch reads W once.
+        stages: stages of copies in shared memory.
+        shared_bytes: shared memory of a block.
     """
 
     rows: int
@@ -48,7 +48,7 @@ class Plan:
 
 
 def plan(rows: int, depth: int, fp8: bool, device: Gpu) -> Plan:
-    """All rows in one launch where shared memory holds them, with as many stages as fit.
+    """Plan all rows in one launch if shared memory holds them, with as many stages as fit.
 
     Raises:
         ValueError: not even one row fits.
@@ -96,7 +96,7 @@ def _launch(
 
 
 def _check_aligned(**tensors: Tensor | None) -> None:
-    """For what is read 16 bytes at a time; here, as tensors that are traced lie nowhere."""
+    """Check that tensors are 16-byte aligned; at launch only, as traced tensors have no address."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.data_ptr() % 16:
             raise ValueError(
@@ -133,17 +133,17 @@ def skinny_linear(
 ) -> Tensor:
     """``x·Wᵀ`` for few rows, without a gradient; sums in float32, rounded once at the end.
 
-    ``y = s ⊙ (n(x)·Wᵀ)`` with, where there is a gain, ``n(x) = round(x/rms(x))·gain`` (Zhang &
+    ``y = s ⊙ (n(x)·Wᵀ)`` with, if there is a gain, ``n(x) = round(x/rms(x))·gain`` (Zhang &
     Sennrich 2019, rounded as Llama does), then ``y + residual``, or ``silu(y₁)·y₂`` of the gate
     rows and the up rows (Shazeer 2020). On CUDA a row's result depends neither on the other rows
     nor on their number, and is the same every time.
 
     Args:
         x: [R, K], contiguous, R in 1 … 16; bfloat16 on CUDA, any float type on the CPU.
-        weight: [N, K], contiguous, of x's type, or float8_e4m3fn (see `fp8_weight`), without NaN.
-            K is a multiple of 8, with fp8 of 16. On CUDA x, weight and gain begin at a multiple of
+        weight: [N, K], contiguous, of x's type, or float8_e4m3fn (see `fp8_weight`), without NaN. K
+            is a multiple of 8, or of 16 with fp8. On CUDA x, weight and gain begin at a multiple of
             16 bytes, as whole tensors do.
-        scale: float32 [N], what an fp8 weight's rows are multiplied by.
+        scale: float32 [N], the factors of an fp8 weight's rows.
         gain: [K] of x's type, the RMS norm's gain; None for no norm.
         eps: of the norm, added to the mean square, above 0.
         residual: [R, N] of x's type; not together with ``swiglu``.
@@ -164,12 +164,12 @@ def skinny_linear(
 
 
 def fp8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """A weight [N, K] as float8_e4m3fn, and the float32 [N] by which its rows are to be multiplied:
-    each row's largest magnitude becomes 448, the type's largest number.
+    """Convert a weight [N, K] to float8_e4m3fn and float32 [N], the factors of its rows. Each row's
+    largest magnitude becomes 448, the type's largest number.
 
     Raises:
         ValueError: not two axes, no elements, or infinities or NaN among them.
-        TypeError: no floats.
+        TypeError: not a float tensor.
     """
     checks.check_shape("weight", weight, (None, None))
     checks.check_floats(weight=weight)
@@ -178,7 +178,7 @@ def fp8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     bad = (~largest.isfinite()).nonzero().flatten()
     if len(bad):
         raise ValueError(f"weight holds {largest[bad[0]]} in row {int(bad[0])}; it must be finite")
-    # Rows of the least numbers would have a scale of 0.
+    # Rows of the smallest numbers would have a scale of 0.
     scale = (largest / torch.finfo(FP8).max).clamp(min=torch.finfo(torch.float32).tiny)
     scale = torch.where(largest > 0, scale, 1.0)
     return (weight.float() / scale[:, None]).to(FP8), scale
@@ -188,7 +188,7 @@ def check_linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, gain: Tensor | None, eps: float,
     residual: Tensor | None, swiglu: bool,
 ) -> None:  # fmt: skip
-    """What `skinny_linear` and `wide_linear` ask of their arguments. Raises as they do."""
+    """Check the arguments of `skinny_linear` and `wide_linear`. Raises as they do."""
     checks.check_shape("x", x, (None, None))
     checks.check_floats(x=x)
     rows, depth = x.shape

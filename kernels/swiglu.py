@@ -1,7 +1,7 @@
-"""SwiGLU's elementwise half, ``silu(gate)·up``, one read and one write an element, both ways.
+"""The elementwise half of SwiGLU, ``silu(gate)·up``: one read and one write per element, both ways.
 
-Nothing but the projections' outputs is kept for backward: silu is recomputed (Shazeer, "GLU
-variants improve transformer", 2020).
+Only the projections' outputs are kept for backward, which recomputes silu (Shazeer, "GLU variants
+improve transformer", 2020).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _grid(rows: int, columns: int) -> tuple[int, int]:
 
 
 def _shape(gate_up: Tensor) -> list[int]:
-    """Of the result."""
+    """Shape of the result."""
     return [*gate_up.shape[:-1], gate_up.shape[-1] // 2]
 
 
@@ -191,7 +191,7 @@ _swiglu_pair.register_autograd(_backward_pair, setup_context=_setup)
 def swiglu(gate_up: Tensor) -> Tensor:
     """``silu(gate)·up`` of a fused projection's output, the gate's columns first, then up's.
 
-    In float32, rounded once (Shazeer 2020).
+    It is computed in float32 and rounded once (Shazeer 2020).
 
     Args:
         gate_up: float [..., 2F], contiguous.
@@ -201,7 +201,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     Raises:
         ValueError: shape or strides that do not fit.
-        TypeError: gate_up holds no floats.
+        TypeError: gate_up is not a float tensor.
     """
     checks.check_floats(gate_up=gate_up)
     if gate_up.dim() < 1 or gate_up.shape[-1] < 2 or gate_up.shape[-1] % 2:

@@ -1,13 +1,13 @@
-"""y = x·Wᵀ for the rows of a large batch of decoding, with the norm before it and the residual or
-SwiGLU behind it in one launch; `skinny_linear` is for 16 rows and fewer.
+"""y = x·Wᵀ for the rows of a large decoding batch, with the norm before it and the residual or
+SwiGLU after it in one launch. `skinny_linear` is for 16 rows and fewer.
 
-Above 16 rows torch multiplies well, and what is left to save is what its product leaves to others:
-the launch of the norm and its copy of x, that of SwiGLU and the 2·M numbers a row in front of it,
-and, with fp8 weights, a whole wider copy of W.
+Above 16 rows torch multiplies well, and what is left to save is the work around its product: the
+launch of the norm and its copy of x, the launch of SwiGLU and the 2·M numbers per row that it
+reads, and, with fp8 weights, a whole wider copy of W.
 
 The norm needs no pass of its own: ``(x/rms ⊙ g)·Wᵀ = (x ⊙ g)·Wᵀ / rms``, and the sum of squares is
 collected from the tiles that the product reads anyway. So x ⊙ g is rounded to bfloat16 once, before
-the division, where Llama's norm rounds on both sides of the gain: a rounding less.
+the division, whereas Llama's norm rounds on both sides of the gain: one rounding fewer.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from echogen.kernels.reference import wide_linear as reference
 from echogen.kernels.skinny_linear import check_linear, fake_linear
 from echogen.kernels.swiglu import sigmoid_of
 
-ROWS, MORE_ROWS = 64, 128  # of a tile; the larger where they still give every multiprocessor one
-# Of a tile: narrower where else more than half of the multiprocessors would read nothing of W.
+ROWS, MORE_ROWS = 64, 128  # of a tile; the larger if every multiprocessor still gets a tile
+# Of a tile; narrower where otherwise at least half of the multiprocessors would read nothing of W.
 COLUMNS, LEAST_COLUMNS, DEPTH = 64, 16, 64
 STAGES, MOST_STAGES = 4, 11
-"""Tiles of the inputs under way. Memory answers after some 700 ns, so that an H200 at full rate has
-3.4 MB under way; 4 tiles of every program are less than 1 MB of W where each multiprocessor has one
-program. More should help there (by arithmetic: not timed); no register spills, but with 12 some
-do on sm_80 (Triton 3.9)."""
-SPARE = 16 << 10  # bytes of shared memory that tiles under way leave to the rest
+"""Tiles of the inputs in flight. Memory answers after some 700 ns, so an H200 at full rate has 3.4
+MB in flight. If each multiprocessor has one program, 4 tiles per program are less than 1 MB of W.
+More should help there (by arithmetic; not timed). No registers spill, but with 12 some do on sm_80
+(Triton 3.9)."""
+SPARE = 16 << 10  # bytes of shared memory that tiles in flight leave for the rest
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,8 @@ class Tile:
     """Launch constants.
 
     Attributes:
-        rows, columns, depth: of the tiles of x, W and both.
-        warps, stages: of a program; tiles of the inputs under way.
+        rows, columns, depth: sizes of the tiles: x's, W's and both.
+        warps, stages: warps per program; tiles of the inputs in flight.
     """
 
     rows: int
@@ -54,7 +54,7 @@ class Tile:
     stages: int
 
     def candidates(self) -> list[Tile]:
-        """Both heights, half to twice the columns of 16 at least, and more or less under way."""
+        """Both heights, half to twice the columns (at least 16), and more or fewer stages."""
         columns = [c for c in (self.columns // 2, self.columns, 2 * self.columns) if c >= 16]
         return [
             Tile(rows, c, self.depth, warps, stages)
@@ -68,12 +68,12 @@ class Tile:
 def _product(x, w, sums, WIDE: tl.constexpr):
     """x [ROWS, DEPTH] · w [DEPTH, COLUMNS] added to the sums."""
     if w.dtype == tl.float8e4nv:
-        # Exact, and by packed conversions. At once Triton goes from float16 to bfloat16 number by
-        # number, 64 a thread and step for SwiGLU, which Hopper is slow at (Triton's pull request
+        # Exact, with packed conversions. Directly, Triton goes from float16 to bfloat16 number by
+        # number, 64 per thread and step for SwiGLU, which is slow on Hopper (Triton's pull request
         # 4563). Not timed.
         w = w.to(tl.float16).to(tl.float32)
     w = w.to(x.dtype)
-    if WIDE:  # the interpreter, whose bfloat16 are integers, and multiplied as such
+    if WIDE:  # the interpreter holds bfloat16 as integers and would multiply those
         x, w = x.to(tl.float32), w.to(tl.float32)
     return tl.dot(x, w, sums, input_precision="ieee")
 
@@ -84,8 +84,8 @@ def _wide_linear_kernel(
     SWIGLU: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DEPTH: tl.constexpr,
     WIDE: tl.constexpr, DEPENDENT: tl.constexpr = False,
 ):  # fmt: skip
-    """One tile of outputs. Programs side by side have the same columns, so that W comes from memory
-    once, and for the others out of the L2 cache."""
+    """One tile of outputs. Neighbouring programs have the same columns, so that W comes from memory
+    once, and for the others from the L2 cache."""
     wait_for_earlier(DEPENDENT)
     tiles = tl.cdiv(rows, ROWS)
     row = tl.program_id(0) % tiles * ROWS + tl.arange(0, ROWS)
@@ -102,7 +102,7 @@ def _wide_linear_kernel(
         x = tl.load(x_ptr + x_place + k[None, :], mask=real[:, None] & there[None, :], other=0.0)
         if gain_ptr is not None:
             wide = x.to(tl.float32)
-            # The 8 side by side are one thread's: threads add up only behind the loop.
+            # 8 neighbours belong to one thread: threads add up only after the loop.
             squares += tl.sum(tl.reshape(wide * wide, [ROWS, DEPTH // 8, 8]), 2)
             gain = tl.load(gain_ptr + k, mask=there, other=0.0).to(tl.float32)
             x = (wide * gain[None, :]).to(x.dtype)
@@ -159,7 +159,7 @@ def _tile(x: Tensor, weight: Tensor, outputs: int, swiglu: bool) -> Tile:
 
 
 def stages(programs: int, held: int, on: Gpu) -> int:
-    """Tiles under way of ``held`` bytes each."""
+    """Number of tiles in flight, of ``held`` bytes each."""
     if programs > on.sms:  # several share a multiprocessor, and its shared memory
         return STAGES
     return max(STAGES, min(MOST_STAGES, (on.shared_bytes - SPARE) // held))
@@ -167,7 +167,7 @@ def stages(programs: int, held: int, on: Gpu) -> int:
 
 def tiles(rows: int, outputs: int, swiglu: bool, sms: int) -> tuple[int, int]:
     """Rows and columns of a tile."""
-    # With the tiles of two weights one program of 128 rows fits an sm_90, two of 64 do; not timed.
+    # With tiles of two weights, one program of 128 rows or two of 64 fit an sm_90; not timed.
     many = triton.cdiv(rows, MORE_ROWS) * triton.cdiv(outputs, COLUMNS) >= sms
     tile, columns = MORE_ROWS if many and rows > ROWS and not swiglu else ROWS, COLUMNS
     high = triton.cdiv(rows, tile)
@@ -196,14 +196,15 @@ def wide_linear(
     residual: Tensor | None = None,
     swiglu: bool = False,
 ) -> Tensor:
-    """`skinny_linear` for any number of rows; the same formula, sums in float32, without a
-    gradient. The reference rounds the norm as Llama does, the kernel once less (see the module).
+    """`skinny_linear` for any number of rows: the same formula, with sums in float32 and no
+    gradient. The reference rounds the norm as Llama does; the kernel rounds once less (see the
+    module).
 
     Args:
         x: [R, K], contiguous; bfloat16 on CUDA, any float type on the CPU.
         weight: [N, K], contiguous, of x's type, or float8_e4m3fn (see `skinny_linear.fp8_weight`;
-            on CUDA from compute capability 8.9 on), without NaN. K as there.
-        scale, gain, eps, residual, swiglu: as there.
+            on CUDA from compute capability 8.9 on), without NaN. K as in `skinny_linear`.
+        scale, gain, eps, residual, swiglu: as in `skinny_linear`.
 
     Returns:
         [R, N], or [R, N/2] with ``swiglu``, of x's type.

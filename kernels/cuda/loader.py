@@ -1,5 +1,5 @@
-"""Loads and launches the kernels in CUDA C++: from the fatbins that CMake builds beside the
-sources, else compiled by NVRTC at first use; both through CuPy, which brings NVRTC and the driver.
+"""Load and launch the CUDA C++ kernels: from the fatbins that CMake builds beside the sources, or
+else compiled by NVRTC at first use. Both go through CuPy, which brings NVRTC and the driver.
 
 Nothing is looked for before the first call on CUDA: a machine without a GPU, CuPy or nvcc imports
 every operator and runs its reference.
@@ -25,27 +25,26 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 NVRTC_OPTIONS = ("--std=c++17", f"-I{FOLDER}")
-"""To which CuPy adds -arch and -ftz=true; CMakeLists.txt has the latter too, so that both builds
-calculate alike."""
+"""CuPy adds -arch and -ftz=true; CMakeLists.txt has the latter too, so that both builds agree."""
 INSTALL = "pip install -e '.[cuda]'"
-WAITS = 90  # architecture from which code waits where it says so (device.cuh)
+WAITS = 90  # architecture from which `wait_for_earlier` takes effect (device.cuh)
 CTYPES: dict[type, Any] = {
     np.uint64: ctypes.c_void_p,
     np.float32: ctypes.c_float,
     np.int64: ctypes.c_longlong,
 }
 NAMED: defaultdict[str, set[str]] = defaultdict(set)
-"""Kernels that launchers name, by source."""
+"""Names of the kernels that launchers use, by source."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What launchers ask of a device.
+    """What launchers need to know about a device.
 
     Attributes:
         sms: streaming multiprocessors.
         shared_bytes: the most shared memory that one block may have.
-        warps: that a multiprocessor holds at most.
+        warps: the most warps that a multiprocessor holds.
     """
 
     sms: int
@@ -60,8 +59,8 @@ RECORDED_FOR = ContextVar("recorded_for", default=H200)
 
 
 def gpu(device: torch.device) -> Gpu:
-    """The device a launch is for; where it is none, what launches are recorded for: an H200, unless
-    `echogen.kernels.dispatch.recorded` was told otherwise."""
+    """The GPU that a launch on ``device`` is for. If that is not CUDA, the GPU that launches are
+    recorded for: an H200, unless `echogen.kernels.dispatch.recorded` was given another."""
     return _properties(device) if device.type == "cuda" else RECORDED_FOR.get()
 
 
@@ -74,7 +73,7 @@ def _properties(device: torch.device) -> Gpu:
 
 
 def fatbin(source: str) -> Path | None:
-    """What CMake built of a source; None where it is missing or older than the source."""
+    """The fatbin that CMake built of a source; None if it is missing or older than the source."""
     built = FOLDER / f"{source}.fatbin"
     if not built.exists():
         return None
@@ -85,8 +84,8 @@ def fatbin(source: str) -> Path | None:
 
 @cache
 def unloadable() -> str | None:
-    """Why CuPy cannot be imported, without which no kernel in CUDA C++ can be launched; None where
-    it can. One that is installed may lack what it needs itself, which only its import finds."""
+    """Why CuPy, without which no CUDA C++ kernel can be launched, cannot be imported; None if it
+    can. An installed CuPy may lack its own dependencies, which only its import reveals."""
     if find_spec("cupy") is None:
         return "cupy is absent"
     try:
@@ -97,9 +96,9 @@ def unloadable() -> str | None:
 
 
 def unusable(source: str, device: torch.device) -> str | None:
-    """Why the kernels of a source cannot be launched on a GPU; None where they can. The first call
-    loads them, and is not to be captured in a graph: only then does CuPy look for NVRTC, and does
-    the driver take or refuse the code."""
+    """Why the kernels of a source cannot be launched on a GPU; None if they can. The first call
+    loads them and must not be captured in a graph: only then does CuPy look for NVRTC, and the
+    driver accept or refuse the code."""
     try:
         return unloadable() or _load(source, device)
     except MemoryError as error:
@@ -108,7 +107,7 @@ def unusable(source: str, device: torch.device) -> str | None:
 
 @cache
 def _load(source: str, device: torch.device) -> str | None:
-    """See `unusable`. Raises MemoryError, and so is asked again, for want of memory: it passes."""
+    """See `unusable`. Raises MemoryError if memory is short, so that a later call tries again."""
     try:
         with torch.cuda.device(device):
             for name in NAMED[source]:
@@ -126,8 +125,8 @@ def _reason(error: Exception) -> str:
 
 
 def status(source: str) -> str:
-    """What runs the operators of a source on a GPU here, in words, and why; where there is a GPU,
-    by loading them."""
+    """Describe in words what runs the operators of a source on a GPU here, and why; if there is a
+    GPU, by loading them."""
     if torch.cuda.is_available():
         why = unusable(source, torch.device("cuda", torch.cuda.current_device()))
     else:
@@ -142,16 +141,16 @@ def status(source: str) -> str:
 
 
 class CudaKernel:
-    """One kernel, launched as Triton's are: ``kernel[grid](*arguments, block=…, shared=…)``.
+    """One kernel, launched like Triton's: ``kernel[grid](*arguments, block=…, shared=…)``.
 
     A launch neither allocates nor waits, and can be captured in a CUDA graph once the kernel is
-    loaded on its device (`unusable`). Arguments are passed as the kernels declare
-    them: tensors as pointers (None as null), ints as ``long long``, floats as ``float``.
+    loaded on its device (`unusable`). Arguments are passed as the kernels declare them: tensors as
+    pointers (None as null), ints as ``long long``, floats as ``float``.
 
     Args:
         source: the file's name without ``.cu``.
-        name: the kernel's, ``extern "C"``.
-        overlaps: it takes part in `echogen.kernels.overlap`.
+        name: the kernel's name, ``extern "C"``.
+        overlaps: whether it takes part in `echogen.kernels.overlap`.
     """
 
     def __init__(self, source: str, name: str, overlaps: bool = False) -> None:
@@ -177,7 +176,7 @@ class CudaKernel:
 
             function = _function(self.source, self.__name__, device)
             stream, values = torch.cuda.current_stream(device), tuple(map(_argument, arguments))
-            # Code of an older one, which the driver translates for this device, would not wait.
+            # Code for an older device, which the driver translates for this one, would not wait.
             if DEPENDENT and function.ptx_version >= WAITS:
                 _launch_dependent(function, stream, grid, block, shared, values)
                 return
@@ -193,7 +192,7 @@ def _launch_dependent(
     shared: int,
     values: tuple[np.generic, ...],
 ) -> None:
-    """A launch that may begin while the one before it runs, which CuPy has no words for."""
+    """Launch a kernel that may begin while the previous one runs, which CuPy cannot express."""
     from cuda.bindings import driver
 
     overlap = driver.CUlaunchAttribute()
@@ -233,16 +232,16 @@ def _module(source: str) -> Any:
 
 
 def _headers() -> str:
-    """A digest of what sources include, for CuPy keeps what it compiled by source and options, and
-    would not see that a header changed."""
+    """A digest of the headers that sources include: CuPy caches compiled code by source and
+    options, and would not notice that a header changed."""
     headers = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.cuh")))
     return hashlib.blake2b(headers, digest_size=8).hexdigest()
 
 
 @cache
 def _function(source: str, name: str, device: torch.device) -> Any:
-    """A kernel that may use all of the device's shared memory. A function each device, as CuPy
-    sets the limit on the current one."""
+    """A kernel that may use all of the device's shared memory. There is one function per device, as
+    CuPy sets the limit on the current one."""
     function = _module(source).get_function(name)
     function.max_dynamic_shared_size_bytes = gpu(device).shared_bytes - function.shared_size_bytes
     return function

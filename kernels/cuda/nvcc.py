@@ -1,7 +1,7 @@
-"""What nvcc makes of the kernels in CUDA C++, with no GPU present: registers, spills, accesses.
+"""What nvcc makes of the CUDA C++ kernels, with no GPU present: registers, spills, accesses.
 
-The counterpart of `echogen.kernels.aot`, which compiles those in Triton. nvcc comes with the CUDA
-toolkit and not with a Python package, so its absence is normal and said, not an error.
+The counterpart of `echogen.kernels.aot`, which compiles the Triton kernels. nvcc comes with the
+CUDA toolkit and not with a Python package, so its absence is normal: it is reported, not an error.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from echogen.kernels.aot import Compiled, disassembly, instructions, wide_access
 from echogen.kernels.cuda.loader import FOLDER
 
 ARCHES = {"sm_90": "sm_90a"}
-"""What CMakeLists.txt builds in place of an architecture; all others as they are named."""
+"""What CMakeLists.txt builds in place of an architecture; all others keep their names."""
 OPTIONS = ("-std=c++17", "-ftz=true")
-"""Those of CMakeLists.txt that shape the code: other code has other registers."""
+"""Those options of CMakeLists.txt that shape the code, and so its registers."""
 
 
 def find() -> Path | None:
-    """nvcc on PATH, under CUDA_HOME, or where the toolkit installs itself; None where it is not."""
+    """nvcc on PATH, under CUDA_HOME, or where the toolkit installs itself; None if not found."""
     homes = [os.environ.get("CUDA_HOME"), "/usr/local/cuda"]
     folders = [os.environ.get("PATH", ""), *(f"{home}/bin" for home in homes if home)]
     found = shutil.which("nvcc", path=os.pathsep.join(folders))
@@ -36,16 +36,16 @@ def sources() -> list[str]:
 
 
 def compile_source(source: str, arch: str, nvcc: Path) -> list[Compiled]:
-    """Every kernel of a source for one architecture of NVIDIA's, as ptxas reports it.
+    """Compile a source for one NVIDIA architecture, and read every kernel from ptxas's report.
 
     Args:
         source: as `sources` names it.
         arch: ``sm_NN``.
-        nvcc: of `find`.
+        nvcc: path from `find`.
 
     Returns:
-        One entry a kernel; ``spill_bytes`` is its stack frame, in which spills lie too. A single
-        one named after the source, with the error, where it does not compile.
+        One entry per kernel; ``spill_bytes`` is its stack frame, which includes spills. If the
+        source does not compile, a single entry named after it, with the error.
     """
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernels.cubin"

@@ -1,4 +1,4 @@
-"""Plain-torch step of a drawing in windows: the oracle of every test and the CPU path."""
+"""Plain-torch step of windowed decoding: the oracle of every test and the CPU path."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def accept_window(
     start = before.clamp(max=last)
     at, known = start + w, start + width
     fresh, old = at >= before, codes.gather(1, at)
-    # Where the first sample stands that is not the draft's, or the last of the window.
+    # The place of the first sample that differs from its draft, or else of the window's last.
     wrong = torch.where(fresh & (new != old), at, known - 1).amin(1, keepdim=True)
     now = torch.where(before < tokens, wrong + 1, before)
     everywhere = torch.arange(tokens, device=codes.device)
@@ -48,8 +48,8 @@ def accept_window(
 
 
 def _drafted(codes: Tensor, at: Tensor, known: Tensor, columns: int) -> Tensor:
-    """The codes at places [N, W]; where none is known yet, the one ``columns`` before, or as many
-    columns before as reach a known one, or else the last one known."""
+    """The codes at places [N, W]. Where a code is not known yet, the one ``columns`` before, or as
+    many times ``columns`` as reach a known one, or else the last one known."""
     back = torch.div(at - known + columns, columns, rounding_mode="floor").clamp(min=0) * columns
     source = torch.where(at < back, known - 1, at - back)
     return codes.gather(1, source)

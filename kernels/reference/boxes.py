@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-LIMIT = 1e12  # coordinates beyond it count as not finite: an area of them could overflow
-FLOOR = 1e-24  # union or hull below it counts as none: a gradient over it could overflow
+LIMIT = 1e12  # coordinates beyond it count as not finite: their areas could overflow
+FLOOR = 1e-24  # a union or hull below it counts as none: a gradient divided by it could overflow
 
 Boxes = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -23,7 +23,7 @@ def valid(box: Tensor) -> Tensor:
 
 
 def _pair(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Both valid [...], and the boxes with the unit box in place of what is none."""
+    """Whether both are valid [...], and the boxes, replaced by the unit box where not both are."""
     ok = valid(a) & valid(b)
     unit = a.new_tensor([0.0, 0.0, 1.0, 1.0])
     return ok, torch.where(ok[..., None], a, unit), torch.where(ok[..., None], b, unit)
@@ -100,7 +100,7 @@ def box_reward_backward(
     by_area = by_hull - by_overlap * overlap  # of the union
     filled = union / around.clamp(min=FLOOR)
 
-    # An area grows with a corner by the other side's length; an inner corner moves the overlap,
+    # Moving a corner changes an area by the other side's length; an inner corner moves the overlap,
     # an outer one the hull, and one on the other box's edge half of each.
     sign = p.new_tensor([-1.0, -1.0, 1.0, 1.0])
     along = sign * (p - t)

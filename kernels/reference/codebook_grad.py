@@ -8,7 +8,7 @@ from torch import Tensor
 
 def codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
     """Sum of d_embed [N, C] over the rows that chose each code, in order of rows; [V, C]. Rows
-    whose code is none count for nothing."""
+    without a valid code are ignored."""
     wide = d_embed if d_embed.dtype == torch.float64 else d_embed.float()
     inside = (index >= 0) & (index < codes)
     counted = wide.masked_fill(~inside[:, None], 0)

@@ -1,5 +1,5 @@
 """Plain-torch decode attention: the oracle of every test and the CPU path. Sequences are taken in
-chunks of one prefix each, so that a prefix is read once a chunk and memory is bounded."""
+chunks that share a prefix, so that a prefix is read once per chunk and memory is bounded."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ CHUNK = 16
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The tensor in at least float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _scaled(x: Tensor, scales: Tensor | None) -> Tensor:
-    """Heads [..., K] in float32 at least, times their scales [...]."""
+    """Heads [..., K] in at least float32, times their scales [...]."""
     return _wide(x) if scales is None else _wide(x) * scales[..., None]
 
 
@@ -67,7 +67,8 @@ def _attend(
     shared: tuple[Tensor, Tensor] | None,
     scales: Tensor | None,
 ) -> Tensor:
-    """Queries of ``sequences``, all of one prefix; heads are [kv heads, heads of a group]."""
+    """Attention of the queries of ``sequences``, which share one prefix; heads are [kv heads, heads
+    of a group]."""
     count, heads, width = query.shape
     kv_heads = keys.shape[1]
     grouped = query.reshape(count, kv_heads, heads // kv_heads, width)
@@ -75,7 +76,7 @@ def _attend(
     keep = torch.arange(longest, device=query.device) < lengths[:, None]
     by = (None, None) if scales is None else scales[:, sequences, :, :longest]
     own_keys = _scaled(keys[sequences, :, :longest], by[0])
-    # What lies behind a sequence's length was never written: NaN there must not reach the sum.
+    # Values beyond a sequence's length were never written: NaN there must not reach the sum.
     own_values = _scaled(values[sequences, :, :longest], by[1])
     own_values = own_values.masked_fill_(~keep[:, None, :, None], 0)
     scores = (grouped @ own_keys.mT).masked_fill(~keep[:, None, None], float("-inf"))

@@ -9,13 +9,13 @@ LIMIT = 1e15  # a reward beyond it counts as not finite: its square would overfl
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The tensor in at least float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 def _ranks(r: Tensor, keep: Tensor, group: Tensor) -> Tensor:
-    """Of each its rank among the kept of its group, from 0, ties in their middle."""
-    key = torch.where(keep, r, torch.inf)  # the others behind all
+    """Rank of each sample among the kept ones of its group, from 0; ties share their mean rank."""
+    key = torch.where(keep, r, torch.inf)  # the others come last
     order = key.argsort(stable=True)
     order = order[group[order].argsort(stable=True)]
     key, group = key[order], group[order]

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 CHUNK = 1024
-RATIO_LIMIT = 60.0  # log-ratios are held within ±60, exp(±60) within float32
-SERIES_BELOW = 0.5  # of |d|, where exp(d) − d − 1 cancels and its series does not
+RATIO_LIMIT = 60.0  # log-ratios are clamped to ±60; exp(±60) is within float32
+SERIES_BELOW = 0.5  # for smaller |d|, exp(d) − d − 1 cancels and its series does not
 
 Loss = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The tensor in at least float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 

@@ -14,7 +14,7 @@ Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The tensor in at least float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -62,7 +62,7 @@ def _forward(
         log_total = (logits - top[:, None]).logsumexp(-1)
         lse_l = top + log_total
         at_target = logits.gather(1, targets.clamp(0, codes - 1)[:, None])[:, 0]
-        # Not lse_l − at_target: logits that share a large offset round the logarithm away.
+        # Not lse_l − at_target: if logits share a large offset, it rounds the logarithm away.
         known = torch.where(targets < codes, (top - at_target) + log_total, torch.nan)
         ce = torch.where(targets >= 0, known, ce)
     inside = (index >= 0) & (index < len(codebook))

@@ -33,7 +33,7 @@ def forward(
         top = scaled.amax(-1, keepdim=True)
         log_total = scaled.sub_(top).logsumexp(-1, keepdim=True)
         lse[rows] = (top + log_total)[:, 0]
-        # Not scaled − lse: logits that share a large offset round the logarithm away.
+        # Not scaled − lse: if logits share a large offset, it rounds the logarithm away.
         logp = scaled.sub_(log_total)
         logprob[rows] = _at(logp, targets[rows])
         entropy[rows] = torch.special.entr(logp.exp()).sum(-1)

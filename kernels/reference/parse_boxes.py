@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 OPEN, NUMBER, SPACE, COMPLETE, CLOSED, DEAD = range(6)
-CHUNK = 1 << 20  # pairs of a row and a token of the grammar at a time
+CHUNK = 1 << 20  # pairs of a row and a grammar token at a time
 
 
 def location_boxes(tokens: Tensor, first: int, bins: int, close: int) -> Tensor:
@@ -56,7 +56,7 @@ def _four(tokens: Tensor) -> Tensor:
 
 @dataclass
 class _State:
-    """Where each row's reading of "[x1, y1, x2, y2]" stands; every field int64 of one shape."""
+    """How far each row's reading of "[x1, y1, x2, y2]" is; every field is int64 of one shape."""
 
     phase: Tensor
     field: Tensor
@@ -65,7 +65,7 @@ class _State:
     corner: Tensor  # [..., 4]
 
     def feed(self, c: Tensor, scale: int) -> None:
-        """Read a character each; 0 changes nothing."""
+        """Read one character per row; 0 changes nothing."""
         read = c != 0
         number, digit = self.phase == NUMBER, c - ord("0")
         x1, y1 = self.corner[..., 0], self.corner[..., 1]
@@ -91,18 +91,19 @@ class _State:
         self.value = torch.where(begins, 0, value)
 
     def read(self, piece: Tensor, scale: int) -> None:
-        """Read a token each: its characters uint8 [width, ...]. None at all: no part of a box."""
+        """Read one token per row: characters uint8 [width, ...]. With none it is no part of a
+        box."""
         self.phase = torch.where(piece[0] != 0, self.phase, DEAD)
         for c in piece:
-            # A table is as wide as its longest text, few of which come up. Not on CUDA: the host
-            # would wait, and a graph could not hold it.
+            # A table is as wide as its longest text, and long ones are rare. Not on CUDA: the host
+            # would wait, and a graph could not capture it.
             if c.device.type == "cpu" and not c.any():
                 break
-            self.feed(c.long(), scale)  # int64 only a character at a time
+            self.feed(c.long(), scale)  # int64 for one character at a time only
 
 
 def _completable(value: Tensor, low: Tensor, high: Tensor, scale: int) -> Tensor:
-    """Whether digits that spell ``value``, perhaps with more behind, can be in low … high."""
+    """Whether digits that spell ``value``, perhaps with more after them, can be in low … high."""
     can, spread = torch.zeros_like(value, dtype=torch.bool), 1
     for _ in range(len(str(scale))):
         can |= (value * spread <= high) & (value * spread + spread > low)
@@ -111,7 +112,7 @@ def _completable(value: Tensor, low: Tensor, high: Tensor, scale: int) -> Tensor
 
 
 def _run(tokens: Tensor, count: Tensor, pieces: Tensor, close: int, scale: int) -> _State:
-    """The state behind ``count`` tokens; what stands behind a closing mark counts for nothing."""
+    """The state after ``count`` tokens; tokens after a closing mark are ignored."""
     zero = torch.zeros_like(count)
     state = _State(zero + OPEN, zero, zero, zero, zero[:, None].repeat(1, 4))
     for s in range(tokens.shape[1]):

@@ -19,7 +19,7 @@ def philox4x32(
     c0, c1, c2, c3 = torch.broadcast_tensors(*counter)
     k0, k1 = key
     for _ in range(rounds):
-        # int64 products wrap, yet their 64 bits are right; masks undo the sign of the shift.
+        # int64 products wrap, but their 64 bits are right; masks undo the shift's sign extension.
         low0, low1 = c0 * _M0, c2 * _M1
         high0, high1 = (low0 >> 32) & _MASK, (low1 >> 32) & _MASK
         c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1 & _MASK, high0 ^ c3 ^ k1, low0 & _MASK

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 LARGEST = 448.0  # of float8_e4m3fn
-LEAST = 1e-30  # of a scale, so that a head of zeros has one, too
+LEAST = 1e-30  # of a scale, so that a head of zeros has one too
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    """x [B, L, H, K] by tables [B or 1, L, K], in float32 at least, contiguous, in x's type."""
+    """Rotate x [B, L, H, K] by tables [B or 1, L, K] in at least float32, to x's type."""
     wide = x if x.dtype == torch.float64 else x.float()
     cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     half = x.shape[-1] // 2
@@ -24,7 +24,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-    """q and k rotated, or turned back; see `echogen.kernels.rope`."""
+    """q and k rotated, or rotated back; see `echogen.kernels.rope`."""
     return _rotate(q, cos, sin, inverse), _rotate(k, cos, sin, inverse)
 
 
@@ -39,7 +39,8 @@ def rope_cache(
     slots: Tensor,
     scales: Tensor | None,
 ) -> Tensor:
-    """q rotated; k, rotated, and v written into the caches at ``slots``, scaled with scales."""
+    """Return q rotated; write k (rotated) and v to ``slots`` in the caches, scaled if given
+    scales."""
     rotated = _rotate(k, cos, sin, False) if scales is None else _rotate(k.float(), cos, sin, False)
     row, token = torch.nonzero((slots >= 0) & (slots < keys.shape[2]), as_tuple=True)
     slot = slots[row, token]

@@ -10,7 +10,7 @@ from echogen.kernels.reference import philox
 
 CHUNK = 256
 COLDEST, SMALLEST = 1e-6, 1e-10
-"""A temperature, or top_p, in a tensor is not below these: 0 would make 0/0, or keep nothing."""
+"""Lower bounds of a temperature and a top_p in a tensor: 0 would make 0/0, or keep nothing."""
 
 
 def branches(logits: Tensor, guided: str) -> tuple[Tensor, Tensor]:
@@ -24,22 +24,22 @@ def branches(logits: Tensor, guided: str) -> tuple[Tensor, Tensor]:
 
 
 def mixed(cond: Tensor, uncond: Tensor, cfg: Tensor | None) -> Tensor:
-    """u + s·(c − u) in float32 at least, and c itself where s is 1; −inf where either branch is. Of
-    c alone where s, [1] or [N], is None."""
+    """u + s·(c − u) in at least float32, and c itself where s is 1; −inf where either branch is. s
+    is [1] or [N]; if it is None, c alone."""
     cond = cond if cond.dtype == torch.float64 else cond.float()
     if cfg is None:
         return cond
     uncond = uncond.to(cond.dtype)
     dead = (cond == float("-inf")) | (uncond == float("-inf"))
     cfg = cfg.view(-1, 1)
-    # u + 1·(c − u) is c only up to rounding.
+    # u + 1·(c − u) equals c only up to rounding.
     moved = torch.where(cfg == 1, cond, uncond + cfg * (cond - uncond))
     return moved.masked_fill(dead, float("-inf"))
 
 
 def truncated(scores: Tensor, top_k: int, top_p: Tensor | None) -> Tensor:
-    """Scores [N, V] with everything outside top-k, then top-p ([1] or [N]), at −inf. Ties with the
-    last code kept are kept."""
+    """Scores [N, V] with everything outside top-k, then top-p ([1] or [N]), at −inf. Codes that tie
+    with the last one kept are kept."""
     if 0 < top_k < scores.shape[-1]:
         floor = scores.topk(top_k, -1).values[:, -1:]
         scores = scores.masked_fill(scores < floor, float("-inf"))
@@ -54,7 +54,7 @@ def truncated(scores: Tensor, top_k: int, top_p: Tensor | None) -> Tensor:
 
 
 def _taken(numbers: Tensor, rows: slice) -> Tensor:
-    """Of numbers [N] those of some rows; [1] is everybody's."""
+    """Select the given rows of numbers [N]; [1] holds for all rows."""
     return numbers if len(numbers) == 1 else numbers[rows]
 
 
@@ -70,7 +70,7 @@ def cfg_sample(
     top_p: Tensor | None,
     guided: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(token, logprob, embed); see `echogen.kernels.sampling`. No temperature is greedy."""
+    """(token, logprob, embed); see `echogen.kernels.sampling`. Greedy without temperature."""
     cond, uncond = branches(logits, guided)
     token = torch.empty(len(draw), dtype=torch.int64, device=logits.device)
     logprob = torch.zeros(len(draw), dtype=torch.float32, device=logits.device)

@@ -1,5 +1,5 @@
 """Plain-torch SwiGLU: the oracle of every test and the CPU path. Rows are taken in chunks, so that
-what is held in float32 is bounded."""
+float32 memory is bounded."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CHUNK = 1024
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In float32 at least."""
+    """The tensor in at least float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 

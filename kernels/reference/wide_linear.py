@@ -1,4 +1,4 @@
-"""Plain-torch linear layer of large batches, which is that of few rows."""
+"""Plain-torch linear layer for large batches, the same as that for few rows."""
 
 from __future__ import annotations
 
