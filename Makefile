@@ -49,9 +49,10 @@ lint: $(VENV)/.installed
 compile: $(VENV)/.installed
 	$(RUN)/echogen bench compile --arch sm_80,sm_90,sm_100
 
-# The fatbins beside kernels/cuda/*.cu; ECHOGEN_BUILD_CUDA=1 pip install -e . builds them too.
+# The fatbins beside kernels/cuda/*.cu; ECHOGEN_BUILD_CUDA=1 pip install -e . builds them too. CMake
+# would remember that `make gpu` built them for one GPU alone, but for -U.
 cuda:
-	cmake -S . -B build/cuda -DECHOGEN_REQUIRE_CUDA=ON
+	cmake -U ECHOGEN_CUDA_ARCHITECTURES -S . -B build/cuda -DECHOGEN_REQUIRE_CUDA=ON
 	cmake --build build/cuda
 
 bench: $(VENV)/.installed

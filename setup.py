@@ -14,7 +14,7 @@ FOLDERS = ("kernels", "engine", "train", "bench")
 
 
 def packages() -> dict[str, str]:
-    """Import name → folder, for every folder of the house that holds Python files."""
+    """Import name → folder, for every folder of the repository that holds Python files."""
     found = {"echogen": "echogen", "echogen.commands": "echogen/commands"}
     for top in FOLDERS:
         for folder in [ROOT / top, *sorted(p for p in (ROOT / top).rglob("*") if p.is_dir())]:
@@ -37,12 +37,16 @@ class BuildPy(build_py):
 
 
 def build_cuda() -> None:
-    """CMake writes kernels/cuda/*.fatbin; what was asked for and cannot be done is an error."""
+    """Build kernels/cuda/*.fatbin with CMake. Raises SystemExit if that fails: in an editable
+    install setuptools would swallow any other error, and install without them."""
     if shutil.which("cmake") is None:
         raise SystemExit("ECHOGEN_BUILD_CUDA=1 needs cmake on PATH (pip install cmake)")
     folder = ROOT / "build" / "cuda"
-    subprocess.run(["cmake", "-S", ROOT, "-B", folder, "-DECHOGEN_REQUIRE_CUDA=ON"], check=True)
-    subprocess.run(["cmake", "--build", folder], check=True)
+    # -U: a build for one GPU alone (bench/gpu.sh) is not remembered.
+    configure = ["-U", "ECHOGEN_CUDA_ARCHITECTURES", "-S", ROOT, "-B", folder]
+    for arguments in ([*configure, "-DECHOGEN_REQUIRE_CUDA=ON"], ["--build", folder]):
+        if subprocess.run(["cmake", *arguments]).returncode:
+            raise SystemExit("ECHOGEN_BUILD_CUDA=1: CMake failed; what it said stands above")
 
 
 setup(

@@ -4,6 +4,7 @@ cache holds all of them."""
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from echogen.engine.cache import KVCache
@@ -19,6 +20,7 @@ class Branches:
         model, prompts: the transformer, and the builder of the trunk.
         image: embedded images [B, T, D].
         branches: for each image, the ids of its K_b questions; K is the largest K_b.
+        answers: the consecutive ids, V of them, that logits are wanted of; all of them by default.
     """
 
     def __init__(
@@ -27,8 +29,9 @@ class Branches:
         prompts: Prompts,
         image: Tensor,
         branches: list[list[list[int]]],
+        answers: slice = slice(None),
     ) -> None:
-        self._model, self._image = model, image
+        self._model, self._image, self._answers = model, image, answers
         self._before, self._after = prompts.i2l()
         self._rows, self._width = len(branches), max(map(len, branches))
         trunk = len(self._before) + image.shape[1] + len(self._after)
@@ -55,7 +58,7 @@ class Branches:
         self._cache = KVCache(model.config, self._rows, capacity, image.dtype, device)
 
     def prefill(self) -> Tensor:
-        """Run trunk and questions; return text logits at the end of every branch [B, K, vocab]."""
+        """Run trunk and questions; return text logits at the end of every branch [B, K, V]."""
         count, tokens = self._rows * self._width, self._position.numel()
         with span("engine/ground/prefill", rows=count, tokens=tokens):
             return self._prefill()
@@ -74,16 +77,16 @@ class Branches:
         hidden = self._run(embedded, self._position, self._branch, causal)
         last = torch.tensor(self._last, device=hidden.device)
         rows = torch.arange(self._rows, device=hidden.device)[:, None]
-        return self._model.text_head(hidden[rows, last])
+        return self._logits(hidden[rows, last])
 
     def step(self, tokens: Tensor, step: int) -> Tensor:
-        """Feed one token [B, K] to every branch; return text logits [B, K, vocab]."""
+        """Feed one token [B, K] to every branch; return text logits [B, K, V]."""
         fed, held = tokens.numel(), self._branch.numel() + tokens.numel()
         with span("engine/ground/step", rows=fed, tokens=fed, held=held, step=step):
             return self._step(tokens.unsqueeze(-1), torch.ones_like(tokens))
 
     def feed(self, new: list[list[list[int]]]) -> Tensor:
-        """Feed each branch its own tokens, however many; return text logits [B, K, vocab] after the
+        """Feed each branch its own tokens, however many; return text logits [B, K, V] after the
         last token of each (meaningless for a branch without new tokens)."""
         most = max(len(tokens) for row in new for tokens in row)
         device = self._ids.device
@@ -116,7 +119,10 @@ class Branches:
         embedded = self._model.embed_text(tokens.flatten(1))
         hidden = self._run(embedded, position, branch, torch.cat((old, here), 1))
         last = (counts - 1).clamp(min=0)[..., None, None].expand(-1, -1, 1, hidden.shape[-1])
-        return self._model.text_head(hidden.unflatten(1, (width, most)).gather(2, last).squeeze(2))
+        return self._logits(hidden.unflatten(1, (width, most)).gather(2, last).squeeze(2))
+
+    def _logits(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self._model.text_head.weight[self._answers])
 
     def _make_room(self, tokens: int) -> None:
         """Move to a larger cache if these tokens do not fit: branches fed unequal numbers of tokens

@@ -20,13 +20,12 @@ class Weights:
 
     Attributes:
         body: of the decoder's layers.
-        image_head, text_head: of the heads.
+        image_head: of the image head.
         cached: numbers that a token leaves in the cache, keys and values of all layers.
     """
 
     body: int
     image_head: int
-    text_head: int
     cached: int
 
     @classmethod
@@ -35,18 +34,19 @@ class Weights:
         queries, keys = c.heads * c.head_dim, c.kv_heads * c.head_dim
         layer = c.width * (2 * queries + 2 * keys + 3 * c.mlp_width)
         image_head = c.width * c.head_width + c.head_width * c.codebook_size
-        return cls(c.layers * layer, image_head, c.width * c.vocab_size, 2 * c.layers * keys)
+        return cls(c.layers * layer, image_head, 2 * c.layers * keys)
 
 
-HEADS = {
-    "engine/prefill/run": "image_head",
-    "engine/decode/step": "image_head",
-    "engine/decode/window": "image_head",
-    "engine/ground/prefill": "text_head",
-    "engine/ground/step": "text_head",
+HEADED = {
+    "engine/prefill/run": True,
+    "engine/decode/step": True,
+    "engine/decode/window": True,
+    "engine/ground/prefill": False,
+    "engine/ground/step": False,
 }
-"""Phases that have a floor, and the head that follows each. For others (sampling, the image
-decoder) only the time is shown."""
+"""Phases that have a floor, and whether the image head follows. (The rows of the text head that
+grounding reads, those of location tokens, are left out.) For others (sampling, the image decoder)
+only the time is shown."""
 
 
 def floor(config: ModelConfig, row: Row, itemsize: int) -> Floor | None:
@@ -58,10 +58,10 @@ def floor(config: ModelConfig, row: Row, itemsize: int) -> Floor | None:
             the head) and ``held`` (cached tokens read, over all rows).
         itemsize: bytes per weight.
     """
-    if row.category not in HEADS:
+    if row.category not in HEADED:
         return None
     weights = Weights.of(config)
-    head = getattr(weights, HEADS[row.category])
+    head = weights.image_head if HEADED[row.category] else 0
     tokens, rows, held = (row.payload.get(name, 0) for name in ("tokens", "rows", "held"))
     read = row.count * (weights.body + head) + held * weights.cached
     # Two products: of a query with every key, and of the result with every value it reads.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,9 +90,9 @@ def test_many_expressions_go_part_after_part(small, prompts, images, monkeypatch
     wanted, longest = ground_images(small, prompts, images, EXPRESSIONS), []
     made = Branches.__init__
 
-    def counted(self, model, prompts, image, branches):
+    def counted(self, model, prompts, image, branches, *rest):
         longest.append(max(sum(map(len, row)) for row in branches))
-        made(self, model, prompts, image, branches)
+        made(self, model, prompts, image, branches, *rest)
 
     monkeypatch.setattr(Branches, "__init__", counted)
     monkeypatch.setattr("echogen.engine.ground.MOST_ASKED", 40)
@@ -140,6 +142,19 @@ def runs(monkeypatch) -> list[int]:
 
     monkeypatch.setattr(UnifiedTransformer, "forward", counted)
     return counts
+
+
+def test_of_the_text_head_only_location_tokens_are_multiplied(small, small_tokenizer, images):
+    """They are 1 % of Janus-Pro's vocabulary. The tokens after them can have no say in a box."""
+    prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
+    wanted = ground_images(small, prompts, images, EXPRESSIONS)
+    other = torch.ones(len(small.text_head.weight), dtype=torch.bool)
+    other[prompts.codec.ids] = False
+    poisoned = copy.deepcopy(small)
+    with torch.no_grad():
+        poisoned.text_head.weight[other] = torch.nan
+    assert poisoned.text_head.weight is not poisoned.text_embedding.weight and other.any()
+    assert ground_images(poisoned, prompts, images, EXPRESSIONS) == wanted
 
 
 @pytest.mark.parametrize("count", [1, 2, 7])

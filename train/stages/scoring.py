@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from echogen.engine.decoding.sampler import Sampling
-from echogen.engine.ground import constrained, locations
+from echogen.engine.ground import constrained, location_ids, locations
 from echogen.engine.model import UnifiedTransformer
 from echogen.engine.prompt import Prompts
 from echogen.kernels.logprob import guided_linear_logprob, linear_logprob
@@ -107,7 +107,8 @@ def box_logprob(
     first, _ = locations(prompts)
     # The </box> after a box is forced, so it is not a decision.
     here = asked.text_at.view(-1, 5)[:, :4].flatten()
-    logits = model.text_head(hidden_states(model, asked).flatten(0, 1)[here])
+    hidden = hidden_states(model, asked).flatten(0, 1)[here]
+    logits = F.linear(hidden, model.text_head.weight[location_ids(prompts)])
     tokens = asked.at("texts", here).view(-1, 4)
     scores = torch.stack(
         [constrained(logits[step::4], tokens, step, prompts) for step in range(4)], 1
