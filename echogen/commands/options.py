@@ -108,10 +108,8 @@ class SamplingOptions:
     def over(self, engine: Engine) -> Sampling:
         """Return the model's defaults with the given options in their place. Raises InputError if
         the two conflict, or do not fit the model's images."""
-        from echogen.engine.decoding.sampler import Sampling
-
         try:
-            sampling = Sampling(**asdict(engine.sampling) | self._given())
+            sampling = engine.sampling.over(self._given())
             sampling.scales(engine.transformer.config.image_tokens)
         except ValueError as error:
             raise InputError(flagged(error)) from None

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import signal
 import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -65,7 +69,7 @@ class Serve:
         if self.memory is not None and not 0 < self.memory < float("inf"):
             raise InputError(f"--memory {self.memory}: it must be above 0 GiB")
         check_installed("serve")
-        with self._bound() as place:
+        with self._bound() as place, _exiting_on_sigterm():
             self._serve(place)
 
     def _bound(self) -> socket.socket:
@@ -151,6 +155,18 @@ class Serve:
             timeout_graceful_shutdown=graceful,
         )  # fmt: skip
         Server(config).run([place])
+
+
+@contextmanager
+def _exiting_on_sigterm() -> Iterator[None]:
+    """End with 143 on SIGTERM, also as a container's first process, which gets no signal without a
+    handler: neither one that arrives while the model loads, nor the one that uvicorn raises after
+    its own shutdown."""
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 OTHER_FILES = 100

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -129,6 +129,19 @@ class Sampling:
                 f"cfg_span = {span} with cfg = {self.cfg}, which guides nothing; set cfg to "
                 f"another scale than 1, or leave cfg_span out"
             )
+
+    def over(self, given: dict[str, Any]) -> Sampling:
+        """These settings with the given ones, by name, in their place. A given ``cfg`` of 1 turns
+        guidance off, and with it the schedule and the span where they are not given.
+
+        Raises:
+            ValueError: the settings are out of range, or conflict.
+        """
+        own = asdict(self)
+        if given.get("cfg") == 1:
+            unguided = asdict(Sampling())
+            own |= {name: unguided[name] for name in ("cfg_schedule", "cfg_start", "cfg_span")}
+        return Sampling(**own | given)
 
     @property
     def guided(self) -> bool:

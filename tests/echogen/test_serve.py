@@ -14,6 +14,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from echogen.commands.options import ModelOptions
+
 from .conftest import LAYOUT
 
 
@@ -53,7 +55,7 @@ def test_it_draws_and_ends_on_sigterm_with_what_was_begun(served):
     rest = answer.read().decode()
     assert "event: done" in rest and "event: error" not in rest
     process.wait(60)
-    assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+    assert process.returncode == 128 + signal.SIGTERM
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
 
@@ -69,6 +71,15 @@ def test_who_sends_half_a_body_does_not_hold_the_end(served):
         assert connection.getresponse().read() == b'{"status":"ok"}'
         process.send_signal(signal.SIGTERM)
         process.wait(60)
+
+
+def test_sigterm_while_the_model_loads_ends_with_143(run, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(ModelOptions, "load", lambda self: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit) as left:
+        run("serve", "--model", "tiny", "--port", "0")
+    assert left.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_port_in_use_is_told_before_the_model_is_loaded(run):
