@@ -20,7 +20,7 @@ class Branches:
         model, prompts: the transformer, and the builder of the trunk.
         image: embedded images [B, T, D].
         branches: for each image, the ids of its K_b questions; K is the largest K_b.
-        answers: the consecutive ids, V of them, that logits are wanted of; all of them by default.
+        answers: the V ids that logits are wanted of; by default the whole vocabulary.
     """
 
     def __init__(
@@ -29,9 +29,10 @@ class Branches:
         prompts: Prompts,
         image: Tensor,
         branches: list[list[list[int]]],
-        answers: slice = slice(None),
+        answers: slice | list[int] = slice(None),
     ) -> None:
-        self._model, self._image, self._answers = model, image, answers
+        self._model, self._image = model, image
+        self._head = model.text_head.weight[answers]
         self._before, self._after = prompts.i2l()
         self._rows, self._width = len(branches), max(map(len, branches))
         trunk = len(self._before) + image.shape[1] + len(self._after)
@@ -122,7 +123,7 @@ class Branches:
         return self._logits(hidden.unflatten(1, (width, most)).gather(2, last).squeeze(2))
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return F.linear(hidden, self._model.text_head.weight[self._answers])
+        return F.linear(hidden, self._head)
 
     def _make_room(self, tokens: int) -> None:
         """Move to a larger cache if these tokens do not fit: branches fed unequal numbers of tokens

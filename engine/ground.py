@@ -148,7 +148,7 @@ def locations(prompts: Prompts) -> tuple[int, int]:
 
 def location_ids(prompts: Prompts) -> slice:
     """The ids of the location tokens. Of the text head only their rows are multiplied: 1,000 of
-    Janus-Pro's 102,400, whose logits would take 0.4 MB a question.
+    Janus-Pro's 102,400.
 
     Raises:
         PromptError: as for `locations`.
@@ -240,7 +240,7 @@ def _spelled(
     codec = prompts.codec
     forced = _forced(codec, [])
     branches = [[prompts.branch(e) + forced for e in row] for row in expressions]
-    state = Branches(model, prompts, image, branches)
+    state = Branches(model, prompts, image, branches, codec.ids)
     answers = [[list(forced) for _ in row] for row in branches]
     logits = state.prefill()
     while True:
@@ -263,14 +263,16 @@ def _extend(
     logits: Tensor, codec: BoxCodec, answers: list[list[list[int]]]
 ) -> list[list[list[int]]]:
     """Extend every unfinished answer by its most likely allowed token and the tokens it forces;
-    return what was added to each."""
+    return what was added to each. Logits [B, K, V] are those of the codec's ids."""
     scores, added = logits.float().cpu(), list[list[list[int]]]()
+    column = {token: i for i, token in enumerate(codec.ids)}
     for i, row in enumerate(answers):
         added.append([])
         for j, answer in enumerate(row):
             new: list[int] = []
             if allowed := codec.allowed(tuple(answer)):
-                new = [allowed[int(scores[i, j, allowed].argmax())]]
+                columns = [column[token] for token in allowed]
+                new = [allowed[int(scores[i, j, columns].argmax())]]
                 new += _forced(codec, answer + new)
             answer += new
             added[-1].append(new)

@@ -51,11 +51,13 @@ class BoxCodec(Protocol):
         name: "location" or "textual".
         scale: the largest coordinate; a box survives a round trip to within half of 1/scale.
         steps: the most tokens a box can take.
+        ids: every token that a box can be written with.
     """
 
     name: str
     scale: int
     steps: int
+    ids: list[int]
 
     def text(self, box: Box) -> str:
         """The box as prompt text."""
@@ -132,6 +134,7 @@ class TextualCodec:
             for i, t in texts.items()
             if t and i not in special and not set(t) - set("[], 0123456789")
         }
+        self.ids = list(self._pieces)
         self._allowed = lru_cache(maxsize=65536)(self._search)
 
     def text(self, box: Box) -> str:

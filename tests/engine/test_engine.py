@@ -122,9 +122,9 @@ def test_many_images_are_found_in_parts(engine, monkeypatch, kind):
     asked = [["a star"], ["a circle", "a star"], ["two green stars"], ["a star"] * 3, ["x"]]
     wanted, made = engine.ground_codes(codes, asked), list[int]()
 
-    def counted(model, prompts, image, branches, right=grounding.Branches):
+    def counted(model, prompts, image, *rest, right=grounding.Branches):
         made.append(len(image))
-        return right(model, prompts, image, branches)
+        return right(model, prompts, image, *rest)
 
     monkeypatch.setattr(grounding, "Branches", counted)
     monkeypatch.setattr(grounding, "MOST_HELD", 1)

@@ -144,9 +144,8 @@ def runs(monkeypatch) -> list[int]:
     return counts
 
 
-def test_of_the_text_head_only_location_tokens_are_multiplied(small, small_tokenizer, images):
-    """They are 1 % of Janus-Pro's vocabulary. The tokens after them can have no say in a box."""
-    prompts = Prompts(small_tokenizer, LocationCodec(small_tokenizer, 33))
+def test_of_the_text_head_only_tokens_of_boxes_are_multiplied(small, prompts, images):
+    """They are 1 % of Janus-Pro's vocabulary, and the others have no say in a box."""
     wanted = ground_images(small, prompts, images, EXPRESSIONS)
     other = torch.ones(len(small.text_head.weight), dtype=torch.bool)
     other[prompts.codec.ids] = False
