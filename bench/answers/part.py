@@ -86,4 +86,5 @@ def measured(command: str, results: Sequence[Result]) -> str:
     )
     torch = all_of(lambda r: r["versions"]["torch"])
     commits = all_of(short_commit)
-    return f"Measured by {command} ({where}; PyTorch {torch}; commit {commits})."
+    commits = f"commit{'s' if ',' in commits else ''} {commits}"
+    return f"Measured by {command} ({where}; PyTorch {torch}; {commits})."

@@ -17,7 +17,7 @@ from echogen.bench.quality import score
 from echogen.bench.quality.cells import COMPARED, RENAMED, Cell, cells
 from echogen.bench.quality.lab import Lab
 from echogen.bench.quality.records import QualityError, read_record, write_json
-from echogen.bench.quality.report import TITLES, mean_and_error, shown
+from echogen.bench.quality.report import TITLES, less, mean_and_error, shown
 from echogen.bench.quality.run import recorded_model
 from echogen.commands.output import finite
 from echogen.train.data.samples import module_hash
@@ -94,7 +94,7 @@ def differences(results: Path, seeds: Iterable[int]) -> dict[str, list[dict[str,
             ]
             tables.setdefault(table, []).append(
                 {
-                    "what": " − ".join(names),
+                    "what": less(*names),
                     "seeds": len(both),
                     "layouts": sorted({_layouts(x) for x, _ in both}),
                     "measures": {

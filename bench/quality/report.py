@@ -104,7 +104,7 @@ def _table(table: str, known: dict[str, Cell], records: dict[str, Record]) -> Ta
         "title": TITLES[table],
         "rows": [_row(stem, arms[stem], there[stem]) for stem in mine],
         "differences": [
-            _difference(f"{arms[a]} − {arms[b]}", there[a], there[b]) for a, b in COMPARED[table]
+            _difference(less(arms[a], arms[b]), there[a], there[b]) for a, b in COMPARED[table]
         ],
         "judge_ceiling": mean_and_error([_ceiling(r)["judge_ceiling"] for r in some]),
         "vq_ceiling": {
@@ -323,11 +323,16 @@ def _spent(rows: list[dict[str, Any]]) -> str:
     )  # fmt: skip
 
 
+def less(first: str, second: str) -> str:
+    """Name the difference of two arms, whose names may begin with "+ "."""
+    return f"{first.removeprefix('+ ')} − {second.removeprefix('+ ')}"
+
+
 def shown(estimate: dict[str, Any], sign: bool = False) -> str:
     """Format a mean with its standard error, or with a note that it has none."""
     if estimate["mean"] is None:
         return "–"
-    mean = f"{estimate['mean']:{'+' if sign else ''}.3f}"
+    mean = f"{estimate['mean']:{'+' if sign else ''}.3f}".replace("-", "−")
     error = estimate["stderr"]
     return f"{mean} (n = 1)" if error is None else f"{mean} ± {error:.3f}"
 

@@ -540,10 +540,10 @@ def test_differences_on_further_layouts(copied):
         json.loads((copied.results / "fresh" / f"{name}.json").read_text())["l2i"]
         for name in (TWO, "ablation-stage1-seed0")
     )
-    assert row["what"] == "+ stage 2 − stage 1" and row["layouts"] == [(4, 6)]
+    assert row["what"] == "stage 2 − stage 1" and row["layouts"] == [(4, 6)]
     assert row["measures"]["judge IoU"]["values"] == [two["judge_iou"] - one["judge_iou"]]
     text = fresh.section(fresh.differences(copied.results, [0]))
-    assert "(test layouts 4 … 6)" in text and "| + stage 2 − stage 1 | 1 |" in text
+    assert "(test layouts 4 … 6)" in text and "| stage 2 − stage 1 | 1 |" in text
     assert fresh.section({}) == ""
     path = copied.results / "fresh" / f"{TWO}.json"
     whole = json.loads(path.read_text())
@@ -774,7 +774,7 @@ def test_list_report_and_run(command, finished, tmp_path):
     assert code == 0, err
     (row,) = json.loads(out.splitlines()[-1])["ablation"]
     assert row["seeds"] == 1 and "## Differences on further test layouts" in out
-    assert "| + stage 2 − stage 1 | 1 |" in (tmp_path / "results" / "README.md").read_text()
+    assert "| stage 2 − stage 1 | 1 |" in (tmp_path / "results" / "README.md").read_text()
     (tmp_path / "results" / f"{TWO}.json").write_text("{")
     code, out, err = command("--report", *where)
     assert code == 2 and "not valid JSON" in err

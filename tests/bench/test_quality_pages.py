@@ -30,17 +30,15 @@ CYCLE = {
     "found by the model, of the objects that the judge misses": "missed_found",
 }
 ARMS = {
-    "stage 2 − stage 1": "+ stage 2 − stage 1 at its plateau",
-    "stage 2 − stage 1, continued for the same samples": (
-        "+ stage 2 − stage 1, samples of + stage 2"
-    ),
-    "stage 3 − stage 2": "+ stage 3, by ranks − + stage 2",
-    "stage 3 − stage 1": "+ stage 3, by ranks − stage 1 at its plateau",
+    "stage 2 − stage 1": "stage 2 − stage 1 at its plateau",
+    "stage 2 − stage 1, continued for the same samples": "stage 2 − stage 1, samples of + stage 2",
+    "stage 3 − stage 2": "stage 3, by ranks − stage 2",
+    "stage 3 − stage 1": "stage 3, by ranks − stage 1 at its plateau",
     "stage 3 − stage 1, continued for the samples of stage 2": (
-        "+ stage 3, by ranks − stage 1, samples of + stage 2"
+        "stage 3, by ranks − stage 1, samples of + stage 2"
     ),
     "stage 3 − stage 1, continued for the CPU seconds of stages 2 and 3": (
-        "+ stage 3, by ranks − stage 1, seconds of + stages 2 and 3"
+        "stage 3, by ranks − stage 1, seconds of + stages 2 and 3"
     ),
 }
 

@@ -30,7 +30,7 @@ def test_means_errors_and_differences_are_the_known_ones(tmp_path):
     assert rows["ablation-stage1"]["measures"]["best"]["AP"]["mean"] == pytest.approx(0.5)
     assert rows["ablation-samples"]["measures"]["plain"]["AP"]["stderr"] is None
     gain, alone, *_ = tables["ablation"]["differences"]
-    assert gain["what"] == "+ stage 2 − stage 1" and gain["seeds"] == [0, 1, 2]
+    assert gain["what"] == "stage 2 − stage 1" and gain["seeds"] == [0, 1, 2]
     paired = gain["measures"]["plain"]["AP"]
     assert paired["values"] == pytest.approx([0.12, 0.10, 0.11])
     assert paired["stderr"] == pytest.approx(0.01 / 3**0.5)
@@ -40,7 +40,7 @@ def test_means_errors_and_differences_are_the_known_ones(tmp_path):
     text = report.markdown(tables)
     assert "| stage 1 | 0, 1, 2 | 0.400 ± 0.058 |" in text
     assert "| stage 1, samples of + stage 2 | 0 | 0.250 (n = 1) |" in text
-    assert "+ stage 2 − stage 1 | 0, 1, 2 | +0.110 ± 0.006 |" in text
+    assert "stage 2 − stage 1 | 0, 1, 2 | +0.110 ± 0.006 |" in text
     assert "on the true pictures judge acc50 is 0.990 ± 0.000" in text
     assert "Drawings of each test layout: 1." in text
     assert "Missing: ablation-stage3-seed0" in text and "012345678+" in text
