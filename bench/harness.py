@@ -20,7 +20,7 @@ class WrongResult(RuntimeError):
     """The contestants compute different results, so comparing their speed means nothing."""
 
 
-def said(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     """Return an error in one line."""
     first = next(iter(str(error).strip().splitlines()), "")
     return f"{type(error).__name__}: {first}"

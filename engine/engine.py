@@ -28,7 +28,7 @@ from echogen.engine.decoding.sampler import (
     noise_seed,
     whole_number,
 )
-from echogen.engine.gpu.device import DeviceTransformer, misfit
+from echogen.engine.gpu.device import DeviceTransformer, why_not_operators
 from echogen.engine.ground import ground_images
 from echogen.engine.images.vision import (
     decode_codes,
@@ -426,7 +426,7 @@ def check_fp8(model: UnifiedTransformer, code_table: Tensor, weights: bool, cach
             f"{asked} on {device.type}: only GPUs run 8-bit products; leave {asked} out, or load "
             f"the model with device='cuda'"
         )
-    why = misfit(model)
+    why = why_not_operators(model)
     if why is not None:
         raise ValueError(f"{asked} needs the operators: {why}; leave {asked} out")
     if cache and (found := torch.cuda.get_device_capability(device)) < (8, 9):
@@ -445,7 +445,7 @@ def on_operators(
         return DeviceTransformer(model, code_table, fp8, fp8_cache)
     if code_table.device.type != "cuda":
         return packed(model)
-    why = misfit(model)
+    why = why_not_operators(model)
     if why is None:
         return DeviceTransformer(model, code_table)
     warnings.warn(f"drawing runs on plain torch: {why}", stacklevel=2)

@@ -54,7 +54,7 @@ def assigned(config: Any, text: str) -> tuple[str, Any]:
     try:
         return name, read(known[name].kind, value)
     except ValueError:
-        raise SettingError(f"{name}={value}: it takes {accepted(known[name].kind)}") from None
+        raise SettingError(f"{name}={value}: it takes {describe_type(known[name].kind)}") from None
 
 
 def _whole(name: str, known: dict[str, Setting]) -> str:
@@ -68,7 +68,7 @@ def _whole(name: str, known: dict[str, Setting]) -> str:
     raise SettingError(f"{name}: no setting of this stage; {mend}")
 
 
-def changed(config: Config, values: dict[str, Any]) -> Config:
+def with_values(config: Config, values: dict[str, Any]) -> Config:
     """Return the configuration with new values of settings, given by full name and set all at once.
     Raises ValueError if they are incompatible."""
     own, parts = dict[str, Any](), dict[str, dict[str, Any]]()
@@ -78,7 +78,7 @@ def changed(config: Config, values: dict[str, Any]) -> Config:
             parts.setdefault(part, {})[rest] = value
         else:
             own[part] = value
-    own |= {part: changed(getattr(config, part), inner) for part, inner in parts.items()}
+    own |= {part: with_values(getattr(config, part), inner) for part, inner in parts.items()}
     return replace(config, **own)  # type: ignore[type-var]
 
 
@@ -107,22 +107,22 @@ def read(kind: Any, text: str) -> Any:
     return value
 
 
-def written(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Format a value as `read` accepts it."""
     if isinstance(value, tuple):
-        return ",".join(map(written, value))
+        return ",".join(map(format_value, value))
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
-def accepted(kind: Any) -> str:
+def describe_type(kind: Any) -> str:
     """Describe in words what `read` accepts for a type."""
     options = get_args(kind)
     if get_origin(kind) in (Union, UnionType):
-        return " or ".join("none" if k is NoneType else accepted(k) for k in options)
+        return " or ".join("none" if k is NoneType else describe_type(k) for k in options)
     if get_origin(kind) is tuple:
         if options[1:] != (...,):
-            return ",".join(map(accepted, options))
-        return f"{accepted(options[0])} or several, with commas between"
+            return ",".join(map(describe_type, options))
+        return f"{describe_type(options[0])} or several, with commas between"
     if get_origin(kind) is Literal:
         return " or ".join(options)
     return _BASIC[kind]

@@ -12,7 +12,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from echogen.bench.harness import WrongResult, said
+from echogen.bench.harness import WrongResult, one_line
 from echogen.bench.peers.janus_port import CacheKind
 from echogen.bench.registry import OURS, Floor
 from echogen.bench.roofline import Roofline, measure
@@ -172,7 +172,7 @@ class Contestants:
             if name.startswith(OURS) and not isinstance(error, ValueError):
                 self._fail(f"{self._about}{name}", error)
             else:
-                self._leave(f"{self._about}{name}: {said(error)}")
+                self._leave(f"{self._about}{name}: {one_line(error)}")
             return None
 
     def _draw(self, name: str, asked: Asked, sampling: Sampling, told: Told = None) -> Draw:
@@ -233,7 +233,7 @@ class Contestants:
             try:
                 self._ceilings[threads] = measure(table.device, table.dtype, held)
             except Exception as error:
-                self._leave(f"{self._about}rates of the machine: {said(error)}")
+                self._leave(f"{self._about}rates of the machine: {one_line(error)}")
                 return None
         return self._ceilings[threads]
 

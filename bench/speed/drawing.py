@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from echogen.bench.harness import WrongResult, environment, said, seconds
+from echogen.bench.harness import WrongResult, environment, one_line, seconds
 from echogen.bench.registry import OURS
 from echogen.bench.speed import stretches
 from echogen.bench.speed.cell import Cell, Row
@@ -105,7 +105,7 @@ class Found:
     def fail(self, where: str, error: Exception) -> None:
         """Record that the measurement at ``where`` ended in an error."""
         traceback.print_exception(error)
-        self.failed.append(f"{where}: {said(error)}")
+        self.failed.append(f"{where}: {one_line(error)}")
         self.note(self.failed[-1])
 
     def to_dict(self) -> dict[str, Any]:
@@ -297,6 +297,6 @@ def _overhead_us(subject: Subject, name: str, found: Found) -> dict[str, float]:
         draw()
         least = min(seconds(draw) for _ in range(7))
     except Exception as error:  # e.g. of a compiler; it must not lose the other figures
-        found.leave(f"{name}: its step without arithmetic: {said(error)}")
+        found.leave(f"{name}: its step without arithmetic: {one_line(error)}")
         return {}
     return {"overhead_us_per_token": 1e6 * least / empty.transformer.config.image_tokens}

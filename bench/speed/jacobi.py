@@ -26,7 +26,7 @@ from echogen.engine.decoding.jacobi import Draft, WindowDrawing, decode_windows,
 from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import Engine
 from echogen.engine.gpu.device import DeviceTransformer
-from echogen.engine.gpu.graphs import Kept
+from echogen.engine.gpu.graphs import StepCache
 from echogen.engine.layout import Layout
 from echogen.train.data.scenes import load_scenes
 from echogen.train.data.shapes import COLORS, GROUND, IMAGE_SIZE, SHAPES, TEXTURES, Object, Scene
@@ -99,7 +99,7 @@ def run(
             if isinstance(engine.decoder, DeviceTransformer):
                 # Keep the steps of all ways, of code by code, and of windows of one code. If one
                 # were dropped, recording it again would be timed.
-                engine.decoder.steps = Kept[Any](2 + len(ways))
+                engine.decoder.steps = StepCache[Any](2 + len(ways))
             tallies = [_Tally(sampling, *way) for way in ways]
             for pictures in sets:
                 for group in pictures.groups(batch):

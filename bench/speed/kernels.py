@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from echogen.bench import harness
-from echogen.bench.harness import WrongResult, alternate, environment, quantiles, said, version
+from echogen.bench.harness import WrongResult, alternate, environment, one_line, quantiles, version
 from echogen.bench.memory import peak_bytes
 from echogen.bench.registry import (
     COMPILED,
@@ -293,7 +293,7 @@ def refusal(
 
 
 def _failure(case: Case, one: Contestant, error: Exception) -> str:
-    return f"{case.name}: {one.name} failed ({said(error)}); not timed"
+    return f"{case.name}: {one.name} failed ({one_line(error)}); not timed"
 
 
 def _on_cpu(

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from echogen.bench.harness import environment, said
+from echogen.bench.harness import environment, one_line
 from echogen.bench.registry import Case, Drawn, Mode
 from echogen.bench.speed import compile as ahead
 from echogen.bench.speed import contest, kernels
@@ -214,8 +214,8 @@ def _time(
     except KeyboardInterrupt:
         return "interrupted"
     except Exception as error:  # on a GPU, everything after an illegal access fails
-        note(f"{said(error)}: {done} candidates until then")
-        return said(error)
+        note(f"{one_line(error)}: {done} candidates until then")
+        return one_line(error)
     return ""
 
 

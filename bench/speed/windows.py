@@ -28,7 +28,7 @@ from echogen.engine.decoding.jacobi import decode_windows
 from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import on_operators
 from echogen.engine.gpu.device import DeviceTransformer
-from echogen.engine.gpu.graphs import Kept
+from echogen.engine.gpu.graphs import StepCache
 
 WINDOWS = (1, 2, 4, 8, 16, 32)
 CODES = 17
@@ -124,7 +124,7 @@ class _Drawing:
         codes = torch.randint(c.codebook_size, (batch, c.image_tokens), generator=generator)
         self._codes, self._made = codes.to(s.code_table.device), self._sampler()
         if isinstance(self._model, DeviceTransformer):
-            self._model.steps = Kept[Any](steps)  # all, or recording would be timed
+            self._model.steps = StepCache[Any](steps)  # all, or recording would be timed
             return
         self._windows: Windows = open_windows(
             self._model, s.code_table, self._rows, s.pad, self._sampling.guided

@@ -345,12 +345,12 @@ class TrainSettings:
 
     def run(self) -> None:
         from echogen.train.config import to_json
-        from echogen.train.settings import accepted, settings_of, written
+        from echogen.train.settings import describe_type, format_value, settings_of
 
         config = getattr(find_recipe(self.recipe), self.stage.replace("-", "_"))
         config = with_settings(config, self.assign, {})
         rows = [
-            (name, written(setting.value), accepted(setting.kind))
+            (name, format_value(setting.value), describe_type(setting.kind))
             for name, setting in settings_of(config).items()
         ]
         show(f"{self.stage} by {self.recipe}", ("setting", "value", "takes"), rows)
@@ -422,7 +422,7 @@ def check_same_run(out: Path, config: Any) -> None:
     Without a state the run starts over, and the loop decides (`other_run`)."""
     from echogen.train.config import differences, to_json
     from echogen.train.settings import FOUND_OUT
-    from echogen.train.stages.stage import few, settings
+    from echogen.train.stages.stage import settings, summarised
 
     if not any((out / name).exists() for name in ("state.pt", "state.prev.pt")):
         return
@@ -437,7 +437,7 @@ def check_same_run(out: Path, config: Any) -> None:
         if line.split()[0] not in FOUND_OUT
     ]
     if foreign or changed:
-        why = f"{foreign[0]} is no setting of this stage" if foreign else few(changed)
+        why = f"{foreign[0]} is no setting of this stage" if foreign else summarised(changed)
         raise InputError(
             f"--out {out}: its run has other settings ({why}); give the same recipe and options, "
             f"or another --out"
@@ -456,7 +456,7 @@ def find_recipe(name: str) -> Recipe:
 def with_settings(config: StageConfig, assign: Sequence[str], asked: dict[str, Any]) -> StageConfig:
     """Return a stage's configuration with the values from ``--set`` and from settings' own options,
     by the settings' names. Raises InputError, also if a setting is given two different values."""
-    from echogen.train.settings import SettingError, assigned, changed, written
+    from echogen.train.settings import SettingError, assigned, format_value, with_values
 
     values = dict(asked)
     for text in assign:
@@ -469,10 +469,11 @@ def with_settings(config: StageConfig, assign: Sequence[str], asked: dict[str, A
             by = OWN_OPTIONS.get(last, last).replace("_", "-")
             by = f"--{by}" if name in asked else "another --set"
             raise InputError(
-                f"--set {text}: {by} makes {name} {written(values[name])}; leave one of them out"
+                f"--set {text}: {by} makes {name} {format_value(values[name])}; "
+                f"leave one of them out"
             )
     try:
-        return changed(config, values)
+        return with_values(config, values)
     except ValueError as error:
         own = {name.rpartition(".")[2] for name in asked}
         told = flagged(error) if str(error).partition(" ")[0] in own else f"--set {error}"

@@ -81,7 +81,7 @@ REFUSED = {
 }
 
 
-def misfit(model: UnifiedTransformer) -> str | loader.CompilerError | None:
+def why_not_native(model: UnifiedTransformer) -> str | loader.CompilerError | None:
     """Why a model is not drawn in C++, as an error if only the compiler prevents it; None if it is.
 
     Raises:
@@ -132,7 +132,7 @@ class NativeTransformer:
     """A copy of `UnifiedTransformer`'s weights as the library reads them.
 
     Args:
-        model: a model for which ``misfit`` returns None.
+        model: a model for which ``why_not_native`` returns None.
     """
 
     def __init__(self, model: UnifiedTransformer) -> None:

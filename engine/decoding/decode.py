@@ -14,7 +14,7 @@ from torch import Tensor
 from echogen.engine.attention import Mask
 from echogen.engine.cache import KVCache, WindowCache
 from echogen.engine.cpu.loader import CompilerError
-from echogen.engine.cpu.native import NativeDecoding, NativeTransformer, misfit
+from echogen.engine.cpu.native import NativeDecoding, NativeTransformer, why_not_native
 from echogen.engine.cpu.packed import PackedTransformer, packable
 from echogen.engine.cpu.packed_decode import PackedDecoding, PackedWindows
 from echogen.engine.decoding.sampler import Sampler
@@ -188,7 +188,7 @@ def prepared(
 def packed(model: UnifiedTransformer, rows: int = 2) -> UnifiedTransformer | Packed:
     """Return a copy of the weights for drawing ``rows`` rows on a CPU, or the model itself if none
     can be made. Warns if only the compiler keeps a small float32 model from being drawn in C++."""
-    why = misfit(model)
+    why = why_not_native(model)
     if why is None:
         return NativeTransformer(model)
     if isinstance(why, CompilerError):

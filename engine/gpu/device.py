@@ -38,7 +38,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from echogen.engine.gpu.graphs import ONE, Kept, Recorder, recorder
+from echogen.engine.gpu.graphs import ONE, Recorder, StepCache, recorder
 from echogen.engine.model import Block, RMSNorm, UnifiedTransformer
 from echogen.kernels import decode_attention as attention
 from echogen.kernels import rms_norm as norms
@@ -240,8 +240,8 @@ class DeviceTransformer:
     """A step of `UnifiedTransformer` on the project's operators.
 
     Args:
-        plain: the transformer; its weights are used in place. ``misfit`` says whether the operators
-            can run it.
+        plain: the transformer; its weights are used in place. ``why_not_operators`` says whether
+            the operators can run it.
         code_table: [V, D], ``plain.code_table()``; copied.
         fp8: multiply the layers' and the image head's weights in fp8 (see ``fp8_weight``).
         fp8_cache: keep keys and values in fp8, a scale for each head of a token.
@@ -266,7 +266,7 @@ class DeviceTransformer:
         self.fp8, self.fp8_cache = fp8, fp8_cache
         self.recorder = record or recorder(code_table.device)
         self.memory = Memory(code_table.device)
-        self.steps = Kept[Any]()
+        self.steps = StepCache[Any]()
         into, out = plain.image_head[0], plain.image_head[2]
         assert isinstance(into, nn.Linear) and isinstance(out, nn.Linear)
         with torch.inference_mode():
@@ -379,7 +379,7 @@ class Memory:
         return found
 
 
-def misfit(model: UnifiedTransformer) -> str | None:
+def why_not_operators(model: UnifiedTransformer) -> str | None:
     """Why the operators cannot run this model's step; None where they can."""
     c, weight = model.config, model.norm.weight
     if weight.dtype not in TYPES:

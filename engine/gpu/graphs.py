@@ -222,7 +222,7 @@ def bucket(count: int) -> int:
     return -(-count // unit) * unit
 
 
-class Kept(Generic[T]):
+class StepCache(Generic[T]):
     """Recorded steps by what they were made for; the least recently used one is dropped first."""
 
     def __init__(self, most: int = MOST_KEPT) -> None:

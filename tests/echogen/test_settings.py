@@ -11,7 +11,7 @@ import pytest
 from echogen.engine.decoding.sampler import Sampling
 from echogen.train.config import LoopConfig, to_json
 from echogen.train.recipes import RECIPES, tiny
-from echogen.train.settings import FOUND_OUT, changed, read, settings_of, written
+from echogen.train.settings import FOUND_OUT, format_value, read, settings_of, with_values
 
 STAGES = ("vq", "pmtp", "pmtp_on", "djo", "cycle_rl")
 
@@ -21,9 +21,9 @@ STAGES = ("vq", "pmtp", "pmtp_on", "djo", "cycle_rl")
 def test_every_setting_is_read_as_it_is_written(recipe, stage):
     config = getattr(RECIPES[recipe](), stage)
     found = settings_of(config)
-    again = {name: read(s.kind, written(s.value)) for name, s in found.items()}
+    again = {name: read(s.kind, format_value(s.value)) for name, s in found.items()}
     assert again == {name: s.value for name, s in found.items()}
-    assert changed(config, again) == config
+    assert with_values(config, again) == config
     assert "loop.seed" in found and not found.keys() & set(FOUND_OUT)
 
 

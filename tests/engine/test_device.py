@@ -22,7 +22,7 @@ from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.engine.engine import Engine, on_operators
 from echogen.engine.gpu import device
 from echogen.engine.gpu.decode import DeviceDecoding
-from echogen.engine.gpu.device import DeviceLinear, DeviceTransformer, Piece, misfit
+from echogen.engine.gpu.device import DeviceLinear, DeviceTransformer, Piece, why_not_operators
 from echogen.engine.gpu.graphs import CaptureError, Eager, recorder
 from echogen.engine.gpu.step import DeviceStep
 from echogen.engine.model import UnifiedTransformer
@@ -464,7 +464,7 @@ class OnCuda(Tensor):
 
 def test_what_does_not_fit_runs_on_plain_torch_and_says_why(monkeypatch):
     monkeypatch.setattr("echogen.engine.engine.packed", lambda model: model)
-    assert misfit(build()) is None
+    assert why_not_operators(build()) is None
     there = torch.zeros(1).as_subclass(OnCuda)
     for change, why in [
         (lambda m: m.double(), "its weights are torch.float64"),

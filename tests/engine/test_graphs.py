@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from echogen.engine.gpu import graphs
-from echogen.engine.gpu.graphs import CaptureError, CudaGraphs, Eager, Kept, bucket, recorder
+from echogen.engine.gpu.graphs import CaptureError, CudaGraphs, Eager, StepCache, bucket, recorder
 
 
 def test_rows_round_up_to_few_sizes():
@@ -27,7 +27,7 @@ def test_rows_round_up_to_few_sizes():
 
 
 def test_the_step_used_longest_ago_goes():
-    kept, made = Kept[str](most=2), []
+    kept, made = StepCache[str](most=2), []
     for key in ("a", "b", "a", "c", "a", "b"):
         assert kept.get(key, lambda key=key: made.append(key) or key) == key
     assert made == ["a", "b", "c", "b"] and len(kept) == 2

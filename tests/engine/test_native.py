@@ -24,7 +24,7 @@ from echogen.engine.cpu.native import (
     NativeTransformer,
     Sequences,
     gumbel_noise,
-    misfit,
+    why_not_native,
 )
 from echogen.engine.cpu.packed import PackedTransformer
 from echogen.engine.decoding.decode import decode_image, left_padded, packed
@@ -52,7 +52,7 @@ def model(request, tmp_path_factory, janus_config, random_janus) -> UnifiedTrans
     folder = tmp_path_factory.mktemp("checkpoint")
     random_janus(janus_config(**SHAPES[request.param]), seed=7).save_pretrained(folder)
     made = load_checkpoint(folder).transformer
-    if isinstance(why := misfit(made), loader.CompilerError):
+    if isinstance(why := why_not_native(made), loader.CompilerError):
         pytest.skip(str(why))
     assert why is None
     return made
@@ -61,7 +61,7 @@ def model(request, tmp_path_factory, janus_config, random_janus) -> UnifiedTrans
 @pytest.fixture(scope="module")
 def tiny() -> Engine:
     engine = Engine.from_pretrained("tiny")
-    if isinstance(why := misfit(engine.transformer), loader.CompilerError):
+    if isinstance(why := why_not_native(engine.transformer), loader.CompilerError):
         pytest.skip(str(why))
     return engine
 
@@ -353,11 +353,11 @@ def test_a_library_never_written_out_is_made_anew(tiny, untried, tmp_path, monke
     untried.setenv("ECHOGEN_CACHE", str(tmp_path))
     with monkeypatch.context() as stopping:
         stopping.setattr(loader, "_compile", lambda _, built: built.write_bytes(left) and built)
-        assert isinstance(misfit(tiny.transformer), loader.CompilerError)
+        assert isinstance(why_not_native(tiny.transformer), loader.CompilerError)
     (built,) = (tmp_path / "native").iterdir()
     assert built.read_bytes() == left
     loader._library.cache_clear()
-    assert misfit(tiny.transformer) is None
+    assert why_not_native(tiny.transformer) is None
 
 
 def test_words_behind_the_compilers_name_are_passed_on(tiny, untried, tmp_path):
@@ -370,7 +370,7 @@ def test_words_behind_the_compilers_name_are_passed_on(tiny, untried, tmp_path):
     for asked in (f"env {tool} -pipe", str(folder / "c++")):
         untried.setenv("CXX", asked)
         loader._library.cache_clear()
-        assert misfit(tiny.transformer) is None
+        assert why_not_native(tiny.transformer) is None
     assert len(list((tmp_path / "native").iterdir())) == 2
 
 
@@ -418,9 +418,9 @@ def test_it_can_be_switched_off_without_a_word(tiny, monkeypatch):
 
 
 def test_other_types_and_large_models_go_through_pytorch(tiny, threads, monkeypatch):
-    assert "bfloat16 on cpu" in str(misfit(copy.deepcopy(tiny.transformer).bfloat16()))
+    assert "bfloat16 on cpu" in str(why_not_native(copy.deepcopy(tiny.transformer).bfloat16()))
     monkeypatch.setattr("echogen.engine.cpu.native.MOST_BYTES", 1 << 20)
     threads(2)
-    assert misfit(tiny.transformer) is None
+    assert why_not_native(tiny.transformer) is None
     threads(3)
-    assert "more than the 1 a cache may hold" in str(misfit(tiny.transformer))
+    assert "more than the 1 a cache may hold" in str(why_not_native(tiny.transformer))

@@ -85,7 +85,7 @@ class Laid(NamedTuple):
     counts: bool
 
 
-class Drawn(NamedTuple):
+class SoftCodes(NamedTuple):
     """Straight-through samples of N images, in the order of their trees.
 
     Attributes:
@@ -107,7 +107,7 @@ def draw_codes(
     noise: Noise,
     given: bool = False,
     freeze_codes: bool = False,
-) -> Drawn:
+) -> SoftCodes:
     """Draw a straight-through sample at every position of a batch that predicts an image code.
 
     Args:
@@ -134,7 +134,7 @@ def draw_codes(
         index=targets if given else None,
         targets=targets,
     )
-    return Drawn(*(x.unflatten(0, (count, tokens)) for x in sample))
+    return SoftCodes(*(x.unflatten(0, (count, tokens)) for x in sample))
 
 
 class LoopPass(nn.Module):

@@ -121,10 +121,10 @@ def other_run(found: dict[str, Any], stage: Stage) -> str:
     if found.get("config") == mine["config"]:
         return ""
     changed = differences(json.loads(found.get("config") or "{}"), json.loads(mine["config"]))
-    return few(changed)
+    return summarised(changed)
 
 
-def few(changed: list[str]) -> str:
+def summarised(changed: list[str]) -> str:
     """The first three differences, and how many more there are."""
     more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
     return ", ".join(changed[:3]) + more
