@@ -242,6 +242,7 @@ class Engine:
         self,
         layout: Layout,
         seed: int = 0,
+        *,
         sampling: Sampling | None = None,
         progress: Progress | None = None,
         decoding: Method = "auto",
@@ -249,7 +250,10 @@ class Engine:
     ) -> Image.Image:
         """Draw one picture of a layout; the same seed draws the same picture. ``negative``: a
         layout of what the picture should not show. See ``generate_codes`` for the arguments."""
-        codes = self.generate_codes([layout], seed, None, sampling, progress, decoding, negative)
+        codes = self.generate_codes(
+            [layout], seed,
+            sampling=sampling, progress=progress, decoding=decoding, negative=negative,
+        )  # fmt: skip
         return self.decode(codes)[0]
 
     def prompt_rows(
@@ -284,6 +288,7 @@ class Engine:
         layouts: list[Layout],
         seed: int = 0,
         draws: list[int] | None = None,
+        *,
         sampling: Sampling | None = None,
         progress: Progress | None = None,
         decoding: Method = "auto",
@@ -395,6 +400,7 @@ class Engine:
         layout: Layout,
         samples: int = 1,
         seed: int = 0,
+        *,
         sampling: Sampling | None = None,
         progress: Progress | None = None,
     ) -> CycleResult:
@@ -402,7 +408,8 @@ class Engine:
         if whole_number("samples", samples) < 1:
             raise ValueError(f"samples = {samples}; it must be at least 1")
         began = time.perf_counter()
-        codes = self.generate_codes([layout] * samples, seed, None, sampling, progress)
+        layouts = [layout] * samples
+        codes = self.generate_codes(layouts, seed, sampling=sampling, progress=progress)
         boxes = self.ground_codes(codes, [[o.expr for o in layout.objects]] * samples)
         scores = score(layout, boxes)
         images = self.decode(codes)

@@ -75,7 +75,7 @@ def contact_sheet(lab: Lab, path: Path) -> str | None:
         size = engines[STAGES[0]].image_size
         rows = {"true": [Image.fromarray(x) for x in render(scenes, size)]}
         for stem, engine in engines.items():
-            codes = engine.generate_codes(layouts, seed, None, PLAIN)
+            codes = engine.generate_codes(layouts, seed, sampling=PLAIN)
             rows[lab.cells[f"{stem}-seed{seed}"].arm] = engine.decode(codes)
         _sheet(rows).save(path)
         return None

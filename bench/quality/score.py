@@ -174,7 +174,7 @@ def _draw(
                 layouts[i : i + BATCH],
                 seed,
                 [first + j for j in range(i, min(i + BATCH, len(layouts)))],
-                sampling,
+                sampling=sampling,
             )
             for i in range(0, len(layouts), BATCH)
         ]

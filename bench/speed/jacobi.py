@@ -41,6 +41,7 @@ FAR = 40
 
 def run(
     model: str = "tiny",
+    *,
     layouts: int = 200,
     windows: Sequence[int] = (),
     drafts: Sequence[Draft] = ("above",),

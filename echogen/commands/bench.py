@@ -175,9 +175,18 @@ class BenchEngine:
         scales = jacobi.SCALES if self.cfg is None else (self.cfg,)
         with progress("drawing") as update:
             result = jacobi.run(
-                model, self.layouts, self.window, self.draft or ("above",), temperatures,
-                scales, self.batch or 1, self.dtype, self.seed, update, device,
-            )  # fmt: skip
+                model,
+                layouts=self.layouts,
+                windows=self.window,
+                drafts=self.draft or ("above",),
+                temperatures=temperatures,
+                scales=scales,
+                batch=self.batch or 1,
+                dtype=self.dtype,
+                seed=self.seed,
+                progress=update,
+                device=device,
+            )
         tables.console().print(jacobi.table(result))
         if self.json:
             print_json(result)

@@ -71,7 +71,9 @@ class Generate:
             )
         began = time.perf_counter()
         with progress("drawing") as update:
-            image = engine.generate(layout, self.seed, sampling, update, negative=negative)
+            image = engine.generate(
+                layout, self.seed, sampling=sampling, progress=update, negative=negative
+            )
         seconds = round(time.perf_counter() - began, 3)
         write_picture(self.out, image)
         show(
@@ -187,7 +189,9 @@ class Cycle:
         sampling = self.sampling.over(engine)
         with folder_for(self.out):
             with progress("drawing") as update:
-                result = engine.cycle(layout, self.samples, self.seed, sampling, update)
+                result = engine.cycle(
+                    layout, self.samples, self.seed, sampling=sampling, progress=update
+                )
             data = result.to_dict(result.best)
             data |= {"seed": self.seed, "model": self.engine.model, "sampling": asdict(sampling)}
             data["files"] = self._write_pictures(result)

@@ -234,7 +234,7 @@ def test_a_cell_may_choose_its_weights_by_many_drawings(small, tmp_path, monkeyp
     found = score.load_scenes("val", 3)
     asked = [y for y in layouts_of(found, 0) for _ in range(2)]
     samples = [i + 3 * drawing for i in range(3) for drawing in range(2)]
-    codes = stage.engine.generate_codes(asked, 0, samples, score.PLAIN)
+    codes = stage.engine.generate_codes(asked, 0, samples, sampling=score.PLAIN)
     drawn = decode_codes(stage.vq, codes)
     wanted = judge_boxes(drawn, [scene for scene in found for _ in range(2)])
     assert timed.evaluate()["drawn_iou"] == pytest.approx(wanted["judge_iou"])

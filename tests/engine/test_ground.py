@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from echogen.engine.config import ModelConfig
-from echogen.engine.ground import Branches, ground_images
+from echogen.engine.ground import Branches, ground_images, parts
 from echogen.engine.layout import Box
 from echogen.engine.model import UnifiedTransformer, additive_mask
 from echogen.engine.prompt import LocationCodec, Prompts, TextualCodec
@@ -100,6 +100,20 @@ def test_many_expressions_go_part_after_part(small, prompts, images, monkeypatch
     assert max(longest) <= 40
     monkeypatch.setattr("echogen.engine.ground.MOST_ASKED", 1)
     assert ground_images(small, prompts, images, EXPRESSIONS) == wanted, "one by one"
+
+
+def test_images_run_in_parts_that_fit_with_their_masks(small, prompts, images, monkeypatch):
+    (before, after), c, asked = prompts.i2l(), small.config, EXPRESSIONS[:1] * 3
+    questions = sum(len(prompts.branch(e)) + prompts.codec.steps for e in EXPRESSIONS[0])
+    length = len(before) + images.shape[1] + len(after) + questions
+    cache = 2 * c.layers * c.kv_heads * c.head_dim * length * 4
+    mask = length**2 * (4 + 1)  # float32 and bool
+    wanted = ground_images(small, prompts, images, asked)
+    for held, together in ((3 * (cache + mask), 3), (3 * (cache + mask) - 1, 2), (1, 1)):
+        monkeypatch.setattr("echogen.engine.ground.MOST_HELD", held)
+        found = list(parts(small, prompts, images, asked))
+        assert [part.start for part in found] == list(range(0, 3, together))
+        assert ground_images(small, prompts, images, asked) == wanted
 
 
 def test_answers_do_not_depend_on_the_batch(small, prompts, images):

@@ -284,11 +284,15 @@ def negative_loop(engine: Engine, away: Layout, sampling: Sampling, key) -> list
 def test_a_negative_layout_stands_where_the_unconditional_prompt_stood(tiny, sampling):
     wanted = [negative_loop(tiny, away, sampling, (5, i)) for i, away in enumerate(AWAY)]
     for decoding in ("sequential", "jacobi"):
-        drawn = tiny.generate_codes([ASKED] * 2, 5, None, sampling, None, decoding, AWAY)
+        drawn = tiny.generate_codes(
+            [ASKED] * 2, 5, sampling=sampling, decoding=decoding, negative=AWAY
+        )
         assert drawn.tolist() == wanted
-        alone = tiny.generate_codes([ASKED], 5, [1], sampling, None, decoding, AWAY[1])
+        alone = tiny.generate_codes(
+            [ASKED], 5, [1], sampling=sampling, decoding=decoding, negative=AWAY[1]
+        )
         assert alone.tolist() == wanted[1:]
-    plain = tiny.generate_codes([ASKED] * 2, 5, None, sampling)
+    plain = tiny.generate_codes([ASKED] * 2, 5, sampling=sampling)
     assert not torch.equal(plain, drawn)
 
 

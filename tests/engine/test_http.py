@@ -21,9 +21,18 @@ pytest.importorskip("fastapi")
 pytest.importorskip("uvicorn")
 
 from echogen.engine.decoding.sampler import Sampling
-from echogen.engine.http import middleware, wire
+from echogen.engine.http import middleware, service, wire
 from echogen.engine.http.middleware import BODIES, BODY
-from echogen.engine.http.wire import EVENTS, JSON, MEDIA, Refused, preferred, short
+from echogen.engine.http.wire import (
+    EVENTS,
+    JSON,
+    MEDIA,
+    Drawing,
+    Refused,
+    encoded,
+    preferred,
+    short,
+)
 from echogen.engine.layout import Layout, LayoutObject
 
 from .served import (
@@ -63,11 +72,31 @@ def test_settings_and_samples_are_those_asked_for(client, engine):
     asked = {"temperature": 1, "cfg": 3.0, "cfg_span": [2, 9], "top_k": 7, "unconditional": "empty"}
     found = client.draw(seed=2, samples=2, draws=[4, 9], negative=LAYOUT, **asked).json
     sampling = Sampling(**{**asked, "cfg_span": (2, 9)})
-    codes = engine.generate_codes([TWO] * 2, 2, [4, 9], sampling, negative=TWO)
+    codes = engine.generate_codes([TWO] * 2, 2, [4, 9], sampling=sampling, negative=TWO)
     assert [image["draw"] for image in found["images"]] == [4, 9]
     for image, wanted_picture in zip(found["images"], engine.decode(codes), strict=True):
         assert np.array_equal(opened(image["image"]), np.asarray(wanted_picture))
     assert found["sampling"] == json.loads(json.dumps(vars(sampling)))
+
+
+def test_a_scale_of_one_turns_the_models_own_guidance_off(engine):
+    engine = copy.copy(engine)
+    engine.sampling = Sampling(cfg=3.0, cfg_schedule="cosine", cfg_start=2.0, cfg_span=(2, 9))
+    with serving(engine) as client:
+        found = client.draw(cfg=1).json
+        assert found["sampling"] == vars(Sampling())
+        wrong = client.draw(cfg=1, cfg_span=[2, 9])
+        assert wrong.status == 400 and "leave cfg_span out" in wrong.json["error"]
+    given = {"cfg_schedule": "linear", "cfg_start": 4.0}
+    body = Drawing(layout=LAYOUT, cfg=1, **given)
+    assert body.sampling(engine.sampling) == Sampling(**given)
+
+
+def test_files_of_pictures_are_quick_to_write_and_lose_nothing(engine):
+    picture = engine.generate(TWO)
+    data = encoded(picture, "png")
+    assert np.array_equal(opened(data), np.asarray(picture))
+    assert b"IDAT\x78\x01" in data, "zlib's quickest level, by its header (RFC 1950)"
 
 
 def test_a_check_finds_the_layout_again(client, engine):
@@ -343,6 +372,45 @@ def test_boxes_are_those_that_the_engine_finds(client, engine):
     ):
         refused = client.ask("POST", "/v1/boxes", body)
         assert refused.status == 400 and why in refused.json["error"], refused.json
+
+
+def test_what_to_find_has_a_length(client, engine, monkeypatch):
+    """Time and memory of a search grow with the square of its tokens."""
+    most = client.scheduler.plan.prompt_tokens
+    long = "a red circle " * most
+    tokens = len(engine.prompts.branch(long))
+    asked = {"image": picture(8, 8), "expressions": ["a star", long]}
+    found = client.ask("POST", "/v1/boxes", asked)
+    assert found.status == 400
+    assert f"takes {tokens} tokens; at most {most} can be looked for" in found.json["error"]
+    monkeypatch.setattr(service, "LONGEST_EXPRESSION", 4)
+    checked = client.draw(check=True)
+    assert checked.status == 400
+    assert "at most 4 can be looked for, so shorten it ('the left of" in checked.json["error"]
+    assert client.draw().status == 200, "it is not looked for"
+
+
+@pytest.mark.parametrize(("name", "most"), [("MOST_EXPRESSIONS", 2), ("MOST_ASKED", 50)])
+def test_a_search_takes_turns(client, engine, monkeypatch, name, most):
+    """A turn cannot be stopped, so others need not wait longer than one turn."""
+    monkeypatch.setattr(service, name, most)
+    turns, right, asked = [], engine.ground, ["a red circle", "a blue square", "a star"] * 3
+    wanted = right(engine.generate(TWO), asked)
+
+    def ground(image: Any, expressions: list[str], features: str) -> Any:
+        turns.append(expressions)
+        return right(image, expressions, features)
+
+    monkeypatch.setattr(engine, "ground", ground)
+    buffer = io.BytesIO()
+    engine.generate(TWO).save(buffer, "png")
+    image = base64.b64encode(buffer.getvalue()).decode()
+    found = client.ask("POST", "/v1/boxes", {"image": image, "expressions": asked}).json
+    assert [each["box"] for each in found["objects"]] == [list(box) for box in wanted]
+    assert len(turns) > 1 and [expr for turn in turns for expr in turn] == asked
+    for turn in turns:
+        tokens = sum(len(engine.prompts.branch(e)) + engine.prompts.codec.steps for e in turn)
+        assert tokens <= service.MOST_ASKED and len(turn) <= service.MOST_EXPRESSIONS
 
 
 def test_after_a_refresh_the_balancer_is_told(engine):

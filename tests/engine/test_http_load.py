@@ -248,6 +248,49 @@ def test_a_check_takes_turns_as_short_as_those_of_searches(engine, monkeypatch):
         assert len(turns) == 2, "nothing is looked for that nobody waits for"
 
 
+def test_many_pictures_do_not_hold_one_of_another_request(engine, monkeypatch):
+    """They are decoded one at a time, and requests take turns."""
+    going = threading.Semaphore(0)
+    with serving(engine) as client:
+        pictures = client.scheduler._intake._pictures
+        right = pictures.decode
+
+        def decode(codes: Any) -> Any:
+            assert going.acquire(timeout=30)
+            return right(codes)
+
+        monkeypatch.setattr(pictures, "decode", decode)
+        many, one = client.connect(), client.connect()
+        send(many, "POST", "/v1/images", {"layout": LAYOUT, "cfg": 1, "samples": 4})
+        client.until(lambda: beside(client, "decode") == 1)
+        send(one, "POST", "/v1/images", {"layout": LAYOUT, "cfg": 1})
+        client.until(lambda: beside(client, "decode") == 2)
+        going.release(2)  # for the first of the many, and for the one
+        assert one.getresponse().status == 200
+        going.release(3)
+        assert many.getresponse().status == 200
+
+
+def test_many_files_do_not_hold_one_of_another_request(engine, monkeypatch):
+    going, right, threads = threading.Semaphore(0), service.in_base64, service.POOLS["encode"]
+
+    def in_base64(image: Any, kind: str) -> str:
+        assert kind != "png" or going.acquire(timeout=30)
+        return right(image, kind)
+
+    monkeypatch.setattr(service, "in_base64", in_base64)
+    with serving(engine) as client:
+        many, one, samples = client.connect(), client.connect(), threads + 2
+        send(many, "POST", "/v1/images", {"layout": LAYOUT, "cfg": 1, "samples": samples})
+        client.until(lambda: beside(client, "encode") == threads)
+        send(one, "POST", "/v1/images", {"layout": LAYOUT, "cfg": 1, "format": "webp"})
+        client.until(lambda: beside(client, "encode") == threads + 1)
+        going.release()
+        assert one.getresponse().status == 200
+        going.release(samples - 1)
+        assert many.getresponse().status == 200
+
+
 def test_a_full_queue_is_told_to_come_later(held):
     client, going = held
     answers: list[Answer] = []

@@ -339,7 +339,7 @@ LAYOUTS = [
 def test_the_bundled_model_draws_the_same_in_half_the_steps(tiny, sampling):
     p, c = tiny.prompts, tiny.transformer.config
     for i, layout in enumerate(LAYOUTS):
-        wanted = tiny.generate_codes([layout], 7, [i], sampling, decoding="sequential")
+        wanted = tiny.generate_codes([layout], 7, [i], sampling=sampling, decoding="sequential")
         rows = [p.l2i(layout)]
         if sampling.cfg != 1:
             rows += [p.unconditional(rows[0], sampling.unconditional)]
@@ -347,7 +347,7 @@ def test_the_bundled_model_draws_the_same_in_half_the_steps(tiny, sampling):
         drawn = decode_windows(tiny.decoder, tiny._code_table, rows, made, p.pad)
         assert torch.equal(drawn.codes, wanted)
         assert drawn.steps[0] <= 32
-        jacobi_codes = tiny.generate_codes([layout], 7, [i], sampling, decoding="jacobi")
+        jacobi_codes = tiny.generate_codes([layout], 7, [i], sampling=sampling, decoding="jacobi")
         assert torch.equal(jacobi_codes, wanted)
 
 

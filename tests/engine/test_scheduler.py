@@ -107,7 +107,7 @@ def test_given_draws_and_negative_layouts(engine):
     request = scheduler.submit(TWO, 5, GUIDED, 2, draws=[9, 4], negative=ONE)
     finish(scheduler)
     wanted = engine.generate_codes(
-        [TWO] * 2, 5, [9, 4], GUIDED, decoding="sequential", negative=ONE
+        [TWO] * 2, 5, [9, 4], sampling=GUIDED, decoding="sequential", negative=ONE
     )
     assert torch.equal(request.result(), wanted)
     assert not request.result().is_inference()  # else it could not be kept for a backward pass
@@ -394,6 +394,44 @@ def test_time_runs_out_for_who_waits_and_who_is_drawn(engine):
     assert patient.drawn == 2
     finish(scheduler)
     assert patient.result().shape == (1, TOKENS) and scheduler.metrics().expired == 2
+
+
+def test_a_long_queue_is_walked_only_when_somebody_may_have_left_it(engine, monkeypatch):
+    """With all slots taken and nobody gone, a step neither asks every waiting request whether it is
+    gone nor looks for the next one."""
+    now, walked = [0.0], []
+    scheduler = Scheduler(engine, slots=1, prompt_tokens=80, windows=False, clock=lambda: now[0])
+    drawn = scheduler.submit(ONE, 0, PLAIN)
+    scheduler.step()
+    waits = [scheduler.submit(ONE, i, PLAIN, timeout=10 * i) for i in range(1, 6)]
+    right = scheduler._gone
+
+    def gone(request: Request) -> bool:
+        if request is not drawn:
+            walked.append(request)
+        return right(request)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(scheduler, "_gone", gone)
+        patched.setattr(scheduler._waiting, "take", lambda _: pytest.fail("no slot is free"))
+        for _ in range(4):
+            scheduler.step()
+        assert not walked
+        assert waits[4].cancel()
+        scheduler.step()
+        assert walked == waits and scheduler._waiting == waits[:4]
+        now[0] = 10.0
+        scheduler.step()
+        assert isinstance(waits[0].future.exception(0), TimeoutError)
+        scheduler.step()
+        assert walked == waits + waits[:4]
+        now[0] = 20.0
+        scheduler.step()
+        assert isinstance(waits[1].future.exception(0), TimeoutError)
+        m = scheduler.metrics()
+        assert (m.live, m.waiting, m.cancelled, m.expired) == (1, 2, 1, 2)
+    finish(scheduler)
+    assert all(request.result(0).shape == (1, TOKENS) for request in (drawn, *waits[2:4]))
 
 
 def test_an_error_of_one_request_is_its_own(engine):

@@ -217,7 +217,7 @@ def test_the_reward_validated_is_the_reward_trained(rl_stage, w_iou, w_l1) -> No
     scenes = load_scenes("val", cycle_rl.VAL_LAYOUTS)
     layouts, draws = 3 * layouts_of(scenes, 0), list(range(3 * len(scenes)))
     key = keys.noise_key(0, keys.RL_JUDGED)
-    codes = rl.engine.generate_codes(layouts, key, draws, rl.config.sampling)
+    codes = rl.engine.generate_codes(layouts, key, draws, sampling=rl.config.sampling)
     boxes = rl.engine.ground_codes(codes, [[o.expr for o in y.objects] for y in layouts])
     rewards = []
     for layout, row in zip(layouts, boxes, strict=True):
@@ -233,7 +233,7 @@ def test_a_reward_of_several_boxes_is_their_mean(rl_stage) -> None:
     layouts = layouts_of(load_scenes("val", 8), 0)[:4]
     assert len({len(y.objects) for y in layouts}) > 1
     draws = torch.arange(8) + 40
-    out = roll_out(engine, layouts, 2, Sampling(), 5, draws, boxes)
+    out = roll_out(engine, layouts, group=2, sampling=Sampling(), key=5, draws=draws, boxes=boxes)
     asked = [[o.expr for o in y.objects for _ in range(boxes)] for y in layouts for _ in range(2)]
     tokens = ground(engine, out.drawing.codes, asked, (5, draws)).tokens
     first, bins = locations(engine.prompts)

@@ -115,7 +115,7 @@ def test_rollouts_draw_what_the_engine_draws(rl_stage) -> None:
     rl = rl_stage(sampling=SAMPLINGS["all"], beta=0.0)
     held = rl._hold(0)
     repeated = [y for y in held.rollout.layouts for _ in range(4)]
-    codes = rl.engine.generate_codes(repeated, rl._key, list(range(8)), SAMPLINGS["all"])
+    codes = rl.engine.generate_codes(repeated, rl._key, list(range(8)), sampling=SAMPLINGS["all"])
     assert torch.equal(codes, held.rollout.drawing.codes)
     boxes = rl.engine.ground_codes(codes, [[o.expr for o in y.objects] for y in repeated])
     for row, tokens in zip(boxes, held.rollout.answers.tokens.tolist(), strict=True):

@@ -77,7 +77,10 @@ def self_agreement(
     for i in range(0, count, BATCH):
         some = layouts[i : i + BATCH]
         draws = torch.arange(i * group, (i + len(some)) * group)
-        rollout = roll_out(engine, some, group, sampling, key, draws, boxes, w_iou, w_l1)
+        rollout = roll_out(
+            engine, some, group=group, sampling=sampling, key=key, draws=draws, boxes=boxes,
+            w_iou=w_iou, w_l1=w_l1,
+        )  # fmt: skip
         reward.append(rollout.score.reward.cpu().numpy())
         images = to_images(decode_codes(engine.vq, rollout.drawing.codes))
         ious = [class_ious(scenes[i + n // group], detect(x)).mean() for n, x in enumerate(images)]

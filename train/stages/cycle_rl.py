@@ -145,14 +145,14 @@ class CycleRLStage(WorldStage):
         rollout = roll_out(
             self.engine,
             [every[i] for i in here],
-            c.group,
-            c.sampling,
-            self._key,
-            draws[list(here)].flatten(),
-            self.reward_boxes,
-            c.w_iou,
-            c.w_l1,
-            c.advantage,
+            group=c.group,
+            sampling=c.sampling,
+            key=self._key,
+            draws=draws[list(here)].flatten(),
+            boxes=self.reward_boxes,
+            w_iou=c.w_iou,
+            w_l1=c.w_l1,
+            mode=c.advantage,
         )
         with span("train/cycle-rl/data", step=step):
             held = self._packed(index, rollout)
@@ -396,8 +396,9 @@ class CycleRLStage(WorldStage):
         # One drawing at a time, to need the memory of one only.
         for draws in torch.arange(c.val_drawings * len(layouts)).chunk(c.val_drawings):
             rollout = roll_out(
-                self.engine, layouts, 1, c.sampling, key, draws, w_iou=c.w_iou, w_l1=c.w_l1
-            )
+                self.engine, layouts, group=1, sampling=c.sampling, key=key, draws=draws,
+                w_iou=c.w_iou, w_l1=c.w_l1,
+            )  # fmt: skip
             rewards.append(rollout.score.reward)
             boxes += [
                 [tuple(box) for box in row[0][: len(y.objects)]]

@@ -302,7 +302,7 @@ class DJOStage(WorldStage):
         with torch.autocast(self.engine.device.type, enabled=False):
             self.engine.refresh()
             codes = self.engine.generate_codes(
-                layouts, noise.key, noise.draws.tolist(), Sampling(temperature=1.0)
+                layouts, noise.key, noise.draws.tolist(), sampling=Sampling(temperature=1.0)
             ).clone()  # a tensor of inference mode cannot be kept for backward
         trees = [
             self.drawing(self.prompt(layout), row.numpy())

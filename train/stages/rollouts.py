@@ -63,6 +63,7 @@ def targets(layouts: list[Layout]) -> tuple[Tensor, Tensor]:
 def roll_out(
     engine: Engine,
     layouts: list[Layout],
+    *,
     group: int,
     sampling: Sampling,
     key: int,
