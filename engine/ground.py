@@ -26,7 +26,7 @@ from echogen.kernels.parse_boxes import allowed_location_mask
 from echogen.kernels.philox import gumbel_noise
 
 MOST_HELD = 1 << 32
-"""Most bytes of keys and values while images are grounded; more images run in parts."""
+"""Most bytes of keys, values and masks while images are grounded; more images run in parts."""
 MOST_ASKED = 2048
 """Most tokens of one image's branches that run at once; more run in parts. The prefill's mask has
 an entry for every pair of tokens: 2.5 billion for five thousand expressions of ten tokens."""
@@ -97,8 +97,8 @@ def ground_images(
 def parts(
     model: UnifiedTransformer, prompts: Prompts, image: Tensor, expressions: list[list[str]]
 ) -> Iterator[slice]:
-    """Yield the slices of embedded images [B, T, D] to ground at once, so that keys and values stay
-    below ``MOST_HELD``.
+    """Yield the slices of embedded images [B, T, D] to ground at once, so that keys, values and
+    masks stay below ``MOST_HELD``.
 
     Raises:
         LayoutError: an expression that cannot be used, or for which the model has no room.
@@ -113,8 +113,10 @@ def parts(
                 f"so shorten it ({expr[:30]!r}...)"
             )
     most = max((sum(lengths[e] + steps for e in row) for row in expressions), default=0)
-    size = 2 * c.layers * c.kv_heads * c.head_dim * image.element_size()
-    together = max(1, MOST_HELD // (size * (trunk + most)))
+    length, size = trunk + most, image.element_size()
+    cache = 2 * c.layers * c.kv_heads * c.head_dim * size * length
+    mask = (size + 1) * length**2  # what is added to the scores, and the booleans it is made of
+    together = max(1, MOST_HELD // (cache + mask))
     for first in range(0, len(expressions), together):
         yield slice(first, first + together)
 

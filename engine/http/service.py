@@ -7,7 +7,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,18 +17,21 @@ from PIL import Image
 from torch import Tensor
 
 from echogen.engine.cycle import CycleResult, score
+from echogen.engine.decoding.parts import in_parts
 from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
+from echogen.engine.ground import MOST_ASKED
 from echogen.engine.http.wire import (
     GONE,
+    LONGEST_EXPRESSION,
     MOST_EXPRESSIONS,
     Drawing,
     Refused,
     Search,
     encoded,
-    texts,
+    in_base64,
 )
-from echogen.engine.layout import Box, Layout
+from echogen.engine.layout import Box, Layout, LayoutError
 from echogen.engine.serving.partial import Partial
 from echogen.engine.serving.request import Request
 from echogen.engine.serving.scheduler import Scheduler
@@ -38,11 +41,12 @@ from echogen.engine.serving.worker import SchedulerClosed
 BEAT = 15.0
 """Seconds of silence after which a stream says that it is still alive: proxies hang up on a
 silent one (nginx after 60)."""
-POOLS = {"prompt": 2, "read": 2, "decode": 1, "sketch": 1, "search": 1}
+POOLS = {"prompt": 2, "read": 2, "decode": 1, "encode": 4, "sketch": 1, "search": 1}
 """Threads beside the scheduler's. They build prompts, read pictures that clients send (drawings
-must not wait for those), decode whole pictures, decode partial ones (whole ones must not wait for
-those) and find objects. What takes much memory has one thread: that of decoding is in the plan, and
-a search takes it from what the plan leaves (`budget.SHARE`)."""
+must not wait for those), decode whole pictures, write those as files (Pillow lets other threads run
+meanwhile), decode partial pictures (whole ones must not wait for those) and find objects. What
+takes much memory has one thread: that of decoding is in the plan, and a search takes it from what
+the plan leaves (`budget.SHARE`)."""
 
 SOONER = "ask for less, or with a longer timeout"
 
@@ -51,10 +55,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Job:
-    """A drawing that was asked for; ``began`` and ``deadline`` are on the event loop's clock."""
+    """A drawing that was asked for; ``began`` and ``deadline`` are on the event loop's clock, and
+    ``turns`` are what a check looks for in each picture."""
 
     body: Drawing
     layout: Layout
+    turns: list[list[str]]
     sampling: Sampling
     request: Request
     began: float
@@ -140,12 +146,13 @@ class Service:
         def submitted() -> Job:
             layout, negative = body.layouts()
             sampling = body.sampling(self.engine.sampling)
+            turns = self._turns(o.expr for o in layout.objects) if body.check else []
             left = max(1e-9, began + seconds - loop.time())
             request = self.scheduler.submit(
                 layout, body.seed, sampling, body.samples, body.draws, negative, body.priority,
                 left, body.every, tell,
             )  # fmt: skip
-            return Job(body, layout, sampling, request, began, began + seconds)
+            return Job(body, layout, turns, sampling, request, began, began + seconds)
 
         try:
             return await self._do("prompt", submitted, began + seconds)
@@ -159,7 +166,8 @@ class Service:
     async def answer(self, job: Job) -> dict[str, Any]:
         """Wait for the pictures, and for what is found in them. Raises Refused."""
         body, drawn = job.body, await self._drawn(job)
-        pictures = await self._do("decode", partial(texts, drawn.images, body.format), job.deadline)
+        writing = [partial(in_base64, image, body.format) for image in drawn.images]
+        pictures = await self._each("encode", writing, job.deadline)
         draws = body.draws or range(len(pictures))
         images: list[dict[str, Any]] = [
             {"draw": draw, "image": picture} for draw, picture in zip(draws, pictures, strict=True)
@@ -182,7 +190,7 @@ class Service:
         a file. Raises Refused."""
         drawn = await self._drawn(job)
         best = 0 if drawn.cycle is None else drawn.cycle.best
-        return await self._do("decode", partial(encoded, drawn.images[best], kind), job.deadline)
+        return await self._do("encode", partial(encoded, drawn.images[best], kind), job.deadline)
 
     async def stream(
         self, job: Job, news: asyncio.Event, ended: Callable[[int], None]
@@ -251,7 +259,8 @@ class Service:
             raise Refused(503, "the drawing was cancelled; ask again", again=True) from None
         finally:
             self._time(job)
-        images = await self._do("decode", job.request.images, job.deadline)
+        decoding = [partial(job.request.image, i) for i in range(len(codes))]
+        images = await self._each("decode", decoding, job.deadline)
         if not job.body.check:
             return Drawn(images, None)
         self._finding += 1  # it counts as a search, but is not refused: its pictures are drawn
@@ -273,15 +282,12 @@ class Service:
             self._timed("drawing", now - entered)
 
     async def _recovered(self, job: Job, codes: Tensor) -> list[list[Box]]:
-        """Find a layout's objects in the pictures of codes [N, T]. Each turn is no longer than one
-        of a search may be; between turns others get theirs, and no more are taken once the client
-        has left. Raises Refused."""
-        asked, boxes = [o.expr for o in job.layout.objects], list[list[Box]]()
+        """Find a layout's objects in the pictures of codes [N, T]. Raises Refused."""
+        boxes = list[list[Box]]()
         for picture in codes.split(1):
             found = list[Box]()
-            for first in range(0, len(asked), MOST_EXPRESSIONS):
-                some = asked[first : first + MOST_EXPRESSIONS]
-                find = partial(self.engine.ground_codes, picture, [some])
+            for turn in job.turns:
+                find = partial(self.engine.ground_codes, picture, [turn])
                 found += (await self._do("search", find, job.deadline))[0]
             boxes.append(found)
         return boxes
@@ -305,12 +311,16 @@ class Service:
     async def _found(self, body: Search) -> dict[str, Any]:
         began = asyncio.get_running_loop().time()
         deadline = began + self.limit
+
+        def read() -> tuple[list[list[str]], Image.Image]:
+            return self._turns(body.expressions), body.picture(self.engine.image_size)
+
         try:
-            picture = await self._do(
-                "read", partial(body.picture, self.engine.image_size), deadline
-            )
-            find = partial(self.engine.ground, picture, body.expressions, body.features)
-            boxes = await self._do("search", find, deadline)
+            turns, picture = await self._do("read", read, deadline)
+            boxes = list[Box]()
+            for turn in turns:
+                find = partial(self.engine.ground, picture, turn, body.features)
+                boxes += await self._do("search", find, deadline)
         except ValueError as error:
             raise Refused(400, str(error)) from None
         objects = [
@@ -318,6 +328,44 @@ class Service:
             for expr, box in zip(body.expressions, boxes, strict=True)
         ]
         return {"objects": objects, "seconds": _since(began)}
+
+    def _turns(self, expressions: Iterable[str]) -> list[list[str]]:
+        """Split what to find in a picture into turns, each of at most ``MOST_EXPRESSIONS`` and of
+        ``MOST_ASKED`` tokens in all. Between turns others get theirs, and no more are taken once
+        the client has left.
+
+        Raises:
+            LayoutError: an expression that is too long or cannot be used.
+        """
+        prompts = self.engine.prompts
+        most = min(LONGEST_EXPRESSION, self.scheduler.plan.prompt_tokens)
+
+        def share(expr: str) -> int:
+            tokens = len(prompts.branch(expr))
+            if tokens > most:
+                raise LayoutError(
+                    f"an expression takes {tokens} tokens; at most {most} can be looked for, so "
+                    f"shorten it ({expr[:30]!r}...)"
+                )
+            return max(tokens + prompts.codec.steps, MOST_ASKED // MOST_EXPRESSIONS)
+
+        return list(in_parts(expressions, share, MOST_ASKED))
+
+    async def _each(self, pool: str, works: Iterable[Callable[[], T]], deadline: float) -> list[T]:
+        """Do several pieces of work, never more at once than a pool has threads: they take turns
+        with the work of other requests. Raises as ``_do`` does."""
+        threads = asyncio.Semaphore(POOLS[pool])
+
+        async def one(work: Callable[[], T]) -> T:
+            async with threads:
+                return await self._do(pool, work, deadline)
+
+        doing = [asyncio.create_task(one(work)) for work in works]
+        try:
+            return await asyncio.gather(*doing)
+        finally:
+            for task in doing:
+                task.cancel()  # no effect if it is done
 
     async def _do(self, pool: str, work: Callable[[], T], deadline: float | None = None) -> T:
         """Do some work in a thread of a pool when its turn comes; work that nobody waits for any
@@ -351,7 +399,7 @@ async def _in_time(future: Future[T], deadline: float | None, late: Callable[[],
 
 
 def _sketched(part: Partial, kind: str) -> list[str]:
-    return texts(part.images(), kind)
+    return [in_base64(image, kind) for image in part.images()]
 
 
 def _since(began: float) -> float:

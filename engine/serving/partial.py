@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
 
 from PIL import Image
 from torch import Tensor
 
 from echogen.engine.engine import Engine
+from echogen.engine.serving.turns import Turns
 
 GREY = (128, 128, 128)
 """Colour of the squares whose codes are not drawn yet."""
@@ -23,13 +23,13 @@ class Pictures:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine, self._turn = engine, threading.Lock()
+        self._engine, self._turns = engine, Turns()
 
     def decode(self, codes: Tensor) -> list[Image.Image]:
         """Codes [N, t], t of an image's T, → N pictures."""
         pictures = []
         for row in codes:
-            with self._turn:  # per picture, so that nobody who wants one waits for another's many
+            with self._turns:  # per picture, so that nobody who wants one waits for another's many
                 pictures.append(self._picture(row))
         return pictures
 

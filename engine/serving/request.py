@@ -127,6 +127,10 @@ class Request:
         """Wait for the pictures; raises as ``result`` does."""
         return self._pictures.decode(self.result(timeout))
 
+    def image(self, number: int, timeout: float | None = None) -> Image.Image:
+        """Wait for one of the pictures, ``number`` of 0 … N − 1; raises as ``result`` does."""
+        return self._pictures.decode(self.result(timeout)[number : number + 1])[0]
+
     def cancel(self) -> bool:
         """Cancel the drawing; its slots are free for the next step. False if it is already
         done."""

@@ -10,9 +10,13 @@ and in batch-invariant mode not at all.
 
 from __future__ import annotations
 
+import math
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -127,6 +131,8 @@ class Scheduler(Worker):
                     f"(4 or more usually works)"
                 )
         self._waiting, self._live = Waiting[Request](queue, patience), list[Live]()
+        self._cancelled = threading.Event()  # set: somebody who may be waiting was cancelled
+        self._earliest = math.inf  # no deadline of those who wait is before it
         self._drawers: list[Drawer] | None = None  # of all live requests; None: one came or went
         self._pace = Pace(table.device)
         self._metrics = Metrics(slots=self.plan.slots)
@@ -176,11 +182,14 @@ class Scheduler(Worker):
                 priority, timeout, every, on_partial,
             )  # fmt: skip
             request = self._intake.request(order, self._clock())
+            # Not a bound method: a request that is kept would then keep the scheduler.
+            request.future.add_done_callback(partial(_note_cancelled, self._cancelled))
             self._drop()
             with self._changed:
                 if self._closed:
                     raise SchedulerClosed(self._closed)
                 self._waiting.put(request)
+                self._earliest = min(self._earliest, _deadline(request))
                 self._metrics.submitted += 1
                 self._changed.notify_all()
         except Exception as error:
@@ -219,11 +228,17 @@ class Scheduler(Worker):
         return self._intake.outdated and not self._copied
 
     def _drop(self) -> None:
-        """Remove from the queue the requests that were cancelled or ran out of time."""
+        """Remove from the queue the requests that were cancelled or ran out of time. The queue is
+        walked only when there may be some: many steps are made while it is long."""
         with self._changed:
+            late = self._clock() >= self._earliest
+            if not (late or self._cancelled.is_set() or self._cancelling):
+                return
+            self._cancelled.clear()
             gone = [request for request in self._waiting if self._gone(request)]
             for request in gone:
                 self._waiting.remove(request)
+            self._earliest = min(map(_deadline, self._waiting), default=math.inf)
         for request in gone:
             self._bury(request)
 
@@ -273,8 +288,10 @@ class Scheduler(Worker):
         passed, and draw their first codes."""
         ran = 0
         while ran < PROMPTS:
-            self._drop()  # prompts take time: a request that left meanwhile needs no slots,
-            self._leave()  # or gives some back
+            self._leave()  # prompts take time: a request that left meanwhile gives slots back,
+            if not self._slots.free:
+                return
+            self._drop()  # or needs none
             with self._changed:
                 request = self._waiting.take(self._slots.free)
                 if request is None:
@@ -407,3 +424,12 @@ class Scheduler(Worker):
                 live=len(self._live),
                 live_slots=sum(live.request.rows for live in self._live),
             )
+
+
+def _note_cancelled(cancelled: threading.Event, future: Future[Tensor]) -> None:
+    if future.cancelled():
+        cancelled.set()
+
+
+def _deadline(request: Request) -> float:
+    return math.inf if request.deadline is None else request.deadline

@@ -67,5 +67,5 @@ class Waiting(list[R]):
         # its patience, the first is.
         if self and self[0].overtaken >= self.patience:
             return self[0] if self[0].rows <= free else None
-        by_priority = sorted(self, key=lambda request: -request.priority)  # stable
-        return next((request for request in by_priority if request.rows <= free), None)
+        fitting = (request for request in self if request.rows <= free)
+        return max(fitting, key=lambda request: request.priority, default=None)  # the first of them
