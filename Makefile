@@ -72,4 +72,4 @@ gpu: $(VENV)/.installed
 	PYTHON=$(RUN)/python bash bench/gpu.sh
 
 clean:
-	rm -rf build out kernels/cuda/*.fatbin *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf build out kernels/cuda/*.fatbin* *.egg-info .pytest_cache .mypy_cache .ruff_cache

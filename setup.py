@@ -55,7 +55,7 @@ setup(
     include_package_data=False,  # what is named below goes in; folders of data are no packages
     package_data={
         "echogen.engine": ["models/*/*", "cpu/*.cpp"],
-        "echogen.kernels": ["cuda/*.cu", "cuda/*.cuh", "cuda/*.fatbin"],
+        "echogen.kernels": ["cuda/*.cu", "cuda/*.cuh", "cuda/*.fatbin*"],
     },
     cmdclass={"build_py": BuildPy},
 )

@@ -215,8 +215,3 @@ def named(operators: Sequence[str]) -> list[Case]:
 def short(dtype: torch.dtype) -> str:
     """A type's name without "torch."."""
     return str(dtype).removeprefix("torch.")
-
-
-def wide(x: Tensor) -> Tensor:
-    """Widen to float32 at least, as eager code does for values that must not be rounded."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -12,8 +12,11 @@ from torch import Tensor
 
 from echogen.bench.harness import seconds
 from echogen.bench.registry import Floor
+from echogen.bench.speed import clock
 from echogen.engine.cpu.packed import packs
 
+NUMBERS, SIDE = 1 << 28, 8192
+"""Of what a GPU copies and reads, and of the matrices that it multiplies."""
 LANES, SPECIAL_LANES = 128, 16
 """Instructions and special functions per clock and multiprocessor (NVIDIA, sm_80 to sm_100)."""
 
@@ -23,8 +26,8 @@ class Roofline:
     """Rates of one device for one float type.
 
     Attributes:
-        bytes_per_s: bytes read and written by a large copy, measured; on a CPU, the rate of the
-            copy or of reading alone, whichever is higher.
+        bytes_per_s: of a large copy, read and written, or of reading alone, whichever is higher;
+            measured.
         flops_per_s: of a large matrix product, measured.
         issues_per_s, specials_per_s: on CUDA, multiprocessors × lanes × nominal clock. On a CPU,
             measured float32 additions, and exponentials or reciprocals, in the cache; of the last
@@ -75,21 +78,26 @@ def measure(device: torch.device, dtype: torch.dtype, working_set: int = 1 << 29
 
 
 def _of_cuda(device: torch.device, dtype: torch.dtype) -> Roofline:
-    from triton.testing import do_bench
+    """Measure as operators are timed, each call after a pause. Back to back, large products make a
+    GPU lower its clock to keep within its power, and would give a ceiling too low for operators."""
 
-    source = torch.zeros(1 << 28, dtype=torch.float32, device=device)
+    def seconds_of(call: clock.Call) -> float:
+        return 1e-3 * clock.times(call, repeats=20)["median"]
+
+    source = torch.zeros(NUMBERS, device=device)
     target = torch.empty_like(source)
-    copy = do_bench(lambda: target.copy_(source), quantiles=[0.5])
-    moved = 2 * source.numel() * source.element_size()
-    side = 8192
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    product = do_bench(lambda: torch.mm(a, b), quantiles=[0.5])
+    copied = 2 * source.nbytes / seconds_of(lambda: target.copy_(source))
+    read = source.nbytes / seconds_of(source.sum)
+    a, b = (torch.randn(SIDE, SIDE, device=device, dtype=dtype) for _ in range(2))
+    multiplied = seconds_of(lambda: torch.mm(a, b))
     about = torch.cuda.get_device_properties(device)
     clocks = about.multi_processor_count * about.clock_rate * 1e3  # nominal, in kHz
     return Roofline(
-        moved / (copy * 1e-3), 2 * side**3 / (product * 1e-3), clocks * LANES,
-        clocks * SPECIAL_LANES,
-    )  # fmt: skip
+        bytes_per_s=max(copied, read),
+        flops_per_s=2 * SIDE**3 / multiplied,
+        issues_per_s=clocks * LANES,
+        specials_per_s=clocks * SPECIAL_LANES,
+    )
 
 
 def _of_cpu(dtype: torch.dtype, working_set: int) -> Roofline:

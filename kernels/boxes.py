@@ -17,6 +17,7 @@ from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.group_advantage import tree_sum
 from echogen.kernels.reference import boxes as reference
+from echogen.kernels.reference.precision import wide_type
 
 BOXES, TILE = 16, 128  # boxes of a sample at a time; boxes of a tile of samples
 
@@ -310,7 +311,7 @@ def _box_reward_backward(
 def _fake(
     pred: Tensor, target: Tensor, mask: Tensor, w_iou: float, w_l1: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = reference.wide(pred)
+    dtype = wide_type(pred.dtype)
     iou, l1, giou = (pred.new_empty(pred.shape[:3], dtype=dtype) for _ in range(3))
     return iou, l1, pred.new_empty(pred.shape[:2], dtype=dtype), giou
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.reference import codebook_grad as reference
+from echogen.kernels.reference.precision import wide_type
 
 SEGMENT = 256  # rows of one code to sum at a time: most tokens may have one code, background
 
@@ -68,5 +69,4 @@ def codebook_grad(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
 
 @codebook_grad.register_fake
 def _fake(d_embed: Tensor, index: Tensor, codes: int) -> Tensor:
-    wide = torch.promote_types(d_embed.dtype, torch.float32)
-    return d_embed.new_empty(codes, d_embed.shape[1], dtype=wide)
+    return d_embed.new_empty(codes, d_embed.shape[1], dtype=wide_type(d_embed.dtype))

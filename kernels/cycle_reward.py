@@ -27,7 +27,7 @@ from echogen.kernels.boxes import (
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.group_advantage import advantages
 from echogen.kernels.reference import cycle_reward as reference
-from echogen.kernels.reference.boxes import wide
+from echogen.kernels.reference.precision import wide_type
 
 
 @triton.jit
@@ -118,7 +118,7 @@ def _fake(
     w_l1: float, mode: str, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     shapes = (tokens.shape, *[tokens.shape[:3]] * 2, *[tokens.shape[:2]] * 2)
-    made = [tokens.new_empty(shape, dtype=wide(target)) for shape in shapes]
+    made = [tokens.new_empty(shape, dtype=wide_type(target.dtype)) for shape in shapes]
     return *made, tokens.new_empty(tokens.shape[0], dtype=torch.bool)  # type: ignore[return-value]
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.reference import group_advantage as reference
+from echogen.kernels.reference.precision import wide_type
 
 SAMPLES = 128  # of a group at a time: 16 bytes per thread of one warp
 
@@ -170,7 +171,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     groups = reward.shape[0] if offsets is None else offsets.shape[0] - 1
     return (
-        torch.empty_like(reward, dtype=torch.promote_types(reward.dtype, torch.float32)),
+        torch.empty_like(reward, dtype=wide_type(reward.dtype)),
         reward.new_empty(groups, dtype=torch.bool),
     )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.reference import grpo as reference
+from echogen.kernels.reference.precision import wide_type
 
 TOKENS = 1024  # of a row at a time
 ROWS = 1024  # of the final reduction at a time
@@ -252,18 +253,14 @@ def _grpo_loss_backward(
     )  # fmt: skip
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @_grpo_loss.register_fake
 def _fake_loss(
     logp: Tensor, old_logp: Tensor | None, advantage: Tensor, mask: Tensor,
     ref_logp: Tensor | None, sampled_logp: Tensor | None, clip_low: float, clip_high: float,
     beta: float, cap: float, normalise: str, max_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    scalars = [logp.new_empty((), dtype=_wide(logp)) for _ in range(4)]
-    return *scalars, logp.new_empty(logp.shape[0], dtype=_wide(logp))  # type: ignore[return-value]
+    scalars = [logp.new_empty((), dtype=wide_type(logp.dtype)) for _ in range(4)]
+    return *scalars, logp.new_empty(logp.shape[0], dtype=wide_type(logp.dtype))  # type: ignore[return-value]
 
 
 @_grpo_loss_backward.register_fake

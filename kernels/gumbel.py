@@ -20,17 +20,13 @@ from torch import Tensor
 from echogen.kernels import checks
 from echogen.kernels.codebook_grad import codebook_grad
 from echogen.kernels.constants import chosen
+from echogen.kernels.cuda.loader import gpu
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.philox import gumbel_tile
 from echogen.kernels.reference import gumbel as reference
+from echogen.kernels.reference.precision import wide_type
 
 ROWS = 16  # of a tile of [N, V] at least, so that one tl.dot reuses a tile of codes
-WARPS, LEAST, MOST_SPLITS = 3168, 1024, 8
-"""With few rows, a forward pass splits their codes among several programs: up to 24 warps for each
-of an H200's 132 multiprocessors, as many as registers allow. Each program has at least 1,024 codes,
-beside which writing and merging its partial costs little."""
-MANY = 32 * (WARPS // 4) // MOST_SPLITS
-"""Rows from which tiles of 32 rows on four warps, split like this, still fill the device."""
 MOST_WIDE = 256
 LEAST_K = 8 if tuple(int(n) for n in triton.__version__.split(".")[:2]) >= (3, 9) else 16
 """The fewest numbers that `tl.dot` sums over in float32; Triton 3.6 and 3.7 do not take eight."""
@@ -68,9 +64,47 @@ class BackwardTile(Tile):
     """Launch constants of the backward pass."""
 
 
-def _forward_tile(width: int, rows: int, half: bool) -> ForwardTile:
+@dataclass(frozen=True)
+class Splits:
+    """Among how many programs the forward pass divides the codes of a tile of rows.
+
+    Attributes:
+        warps: warps that a multiprocessor holds at once, as many as registers allow.
+        least: the fewest codes of a program; beside them, writing and merging its partial costs
+            little.
+        most: the most programs of a tile.
+    """
+
+    warps: int = 24
+    least: int = 1024
+    most: int = 8
+
+    def slots(self, sms: int, warps: int) -> int:
+        """Programs of ``warps`` warps that a device holds at once."""
+        return sms * (self.warps // warps)
+
+    def of(self, tiles: int, columns: int, slots: int) -> int:
+        """The number of programs with which all tiles are done soonest. A program takes 1/n of a
+        tile's time, but one program more than there are slots costs as much time as another whole
+        wave. Fewer programs that take at most 5 % longer are preferred, as each has a partial to
+        write and to merge."""
+        most = max(1, min(columns // self.least, self.most))
+        times = {n: triton.cdiv(tiles * n, slots) / n for n in range(1, most + 1)}
+        return next(n for n, time in times.items() if time <= 1.05 * min(times.values()))
+
+    def candidates(self) -> list[Splits]:
+        """Up to 1, 4, 8 and 16 programs, as if a multiprocessor held 16, 24 or 32 warps."""
+        return [Splits(w, self.least, most) for w in (16, 24, 32) for most in (1, 4, 8, 16)]
+
+
+SPLITS = Splits()
+
+
+def _forward_tile(width: int, rows: int, half: bool, sms: int) -> ForwardTile:
     if width <= 16:
-        return ForwardTile(32, 32, 4) if half and rows >= MANY else ForwardTile(ROWS, 128, 8)
+        # Whether tiles of 32 rows on four warps still fill the device once they are split.
+        many = rows * SPLITS.most >= 32 * SPLITS.slots(sms, 4)
+        return ForwardTile(32, 32, 4) if half and many else ForwardTile(ROWS, 128, 8)
     if width <= 32:
         return ForwardTile(ROWS, 64, 4)
     return ForwardTile(ROWS, 32 if width <= 64 else 16, 4)
@@ -309,10 +343,6 @@ def _padded(width: int, least: int = 8) -> int:
     return max(least, triton.next_power_of_2(width))
 
 
-def _splits(tiles: int, columns: int, warps: int) -> int:
-    return max(1, min(triton.cdiv(WARPS // warps, tiles), columns // LEAST, MOST_SPLITS))
-
-
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -347,10 +377,10 @@ def launch_forward_into(
     position: Tensor, index: Tensor | None, targets: Tensor | None,
 ) -> None:  # fmt: skip
     """Run the forward pass, into the given tensors or rows of tensors."""
-    (rows, columns), width = logits.shape, codebook.shape[1]
-    tile = chosen(_forward_tile(width, rows, half=logits.element_size() == 2))
-    tiles = triton.cdiv(rows, tile.rows)
-    splits = _splits(tiles, columns, tile.warps)
+    (rows, columns), width, sms = logits.shape, codebook.shape[1], gpu(logits.device).sms
+    tile = chosen(_forward_tile(width, rows, logits.element_size() == 2, sms))
+    tiles, rule = triton.cdiv(rows, tile.rows), chosen(SPLITS)
+    splits = rule.of(tiles, columns, rule.slots(sms, tile.warps))
     share = triton.cdiv(triton.cdiv(columns, splits), tile.columns) * tile.columns
     parts = soft = None
     if splits > 1:
@@ -449,16 +479,12 @@ def _gumbel_st_embed_backward(
     )
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 @_gumbel_st_embed.register_fake
 def _fake_forward(
     logits: Tensor, codebook: Tensor, tau: Tensor, seed: Tensor, draw: Tensor, position: Tensor,
     index: Tensor | None, targets: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    rows, wide = len(logits), _wide(logits)
+    rows, wide = len(logits), wide_type(logits.dtype)
     ce, lse_a, lse_l = (logits.new_empty(rows, dtype=wide) for _ in range(3))
     embed = codebook.new_empty(rows, codebook.shape[1])
     e_soft = logits.new_empty(rows, codebook.shape[1], dtype=wide)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from echogen.kernels import checks
+from echogen.kernels.reference.precision import wide_type
 
 BUFFER_BYTES = 64 << 20
 MOST_ROWS = 4096
@@ -64,9 +65,9 @@ def check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     checks.check_contiguous(hidden=hidden, weight=weight, bias=bias)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The type sums are kept in: float32 at least."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+def rows_of(tensor: Tensor | None, rows: slice) -> Tensor | None:
+    """These rows of an argument that may be left out."""
+    return None if tensor is None else tensor[rows]
 
 
 def logits_in_chunks(
@@ -97,13 +98,13 @@ class HeadGradients:
     def __init__(
         self, hidden: Tensor, weight: Tensor, needs: tuple[bool, bool, bool], chunks: int
     ) -> None:
-        kept = hidden.dtype if chunks == 1 else wide(hidden.dtype)
+        kept = hidden.dtype if chunks == 1 else wide_type(hidden.dtype)
         self._hidden, self._weight = hidden, weight
         self._needs, self._first = needs, True
         self._d_hidden = torch.empty_like(hidden) if needs[0] else hidden.new_empty(0)
         self._d_weight = torch.empty_like(weight, dtype=kept) if needs[1] else hidden.new_empty(0)
         bias_shape = len(weight) if needs[2] else 0
-        self._d_bias = torch.zeros(bias_shape, dtype=wide(hidden.dtype), device=hidden.device)
+        self._d_bias = torch.zeros(bias_shape, dtype=wide_type(hidden.dtype), device=hidden.device)
 
     def add(self, rows: slice, d_logits: Tensor) -> None:
         """Add one chunk's share."""

@@ -24,13 +24,10 @@ from echogen.kernels.head import (
     fake_gradients,
     logits_in_chunks,
     resolve_chunk,
-    wide,
+    rows_of,
 )
 from echogen.kernels.reference import head_gumbel as reference
-
-
-def _some(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
+from echogen.kernels.reference.precision import wide_type
 
 
 def _launch_forward(
@@ -55,7 +52,7 @@ def _launch_forward(
         a, b, c, d, e, f = (tensor[rows] for tensor in out)
         gumbel.launch_forward_into(
             (a, b, c, d, e, f), logits, codebook, tau, seed, draw[rows], position[rows],
-            _some(index, rows), _some(targets, rows),
+            rows_of(index, rows), rows_of(targets, rows),
         )  # fmt: skip
     return out
 
@@ -89,8 +86,8 @@ def _launch_backward(
     grads = HeadGradients(hidden, weight, needs, triton.cdiv(len(hidden), chunk))
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         gumbel.launch_backward_into(
-            logits, logits, codebook, tau, seed, draw[rows], position[rows], _some(targets, rows),
-            lse_a[rows], lse_l[rows], e_soft[rows], _some(d_embed, rows), _some(d_ce, rows),
+            logits, logits, codebook, tau, seed, draw[rows], position[rows], rows_of(targets, rows),
+            lse_a[rows], lse_l[rows], e_soft[rows], rows_of(d_embed, rows), rows_of(d_ce, rows),
         )  # fmt: skip
         grads.add(rows, logits)
     return grads.result()
@@ -148,7 +145,7 @@ def _fake_forward(
     position: Tensor, bias: Tensor | None, index: Tensor | None, targets: Tensor | None,
     chunk: int,
 ) -> Kept:  # fmt: skip
-    rows, kept = len(hidden), wide(hidden.dtype)
+    rows, kept = len(hidden), wide_type(hidden.dtype)
     a, b, c = (hidden.new_empty(rows, dtype=kept) for _ in range(3))
     embed = codebook.new_empty(rows, codebook.shape[1])
     e_soft = hidden.new_empty(rows, codebook.shape[1], dtype=kept)

@@ -28,9 +28,9 @@ from echogen.kernels.head import (
     fake_gradients,
     logits_in_chunks,
     resolve_chunk,
-    wide,
 )
 from echogen.kernels.reference import logprob as reference
+from echogen.kernels.reference.precision import wide_type
 
 
 @dataclass(frozen=True)
@@ -219,7 +219,7 @@ def _fake_forward(
     hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Tensor, bias: Tensor | None,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    a, b, c = (hidden.new_empty(len(hidden), dtype=wide(hidden.dtype)) for _ in range(3))
+    a, b, c = (hidden.new_empty(len(hidden), dtype=wide_type(hidden.dtype)) for _ in range(3))
     return a, b, c
 
 
@@ -315,7 +315,7 @@ def linear_logprob(
 
 
 def _scaled(d: Tensor, by: Tensor) -> Tensor:
-    out, kept = torch.empty_like(d), wide(d.dtype)
+    out, kept = torch.empty_like(d), wide_type(d.dtype)
     for first in range(0, len(d), MIXED_ROWS):
         rows = slice(first, first + MIXED_ROWS)
         out[rows] = d[rows].to(kept) * by
@@ -331,7 +331,7 @@ class _Guided(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, c: Tensor, u: Tensor, s: Tensor) -> Tensor:
         ctx.save_for_backward(s)
-        out, kept = torch.empty_like(c), wide(c.dtype)
+        out, kept = torch.empty_like(c), wide_type(c.dtype)
         for first in range(0, len(c), MIXED_ROWS):
             rows = slice(first, first + MIXED_ROWS)
             plain = u[rows].to(kept)

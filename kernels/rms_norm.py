@@ -16,6 +16,7 @@ from echogen.kernels import checks
 from echogen.kernels.dispatch import launch, operator
 from echogen.kernels.overlap import wait_for_earlier
 from echogen.kernels.reference import rms_norm as reference
+from echogen.kernels.reference.precision import wide_type
 
 TILE = 2048  # the fewest elements of a program's tile: narrow rows share a program
 PROGRAMS = 512  # of backward, each with its own partial sum of the weight's gradient
@@ -88,10 +89,6 @@ def _rms_norm_weight_grad_kernel(
     tl.store(out_ptr + column, total, mask=column < width)
 
 
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _double(x: Tensor, weight: Tensor) -> bool:
     """Whether the reference runs: float64 is not a type to train in, and kernels use float32."""
     return torch.float64 in (x.dtype, weight.dtype)
@@ -128,7 +125,7 @@ def _launch_forward_into(
     eps: float,
 ) -> Tensor:  # fmt: skip
     width = x.shape[-1]
-    rstd = torch.empty(x.shape[:-1], dtype=_wide(x), device=x.device)
+    rstd = torch.empty(x.shape[:-1], dtype=wide_type(x.dtype), device=x.device)
     tile = _tile(width)
     launch(
         _rms_norm_forward_kernel, (triton.cdiv(rstd.numel(), tile["ROWS"]),), x, residual, weight,
@@ -192,7 +189,7 @@ def _rms_norm_backward(
 @_rms_norm.register_fake
 def _fake(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     out = torch.empty_like(x, dtype=torch.promote_types(x.dtype, weight.dtype))
-    return out, x.new_empty(x.shape[:-1], dtype=_wide(x))
+    return out, x.new_empty(x.shape[:-1], dtype=wide_type(x.dtype))
 
 
 @_add_rms_norm.register_fake

@@ -100,8 +100,8 @@ def drawing(results: list[Result]) -> Part | None:
             "of every different prompt once, and each row's own.",
             "% of the limit": "the share of a step that this traffic, or the step's arithmetic, "
             "would take at rates measured in the same run; in brackets the slower of the two. The "
-            "rate of memory is that of a copy (on a CPU of reading, where that is quicker), the "
-            "rate of arithmetic that of a matrix product.",
+            "rate of memory is that of a copy, or of reading where that is quicker; the rate of "
+            "arithmetic is that of a matrix product.",
             "peak MiB": "held beyond the weights.",
             "times as long: others": f"each peer's time over this engine's{peers}.",
         },

@@ -154,7 +154,7 @@ def tables(result: dict[str, Any]) -> list[Shown]:
     ]
     return [
         (f"Ceilings of {_where(result)}",
-         ("type", "copy, GB/s", "product, GFLOP/s", "additions, G/s", "exponentials, G/s"),
+         ("type", "memory, GB/s", "product, GFLOP/s", "additions, G/s", "exponentials, G/s"),
          ceilings),
         ("Operators: share of the floor", ("operator", "size", "mode", "type", "ms", "%", "bound"),
          operators),
@@ -187,7 +187,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     x = torch.logspace(-1, 3, 100)
     for dtype, c in result["ceilings"].items():
         roof = (x * c["bytes_per_s"]).clamp(max=c["flops_per_s"])
-        axes.loglog(x, roof / 1e9, label=f"{dtype}: copy, then product")
+        axes.loglog(x, roof / 1e9, label=f"{dtype}: memory, then product")
     for row, name in _dots(result):
         intensity, rate = row["flops"] / row["bytes"], row["flops"] / row["ms"] * 1e3
         axes.loglog(intensity, rate / 1e9, "o", markersize=4)

@@ -31,8 +31,9 @@ from echogen.kernels.dispatch import Launch
 Note = Callable[[str], None]
 Row = dict[str, Any]
 REGISTERS, AT_ONCE, BLOCKS, RESERVED = 65536, 256, 32, 1024
-"""Of a multiprocessor (compute capability 8.0 to 10.0): its registers, the unit in which a warp
-gets them, the most blocks, and the bytes of shared memory that the driver reserves per block."""
+"""Of a multiprocessor (compute capability 8.0 to 12.0): its registers, the unit in which a warp
+gets them, the most blocks (16 or 24 on an 8.6, 8.9 and 12.0, where it counts for blocks of one or
+two warps alone), and the bytes of shared memory that the driver reserves per block."""
 TIMES = ("ms", "ms_q20", "ms_q80", "times_as_fast")
 
 

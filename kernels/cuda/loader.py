@@ -53,8 +53,16 @@ class Gpu:
 
 
 H200 = Gpu(132, 232448)
-GPUS = {"sm_80": Gpu(108, 166912), "sm_90": H200, "sm_100": Gpu(148, 232448)}
-"""An A100, an H200 and a B200, by their architectures."""
+GPUS = {
+    "sm_80": Gpu(108, 166912),
+    "sm_86": Gpu(82, 101376, 48),
+    "sm_89": Gpu(128, 101376, 48),
+    "sm_90": H200,
+    "sm_100": Gpu(148, 232448),
+    "sm_120": Gpu(170, 101376, 48),
+}
+"""By their architectures: an A100, a GeForce RTX 3090, an RTX 4090, an H200, a B200, an RTX 5090.
+Others of an architecture differ in their number of multiprocessors alone: an A10 has 72."""
 RECORDED_FOR = ContextVar("recorded_for", default=H200)
 
 
@@ -73,13 +81,16 @@ def _properties(device: torch.device) -> Gpu:
 
 
 def fatbin(source: str) -> Path | None:
-    """The fatbin that CMake built of a source; None if it is missing or older than the source."""
+    """The fatbin that CMake built of a source; None if it is missing, or if the source or a header
+    has changed since. Contents are compared, as copying, installing and checking out reorder the
+    files' times."""
     built = FOLDER / f"{source}.fatbin"
-    if not built.exists():
+    listed = FOLDER / f"{source}.fatbin.sources"
+    if not built.exists() or not listed.exists():
         return None
-    sources = (FOLDER / f"{source}.cu", *FOLDER.glob("*.cuh"))
-    newest = max((s.stat().st_mtime for s in sources if s.exists()), default=0.0)
-    return built if built.stat().st_mtime >= newest else None
+    files = [path for path in (FOLDER / f"{source}.cu", *FOLDER.glob("*.cuh")) if path.exists()]
+    now = {f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" for path in files}
+    return built if set(listed.read_text().splitlines()) == now else None
 
 
 @cache
@@ -109,15 +120,17 @@ def unusable(source: str, device: torch.device) -> str | None:
 def _load(source: str, device: torch.device) -> str | None:
     """See `unusable`. Raises MemoryError if memory is short, so that a later call tries again."""
     try:
-        with torch.cuda.device(device):
-            for name in NAMED[source]:
-                _function(source, name, device)
+        _loaded(source, device)
     except Exception as error:  # CuPy, NVRTC and the driver each raise kinds of their own
         why = f"{source}.cu cannot be loaded ({_reason(error)})"
-        if "OUT_OF_MEMORY" in str(error):  # of CUDA_ERROR_OUT_OF_MEMORY
+        if _lacks_memory(error):
             raise MemoryError(why) from error
         return why
     return None
+
+
+def _lacks_memory(error: Exception) -> bool:
+    return "OUT_OF_MEMORY" in str(error)  # of CUDA_ERROR_OUT_OF_MEMORY
 
 
 def _reason(error: Exception) -> str:
@@ -127,16 +140,22 @@ def _reason(error: Exception) -> str:
 def status(source: str) -> str:
     """Describe in words what runs the operators of a source on a GPU here, and why; if there is a
     GPU, by loading them."""
+    refused = None
     if torch.cuda.is_available():
-        why = unusable(source, torch.device("cuda", torch.cuda.current_device()))
+        device = torch.device("cuda", torch.cuda.current_device())
+        why = unusable(source, device)
+        if why is None:
+            refused = _loaded(source, device).refused
     else:
         why = unloadable()
     if why is not None:
         return f"reference: {why}"
+    if refused is not None:
+        return f"CUDA C++, by NVRTC: the fatbin cannot be loaded ({refused}; make cuda)"
     if fatbin(source) is not None:
         return "CUDA C++, from its fatbin"
     stale = (FOLDER / f"{source}.fatbin").exists()
-    missing = "the fatbin is older than the source" if stale else "no fatbin"
+    missing = "the fatbin was built of other sources" if stale else "no fatbin"
     return f"CUDA C++, by NVRTC at first use: {missing} (make cuda)"
 
 
@@ -174,7 +193,7 @@ class CudaKernel:
         with torch.cuda.device(device):
             import cupy
 
-            function = _function(self.source, self.__name__, device)
+            function = _loaded(self.source, device).functions[self.__name__]
             stream, values = torch.cuda.current_stream(device), tuple(map(_argument, arguments))
             # Code for an older device, which the driver translates for this one, would not wait.
             if DEPENDENT and function.ptx_version >= WAITS:
@@ -220,15 +239,55 @@ def _argument(value: Any) -> np.generic:
     return np.float32(value) if isinstance(value, float) else np.int64(value)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The kernels of a source on one device.
+
+    Attributes:
+        functions: CuPy's functions, by the kernels' names.
+        refused: why they were compiled although there is a fatbin; None: they were not.
+    """
+
+    functions: dict[str, Any]
+    refused: str | None = None
+
+
 @cache
-def _module(source: str) -> Any:
+def _loaded(source: str, device: torch.device) -> Loaded:
+    """Load every kernel that launchers name, from the fatbin or else, also where the driver refuses
+    it (it is cut short, has no code for this GPU, or a newer toolkit built it), from the source."""
     import cupy
 
-    built = fatbin(source)
+    built, refused = fatbin(source), None
     if built is not None:
-        return cupy.RawModule(path=str(built))
+        try:
+            return Loaded(_functions(source, device, cupy.RawModule(path=str(built))))
+        except Exception as error:
+            if _lacks_memory(error):
+                raise
+            refused = _reason(error)
     code = (FOLDER / f"{source}.cu").read_text()
-    return cupy.RawModule(code=code, options=(*NVRTC_OPTIONS, f"-DECHOGEN_HEADERS={_headers()}"))
+    options = (*NVRTC_OPTIONS, f"-DECHOGEN_HEADERS={_headers()}")
+    try:
+        return Loaded(
+            _functions(source, device, cupy.RawModule(code=code, options=options)), refused
+        )
+    except Exception as error:
+        if refused is None:
+            raise
+        raise RuntimeError(f"{_reason(error)}; of its fatbin: {refused}") from error
+
+
+def _functions(source: str, device: torch.device, module: Any) -> dict[str, Any]:
+    """Kernels that may use all of the device's shared memory, a limit that CuPy sets on the current
+    device."""
+    found: dict[str, Any] = {}
+    with torch.cuda.device(device):
+        for name in NAMED[source]:
+            found[name] = function = module.get_function(name)
+            free = gpu(device).shared_bytes - function.shared_size_bytes
+            function.max_dynamic_shared_size_bytes = free
+    return found
 
 
 def _headers() -> str:
@@ -236,12 +295,3 @@ def _headers() -> str:
     options, and would not notice that a header changed."""
     headers = b"".join(path.read_bytes() for path in sorted(FOLDER.glob("*.cuh")))
     return hashlib.blake2b(headers, digest_size=8).hexdigest()
-
-
-@cache
-def _function(source: str, name: str, device: torch.device) -> Any:
-    """A kernel that may use all of the device's shared memory. There is one function per device, as
-    CuPy sets the limit on the current one."""
-    function = _module(source).get_function(name)
-    function.max_dynamic_shared_size_bytes = gpu(device).shared_bytes - function.shared_size_bytes
-    return function

@@ -5,15 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from echogen.kernels.reference.precision import wide_type, widen
+
 LIMIT = 1e12  # coordinates beyond it count as not finite: their areas could overflow
 FLOOR = 1e-24  # a union or hull below it counts as none: a gradient divided by it could overflow
 
 Boxes = tuple[Tensor, Tensor, Tensor, Tensor]
-
-
-def wide(x: Tensor) -> torch.dtype:
-    """The type to calculate in."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def valid(box: Tensor) -> Tensor:
@@ -54,13 +51,13 @@ def compare(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union [...]; 0 where either box is not valid."""
-    dtype = torch.promote_types(wide(a), wide(b))
+    dtype = torch.promote_types(wide_type(a.dtype), wide_type(b.dtype))
     return compare(*torch.broadcast_tensors(a.to(dtype), b.to(dtype)))[0]
 
 
 def box_reward(pred: Tensor, target: Tensor, mask: Tensor, w_iou: float, w_l1: float) -> Boxes:
     """(iou, l1, reward, giou); see `echogen.kernels.boxes`."""
-    pred, target = pred.to(wide(pred)), target.to(wide(pred))
+    pred, target = widen(pred), target.to(wide_type(pred.dtype))
     overlap, distance, general = compare(pred, target.unsqueeze(1).expand_as(pred))
     discrepancy = w_iou * (1 - overlap) + w_l1 * distance
     keep = mask.unsqueeze(1).expand_as(discrepancy)
@@ -82,7 +79,7 @@ def box_reward_backward(
     d_giou: Tensor | None,
 ) -> Tensor:
     """Gradient of pred [B, G, K, 4], in its type; ties are split evenly."""
-    p, t = pred.to(wide(pred)), target.to(wide(pred)).unsqueeze(1).expand_as(pred)
+    p, t = widen(pred), target.to(wide_type(pred.dtype)).unsqueeze(1).expand_as(pred)
     ok, p, t = _pair(p, t)
     ok = ok & mask.unsqueeze(1)
     zero = torch.zeros_like(p[..., 0])

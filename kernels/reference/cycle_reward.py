@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from echogen.kernels.reference import boxes, group_advantage
+from echogen.kernels.reference.precision import wide_type
 
 Cycle = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
@@ -31,7 +32,7 @@ def cycle_reward(
     eps: float,
 ) -> Cycle:
     """(boxes, iou, l1, reward, advantage, flat); see `echogen.kernels.cycle_reward`."""
-    box = parse(tokens, first_location, bins, boxes.wide(target))
+    box = parse(tokens, first_location, bins, wide_type(target.dtype))
     iou, l1, reward, _ = boxes.box_reward(box, target, mask, w_iou, w_l1)
     advantage, flat = group_advantage.group_advantage(reward, None, None, mode, eps)
     return box, iou, l1, reward, advantage, flat

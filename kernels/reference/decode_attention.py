@@ -6,17 +6,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from echogen.kernels.reference.precision import widen
+
 CHUNK = 16
-
-
-def _wide(x: Tensor) -> Tensor:
-    """The tensor in at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _scaled(x: Tensor, scales: Tensor | None) -> Tensor:
     """Heads [..., K] in at least float32, times their scales [...]."""
-    return _wide(x) if scales is None else _wide(x) * scales[..., None]
+    return widen(x) if scales is None else widen(x) * scales[..., None]
 
 
 def decode_attention(
@@ -52,7 +49,7 @@ def decode_attention(
         for rows in members.split(CHUNK) if len(members) else ():
             own = rows // window
             out[rows] = _attend(
-                _wide(query[rows]), keys, values, own, lengths[rows], scale, shared, scales
+                widen(query[rows]), keys, values, own, lengths[rows], scale, shared, scales
             ).to(out.dtype)
     return out
 

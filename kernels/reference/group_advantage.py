@@ -5,12 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from echogen.kernels.reference.precision import widen
+
 LIMIT = 1e15  # a reward beyond it counts as not finite: its square would overflow
-
-
-def _wide(x: Tensor) -> Tensor:
-    """The tensor in at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _ranks(r: Tensor, keep: Tensor, group: Tensor) -> Tensor:
@@ -33,7 +30,7 @@ def group_advantage(
     reward: Tensor, offsets: Tensor | None, mask: Tensor | None, mode: str, eps: float
 ) -> tuple[Tensor, Tensor]:
     """(advantage, flat); see `echogen.kernels.group_advantage`."""
-    r = _wide(reward).reshape(-1)
+    r = widen(reward).reshape(-1)
     keep = torch.ones_like(r, dtype=torch.bool) if mask is None else mask.reshape(-1)
     if offsets is None:
         groups = reward.shape[0]

@@ -6,16 +6,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from echogen.kernels.reference.precision import widen
+
 CHUNK = 1024
 RATIO_LIMIT = 60.0  # log-ratios are clamped to ±60; exp(±60) is within float32
 SERIES_BELOW = 0.5  # for smaller |d|, exp(d) − d − 1 cancels and its series does not
 
 Loss = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _wide(x: Tensor) -> Tensor:
-    """The tensor in at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _held(d: Tensor) -> Tensor:
@@ -47,7 +44,7 @@ def _tokens(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, clipped (bool), k3, capped (bool) and d loss/d logp of every token; 0 where masked."""
     keep = mask[rows]
-    new = torch.where(keep, _wide(logp[rows]), 0.0)
+    new = torch.where(keep, widen(logp[rows]), 0.0)
     old = new if old_logp is None else torch.where(keep, old_logp[rows].to(new.dtype), 0.0)
     a = advantage[rows, None].to(new.dtype)
     change = new - old

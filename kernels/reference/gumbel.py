@@ -7,15 +7,11 @@ import torch
 from torch import Tensor
 
 from echogen.kernels.reference import philox
+from echogen.kernels.reference.precision import widen
 
 CHUNK = 256
 
 Kept = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
-
-
-def _wide(x: Tensor) -> Tensor:
-    """The tensor in at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def forward(
@@ -31,7 +27,7 @@ def forward(
     """(embed, index, ce, lse_a, lse_l, e_soft); see `echogen.kernels.gumbel`."""
     parts = [
         _forward(
-            _wide(logits[i : i + CHUNK]),
+            widen(logits[i : i + CHUNK]),
             codebook,
             tau,
             philox.gumbel(seed, draw[i : i + CHUNK], position[i : i + CHUNK], logits.shape[1]),
@@ -88,7 +84,7 @@ def backward(
     out, codes = torch.empty_like(logits), logits.shape[1]
     for i in range(0, len(logits), CHUNK):
         rows = slice(i, i + CHUNK)
-        x = _wide(logits[rows])
+        x = widen(logits[rows])
         grad = torch.zeros_like(x)
         if d_embed is not None:
             noisy = x + philox.gumbel(seed, draw[rows], position[rows], codes)

@@ -6,12 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echogen.kernels.head import HeadGradients, logits_in_chunks
+from echogen.kernels.head import HeadGradients, logits_in_chunks, rows_of
 from echogen.kernels.reference import gumbel
-
-
-def _some(tensor: Tensor | None, rows: slice) -> Tensor | None:
-    return None if tensor is None else tensor[rows]
 
 
 def forward(
@@ -31,7 +27,7 @@ def forward(
     parts = [
         gumbel.forward(
             logits, codebook, tau, seed, draw[rows], position[rows],
-            _some(index, rows), _some(targets, rows),
+            rows_of(index, rows), rows_of(targets, rows),
         )
         for rows, logits in logits_in_chunks(hidden, weight, bias, chunk)
     ]  # fmt: skip
@@ -61,8 +57,8 @@ def backward(
     grads = HeadGradients(hidden, weight, needs, -(-len(hidden) // chunk))
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         d_logits = gumbel.backward(
-            logits, codebook, tau, seed, draw[rows], position[rows], _some(targets, rows),
-            lse_a[rows], lse_l[rows], e_soft[rows], _some(d_embed, rows), _some(d_ce, rows),
+            logits, codebook, tau, seed, draw[rows], position[rows], rows_of(targets, rows),
+            lse_a[rows], lse_l[rows], e_soft[rows], rows_of(d_embed, rows), rows_of(d_ce, rows),
         )  # fmt: skip
         grads.add(rows, d_logits)
     return grads.result()

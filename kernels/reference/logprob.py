@@ -6,7 +6,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from echogen.kernels.head import HeadGradients, logits_in_chunks, wide
+from echogen.kernels.head import HeadGradients, logits_in_chunks
+from echogen.kernels.reference.precision import wide_type
 
 
 def _at(logp: Tensor, targets: Tensor) -> Tensor:
@@ -26,7 +27,7 @@ def forward(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprob, entropy, log-sum-exp), each [N]; see `echogen.kernels.logprob`."""
-    logprob = torch.empty(len(hidden), dtype=wide(hidden.dtype), device=hidden.device)
+    logprob = torch.empty(len(hidden), dtype=wide_type(hidden.dtype), device=hidden.device)
     entropy, lse = torch.empty_like(logprob), torch.empty_like(logprob)
     for rows, logits in logits_in_chunks(hidden, weight, bias, chunk):
         scaled = logits.to(lse.dtype) / temperature

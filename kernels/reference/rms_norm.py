@@ -6,12 +6,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from echogen.kernels.reference.precision import wide_type, widen
+
 CHUNK = 4096
-
-
-def _wide(x: Tensor) -> Tensor:
-    """The tensor in at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -20,10 +17,10 @@ def forward(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     flat = x.reshape(-1, width)
     kind = torch.promote_types(x.dtype, weight.dtype)
     out = torch.empty(flat.shape, dtype=kind, device=x.device)
-    rstd = torch.empty(len(flat), dtype=_wide(flat[:0]).dtype, device=x.device)
+    rstd = torch.empty(len(flat), dtype=wide_type(x.dtype), device=x.device)
     for i in range(0, len(flat), CHUNK):
         rows = slice(i, i + CHUNK)
-        wide = _wide(flat[rows])
+        wide = widen(flat[rows])
         rstd[rows] = torch.rsqrt(wide.square().mean(-1) + eps)
         out[rows] = weight * (wide * rstd[rows, None]).to(x.dtype)
     return out.view(x.shape), rstd.view(x.shape[:-1])
@@ -54,7 +51,7 @@ def backward(
     for i in range(0, len(flat), CHUNK):
         rows = slice(i, i + CHUNK)
         scale = rstd.reshape(-1, 1)[rows]
-        unit, d = _wide(flat[rows]) * scale, _wide(d_flat[rows])
+        unit, d = widen(flat[rows]) * scale, widen(d_flat[rows])
         along = d * weight
         grad = scale * (along - unit * (along * unit).mean(-1, keepdim=True))
         if d_summed is not None:

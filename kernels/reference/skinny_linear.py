@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from echogen.kernels.reference.precision import wide_type, widen
+
 CHUNK = 1 << 22  # elements of the weight at a time
 
 
@@ -20,8 +22,7 @@ def linear(
     swiglu: bool,
 ) -> Tensor:
     """[R, N] or [R, N/2]; see `echogen.kernels.skinny_linear`."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    y = x.to(wide)
+    wide, y = wide_type(x.dtype), widen(x)
     if gain is not None:
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)
         y = (y.to(x.dtype) * gain).to(wide)

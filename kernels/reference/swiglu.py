@@ -7,12 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from echogen.kernels.reference.precision import widen
+
 CHUNK = 1024
-
-
-def _wide(x: Tensor) -> Tensor:
-    """The tensor in at least float32."""
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def forward(gate: Tensor, up: Tensor) -> Tensor:
@@ -20,7 +17,7 @@ def forward(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     for i in range(0, len(gate), CHUNK):
         rows = slice(i, i + CHUNK)
-        out[rows] = (F.silu(_wide(gate[rows])) * up[rows]).to(out.dtype)
+        out[rows] = (F.silu(widen(gate[rows])) * up[rows]).to(out.dtype)
     return out
 
 
@@ -28,7 +25,7 @@ def backward_into(d_gate: Tensor, d_up: Tensor, d_out: Tensor, gate: Tensor, up:
     """Write the gradients of gate and up [N, F]."""
     for i in range(0, len(gate), CHUNK):
         rows = slice(i, i + CHUNK)
-        g, d = _wide(gate[rows]), _wide(d_out[rows])
+        g, d = widen(gate[rows]), widen(d_out[rows])
         sigmoid = g.sigmoid()
         d_gate[rows] = (d * up[rows] * sigmoid * (1 + g * (1 - sigmoid))).to(d_gate.dtype)
         d_up[rows] = (d * g * sigmoid).to(d_up.dtype)

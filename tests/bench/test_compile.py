@@ -118,6 +118,9 @@ def test_more_shared_memory_than_there_is_is_a_failure():
         "wide of wide_linear, sm_80: 180224 bytes of shared memory, a block may have 166912"
     ]
     assert ahead.failures([row | {"arch": "sm_90a"}, row | {"shared_bytes": 166_912}]) == []
+    for arch in ("sm_86", "sm_89", "sm_120a"):
+        (told,) = ahead.failures([row | {"arch": arch, "shared_bytes": 102_400}])
+        assert told.endswith("102400 bytes of shared memory, a block may have 101376")
 
 
 def test_a_spill_is_a_failure():

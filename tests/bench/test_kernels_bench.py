@@ -107,6 +107,19 @@ def test_floors_are_positive_and_grow_with_the_pass(name):
             assert both.bytes > forward.bytes and both.flops >= forward.flops
 
 
+@pytest.mark.parametrize("name", [name for name in cases() if "linear:fp8" in name])
+def test_a_layer_of_fp8_is_held_against_the_one_that_people_have(name):
+    """Which multiplies by the same numbers, and reads nothing of 8 bits."""
+    case, contest = cases()[name], kernels.contest
+    make = Drawn(torch.Generator().manual_seed(0))
+    inputs = case.inputs(make, case.sizes["tiny"], torch.bfloat16)
+    wanted = contest.results(case, case.eager, contest.raised(inputs), case.outputs)
+    (peer,) = case.peers
+    del inputs["weight"], inputs["scale"]
+    found = contest.results(case, peer.load(), inputs, case.outputs)
+    contest.check(case, case.bounds[torch.bfloat16], peer.name, found, wanted)
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="operator softmax: unknown; choose gumbel_noise"):
         kernels.run(["softmax"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from echogen.bench import roofline
 from echogen.bench.profile.stopwatch import Row
 from echogen.bench.roofline import Roofline, measure
 from echogen.bench.speed import limits, phases
@@ -43,6 +45,26 @@ def test_a_floor_counts_weights_once_a_call_and_products_once_a_token(config):
 def test_ceilings_of_a_cpu():
     found = measure(torch.device("cpu"), torch.float32)
     assert all(rate > 1e8 for rate in found.to_dict().values())
+
+
+@pytest.mark.parametrize(("copy_ms", "rate"), [(2.5, 4e9), (1.0, 8e9)])
+def test_ceilings_of_a_gpu_are_timed_as_operators_are(monkeypatch, copy_ms, rate):
+    """Reading alone may be faster than a copy, which reads and writes."""
+    taken = iter([copy_ms, 1.0, 0.5])
+
+    def times(call, **_):
+        call()
+        return {"median": next(taken)}
+
+    monkeypatch.setattr(roofline.clock, "times", times)
+    monkeypatch.setattr(roofline, "NUMBERS", 10**6)
+    monkeypatch.setattr(roofline, "SIDE", 100)
+    about = SimpleNamespace(multi_processor_count=132, clock_rate=1_980_000)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: about)
+    found = roofline._of_cuda(torch.device("cpu"), torch.float32)
+    assert found.bytes_per_s == pytest.approx(rate)
+    assert found.flops_per_s == pytest.approx(2 * 100**3 / 0.5e-3)
+    assert found.issues_per_s == pytest.approx(132 * 1.98e9 * 128)
 
 
 @pytest.fixture

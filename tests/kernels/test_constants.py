@@ -14,7 +14,8 @@ from echogen.kernels.logprob import BackwardTile, ForwardTile, linear_logprob
 
 NOW = [decode_attention.SPLITS, decode_attention.HALF, decode_attention.SINGLE,
        wide_linear.Tile(64, 16, 64, 4, 11), sampling.Tile(2048, 4), gumbel.ForwardTile(16, 16, 4),
-       gumbel.BackwardTile(32, 64, 4), logprob.FORWARD, logprob.BACKWARD]  # fmt: skip
+       gumbel.BackwardTile(32, 64, 4), gumbel.SPLITS, logprob.FORWARD,
+       logprob.BACKWARD]  # fmt: skip
 
 
 def test_a_trial_is_of_one_type_and_ends():

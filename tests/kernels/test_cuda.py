@@ -6,14 +6,19 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import hashlib
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from echogen.kernels import aot, parse_boxes, skinny_linear
 from echogen.kernels.cuda import loader, nvcc
@@ -69,7 +74,7 @@ def test_what_does_not_compile_is_reported(monkeypatch, tmp_path):
 
 @needs_nvcc
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
-def test_cmake_builds_a_fatbin_a_source(tmp_path):
+def test_cmake_builds_a_fatbin_a_source(monkeypatch, tmp_path):
     out = tmp_path / "fatbins"
     out.mkdir()
     options = [f"-DECHOGEN_CUDA_OUTPUT={out}", "-DECHOGEN_CUDA_ARCHITECTURES=100;90a"]
@@ -80,23 +85,99 @@ def test_cmake_builds_a_fatbin_a_source(tmp_path):
     assert magic == {b"\x50\xed\x55\xba"}
     for built in out.glob("*.fatbin"):  # one PTX, for all later GPUs
         assert re.findall(r"sm_\w+", aot._run("cuobjdump", "-lptx", built)) == ["sm_90"]
+    for path in (*loader.FOLDER.glob("*.cu"), *loader.FOLDER.glob("*.cuh")):
+        shutil.copyfile(path, out / path.name)
+    monkeypatch.setattr(loader, "FOLDER", out)
+    assert all(loader.fatbin(name) is not None for name in nvcc.sources())
 
 
-def test_a_fatbin_older_than_its_source_is_not_loaded(monkeypatch, tmp_path):
+def built_of(folder: Path, source: str) -> None:
+    """Write the digests that CMake writes beside a fatbin."""
+    files = [folder / f"{source}.cu", *folder.glob("*.cuh")]
+    lines = [f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}\n" for f in files]
+    (folder / f"{source}.fatbin.sources").write_text("".join(lines))
+
+
+def test_a_fatbin_of_other_sources_is_not_loaded(monkeypatch, tmp_path):
+    """Whatever the files' times are."""
     monkeypatch.setattr(loader, "FOLDER", tmp_path)
     monkeypatch.setattr(loader, "unloadable", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name in ("k.cu", "shared.cuh", "k.fatbin"):
         (tmp_path / name).touch()
+    assert loader.fatbin("k") is None and "of other sources" in loader.status("k")
+    built_of(tmp_path, "k")
     os.utime(tmp_path / "k.fatbin", (10**9, 10**9))
-    assert loader.fatbin("k") is None and "older than the source" in loader.status("k")
-    for name in ("k.cu", "shared.cuh"):
-        os.utime(tmp_path / name, (10**9, 10**9))
     assert loader.fatbin("k") == tmp_path / "k.fatbin"
     assert loader.status("k") == "CUDA C++, from its fatbin"
-    os.utime(tmp_path / "shared.cuh")
-    assert loader.fatbin("k") is None
+    for name in ("k.cu", "shared.cuh", "new.cuh"):
+        built_of(tmp_path, "k")
+        (tmp_path / name).write_text(f"// {name}\n")
+        assert loader.fatbin("k") is None
     (tmp_path / "k.fatbin").unlink()
     assert loader.status("k") == "CUDA C++, by NVRTC at first use: no fatbin (make cuda)"
+
+
+@pytest.fixture
+def driver(monkeypatch, tmp_path):
+    """A CuPy on one GPU, whose modules fail as told: ``fatbin`` and ``source`` hold errors."""
+    fails: dict[str, str] = {}
+
+    class Module:
+        def __init__(self, path="", code="", options=()):
+            self.kind = "fatbin" if path else "source"
+
+        def get_function(self, name):
+            if self.kind in fails:
+                raise RuntimeError(fails[self.kind])
+            return SimpleNamespace(kind=self.kind, shared_size_bytes=1024)
+
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(RawModule=Module))
+    monkeypatch.setattr(loader, "FOLDER", tmp_path)
+    monkeypatch.setattr(loader, "NAMED", {"k": {"first", "second"}})
+    monkeypatch.setattr(loader, "unloadable", lambda: None)
+    monkeypatch.setattr(loader, "_properties", lambda device: loader.H200)
+    for name in ("_load", "_loaded"):
+        monkeypatch.setattr(loader, name, cache(getattr(loader, name).__wrapped__))
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("k.cu", "k.fatbin"):
+        (tmp_path / name).touch()
+    built_of(tmp_path, "k")
+    return fails
+
+
+def test_a_fatbin_that_the_driver_takes(driver):
+    assert loader.status("k") == "CUDA C++, from its fatbin"
+    functions = loader._loaded("k", torch.device("cuda", 0)).functions
+    assert functions.keys() == {"first", "second"}
+    for function in functions.values():
+        assert function.kind == "fatbin"
+        assert function.max_dynamic_shared_size_bytes == loader.H200.shared_bytes - 1024
+
+
+def test_a_fatbin_that_the_driver_refuses_is_compiled_from_its_source(driver):
+    driver["fatbin"] = "CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image\nand more"
+    assert loader.status("k") == (
+        "CUDA C++, by NVRTC: the fatbin cannot be loaded "
+        "(CUDA_ERROR_NO_BINARY_FOR_GPU: no kernel image; make cuda)"
+    )
+    functions = loader._loaded("k", torch.device("cuda", 0)).functions
+    assert {function.kind for function in functions.values()} == {"source"}
+
+
+def test_of_a_source_that_fails_as_well_both_reasons_are_said(driver):
+    driver |= {"fatbin": "invalid image", "source": "no libnvrtc"}
+    why = "k.cu cannot be loaded (no libnvrtc; of its fatbin: invalid image)"
+    assert loader.status("k") == f"reference: {why}"
+
+
+def test_for_lack_of_memory_a_fatbin_is_not_given_up(driver):
+    driver["fatbin"] = "CUDA_ERROR_OUT_OF_MEMORY: out of memory"
+    assert "OUT_OF_MEMORY" in loader.status("k")
+    driver.clear()
+    assert loader.status("k") == "CUDA C++, from its fatbin"
 
 
 def test_a_cupy_that_lacks_what_it_needs_is_none(monkeypatch, tmp_path):

@@ -7,7 +7,6 @@ import importlib
 import pkgutil
 import re
 import warnings
-from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -84,7 +83,8 @@ def test_results_are_those_of_eager_torch(name, device):
 
 @pytest.mark.skipif(not dispatch.INTERPRETED, reason="is about an interpreted run")
 def test_an_interpreted_run_enters_every_triton_kernel(device, launched, monkeypatch):
-    monkeypatch.setattr(gumbel, "LEAST", 64)  # so that the smallest size is cut into parts too
+    # So that the smallest size is cut into parts too.
+    monkeypatch.setattr(gumbel, "SPLITS", gumbel.Splits(least=64))
     for case in CASES.values():
         (dtype,), make = case.types("cpu"), Drawn(torch.Generator(device))
         inputs = case.inputs(make, case.sizes["tiny"], dtype)
@@ -178,10 +178,9 @@ def test_memory_that_lacks_for_a_moment_is_asked_for_again(monkeypatch):
 
     device = torch.device("cuda", 99)
     monkeypatch.setattr(loader, "unloadable", lambda: None)
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
-    monkeypatch.setattr(loader, "_function", lacks)
+    monkeypatch.setattr(loader, "_loaded", lacks)
     assert "OUT_OF_MEMORY" in loader.unusable("skinny_linear", device)
-    monkeypatch.setattr(loader, "_function", lambda *_: None)
+    monkeypatch.setattr(loader, "_loaded", lambda *_: None)
     assert loader.unusable("skinny_linear", device) is None
 
 
@@ -189,14 +188,13 @@ def test_kernels_that_cannot_be_loaded_fall_back_too(monkeypatch):
     """CuPy is there, but the NVRTC that it looks for at the first launch is not, say."""
     monkeypatch.setattr(loader, "unloadable", lambda: None)
     monkeypatch.setattr(loader, "_load", loader._load.__wrapped__)
-    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
 
     def fails(*_):
         raise RuntimeError("CuPy failed to load libnvrtc.so.13: OSError\nmore")
 
-    monkeypatch.setattr(loader, "_function", fails)
+    monkeypatch.setattr(loader, "_loaded", fails)
     why = "skinny_linear.cu cannot be loaded (CuPy failed to load libnvrtc.so.13: OSError)"
     assert dispatch.implementation("skinny_linear", "cuda") == f"reference: {why}"
     monkeypatch.setattr(loader, "_load", lambda *_: why)
@@ -204,6 +202,7 @@ def test_kernels_that_cannot_be_loaded_fall_back_too(monkeypatch):
     with pytest.warns(UserWarning, match=f"{re.escape(why)}$"):
         assert on_cuda(torch.tensor(1)) == 2
     monkeypatch.setattr(loader, "_load", lambda *_: None)
+    monkeypatch.setattr(loader, "_loaded", lambda *_: loader.Loaded({}))
     assert dispatch.implementation("skinny_linear", "cuda").startswith("CUDA C++")
 
 

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from echogen.kernels import dispatch, gumbel
+from echogen.kernels.constants import trial
+from echogen.kernels.cuda.loader import GPUS
 from echogen.kernels.gumbel import gumbel_st_embed
 from echogen.kernels.philox import gumbel_noise
 from echogen.kernels.reference import philox
@@ -42,7 +44,7 @@ def oracle(logits, codebook, tau, noise, targets, index=None):
 def parts(request, monkeypatch):
     """Whether a row's codes are cut among programs: for the shapes above into up to three."""
     if request.param:
-        monkeypatch.setattr(gumbel, "LEAST", 128)
+        monkeypatch.setattr(gumbel, "SPLITS", gumbel.Splits(least=128))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -167,13 +169,12 @@ def test_float64(generator, device, relative_error):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("many", [False, True], ids=["few rows", "many rows"])
-def test_half_types(dtype, many, generator, device, relative_error, parts, monkeypatch):
-    if many:  # tiles of twice the rows
-        monkeypatch.setattr(gumbel, "MANY", 1)
+def test_half_types(dtype, many, generator, device, relative_error, parts):
     logits, codebook, draw, position, targets = inputs((50, 300, 8), generator, device, dtype)
     ours = [t.clone().requires_grad_() for t in (logits, codebook)]
     truth = [t.double().requires_grad_() for t in (logits, codebook)]
-    found = gumbel_st_embed(*ours, 1.0, 5, draw, position, None, targets)
+    with trial(gumbel.ForwardTile(32, 32, 4) if many else None):  # tiles of twice the rows
+        found = gumbel_st_embed(*ours, 1.0, 5, draw, position, None, targets)
     noise = gumbel_noise(5, draw, position, 300).double()
     embed, index, ce = oracle(*truth, 1.0, noise, targets)
     assert found.embed.dtype == dtype and torch.equal(found.code, index)
@@ -181,6 +182,34 @@ def test_half_types(dtype, many, generator, device, relative_error, parts, monke
     (embed.sum() + ce.sum()).backward()
     for a, b in zip(ours, truth, strict=True):
         assert relative_error(a.grad, b.grad) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("tiles", "codes", "wanted"),
+    [
+        (128, 16384, 6),  # 768 of 792 programs at once, where 7 would need a second wave
+        (144, 16384, 5),  # 4,608 rows: 720
+        (1, 16384, 8),
+        (1, 4096, 4),  # of 1,024 codes each
+        (1, 100, 1),
+        (792, 16384, 1),  # no better with more
+        (793, 16384, 6),  # 7 waves of a sixth of a tile's time, instead of 2 of the whole
+        (10_000, 16384, 1),  # 13 waves; three programs a tile would save 3 %
+    ],
+)
+def test_splits_take_the_fewest_waves_for_their_work(tiles, codes, wanted):
+    assert gumbel.SPLITS.slots(GPUS["sm_90"].sms, 4) == 792
+    assert gumbel.SPLITS.of(tiles, codes, 792) == wanted
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_at_the_shapes_of_training_one_wave_does(arch):
+    """With the tiles of 32 rows and four warps that many rows of half floats have."""
+    sms = GPUS[arch].sms
+    for rows in (4096, 4608):
+        tile = gumbel._forward_tile(8, rows, True, sms)
+        tiles, slots = -(-rows // tile.rows), gumbel.SPLITS.slots(sms, tile.warps)
+        assert tiles * gumbel.SPLITS.of(tiles, 16384, slots) <= slots
 
 
 def test_rows_do_not_depend_on_the_batch(generator, device, parts):

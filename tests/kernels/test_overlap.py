@@ -149,7 +149,8 @@ def test_code_that_does_not_wait_is_not_launched_early(made_for, early, monkeypa
         def __call__(self, *_, **__):
             launched.append("in its turn")
 
-    monkeypatch.setattr(loader, "_function", lambda *_: Function())
+    loaded = loader.Loaded({"skinny_linear_bf16_1": Function()})
+    monkeypatch.setattr(loader, "_loaded", lambda *_: loaded)
     kernel = loader.CudaKernel("skinny_linear", "skinny_linear_bf16_1", overlaps=True)
     kernel[(1,)](torch.zeros(1), block=256, DEPENDENT=True, launch_pdl=True)
     assert launched == ["early" if early else "in its turn"]

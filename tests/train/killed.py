@@ -99,6 +99,7 @@ class Toy:
 
     def begin(self) -> dict[str, float]:
         self.passes("begin")
+        self.passes("begun")
         return {"found": 0.25}
 
     def inputs(self, step: int) -> dict[str, Tensor]:

@@ -318,6 +318,10 @@ def test_a_reward_that_ranks_no_better_than_chance_is_refused(
     with pytest.raises(BeginRefused, match=r"within its noise: .*--set gate_scenes=8"):
         rl_stage().begin()
     monkeypatch.setattr(cycle_rl, "self_agreement", lambda *_: found)
+    with pytest.raises(BeginRefused, match=r"--set reward_boxes=2"):
+        rl_stage().begin()
+    with pytest.raises(BeginRefused, match=r"Train grounding further, or begin all the same"):
+        rl_stage(policy="boxes").begin()  # whose reward is that of one sampled box
     assert rl_stage(force=True).begin()["rank_correlation"] == 0.12
     assert rl_stage(gate_bound=0.1).begin()["groups"] == 41
 

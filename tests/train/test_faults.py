@@ -160,7 +160,7 @@ def test_signals_at_any_time_lose_nothing(order: Order, whole: Path, tmp_path: P
 
 
 def test_before_the_first_step_there_is_nothing_to_save(order: Order, tmp_path: Path) -> None:
-    assert order(tmp_path, term=["begin", 1])["code"] == 143
+    assert order(tmp_path, term=["begin", 1], kill=["begun", 1])["code"] == 143, "at once"
     assert "stopped by SIGTERM; no step was done yet" in (tmp_path / "log").read_text()
     assert not (tmp_path / "state.pt").exists()
     assert order(tmp_path, resume=True)["code"] == 0

@@ -7,6 +7,7 @@ from torch import nn
 from echogen.train.config import LoopConfig
 from echogen.train.run.muon import Muon, orthogonalised
 from echogen.train.run.optim import build_optimizers
+from echogen.train.stages.stage import BeginRefused
 
 SHAPES = [(24, 8), (8, 24), (16, 16), (24, 8), (8, 24)]
 
@@ -105,3 +106,9 @@ def test_a_step_multiplies_in_one_type(bf16: bool, dtype: torch.dtype) -> None:
     loop = LoopConfig(steps=1, lr=0.1, muon_lr=0.1, bf16=bf16)
     muon = build_optimizers(module, loop)[1]
     assert isinstance(muon, Muon) and muon.dtype == dtype
+
+
+def test_muon_is_refused_where_there_are_no_blocks():
+    config = LoopConfig(steps=1, lr=1e-3, muon_lr=4e-3)
+    with pytest.raises(BeginRefused, match=r"muon_lr = 0\.004.* no decoder blocks"):
+        build_optimizers(torch.nn.Linear(4, 4), config)

@@ -48,6 +48,13 @@ def test_every_recipe_describes_a_model_of_the_world(name, tokenizer):
         assert stage.loop.steps > stage.loop.warmup
 
 
+def test_a_larger_image_leaves_room_for_its_prompt(tokenizer):
+    recipe = small()
+    config = model_config(replace(recipe, vq=replace(recipe.vq, image_size=256)), tokenizer)
+    assert config.image_tokens == 1024
+    assert config.max_positions >= config.image_tokens + 20 * MOST_OBJECTS
+
+
 def test_the_small_recipe_stands_between(tokenizer):
     config = model_config(small(), tokenizer)
     assert (config.image_size, config.image_tokens) == (128, 256)

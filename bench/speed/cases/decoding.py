@@ -19,9 +19,9 @@ from echogen.bench.registry import (
     Pass,
     Peer,
     Run,
-    wide,
 )
 from echogen.kernels.decode_attention import decode_attention
+from echogen.kernels.reference.precision import widen
 from echogen.kernels.rope import scaled_heads
 from echogen.kernels.skinny_linear import FP8, fp8_weight, skinny_linear
 from echogen.kernels.wide_linear import wide_linear
@@ -54,8 +54,7 @@ def _attention_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
     counted = make.integers(0, 1, rows)
     made["lengths"] = counted + dims["held"]
     made["whole_lengths"] = (made["lengths"] + prefix).int()
-    place = torch.arange(prefix + capacity, device=counted.device)
-    made["held"] = (place < prefix + dims["held"])[None, None, None]
+    made["held"] = prefix + dims["held"]
     made["groups"] = torch.arange(groups, device=counted.device).repeat_interleave(dims["samples"])
     return made
 
@@ -80,9 +79,9 @@ def _attention(i: Inputs) -> Outputs:
 
 
 def _eager_attention(i: Inputs) -> Outputs:
-    found = F.scaled_dot_product_attention(
-        i["query"][:, :, None], i["whole_keys"], i["whole_values"], attn_mask=i["held"]
-    )
+    # All sequences hold as many tokens, so that no mask keeps torch from its flash attention.
+    keys, values = (i[f"whole_{name}"][:, :, : i["held"]] for name in ("keys", "values"))
+    found = F.scaled_dot_product_attention(i["query"][:, :, None], keys, values)
     return (found[:, :, 0],)
 
 
@@ -175,8 +174,11 @@ def _fp8_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
     made = _normed_inputs(make, dims, dtype)
     weight = made["weight"]
     if weight.is_meta:  # no values to compute a scale from
-        return made | {"weight": weight.to(FP8), "scale": make.uniform(len(weight))}
-    return made | dict(zip(("weight", "scale"), fp8_weight(weight), strict=True))
+        scale = make.uniform(len(weight))
+        return made | {"weight": weight.to(FP8), "scale": scale, "plain": weight}
+    eight, scale = fp8_weight(weight)
+    plain = (eight.float() * scale[:, None]).to(dtype)  # the same numbers, for the peer
+    return made | {"weight": eight, "scale": scale, "plain": plain}
 
 
 def _residual_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
@@ -187,13 +189,21 @@ def _residual_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
 def _eager_linear(i: Inputs) -> Outputs:
     x, weight = i["x"], i["weight"].to(i["x"].dtype)
     if "gain" in i:
-        above = wide(x)
+        above = widen(x)
         x = (above * torch.rsqrt(above.square().mean(-1, keepdim=True) + EPS)).to(x.dtype)
         x = x * i["gain"]
     y = F.linear(x, weight)
     if "scale" in i:
         y = (y * i["scale"]).to(x.dtype)
     return (y + i["residual"] if "residual" in i else y,)
+
+
+def _plain_linear(i: Inputs) -> Outputs:
+    return _eager_linear({"x": i["x"], "weight": i["plain"], "gain": i["gain"]})
+
+
+PLAIN = Peer("bf16-linear", "torch", lambda: _plain_linear)
+"""What one would run without fp8, whereas eager torch widens the weight in every call."""
 
 
 def _eager_gated(i: Inputs) -> Outputs:
@@ -221,18 +231,25 @@ def _product(
     inputs: Callable[[Make, Dims, torch.dtype], Inputs],
     floor: Callable[[Dims, int, Pass], Floor] = _linear_floor,
     swiglu: bool = False,
+    peers: tuple[Peer, ...] = (),
 ) -> Case:
     """Return a case of one of the two linear layers, which take the same arguments."""
+
+    def run(i: Inputs) -> Outputs:
+        taken = {name: value for name, value in i.items() if name != "plain"}
+        return (linear(**taken, eps=EPS, swiglu=swiglu),)
+
     return Case(
         operator=linear.__name__,
         variant=variant,
         sizes=sizes,
         inputs=inputs,
-        run=lambda i: (linear(**i, eps=EPS, swiglu=swiglu),),
+        run=run,
         eager=_eager_gated if swiglu else _eager_linear,
         outputs=("y",),
         floor=floor,
         only=torch.bfloat16,
+        peers=peers,
     )
 
 
@@ -270,12 +287,12 @@ CASES: tuple[Case, ...] = (
         bounds=dict.fromkeys(BOUNDS, 0.08),  # eager reads the values before rounding to 8 bits
     ),
     _product(skinny_linear, "", _QKV, _normed_inputs),
-    _product(skinny_linear, "fp8", _QKV, _fp8_inputs, _fp8_floor),
+    _product(skinny_linear, "fp8", _QKV, _fp8_inputs, _fp8_floor, peers=(PLAIN,)),
     _product(skinny_linear, "SwiGLU", _GATE_UP, _normed_inputs, swiglu=True),
     _product(skinny_linear, "residual, 16 rows", _DOWN, _residual_inputs),
     _product(wide_linear, "", _MANY, _normed_inputs),
-    _product(wide_linear, "fp8", _MANY, _fp8_inputs, _fp8_floor),
-    _product(wide_linear, "fp8, 32 rows", _FEWER_DOWN, _fp8_inputs, _fp8_floor),
+    _product(wide_linear, "fp8", _MANY, _fp8_inputs, _fp8_floor, peers=(PLAIN,)),
+    _product(wide_linear, "fp8, 32 rows", _FEWER_DOWN, _fp8_inputs, _fp8_floor, peers=(PLAIN,)),
     _product(wide_linear, "SwiGLU", _MANY_GATE_UP, _normed_inputs, swiglu=True),
     _product(wide_linear, "residual", _MANY_DOWN, _residual_inputs),
 )

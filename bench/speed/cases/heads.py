@@ -6,11 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echogen.bench.registry import Case, Dims, Floor, Inputs, Make, Outputs, Pass, Peer, Run, wide
+from echogen.bench.registry import Case, Dims, Floor, Inputs, Make, Outputs, Pass, Peer, Run
 from echogen.bench.speed.cases.noise import TAU, gumbel_floor, key, keyed_noise, straight_through
 from echogen.kernels.grpo import grpo_loss
 from echogen.kernels.head_gumbel import head_gumbel_st_embed
 from echogen.kernels.logprob import guided_linear_logprob, linear_logprob
+from echogen.kernels.reference.precision import widen
 
 GUIDANCE, BETA = 5.0, 0.01
 _TINY = {"images": 2, "tokens": 12, "codes": 192, "width": 32}
@@ -91,7 +92,7 @@ def _logprob(i: Inputs) -> Outputs:
 
 
 def _of_logits(logits: Tensor, targets: Tensor) -> Outputs:
-    logp = wide(logits).log_softmax(-1)
+    logp = widen(logits).log_softmax(-1)
     entropy = -(logp.detach().exp() * logp.detach()).sum(-1)
     return logp.gather(1, targets[:, None])[:, 0], entropy
 
@@ -126,7 +127,7 @@ def _guided(i: Inputs) -> Outputs:
 
 def _eager_guided(i: Inputs) -> Outputs:
     conditional, plain = (i[name] @ i["weight"].T for name in ("hidden", "plain"))
-    return _of_logits(wide(plain) + GUIDANCE * (wide(conditional) - wide(plain)), i["targets"])
+    return _of_logits(widen(plain) + GUIDANCE * (widen(conditional) - widen(plain)), i["targets"])
 
 
 def _guided_floor(dims: Dims, size: int, mode: Pass) -> Floor:
@@ -145,7 +146,7 @@ def _entropy(i: Inputs) -> Outputs:
 
 
 def _eager_entropy(i: Inputs) -> Outputs:
-    return (F.cross_entropy(wide(i["hidden"] @ i["weight"].T), i["targets"]),)
+    return (F.cross_entropy(widen(i["hidden"] @ i["weight"].T), i["targets"]),)
 
 
 def _liger_entropy() -> Run:

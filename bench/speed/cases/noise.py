@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echogen.bench.registry import Case, Dims, Floor, Inputs, Make, Outputs, Pass, wide
+from echogen.bench.registry import Case, Dims, Floor, Inputs, Make, Outputs, Pass
 from echogen.kernels.gumbel import gumbel_st_embed
 from echogen.kernels.philox import gumbel_noise
 from echogen.kernels.reference import philox
+from echogen.kernels.reference.precision import widen
 from echogen.kernels.sampling import cfg_sample
 
 TAU, GUIDANCE = 0.7, 5.0
@@ -47,7 +48,7 @@ def gumbel_like(x: Tensor, noise: Tensor | None) -> Tensor:
 
 def straight_through(logits: Tensor, i: Inputs) -> Outputs:
     """Embedding, index and cross entropy as autograd users write them; a given index is kept."""
-    logits = wide(logits)
+    logits = widen(logits)
     noisy = logits + gumbel_like(logits, i["noise"])
     soft = (noisy / TAU).softmax(-1)
     index = noisy.argmax(-1) if i.get("index") is None else i["index"]
@@ -137,7 +138,7 @@ def _sample(i: Inputs) -> Outputs:
 
 
 def _eager_sample(i: Inputs) -> Outputs:
-    conditional, plain = wide(i["logits"]).chunk(2)
+    conditional, plain = widen(i["logits"]).chunk(2)
     x = plain + GUIDANCE * (conditional - plain)
     if i["top_k"]:
         x = x.masked_fill(x < x.topk(i["top_k"], -1).values[:, -1:], float("-inf"))

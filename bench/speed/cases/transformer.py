@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from echogen.bench.registry import Case, Dims, Floor, Inputs, Make, Outputs, Pass, Peer, Run, wide
+from echogen.bench.registry import Case, Dims, Floor, Inputs, Make, Outputs, Pass, Peer, Run
 from echogen.kernels.checks import FP8
+from echogen.kernels.reference.precision import widen
 from echogen.kernels.rms_norm import add_rms_norm, rms_norm
 from echogen.kernels.rope import rope, rope_cache
 from echogen.kernels.swiglu import swiglu
@@ -48,7 +49,7 @@ def _norm_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
 
 def eager_norm(x: Tensor, weight: Tensor) -> Tensor:
     """RMS norm as transformers' Llama writes it."""
-    above = wide(x)
+    above = widen(x)
     scaled = above * torch.rsqrt(above.square().mean(-1, keepdim=True) + EPS)
     return weight * scaled.to(x.dtype)
 

@@ -31,7 +31,7 @@ def _attention_inputs(make: Make, dims: Dims, dtype: torch.dtype) -> Inputs:
     w = torch.arange(window, device=counted.device)
     made["lengths"] = (counted + held - window + 1 + w).flatten()
     made["groups"] = torch.arange(sequences, device=w.device).repeat_interleave(window)
-    place = torch.arange(prefix + dims["capacity"], device=w.device)
+    place = torch.arange(prefix + held, device=w.device)
     made["seen"] = place < (prefix + held - window + 1 + w)[:, None]
     return made
 
@@ -44,9 +44,8 @@ def _attention(i: Inputs) -> Outputs:
 
 def _eager_attention(i: Inputs) -> Outputs:
     query = i["query"].unflatten(0, (len(i["keys"]), -1)).transpose(1, 2)
-    found = F.scaled_dot_product_attention(
-        query, i["whole_keys"], i["whole_values"], attn_mask=i["seen"]
-    )
+    keys, values = (i[f"whole_{name}"][:, :, : i["seen"].shape[1]] for name in ("keys", "values"))
+    found = F.scaled_dot_product_attention(query, keys, values, attn_mask=i["seen"])
     return (found.transpose(1, 2).flatten(0, 1),)
 
 
