@@ -108,7 +108,7 @@ class Run:
         self.start = self._restore() if resume else 0
         self.saved = self.start
         # Before anything is written, so that a refused run leaves its folder free.
-        found = {} if self.start else _rounded(processes.on_first(stage, stage.begin))
+        found = {} if self.start else _rounded(processes.on_first(stage, self._begin))
         if processes.writes:
             self._tidy()
             write_text(folder / "config.json", json.dumps(to_json(stage.config), indent=2) + "\n")
@@ -119,6 +119,11 @@ class Run:
         if found:
             self.metrics.write(step=0, **found)
             self._say(f"{stage.name} before the first step {found}")
+
+    def _begin(self) -> dict[str, float]:
+        """What the stage finds before its first step; nothing if a signal ends that, as it then
+        ends the run."""
+        return self.stop.unless_asked(self.stage.begin) or {}
 
     # --- the run --------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from echogen.train.config import LoopConfig
 from echogen.train.run.muon import Muon
+from echogen.train.stages.stage import BeginRefused
 
 
 def build_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.Optimizer]:
@@ -21,8 +22,8 @@ def build_optimizers(module: nn.Module, config: LoopConfig) -> list[torch.optim.
     use_muon = config.muon_lr is not None
     hidden = [p for n, p in named if use_muon and n.startswith("blocks.") and p.dim() == 2]
     if use_muon and not hidden:
-        raise ValueError(
-            f"muon_lr = {config.muon_lr}, but the module has no decoder blocks; set it to None"
+        raise BeginRefused(
+            f"muon_lr = {config.muon_lr}, but the module has no decoder blocks; set it to none"
         )
     chosen = {id(p) for p in hidden}
     rest = [p for _, p in named if id(p) not in chosen]

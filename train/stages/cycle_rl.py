@@ -350,7 +350,7 @@ class CycleRLStage(WorldStage):
         c = self.config
         key = keys.noise_key(c.loop.seed, keys.RL_JUDGED)
         found = self_agreement(
-            self.engine, c.gate_scenes, c.gate_group, c.sampling, key, c.reward_boxes, c.w_iou,
+            self.engine, c.gate_scenes, c.gate_group, c.sampling, key, self.reward_boxes, c.w_iou,
             c.w_l1,
         )  # fmt: skip
         least = math.ceil(c.gate_scenes / 4)
@@ -374,9 +374,11 @@ class CycleRLStage(WorldStage):
                     f"(--set gate_scenes={4 * c.gate_scenes}). "
                 )
                 * unsure
-                + "Train grounding further, let the reward be the mean over several sampled boxes "
-                f"(--set reward_boxes={max(2, 2 * c.reward_boxes)}), or begin all the same with "
-                "--force"
+                + "Train grounding further, "
+                + f"let the reward be the mean over several sampled boxes (--set reward_boxes="
+                f"{max(2, 2 * c.reward_boxes)}), "
+                * (c.policy == "image")
+                + "or begin all the same with --force"
             )
         names = ("rank_correlation", "rank_correlation_stderr", "groups")
         told = dict(zip(names, found[:3], strict=True))

@@ -47,6 +47,9 @@ from echogen.train.stages.world import WorldStage, ask, source_of
 from echogen.train.start import Start
 from echogen.train.tokenizer import IMAGE_PLACEHOLDER, train_tokenizer
 
+TEXT = 448
+"""Positions beside a large image's: for its prompt, or its questions."""
+
 
 def janus_config(
     config: PMTPConfig, vq: JanusVQVAE, tokenizer: PreTrainedTokenizerBase
@@ -62,7 +65,7 @@ def janus_config(
         num_hidden_layers=config.layers,
         num_attention_heads=config.heads,
         num_key_value_heads=config.heads,
-        max_position_embeddings=1024,
+        max_position_embeddings=max(1024, side * side + TEXT),
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

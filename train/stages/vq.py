@@ -24,6 +24,7 @@ from echogen.train.data.scenes import load_scenes, render
 from echogen.train.data.shapes import GROUND, sample_scene
 from echogen.train.stages.ahead import Ahead
 from echogen.train.stages.passes import worth_logging
+from echogen.train.stages.stage import TrainingError
 
 VAL_SCENES = 256
 DEAD_AFTER = 0.05  # a code whose moving count (in vectors per step) falls below this is replaced
@@ -198,8 +199,10 @@ class VQStage:
         points = F.normalize(raw, dim=1).permute(0, 2, 3, 1).reshape(-1, raw.shape[1])
         points = points[patch_groups(torch.cat(batches), raw.shape[-1])[0]]
         if len(points) < self.config.codes:
-            raise ValueError(
-                f"codes = {self.config.codes}, but only {len(points)} distinct patches"
+            raise TrainingError(
+                f"codes = {self.config.codes}, but {len(batches)} batches of {self.config.batch} "
+                f"images have only {len(points)} distinct patches; take fewer codes, or a larger "
+                f"batch"
             )
         generator = torch.Generator().manual_seed(self.config.loop.seed)
         picks = torch.randperm(len(points), generator=generator)
