@@ -10,8 +10,8 @@ from echogen.train.config import Recipe
 from echogen.train.data.samples import module_hash
 from echogen.train.start import model_folder
 
-OF_TOKENIZER = ("image_size", "image_tokens", "codebook_size", "code_dim", "width")
-"""Shapes that fresh weights inherit from the image tokenizer, which projects to their width."""
+OF_TOKENIZER = ("image_size", "image_tokens", "codebook_size", "code_dim")
+"""Shapes that fresh weights inherit from the image tokenizer."""
 
 
 @dataclass(frozen=True)

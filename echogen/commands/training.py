@@ -236,7 +236,7 @@ class TrainPMTP(DataOptions):
                 raise InputError(
                     f"--vq {self.vq}: no config.json there; name the model/ of `train vq`"
                 )
-            vq = load_vq(self.vq, config.width, self.place())
+            vq = load_vq(self.vq, self.place())
             stage = PMTPStage(config, vq)
         self.train(stage)
 
@@ -480,9 +480,8 @@ def with_settings(config: StageConfig, assign: Sequence[str], asked: dict[str, A
         raise InputError(told) from None
 
 
-def load_vq(folder: Path, width: int, device: str = "cpu") -> JanusVQVAE:
-    """Load an image tokenizer that is complete and of the transformer's width. Raises InputError
-    otherwise."""
+def load_vq(folder: Path, device: str = "cpu") -> JanusVQVAE:
+    """Load an image tokenizer. Raises InputError if it is damaged or not complete."""
     from safetensors import SafetensorError
     from torch import nn
     from transformers import JanusVQVAE
@@ -502,11 +501,6 @@ def load_vq(folder: Path, width: int, device: str = "cpu") -> JanusVQVAE:
         raise InputError(
             f"--vq {folder}: no whole image tokenizer ({len(odd)} keys missing or unknown, such as "
             f"{odd[0]})"
-        )
-    if vq.config.projection_dim != width:
-        raise InputError(
-            f"--vq {folder}: was trained for width {vq.config.projection_dim}, "
-            f"the recipe's is {width}; train it with the same recipe"
         )
     nn.Module.to(vq, device)
     return vq

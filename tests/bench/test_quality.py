@@ -426,15 +426,14 @@ def test_the_ablation_begins_with_stage_1(copied):
 
 
 @pytest.mark.parametrize(
-    ("name", "wider", "odd"),
-    [
-        (TWO, {"layers": 3, "mlp_width": 96}, "layers 2, not 3; mlp width 64, not 96"),
-        ("mask-isolated-seed0", {"width": 64, "layers": 3}, "width 32, not 64"),
-    ],
-)
-def test_a_start_of_other_shapes_is_refused(small, tmp_path, name, wider, odd):
+    ("name", "codes", "odd"),
+    [(TWO, 32, "width 32, not 64; layers 2, not 3"),
+     ("mask-isolated-seed0", 64, "codebook size 32, not 64")],
+)  # fmt: skip
+def test_a_start_of_other_shapes_is_refused(small, tmp_path, name, codes, odd):
     """Fresh weights take its image tokenizer alone."""
-    lab = replace(make_lab(small, tmp_path), recipe=replace(RECIPE, pmtp=replace(PMTP, **wider)))
+    wider, vq = replace(PMTP, width=64, layers=3), replace(RECIPE.vq, codes=codes)
+    lab = replace(make_lab(small, tmp_path), recipe=replace(RECIPE, pmtp=wider, vq=vq))
     with pytest.raises(QualityError, match=rf"has other shapes than the recipe small \({odd}\)"):
         run_cell(lab, lab.find(name))
 

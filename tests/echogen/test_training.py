@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -24,9 +25,11 @@ from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
 from echogen.engine.layout import Layout
 from echogen.train.config import to_json
+from echogen.train.data.samples import Sample
 from echogen.train.recipes import janus_pro_1b, tiny
 from echogen.train.run.checkpoint import StateError
 from echogen.train.run.loop import BeginRefused
+from echogen.train.stages.pmtp import new_model
 from echogen.train.start import RECORD, check_shape, write_record
 
 
@@ -363,22 +366,24 @@ def test_train_cycle_rl_takes_layouts_and_says_why_it_will_not_begin(
     assert run(*begin, tmp_path / "4").refused("it would do harm", "--force")
 
 
-def test_load_vq(vq):
-    assert load_vq(vq, 32).config.num_embeddings == 32
-    with pytest.raises(InputError, match="trained for width 32"):
-        load_vq(vq, 256)
+def test_an_image_tokenizer_goes_with_any_width(vq):
+    loaded, config = load_vq(vq), replace(tiny().pmtp, width=96, layers=1, heads=4, mlp_width=32)
+    assert loaded.config.num_embeddings == 32
+    seen = Sample(np.zeros(16), "a red circle", [(0, 0, 1, 1)], [("a red circle",)])
+    made = new_model(config, loaded, [seen])
+    assert made.transformer.config.width == 96 and made.config.vq_config.projection_dim == 96
 
 
 def test_load_vq_refuses_what_is_damaged(vq):
     weights = vq / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="does not load"):
-        load_vq(vq, 32)
+        load_vq(vq)
 
 
 def test_load_vq_refuses_another_model(model):
     with pytest.raises(InputError, match="no whole image tokenizer"):
-        load_vq(model, 32)
+        load_vq(model)
 
 
 def test_refresh_forgets_the_old_weights(model, layout):
