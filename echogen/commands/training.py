@@ -316,6 +316,11 @@ class TrainCycleRL(RunOptions):
         config = self.sized(recipe.cycle_rl)
         if config.layouts not in ("real", "random") and not Path(config.layouts).is_file():
             raise InputError(f"--layouts {config.layouts}: no such file; name one, real or random")
+        if config.layouts != "real" and config.scenes != recipe.cycle_rl.scenes:
+            raise InputError(
+                f"--set scenes={config.scenes}: these are ShapesWorld's, and --layouts "
+                f"{config.layouts} takes others instead; leave it out"
+            )
         from echogen.train.stages.cycle_rl import CycleRLStage
         from echogen.train.start import check_shape, load_start
 

@@ -361,6 +361,8 @@ def test_train_cycle_rl_takes_layouts_and_says_why_it_will_not_begin(
         assert done.code == 0, done.err
         assert handed_on["config"].layouts == str(source) and not handed_on["config"].force
     assert run(*begin, tmp_path / "3", "--layouts", "nowhere.jsonl").refused("no such file")
+    others = run(*begin, tmp_path / "3", "--layouts", "random", "--set", "scenes=7")
+    assert others.refused("--set scenes=7: these are ShapesWorld's", "--layouts random")
     assert run(*begin, tmp_path / "3", "--force").code == 0 and handed_on["config"].force
     handed_on["refuse"] = True
     assert run(*begin, tmp_path / "4").refused("it would do harm", "--force")
