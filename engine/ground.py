@@ -98,7 +98,7 @@ def parts(
     model: UnifiedTransformer, prompts: Prompts, image: Tensor, expressions: list[list[str]]
 ) -> Iterator[slice]:
     """Yield the slices of embedded images [B, T, D] to ground at once, so that keys, values and
-    masks stay below ``MOST_HELD``.
+    masks stay below ``MOST_HELD``, or one by one.
 
     Raises:
         LayoutError: an expression that cannot be used, or for which the model has no room.

@@ -81,7 +81,7 @@ class Splits:
 
     def slots(self, sms: int, warps: int) -> int:
         """Programs of ``warps`` warps that a device holds at once."""
-        return sms * (self.warps // warps)
+        return sms * max(1, self.warps // warps)
 
     def of(self, tiles: int, columns: int, slots: int) -> int:
         """The number of programs with which all tiles are done soonest. A program takes 1/n of a
@@ -382,6 +382,7 @@ def launch_forward_into(
     tiles, rule = triton.cdiv(rows, tile.rows), chosen(SPLITS)
     splits = rule.of(tiles, columns, rule.slots(sms, tile.warps))
     share = triton.cdiv(triton.cdiv(columns, splits), tile.columns) * tile.columns
+    splits = triton.cdiv(columns, share)  # none is left without codes
     parts = soft = None
     if splits > 1:
         # top, total, best and its index; of the plain logits top, total and the target's logit

@@ -7,6 +7,7 @@ import math
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -162,11 +163,14 @@ def _exiting_on_sigterm() -> Iterator[None]:
     """End with 143 on SIGTERM, also as a container's first process, which gets no signal without a
     handler: neither one that arrives while the model loads, nor the one that uvicorn raises after
     its own shutdown."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # which cannot handle signals
+        return
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 OTHER_FILES = 100

@@ -441,7 +441,7 @@ def test_a_run_is_placed_on_the_device_asked_for(run, model, vq, tmp_path, hande
     assert asked[-1][0][-1] == "cuda:3" == placed[-1]
     assert run(*begin, "--device", "cuda:1", "--resume").code == 0
     assert asked[-1][0][-1] == "cuda:1"
-    meta = load_vq(vq, 32, "meta")
+    meta = load_vq(vq, "meta")
     assert all(p.is_meta for p in meta.parameters())
 
 

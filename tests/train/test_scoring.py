@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from echogen.engine import ground
 from echogen.engine.decoding.rollout import kept_codes
 from echogen.engine.decoding.sampler import Sampler, Sampling
 from echogen.kernels.sampling import cfg_sample
+from echogen.train.stages import scoring
 from echogen.train.stages.cycle_rl import CycleRLStage
 from echogen.train.stages.scoring import image_logprob
 
@@ -122,10 +124,17 @@ def test_rollouts_draw_what_the_engine_draws(rl_stage) -> None:
         assert [rl.prompts.codec.parse(t) for t in tokens[: len(row)]] == row
 
 
-def test_sampled_boxes_are_scored_under_the_grammar(rl_stage, plain_hidden) -> None:
-    rl = rl_stage(policy="both", batch=3)
+def test_sampled_boxes_are_scored_under_the_grammar(rl_stage, plain_hidden, monkeypatch) -> None:
+    rl, widths = rl_stage(policy="both", batch=3), set[int]()
+
+    def constrained(logits, *rest):
+        widths.add(logits.shape[-1])
+        return ground.constrained(logits, *rest)
+
+    monkeypatch.setattr(scoring, "constrained", constrained)
     held = rl._hold(1)
     rollout, scored = held.rollout, rl.logprob(rl.module, held)
+    assert widths == {len(rl.prompts.codec.ids)}, "of the text head only location tokens"
     assert len({len(y.objects) for y in rollout.layouts}) > 1  # some are padded
     images = rl.module.config.image_tokens
     there = rollout.mask.repeat_interleave(4, 0).repeat_interleave(4, 1)

@@ -29,8 +29,8 @@ class Agreement(NamedTuple):
     """Spearman's correlation of reward and judge within groups.
 
     Attributes:
-        correlation, stderr: mean over groups and its standard error; NaN if there are too few
-            groups.
+        correlation, stderr: mean over groups (NaN if there is none) and its standard error (NaN
+            with fewer than two).
         groups: number of groups in which the judge sees a difference; the mean is over these.
         of: number of all groups.
     """
