@@ -132,15 +132,15 @@ class Sampling:
 
     def over(self, given: dict[str, Any]) -> Sampling:
         """These settings with the given ones, by name, in their place. A given ``cfg`` of 1 turns
-        guidance off, and with it the schedule and the span where they are not given.
+        guidance off, its schedule and span with it, unless part of these is given too.
 
         Raises:
             ValueError: the settings are out of range, or conflict.
         """
-        own = asdict(self)
-        if given.get("cfg") == 1:
+        own, varied = asdict(self), ("cfg_schedule", "cfg_start", "cfg_span")
+        if given.get("cfg") == 1 and given.keys().isdisjoint(varied):
             unguided = asdict(Sampling())
-            own |= {name: unguided[name] for name in ("cfg_schedule", "cfg_start", "cfg_span")}
+            own |= {name: unguided[name] for name in varied}
         return Sampling(**own | given)
 
     @property

@@ -96,8 +96,8 @@ class Drawing(Body):
     )
     cfg: float | None = Field(
         None,
-        description="scale of classifier-free guidance; 1 is off, and half the work: of a schedule "
-        "and span only those given here then count",
+        description="scale of classifier-free guidance; 1 is off, and half the work, unless a "
+        "schedule, its start or a span is given too",
     )
     top_k: int | None = Field(None, description="keep the k most likely codes; 0 keeps all")
     top_p: float | None = Field(

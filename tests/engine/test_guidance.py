@@ -304,11 +304,14 @@ def test_a_negative_layout_needs_guidance_and_one_a_layout(tiny):
 
 
 def test_a_scale_of_1_turns_the_whole_guidance_off():
-    """A model's own span and schedule guide nothing then, and are not what was asked for."""
+    """A model's own span and schedule are not what was asked for then, unless part of them is."""
     own = Sampling(cfg=3.0, cfg_schedule="linear", cfg_start=2.0, cfg_span=(0, 5), top_k=7)
     assert own.over({"cfg": 1}) == Sampling(cfg=1, top_k=7)
     assert own.over({"cfg": 4.0}) == dataclasses.replace(own, cfg=4.0)
     asked = own.over({"cfg": 1.0, "cfg_schedule": "cosine", "cfg_start": 2.0})
-    assert asked == Sampling(cfg=1.0, cfg_schedule="cosine", cfg_start=2.0, top_k=7)
+    assert asked == dataclasses.replace(own, cfg=1.0, cfg_schedule="cosine")
+    assert own.over({"cfg": 1, "cfg_span": (0, 9)}) == dataclasses.replace(
+        own, cfg=1, cfg_span=(0, 9)
+    )
     with pytest.raises(ValueError, match="cfg_span"):
-        own.over({"cfg": 1, "cfg_span": (0, 5)})
+        Sampling(cfg=3.0).over({"cfg": 1, "cfg_span": (0, 5)})
