@@ -108,3 +108,23 @@ def test_what_each_stage_adds_is_what_the_records_say():
         plain, best = first[arms]["plain"], first[arms]["best"]
         values = [plain["AP"], further[arms]["AP"], plain["AP50"], best["AP"]]
         assert shown[name] == [written(value) for value in values], name
+
+
+def test_what_lower_rates_add_is_what_the_records_say():
+    """On the seeds that both arms have."""
+    table = report.make(RESULTS, SEEDS)["plateau"]
+    slow, usual = (
+        next(d["measures"]["plain"]["AP"] for d in table["differences"] if d["what"] == what)
+        for what in (
+            "stage 3, a quarter of the rates, 500 steps − stage 2",
+            "stage 3, by ranks − stage 2",
+        )
+    )
+    both = usual["values"][: len(slow["values"])]
+    fd_vq = next(
+        row["measures"]["plain"]["fd_vq"] for row in table["rows"] if row["stem"] == "plateau-slow"
+    )
+    page = " ".join((ROOT / "bench" / "QUALITY.md").read_text().split())
+    assert f"rises by {report.shown(slow)} over stage 2 (two seeds; on the same two by" in page
+    assert f"by {sum(both) / len(both):.3f} at the recipe's rates" in page
+    assert f"with fd_vq {report.shown(fd_vq)}." in page
