@@ -27,20 +27,19 @@ from echogen.engine.ranges import span
 from echogen.kernels import philox
 
 SOURCE = "transformer"
-MOST_BYTES = 64 << 20
-"""Most bytes of the layers and image head of a model drawn here on more than ``FEW_THREADS``
-threads. A larger model's weights are read from memory at every step; oneDNN's threads divide them
-among themselves, while each thread here takes whole rows."""
-FEW_THREADS = 2
-"""On up to this many threads every model is drawn faster here: one of 110 million parameters 1.31
-times as fast with two rows and 1.15 times with eight (Zen 4, two threads; `echogen bench engine
---model random:100m --peer none` with ``--mode latency`` and with ``--mode rollout --batch 8 --cfg
-1``, with both values of ECHOGEN_NATIVE)."""
+CACHED_BYTES = 64 << 20
+"""Most bytes of layers and image head that a CPU's caches may hold. Threads divide the rows of a
+smaller model's step among themselves, and wait for each other only at its end. A larger model's
+weights come from memory at every step, so its threads divide every product and read them once. For
+one row of a model of 110 million parameters two threads then take 0.6 of one's time (Sapphire
+Rapids; `echogen bench engine --mode latency --model random:100m --cfg 1 --peer none`, with
+``--threads`` 1 and 2). A small model's threads would wait for each other every few microseconds,
+and its steps would take milliseconds whenever another process has one of their cores."""
 THREAD_TOKENS = 4
-"""Least number of tokens per thread: from there on a further thread pays. A step of 8 rows of the
-bundled model takes 1.20 ms on two threads and 1.38 ms on one, with log-probabilities (Zen 4;
-`echogen bench engine --mode rollout --model tiny --batch 8 --cfg 1 --peer none`, with ``--threads``
-1 and 2)."""
+"""Least number of tokens per thread of a small model: from there on a further thread pays. A step
+of 8 rows of the bundled model takes 1.20 ms on two threads and 1.38 ms on one, with
+log-probabilities (Zen 4; `echogen bench engine --mode rollout --model tiny --batch 8 --cfg 1 --peer
+none`, with ``--threads`` 1 and 2)."""
 
 Address = ctypes.c_void_p
 CPU = torch.device("cpu")  # where tensors passed by address are made, whatever torch's default is
@@ -70,7 +69,8 @@ class _Call(ctypes.Structure):
         ("table", Address), ("ids_known", ctypes.c_int64),
         ("ids", Address), ("row", Address), ("at", Address), ("tokens", ctypes.c_int64),
         ("rows", Address), ("rows_known", ctypes.c_int64),
-        ("logits", Address), ("last_only", ctypes.c_int64), ("threads", ctypes.c_int64),
+        ("logits", Address), ("last_only", ctypes.c_int64),
+        ("threads", ctypes.c_int64), ("together", ctypes.c_int64),
     ]  # fmt: skip
 
 
@@ -92,17 +92,21 @@ def why_not_native(model: UnifiedTransformer) -> str | loader.CompilerError | No
         return "ECHOGEN_NATIVE=0"
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return f"it is {weight.dtype} on {weight.device.type}, not float32 on a CPU"
-    size = sum(p.nbytes for part in (model.blocks, model.image_head) for p in part.parameters())
-    if size > MOST_BYTES and torch.get_num_threads() > FEW_THREADS:
-        return (
-            f"its layers are {size >> 20} MiB, more than the {MOST_BYTES >> 20} a cache may hold, "
-            f"and there are more than {FEW_THREADS} threads"
-        )
     try:
-        fits = loader.library(SOURCE).echogen_fits(ctypes.c_int64(c.head_dim))
+        library = loader.library(SOURCE)
     except loader.CompilerError as error:
         return error
-    return None if fits else f"heads of {c.head_dim} numbers are not among the kernel's"
+    if not library.echogen_fits(ctypes.c_int64(c.head_dim)):
+        return f"heads of {c.head_dim} numbers are not among the kernel's"
+    threads, parts = torch.get_num_threads(), c.width // library.echogen_block()
+    if weights_read(model) > CACHED_BYTES and threads > parts:
+        return f"its width of {c.width} is divided among at most {parts} of the {threads} threads"
+    return None
+
+
+def weights_read(model: UnifiedTransformer) -> int:
+    """Bytes of the weights that a step reads: those of the layers and of the image head."""
+    return sum(p.nbytes for part in (model.blocks, model.image_head) for p in part.parameters())
 
 
 def gumbel_noise(seed: int, draw: Tensor, position: Tensor, columns: int) -> Tensor:
@@ -137,6 +141,7 @@ class NativeTransformer:
 
     def __init__(self, model: UnifiedTransformer) -> None:
         self.config = c = model.config
+        self._bytes = weights_read(model)
         self._library = loader.library(SOURCE)
         self._lanes, self._block = self._library.echogen_lanes(), self._library.echogen_block()
         self.prefixes = PrefixCache()
@@ -193,7 +198,10 @@ class NativeTransformer:
         logits = torch.empty(outputs, padded, dtype=torch.float32, device=CPU)
         call.logits = logits.data_ptr()
         threads = torch.get_num_threads() if self._library.echogen_threaded() else 1
-        call.threads = max(1, min(threads, call.tokens // THREAD_TOKENS))
+        call.together = self._bytes > CACHED_BYTES
+        if not call.together:
+            threads = max(1, min(threads, call.tokens // THREAD_TOKENS))
+        call.threads = threads
         result = self._library.echogen_run(ctypes.byref(self._model), ctypes.byref(call))
         if result:
             if result in REFUSED:

@@ -1,7 +1,6 @@
 """Drawing on a CPU with PyTorch's operations: the transformer's weights laid out for them, and a
-step made of few of them. This is for bfloat16, for large models on many threads, whose step time is
-that of reading their weights (`PackedLinear`), and for machines without a compiler;
-`echogen.engine.cpu.native` draws the others.
+step made of few of them. This is for bfloat16, for large models on very many threads, and for
+machines without a compiler; `echogen.engine.cpu.native` draws the others.
 
 Making a view costs as much as using it, so buffers and their views are made once per drawing, and
 the norms' gains and scales are multiplied into the weights. The packed weights are a copy: its

@@ -9,6 +9,11 @@
 // A token's numbers are summed in one order whatever else is in the call: products run down the
 // inputs one by one, attention from the first key to the last. So a code has the same logits, to the
 // last bit, drawn alone or in a crowd, in a step of one code or of sixteen, by one thread or by two.
+//
+// Threads share a call in one of two ways. Each takes some of the rows and runs them alone; nobody
+// waits, but each reads all the weights. Or all run all rows together, and each computes some outputs
+// of every product: weights are read once, by as many cores as there are, and after each product all
+// wait for the last. A model whose weights come from memory is run in the second way.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -24,10 +29,12 @@
 extern "C" {
 #if defined(__linux__)
 void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) __attribute__((weak));
+void GOMP_barrier() __attribute__((weak));
 int omp_get_thread_num() __attribute__((weak));
 int omp_get_num_threads() __attribute__((weak));
 #else
 constexpr void (*GOMP_parallel)(void (*)(void*), void*, unsigned, unsigned) = nullptr;
+constexpr void (*GOMP_barrier)() = nullptr;
 constexpr int (*omp_get_thread_num)() = nullptr, (*omp_get_num_threads)() = nullptr;
 #endif
 }
@@ -141,11 +148,26 @@ struct Call {
     float* logits;        // [tokens or rows, padded(codes)]
     int64_t last_only;    // logits of each row's last token alone
     int64_t threads;
+    int64_t together;     // threads share every product, instead of the rows
 };
 
 enum Result : int { DONE, BAD_ID, BAD_ROW, BAD_PLACE, NO_MEMORY };
 
 namespace {
+
+// One of some threads that run the same tokens together.
+struct Member {
+    int64_t rank = 0, count = 1;
+
+    // Its share of `all` things: from the first up to, not including, the second.
+    int64_t begin(int64_t all) const { return all * rank / count; }
+    int64_t end(int64_t all) const { return all * (rank + 1) / count; }
+
+    // Wait until every member is here.
+    void meet() const {
+        if (count > 1) GOMP_barrier();
+    }
+};
 
 // --- products ------------------------------------------------------------------------------------
 
@@ -199,9 +221,13 @@ void block(const Product& p, int64_t tokens, int64_t output) {
     }
 }
 
-void multiply(const Product& p, int64_t tokens) {
-    int64_t output = 0;
-    for (; output + BLOCK <= p.outputs; output += BLOCK) block<WIDE>(p, tokens, output);
+// A member's share of the outputs, in whole blocks.
+void multiply(const Product& p, int64_t tokens, Member who) {
+    const int64_t blocks = (p.outputs + BLOCK - 1) / BLOCK, end = who.end(blocks) * BLOCK;
+    int64_t output = who.begin(blocks) * BLOCK;
+    for (; output < end && output + BLOCK <= p.outputs; output += BLOCK)
+        block<WIDE>(p, tokens, output);
+    if (output >= end) return;
     switch ((p.outputs - output) / LANES) {
         case 3: return block<3>(p, tokens, output);
         case 2: return block<2>(p, tokens, output);
@@ -302,20 +328,23 @@ Attend attend_for(int64_t head_dim) {
 
 // --- the transformer -----------------------------------------------------------------------------
 
-// Buffers for some tokens, in one piece of memory that ends with it.
+// Buffers for some tokens, in one piece of memory that ends with it. Of the last two each thread has its
+// own: inverse norms, which each computes for itself, and scores.
 struct Buffers {
     struct Free {
         void operator()(float* memory) const { ::operator delete[](memory, std::align_val_t(64)); }
     };
     std::unique_ptr<float[], Free> memory;
-    float *x, *qkv, *attended, *hidden, *norms, *scores;
+    float *x, *qkv, *attended, *hidden, *own;
+    int64_t norms_size, own_size;
 
-    Buffers(const Model& m, int64_t tokens, int64_t longest) {
+    Buffers(const Model& m, int64_t tokens, int64_t longest, int64_t threads)
+        : norms_size(padded(tokens)), own_size(norms_size + padded(longest)) {
         const int64_t qkv_width = (m.heads + 2 * m.kv_heads) * m.head_dim;
         const int64_t mlp = 2 * padded(m.mlp), head = padded(m.head_width);
         const int64_t sizes[] = {padded(m.width), qkv_width, m.heads * m.head_dim,
                                  mlp > head ? mlp : head};
-        int64_t total = padded(tokens) + padded(longest);
+        int64_t total = threads * own_size;
         for (int64_t size : sizes) total += tokens * size;
         memory.reset(static_cast<float*>(
             ::operator new[](total * sizeof(float), std::align_val_t(64))));
@@ -323,29 +352,43 @@ struct Buffers {
         qkv = x + tokens * sizes[0];
         attended = qkv + tokens * sizes[1];
         hidden = attended + tokens * sizes[2];
-        norms = hidden + tokens * sizes[3];
-        scores = norms + padded(tokens);
+        own = hidden + tokens * sizes[3];
     }
+
+    float* norms(Member who) const { return own + who.rank * own_size; }
+    float* scores(Member who) const { return norms(who) + norms_size; }
 };
 
-// Tokens `begin` … `end` of a call, whole rows.
+// Tokens `begin` … `end` of a call, whole rows, run by up to `threads` members.
 class Part {
 public:
-    Part(const Model& model, const Call& call, int64_t begin, int64_t end, float* logits)
+    Part(const Model& model, const Call& call, int64_t begin, int64_t end, float* logits,
+         int64_t threads)
         : m(model), ids(call.ids + begin), row(call.row + begin), at(call.at + begin), c(call),
           tokens(end - begin), logits(logits), attend(attend_for(model.head_dim)),
-          buffers(model, tokens, longest()) {}
+          buffers(model, tokens, longest(), threads) {}
 
-    void run() {
+    // Number of logits that it writes.
+    int64_t answers() const {
+        int64_t count = 0;
+        for (int64_t t = 0; t < tokens; ++t) count += answered(t);
+        return count;
+    }
+
+    void run(Member who) {
         const int64_t stride = padded(m.width);
-        for (int64_t t = 0; t < tokens; ++t) {
+        for (int64_t t = who.begin(tokens); t < who.end(tokens); ++t) {
             float* x = buffers.x + t * stride;
             std::memcpy(x, c.table + ids[t] * m.width, m.width * sizeof(float));
             std::memset(x + m.width, 0, (stride - m.width) * sizeof(float));
         }
-        for (int64_t l = 0; l < m.depth; ++l) layer(l);
-        if (c.last_only) keep_last();
-        head();
+        who.meet();
+        for (int64_t l = 0; l < m.depth; ++l) layer(l, who);
+        if (c.last_only) {
+            if (who.rank == 0) keep_last();
+            who.meet();
+        }
+        head(answers(), who);
     }
 
 private:
@@ -357,6 +400,10 @@ private:
     Attend attend;
     Buffers buffers;
 
+    bool answered(int64_t t) const {
+        return !c.last_only || t + 1 == tokens || row[t + 1] != row[t];
+    }
+
     int64_t keys_of(int64_t t) const { return c.rows[row[t]].prefix_tokens + at[t] + 1; }
 
     int64_t longest() const {
@@ -365,44 +412,56 @@ private:
         return most;
     }
 
-    void layer(int64_t l) {
+    // Between two meetings no member reads what another writes.
+    void layer(int64_t l, Member who) {
         const Layer& w = m.layers[l];
         const Buffers& b = buffers;
         const int64_t stride = padded(m.width), mlp = padded(m.mlp), queries = m.heads * m.head_dim;
         const int64_t qkv = queries + 2 * m.kv_heads * m.head_dim;
-        inverse_norms(b.x, tokens, m.width, m.eps, b.norms);
-        multiply({b.x, stride, w.qkv, m.width, qkv, b.qkv, qkv, b.norms}, tokens);
-        for (int64_t t = 0; t < tokens; ++t) remember(l, t, b.qkv + t * qkv);
-        // Head by head, so that rows of one prompt find its keys in the nearest cache.
-        for (int64_t h = 0; h < m.heads; ++h)
-            for (int64_t t = 0; t < tokens; ++t)
-                attend(b.qkv + t * qkv + h * m.head_dim, keys(l, t, h / (m.heads / m.kv_heads)),
-                       b.scores, b.attended + t * queries + h * m.head_dim);
+        float* norms = b.norms(who);
+        inverse_norms(b.x, tokens, m.width, m.eps, norms);
+        multiply({b.x, stride, w.qkv, m.width, qkv, b.qkv, qkv, norms}, tokens, who);
+        who.meet();
+        for (int64_t h = who.begin(m.kv_heads); h < who.end(m.kv_heads); ++h) heads(l, h, who);
+        who.meet();
         multiply({b.attended, queries, w.out, queries, stride, b.x, stride, nullptr, nullptr, true},
-                 tokens);
-        inverse_norms(b.x, tokens, m.width, m.eps, b.norms);
-        multiply({b.x, stride, w.gate_up, m.width, 2 * mlp, b.hidden, 2 * mlp, b.norms}, tokens);
-        for (int64_t t = 0; t < tokens; ++t) {
-            float* gate = b.hidden + t * 2 * mlp;
-            for (int64_t i = 0; i < mlp; i += LANES) {
-                const Vector g = load(gate + i), up = load(gate + mlp + i);
-                store(gate + i, g / (exp(-g) + 1.0f) * up);
-            }
+                 tokens, who);
+        who.meet();
+        inverse_norms(b.x, tokens, m.width, m.eps, norms);
+        multiply({b.x, stride, w.gate_up, m.width, 2 * mlp, b.hidden, 2 * mlp, norms}, tokens, who);
+        who.meet();
+        const int64_t each = mlp / LANES, all = tokens * each;
+        for (int64_t i = who.begin(all); i < who.end(all); ++i) {
+            float* gate = b.hidden + i / each * 2 * mlp + i % each * LANES;
+            const Vector g = load(gate), up = load(gate + mlp);
+            store(gate, g / (exp(-g) + 1.0f) * up);
         }
+        who.meet();
         multiply({b.hidden, 2 * mlp, w.down, m.mlp, stride, b.x, stride, nullptr, nullptr, true},
-                 tokens);
+                 tokens, who);
+        who.meet();
     }
 
-    // Turn a token's queries and keys, and put its keys and values into the row's cache.
-    void remember(int64_t l, int64_t t, float* qkv) {
-        const Row& r = c.rows[row[t]];
-        turn(qkv, m.heads + m.kv_heads, m.rope + (keys_of(t) - 1) * m.head_dim, m.head_dim);
-        const float* found = qkv + m.heads * m.head_dim;
-        for (int64_t half = 0; half < 2; ++half)
-            for (int64_t h = 0; h < m.kv_heads; ++h, found += m.head_dim)
-                std::memcpy(r.own + half * r.half_stride + l * r.layer_stride + h * r.head_stride +
-                                at[t] * m.head_dim,
-                            found, m.head_dim * sizeof(float));
+    // Turn the keys of a head and the queries that read them, put keys and values into the rows'
+    // caches, and attend: head by head, so that rows of one prompt find its keys in the nearest cache.
+    void heads(int64_t l, int64_t kv_head, Member who) {
+        const int64_t dim = m.head_dim, group = m.heads / m.kv_heads, queries = m.heads * dim;
+        const int64_t stride = queries + 2 * m.kv_heads * dim, first = kv_head * group;
+        for (int64_t t = 0; t < tokens; ++t) {
+            float* qkv = buffers.qkv + t * stride;
+            float *key = qkv + queries + kv_head * dim, *value = key + m.kv_heads * dim;
+            const float* rope = m.rope + (keys_of(t) - 1) * dim;
+            turn(qkv + first * dim, group, rope, dim);
+            turn(key, 1, rope, dim);
+            const Row& r = c.rows[row[t]];
+            float* to = r.own + l * r.layer_stride + kv_head * r.head_stride + at[t] * dim;
+            std::memcpy(to, key, dim * sizeof(float));
+            std::memcpy(to + r.half_stride, value, dim * sizeof(float));
+        }
+        for (int64_t h = first; h < first + group; ++h)
+            for (int64_t t = 0; t < tokens; ++t)
+                attend(buffers.qkv + t * stride + h * dim, keys(l, t, kv_head),
+                       buffers.scores(who), buffers.attended + t * queries + h * dim);
     }
 
     Keys keys(int64_t l, int64_t t, int64_t h) const {
@@ -417,25 +476,28 @@ private:
         const int64_t stride = padded(m.width);
         int64_t kept = 0;
         for (int64_t t = 0; t < tokens; ++t)
-            if (t + 1 == tokens || row[t + 1] != row[t])
+            if (answered(t))
                 std::memmove(buffers.x + kept++ * stride, buffers.x + t * stride,
                              stride * sizeof(float));
-        tokens = kept;
     }
 
-    void head() {
+    // Logits after the first `count` tokens of the stream.
+    void head(int64_t count, Member who) {
         const Buffers& b = buffers;
         const int64_t stride = padded(m.width), wide = padded(m.head_width), out = padded(m.codes);
-        inverse_norms(b.x, tokens, m.width, m.eps, b.norms);
-        multiply({b.x, stride, m.head_in, m.width, wide, b.hidden, wide, b.norms, m.head_in_bias},
-                 tokens);
-        for (int64_t i = 0; i < tokens * wide; ++i) {
+        float* norms = b.norms(who);
+        inverse_norms(b.x, count, m.width, m.eps, norms);
+        multiply({b.x, stride, m.head_in, m.width, wide, b.hidden, wide, norms, m.head_in_bias},
+                 count, who);
+        who.meet();
+        for (int64_t i = who.begin(count * wide); i < who.end(count * wide); ++i) {
             const float h = b.hidden[i];
             b.hidden[i] = 0.5f * h * (1.0f + std::erf(h * 0.707106781f));
         }
+        who.meet();
         multiply({b.hidden, wide, m.head_out, m.head_width, out, logits, out, nullptr,
                   m.head_out_bias},
-                 tokens);
+                 count, who);
     }
 };
 
@@ -463,20 +525,26 @@ namespace {
 
 using Parts = std::vector<std::unique_ptr<Part>>;
 
-bool threaded() { return GOMP_parallel && omp_get_thread_num && omp_get_num_threads; }
+bool threaded() {
+    return GOMP_parallel && GOMP_barrier && omp_get_thread_num && omp_get_num_threads;
+}
 
 // As many of the parts at once as there are threads.
 void run_share(void* all) {
     const Parts& parts = *static_cast<const Parts*>(all);
     for (size_t i = omp_get_thread_num(); i < parts.size(); i += omp_get_num_threads())
-        parts[i]->run();
+        parts[i]->run({});
+}
+
+void run_member(void* part) {
+    static_cast<Part*>(part)->run({omp_get_thread_num(), omp_get_num_threads()});
 }
 
 void run_all(Parts& parts) {
     if (parts.size() > 1 && threaded())
         GOMP_parallel(run_share, &parts, unsigned(parts.size()), 0);
     else
-        for (const auto& part : parts) part->run();
+        for (const auto& part : parts) part->run({});
 }
 
 }  // namespace
@@ -490,6 +558,11 @@ extern "C" int echogen_run(const Model* model, const Call* call) {
     const Call& c = *call;
     if (const Result bad = check(*model, c)) return bad;
     try {
+        if (c.together && c.threads > 1 && threaded()) {
+            Part part(*model, c, 0, c.tokens, c.logits, c.threads);
+            GOMP_parallel(run_member, &part, unsigned(c.threads), 0);
+            return DONE;
+        }
         Parts parts;
         int64_t begin = 0;
         float* logits = c.logits;
@@ -497,11 +570,8 @@ extern "C" int echogen_run(const Model* model, const Call* call) {
             int64_t end = i == c.threads ? c.tokens : c.tokens * i / c.threads;
             while (end < c.tokens && end > begin && c.row[end] == c.row[end - 1]) ++end;
             if (end <= begin) continue;
-            parts.push_back(std::make_unique<Part>(*model, c, begin, end, logits));
-            int64_t answers = end - begin;
-            if (c.last_only)
-                for (int64_t t = begin; t + 1 < end; ++t) answers -= c.row[t + 1] == c.row[t];
-            logits += answers * padded(model->codes);
+            parts.push_back(std::make_unique<Part>(*model, c, begin, end, logits, 1));
+            logits += parts.back()->answers() * padded(model->codes);
             begin = end;
         }
         run_all(parts);

@@ -417,10 +417,37 @@ def test_it_can_be_switched_off_without_a_word(tiny, monkeypatch):
         packed(tiny.transformer)
 
 
-def test_other_types_and_large_models_go_through_pytorch(tiny, threads, monkeypatch):
+def test_other_types_go_through_pytorch(tiny):
     assert "bfloat16 on cpu" in str(why_not_native(copy.deepcopy(tiny.transformer).bfloat16()))
-    monkeypatch.setattr("echogen.engine.cpu.native.MOST_BYTES", 1 << 20)
+
+
+def test_a_large_model_goes_through_pytorch_where_threads_would_be_idle(tiny, threads, monkeypatch):
+    monkeypatch.setattr("echogen.engine.cpu.native.CACHED_BYTES", 1 << 20)
     threads(2)
     assert why_not_native(tiny.transformer) is None
-    threads(3)
-    assert "more than the 1 a cache may hold" in str(why_not_native(tiny.transformer))
+    threads(65)
+    assert "divided among at most" in str(why_not_native(tiny.transformer))
+    monkeypatch.undo()
+    assert why_not_native(tiny.transformer) is None
+
+
+@torch.inference_mode()
+def test_threads_that_share_products_change_no_bit(model, threads, monkeypatch):
+    """As a large model is run: also on more threads than there are heads or blocks of outputs, and
+    for prompts, of which only the last token is answered."""
+    prompts = [[BOS, *range(2, 2 + n), BEGIN] for n in (3, 7, 3, 1)]
+    ids, pads = left_padded(prompts, PAD)
+    codes = torch.randint(16, (len(prompts), 5), generator=torch.Generator().manual_seed(1))
+
+    def drawn() -> Tensor:
+        weights = NativeTransformer(model)
+        decoding = NativeDecoding(weights, table_of(model), ids, pads, T, False)
+        first = decoding.prefill()
+        return torch.cat((first[:, None], decoding.window(codes, [0] * len(prompts))), 1)
+
+    threads(1)
+    wanted = drawn()
+    monkeypatch.setattr("echogen.engine.cpu.native.CACHED_BYTES", 0)
+    for count in (1, 2, 3, 7):
+        threads(count)
+        assert torch.equal(drawn(), wanted)
