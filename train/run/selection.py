@@ -76,5 +76,6 @@ class Best:
         none."""
         if not self.step:
             return None
-        self._processes.put_weights(module, load_state(self._path)["module"])
+        weights = load_state(self._path)["module"]
+        self._processes.put_weights(module, weights, str(self._path))
         return {"step": self.step, "by": self.by, "value": self.value}
