@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from echogen.train.config import LoopConfig
-from echogen.train.run.checkpoint import StateError, load_state, save_state
+from echogen.train.run.checkpoint import StateError, load_head, load_state, save_state
 from echogen.train.run.loop import TrainingError, run
 from echogen.train.run.weights import given_by_start
 
@@ -165,3 +165,18 @@ def test_a_state_of_another_start_is_refused(tmp_path: Path) -> None:
         run(Toy(nan_at=4), CONFIG, tmp_path)
     with pytest.raises(StateError, match=r"another run \(start 0123 → 4567\)"):
         run(Toy("4567"), CONFIG, tmp_path, resume=True)
+
+
+def test_the_head_of_a_state_is_read_without_its_tensors(tmp_path: Path) -> None:
+    path, told = tmp_path / "best.pt", Path("/proc/self/io")
+    head = {"stage": "toy", "step": 3, "value": 0.5}
+    save_state(path, head | {"module": {"w": torch.zeros(1 << 20)}})
+    load_head(path)  # imports what reading takes
+    before = told.read_text() if told.exists() else ""
+    assert load_head(path) == head
+    if before:  # "rchar: BYTES" that read() returned, from the disk or not
+        read = [int(text.split()[1]) for text in (before, told.read_text())]
+        assert read[1] - read[0] < path.stat().st_size / 20
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(StateError, match=r"best\.pt: no whole training state"):
+        load_head(path)
