@@ -1,9 +1,10 @@
 """Low-rank adapters (LoRA, Hu et al. 2021; through `peft`), for training on one small GPU.
 
 The projections of every decoder block are frozen, and a low-rank product B·A beside each is
-trained: gradients and optimizer moments then exist for only about a hundredth of the weights. The
-projections here are fused, so q, k and v share a rank, and so do gate and up. The engine draws with
-the sum of both (`WholeEngine`), which is also exported, with the adapter beside it.
+trained: gradients and optimizer moments then exist for only about a hundredth of the weights, which
+is also all that a run's files hold (`run/weights.py`). The projections here are fused, so q, k and
+v share a rank, and so do gate and up. The engine draws with the sum of both (`WholeEngine`), which
+is also exported, with the adapter beside it.
 """
 
 from __future__ import annotations

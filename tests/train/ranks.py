@@ -105,7 +105,7 @@ def stages(start: Path, parallel: str) -> dict[str, Any]:
         "djo": lambda: djo(start, short),
         "sampled": lambda: djo(start, short, prefix="sampled"),
         "rl": lambda: rl(start, averaged),
-        "lora": lambda: adapted(start, dataclasses.replace(short, lora=4)),
+        "lora": lambda: adapted(start, dataclasses.replace(short, lora=4, save_every=1)),
     }
 
 
@@ -131,7 +131,7 @@ def broken(start: Path, folder: Path) -> None:
         run(stage, stage.config.loop, folder)
 
 
-def resumed(begun: Path, folder: Path, parallel: str) -> None:
+def resumed(start: Path, begun: Path, folder: Path, parallel: str) -> None:
     """Go on with a run of stage 1 from its last state but one, in another folder."""
     if os.environ.get("RANK", "0") == "0":
         shutil.copytree(begun, folder)
@@ -141,7 +141,7 @@ def resumed(begun: Path, folder: Path, parallel: str) -> None:
         os.replace(folder / "state.prev.pt", folder / "state.pt")
     if "RANK" in os.environ:
         dist.barrier()
-    stage = pmtp(with_parallel(LOOP, parallel))
+    stage = stages(start, parallel)[begun.name]()
     run(stage, stage.config.loop, folder, resume=True)
 
 
@@ -173,9 +173,11 @@ def main(start: Path, out: Path) -> None:
     run_all(start, out / "fsdp", "fsdp", ("pmtp", "many", "sampled", "rl", "lora"))
     while not (out / "none" / "done").exists():  # by the test itself, beside these two
         time.sleep(0.05)
-    resumed(out / "none" / "pmtp", out / "none-to-ddp", "ddp")
-    resumed(out / "none" / "pmtp", out / "none-to-fsdp", "fsdp")
-    resumed(out / "fsdp" / "pmtp", out / "fsdp-to-ddp", "ddp")
+    resumed(start, out / "none" / "pmtp", out / "none-to-ddp", "ddp")
+    resumed(start, out / "none" / "pmtp", out / "none-to-fsdp", "fsdp")
+    resumed(start, out / "fsdp" / "pmtp", out / "fsdp-to-ddp", "ddp")
+    resumed(start, out / "none" / "lora", out / "lora-none-to-fsdp", "fsdp")
+    resumed(start, out / "fsdp" / "lora", out / "lora-fsdp-to-ddp", "ddp")
 
 
 if __name__ == "__main__":

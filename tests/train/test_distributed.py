@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
 from echogen.engine.engine import Engine
 from echogen.train.config import LoopConfig
+from echogen.train.lora import is_adapter
 from echogen.train.parallel.distributed import start, world_size
 from echogen.train.parallel.processes import Processes
 from echogen.train.parallel.shard_state import flat, nested
@@ -105,7 +107,8 @@ def runs(pmtp_run: Path, tmp_path_factory: pytest.TempPathFactory, ranks: Module
         for code, _, err in finish(two):
             assert code == 0, err[-3000:]
         for begun in ("ddp", "fsdp"):
-            ranks.resumed(out / begun / "pmtp", out / f"{begun}-to-none", "none")
+            ranks.resumed(pmtp_run, out / begun / "pmtp", out / f"{begun}-to-none", "none")
+        ranks.resumed(pmtp_run, out / "fsdp" / "lora", out / "lora-fsdp-to-none", "none")
     return out
 
 
@@ -168,6 +171,18 @@ def test_a_dump_holds_the_rollouts_of_every_process(runs: Path, ranks, pmtp_run,
 )
 def test_a_run_goes_on_in_another_number_of_processes(runs: Path, way: str) -> None:
     check_same(runs / way, runs / "none" / "pmtp")
+
+
+@pytest.mark.parametrize("way", ["fsdp-to-none", "none-to-fsdp", "fsdp-to-ddp"])
+def test_adapters_go_on_in_another_number_of_processes(runs: Path, way: str) -> None:
+    check_same(runs / f"lora-{way}", runs / "none" / "lora")
+
+
+def test_shards_hold_no_frozen_weights(runs: Path, ranks: ModuleType) -> None:
+    folder = runs / "fsdp" / "lora" / "state.pt"
+    stored = FileSystemReader(folder).read_metadata().state_dict_metadata
+    module = {name for name in stored if name.startswith("module/")}
+    assert module and all(map(is_adapter, module))
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 
 from echogen.engine.engine import Engine
 from echogen.train.config import LoopConfig, PMTPConfig, VQConfig
+from echogen.train.data.samples import module_hash
 from echogen.train.lora import is_adapter, without_adapters
-from echogen.train.run.checkpoint import StateError
-from echogen.train.run.loop import run
+from echogen.train.run.checkpoint import StateError, load_state, save_state
+from echogen.train.run.dump import repeat_dump
+from echogen.train.run.loop import TrainingError, run
 from echogen.train.stages.cycle_rl import CycleRLStage
 from echogen.train.stages.passes import hidden_states
 from echogen.train.stages.pmtp import PMTPStage
@@ -115,8 +118,14 @@ def test_rollouts_draw_with_the_adapters(rl_stage, pmtp_run) -> None:
     assert trained and all(map(is_adapter, trained))
 
 
-def test_a_run_on_adapters_resumes(lora_loop, pmtp_run, small_world, tmp_path) -> None:
-    loop = dataclasses.replace(lora_loop, steps=4, eval_every=4, save_every=2)
+@pytest.mark.parametrize("also, ema", [((), None), (("text_head",), 0.9)])
+def test_a_run_on_adapters_resumes(
+    lora_loop, pmtp_run, small_world, tmp_path, also: tuple[str, ...], ema: float | None
+) -> None:
+    """From a state that holds what is trained; or everything, as in older versions."""
+    loop = dataclasses.replace(
+        lora_loop, steps=4, eval_every=4, save_every=2, lora_also=also, ema=ema
+    )
 
     class Stopping(PMTPStage):
         def loss(self, step: int):
@@ -132,9 +141,76 @@ def test_a_run_on_adapters_resumes(lora_loop, pmtp_run, small_world, tmp_path) -
     run(build(-1), loop, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
         run(build(3), loop, tmp_path / "broken")
-    run(build(-1), loop, tmp_path / "broken", resume=True)
-    whole, broken = (torch.load(tmp_path / f / "state.pt")["module"] for f in ("whole", "broken"))
-    assert all(torch.equal(whole[name], broken[name]) for name in whole)
+    shutil.copytree(tmp_path / "broken", tmp_path / "old")
+    state = load_state(tmp_path / "old" / "state.pt")
+    state["module"] = build(-1).module.state_dict() | state["module"]
+    save_state(tmp_path / "old" / "state.pt", state)
+    whole = load_state(tmp_path / "whole" / "state.pt")["module"]
+    assert {n for n in whole if not is_adapter(n)} == {f"{part}.weight" for part in also}
+    model = Engine.from_pretrained(tmp_path / "whole" / "model").transformer.state_dict()
+    for name in ("broken", "old"):
+        run(build(-1), loop, tmp_path / name, resume=True)
+        found = load_state(tmp_path / name / "state.pt")["module"]
+        assert found.keys() == whole.keys()
+        assert all(torch.equal(found[n], w) for n, w in whole.items())
+        exported = Engine.from_pretrained(tmp_path / name / "model").transformer.state_dict()
+        assert all(torch.equal(exported[n], w) for n, w in model.items())
+
+
+def test_files_hold_the_adapters_alone(tmp_path, rl_stage, pmtp_run) -> None:
+    """As do the best weights, which are put beside the base to be exported, and a dump."""
+    plain = rl_stage(wild=False, force=True)
+    loop = dataclasses.replace(plain.config.loop, lora=1, steps=3, eval_every=1, save_every=3)
+    config = dataclasses.replace(plain.config, loop=loop, beta=0.0, export="best")
+
+    def build() -> CycleRLStage:
+        stage = CycleRLStage(config, load_start(pmtp_run, "djo", any_stage=True))
+        validated = iter((2.0, 1.0, 0.0))
+        stage.evaluate = lambda: {"cycle_iou": next(validated)}
+        return stage
+
+    stage = build()
+    run(stage, loop, tmp_path / "run")
+    names = ("state.pt", "best.pt")
+    files = {name: load_state(tmp_path / "run" / name)["module"] for name in names}
+    base = sum(p.numel() for n, p in stage.module.named_parameters() if not is_adapter(n))
+    for held in files.values():
+        assert held and all(map(is_adapter, held))
+        assert sum(w.numel() for w in held.values()) < 0.05 * base
+    a = next(iter(files["best.pt"]))
+    assert not torch.equal(files["best.pt"][a], files["state.pt"][a])
+    assert torch.equal(stage.module.state_dict()[a], files["best.pt"][a])
+
+    broken = build()
+    loss = broken.loss
+    broken.loss = lambda step: (loss(step)[0] * float("nan"), {"loss": float("nan")})
+    with pytest.raises(TrainingError, match="dump-step0"):
+        run(broken, loop, tmp_path / "broken")
+    dump = tmp_path / "broken" / "dump-step0.pt"
+    assert all(map(is_adapter, load_state(dump)["module"]))
+    again = repeat_dump(build(), loop, dump)
+    assert again.same_inputs and not again.broken and not again.weights
+
+
+def test_adapters_are_not_put_beside_another_base(
+    lora_loop, pmtp_run, small_world, tmp_path
+) -> None:
+    loop = dataclasses.replace(lora_loop, steps=2, eval_every=2, save_every=1)
+    run(pmtp(loop, pmtp_run), loop, tmp_path)
+    with pytest.raises(StateError, match=r"written by another run \(start \w+ → \w+\)"):
+        run(pmtp(loop, tmp_path), loop, tmp_path, resume=True)
+
+
+def test_the_fingerprint_of_a_start_is_of_all_its_weights(pmtp_run) -> None:
+    """Since the weights that are not trained come from it and from nowhere else."""
+    start = load_start(pmtp_run, "pmtp")
+    model, seen = start.engine.transformer, {start.fingerprint}
+    weights = model.state_dict()
+    assert weights.keys() >= {n for n, _ in model.named_parameters()}
+    for weight in weights.values():
+        weight.flatten()[-1] += 1
+        seen.add(module_hash(model))
+    assert len(seen) == 1 + len(weights)
 
 
 def test_nonsense_is_refused(loop, pmtp_run, small_world) -> None:

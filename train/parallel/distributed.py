@@ -142,6 +142,7 @@ class Several(Processes):
 
     def prepare(self, stage: Stage) -> None:
         """Give all processes the first one's weights."""
+        super().prepare(stage)
         with torch.no_grad():
             for tensor in [*stage.module.parameters(), *stage.module.buffers()]:
                 dist.broadcast(tensor, 0)
@@ -222,7 +223,8 @@ class Several(Processes):
         dist.barrier(self._side)  # all have read it before anything is moved
         return state
 
-    def put_weights(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
+    def put_weights(self, module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
         """See `Processes`."""
         now = module.state_dict()
-        module.load_state_dict({name: like(w, now.get(name)) for name, w in weights.items()})
+        placed = {name: like(w, now.get(name)) for name, w in weights.items()}
+        super().put_weights(module, placed, what)

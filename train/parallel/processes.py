@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from echogen.train.run.average import Average
 from echogen.train.run.checkpoint import load_state, previous, save_state
+from echogen.train.run.weights import given_by_start, put_weights
 from echogen.train.stages.stage import Stage
 
 T = TypeVar("T")
@@ -29,23 +30,26 @@ class Trained:
         module: of the stage.
         optimizers: of its parameters.
         average: of its weights, where the run keeps one.
+        given: names of the weights that are left out (see `given_by_start`).
     """
 
     module: nn.Module
     optimizers: list[torch.optim.Optimizer]
     average: Average | None
+    given: frozenset[str] = frozenset()
 
     def state(self) -> dict[str, Any]:
         """The state as tensors, numbers and strings."""
+        weights = self.module.state_dict()
         held = {
-            "module": self.module.state_dict(),
+            "module": {name: w for name, w in weights.items() if name not in self.given},
             "optimizers": [o.state_dict() for o in self.optimizers],
         }
         return held if self.average is None else held | {"average": self.average.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore a state."""
-        self.module.load_state_dict(state["module"])
+        """Restore a state. Raises StateError if its weights are not those of the module."""
+        put_weights(self.module, state["module"], self.given, "the run's state")
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if self.average is not None:
@@ -71,6 +75,9 @@ class Processes:
 
     rank = 0
     count = 1
+    given: frozenset[str] = frozenset()
+    """Names of the weights that files leave out, known once the stage is prepared (see
+    `given_by_start`)."""
 
     @property
     def writes(self) -> bool:
@@ -79,6 +86,7 @@ class Processes:
 
     def prepare(self, stage: Stage) -> None:
         """Shard or replicate the weights; called before optimizers are built."""
+        self.given = given_by_start(stage)
 
     def run(self, work: Callable[[], T]) -> T:
         """Compute a part's loss by ``work``, with the weights that it needs."""
@@ -138,10 +146,11 @@ class Processes:
         return load_state(path, or_previous=True)
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
-        """The module's weights, whole, for a file that any number of processes can read; only the
-        result in the process that writes is used."""
-        return module.state_dict()
+        """The module's weights, whole, without ``given`` ones, for a file that any number of
+        processes can read; only the result in the process that writes is used."""
+        return {n: w for n, w in module.state_dict().items() if n not in self.given}
 
-    def put_weights(self, module: nn.Module, weights: dict[str, Tensor]) -> None:
-        """Put whole weights, as `weights` gives them, into the module."""
-        module.load_state_dict(weights)
+    def put_weights(self, module: nn.Module, weights: dict[str, Tensor], what: str) -> None:
+        """Put whole weights, as `weights` gives them, into the module. Raises StateError, which
+        names the file ``what``, if they are not the module's."""
+        put_weights(module, weights, self.given, what)

@@ -105,4 +105,4 @@ class Sharded(Several):
 
     def weights(self, module: nn.Module) -> dict[str, Tensor]:
         """See `Processes`."""
-        return {name: whole(tensor) for name, tensor in module.state_dict().items()}
+        return {name: whole(tensor) for name, tensor in super().weights(module).items()}

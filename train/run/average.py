@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from echogen.train.run.weights import check_fits
+
 
 class Average:
     """Exponential moving average of a module's trained parameters.
@@ -55,6 +57,7 @@ class Average:
 
     @torch.no_grad()
     def load(self, state: dict[str, Tensor]) -> None:
-        """Restore a state."""
+        """Restore a state. Raises StateError if it is not of these parameters."""
+        check_fits("the run's moving average", state, self._mean, frozenset())
         for name, mean in self._mean.items():
             mean.copy_(state[name])

@@ -106,6 +106,18 @@ def load_state(path: Path, or_previous: bool = False, mend: str = GIVEN_UP) -> d
     return fallen_back(path, whole_state, or_previous, mend)
 
 
+def load_head(path: Path) -> dict[str, Any]:
+    """Read the numbers and strings of a state and leave its tensors on the disk.
+
+    A memory map would do too, but where a disk fails to read it ends the process (SIGBUS).
+
+    Raises:
+        StateError: the file is torn or foreign; damage within a tensor is not noticed.
+    """
+    state = fallen_back(path, lambda place: whole_state(place, "meta"), or_previous=False)
+    return {name: value for name, value in state.items() if isinstance(value, (int, float, str))}
+
+
 def fallen_back(
     path: Path, read: Callable[[Path], dict[str, Any]], or_previous: bool, mend: str = GIVEN_UP
 ) -> dict[str, Any]:
@@ -122,10 +134,11 @@ def fallen_back(
         raise StateError(f"{error}; {mend}") from None
 
 
-def whole_state(path: Path) -> dict[str, Any]:
-    """Read a state of one process. Raises StateError with the reason but no advice."""
+def whole_state(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """Read a state of one process, its tensors onto a device; "meta": their shapes alone. Raises
+    StateError with the reason but no advice."""
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location=device, weights_only=True)
     except UNREADABLE as error:
         raise StateError(f"{path}: no whole training state ({reason(error)})") from None
     if not isinstance(state, dict) or "step" not in state:

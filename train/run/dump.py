@@ -20,6 +20,7 @@ from echogen.train.parallel.processes import Processes
 from echogen.train.run.checkpoint import StateError, load_state, save_state
 from echogen.train.run.runtime import only_deterministic
 from echogen.train.run.update import check, gradients
+from echogen.train.run.weights import given_by_start, put_weights
 from echogen.train.stages.stage import Stage, identity, other_run, resumable
 
 
@@ -42,7 +43,9 @@ def write_dump(
 
     It holds: ``stage`` and ``config`` of the run, ``step``, the ``error``, the module's ``weights``
     before the step, whole, and their ``fingerprint``, the ``inputs`` of the loss in all processes,
-    and the number of ``parts`` (processes × accumulate) in which they processed the batch.
+    and the number of ``parts`` (processes × accumulate) in which they processed the batch. Like a
+    state it leaves out frozen weights of the model that the run starts from, whose fingerprint is
+    in the ``config``.
     """
     path = folder / f"dump-step{step}.pt"
     found = {
@@ -118,7 +121,7 @@ def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
             f"{path}: step {step} is update {step % updates + 1} of {updates} on its rollout, "
             f"which was drawn with weights that are gone; look at the file's inputs instead"
         )
-    stage.module.load_state_dict(found["module"])
+    put_weights(stage.module, found["module"], given_by_start(stage), str(path))
     trained = [p for p in named.values() if p.requires_grad]
     if config.threads is not None:
         torch.set_num_threads(config.threads)

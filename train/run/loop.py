@@ -103,7 +103,7 @@ class Run:
         processes.prepare(stage)
         optimizers = build_optimizers(stage.module, config)
         average = Average(stage.module, config.ema) if config.ema is not None else None
-        self.trained = Trained(stage.module, optimizers, average)
+        self.trained = Trained(stage.module, optimizers, average, processes.given)
         self.parameters = [p for p in stage.module.parameters() if p.requires_grad]
         self.start = self._restore() if resume else 0
         self.saved = self.start

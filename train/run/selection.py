@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from echogen.train.parallel.processes import Processes
-from echogen.train.run.checkpoint import StateError, load_state, save_state
+from echogen.train.run.checkpoint import StateError, load_head, load_state, save_state
 
 
 class Best:
@@ -51,7 +51,7 @@ class Best:
             if processes.writes:
                 path.unlink(missing_ok=True)
         elif path.exists():
-            state = load_state(path)
+            state = load_head(path)
             if any(state.get(key) != value for key, value in run.items()):
                 raise StateError(f"{path}: written by another run; give another --out")
             self.step, self.value = int(state["step"]), float(state["value"])
@@ -76,5 +76,6 @@ class Best:
         none."""
         if not self.step:
             return None
-        self._processes.put_weights(module, load_state(self._path)["module"])
+        weights = load_state(self._path)["module"]
+        self._processes.put_weights(module, weights, str(self._path))
         return {"step": self.step, "by": self.by, "value": self.value}

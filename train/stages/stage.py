@@ -40,13 +40,15 @@ class Stage(Protocol):
 
     @property
     def module(self) -> nn.Module:
-        """Everything that checkpoints store; its parameters are trained."""
+        """Everything that checkpoints store; its parameters are trained, but for frozen ones."""
         ...
 
     @property
     def config(self) -> Any:
         """The stage's configuration, a dataclass with the `LoopConfig` as its ``loop``. If it has
-        ``updates``, a run can resume only after a multiple of that many steps."""
+        ``updates``, a run can resume only after a multiple of that many steps. If its ``start``,
+        the fingerprint of all weights that the module begins with, is not empty, checkpoints leave
+        out the module's frozen parameters, so these must never change."""
         ...
 
     def begin(self) -> dict[str, float]:
