@@ -145,6 +145,9 @@ class Service:
 
         def submitted() -> Job:
             layout, negative = body.layouts()
+            for asked in (layout, negative):
+                if asked is not None:
+                    self._check_length(asked)
             sampling = body.sampling(self.engine.sampling)
             turns = self._turns(o.expr for o in layout.objects) if body.check else []
             left = max(1e-9, began + seconds - loop.time())
@@ -329,6 +332,17 @@ class Service:
         ]
         return {"objects": objects, "seconds": _since(began)}
 
+    def _check_length(self, layout: Layout) -> None:
+        """Refuse a layout that is too long whatever its tokens are, before it is tokenised. Raises
+        LayoutError."""
+        texts = (layout.caption, *(o.expr for o in layout.objects))
+        fewest, most = self.engine.prompts.fewest(*texts), self.scheduler.plan.prompt_tokens
+        if fewest > most:
+            raise LayoutError(
+                f"the layout takes at least {fewest} tokens; the slots are made for prompts of "
+                f"{most} (prompt_tokens), so shorten its texts or name fewer objects"
+            )
+
     def _turns(self, expressions: Iterable[str]) -> list[list[str]]:
         """Split what to find in a picture into turns, each of at most ``MOST_EXPRESSIONS`` and of
         ``MOST_ASKED`` tokens in all. Between turns others get theirs, and no more are taken once
@@ -341,11 +355,13 @@ class Service:
         most = min(LONGEST_EXPRESSION, self.scheduler.plan.prompt_tokens)
 
         def share(expr: str) -> int:
-            tokens = len(prompts.branch(expr))
+            tokens, least = prompts.fewest(expr), "at least "
+            if tokens <= most:  # else it is not tokenised: meanwhile no other text could be
+                tokens, least = len(prompts.branch(expr)), ""
             if tokens > most:
                 raise LayoutError(
-                    f"an expression takes {tokens} tokens; at most {most} can be looked for, so "
-                    f"shorten it ({expr[:30]!r}...)"
+                    f"an expression takes {least}{tokens} tokens; at most {most} can be looked "
+                    f"for, so shorten it ({expr[:30]!r}...)"
                 )
             return max(tokens + prompts.codec.steps, MOST_ASKED // MOST_EXPRESSIONS)
 

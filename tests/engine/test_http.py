@@ -388,6 +388,25 @@ def test_what_to_find_has_a_length(client, engine, monkeypatch):
     assert client.draw().status == 200, "it is not looked for"
 
 
+def test_texts_that_are_far_too_long_are_refused_by_their_characters(client, engine, monkeypatch):
+    """Tokenising 4 MiB takes seconds, during which no other text can be tokenised."""
+    prompts = engine.prompts
+    most, longest = client.scheduler.plan.prompt_tokens, len(max(prompts.tokenizer.vocab, key=len))
+    text = "a red circle " * (most * longest // 10)
+    monkeypatch.setattr(prompts, "_tokenized", lambda _: pytest.fail("it is tokenised"))
+    caption = LAYOUT | {"caption": text}
+    expr = LAYOUT | {"objects": [{"expr": text, "box": [0, 0, 1, 1]}]}
+    search = client.ask("POST", "/v1/boxes", {"image": picture(8, 8), "expressions": [text]})
+    for found, where in (
+        (search, "an expression takes at least"),
+        (client.draw(layout=caption), "the layout takes at least"),
+        (client.draw(layout=expr), "the layout takes at least"),
+        (client.draw(layout=LAYOUT, negative=caption, cfg=2), "the layout takes at least"),
+    ):
+        assert found.status == 400 and found.json["error"].startswith(where)
+        assert f" {most}" in found.json["error"] and "shorten" in found.json["error"]
+
+
 @pytest.mark.parametrize(("name", "most"), [("MOST_EXPRESSIONS", 2), ("MOST_ASKED", 50)])
 def test_a_search_takes_turns(client, engine, monkeypatch, name, most):
     """A turn cannot be stopped, so others need not wait longer than one turn."""
