@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -65,13 +65,6 @@ class Job:
     request: Request
     began: float
     deadline: float
-
-
-class Drawn(NamedTuple):
-    """Pictures, and the cycle's scores if they were checked."""
-
-    images: list[Image.Image]
-    cycle: CycleResult | None
 
 
 class Service:
@@ -168,32 +161,42 @@ class Service:
 
     async def answer(self, job: Job) -> dict[str, Any]:
         """Wait for the pictures, and for what is found in them. Raises Refused."""
-        body, drawn = job.body, await self._drawn(job)
-        writing = [partial(in_base64, image, body.format) for image in drawn.images]
-        pictures = await self._each("encode", writing, job.deadline)
-        draws = body.draws or range(len(pictures))
-        images: list[dict[str, Any]] = [
-            {"draw": draw, "image": picture} for draw, picture in zip(draws, pictures, strict=True)
+        body, codes = job.body, await self._drawn(job)
+        decoding = [partial(job.request.image, i) for i in range(len(codes))]
+        images = await self._each("decode", decoding, job.deadline)
+        boxes = await self._recovered(job, codes) if body.check else None
+        writing = [partial(in_base64, image, body.format) for image in images]
+        files = await self._each("encode", writing, job.deadline)
+        pictures: list[dict[str, Any]] = [
+            {"draw": draw, "image": file}
+            for draw, file in zip(body.draws or range(len(files)), files, strict=True)
         ]
-        told: dict[str, Any] = {"images": images}
-        if drawn.cycle is not None:
-            told["best"] = drawn.cycle.best
-            for i, image in enumerate(images):
-                found = drawn.cycle.to_dict(i)
-                image |= {"reward": found["reward"], "objects": found["objects"]}
+        told: dict[str, Any] = {"images": pictures}
+        seconds = _since(job.began)
+        if boxes is not None:
+            cycle = CycleResult(
+                job.layout, images, codes, boxes, *score(job.layout, boxes), seconds=seconds
+            )
+            told["best"] = cycle.best
+            for i, picture in enumerate(pictures):
+                found = cycle.to_dict(i)
+                picture |= {"reward": found["reward"], "objects": found["objects"]}
         return told | {
             "format": body.format,
             "seed": body.seed,
             "sampling": asdict(job.sampling),
-            "seconds": _since(job.began),
+            "seconds": seconds,
         }
 
     async def picture(self, job: Job, kind: str) -> bytes:
-        """Wait for the picture, the best one if several were checked, and return it as the bytes of
-        a file. Raises Refused."""
-        drawn = await self._drawn(job)
-        best = 0 if drawn.cycle is None else drawn.cycle.best
-        return await self._do("encode", partial(encoded, drawn.images[best], kind), job.deadline)
+        """Wait for the picture, the best one if there are several, and return it as the bytes of a
+        file. A check reads codes, so only that one is decoded. Raises Refused."""
+        codes, best = await self._drawn(job), 0
+        if len(codes) > 1:
+            _, _, reward, _ = score(job.layout, await self._recovered(job, codes))
+            best = int(reward.argmax())
+        image = await self._do("decode", partial(job.request.image, best), job.deadline)
+        return await self._do("encode", partial(encoded, image, kind), job.deadline)
 
     async def stream(
         self, job: Job, news: asyncio.Event, ended: Callable[[int], None]
@@ -248,9 +251,10 @@ class Service:
         finally:
             sketch.cancel()
 
-    async def _drawn(self, job: Job) -> Drawn:
+    async def _drawn(self, job: Job) -> Tensor:
+        """Wait for the codes, int64 [N, T]. Raises Refused."""
         try:
-            codes = await _in_time(job.request.future, job.deadline, job.request.late)
+            return await _in_time(job.request.future, job.deadline, job.request.late)
         except TimeoutError as error:
             raise Refused(504, f"{error}; {SOONER}") from None
         except SchedulerClosed as error:
@@ -262,20 +266,6 @@ class Service:
             raise Refused(503, "the drawing was cancelled; ask again", again=True) from None
         finally:
             self._time(job)
-        decoding = [partial(job.request.image, i) for i in range(len(codes))]
-        images = await self._each("decode", decoding, job.deadline)
-        if not job.body.check:
-            return Drawn(images, None)
-        self._finding += 1  # it counts as a search, but is not refused: its pictures are drawn
-        try:
-            boxes = await self._recovered(job, codes)
-        finally:
-            self._finding -= 1
-        scores = score(job.layout, boxes)
-        return Drawn(
-            images,
-            CycleResult(job.layout, images, codes, boxes, *scores, seconds=_since(job.began)),
-        )
 
     def _time(self, job: Job) -> None:
         """Report how long a request waited and was drawn, whether or not it was finished."""
@@ -287,12 +277,16 @@ class Service:
     async def _recovered(self, job: Job, codes: Tensor) -> list[list[Box]]:
         """Find a layout's objects in the pictures of codes [N, T]. Raises Refused."""
         boxes = list[list[Box]]()
-        for picture in codes.split(1):
-            found = list[Box]()
-            for turn in job.turns:
-                find = partial(self.engine.ground_codes, picture, [turn])
-                found += (await self._do("search", find, job.deadline))[0]
-            boxes.append(found)
+        self._finding += 1  # it counts as a search, but is not refused: its pictures are drawn
+        try:
+            for picture in codes.split(1):
+                found = list[Box]()
+                for turn in job.turns:
+                    find = partial(self.engine.ground_codes, picture, [turn])
+                    found += (await self._do("search", find, job.deadline))[0]
+                boxes.append(found)
+        finally:
+            self._finding -= 1
         return boxes
 
     # --- finding --------------------------------------------------------------------------------

@@ -111,6 +111,23 @@ def test_a_check_finds_the_layout_again(client, engine):
     assert np.array_equal(opened(best.body), np.asarray(wanted_cycle.images[wanted_cycle.best]))
 
 
+def test_only_the_picture_that_is_sent_is_decoded(client, engine, monkeypatch):
+    """A check reads codes, and of a single picture there is nothing to choose."""
+    cycle, pictures = engine.cycle(TWO, samples=3, seed=1), client.scheduler._intake._pictures
+    decoded, searched, right, ground = [], [], pictures.decode, engine.ground_codes
+    monkeypatch.setattr(pictures, "decode", lambda codes: decoded.append(codes) or right(codes))
+    monkeypatch.setattr(engine, "ground_codes", lambda *a: searched.append(a) or ground(*a))
+    for samples in (3, 1):
+        body = {"layout": LAYOUT, "seed": 1, "samples": samples, "check": True}
+        found = client.ask("POST", "/v1/images", body, Accept="image/png")
+        assert found.status == 200
+        (codes,), wanted = decoded, cycle.codes[[cycle.best if samples > 1 else 0]]
+        assert codes.tolist() == wanted.tolist()
+        assert np.array_equal(opened(found.body), np.asarray(engine.decode(wanted)[0]))
+        decoded.clear()
+    assert len(searched) == 3
+
+
 def test_partial_pictures_come_as_they_are_drawn(client, monkeypatch):
     step, permits = client.scheduler._slots.step, threading.Semaphore(3)
 
