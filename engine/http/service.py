@@ -41,6 +41,8 @@ from echogen.engine.serving.worker import SchedulerClosed
 BEAT = 15.0
 """Seconds of silence after which a stream says that it is still alive: proxies hang up on a
 silent one (nginx after 60)."""
+ALIVE = ": waiting\n\n"
+"""What it then sends: a comment (HTML Living Standard, 9.2.6)."""
 POOLS = {"prompt": 2, "read": 2, "decode": 1, "encode": 4, "sketch": 1, "search": 1}
 """Threads beside the scheduler's. They build prompts, read pictures that clients send (drawings
 must not wait for those), decode whole pictures, write those as files (Pillow lets other threads run
@@ -208,24 +210,29 @@ class Service:
         try:
             while not answer.done():
                 more = asyncio.create_task(news.wait())
-                await asyncio.wait(
-                    (answer, more), timeout=BEAT, return_when=asyncio.FIRST_COMPLETED
-                )
-                more.cancel()
-                if not news.is_set():
-                    if not answer.done():
-                        yield ": waiting\n\n"
-                    continue
+                try:
+                    while not await _soon(answer, more):
+                        yield ALIVE
+                finally:
+                    more.cancel()
+                if answer.done():
+                    break
                 news.clear()
                 part = job.request.partial()
                 drawn = part.codes.shape[1]
                 if job.request.future.done() or drawn == part.tokens or drawn == sent:
                     continue  # a step that drew several codes sets the news for each
                 sent = drawn
-                pictures = await self._sketch(part, job.body.format, answer)
-                if pictures is not None:
-                    told = {"drawn": drawn, "codes": part.tokens, "images": pictures}
-                    yield event("partial", told)
+                work = partial(_sketched, part, job.body.format)
+                sketch = asyncio.create_task(self._do("sketch", work))
+                try:
+                    while not await _soon(answer, sketch):
+                        yield ALIVE
+                    if not answer.done():  # else it holds the whole, or says why there is none
+                        told = {"drawn": drawn, "codes": part.tokens, "images": sketch.result()}
+                        yield event("partial", told)
+                finally:
+                    sketch.cancel()
             yield event("done", answer.result())
             status = 200
         except Refused as error:
@@ -239,17 +246,6 @@ class Service:
         finally:
             answer.cancel()
             ended(status)
-
-    async def _sketch(
-        self, part: Partial, kind: str, answer: asyncio.Task[dict[str, Any]]
-    ) -> list[str] | None:
-        """Partial pictures; None if the whole answer, in time or not, is there before them."""
-        sketch = asyncio.create_task(self._do("sketch", partial(_sketched, part, kind)))
-        try:
-            await asyncio.wait((answer, sketch), return_when=asyncio.FIRST_COMPLETED)
-            return None if answer.done() else sketch.result()
-        finally:
-            sketch.cancel()
 
     async def _drawn(self, job: Job) -> Tensor:
         """Wait for the codes, int64 [N, T]. Raises Refused."""
@@ -406,6 +402,12 @@ async def _in_time(future: Future[T], deadline: float | None, late: Callable[[],
         return turn.result()
     finally:
         turn.cancel()  # no effect if it is done
+
+
+async def _soon(*tasks: asyncio.Task[Any]) -> bool:
+    """Whether one of the tasks is done within ``BEAT`` seconds."""
+    done, _ = await asyncio.wait(tasks, timeout=BEAT, return_when=asyncio.FIRST_COMPLETED)
+    return bool(done)
 
 
 def _sketched(part: Partial, kind: str) -> list[str]:

@@ -58,6 +58,23 @@ def test_a_silent_stream_says_that_it_is_there(held, monkeypatch):
     assert b"event: done" in answer.read()
 
 
+def test_a_stream_whose_sketch_waits_for_others_says_that_it_is_there(held, monkeypatch):
+    client, going = held
+    monkeypatch.setattr(service, "BEAT", 0.05)
+    sent = threading.Event()
+    monkeypatch.setattr(service, "_sketched", lambda *_: sent.wait(30) and ["sketch"])
+    connection = client.connect()
+    send(connection, "POST", "/v1/images", {"layout": LAYOUT, "cfg": 1, "every": 1})
+    answer = connection.getresponse()
+    client.until(lambda: beside(client, "sketch") == 1)
+    for _ in range(3):
+        assert (answer.readline(), answer.readline()) == (b": waiting\n", b"\n")
+    sent.set()
+    assert next_event(answer) == ("partial", {"drawn": 1, "codes": 16, "images": ["sketch"]})
+    going.set()
+    assert b"event: done" in answer.read()
+
+
 def test_a_stream_is_counted_by_its_end(held):
     client, going = held
     seconds, route = "echogen_http_request_seconds_count", ("route", "/v1/images")
