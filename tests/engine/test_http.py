@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import gzip
 import io
 import json
 import select
@@ -291,10 +292,20 @@ def test_a_form_is_told_to_be_json(client):
     assert found.status == 415 and "as application/json" in found.json["error"]
 
 
+def test_a_compressed_body_is_told_to_be_plain(client):
+    body = gzip.compress(json.dumps({"layout": LAYOUT}).encode())
+    found = client.ask("POST", "/v1/images", body, Content_Encoding="gzip")
+    assert found.status == 415 and "'gzip'; send the JSON uncompressed" in found.json["error"]
+    same = client.ask("POST", "/v1/images", {"layout": LAYOUT}, Content_Encoding="identity")
+    assert same.status == 200
+
+
 def test_unknown_places_are_told(client):
     assert client.ask("GET", "/v2").json == {"error": "there is no /v2; see /docs"}
     other = client.ask("GET", "/v1/images")
     assert (other.status, other.headers["allow"]) == (405, "POST")
+    assert other.json == {"error": "/v1/images takes no GET; see /docs"}
+    assert client.ask("POST", "/v1/images/", {"layout": LAYOUT}).status == 404, "nor redirected"
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "chunked"])
@@ -520,3 +531,10 @@ def test_every_field_and_answer_is_described(client):
         assert "422" not in told["responses"], "that is how others refuse"
     kinds = paths["/v1/images"]["post"]["responses"]["200"]["content"]
     assert set(kinds) == {JSON, EVENTS, *MEDIA}
+
+
+@pytest.mark.parametrize("path", ["/v1/images", "/v1/boxes"])
+def test_the_bodies_in_the_docs_are_answered(client, path):
+    told = client.ask("GET", "/openapi.json").json["paths"][path]["post"]
+    body = told["requestBody"]["content"][JSON]["example"]
+    assert client.ask("POST", path, body).status == 200
