@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from echogen.engine.engine import Engine
-from echogen.engine.http.middleware import ENDED, Limited, Watched, failure
+from echogen.engine.http.middleware import ASKED, ENDED, NAME, Limited, Watched, failure
 from echogen.engine.http.prometheus import Exposition
 from echogen.engine.http.service import Service
 from echogen.engine.http.wire import (
@@ -186,8 +186,10 @@ def _add_refusals(app: FastAPI) -> None:
         return answer
 
     @app.exception_handler(Exception)
-    async def unknown(_: Http, error: Exception) -> Response:  # the server logs its traceback
-        return failure(Refused(500, f"{type(error).__name__}: {error}"))
+    async def unknown(http: Http, error: Exception) -> Response:  # the server logs its traceback
+        answer = failure(Refused(500, f"{type(error).__name__}: {error}"))
+        answer.headers[ASKED] = http.scope[NAME]  # this answer is made outside of all middleware
+        return answer
 
 
 async def heeded(http: Http, answer: Coroutine[Any, Any, T]) -> T:

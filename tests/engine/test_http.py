@@ -7,6 +7,8 @@ import copy
 import gzip
 import io
 import json
+import logging
+import re
 import select
 import threading
 import time
@@ -306,6 +308,49 @@ def test_unknown_places_are_told(client):
     assert (other.status, other.headers["allow"]) == (405, "POST")
     assert other.json == {"error": "/v1/images takes no GET; see /docs"}
     assert client.ask("POST", "/v1/images/", {"layout": LAYOUT}).status == 404, "nor redirected"
+
+
+# --- names and log ------------------------------------------------------------------------------
+
+
+def logged(client: Client, caplog: Any, what: str, count: int = 1) -> list[str]:
+    """The lines of the service's log that hold a text. They are written after the answers."""
+
+    def lines() -> list[str]:
+        told = [r.getMessage() for r in caplog.records if r.name == "echogen.http"]
+        return [line for line in told if what in line]
+
+    client.until(lambda: len(lines()) >= count)
+    return lines()
+
+
+def test_an_answer_bears_the_name_of_its_request(client, caplog):
+    caplog.set_level(logging.INFO, "echogen.http")
+    given = client.ask("GET", "/v1/model", X_Request_ID="abc-1")
+    assert given.headers["x-request-id"] == "abc-1"
+    (line,) = logged(client, caplog, "abc-1")
+    assert re.fullmatch(r"127\.0\.0\.1 GET /v1/model 200 0\.\d{3} s abc-1", line)
+    made = [client.draw(seed=-1).headers["x-request-id"] for _ in range(2)]
+    assert len({*made}) == 2 and all(re.fullmatch("[0-9a-f]{32}", name) for name in made)
+    assert all("POST /v1/images 400" in logged(client, caplog, name)[0] for name in made)
+
+
+def test_what_clients_make_up_leaves_no_lines_of_its_own_in_the_log(client, caplog):
+    caplog.set_level(logging.INFO, "echogen.http")
+    for name in ("a b", "é", "x" * 129, ""):
+        found = client.ask("GET", "/a%0a%e9b", X_Request_ID=name)
+        assert re.fullmatch("[0-9a-f]{32}", found.headers["x-request-id"])
+    lines = logged(client, caplog, " /a", 4)
+    assert all(line.isascii() and "\n" not in line for line in lines)
+
+
+def test_probes_do_not_fill_the_log(client, caplog):
+    caplog.set_level(logging.INFO, "echogen.http")
+    client.ask("GET", "/metrics")
+    client.ask("GET", "/health")
+    client.ask("POST", "/health")
+    (line,) = logged(client, caplog, "/health")
+    assert "POST /health 405" in line and "/metrics" not in caplog.text
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "chunked"])
