@@ -13,11 +13,14 @@ I2L, a trunk that all questions about one image share, and one branch for each e
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from itertools import groupby
 from threading import Lock
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 
 from echogen.engine.layout import Box, Layout, LayoutError, LayoutObject, check_text
@@ -240,8 +243,14 @@ class Prompts:
         control |= {USER, ASSISTANT, BEGIN_IMAGE, END_IMAGE, *MARKS}
         self._reserved = sorted(t for t in control if t.strip() and not t.startswith(_LOCATION))
         self._letters = {i: t.content for i, t in added.items() if not t.special}
+        self._longest = longest_token(tokenizer)
         self._kept = lru_cache(maxsize=KEPT)(self._tokenized)
         self._turn = Lock()
+
+    def fewest(self, *texts: str) -> int:
+        """Return how many tokens texts take at least, all together, by their lengths alone: 4 MiB
+        take seconds to tokenise. 0 where the tokenizer sets no bound (`longest_token`)."""
+        return 0 if self._longest is None else -(-sum(map(len, texts)) // self._longest)
 
     def _encode(self, text: str) -> tuple[int, ...]:
         # Only short texts are cached, so that untrusted input cannot fill the memory.
@@ -356,6 +365,40 @@ class Prompts:
     def answer(self, box: Box) -> list[int]:
         """The coordinates of a box and ``</box>``."""
         return [*self._encode(self.codec.text(box)), self.box_end]
+
+
+def longest_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the most characters of a text that one token can stand for. None where there may be no
+    such number: the tokenizer is not a byte-level BPE, so that an unknown word of any length can be
+    one token, or it leaves out or replaces a part of the text.
+
+    Its vocabulary spells a token with one letter for each byte, so a token's length is that of its
+    bytes, of which a character takes one or more.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or not isinstance(backend.model, BPE):
+        return None
+    steps = [step for part in (backend.normalizer, backend.pre_tokenizer) for step in _steps(part)]
+    kinds, vocab = {step["type"] for step in steps}, tokenizer.get_vocab()
+    whole = (
+        "ByteLevel" in kinds
+        and kinds <= {"ByteLevel", "Split", "Digits", "Punctuation"}
+        and all(step.get("behavior") != "Removed" for step in steps)
+        and vocab.keys() >= {*ByteLevel.alphabet()}
+        and not backend.model.continuing_subword_prefix
+        and not backend.model.end_of_word_suffix
+        and not any(t.lstrip or t.rstrip for t in tokenizer.added_tokens_decoder.values())
+    )
+    return max(map(len, vocab)) if whole else None
+
+
+def _steps(part: Any) -> list[dict[str, Any]]:
+    """The steps of a normalizer or pre-tokenizer, as in tokenizer.json."""
+    if part is None:
+        return []
+    stated = json.loads(part.__getstate__())
+    found: list[dict[str, Any]] = stated.get("normalizers", stated.get("pretokenizers", [stated]))
+    return found
 
 
 def _find(ids: list[int], token: int, start: int) -> int:

@@ -255,16 +255,17 @@ def _row(asked: Sequence[Asked], fates: Sequence[Fate], slots: int) -> dict[str,
         "finished": len(taken),
         "refused": len(fates) - len(taken),
         "images_per_s": images / (max(ends) - fates[0].due) if ends else 0.0,
-        **_quantiles("first", firsts),
-        **_quantiles("latency", latencies),
-        **_quantiles("late", [f.asked - f.due for f in fates]),
+        **percentiles("first", firsts),
+        **percentiles("latency", latencies),
+        **percentiles("late", [f.asked - f.due for f in fates]),
         "waiting_mean": sum(waiting) / len(waiting),
         "waiting_most": max(waiting),
         "slots_used": sum(f.held for f in fates) / (slots * len(fates)),
     }
 
 
-def _quantiles(what: str, values: Sequence[float]) -> dict[str, float | None]:
+def percentiles(what: str, values: Sequence[float]) -> dict[str, float | None]:
+    """Quantiles of seconds, by name (``{what}_p50_s`` …); None where too few lie beyond one."""
     return {f"{what}_{name}_s": _quantile(values, share) for name, share in SHARES.items()}
 
 
@@ -298,8 +299,8 @@ def table(result: dict[str, Any]) -> Table:
             f"{r['load']:.2f}, {r['rate_per_s']:.1f}/s",
             r["provider"],
             f"{r['images_per_s']:.2f}",
-            _milliseconds(r, "first"),
-            _milliseconds(r, "latency"),
+            milliseconds(r, "first"),
+            milliseconds(r, "latency"),
             f"{r['waiting_mean']:.1f}, {r['waiting_most']}",
             f"{r['slots_used']:.0%}",
             str(r["refused"]),
@@ -307,6 +308,7 @@ def table(result: dict[str, Any]) -> Table:
     return shown
 
 
-def _milliseconds(row: dict[str, Any], what: str) -> str:
+def milliseconds(row: dict[str, Any], what: str) -> str:
+    """Format the quantiles that ``percentiles`` named."""
     found = [row[f"{what}_{name}_s"] for name in SHARES]
     return ", ".join("–" if value is None else f"{1e3 * value:.0f}" for value in found)

@@ -11,7 +11,7 @@ import json
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -22,7 +22,15 @@ import uvicorn
 from fastapi import FastAPI
 from rich.table import Table
 
-from echogen.bench.harness import WrongResult, alternate, environment, quantiles, threads
+from echogen.bench.harness import (
+    WrongResult,
+    alternate,
+    environment,
+    quantiles,
+    seconds,
+    threads,
+)
+from echogen.bench.speed.arrivals import milliseconds, percentiles
 from echogen.engine.decoding.decode import Progress
 from echogen.engine.engine import Engine
 from echogen.engine.http.app import make_app
@@ -42,7 +50,7 @@ Draw = Callable[[Layout, int], bytes]
 def measure(
     model: str = "tiny",
     images: int = 200,
-    clients: int = 16,
+    clients: Sequence[int] = (4, 16),
     repeats: int = 5,
     seed: int = 0,
     progress: Progress | None = None,
@@ -54,28 +62,34 @@ def measure(
         model: what ``Engine.from_pretrained`` takes.
         images: number that each way draws one after another, in turn; and that all clients together
             draw each way, ``repeats`` times.
-        clients: each sends its next request as soon as it gets an answer; the scheduler has as many
-            slots as they need.
+        clients: how many there are at once, one number after another. Each sends its next request
+            as soon as it gets an answer; the scheduler has as many slots as the most of them need.
         repeats: of the clients' runs.
         seed: of the noise.
         progress: called with (runs done, runs in all).
 
     Returns:
         ``alone``: for each way, the seconds per picture (median, quantiles 0.2 and 0.8); ``many``:
-        the same for all pictures, and pictures per second; ``ratio_alone`` and ``ratio_many``:
-        HTTP's time over the scheduler's, medians over the pairs.
+        the same for all pictures of the most ``clients``, and pictures per second; ``ratio_alone``
+        and ``ratio_many``: HTTP's time over the scheduler's, medians over the pairs; ``latency``:
+        for each number of clients and way, pictures per second and quantiles of a picture's seconds
+        (``latency_p50_s`` …, None where too few are beyond; `arrivals.percentiles`), each client's
+        first picture left out.
 
     Raises:
         WrongResult: HTTP returns other bytes than the scheduler; nothing was timed.
         ValueError: images, clients or repeats are out of range.
         CheckpointError: there is no such checkpoint.
     """
-    for name, value in (("images", images), ("clients", clients), ("repeats", repeats)):
+    most = max(clients, default=0)
+    for name, value in (
+        ("images", images), ("clients", min(clients, default=0)), ("repeats", repeats)
+    ):  # fmt: skip
         if value < 1:
             raise ValueError(f"{name} = {value}; it must be at least 1")
     engine = Engine.from_pretrained(model)
     layouts = [scene.layout() for scene in load_scenes("test", images)]
-    rows = clients * (1 + engine.sampling.guided)
+    rows = most * (1 + engine.sampling.guided)
     longest = max(len(engine.prompts.l2i(layout)) for layout in layouts)
     with threads(1):
         scheduler = Scheduler(engine, rows, QUEUE, prompt_tokens=longest)
@@ -89,24 +103,31 @@ def measure(
                 HTTP: over_http,
             }
             _check(ways, layouts[0], seed)
-            done = itertools.count(1)
-            after = (lambda: progress(next(done), images + repeats)) if progress else lambda: None
+            counts = sorted({*clients})
+            done, total = itertools.count(1), images + repeats * len(counts)
+            after = (lambda: progress(next(done), total)) if progress else lambda: None
             alone: dict[str, list[float]] = {name: [] for name in ways}
             for i, layout in enumerate(layouts):
                 once = alternate({n: partial(way, layout, seed + i) for n, way in ways.items()}, 1)
                 for name, values in once.items():
                     alone[name] += values
                 after()
-            crowds = {n: _crowd(ways[n], layouts, clients, seed) for n in (SCHEDULER, HTTP)}
-            for crowd in crowds.values():
-                crowd()
-            many: dict[str, list[float]] = {name: [] for name in crowds}
-            for _ in range(repeats):
-                for name, values in alternate(crowds, 1).items():
-                    many[name] += values
-                after()
+            latency = [
+                {"clients": 1, "way": name, "images_per_s": images / sum(values)}
+                | percentiles("latency", values)
+                for name, values in alone.items()
+            ]
+            for count in counts:
+                many, waited = _crowds(ways, layouts, count, seed, repeats, after)
+                if count > 1:
+                    latency += [
+                        {"clients": count, "way": name}
+                        | {"images_per_s": images / statistics.median(values)}
+                        | percentiles("latency", waited[name])
+                        for name, values in many.items()
+                    ]
     said = {"model": model, "dtype": "float32", "threads": 1, "images": images}
-    said |= {"clients": clients, "slots": rows, "repeats": repeats, "seed": seed}
+    said |= {"clients": most, "slots": rows, "repeats": repeats, "seed": seed}
     return said | environment() | {
         "alone": {name: quantiles(values) for name, values in alone.items()},
         "many": {
@@ -115,6 +136,7 @@ def measure(
         },
         "ratio_alone": _ratio(alone),
         "ratio_many": _ratio(many),
+        "latency": latency,
     }  # fmt: skip
 
 
@@ -131,15 +153,36 @@ def _check(ways: dict[str, Draw], layout: Layout, seed: int) -> None:
         raise WrongResult("another picture came over HTTP than of the scheduler; nothing was timed")
 
 
-def _crowd(way: Draw, layouts: list[Layout], clients: int, seed: int) -> Callable[[], None]:
-    """Draw all layouts with ``clients`` clients, each of which sends its next request as soon as it
-    gets an answer."""
+def _crowds(
+    ways: Mapping[str, Draw], layouts: list[Layout], clients: int, seed: int, repeats: int,
+    after: Callable[[], None],
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:  # fmt: skip
+    """Draw all layouts with ``clients`` clients, by the scheduler and over HTTP in turn, each of
+    which sends its next request as soon as it gets an answer. Return the seconds of each run, and
+    those of each picture but a client's first: these begin and end together, as those of a service
+    do not, and wait for each other to be decoded."""
+    waited: dict[str, list[float]] = {name: [] for name in (SCHEDULER, HTTP)}
 
-    def run() -> None:
+    def draw(name: str) -> None:
+        def one(number: int, layout: Layout) -> None:
+            took = seconds(partial(ways[name], layout, seed + number))
+            if number >= clients:
+                waited[name].append(took)
+
         with ThreadPoolExecutor(clients) as pool:
-            list(pool.map(lambda pair: way(pair[1], seed + pair[0]), enumerate(layouts)))
+            list(pool.map(one, itertools.count(), layouts))
 
-    return run
+    crowds = {name: partial(draw, name) for name in waited}
+    for crowd in crowds.values():
+        crowd()
+    for values in waited.values():
+        values.clear()  # of the warm-up
+    many: dict[str, list[float]] = {name: [] for name in crowds}
+    for _ in range(repeats):
+        for name, values in alternate(crowds, 1).items():
+            many[name] += values
+        after()
+    return many, waited
 
 
 @contextmanager
@@ -187,6 +230,23 @@ def running(app: FastAPI) -> Iterator[int]:
         thread.join(60)
         if thread.is_alive():
             raise RuntimeError("the server did not end within 60 seconds of being told to")
+
+
+def latencies(result: dict[str, Any]) -> Table:
+    """Format how long clients waited for a picture; empty for older records, which do not say."""
+    shown = Table(title="a picture's latency in ms by the number of clients at once")
+    for heading in ("clients", "way"):
+        shown.add_column(heading)
+    for heading in ("images/s", "p50, p95, p99"):
+        shown.add_column(heading, justify="right")
+    for row in result.get("latency", ()):
+        shown.add_row(
+            str(row["clients"]),
+            row["way"],
+            f"{row['images_per_s']:.2f}",
+            milliseconds(row, "latency"),
+        )
+    return shown
 
 
 def table(result: dict[str, Any]) -> Table:

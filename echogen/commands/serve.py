@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import math
 import signal
@@ -11,7 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from echogen.commands.options import ModelOptions, check_range, flagged
 from echogen.commands.output import InputError, warn
@@ -152,10 +153,23 @@ class Serve:
         # beyond those are answered with 503.
         most = _connections(100 + 2 * (scheduler.plan.slots + self.queue + self.searches))
         config = uvicorn.Config(
-            app, http=Connection, limit_concurrency=most, timeout_keep_alive=self.keep_alive,
-            timeout_graceful_shutdown=graceful,
+            app, http=Connection, ws="none", limit_concurrency=most,
+            timeout_keep_alive=self.keep_alive, timeout_graceful_shutdown=graceful,
+            access_log=False, log_config=_logging(),  # `middleware.Watched` logs every answer
         )  # fmt: skip
         Server(config).run([place])
+
+
+def _logging() -> dict[str, Any]:
+    """Return uvicorn's own logging, with the time, and with the service's log beside it."""
+    import uvicorn
+
+    config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
+    config["formatters"]["default"]["fmt"] = "%(asctime)s %(levelprefix)s %(message)s"
+    config["loggers"]["echogen.http"] = {
+        "handlers": ["default"], "level": "INFO", "propagate": False
+    }  # fmt: skip
+    return config
 
 
 @contextmanager

@@ -85,8 +85,9 @@ class BenchHttp:
     """A bundled model, a folder, or a hub id in the Janus format."""
     images: int = 200
     """Layouts of the test split."""
-    clients: int = 16
-    """Concurrent clients; each sends its next request as soon as it is answered."""
+    clients: tuple[int, ...] = (4, 16)
+    """Concurrent clients, one number after another; each sends its next request as soon as it is
+    answered."""
     repeats: int = 5
     """Timed runs of all clients together."""
     seed: int = 0
@@ -96,7 +97,8 @@ class BenchHttp:
 
     def run(self) -> None:
         check_range("images", self.images, 1, 100_000)
-        check_range("clients", self.clients, 1, 256)
+        for count in self.clients or (0,):
+            check_range("clients", count, 1, 256)
         check_range("repeats", self.repeats, 1, 10_000)
         check_seed(self.seed)
         check_installed("bench http")
@@ -106,6 +108,7 @@ class BenchHttp:
             result = http.measure(
                 self.model, self.images, self.clients, self.repeats, self.seed, update
             )
-        tables.console().print(http.table(result))
+        for shown in (http.table(result), http.latencies(result)):
+            tables.console().print(shown)
         if self.json:
             print_json(result)

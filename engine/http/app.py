@@ -20,11 +20,12 @@ from starlette.exceptions import HTTPException
 from starlette.types import Receive, Scope, Send
 
 from echogen.engine.engine import Engine
-from echogen.engine.http.middleware import ENDED, Limited, Watched, failure
+from echogen.engine.http.middleware import ASKED, ENDED, NAME, Limited, Watched, failure
 from echogen.engine.http.prometheus import Exposition
 from echogen.engine.http.service import Service
 from echogen.engine.http.wire import (
     EVENTS,
+    EXAMPLES,
     GONE,
     JSON,
     MEDIA,
@@ -77,6 +78,7 @@ def make_app(
         title="EchoGen",
         description="Draws images from layouts, and finds layouts in images.",
         lifespan=running,
+        redirect_slashes=False,  # behind a proxy the place would be wrong
     )
     app.add_middleware(Limited)
     app.add_middleware(Watched, exposition=exposition)
@@ -156,7 +158,7 @@ def make_app(
 
 def _takes(kind: type[BaseModel]) -> dict[str, Any]:
     """OpenAPI's description of a body that `read` reads."""
-    content = {JSON: {"schema": kind.model_json_schema()}}
+    content = {JSON: {"schema": kind.model_json_schema(), "example": EXAMPLES[kind]}}
     return {"requestBody": {"required": True, "content": content}}
 
 
@@ -174,15 +176,20 @@ def _add_refusals(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def known(http: Http, error: HTTPException) -> Response:
-        where = http.url.path
-        told = f"there is no {where}; see /docs" if error.status_code == 404 else error.detail
-        answer = failure(Refused(error.status_code, str(told)))
+        where, told = http.url.path, str(error.detail)
+        if error.status_code == 404:
+            told = f"there is no {where}; see /docs"
+        if error.status_code == 405:
+            told = f"{where} takes no {http.method}; see /docs"
+        answer = failure(Refused(error.status_code, told))
         answer.headers.update(error.headers or {})
         return answer
 
     @app.exception_handler(Exception)
-    async def unknown(_: Http, error: Exception) -> Response:  # the server logs its traceback
-        return failure(Refused(500, f"{type(error).__name__}: {error}"))
+    async def unknown(http: Http, error: Exception) -> Response:  # the server logs its traceback
+        answer = failure(Refused(500, f"{type(error).__name__}: {error}"))
+        answer.headers[ASKED] = http.scope[NAME]  # this answer is made outside of all middleware
+        return answer
 
 
 async def heeded(http: Http, answer: Coroutine[Any, Any, T]) -> T:

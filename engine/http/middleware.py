@@ -1,11 +1,15 @@
-"""What runs before every route: limits on bodies, and statistics of answers."""
+"""What runs before every route: limits on bodies, and a line of log and statistics of answers."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 import time
+import uuid
 from collections import Counter
 from contextlib import suppress
+from urllib.parse import quote
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -22,8 +26,16 @@ HELD = 64 << 20
 again for all others: pictures that are sent leave room for drawings."""
 ENDED = "echogen.status"
 """Key of the scope under which a stream leaves its final status."""
+ASKED = "X-Request-ID"
+"""Header of a request's name, which a client or proxy may give, and of its answer."""
+NAME = "echogen.request"
+"""Key of the scope under which it lies."""
+PROBES = ("/health", "/metrics")
+"""Asked for every few seconds; as long as these succeed they are only logged for debugging."""
 SLOWEST = 30.0
 """Seconds within which a whole body must arrive."""
+
+log = logging.getLogger("echogen.http")
 
 
 def failure(error: Refused) -> JSONResponse:
@@ -98,7 +110,8 @@ class Limited:
 
 
 class Watched:
-    """Counts answers, and how long they took, by route and status."""
+    """Names every request, and logs and counts its answer by route and status, with its time. Its
+    status is the final one, also of a stream, whose head is sent before it is known."""
 
     def __init__(self, app: ASGIApp, exposition: Exposition) -> None:
         self._app, self._exposition = app, exposition
@@ -108,20 +121,38 @@ class Watched:
             await self._app(scope, receive, send)
             return
         began, status = time.perf_counter(), 500
+        scope[NAME] = name = _name(scope)
 
         async def watched(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                header = (ASKED.lower().encode(), name.encode())
+                message = {**message, "headers": [*message.get("headers", ()), header]}
             await send(message)
 
         try:
             await self._app(scope, receive, watched)
+        except Exception as error:
+            error.add_note(f"while answering request {name}")  # the server logs its traceback
+            raise
         finally:
-            # By path, since some are refused before routing; unknown paths, which anybody can make
-            # up, count as one.
-            known = {getattr(route, "path", None) for route in scope["app"].routes}
-            status = scope.get(ENDED, status)
-            route = scope["path"] if scope["path"] in known else "other"
-            took = time.perf_counter() - began
-            self._exposition.seconds.labels(route, str(status)).observe(took)
+            status, took = scope.get(ENDED, status), time.perf_counter() - began
+            self._tell(scope, name, status, took)
+
+    def _tell(self, scope: Scope, name: str, status: int, took: float) -> None:
+        # By path, since some are refused before routing; unknown paths, which anybody can make up,
+        # count as one.
+        path, method = scope["path"], scope["method"]
+        known = {getattr(route, "path", None) for route in scope["app"].routes}
+        route = path if path in known else "other"
+        self._exposition.seconds.labels(route, str(status)).observe(took)
+        level = logging.DEBUG if path in PROBES and status < 400 else logging.INFO
+        client = (scope.get("client") or ("-",))[0]
+        log.log(level, "%s %s %s %d %.3f s %s", client, method, quote(path), status, took, name)
+
+
+def _name(scope: Scope) -> str:
+    """The name that a request came with, if it is fit for a log, or a new one."""
+    given = dict(scope["headers"]).get(ASKED.lower().encode(), b"").decode("latin-1")
+    return given if re.fullmatch("[!-~]{1,128}", given) else uuid.uuid4().hex

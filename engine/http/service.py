@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -41,6 +41,8 @@ from echogen.engine.serving.worker import SchedulerClosed
 BEAT = 15.0
 """Seconds of silence after which a stream says that it is still alive: proxies hang up on a
 silent one (nginx after 60)."""
+ALIVE = ": waiting\n\n"
+"""What it then sends: a comment (HTML Living Standard, 9.2.6)."""
 POOLS = {"prompt": 2, "read": 2, "decode": 1, "encode": 4, "sketch": 1, "search": 1}
 """Threads beside the scheduler's. They build prompts, read pictures that clients send (drawings
 must not wait for those), decode whole pictures, write those as files (Pillow lets other threads run
@@ -65,13 +67,6 @@ class Job:
     request: Request
     began: float
     deadline: float
-
-
-class Drawn(NamedTuple):
-    """Pictures, and the cycle's scores if they were checked."""
-
-    images: list[Image.Image]
-    cycle: CycleResult | None
 
 
 class Service:
@@ -145,6 +140,9 @@ class Service:
 
         def submitted() -> Job:
             layout, negative = body.layouts()
+            for asked in (layout, negative):
+                if asked is not None:
+                    self._check_length(asked)
             sampling = body.sampling(self.engine.sampling)
             turns = self._turns(o.expr for o in layout.objects) if body.check else []
             left = max(1e-9, began + seconds - loop.time())
@@ -165,32 +163,42 @@ class Service:
 
     async def answer(self, job: Job) -> dict[str, Any]:
         """Wait for the pictures, and for what is found in them. Raises Refused."""
-        body, drawn = job.body, await self._drawn(job)
-        writing = [partial(in_base64, image, body.format) for image in drawn.images]
-        pictures = await self._each("encode", writing, job.deadline)
-        draws = body.draws or range(len(pictures))
-        images: list[dict[str, Any]] = [
-            {"draw": draw, "image": picture} for draw, picture in zip(draws, pictures, strict=True)
+        body, codes = job.body, await self._drawn(job)
+        decoding = [partial(job.request.image, i) for i in range(len(codes))]
+        images = await self._each("decode", decoding, job.deadline)
+        boxes = await self._recovered(job, codes) if body.check else None
+        writing = [partial(in_base64, image, body.format) for image in images]
+        files = await self._each("encode", writing, job.deadline)
+        pictures: list[dict[str, Any]] = [
+            {"draw": draw, "image": file}
+            for draw, file in zip(body.draws or range(len(files)), files, strict=True)
         ]
-        told: dict[str, Any] = {"images": images}
-        if drawn.cycle is not None:
-            told["best"] = drawn.cycle.best
-            for i, image in enumerate(images):
-                found = drawn.cycle.to_dict(i)
-                image |= {"reward": found["reward"], "objects": found["objects"]}
+        told: dict[str, Any] = {"images": pictures}
+        seconds = _since(job.began)
+        if boxes is not None:
+            cycle = CycleResult(
+                job.layout, images, codes, boxes, *score(job.layout, boxes), seconds=seconds
+            )
+            told["best"] = cycle.best
+            for i, picture in enumerate(pictures):
+                found = cycle.to_dict(i)
+                picture |= {"reward": found["reward"], "objects": found["objects"]}
         return told | {
             "format": body.format,
             "seed": body.seed,
             "sampling": asdict(job.sampling),
-            "seconds": _since(job.began),
+            "seconds": seconds,
         }
 
     async def picture(self, job: Job, kind: str) -> bytes:
-        """Wait for the picture, the best one if several were checked, and return it as the bytes of
-        a file. Raises Refused."""
-        drawn = await self._drawn(job)
-        best = 0 if drawn.cycle is None else drawn.cycle.best
-        return await self._do("encode", partial(encoded, drawn.images[best], kind), job.deadline)
+        """Wait for the picture, the best one if there are several, and return it as the bytes of a
+        file. A check reads codes, so only that one is decoded. Raises Refused."""
+        codes, best = await self._drawn(job), 0
+        if len(codes) > 1:
+            _, _, reward, _ = score(job.layout, await self._recovered(job, codes))
+            best = int(reward.argmax())
+        image = await self._do("decode", partial(job.request.image, best), job.deadline)
+        return await self._do("encode", partial(encoded, image, kind), job.deadline)
 
     async def stream(
         self, job: Job, news: asyncio.Event, ended: Callable[[int], None]
@@ -202,24 +210,29 @@ class Service:
         try:
             while not answer.done():
                 more = asyncio.create_task(news.wait())
-                await asyncio.wait(
-                    (answer, more), timeout=BEAT, return_when=asyncio.FIRST_COMPLETED
-                )
-                more.cancel()
-                if not news.is_set():
-                    if not answer.done():
-                        yield ": waiting\n\n"
-                    continue
+                try:
+                    while not await _soon(answer, more):
+                        yield ALIVE
+                finally:
+                    more.cancel()
+                if answer.done():
+                    break
                 news.clear()
                 part = job.request.partial()
                 drawn = part.codes.shape[1]
                 if job.request.future.done() or drawn == part.tokens or drawn == sent:
                     continue  # a step that drew several codes sets the news for each
                 sent = drawn
-                pictures = await self._sketch(part, job.body.format, answer)
-                if pictures is not None:
-                    told = {"drawn": drawn, "codes": part.tokens, "images": pictures}
-                    yield event("partial", told)
+                work = partial(_sketched, part, job.body.format)
+                sketch = asyncio.create_task(self._do("sketch", work))
+                try:
+                    while not await _soon(answer, sketch):
+                        yield ALIVE
+                    if not answer.done():  # else it holds the whole, or says why there is none
+                        told = {"drawn": drawn, "codes": part.tokens, "images": sketch.result()}
+                        yield event("partial", told)
+                finally:
+                    sketch.cancel()
             yield event("done", answer.result())
             status = 200
         except Refused as error:
@@ -234,20 +247,10 @@ class Service:
             answer.cancel()
             ended(status)
 
-    async def _sketch(
-        self, part: Partial, kind: str, answer: asyncio.Task[dict[str, Any]]
-    ) -> list[str] | None:
-        """Partial pictures; None if the whole answer, in time or not, is there before them."""
-        sketch = asyncio.create_task(self._do("sketch", partial(_sketched, part, kind)))
+    async def _drawn(self, job: Job) -> Tensor:
+        """Wait for the codes, int64 [N, T]. Raises Refused."""
         try:
-            await asyncio.wait((answer, sketch), return_when=asyncio.FIRST_COMPLETED)
-            return None if answer.done() else sketch.result()
-        finally:
-            sketch.cancel()
-
-    async def _drawn(self, job: Job) -> Drawn:
-        try:
-            codes = await _in_time(job.request.future, job.deadline, job.request.late)
+            return await _in_time(job.request.future, job.deadline, job.request.late)
         except TimeoutError as error:
             raise Refused(504, f"{error}; {SOONER}") from None
         except SchedulerClosed as error:
@@ -259,20 +262,6 @@ class Service:
             raise Refused(503, "the drawing was cancelled; ask again", again=True) from None
         finally:
             self._time(job)
-        decoding = [partial(job.request.image, i) for i in range(len(codes))]
-        images = await self._each("decode", decoding, job.deadline)
-        if not job.body.check:
-            return Drawn(images, None)
-        self._finding += 1  # it counts as a search, but is not refused: its pictures are drawn
-        try:
-            boxes = await self._recovered(job, codes)
-        finally:
-            self._finding -= 1
-        scores = score(job.layout, boxes)
-        return Drawn(
-            images,
-            CycleResult(job.layout, images, codes, boxes, *scores, seconds=_since(job.began)),
-        )
 
     def _time(self, job: Job) -> None:
         """Report how long a request waited and was drawn, whether or not it was finished."""
@@ -284,12 +273,16 @@ class Service:
     async def _recovered(self, job: Job, codes: Tensor) -> list[list[Box]]:
         """Find a layout's objects in the pictures of codes [N, T]. Raises Refused."""
         boxes = list[list[Box]]()
-        for picture in codes.split(1):
-            found = list[Box]()
-            for turn in job.turns:
-                find = partial(self.engine.ground_codes, picture, [turn])
-                found += (await self._do("search", find, job.deadline))[0]
-            boxes.append(found)
+        self._finding += 1  # it counts as a search, but is not refused: its pictures are drawn
+        try:
+            for picture in codes.split(1):
+                found = list[Box]()
+                for turn in job.turns:
+                    find = partial(self.engine.ground_codes, picture, [turn])
+                    found += (await self._do("search", find, job.deadline))[0]
+                boxes.append(found)
+        finally:
+            self._finding -= 1
         return boxes
 
     # --- finding --------------------------------------------------------------------------------
@@ -329,6 +322,17 @@ class Service:
         ]
         return {"objects": objects, "seconds": _since(began)}
 
+    def _check_length(self, layout: Layout) -> None:
+        """Refuse a layout that is too long whatever its tokens are, before it is tokenised. Raises
+        LayoutError."""
+        texts = (layout.caption, *(o.expr for o in layout.objects))
+        fewest, most = self.engine.prompts.fewest(*texts), self.scheduler.plan.prompt_tokens
+        if fewest > most:
+            raise LayoutError(
+                f"the layout takes at least {fewest} tokens; the slots are made for prompts of "
+                f"{most} (prompt_tokens), so shorten its texts or name fewer objects"
+            )
+
     def _turns(self, expressions: Iterable[str]) -> list[list[str]]:
         """Split what to find in a picture into turns, each of at most ``MOST_EXPRESSIONS`` and of
         ``MOST_ASKED`` tokens in all. Between turns others get theirs, and no more are taken once
@@ -341,11 +345,13 @@ class Service:
         most = min(LONGEST_EXPRESSION, self.scheduler.plan.prompt_tokens)
 
         def share(expr: str) -> int:
-            tokens = len(prompts.branch(expr))
+            tokens, least = prompts.fewest(expr), "at least "
+            if tokens <= most:  # else it is not tokenised: meanwhile no other text could be
+                tokens, least = len(prompts.branch(expr)), ""
             if tokens > most:
                 raise LayoutError(
-                    f"an expression takes {tokens} tokens; at most {most} can be looked for, so "
-                    f"shorten it ({expr[:30]!r}...)"
+                    f"an expression takes {least}{tokens} tokens; at most {most} can be looked "
+                    f"for, so shorten it ({expr[:30]!r}...)"
                 )
             return max(tokens + prompts.codec.steps, MOST_ASKED // MOST_EXPRESSIONS)
 
@@ -396,6 +402,12 @@ async def _in_time(future: Future[T], deadline: float | None, late: Callable[[],
         return turn.result()
     finally:
         turn.cancel()  # no effect if it is done
+
+
+async def _soon(*tasks: asyncio.Task[Any]) -> bool:
+    """Whether one of the tasks is done within ``BEAT`` seconds."""
+    done, _ = await asyncio.wait(tasks, timeout=BEAT, return_when=asyncio.FIRST_COMPLETED)
+    return bool(done)
 
 
 def _sketched(part: Partial, kind: str) -> list[str]:

@@ -74,6 +74,12 @@ LAYOUT = {
 }
 
 
+WHITE = (
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4//8/AAX+Av4N70a4AAAAAElFTkSuQmCC"
+)
+"""A white pixel, as a PNG in base64."""
+
+
 class Drawing(Body):
     """Pictures to draw. Sampling fields that are left out take the model's own defaults, which
     /v1/model lists."""
@@ -192,6 +198,11 @@ class Search(Body):
         return load_image(opened, size)
 
 
+EXAMPLES: dict[type[BaseModel], dict[str, Any]] = {
+    Drawing: {"layout": LAYOUT, "seed": 0},
+    Search: {"image": WHITE, "expressions": ["a red circle"]},
+}
+"""Whole bodies for /docs, which would otherwise make up one with a value for every field."""
 B = TypeVar("B", bound=Body)
 
 
@@ -200,6 +211,8 @@ async def read(http: Http, kind: type[B]) -> B:
     content = http.headers.get("content-type", "")
     if content.partition(";")[0].strip().lower() != JSON:
         raise Refused(415, f"Content-Type: {short(content)}; send JSON, as {JSON}")
+    if (coding := http.headers.get("content-encoding", "identity").lower()) != "identity":
+        raise Refused(415, f"Content-Encoding: {short(coding)}; send the JSON uncompressed")
     try:
         data = await http.body()
     except ClientDisconnect:

@@ -108,7 +108,7 @@ def test_times_count_from_when_a_request_was_due(few_suffice):
 
 
 def test_a_quantile_needs_requests_beyond_it():
-    given = {n: [*arrivals._quantiles("late", [1.0] * n).values()] for n in (0, 9, 99, 499, 500)}
+    given = {n: [*arrivals.percentiles("late", [1.0] * n).values()] for n in (0, 9, 99, 499, 500)}
     assert given == {
         0: [None] * 3, 9: [None] * 3, 99: [1.0, None, None], 499: [1.0, 1.0, None], 500: [1.0] * 3
     }  # fmt: skip

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -20,17 +21,24 @@ from .conftest import LAYOUT
 
 
 @pytest.fixture
-def served(request) -> Iterator[tuple[subprocess.Popen[str], int]]:
+def log(tmp_path) -> Path:
+    """The file that the process of ``served`` writes its log to."""
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def served(request, log) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A process that serves the bundled model, and its port; its --timeout is the parameter."""
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "echogen", "serve", "--model", "tiny", "--port", "0"),
-            *("--timeout", str(request.param)),
-        ],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "echogen", "serve", "--model", "tiny", "--port", "0"),
+                *("--timeout", str(request.param)),
+            ],
+            stdout=subprocess.PIPE,
+            stderr=file,
+            text=True,
+        )
     try:
         assert process.stdout is not None
         line = process.stdout.readline()
@@ -43,7 +51,7 @@ def served(request) -> Iterator[tuple[subprocess.Popen[str], int]]:
 
 
 @pytest.mark.parametrize("served", [60], indirect=True)
-def test_it_draws_and_ends_on_sigterm_with_what_was_begun(served):
+def test_it_draws_and_ends_on_sigterm_with_what_was_begun(served, log):
     process, port = served
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     body = json.dumps({"layout": LAYOUT, "samples": 8, "every": 1})
@@ -58,6 +66,9 @@ def test_it_draws_and_ends_on_sigterm_with_what_was_begun(served):
     assert process.returncode == 128 + signal.SIGTERM
     with pytest.raises(OSError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+    name, line = answer.headers["X-Request-ID"], r"\d{4}-\d\d-\d\d [\d:,]+ +INFO: +127.0.0.1 POST "
+    assert re.findall(rf"^{line}/v1/images 200 \d+\.\d{{3}} s {name}$", log.read_text(), re.M)
+    assert log.read_text().count("/v1/images") == 1, "uvicorn's own line would be a second"
 
 
 @pytest.mark.parametrize("served", [1], indirect=True)

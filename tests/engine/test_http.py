@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import base64
 import copy
+import gzip
 import io
 import json
+import logging
+import re
 import select
 import threading
 import time
@@ -109,6 +112,23 @@ def test_a_check_finds_the_layout_again(client, engine):
         Accept="image/png",
     )  # fmt: skip
     assert np.array_equal(opened(best.body), np.asarray(wanted_cycle.images[wanted_cycle.best]))
+
+
+def test_only_the_picture_that_is_sent_is_decoded(client, engine, monkeypatch):
+    """A check reads codes, and of a single picture there is nothing to choose."""
+    cycle, pictures = engine.cycle(TWO, samples=3, seed=1), client.scheduler._intake._pictures
+    decoded, searched, right, ground = [], [], pictures.decode, engine.ground_codes
+    monkeypatch.setattr(pictures, "decode", lambda codes: decoded.append(codes) or right(codes))
+    monkeypatch.setattr(engine, "ground_codes", lambda *a: searched.append(a) or ground(*a))
+    for samples in (3, 1):
+        body = {"layout": LAYOUT, "seed": 1, "samples": samples, "check": True}
+        found = client.ask("POST", "/v1/images", body, Accept="image/png")
+        assert found.status == 200
+        (codes,), wanted = decoded, cycle.codes[[cycle.best if samples > 1 else 0]]
+        assert codes.tolist() == wanted.tolist()
+        assert np.array_equal(opened(found.body), np.asarray(engine.decode(wanted)[0]))
+        decoded.clear()
+    assert len(searched) == 3
 
 
 def test_partial_pictures_come_as_they_are_drawn(client, monkeypatch):
@@ -274,10 +294,63 @@ def test_a_form_is_told_to_be_json(client):
     assert found.status == 415 and "as application/json" in found.json["error"]
 
 
+def test_a_compressed_body_is_told_to_be_plain(client):
+    body = gzip.compress(json.dumps({"layout": LAYOUT}).encode())
+    found = client.ask("POST", "/v1/images", body, Content_Encoding="gzip")
+    assert found.status == 415 and "'gzip'; send the JSON uncompressed" in found.json["error"]
+    same = client.ask("POST", "/v1/images", {"layout": LAYOUT}, Content_Encoding="identity")
+    assert same.status == 200
+
+
 def test_unknown_places_are_told(client):
     assert client.ask("GET", "/v2").json == {"error": "there is no /v2; see /docs"}
     other = client.ask("GET", "/v1/images")
     assert (other.status, other.headers["allow"]) == (405, "POST")
+    assert other.json == {"error": "/v1/images takes no GET; see /docs"}
+    assert client.ask("POST", "/v1/images/", {"layout": LAYOUT}).status == 404, "nor redirected"
+
+
+# --- names and log ------------------------------------------------------------------------------
+
+
+def logged(client: Client, caplog: Any, what: str, count: int = 1) -> list[str]:
+    """The lines of the service's log that hold a text. They are written after the answers."""
+
+    def lines() -> list[str]:
+        told = [r.getMessage() for r in caplog.records if r.name == "echogen.http"]
+        return [line for line in told if what in line]
+
+    client.until(lambda: len(lines()) >= count)
+    return lines()
+
+
+def test_an_answer_bears_the_name_of_its_request(client, caplog):
+    caplog.set_level(logging.INFO, "echogen.http")
+    given = client.ask("GET", "/v1/model", X_Request_ID="abc-1")
+    assert given.headers["x-request-id"] == "abc-1"
+    (line,) = logged(client, caplog, "abc-1")
+    assert re.fullmatch(r"127\.0\.0\.1 GET /v1/model 200 0\.\d{3} s abc-1", line)
+    made = [client.draw(seed=-1).headers["x-request-id"] for _ in range(2)]
+    assert len({*made}) == 2 and all(re.fullmatch("[0-9a-f]{32}", name) for name in made)
+    assert all("POST /v1/images 400" in logged(client, caplog, name)[0] for name in made)
+
+
+def test_what_clients_make_up_leaves_no_lines_of_its_own_in_the_log(client, caplog):
+    caplog.set_level(logging.INFO, "echogen.http")
+    for name in ("a b", "é", "x" * 129, ""):
+        found = client.ask("GET", "/a%0a%e9b", X_Request_ID=name)
+        assert re.fullmatch("[0-9a-f]{32}", found.headers["x-request-id"])
+    lines = logged(client, caplog, " /a", 4)
+    assert all(line.isascii() and "\n" not in line for line in lines)
+
+
+def test_probes_do_not_fill_the_log(client, caplog):
+    caplog.set_level(logging.INFO, "echogen.http")
+    client.ask("GET", "/metrics")
+    client.ask("GET", "/health")
+    client.ask("POST", "/health")
+    (line,) = logged(client, caplog, "/health")
+    assert "POST /health 405" in line and "/metrics" not in caplog.text
 
 
 @pytest.mark.parametrize("told", [True, False], ids=["told", "chunked"])
@@ -388,6 +461,25 @@ def test_what_to_find_has_a_length(client, engine, monkeypatch):
     assert client.draw().status == 200, "it is not looked for"
 
 
+def test_texts_that_are_far_too_long_are_refused_by_their_characters(client, engine, monkeypatch):
+    """Tokenising 4 MiB takes seconds, during which no other text can be tokenised."""
+    prompts = engine.prompts
+    most, longest = client.scheduler.plan.prompt_tokens, len(max(prompts.tokenizer.vocab, key=len))
+    text = "a red circle " * (most * longest // 10)
+    monkeypatch.setattr(prompts, "_tokenized", lambda _: pytest.fail("it is tokenised"))
+    caption = LAYOUT | {"caption": text}
+    expr = LAYOUT | {"objects": [{"expr": text, "box": [0, 0, 1, 1]}]}
+    search = client.ask("POST", "/v1/boxes", {"image": picture(8, 8), "expressions": [text]})
+    for found, where in (
+        (search, "an expression takes at least"),
+        (client.draw(layout=caption), "the layout takes at least"),
+        (client.draw(layout=expr), "the layout takes at least"),
+        (client.draw(layout=LAYOUT, negative=caption, cfg=2), "the layout takes at least"),
+    ):
+        assert found.status == 400 and found.json["error"].startswith(where)
+        assert f" {most}" in found.json["error"] and "shorten" in found.json["error"]
+
+
 @pytest.mark.parametrize(("name", "most"), [("MOST_EXPRESSIONS", 2), ("MOST_ASKED", 50)])
 def test_a_search_takes_turns(client, engine, monkeypatch, name, most):
     """A turn cannot be stopped, so others need not wait longer than one turn."""
@@ -484,3 +576,10 @@ def test_every_field_and_answer_is_described(client):
         assert "422" not in told["responses"], "that is how others refuse"
     kinds = paths["/v1/images"]["post"]["responses"]["200"]["content"]
     assert set(kinds) == {JSON, EVENTS, *MEDIA}
+
+
+@pytest.mark.parametrize("path", ["/v1/images", "/v1/boxes"])
+def test_the_bodies_in_the_docs_are_answered(client, path):
+    told = client.ask("GET", "/openapi.json").json["paths"][path]["post"]
+    body = told["requestBody"]["content"][JSON]["example"]
+    assert client.ask("POST", path, body).status == 200

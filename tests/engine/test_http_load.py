@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import socket
 import threading
 import time
@@ -58,8 +59,26 @@ def test_a_silent_stream_says_that_it_is_there(held, monkeypatch):
     assert b"event: done" in answer.read()
 
 
-def test_a_stream_is_counted_by_its_end(held):
+def test_a_stream_whose_sketch_waits_for_others_says_that_it_is_there(held, monkeypatch):
     client, going = held
+    monkeypatch.setattr(service, "BEAT", 0.05)
+    sent = threading.Event()
+    monkeypatch.setattr(service, "_sketched", lambda *_: sent.wait(30) and ["sketch"])
+    connection = client.connect()
+    send(connection, "POST", "/v1/images", {"layout": LAYOUT, "cfg": 1, "every": 1})
+    answer = connection.getresponse()
+    client.until(lambda: beside(client, "sketch") == 1)
+    for _ in range(3):
+        assert (answer.readline(), answer.readline()) == (b": waiting\n", b"\n")
+    sent.set()
+    assert next_event(answer) == ("partial", {"drawn": 1, "codes": 16, "images": ["sketch"]})
+    going.set()
+    assert b"event: done" in answer.read()
+
+
+def test_a_stream_is_counted_by_its_end(held, caplog):
+    client, going = held
+    caplog.set_level(logging.INFO, "echogen.http")
     seconds, route = "echogen_http_request_seconds_count", ("route", "/v1/images")
     late, gone, whole = (client.connect() for _ in range(3))
     asked = {"layout": LAYOUT, "cfg": 1, "every": 16}
@@ -75,6 +94,8 @@ def test_a_stream_is_counted_by_its_end(held):
     client.until(lambda: (seconds, (route, ("status", "200"))) in counters(client))
     read = counters(client)
     assert [read[seconds, (route, ("status", s))] for s in ("200", "499", "504")] == [1, 1, 1]
+    told = [r.getMessage().split() for r in caplog.records if r.name == "echogen.http"]
+    assert [words[3] for words in told] == ["504", "499", "200"]
 
 
 def test_a_late_sketch_does_not_hold_the_whole(held, monkeypatch):
@@ -346,11 +367,16 @@ def test_a_step_that_does_not_end_holds_no_answer(held, monkeypatch):
     assert client.scheduler.metrics().live_slots == 0
 
 
-def test_an_error_is_of_who_it_is_of(engine, monkeypatch):
+def test_an_error_is_of_who_it_is_of(engine, monkeypatch, caplog):
     with serving(engine) as client:
         monkeypatch.setattr(client.scheduler._intake._pictures, "decode", _broken)
-        found = client.draw()
+        monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
+        body = {"layout": LAYOUT}
+        found = client.ask("POST", "/v1/images", body, X_Request_ID="one-of-many")
         assert (found.status, found.json["error"]) == (500, "RuntimeError: no decoder")
+        assert found.headers["x-request-id"] == "one-of-many"
+        traceback = "RuntimeError: no decoder\nwhile answering request one-of-many"
+        client.until(lambda: traceback in caplog.text)
         monkeypatch.undo()
         assert client.draw().status == 200
 

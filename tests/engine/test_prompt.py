@@ -8,6 +8,7 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers
 
 from echogen.engine.layout import Layout, LayoutError, LayoutObject, check_text
 from echogen.engine.prompt import (
@@ -16,6 +17,7 @@ from echogen.engine.prompt import (
     Prompts,
     TextualCodec,
     feasible,
+    longest_token,
     quantise,
 )
 
@@ -365,6 +367,48 @@ def test_texts_of_strangers_do_not_fill_the_memory(prompts):
     for text in (short, long, long + "!"):
         assert prompts.branch(text) == prompts.branch(text)
     assert prompts._kept.cache_info().currsize <= kept + 1
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(st.data())
+def test_a_text_takes_no_fewer_tokens_than_its_length_says(both, data):
+    """Not even one that is spelled in the vocabulary's longest tokens."""
+    prompts = both["location"]
+    tokenizer = prompts.tokenizer
+    longest = sorted((tokenizer.decode([i]) for i in tokenizer.vocab.values()), key=len)
+    some = st.one_of(WORDS, st.sampled_from([t for t in longest if "<" not in t][-10:]))
+    text = "".join(data.draw(st.lists(some, max_size=40)))
+    assert prompts.fewest(text) <= len(tokenizer.encode(text, add_special_tokens=False))
+    assert prompts.fewest(text, text) == -(-2 * len(text) // longest_token(tokenizer))
+
+
+@pytest.mark.parametrize("change", [
+    lambda t: setattr(t.backend_tokenizer, "normalizer", normalizers.NFC()),
+    lambda t: setattr(t.backend_tokenizer, "pre_tokenizer", pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(False)])),
+    lambda t: setattr(t.backend_tokenizer, "pre_tokenizer", pre_tokenizers.Sequence(
+        [pre_tokenizers.Punctuation("removed"), pre_tokenizers.ByteLevel(False)])),
+    lambda t: setattr(t.backend_tokenizer, "model", models.WordLevel(t.vocab, "<|User|>")),
+    lambda t: t.add_tokens([AddedToken("ü", lstrip=True)]),
+])  # fmt: skip
+def test_a_length_says_nothing_where_tokens_may_stand_for_any_text(small_tokenizer, change):
+    """Such as runs of blanks, or whole unknown words."""
+    assert longest_token(small_tokenizer) == len(max(small_tokenizer.vocab, key=len))
+    tokenizer = copy.deepcopy(small_tokenizer)
+    change(tokenizer)
+    assert longest_token(tokenizer) is None
+    assert Prompts(tokenizer, LocationCodec(tokenizer, BINS)).fewest("x" * 10_000) == 0
+
+
+def test_a_length_is_known_of_a_tokenizer_like_janus(small_tokenizer):
+    """DeepSeek's splits texts by several patterns before it takes their bytes."""
+    splits = [pre_tokenizers.Split(Regex(p), "isolated") for p in ("[\r\n]", "\\s?[A-Za-z]+")]
+    steps = [*splits, pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    tokenizer = copy.deepcopy(small_tokenizer)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([])
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
+    tokenizer.add_tokens(["ü", "#" * 128])
+    assert longest_token(tokenizer) == 128
 
 
 @pytest.mark.parametrize("expr", ["", "  "])
