@@ -189,7 +189,7 @@ def test_rows_have_the_plain_transformers_logits(engine, place, relative_error):
     both, held = [], []
     for model in (engine.transformer, engine.decoder):
         both.append(slots := Slots(model, engine.code_table, 8, 96))
-        prefixes = [slots.run_prompt(prompt) for prompt in prompts]
+        prefixes = [slots.prompts.run(prompt) for prompt in prompts]
         held.append([slots.take(prefixes), slots.take(prefixes[::-1])])
     for code in (3, 21, 9, 14):
         for slots, rows in zip(both, held, strict=True):

@@ -99,7 +99,7 @@ def test_a_crowd_on_a_gpu_s_operators(engine, monkeypatch, fp8_cache):
     for seed in range(4):  # all of one kind, whatever their numbers are
         scheduler.submit(ONE, seed, Sampling(temperature=1 + seed / 4))
     finish(scheduler)
-    assert launches == [1] * 4 + [4] * (TOKENS - 1), "first codes one by one, all others at once"
+    assert launches == [4] * TOKENS
 
 
 def test_given_draws_and_negative_layouts(engine):
@@ -238,13 +238,14 @@ def test_slots_of_an_ended_image_are_filled_at_the_next_step(engine):
 
 def slow_prompts(scheduler: Scheduler, monkeypatch, now: list[float]) -> None:
     """Let each token of a prompt take one second of the clock."""
-    right = scheduler._slots.run_prompt
+    runner = scheduler._slots._runner
+    right = runner.run_prompts
 
-    def run_prompt(prompt, keep):
-        now[0] += len(prompt)
-        return right(prompt, keep)
+    def run_prompts(prompts):
+        now[0] += sum(map(len, prompts))
+        return right(prompts)
 
-    monkeypatch.setattr(scheduler._slots, "run_prompt", run_prompt)
+    monkeypatch.setattr(runner, "run_prompts", run_prompts)
 
 
 def test_who_is_drawn_waits_for_few_prompts_between_two_codes(engine, monkeypatch):
