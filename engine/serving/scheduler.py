@@ -123,8 +123,9 @@ class Scheduler(Worker):
         )  # fmt: skip
         with torch.inference_mode():
             logits = self._slots.warm_up(self.plan.prompt_tokens, engine.prompts.pad)
-            if self._on_operators:
-                warm_up(self._sampling, logits)
+            warm_up(logits, self._on_operators)
+            if self._on_operators:  # the first picture would wait for cuDNN to load and plan
+                engine.decode(torch.zeros(1, decoder.config.image_tokens, dtype=torch.int64))
             if invariant and not self._slots.rows_agree([engine.prompts.bos, *range(16)]):
                 raise ValueError(
                     f"slots = {self.plan.slots}: here products of so many rows round a row by its "

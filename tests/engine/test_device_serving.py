@@ -45,7 +45,7 @@ from .requests import (
     staggered,
 )
 
-WAIT = 120  # seconds; at the first request of a kind its kernels are compiled
+WAIT = 120  # seconds; other drawings compile and record between the steps
 LARGE = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,

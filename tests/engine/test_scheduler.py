@@ -86,7 +86,7 @@ def test_a_crowd_on_a_gpu_s_operators(engine, monkeypatch, fp8_cache):
     monkeypatch.setattr(serving_crowd, "cfg_sample", draw)
     monkeypatch.setattr(Alone, "draw", lambda *_: pytest.fail("they are drawn together"))
     scheduler = Scheduler(engine, slots=12, prompt_tokens=80)
-    assert launches == [1, 1], "compiled beforehand, with guidance and without"
+    assert launches == [1] * 10, "compiled beforehand, with guidance and without"
     launches.clear()
     requests = staggered(scheduler, asked, random.Random(1))
     assert tape.recorded - alone[1] == len(row_counts(12, False, recorded=True))
