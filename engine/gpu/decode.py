@@ -14,7 +14,7 @@ from typing import Generic
 import torch
 from torch import Tensor
 
-from echogen.engine.cache import KVCache
+from echogen.engine.decoding.padded import run_padded
 from echogen.engine.decoding.sampler import Sampler
 from echogen.engine.gpu.device import DeviceTransformer
 from echogen.engine.gpu.graphs import Step as Run
@@ -72,20 +72,12 @@ class Prompted(Generic[S]):
 
     def _prompt_logits(self) -> Tensor:
         """Run the prompts; return the image logits [P, V] of their last tokens."""
-        model, table = self._model.plain, self._model.table
         found = list[Tensor]()
         for first in range(0, len(self._different), TOGETHER):
             prompts = self._different[first : first + TOGETHER]
-            longest = max(map(len, prompts))
-            padded = [p + [0] * (longest - len(p)) for p in prompts]
-            ids = torch.tensor(padded, device=table.device)
-            ends = torch.tensor([len(p) - 1 for p in prompts], device=table.device)
-            slot = torch.arange(longest, device=table.device)
-            with span("engine/prefill/run", rows=len(ids), tokens=ids.numel()):
-                cache = KVCache(model.config, len(ids), longest, table.dtype, table.device)
-                hidden = model(model.embed_text(ids), slot, "causal", cache)
-                found.append(model.image_head(hidden[torch.arange(len(ids)), ends]))
-                self._step.keep_prompts(first, cache.block)
+            block, logits = run_padded(self._model.plain, self._model.table, prompts)
+            self._step.keep_prompts(first, block)
+            found.append(logits)
         return torch.cat(found)
 
     def prefill(self) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from echogen.engine.cache import PREFIX_BYTES
 from echogen.engine.config import ModelConfig
 from echogen.engine.decoding.sampler import Sampler
+from echogen.engine.serving.prefill import FORWARD, PROMPTS
 from echogen.engine.serving.slots import WINDOW_ROWS, row_counts, up_to_edge, widths
 
 SHARE = 0.8
@@ -70,7 +71,7 @@ class Plan:
         prompt_tokens: the longest prompt, ``capacity`` less the image.
         prefix_bytes: for the prefixes of prompts that recur.
         slot_bytes: for a slot's cache and its share of a step.
-        shared_bytes: for what exists once: a prompt being run, the prefixes kept, a picture being
+        shared_bytes: for what exists once: prompts being run, the prefixes kept, a picture being
             decoded.
         memory: bytes that were planned with.
     """
@@ -99,6 +100,7 @@ def plan(
     prompt_tokens: int | None = None,
     fp8_cache: bool = False,
     windows: bool = False,
+    together: bool = False,
 ) -> Plan:
     """Plan slots and bytes for a model.
 
@@ -112,6 +114,7 @@ def plan(
         fp8_cache: slots hold 8 bits per number, and a scale for each head of a token.
         windows: while there are few images, they are drawn several codes a step
             (`serving.windows`).
+        together: several prompts are run in one forward (`serving.prefill`).
 
     Raises:
         NoRoom: fewer slots fit than asked for, or none.
@@ -131,7 +134,7 @@ def plan(
     # Room for the prefixes of prompts that recur: at least two of the longest.
     one = 2 * c.layers * c.kv_heads * longest * c.head_dim * dtype.itemsize
     prefix_bytes = max(PREFIX_BYTES, 2 * (one + c.codebook_size * dtype.itemsize))
-    once = _prompt(c, dtype.itemsize, longest) + prefix_bytes + picture_bytes
+    once = _prompts(c, dtype.itemsize, longest, together) + prefix_bytes + picture_bytes
 
     def planned(count: int) -> Plan:  # a slot costs more when there are more of them
         rows = count if device.type == "cpu" else 1
@@ -183,14 +186,17 @@ def _windows(c: ModelConfig, capacity: int, slots: int) -> int:
     return sum(counts) * layer + max(counts, default=0) * (layer + passing)
 
 
-def _prompt(c: ModelConfig, size: int, length: int) -> int:
-    """Bytes of the longest prompt while it runs, or of the noise while a block of it is made."""
-    cache = 2 * c.layers * c.kv_heads * length * c.head_dim * size
+def _prompts(c: ModelConfig, size: int, longest: int, together: bool) -> int:
+    """Bytes of prompts while they run, and of the noise while a block of it is made."""
+    # Alone, a prompt runs beside the other one of its request. Those that are together are copied
+    # from a padded forward: the last of them may be two of the longest.
+    forward = max(longest, FORWARD) if together else longest
+    held = PROMPTS + 2 * longest + forward if together else 2 * longest
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
     row = (8 * c.width + 3 * heads + 4 * c.mlp_width) * FLOAT
-    scores = 3 * (c.heads + c.kv_heads) * length * FLOAT
+    scores = 3 * (c.heads + c.kv_heads) * longest * FLOAT
     noise = 8 * Sampler.BLOCK * FLOAT
-    return 2 * cache + length * (row + scores) + noise
+    return 2 * c.layers * c.kv_heads * held * c.head_dim * size + forward * (row + scores) + noise
 
 
 def free_bytes(device: torch.device) -> int:

@@ -11,17 +11,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from echogen.engine.cpu.native import gumbel_noise
 from echogen.engine.decoding.jacobi import Drafted
-from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.gpu.step import Choice
 from echogen.engine.serving.request import Request
 from echogen.engine.serving.slots import Rows
-from echogen.kernels.sampling import cfg_sample
+from echogen.kernels.sampling import LONGEST, cfg_sample
 
 
 @dataclass(eq=False)  # equal to itself only
@@ -74,10 +74,32 @@ class Alone:
         return [request.sampler(logits, request.drawn)[:, None]]
 
 
-def _kind(live: Live) -> tuple[bool, Choice]:
-    """What requests of one crowd have in common."""
-    sampler = live.request.sampler
-    return sampler.sampling.guided, Choice.of(sampler)
+class Kind(NamedTuple):
+    """What the requests of one crowd have in common: the launch that draws their codes."""
+
+    guided: bool
+    choice: Choice
+
+    @classmethod
+    def of(cls, live: Live) -> Kind:
+        """The kind of a request."""
+        sampler = live.request.sampler
+        choice = Choice.of(sampler)
+        return cls(sampler.sampling.guided, Choice() if choice.greedy else choice)
+
+    def draw(
+        self, logits: Tensor, seeds: Tensor, draws: Tensor, positions: Tensor,
+        scales: Tensor | None, temperatures: Tensor, top_ps: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """Draw a code int64 [N] for each of N images from logits [N, V], or with guidance [2N, V],
+        conditional rows first. All others are [N], one number per image; without guidance there are
+        no scales."""
+        choice = self.choice
+        return cfg_sample(
+            logits, seeds, draws, positions, 1.0 if scales is None else scales,
+            0.0 if choice.greedy else temperatures, choice.top_k,
+            top_ps if choice.nucleus else 1.0, "blocked" if self.guided else "none",
+        ).token  # fmt: skip
 
 
 class Crowd:
@@ -85,7 +107,7 @@ class Crowd:
     one element per image. It is made anew when a request comes or goes."""
 
     def __init__(self, lives: list[Live]) -> None:
-        self.lives, (self._guided, self._choice) = lives, _kind(lives[0])
+        self.lives, self._kind = lives, Kind.of(lives[0])
         images = [live.request.samples for live in lives]
         held = list(zip(lives, images, strict=True))
         numbers = [row for live, n in held for row in live.held.numbers[:n]]
@@ -110,30 +132,44 @@ class Crowd:
 
     def draw(self, logits: Tensor) -> list[Tensor]:
         """See `Drawer`."""
-        cfg: Tensor | float = 1.0
-        if self._guided:
-            cfg = self._scales.gather(1, self._positions[:, None])[:, 0]
-        drawn = cfg_sample(
-            logits, self._seeds, self._draws, self._positions, cfg,
-            0.0 if self._choice.greedy else self._temperatures, self._choice.top_k,
-            self._top_ps if self._choice.nucleus else 1.0, "blocked" if self._guided else "none",
+        scales = None
+        if self._kind.guided:
+            scales = self._scales.gather(1, self._positions[:, None])[:, 0]
+        drawn = self._kind.draw(
+            logits, self._seeds, self._draws, self._positions, scales, self._temperatures,
+            self._top_ps,
         )  # fmt: skip
         self._positions += 1
-        return list(drawn.token[:, None].split(self._images))
+        return list(drawn[:, None].split(self._images))
 
 
-def warm_up(sampling: Sampling, logits: Tensor) -> None:
-    """Compile what draws crowds with an engine's own settings, with guidance and without, from
-    logits [R, V] of any step. Otherwise every request would wait seconds for it at the first one,
-    as all do at the first request of another kind."""
+CHOICES = (Choice(), *(Choice(False, k, nucleus) for k in (0, 1) for nucleus in (False, True)))
+"""Every choice that is compiled by itself; the value of a top-k is not compiled in."""
+
+
+def warm_up(logits: Tensor, on_operators: bool) -> None:
+    """Compile what draws codes, for requests of every kind, from logits [R, V] of any step.
+    Otherwise all requests would wait at the first one of a kind: the ten kernels take one second of
+    a CPU each (for sm_90; 10 s in all), and the C++ that makes noise on a CPU takes two. Both are
+    kept on disk for later starts."""
     numbers = torch.zeros(1, dtype=torch.int64, device=logits.device)
+    if not on_operators:
+        gumbel_noise(0, numbers, numbers, 1)
+        return
     ones = torch.ones(1, device=logits.device)
     for guided in (False, True)[: len(logits)]:
-        cfg_sample(
-            logits[: 1 + guided], numbers, numbers, numbers, ones if guided else 1.0,
-            0.0 if sampling.temperature == 0 else ones, sampling.top_k,
-            ones if sampling.top_p < 1 else 1.0, "blocked" if guided else "none",
-        )  # fmt: skip
+        for choice in CHOICES:
+            if logits.shape[1] > LONGEST and (choice.top_k or choice.nucleus):
+                continue  # no request can have it
+            Kind(guided, choice).draw(
+                logits[: 1 + guided],
+                numbers,
+                numbers,
+                numbers,
+                ones if guided else None,
+                ones,
+                ones,
+            )
 
 
 class Pace:
@@ -163,10 +199,10 @@ class Pace:
 def drawers(lives: list[Live], on_operators: bool) -> list[Drawer]:
     """The drawers for all of ``lives``. With ``on_operators`` they are crowds, except for samplers
     that have a call of their own."""
-    alone, crowds = list[Drawer](), dict[tuple[bool, Choice], list[Live]]()
+    alone, crowds = list[Drawer](), dict[Kind, list[Live]]()
     for live in lives:
         if on_operators and live.request.sampler.on_device:
-            crowds.setdefault(_kind(live), []).append(live)
+            crowds.setdefault(Kind.of(live), []).append(live)
         else:
             alone.append(Alone(live))
     return [*alone, *map(Crowd, crowds.values())]

@@ -3,19 +3,21 @@ plain transformer, the GPU operators, C++ or packed weights."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from echogen.engine.cache import KVCache, Prefix, WindowCache
+from echogen.engine.cache import Prefix, WindowCache
 from echogen.engine.cpu.native import NativeTransformer, Sequences
 from echogen.engine.cpu.packed import Frame, PackedTransformer, Stream, attend
 from echogen.engine.cpu.packed_decode import run_prompts
+from echogen.engine.decoding.decode import left_padded
+from echogen.engine.decoding.padded import run_padded
 from echogen.engine.gpu.device import DeviceTransformer, Places
 from echogen.engine.model import UnifiedTransformer, additive_mask
-from echogen.engine.ranges import span
 from echogen.engine.serving.prefixes import SharedPrefixes
 from echogen.kernels.overlap import overlapping
 
@@ -23,8 +25,9 @@ from echogen.kernels.overlap import overlapping
 class Runner(Protocol):
     """A transformer that runs over the rows of a cache."""
 
-    def run_prompt(self, prompt: list[int]) -> Prefix:
-        """Run a prompt alone and unpadded: its prefix does not depend on any other prompt."""
+    def run_prompts(self, prompts: Sequence[Sequence[int]]) -> list[Prefix]:
+        """Run prompts in one forward. Alone, a prompt is not padded, and its prefix depends on
+        nothing else."""
         ...
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
@@ -47,14 +50,18 @@ class Sharer(Protocol):
         ...
 
 
-def run_plainly(model: UnifiedTransformer, table: Tensor, prompt: list[int]) -> Prefix:
-    """Run a prompt on the plain transformer."""
-    device, length = table.device, len(prompt)
-    ids, slot = torch.tensor([prompt], device=device), torch.arange(length, device=device)
-    cache = KVCache(model.config, 1, length, table.dtype, device)
-    with span("engine/prefill/run", rows=1, tokens=length):
-        hidden = model(model.embed_text(ids), slot, "causal", cache)
-        return Prefix(cache.block[:, :, 0], model.image_head(hidden[:, -1])[0])
+def run_plainly(
+    model: UnifiedTransformer, table: Tensor, prompts: Sequence[Sequence[int]]
+) -> list[Prefix]:
+    """Run prompts on the plain transformer."""
+    block, logits = run_padded(model, table, prompts)
+    if len(prompts) == 1:
+        return [Prefix(block[:, :, 0], logits[0])]
+    # Copied, as a view would keep the keys and values of all of them, and of their pads.
+    return [
+        Prefix(block[:, :, i, :, : len(prompt)].clone(), logits[i])
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 class PlainRows:
@@ -64,9 +71,9 @@ class PlainRows:
         self._model, self._table, self._cache = model, code_table, cache
         self._slot = torch.arange(cache.capacity, device=code_table.device)
 
-    def run_prompt(self, prompt: list[int]) -> Prefix:
+    def run_prompts(self, prompts: Sequence[Sequence[int]]) -> list[Prefix]:
         """See `Runner`."""
-        return run_plainly(self._model, self._table, prompt)
+        return run_plainly(self._model, self._table, prompts)
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """See `Runner`."""
@@ -134,9 +141,9 @@ class DeviceRows:
         """See `Sharer`."""
         self._shared.move(old, new)
 
-    def run_prompt(self, prompt: list[int]) -> Prefix:
+    def run_prompts(self, prompts: Sequence[Sequence[int]]) -> list[Prefix]:
         """See `Runner`."""
-        return run_plainly(self._model.plain, self._model.table, prompt)
+        return run_plainly(self._model.plain, self._model.table, prompts)
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """See `Runner`; a row reads what it holds, whatever ``read`` is."""
@@ -169,9 +176,9 @@ class NativeRows:
         self._lengths[new] = self._lengths[old]
         self.hold(old, None)
 
-    def run_prompt(self, prompt: list[int]) -> Prefix:
+    def run_prompts(self, prompts: Sequence[Sequence[int]]) -> list[Prefix]:
         """See `Runner`."""
-        return self._model.run_prompts([tuple(prompt)])[0]
+        return self._model.run_prompts([tuple(prompt) for prompt in prompts])
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """See `Runner`."""
@@ -208,9 +215,9 @@ class PackedRows:
             for rows, codes in shapes
         }
 
-    def run_prompt(self, prompt: list[int]) -> Prefix:
+    def run_prompts(self, prompts: Sequence[Sequence[int]]) -> list[Prefix]:
         """See `Runner`."""
-        return run_prompts(self._model, torch.tensor([prompt]), torch.zeros(1))[0]
+        return run_prompts(self._model, *left_padded([list(prompt) for prompt in prompts], 0))
 
     def step(self, codes: Tensor, at: Tensor, read: int) -> Tensor:
         """See `Runner`."""

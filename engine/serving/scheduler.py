@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from echogen.engine.cache import Prefix
 from echogen.engine.cpu.packed import PackedTransformer
 from echogen.engine.decoding.decode import Packed
 from echogen.engine.decoding.sampler import Sampling
@@ -34,6 +35,7 @@ from echogen.engine.serving.crowd import Drawer, Live, Pace, drawers, warm_up
 from echogen.engine.serving.intake import Intake
 from echogen.engine.serving.metrics import Metrics
 from echogen.engine.serving.partial import Partial
+from echogen.engine.serving.prefill import PROMPTS, Prompt
 from echogen.engine.serving.request import Order, Request
 from echogen.engine.serving.slots import Slots
 from echogen.engine.serving.waiting import QueueFull, Waiting
@@ -41,11 +43,6 @@ from echogen.engine.serving.windows import Windowed
 from echogen.engine.serving.worker import SchedulerClosed, Worker
 
 OUTDATED = "the engine's weights were refreshed; make a new scheduler"
-
-PROMPTS = 256
-"""Prompt tokens to run in one step; the prompts left then wait for the next step, since all images
-being drawn wait while prompts run. That is several prompts of layouts with a few objects, or one of
-a thousand tokens."""
 
 
 class Scheduler(Worker):
@@ -73,8 +70,10 @@ class Scheduler(Worker):
             any batch of this scheduler. In C++ (`echogen.engine.cpu.native`) that holds in any mode
             and at no cost. Elsewhere every step then has one shape, all slots at full length, since
             the shape decides how sums are rounded; the constructor checks that this suffices
-            (`Slots.rows_agree`). In the usual mode a step runs only the rows and positions it
-            needs, and codes that are equally likely up to rounding may differ between batches.
+            (`Slots.rows_agree`), and a prompt runs alone. In the usual mode a step runs only the
+            rows and positions it needs, prompts admitted in one step run together
+            (`serving.prefill`), and codes that are equally likely up to rounding may differ between
+            batches.
         windows: with weights packed for PyTorch's operations, draw several codes of an image a step
             while at most `slots.WINDOW_ROWS` are in use and half of the rows can be drafted well
             (`jacobi.foreseeable`). False: always code by code, as batch-invariant mode does.
@@ -108,22 +107,25 @@ class Scheduler(Worker):
         decoder, table = engine.decoder, engine.code_table
         self._copied = isinstance(decoder, Packed)
         windows = windows and isinstance(decoder, PackedTransformer) and not invariant
+        self._together = not (self._copied or invariant)
         self.plan = plan(
             decoder.config, table.dtype, table.device,
             decoding_bytes(engine.vq, engine.image_size), slots, memory, prompt_tokens,
             fp8_cache=isinstance(decoder, DeviceTransformer) and decoder.fp8_cache, windows=windows,
+            together=self._together,
         )  # fmt: skip
         self._sampling, self._clock = engine.sampling, clock
         self._intake = Intake(engine, self.plan)
         self._on_operators = isinstance(decoder, DeviceTransformer)
         self._slots = Slots(
             decoder, table, self.plan.slots, self.plan.capacity, invariant, self.plan.prefix_bytes,
-            windows,
+            windows, self._together,
         )  # fmt: skip
         with torch.inference_mode():
             logits = self._slots.warm_up(self.plan.prompt_tokens, engine.prompts.pad)
-            if self._on_operators:
-                warm_up(self._sampling, logits)
+            warm_up(logits, self._on_operators)
+            if self._on_operators:  # the first picture would wait for cuDNN to load and plan
+                engine.decode(torch.zeros(1, decoder.config.image_tokens, dtype=torch.int64))
             if invariant and not self._slots.rows_agree([engine.prompts.bos, *range(16)]):
                 raise ValueError(
                     f"slots = {self.plan.slots}: here products of so many rows round a row by its "
@@ -292,38 +294,67 @@ class Scheduler(Worker):
             if not self._slots.free:
                 return
             self._drop()  # or needs none
+            lives, tokens = self._next(PROMPTS - ran)
+            if not lives:
+                return
+            rows = sum(live.request.rows for live in lives)
+            with span("engine/serve/admit", rows=rows, requests=len(lives), tokens=tokens):
+                self._enter(lives)
+            ran += tokens
+
+    def _next(self, most: int) -> tuple[list[Live], int]:
+        """Admit the next request, or all that enter ``together``, until ``most`` tokens of prompts
+        are reached or passed; return them, and the number of tokens to be run."""
+        lives, new, free = list[Live](), set[Prompt](), self._slots.free
+        while free and sum(map(len, new)) < most and (self._together or not lives):
             with self._changed:
-                request = self._waiting.take(self._slots.free)
+                request = self._waiting.take(free)
                 if request is None:
-                    return
+                    break
                 self._live.append(live := Live(request))
                 self._metrics.admitted += 1
             request.entered = self._clock()
-            with span("engine/serve/admit", rows=request.rows):
-                self._enter(live)
-            ran += sum(map(len, request.prompts))
+            lives.append(live)
+            new |= {p for p in map(tuple, request.prompts) if not self._slots.prompts.keeps(p)}
+            free -= request.rows
+        return lives, sum(map(len, new))
 
-    def _enter(self, live: Live) -> None:
-        """Put a request in its slots and draw its first codes."""
+    def _enter(self, lives: list[Live]) -> None:
+        """Run the prompts of requests, put these in slots, and draw their first codes."""
+        keep = dict[Prompt, bool]()
+        for live in lives:
+            for i, prompt in enumerate(live.request.prompts):
+                # What guidance steers away from is usually the same for many requests.
+                keep[tuple(prompt)] = i > 0 or keep.get(tuple(prompt), False)
+        found, logits = self._slots.prompts.run_all(keep), dict[int, Tensor]()
+        for live in lives:
+            try:
+                logits |= self._fill(live, found)
+            except Exception as error:
+                self._fail([live], error)
+        found.clear()  # whoever keeps an error keeps this frame
+        self._drawers, filled = None, [live for live in lives if live.rows is not None]
         try:
-            logits = self._fill(live)
-            self._drawers = None
-            drawer = drawers([live], self._on_operators)[0]
+            first = [
+                (drawer, torch.stack([logits[row] for row in drawer.rows.numbers]))
+                for drawer in drawers(filled, self._on_operators)
+            ]
         except Exception as error:
-            self._fail([live], error)
+            self._fail(filled, error)
             return
-        self._advance(drawer, logits)
+        for drawer, rows in first:
+            self._advance(drawer, rows)
 
-    def _fill(self, live: Live) -> Tensor:
-        """Run each of a request's prompts once and put them in its slots; return their logits
-        [rows, V]."""
-        request, run = live.request, self._slots.run_prompt
-        # What guidance steers away from is usually the same for many requests.
-        prefixes = [run(prompt, keep=i > 0) for i, prompt in enumerate(request.prompts)]
-        prefixes = [prefix for prefix in prefixes for _ in range(request.samples)]
-        logits = torch.stack([prefix.logits for prefix in prefixes])
+    def _fill(self, live: Live, found: Mapping[Prompt, Prefix | Exception]) -> dict[int, Tensor]:
+        """Put a request in slots, and return the logits [V] that its prompts leave for each."""
+        prefixes = list[Prefix]()
+        for prompt in live.request.prompts:
+            prefix = found[tuple(prompt)]
+            if isinstance(prefix, Exception):
+                raise prefix
+            prefixes += [prefix] * live.request.samples
         live.rows = self._slots.take(prefixes)
-        return logits
+        return {row: x.logits for row, x in zip(live.rows.numbers, prefixes, strict=True)}
 
     def _draw(self) -> None:
         """Run one batched step, and draw from its logits the next code of every image, or

@@ -1,9 +1,9 @@
 """The rows that a scheduler fills: one static cache, each row with a sequence of its own length.
 
-A slot is a row of the cache. A prompt is run by itself; from then on each step runs all rows
-together, each at its own place. In C++ and on the GPU operators, rows share a prompt's keys and
-values (`rows.Sharer`). SDPA and PyTorch's products read one cache per row, so there the prompt is
-copied into every slot that continues it.
+A slot is a row of the cache. Its prompt is run elsewhere (`engine.serving.prefill`); from then on
+each step runs all rows together, each at its own place. In C++ and on the GPU operators, rows share
+a prompt's keys and values (`rows.Sharer`). SDPA and PyTorch's products read one cache per row, so
+there the prompt is copied into every slot that continues it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from echogen.engine.cache import PREFIX_BYTES, Prefix, PrefixCache, WindowCache, put_prefix
+from echogen.engine.cache import PREFIX_BYTES, Prefix, WindowCache, put_prefix
 from echogen.engine.cpu.native import NativeTransformer
 from echogen.engine.cpu.packed import PackedTransformer
 from echogen.engine.decoding.decode import Decoder
@@ -22,6 +22,7 @@ from echogen.engine.decoding.jacobi import default_window
 from echogen.engine.gpu.device import DeviceTransformer
 from echogen.engine.gpu.graphs import bucket
 from echogen.engine.ranges import span
+from echogen.engine.serving.prefill import Prefill
 from echogen.engine.serving.rows import (
     DeviceRows,
     NativeRows,
@@ -107,15 +108,17 @@ class Slots:
         capacity: tokens a slot holds, a multiple of ``EDGE``.
         invariant: every step runs all rows and reads all places, whatever they hold. C++ does not
             need this, as no row's sums depend on another's (`echogen.engine.cpu.native`).
-        prefix_bytes: memory for the prefixes of prompts that recur (``run_prompt(keep=True)``).
+        prefix_bytes: memory for the prefixes of prompts that recur.
         windows: run steps of several codes while there are few rows; only on packed weights, and
             not with ``invariant``.
+        together: run several prompts in one forward; not with ``invariant``.
 
     Attributes:
         cache: allocated here, once; nothing else of its size is allocated later. Where rows share
             prompts it holds only their own codes, and the prompts have the rest of the capacity.
         scales: float32 [layers, 2, rows, Hk, …] of keys and values held in 8 bits; None where they
             are not (``DeviceTransformer.fp8_cache``).
+        prompts: runs the prompts that slots begin with.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class Slots:
         invariant: bool = False,
         prefix_bytes: int = PREFIX_BYTES,
         windows: bool = False,
+        together: bool = False,
     ) -> None:
         c, dtype, device = model.config, code_table.dtype, code_table.device
         native, on_device = (
@@ -161,8 +165,7 @@ class Slots:
             )
         else:
             self._runner = PlainRows(model, code_table, self.cache)
-        # Unconditional prompts recur; see `PrefixCache`.
-        self._prefixes = PrefixCache(prefix_bytes)
+        self.prompts = Prefill(self._runner, prefix_bytes, together and not self.invariant)
         self._free = list(range(rows))
         self._ends = [0] * rows  # tokens of each slot, as the host knows them
         self._at = torch.zeros(rows, dtype=torch.int64, device=device)
@@ -180,9 +183,9 @@ class Slots:
         return sum(self._ends)
 
     def warm_up(self, prompt_tokens: int, token: int) -> Tensor:
-        """Run the longest prompt and the largest step; return logits [R, V]. A lack of memory shows
-        now, and an allocator that keeps what it has (CUDA's) has enough from here on."""
-        self._runner.run_prompt([token] * prompt_tokens)
+        """Run the largest prompts and the largest step; return logits [R, V]. A lack of memory
+        shows now, and an allocator that keeps what it has (CUDA's) has enough from here on."""
+        self.prompts.warm_up(prompt_tokens, token)
         logits = self._runner.step(self._codes, self._at, self.capacity)
         for count, width in self._widths.items():
             assert self._packed is not None
@@ -197,7 +200,7 @@ class Slots:
         Batch-invariant mode rests on this. Within one shape, libraries round a row independently of
         what the other rows hold; in most shapes, but not all, also independently of its place (in
         MKL's products of 2 and 3 rows the place matters)."""
-        prefix, wanted, agreed = self.run_prompt(prompt), list[Tensor](), True
+        prefix, wanted, agreed = self.prompts.run(prompt), list[Tensor](), True
         # Shared by all rows, by every other one, and by none; with copies, these are one case.
         for apart in (1, 2, self.rows) if self._sharer is not None else (1,):
             prefixes = [replace(prefix) for _ in range(apart)]
@@ -210,17 +213,6 @@ class Slots:
                 agreed = agreed and torch.equal(logits, wanted[code].expand_as(logits))
             self.release(rows)
         return agreed
-
-    def run_prompt(self, prompt: list[int], keep: bool = False) -> Prefix:
-        """The prefix that a prompt leaves; ``keep`` stores it for the next time."""
-        key = tuple(prompt)
-        found = self._prefixes.get(key)
-        if found is None:
-            found = self._runner.run_prompt(prompt)
-            if keep:
-                self._prefixes.put(key, found)
-                found = self._prefixes.get(key) or found  # rows share by object identity
-        return found
 
     def take(self, prefixes: list[Prefix]) -> Rows:
         """Fill a free slot with each of ``prefixes``, and return the slots.

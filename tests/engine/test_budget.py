@@ -29,12 +29,15 @@ from .requests import (
 )
 from .tape import Tape
 
+SLOTS = 48
+"""So many that their cache is larger than what a forward of prompts makes."""
+
 
 def test_memory_is_planned_and_made_once(either):
     engine = either
     engine.decoder  # noqa: B018  # so that its weights are not counted
     with Held() as held:
-        scheduler = Scheduler(engine, slots=8)
+        scheduler = Scheduler(engine, slots=SLOTS)
     block = scheduler._slots.cache.block
     assert block.nbytes <= held.live
     place = block.data_ptr()
@@ -60,7 +63,7 @@ def test_memory_on_a_gpus_operators_is_planned_and_made_once(engine, monkeypatch
         )
     monkeypatch.setattr(Engine, "decoder", property(lambda self: made))
     with Held() as held:
-        scheduler = Scheduler(engine, slots=8)
+        scheduler = Scheduler(engine, slots=SLOTS)
     slots, plan = scheduler._slots, scheduler.plan
     shared = slots._runner._shared
     blocks = [slots.cache.block, shared._block]

@@ -275,7 +275,7 @@ def test_rows_of_a_scheduler(model, relative_error):
     with torch.inference_mode():
         both = [Slots(m, table, 5, 32) for m in (model, made)]
         assert tape.recorded == len({1, 2, 4, 5}) and tape.asked_apart == 1
-        rows = [slots.take([slots.run_prompt(p) for p in RAGGED]) for slots in both]
+        rows = [slots.take([slots.prompts.run(p) for p in RAGGED]) for slots in both]
         for code in (3, 21, 9):
             for slots, held in zip(both, rows, strict=True):
                 slots.feed(held, torch.tensor([[code], [2], [5]]))
@@ -284,7 +284,7 @@ def test_rows_of_a_scheduler(model, relative_error):
             codes(made, GROUPS, sampler(Sampler, Sampling(), len(GROUPS)))
         for slots, held in zip(both, rows, strict=True):
             slots.release(held)
-            slots.feed(slots.take([slots.run_prompt(RAGGED[1])]), torch.tensor([[7]]))
+            slots.feed(slots.take([slots.prompts.run(RAGGED[1])]), torch.tensor([[7]]))
         wanted, found = (slots.step() for slots in both)
         assert found.shape == wanted.shape and relative_error(found, wanted) < 1e-5
     assert tape.recorded == 4 + 1 and tape.replayed >= 4
@@ -295,7 +295,7 @@ def test_rows_move_with_all_they_hold(model, relative_error, fp8_cache):
     made, table = operators(model, fp8_cache=fp8_cache), model.code_table().detach()
     with torch.inference_mode():
         slots, steps = Slots(made, table, 5, 32), []
-        prefixes = [slots.run_prompt(prompt) for prompt in RAGGED]
+        prefixes = [slots.prompts.run(prompt) for prompt in RAGGED]
         for move in (False, True):
             before, held = slots.take(prefixes[:2]), slots.take(prefixes[2:])
             slots.feed(before, torch.tensor([[2], [5]]))

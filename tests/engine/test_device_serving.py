@@ -45,7 +45,7 @@ from .requests import (
     staggered,
 )
 
-WAIT = 120  # seconds; at the first request of a kind its kernels are compiled
+WAIT = 120  # seconds; other drawings compile and record between the steps
 LARGE = {
     "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
@@ -189,7 +189,7 @@ def test_rows_have_the_plain_transformers_logits(engine, place, relative_error):
     both, held = [], []
     for model in (engine.transformer, engine.decoder):
         both.append(slots := Slots(model, engine.code_table, 8, 96))
-        prefixes = [slots.run_prompt(prompt) for prompt in prompts]
+        prefixes = [slots.prompts.run(prompt) for prompt in prompts]
         held.append([slots.take(prefixes), slots.take(prefixes[::-1])])
     for code in (3, 21, 9, 14):
         for slots, rows in zip(both, held, strict=True):

@@ -187,7 +187,7 @@ def test_bits_hang_on_nothing_but_the_sequence(tiny, threads):
     runner = NativeRows(weights, table, cache)
     ends = []
     for slot, row in enumerate((2, 1, 3)):
-        prefix = runner.run_prompt(prompts[row])
+        (prefix,) = runner.run_prompts([prompts[row]])
         ends.append(prefix.keys_values.shape[-2])
         cache.block[:, :, slot, :, : ends[-1]].copy_(prefix.keys_values)
     at = torch.tensor(ends)
@@ -284,7 +284,7 @@ def test_what_torch_makes_by_default_is_not_what_is_written_to(tiny, defaults):
         decoding = NativeDecoding(weights, table, ids, pads, T, guided=False)
         found = [decoding.prefill(), decoding.step(codes[:, 0]), decoding.window(codes, [1, 0])]
         rows = NativeRows(weights, table, cache)
-        rows.hold(0, rows.run_prompt(prompts[0]))
+        rows.hold(0, rows.run_prompts([prompts[0]])[0])
         found.append(rows.step(codes[0], torch.zeros_like(draw) + rows._lengths, 0))
         return [*found, gumbel_noise(7, draw, draw, 1000)]
 

@@ -86,7 +86,7 @@ def test_a_crowd_on_a_gpu_s_operators(engine, monkeypatch, fp8_cache):
     monkeypatch.setattr(serving_crowd, "cfg_sample", draw)
     monkeypatch.setattr(Alone, "draw", lambda *_: pytest.fail("they are drawn together"))
     scheduler = Scheduler(engine, slots=12, prompt_tokens=80)
-    assert launches == [1, 1], "compiled beforehand, with guidance and without"
+    assert launches == [1] * 10, "compiled beforehand, with guidance and without"
     launches.clear()
     requests = staggered(scheduler, asked, random.Random(1))
     assert tape.recorded - alone[1] == len(row_counts(12, False, recorded=True))
@@ -99,7 +99,7 @@ def test_a_crowd_on_a_gpu_s_operators(engine, monkeypatch, fp8_cache):
     for seed in range(4):  # all of one kind, whatever their numbers are
         scheduler.submit(ONE, seed, Sampling(temperature=1 + seed / 4))
     finish(scheduler)
-    assert launches == [1] * 4 + [4] * (TOKENS - 1), "first codes one by one, all others at once"
+    assert launches == [4] * TOKENS
 
 
 def test_given_draws_and_negative_layouts(engine):
@@ -238,13 +238,14 @@ def test_slots_of_an_ended_image_are_filled_at_the_next_step(engine):
 
 def slow_prompts(scheduler: Scheduler, monkeypatch, now: list[float]) -> None:
     """Let each token of a prompt take one second of the clock."""
-    right = scheduler._slots.run_prompt
+    runner = scheduler._slots._runner
+    right = runner.run_prompts
 
-    def run_prompt(prompt, keep):
-        now[0] += len(prompt)
-        return right(prompt, keep)
+    def run_prompts(prompts):
+        now[0] += sum(map(len, prompts))
+        return right(prompts)
 
-    monkeypatch.setattr(scheduler._slots, "run_prompt", run_prompt)
+    monkeypatch.setattr(runner, "run_prompts", run_prompts)
 
 
 def test_who_is_drawn_waits_for_few_prompts_between_two_codes(engine, monkeypatch):

@@ -82,7 +82,7 @@ def test_slots_that_cannot_be_filled_fail_one_request(scheduler, monkeypatch, na
 def test_slots_half_filled_are_free_again(scheduler):
     slots = scheduler._slots
     with torch.inference_mode():
-        right = slots.run_prompt([1, 2, 3])
+        right = slots.prompts.run([1, 2, 3])
         wrong = Prefix(right.keys_values[:, :, :, :, 1:], right.logits)
         with pytest.raises((RuntimeError, ValueError)):
             slots.take([right, wrong])
@@ -179,12 +179,13 @@ def test_weights_that_change_in_place_change_nothing_in_a_copy(either, dtype):
     assert not torch.equal(engine.generate_codes([LAYOUT], 1, sampling=greedy), wanted)
 
 
-@pytest.mark.parametrize("name", ["run_prompt", "step"])
+@pytest.mark.parametrize("name", ["run_prompts", "step"])
 def test_an_interrupt_by_hand_ends_it_for_all(scheduler, monkeypatch, name):
     """Nobody knows how far the step got; going on could silently draw another image."""
     requests = [scheduler.submit(LAYOUT, seed, PLAIN, 3) for seed in (1, 2)]
+    owner = scheduler._slots._runner if name == "run_prompts" else scheduler._slots
     name = stepping(scheduler) if name == "step" else name
-    once(monkeypatch, scheduler._slots, name, KeyboardInterrupt())
+    once(monkeypatch, owner, name, KeyboardInterrupt())
     with pytest.raises(KeyboardInterrupt):
         scheduler.step()
     for request in requests:
@@ -303,16 +304,17 @@ def test_who_cancelled_is_told_no_more(scheduler):
 def test_who_leaves_while_another_prompt_is_run_needs_none(engine, monkeypatch, leaves):
     now, run = [0.0], []
     scheduler = Scheduler(engine, slots=4, prompt_tokens=80, clock=lambda: now[0])
-    right = scheduler._slots.run_prompt
+    runner = scheduler._slots._runner
+    right = runner.run_prompts
 
-    def run_prompt(prompt, keep):
-        run.append(prompt)
+    def run_prompts(prompts):
+        run.extend(prompts)
         now[0] = 5.0
         if leaves == "cancelled":
             second.cancel()
-        return right(prompt, keep)
+        return right(prompts)
 
-    monkeypatch.setattr(scheduler._slots, "run_prompt", run_prompt)
+    monkeypatch.setattr(runner, "run_prompts", run_prompts)
     first = scheduler.submit(LAYOUT, 1, PLAIN)
     second = scheduler.submit(LAYOUT, 2, PLAIN, timeout=5 if leaves == "expired" else None)
     finish(scheduler)
@@ -370,13 +372,14 @@ def test_a_request_goes_with_its_last_reference(scheduler, uncollected):
 
 
 def test_a_request_whose_prompt_is_run_is_counted(scheduler, monkeypatch):
-    seen, right = [], scheduler._slots.run_prompt
+    runner = scheduler._slots._runner
+    seen, right = [], runner.run_prompts
 
-    def run_prompt(*arguments, **more):
+    def run_prompts(prompts):
         seen.append(scheduler.metrics())
-        return right(*arguments, **more)
+        return right(prompts)
 
-    monkeypatch.setattr(scheduler._slots, "run_prompt", run_prompt)
+    monkeypatch.setattr(runner, "run_prompts", run_prompts)
     scheduler.submit(LAYOUT, 1, PLAIN, 2)
     finish(scheduler)
     (m,) = seen

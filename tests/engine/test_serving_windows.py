@@ -216,7 +216,7 @@ def test_a_window_ends_where_the_cache_does(engine):
     assert slots.width == TOKENS - 1
     codes, wanted = [code % 7 for code in range(TOKENS)], []
     with torch.inference_mode():
-        prefix = slots.run_prompt([3] * length)
+        prefix = slots.prompts.run([3] * length)
         rows = slots.take([prefix])
         for code in codes[:-1]:
             slots.feed(rows, torch.tensor([[code]]))

@@ -74,7 +74,7 @@ def check_order(slots: Slots, rows: int) -> None:
 
 
 def prefixes_of(engine: Engine, slots: Slots) -> list[Prefix]:
-    return [slots.run_prompt(engine.prompts.l2i(layout)) for layout in LAYOUTS]
+    return [slots.prompts.run(engine.prompts.l2i(layout)) for layout in LAYOUTS]
 
 
 def stepped(slots: Slots, rows: Rows, code: int = 3) -> Tensor:
@@ -94,30 +94,31 @@ def test_samples_write_their_prompt_once(engine, place, written):
         assert torch.equal(request.result(0), asked.alone(engine))
 
 
-def test_requests_share_their_unconditional_prompt(engine, written):
-    """At the same time, and one after the other while it is still there."""
+def test_requests_share_their_prompts(engine, written):
+    """Admitted in one step both of them; one after the other, the unconditional one while it is
+    still there."""
     scheduler = Scheduler(engine, slots=ROWS, prompt_tokens=80)
     length = len(engine.prompts.l2i(TWO))
     for seed in (1, 2):
         Asked(TWO, seed, GUIDED, 2).submit(scheduler)
     scheduler.step()
     held = scheduler._slots
-    assert written == [length] * 3 and len(set(shared_of(held)._place)) == 3
+    assert written == [length] * 2 and len(set(shared_of(held)._place)) == 2
     finish(scheduler)
     Asked(TWO, 3, GUIDED, 4).submit(scheduler)
     finish(scheduler)
-    assert written == [length] * 4
+    assert written == [length] * 3
 
 
 @torch.inference_mode()
 def test_a_prefix_is_not_kept_twice(engine, slots):
     """The memory plan counts the copy that rows read; the prompt's own cache may be freed."""
-    prefix = slots.run_prompt(engine.prompts.l2i(ONE))
+    prefix = slots.prompts.run(engine.prompts.l2i(ONE))
     first = slots.take([prefix])
     gone = ref(prefix)
     del prefix
     assert gone() is None
-    again = slots.take([slots.run_prompt(engine.prompts.l2i(ONE))])
+    again = slots.take([slots.prompts.run(engine.prompts.l2i(ONE))])
     assert not places_of(slots, first) & places_of(slots, again)
 
 
