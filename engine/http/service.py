@@ -140,9 +140,6 @@ class Service:
 
         def submitted() -> Job:
             layout, negative = body.layouts()
-            for asked in (layout, negative):
-                if asked is not None:
-                    self._check_length(asked)
             sampling = body.sampling(self.engine.sampling)
             turns = self._turns(o.expr for o in layout.objects) if body.check else []
             left = max(1e-9, began + seconds - loop.time())
@@ -321,17 +318,6 @@ class Service:
             for expr, box in zip(body.expressions, boxes, strict=True)
         ]
         return {"objects": objects, "seconds": _since(began)}
-
-    def _check_length(self, layout: Layout) -> None:
-        """Refuse a layout that is too long whatever its tokens are, before it is tokenised. Raises
-        LayoutError."""
-        texts = (layout.caption, *(o.expr for o in layout.objects))
-        fewest, most = self.engine.prompts.fewest(*texts), self.scheduler.plan.prompt_tokens
-        if fewest > most:
-            raise LayoutError(
-                f"the layout takes at least {fewest} tokens; the slots are made for prompts of "
-                f"{most} (prompt_tokens), so shorten its texts or name fewer objects"
-            )
 
     def _turns(self, expressions: Iterable[str]) -> list[list[str]]:
         """Split what to find in a picture into turns, each of at most ``MOST_EXPRESSIONS`` and of

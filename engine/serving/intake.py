@@ -33,8 +33,13 @@ class Intake:
             ValueError: more rows than there are slots, draws that are not one 32-bit word for each
                 image, or guidance that does not fit the image.
         """
+        for layout in (order.layout, order.negative):
+            if layout is not None:  # by its characters first: 4 MiB take seconds to tokenise
+                texts = (layout.caption, *(o.expr for o in layout.objects))
+                self._check_length(self._engine.prompts.fewest(*texts), "at least ")
         prompts = self._engine.prompt_rows([order.layout], order.sampling, order.negative)
-        self._check_fit(prompts, order.samples)
+        self._check_length(max(map(len, prompts)))
+        self._check_rows(len(prompts), order.samples)
         c, device = self._engine.transformer.config, self._table.device
         ids = torch.tensor(check_draws(order.draws, order.samples), device=device)
         sampler = Sampler(order.sampling, order.seed, ids, c.codebook_size, c.image_tokens)
@@ -45,19 +50,21 @@ class Intake:
             foreseeable=foreseeable(order.layout, self._table.dtype),
         )  # fmt: skip
 
-    def _check_fit(self, prompts: list[list[int]], samples: int) -> None:
-        plan, longest = self._plan, max(map(len, prompts))
-        if longest > plan.prompt_tokens:
+    def _check_length(self, tokens: int, least: str = "") -> None:
+        most = self._plan.prompt_tokens
+        if tokens > most:
             raise LayoutError(
-                f"the layout takes {longest} tokens; the slots are made for prompts of "
-                f"{plan.prompt_tokens} (prompt_tokens), so shorten its texts or name fewer objects"
+                f"the layout takes {least}{tokens} tokens; the slots are made for prompts of "
+                f"{most} (prompt_tokens), so shorten its texts or name fewer objects"
             )
-        rows = samples * len(prompts)
-        if rows > plan.slots:
-            most = plan.slots // len(prompts)
+
+    def _check_rows(self, prompts: int, samples: int) -> None:
+        rows, slots = samples * prompts, self._plan.slots
+        if rows > slots:
+            most = slots // prompts
             raise ValueError(
                 f"samples = {samples} take {rows} slots"
-                f"{', two each with guidance' if len(prompts) > 1 else ''}, and there are "
-                f"{plan.slots}; ask for "
+                f"{', two each with guidance' if prompts > 1 else ''}, and there are "
+                f"{slots}; ask for "
                 f"{f'{most} at most' if most else 'one without guidance (cfg = 1)'}"
             )

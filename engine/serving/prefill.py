@@ -7,6 +7,7 @@ four takes 0.8 times as long together), and runs alone.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from echogen.engine.cache import Prefix, PrefixCache
@@ -96,6 +97,7 @@ class Prefill:
         except Exception as error:
             if len(part) == 1:
                 return {part[0]: error}
+            warnings.warn(f"{len(part)} prompts run one by one: {error}", stacklevel=2)
         # Here, and not above, the failed forward's activations are gone.
         alone = [self._attempted([prompt], keep) for prompt in part]
         return {prompt: each for found in alone for prompt, each in found.items()}

@@ -147,7 +147,8 @@ def test_a_prompt_that_cannot_be_run_fails_its_request_only(engine, scheduler):
     asked = [Asked(ONE, 1, GUIDED, 1), Asked(TWO, 2, PLAIN, 2), Asked(THREE, 3, PLAIN, 1)]
     requests = [each.submit(scheduler) for each in asked]
     requests[1].prompts[0][0] = 1 << 30  # no such token
-    finish(scheduler)
+    with pytest.warns(UserWarning, match="prompts run one by one: index out of range"):
+        finish(scheduler)
     with pytest.raises(IndexError):
         requests[1].result(0)
     for i in (0, 2):
@@ -173,7 +174,8 @@ def test_prompts_that_do_not_fit_in_memory_together_are_run_alone(engine, schedu
     monkeypatch.setattr(runner, "run_prompts", run_prompts)
     asked = [Asked(layout, 1, PLAIN, 1) for layout in LAYOUTS]
     requests = [each.submit(scheduler) for each in asked]
-    finish(scheduler)
+    with pytest.warns(UserWarning, match="3 prompts run one by one: out of memory"):
+        finish(scheduler)
     assert sizes == [3, 1, 1, 1]
     for each, request in zip(asked, requests, strict=True):
         assert torch.equal(request.result(0), each.alone(engine))
