@@ -387,7 +387,7 @@ def test_begin_measures_the_model_it_is_given(rl_stage, monkeypatch) -> None:
 def test_layouts_follow_from_the_step(tmp_path, rl_stage, source) -> None:
     if source == "file":
         source = str(tmp_path / "layouts.jsonl")
-        lines = [y.dumps() for y in rl_stage(layouts="random").layouts(9)]
+        lines = [y.dumps() for y in rl_stage(layouts="random", batch=12).layouts(9)]
         Path(source).write_text("\n".join(lines) + "\n")
     a, b = (rl_stage(layouts=source, batch=6) for _ in range(2))
     assert a.layouts(4) == b.layouts(4) != a.layouts(5)
