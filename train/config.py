@@ -18,6 +18,7 @@ def later(default: Any, was: Any = ...) -> Any:
     return field(default=default, metadata={"was": default if was is ... else was})
 
 
+ORDERS = ("epochs", "independent")
 WHOLE_PARTS = ("text_embedding", "code_embedding", "code_aligner", "text_head", "image_head")
 
 
@@ -186,6 +187,8 @@ class PMTPConfig:
             fresh weights.
         data_hash: fingerprint of the training data, so that a run on changed data does not pass for
             the same run; filled in by the stage. "": ShapesWorld.
+        order: how steps take their samples: "epochs", all samples once, then all again in another
+            order, and so on; "independent", each by itself from all of them.
     """
 
     loop: LoopConfig
@@ -206,9 +209,11 @@ class PMTPConfig:
     start: str = ""
     data: str = later("")
     data_hash: str = later("")
+    order: Literal["epochs", "independent"] = later("epochs", was="independent")
 
     def __post_init__(self) -> None:
         _one_of("mask", self.mask, ("isolated", "shared"))
+        _one_of("order", self.order, ORDERS)
         _at_least(self, 1, "width", "layers", "heads", "mlp_width", "scenes", "batch", "branches")
         _at_least(self, 2, "bins")
         _at_least(self, 0, "extra_grounding")
@@ -239,7 +244,7 @@ class DJOConfig:
             role as grounder.
         loop: the step loop.
         start: fingerprint of the model that the run began with; filled in by the stage.
-        data_hash: as in stage 1.
+        data_hash, order: as in stage 1.
     """
 
     loop: LoopConfig
@@ -256,9 +261,11 @@ class DJOConfig:
     start: str = ""
     data: str = later("")
     data_hash: str = later("")
+    order: Literal["epochs", "independent"] = later("epochs", was="independent")
 
     def __post_init__(self) -> None:
         _one_of("prefix", self.prefix, ("teacher", "sampled"))
+        _one_of("order", self.order, ORDERS)
         _at_least(self, 1, "scenes", "batch", "branches")
         for name in ("loop_weight", "grounding_weight"):
             if not 0 <= getattr(self, name) < float("inf"):
@@ -316,6 +323,7 @@ class CycleRLConfig:
         start: fingerprint of the model that the run began with; filled in by the stage.
         layouts_hash: hash of the bytes of a file of layouts, so that a run on an edited file does
             not pass for the same run; filled in by the stage.
+        order: as in stage 1, of the training layouts or those of a file.
     """
 
     loop: LoopConfig
@@ -345,6 +353,7 @@ class CycleRLConfig:
     importance_cap: float | None = later(2.0, was=None)
     val_drawings: int = later(8, was=1)
     export: Literal["best", "last"] = later("best")
+    order: Literal["epochs", "independent"] = later("epochs", was="independent")
 
     @property
     def truncated(self) -> bool:
@@ -359,6 +368,7 @@ class CycleRLConfig:
         _one_of("advantage", self.advantage, MODES)
         _one_of("normalise", self.normalise, ("sequence", "token", "constant"))
         _one_of("export", self.export, ("best", "last"))
+        _one_of("order", self.order, ORDERS)
         _at_least(self, 2, "group", "gate_group")
         _at_least(self, 1, "scenes", "batch", "updates", "gate_scenes", "val_drawings")
         _at_least(self, 0, "reward_boxes", "w_iou", "w_l1", "clip_low", "clip_high")

@@ -82,6 +82,10 @@ class Timed:
     checkpoint that is best on validation. It compares the stage's own number if there is one, else
     the judge's IoU (for grounding alone, the grounding IoU). With ``choosing``, it compares the
     judge's IoU of that many drawings of Cycle RL's validation layouts (``drawn_iou``).
+
+    The model that a cell starts from is no candidate, so it does not say that it ``continues`` one:
+    an arm is what training makes of its start, however the two compare on validation. The recorded
+    cells were chosen so too, and must come out the same when they are trained again.
     """
 
     def __init__(self, stage: Stage, folder: Path, task: Task, choosing: int = 0) -> None:

@@ -67,7 +67,7 @@ class ToyConfig:
 class Toy:
     """Regression on noise keyed by the step, through dropout, which reads torch's random state."""
 
-    name, selects = "toy", "score"
+    name, selects, continues = "toy", "score", True
 
     def __init__(self, order: dict[str, Any]) -> None:
         torch.manual_seed(0)

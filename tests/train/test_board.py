@@ -48,15 +48,15 @@ def test_a_run_shows_its_numbers_validations_and_samples(stage: PMTPStage, tmp_p
     numbers = {"train/loss", "train/l2i", "train/i2l", "train/lr", "train/grad_norm"}
     assert rates | numbers | {"validation/l2i", "validation/judge_iou"} <= set(tags["scalars"])
     assert [e.step for e in board.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
-    assert [e.step for e in board.Scalars("validation/l2i")] == [3, 6]
+    assert [e.step for e in board.Scalars("validation/l2i")] == [0, 3, 6]
     assert all(e.value > 0 for tag in rates for e in board.Scalars(tag))
     assert sorted(tags["images"]) == [f"samples/validation-{i}" for i in range(4)]
     shown = board.Images("samples/validation-0")
-    assert [e.step for e in shown] == [3, 6]
+    assert [e.step for e in shown] == [0, 3, 6]
     pixels = np.asarray(Image.open(io.BytesIO(shown[0].encoded_image_string)))
     name, picture = stage.pictures()[0]
     assert name == "validation-0" and pixels.shape == np.asarray(picture).shape
-    last = Image.open(io.BytesIO(shown[1].encoded_image_string))
+    last = Image.open(io.BytesIO(shown[2].encoded_image_string))
     assert (np.asarray(last) == np.asarray(picture)).all()  # of the weights as they are now
 
 

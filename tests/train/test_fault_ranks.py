@@ -114,7 +114,7 @@ def test_a_process_killed_while_a_checkpoint_is_written(
 
 def test_a_checkpoint_that_hangs_does_not_hold_an_error_up(ranks: Order, tmp_path: Path) -> None:
     """Nor does its thread, which the interpreter would join."""
-    ends = ranks(tmp_path, hang=["save", 2], fail=["loss", 7], last_write=0.2)
+    ends = ranks(tmp_path, hang=["save", 3], fail=["loss", 7], last_write=0.2)
     assert codes(ends) == [1, 1]
     told = log(tmp_path, 0)
     assert "state.pt: not written in 0.2 seconds, and given up" in told
@@ -132,6 +132,16 @@ def test_sigterm_to_one_process_stops_all_behind_the_step(
         f"with --resume"
     )
     assert saved(tmp_path) == 4
+    goes_on(ranks, tmp_path, whole)
+
+
+def test_sigterm_in_the_validation_before_the_first_step_stops_all(
+    ranks: Order, whole: Path, tmp_path: Path
+) -> None:
+    """The first process validates, and the other one waits for it."""
+    assert codes(ranks(tmp_path, term=["evaluation", 1])) == [143, 143]
+    assert "stopped by SIGTERM; no step was done yet" in log(tmp_path, 0)
+    assert not (tmp_path / "state.pt").exists()
     goes_on(ranks, tmp_path, whole)
 
 

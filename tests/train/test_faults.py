@@ -118,7 +118,7 @@ def test_a_kill_at_the_last_passing_of_each_place(
 
 @pytest.mark.parametrize(
     ("place", "done"),
-    [(["loss", 7], 4), (["after step", 6], 6), (["evaluation", 2], 8), (["evaluation", 4], 14)],
+    [(["loss", 7], 4), (["after step", 6], 6), (["evaluation", 3], 8), (["evaluation", 5], 14)],
 )
 def test_sigterm_saves_at_the_end_of_the_step_and_says_so(
     order: Order, whole: Path, tmp_path: Path, place: list[Any], done: int
@@ -159,11 +159,29 @@ def test_signals_at_any_time_lose_nothing(order: Order, whole: Path, tmp_path: P
     same_run(tmp_path, whole)
 
 
-def test_before_the_first_step_there_is_nothing_to_save(order: Order, tmp_path: Path) -> None:
-    assert order(tmp_path, term=["begin", 1], kill=["begun", 1])["code"] == 143, "at once"
+@pytest.mark.parametrize(
+    "at", [{"term": ["begin", 1], "kill": ["begun", 1]}, {"term": ["evaluation", 1]}]
+)
+def test_before_the_first_step_there_is_nothing_to_save(
+    order: Order, whole: Path, tmp_path: Path, at: dict[str, Any]
+) -> None:
+    assert order(tmp_path, **at)["code"] == 143, "at once"
     assert "stopped by SIGTERM; no step was done yet" in (tmp_path / "log").read_text()
     assert not (tmp_path / "state.pt").exists()
     assert order(tmp_path, resume=True)["code"] == 0
+    same_run(tmp_path, whole)
+
+
+@pytest.mark.parametrize("place", [["evaluation", 1], ["save", 1], ["line", 2], ["loss", 1]])
+def test_a_kill_around_the_validation_before_the_first_step(
+    order: Order, whole: Path, tmp_path: Path, place: list[Any]
+) -> None:
+    """In it, while its weights or its line are written, and behind it."""
+    assert order(tmp_path, kill=place)["signal"] == signal.SIGKILL
+    assert not (tmp_path / "state.pt").exists()
+    assert (tmp_path / "best.pt").exists() == (place[0] in ("line", "loss"))
+    assert order(tmp_path, resume=True)["code"] == 0
+    same_run(tmp_path, whole)
 
 
 def test_a_second_interrupt_does_not_wait() -> None:

@@ -89,6 +89,17 @@ class Selecting(Toy):
         write_record(folder, ("toy",))
 
 
+class Continuing(Selecting):
+    """Begins with a trained model, whose number is the best, but for a NaN at one step."""
+
+    continues = True
+    nan_at_step, steps_done = -1, 0
+
+    def evaluate(self) -> dict[str, float]:
+        score = float("nan") if self.steps_done == self.nan_at_step else float(-self.steps_done)
+        return super().evaluate() | {"score": score}
+
+
 class Lessening(Selecting):
     """Chooses the same step by the least of a number."""
 
@@ -153,8 +164,55 @@ def test_the_best_validation_is_exported_and_said_to_be(tmp_path: Path, stage, b
     assert read_record(tmp_path / "whole" / "model") == ("toy",)
 
 
-@pytest.mark.parametrize("break_at", [1, 4, 5, 8, 11])
-@pytest.mark.parametrize("stage", [Selecting, Lessening])
+def test_the_model_that_a_run_begins_with_is_exported_if_no_step_improves_on_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = {k: v.clone() for k, v in Continuing(CONFIG).module.state_dict().items()}
+    run(Continuing(CONFIG), CONFIG, tmp_path)
+    exported = torch.load(tmp_path / "model" / "weights.pt")
+    assert all(torch.equal(exported[k], began[k]) for k in began)
+    told = rows(tmp_path)
+    assert told[:2] == [
+        {"step": 0, "found": 0.25},
+        {"step": 0, "val_weight": told[1]["val_weight"], "val_score": 0.0},
+    ]
+    assert [r["step"] for r in told if "val_score" in r] == [0, 4, 8, 12]
+    assert told[-1] == {"step": 12, "chosen_step": 0, "chosen_score": 0.0}
+    record = json.loads((tmp_path / "model" / RECORD).read_text())
+    assert record["chosen"] == {"step": 0, "by": "score", "value": 0.0}
+    last = " ".join(capsys.readouterr().err.split())
+    assert "of step 0 (score 0; no step improved on the model it began with), is in" in last
+
+
+def test_a_model_whose_validation_fails_is_not_exported(tmp_path: Path) -> None:
+    stage = Continuing(CONFIG)
+    stage.nan_at_step = 0
+    run(stage, CONFIG, tmp_path)
+    assert rows(tmp_path)[-1] == {"step": 12, "chosen_step": 4, "chosen_score": -4.0}
+
+
+def test_a_run_from_before_models_were_validated_first_goes_on(tmp_path: Path) -> None:
+    """Its folder has no step 0, neither in its metrics nor among the weights to choose from."""
+    old = Continuing(CONFIG, break_at=8)
+    old.continues = False
+    with pytest.raises(KeyboardInterrupt):
+        run(old, CONFIG, tmp_path)
+    run(Continuing(CONFIG), CONFIG, tmp_path, resume=True)
+    assert [r["step"] for r in rows(tmp_path) if "val_score" in r] == [4, 8, 12]
+    assert rows(tmp_path)[-1]["chosen_step"] == 4
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_model_that_a_run_begins_with_is_validated_as_it_is(tmp_path: Path, ema) -> None:
+    config = replace(CONFIG, ema=ema)
+    stage = Continuing(config)
+    began = stage.evaluate()["weight"]
+    run(stage, config, tmp_path)
+    assert rows(tmp_path)[1]["val_weight"] == pytest.approx(began, rel=1e-5)
+
+
+@pytest.mark.parametrize("break_at", [0, 1, 4, 5, 8, 11])
+@pytest.mark.parametrize("stage", [Selecting, Lessening, Continuing])
 def test_the_choice_outlasts_an_interruption(tmp_path: Path, stage, break_at: int) -> None:
     config = replace(CONFIG, eval_every=1)
     run(stage(config), config, tmp_path / "whole")

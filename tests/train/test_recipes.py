@@ -112,3 +112,12 @@ def test_a_larger_canvas_has_finer_edges_and_the_worlds_own_is_as_it_was():
     for size in (0, 96, -64):
         with pytest.raises(ValueError, match=f"image_size = {size}"):
             draw(scene, size)
+
+
+def test_tiny_takes_its_samples_as_when_it_was_recorded_and_the_others_in_epochs():
+    """Its recorded configurations do not name the order."""
+    for recipe, kind in ((tiny(), "independent"), (small(), "epochs"), (janus_pro_1b(), "epochs")):
+        for stage in (recipe.pmtp, recipe.pmtp_on, recipe.djo, recipe.cycle_rl):
+            assert stage.order == kind
+            assert to_json(stage).get("order", "independent") == kind
+            assert ("order" in to_json(stage)) == (kind == "epochs")

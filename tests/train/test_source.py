@@ -69,7 +69,7 @@ def test_without_a_judge_the_validation_loss_chooses(
     run(stage, loop, tmp_path)
     seen = [row for row in rows(tmp_path) if "val_loss" in row]
     scores = {"val_ground_acc50", "val_ground_iou", "val_self_iou"}
-    assert [set(row) for row in seen] == [{"step", "val_loss", "val_l2i", "val_i2l"} | scores] * 4
+    assert [set(row) for row in seen] == [{"step", "val_loss", "val_l2i", "val_i2l"} | scores] * 5
     for row in seen:
         assert row["val_loss"] == pytest.approx(row["val_l2i"] + row["val_i2l"], abs=1e-4)
     best = min(seen, key=lambda row: row["val_loss"])

@@ -34,7 +34,7 @@ from echogen.train.stages.vq import (
 )
 from echogen.train.start import load_start, model_folder
 
-from .runs import run_in_parts
+from .runs import rows, run_in_parts
 
 LOOP = LoopConfig(
     steps=6, lr=2e-3, muon_lr=4e-3, warmup=2, log_every=1, eval_every=6, save_every=2, threads=1
@@ -102,7 +102,12 @@ def test_stage_one_goes_on_from_its_own_model(tmp_path: Path) -> None:
     began = [p.clone() for p in start.engine.transformer.parameters()]
     stage = PMTPStage(more, start)
     assert all(map(torch.equal, began, stage.module.parameters()))
+    found = stage.evaluate()
     run(stage, LOOP, tmp_path / "on")
+    seen = {name: [r for r in rows(tmp_path / name) if "val_l2i" in r] for name in ("first", "on")}
+    assert [r["step"] for r in seen["first"]] == [6]  # fresh weights are nothing to compare with
+    assert [r["step"] for r in seen["on"]] == [0, 6]
+    assert seen["on"][0] == {"step": 0} | {f"val_{k}": float(f"{v:.6g}") for k, v in found.items()}
     on = load_start(tmp_path / "on", "pmtp")
     assert on.stages == ("pmtp",) and on.engine.sampling.temperature == 0.3
     assert on.fingerprint != start.fingerprint

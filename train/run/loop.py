@@ -62,8 +62,9 @@ def run(
     Writes ``state.pt`` (to resume from; the previous one is ``state.prev.pt``), ``metrics.jsonl``,
     ``config.json``, ``board/`` if TensorBoard is installed and, at the end, the exported model
     under ``model/``. If the stage selects (see `Stage`), it also writes ``best.pt``, the weights to
-    export; the last line of the metrics and the model's record name their step. A step whose loss
-    is not finite leaves ``dump-stepN.pt``, see `dump`.
+    export; the last line of the metrics and the model's record name their step. A model that the
+    stage continues is validated before the first step, and so its weights may be exported, as those
+    of step 0. A step whose loss is not finite leaves ``dump-stepN.pt``, see `dump`.
 
     Raises:
         Stopped: SIGTERM or SIGINT came; the state of the last whole step is saved.
@@ -129,9 +130,8 @@ class Run:
 
     def to_its_end(self) -> None:
         """Run the remaining steps and the export."""
-        # A run may have been killed after its state was saved and before that step's validation was
-        # written.
-        if self.start and self._due(self.start) and not self.metrics.validated(self.start):
+        # Step 0, or one whose state was saved, and the run then killed before it was validated.
+        if self._due(self.start) and not self.metrics.validated(self.start):
             self._evaluate(self.start)
         pace = Pace(getattr(self.stage, "images", None), self.processes.count)
         with progress_bar(self.console, self.stage.name, self.config.steps, self.start) as bar:
@@ -217,10 +217,13 @@ class Run:
 
     def _due(self, done: int) -> bool:
         """Whether there is an evaluation after ``done`` steps."""
+        if not done:  # fresh weights are nothing to compare with
+            return getattr(self.stage, "continues", False)
         return done % self.config.eval_every == 0 or done == self.config.steps
 
     def _evaluate(self, done: int) -> None:
-        with span(f"train/{self.stage.name}/evaluate", step=done - 1), self._averaged():
+        step = max(0, done - 1)
+        with span(f"train/{self.stage.name}/evaluate", step=step), self._averaged():
             broken_off = self._validate(done)
         # After the average is taken out again: the state is of the weights themselves.
         if broken_off and resumable(self.stage, done):
@@ -337,7 +340,8 @@ class Run:
             self.processes.on_first(stage, lambda: self._write_model(model, chosen))
         which = ""
         if chosen is not None:
-            which = f", of step {chosen['step']} ({chosen['by']} {chosen['value']:.6g})"
+            unchanged = "" if chosen["step"] else "; no step improved on the model it began with"
+            which = f", of step {chosen['step']} ({chosen['by']} {chosen['value']:.6g}{unchanged}),"
             if not self.metrics.column("chosen_step"):
                 value = {f"chosen_{chosen['by']}": chosen["value"]}
                 self.metrics.write(step=self.config.steps, chosen_step=chosen["step"], **value)

@@ -19,8 +19,9 @@ from echogen.train.run.checkpoint import StateError, load_head, load_state, save
 class Best:
     """The weights of a run's best validation so far, kept in ``best.pt`` beside its state.
 
-    Of equal values the first is kept, and NaN never is. A run that resumes from before its best
-    step reaches that step again with the same result, so the file may be ahead of it.
+    Of equal values the first is kept, and NaN never is. ``step`` is that of the weights kept: 0 for
+    those that the run began with, None if there are none yet. A run that resumes from before its
+    best step reaches that step again with the same result, so the file may be ahead of it.
 
     Args:
         path: of the file.
@@ -43,7 +44,8 @@ class Best:
         seen: list[float],
         processes: Processes,
     ) -> None:
-        self.by, self.step = by.removeprefix("-"), 0
+        self.by = by.removeprefix("-")
+        self.step: int | None = None
         self._sign = 1.0 if by == self.by else -1.0
         self.value = -math.inf * self._sign
         self._path, self._run, self._processes = path, run, processes
@@ -74,7 +76,7 @@ class Best:
     def restore(self, module: nn.Module) -> dict[str, Any] | None:
         """Put the best weights into the module and return which they are; None if there are
         none."""
-        if not self.step:
+        if self.step is None:
             return None
         weights = load_state(self._path)["module"]
         self._processes.put_weights(module, weights, str(self._path))

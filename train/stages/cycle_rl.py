@@ -41,6 +41,7 @@ from echogen.train.run.loop import BeginRefused
 from echogen.train.stages import keys
 from echogen.train.stages.credit import Credit, by_image, by_object, object_tokens
 from echogen.train.stages.held import Held, Portion
+from echogen.train.stages.order import picked
 from echogen.train.stages.passes import worth_logging
 from echogen.train.stages.rollouts import Rollout, roll_out, targets
 from echogen.train.stages.scoring import box_logprob, image_logprob
@@ -121,15 +122,16 @@ class CycleRLStage(WorldStage):
         if c.layouts == "random":
             return [random_layout(rng) for _ in range(c.batch)]
         if self._read:
-            return [self._read[i] for i in rng.integers(len(self._read), size=c.batch)]
-        return [scene.layout(rng) for scene in self._chosen(rng)]
+            return picked(self._read, c.batch, index, c, keys.RL_ORDER, rng)
+        return [scene.layout(rng) for scene in self._chosen(index, rng)]
 
     def scenes(self, index: int) -> list[Scene]:
         """The scenes whose ``layouts`` a rollout draws, where the layouts are "real"."""
-        return self._chosen(keys.generator(self.config.loop.seed, keys.RL_BATCH, index))
+        return self._chosen(index, keys.generator(self.config.loop.seed, keys.RL_BATCH, index))
 
-    def _chosen(self, rng: np.random.Generator) -> list[Scene]:
-        return [self._scenes[i] for i in rng.integers(len(self._scenes), size=self.config.batch)]
+    def _chosen(self, index: int, rng: np.random.Generator) -> list[Scene]:
+        c = self.config
+        return picked(self._scenes, c.batch, index, c, keys.RL_ORDER, rng)
 
     def _hold(self, step: int, part: int = 0, parts: int = 1) -> Held:
         """The rollout of a step's part: a new one every ``updates`` steps. A layout's images are

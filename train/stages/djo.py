@@ -28,6 +28,7 @@ from echogen.train.data.source import Source
 from echogen.train.parallel.distributed import one_goes_first
 from echogen.train.stages import keys
 from echogen.train.stages.ahead import Ahead
+from echogen.train.stages.order import picked
 from echogen.train.stages.passes import (
     box_loss,
     hidden_states,
@@ -201,7 +202,7 @@ class DJOStage(WorldStage):
         """The samples of a step, a pure function of (seed, step)."""
         c = self.config
         rng = keys.generator(c.loop.seed, keys.DJO_BATCH, step)
-        samples = [self._train[i] for i in rng.integers(len(self._train), size=c.batch)]
+        samples = picked(self._train, c.batch, step, c, keys.DJO_ORDER, rng)
         layouts = [s.layout(rng) for s in samples]
         kept = (rng.random(c.batch) >= c.prompt_dropout).tolist()
         asked = [ask(s, c.branches, rng) if c.grounding_weight else [] for s in samples]

@@ -4,7 +4,7 @@ So a resumed run repeats an uninterrupted one without a stored random state. Eac
 number, so that no two uses share noise. Numbers 0 to 2 are reserved: scenes are drawn with (seed,
 split, place), and these are the three splits. One use has no number: `layouts_of` draws the wording
 of an evaluation's layouts with (seed, place). As NumPy pads a short seed with zeros, places 0 to 2
-have the bits of the splits' first scenes, and places 3 to 9 those of the uses below at step 0. This
+have the bits of the splits' first scenes, and later places those of the uses below at step 0. This
 stays, because the committed evaluations have this wording.
 """
 
@@ -16,6 +16,8 @@ from torch import Tensor
 
 PMTP_BATCH, VALIDATION, DJO_BATCH, DJO_NOISE, RL_BATCH, RL_NOISE, RL_JUDGED = range(3, 10)
 LAYOUTS, LLM_REQUESTS = 10, 11  # of `echogen layouts`
+PMTP_ORDER, DJO_ORDER, RL_ORDER = range(12, 15)
+"""Of the samples, epoch by epoch: here an epoch takes the place of a step."""
 
 
 def generator(seed: int, use: int, step: int = -1) -> np.random.Generator:

@@ -41,6 +41,7 @@ from echogen.train.parallel.distributed import one_goes_first
 from echogen.train.run.checkpoint import StateError
 from echogen.train.stages import keys
 from echogen.train.stages.ahead import Ahead
+from echogen.train.stages.order import picked
 from echogen.train.stages.passes import box_loss, hidden_states, image_loss, worth_logging
 from echogen.train.stages.shares import places
 from echogen.train.stages.world import WorldStage, ask, source_of
@@ -176,8 +177,8 @@ class PMTPStage(WorldStage):
         """The task of each of a step's samples, a pure function of (seed, step)."""
         c = self.config
         rng = keys.generator(c.loop.seed, keys.PMTP_BATCH, step)
-        chosen = rng.integers(len(self._train), size=c.batch + c.extra_grounding)
-        samples = [self._train[i] for i in chosen]
+        count = c.batch + c.extra_grounding
+        samples = picked(self._train, count, step, c, keys.PMTP_ORDER, rng)
         if c.mask == "shared":
             tasks = [self._both(s, rng) for s in samples[: c.batch]]
             return tasks + [Task(s, None, ask(s, c.branches, rng)) for s in samples[c.batch :]]

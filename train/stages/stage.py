@@ -18,6 +18,8 @@ class Stage(Protocol):
         selects: the name of a validation number; the weights with its highest value are then
             exported instead of the last ones. "-NAME": those with its lowest value. None: the last
             ones.
+        continues: whether it begins with a trained model. That model is then validated before the
+            first step, and the stage that selects may export it.
         loss_part(step, part, parts) → (loss, numbers): the contribution of every ``parts``-th
             sample of the step's batch, beginning with sample ``part``. Losses, gradients and
             numbers of the parts add up to those of ``loss(step)``: a mean is divided by the batch's

@@ -66,7 +66,7 @@ class WorldStage(ABC):
         loop: settings of the run's loop: the seed, and whether adapters are trained instead of
             weights.
         source: the data set; its validation samples are used here.
-        stages: the stages that the model went through before this one.
+        stages: the stages that the model went through before this one; None: its weights are fresh.
     """
 
     name = "world"
@@ -77,13 +77,18 @@ class WorldStage(ABC):
     """Dtype of the engine's weights if it has its own (see ``gather``)."""
 
     def __init__(
-        self, engine: Engine, loop: LoopConfig, source: Source, stages: tuple[str, ...] = ()
+        self,
+        engine: Engine,
+        loop: LoopConfig,
+        source: Source,
+        stages: tuple[str, ...] | None = None,
     ) -> None:
         source.check(engine)
         self.engine, self.prompts, self.vq = engine, engine.prompts, engine.vq
         self.module, self._device = engine.transformer, engine.device
         self.module.train().pixel_aligner.requires_grad_(False)  # no stage here reads pixels
-        self._settings, self._stages = loop, stages
+        self._settings, self._stages = loop, stages or ()
+        self.continues = stages is not None
         if loop.lora:
             add_adapters(self.module, loop)
             self.gather()
