@@ -41,7 +41,8 @@ class LoopConfig:
         decay_shape: how the rate falls, "linear" or "cosine" (half a period).
         accumulate: number of parts into which a step's batch is split, processed one after another;
             their gradients add up to the whole batch's, and only one part's activations exist at a
-            time.
+            time. Cycle RL draws all parts together and splits the update alone (see
+            ``draw_at_once``).
         checkpoint_activations: keep only each decoder block's input, and run the block again in the
             backward pass: less memory, one more forward pass, the same gradients.
         ema: decay of a moving average of the weights, which is then evaluated and exported instead
@@ -301,6 +302,13 @@ class CycleRLConfig:
         clip_low, clip_high, beta: see `grpo_loss`; beta = 0 keeps no reference model, and is
             required if reinforced image tokens are sampled with truncation.
         updates: optimizer steps per rollout.
+        draw_at_once: the most images that are drawn at once; None: all of a process's. On a GPU
+            many at once take little longer than few, but the keys and values of each image are 2 ·
+            layers · kv_heads · head_dim · (image tokens − 1) numbers of ``rollout_dtype``, besides
+            its prompt's: for Janus-Pro-1B in bfloat16 113 MB; with guidance twice as much. There
+            this memory stays allocated during the update. A layout's images are drawn together, so
+            the bound is at least ``group`` and ``gate_group``. The 64 images of an evaluation's
+            `quick_scores` are drawn at once all the same. A run may resume with another value.
         rollout_dtype: dtype of the weights that rollouts are drawn and grounded with: "float32",
             the trained weights themselves, or "bfloat16", a copy made before each rollout: on a GPU
             a decode step then reads half as much and uses the tensor cores, for 2 more bytes a
@@ -354,6 +362,7 @@ class CycleRLConfig:
     val_drawings: int = later(8, was=1)
     export: Literal["best", "last"] = later("best")
     order: Literal["epochs", "independent"] = later("epochs", was="independent")
+    draw_at_once: int | None = later(None)
 
     @property
     def truncated(self) -> bool:
@@ -382,6 +391,13 @@ class CycleRLConfig:
                 raise ValueError(
                     f"{name} = {every}; with updates = {self.updates} it must be a multiple of it, "
                     f"since a rollout cannot be repeated from weights that moved on"
+                )
+        for name in ("group", "gate_group"):
+            most = self.draw_at_once
+            if most is not None and most < (images := getattr(self, name)):
+                raise ValueError(
+                    f"draw_at_once = {most} with {name} = {images}: the images of a layout are "
+                    f"drawn together; set draw_at_once to {images} or more, or to none for all"
                 )
         if self.reward_boxes and self.policy != "image":
             raise ValueError(

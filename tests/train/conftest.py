@@ -73,14 +73,15 @@ def small_world(pmtp_run: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
 
 @pytest.fixture
 def rl_stage(pmtp_run: Path, loop: LoopConfig, small_world: None) -> Callable[..., CycleRLStage]:
-    """``rl_stage(wild, **settings)``: stage 3 in float32 on two layouts of four images; ``wild``:
-    with large random weights, whose distributions have peaks."""
+    """``rl_stage(wild, accumulate, **settings)``: stage 3 in float32 on two layouts of four images;
+    ``wild``: with large random weights, whose distributions have peaks."""
 
-    def build(wild: bool = True, **settings) -> CycleRLStage:
+    def build(wild: bool = True, accumulate: int = 1, **settings) -> CycleRLStage:
         chosen = {"scenes": 24, "batch": 2, "group": 4, "gate_scenes": 2, "gate_group": 2}
         chosen["val_drawings"] = 1
+        single = dataclasses.replace(loop, bf16=False, muon_lr=None, lr=1e-4)
         config = CycleRLConfig(
-            loop=dataclasses.replace(loop, bf16=False, muon_lr=None, lr=1e-4), **chosen | settings
+            loop=dataclasses.replace(single, accumulate=accumulate), **chosen | settings
         )
         start = load_start(pmtp_run, "djo", any_stage=True)
         if wild:

@@ -79,7 +79,7 @@ def djo(start: Path, loop: LoopConfig, **settings: Any) -> DJOStage:
 def rl(start: Path, loop: LoopConfig, **settings: Any) -> CycleRLStage:
     """Stage 3, both policies, with a reference."""
     small = {"scenes": 24, "batch": 2, "group": 3, "gate_scenes": 2, "gate_group": 2, "force": True}
-    config = CycleRLConfig(loop=loop, policy="both", normalise="token", **small, **settings)
+    config = CycleRLConfig(loop=loop, policy="both", normalise="token", **small | settings)
     begun = load_start(start, "djo", any_stage=True)
     begun.engine.transformer.initialise(0, std=0.2)
     return CycleRLStage(config, begun)
@@ -105,6 +105,7 @@ def stages(start: Path, parallel: str) -> dict[str, Any]:
         "djo": lambda: djo(start, short),
         "sampled": lambda: djo(start, short, prefix="sampled"),
         "rl": lambda: rl(start, averaged),
+        "rl parts": lambda: rl(start, dataclasses.replace(short, accumulate=2), batch=4),
         "lora": lambda: adapted(start, dataclasses.replace(short, lora=4, save_every=1)),
     }
 
@@ -168,9 +169,9 @@ def main(start: Path, out: Path) -> None:
     looked_at(out)
     for module, name, value in SMALL:
         setattr(module, name, value)
-    run_all(start, out / "ddp", "ddp", ("pmtp", "many", "djo", "rl"))
+    run_all(start, out / "ddp", "ddp", ("pmtp", "many", "djo", "rl", "rl parts"))
     broken(start, out / "ddp" / "broken")
-    run_all(start, out / "fsdp", "fsdp", ("pmtp", "many", "sampled", "rl", "lora"))
+    run_all(start, out / "fsdp", "fsdp", ("pmtp", "many", "sampled", "rl", "rl parts", "lora"))
     while not (out / "none" / "done").exists():  # by the test itself, beside these two
         time.sleep(0.05)
     resumed(start, out / "none" / "pmtp", out / "none-to-ddp", "ddp")

@@ -430,6 +430,8 @@ def test_a_model_with_boxes_as_text_is_refused(pmtp_run, loop) -> None:
             {"reward_boxes": 2, "policy": "both"},
             "reward_boxes = 2 with policy = 'both'.* set reward_boxes = 0, or policy = 'image'",
         ),
+        ({"draw_at_once": 7}, "draw_at_once = 7 with group = 8: .* set draw_at_once to 8 or more"),
+        ({"draw_at_once": 8, "gate_group": 9}, "draw_at_once = 8 with gate_group = 9"),
         ({"policy": "text"}, "policy = 'text'; choose 'image' or 'boxes' or 'both'"),
         ({"beta": -1.0}, "beta = -1"),
     ],

@@ -137,6 +137,24 @@ def test_backward_is_queued_before_the_device_is_waited_for(
     assert waited[-1:] == (["cpu"] if name == "djo sampled" else [])
 
 
+@pytest.mark.parametrize("policy", ["image", "both"])
+@pytest.mark.parametrize("credit", ["image", "object"])
+def test_a_part_is_packed_without_waiting_for_the_part_before_it(
+    pmtp_run, loop, policy, credit
+) -> None:
+    """What was drawn for all parts is brought back once."""
+    single = replace(loop, bf16=False, muon_lr=None, accumulate=2)
+    config = CycleRLConfig(
+        loop=single, scenes=24, batch=2, group=3, policy=policy, credit=credit, beta=0.0
+    )
+    with Machine():
+        stage = CycleRLStage(config, begin(pmtp_run, True))
+        stage._hold(0, 0, 2)
+        waited.clear()
+        stage._hold(0, 1, 2)
+        assert not waited
+
+
 @pytest.mark.parametrize("name", ["pmtp", "djo teacher"])
 def test_the_next_batch_is_made_before_the_device_is_waited_for(
     pmtp_run, loop, name, monkeypatch

@@ -122,8 +122,8 @@ def check_same(found: Path, wanted: Path, bound: float = BOUND) -> None:
 
 
 COMPARED = {
-    "ddp": ["pmtp", "many", "djo", "rl"],
-    "fsdp": ["pmtp", "many", "sampled", "rl", "lora"],
+    "ddp": ["pmtp", "many", "djo", "rl", "rl parts"],
+    "fsdp": ["pmtp", "many", "sampled", "rl", "rl parts", "lora"],
 }
 
 

@@ -7,12 +7,19 @@ import dataclasses
 import pytest
 import torch
 
+from echogen.engine.decoding.sampler import Sampling
+from echogen.engine.ranges import listening
 from echogen.train.config import DJOConfig, LoopConfig, PMTPConfig, VQConfig
+from echogen.train.run.checkpoint import StateError
+from echogen.train.run.dump import repeat_dump, write_dump
+from echogen.train.run.loop import run
 from echogen.train.stages.djo import DJOStage
 from echogen.train.stages.pmtp import PMTPStage
-from echogen.train.stages.shares import part_of_mean, places
+from echogen.train.stages.shares import part_of_mean, places, turns
 from echogen.train.stages.vq import build_vq
 from echogen.train.start import load_start
+
+from .runs import rows, run_in_parts
 
 BOUND = 2e-5
 """Of gradients and losses, relative, float32: parts are packed and summed in another order. Seen:
@@ -112,6 +119,117 @@ def test_an_image_is_drawn_with_the_same_noise_in_whatever_part(rl_stage) -> Non
         assert torch.equal(rollout.drawing.codes.view(2, 4, -1), drawn[part::2])
 
 
+class Drawings:
+    """How many images were drawn at once, for `listening`."""
+
+    def __init__(self) -> None:
+        self.sizes = list[int]()
+
+    def begin(self, category: str, payload: dict[str, int]) -> None:
+        if category == "engine/prefill":
+            self.sizes.append(payload["rows"])
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(("accumulate", "parts"), [(4, 4), (2, 4), (2, 2), (1, 4)])
+def test_a_process_draws_its_parts_together(rl_stage, accumulate, parts) -> None:
+    """With noise of their own; in whatever order they come, and with one padded to more objects."""
+    rl, whole, drawings = rl_stage(accumulate=accumulate, batch=4), rl_stage(batch=4), Drawings()
+    processes = parts // accumulate
+    for step in range(2):
+        drawn, drawings.sizes = whole._hold(step).rollout.drawing.codes.view(4, 4, -1), []
+        with listening(drawings):
+            for part in range(parts):
+                rollout = rl._hold(step, part, parts).rollout
+                assert rollout.layouts == whole.layouts(step)[part::parts]
+                found = rollout.drawing.codes.view(len(rollout.layouts), 4, -1)
+                assert torch.equal(found, drawn[part::parts])
+                most = max(len(y.objects) for y in rollout.layouts)
+                assert rollout.mask.shape[1] == rollout.score.iou.shape[2] == most
+        assert drawings.sizes == [16 // processes] * processes
+
+
+@pytest.mark.parametrize("most", [5, 12, 99])
+def test_no_more_images_are_drawn_at_once_than_allowed(rl_stage, most) -> None:
+    whole, drawings = rl_stage(batch=4, val_drawings=2), Drawings()
+    bound = rl_stage(batch=4, val_drawings=2, gate_scenes=5, force=True, draw_at_once=most)
+    held = whole._hold(0)
+    with listening(drawings):
+        found = bound._hold(0)
+        wanted = {5: [4] * 4, 12: [8] * 2, 99: [16]}
+        assert drawings.sizes == wanted[most]
+        bound.begin()
+        bound.engine.refresh()
+        evaluated = bound.evaluate()
+    assert max(drawings.sizes) <= most and drawings.sizes.count(4) >= 2
+    assert torch.equal(found.rollout.drawing.codes, held.rollout.drawing.codes)
+    torch.testing.assert_close(found.sampled, held.sampled)
+    assert torch.equal(found.credit.advantage, held.credit.advantage)
+    assert evaluated == pytest.approx(whole.evaluate(), rel=1e-4)
+
+
+def test_a_truncated_drawing_in_turns_keeps_its_cuts(rl_stage) -> None:
+    sampling = Sampling(cfg=3.0, top_k=9, top_p=0.8)
+    drawn = [
+        rl_stage(batch=3, beta=0.0, sampling=sampling, draw_at_once=most)._hold(0).rollout.drawing
+        for most in (4, None)
+    ]
+    for some, at_once in zip(*drawn, strict=True):
+        torch.testing.assert_close(some, at_once)
+
+
+RUNS = {
+    "image": {},
+    "both by object": {"credit": "object", "policy": "both", "normalise": "token"},
+    "two updates": {"updates": 2, "policy": "both"},
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_in_parts_is_the_run_of_whole_batches(tmp_path, rl_stage, name) -> None:
+    """And so is one that goes on in other parts, drawn in other turns."""
+
+    def made(accumulate: int, most: int | None = None, **more):
+        usual = {"batch": 4, "force": True, "draw_at_once": most}
+        return rl_stage(accumulate=accumulate, **usual | RUNS[name] | more)
+
+    whole = made(1)
+    run(whole, whole.config.loop, tmp_path / "whole")
+    parts, drawings = made(4), Drawings()
+    with listening(drawings):
+        run(parts, parts.config.loop, tmp_path / "parts")
+    assert drawings.sizes.count(16) == 6 // parts.config.updates
+    settings = iter([(1, None), (2, 8)])
+    fresh = lambda: made(*next(settings))  # noqa: E731
+    run_in_parts(fresh, whole.config.loop, tmp_path / "resumed", 3)
+    for folder in ("parts", "resumed"):
+        for found, wanted in zip(rows(tmp_path / folder), rows(tmp_path / "whole"), strict=True):
+            assert found == pytest.approx(wanted, rel=BOUND, abs=2e-6), folder
+    with pytest.raises(StateError, match=r"another run \(batch 4 → 8\)"):
+        run(made(1, batch=8), whole.config.loop, tmp_path / "whole", resume=True)
+
+
+def test_a_step_of_several_processes_is_repeated_as_they_drew_it(rl_stage, tmp_path) -> None:
+    """Which part breaks is no matter: the file describes all of them."""
+    rl, drawings = rl_stage(accumulate=2, batch=4, force=True), Drawings()
+    whole = rl_stage(batch=4)._hold(0).rollout
+    numbers, _ = gradients(rl, 0, 4)  # two processes, one after the other
+    told = rl.inputs(0)
+    assert list(told) == [f"part {part} of 4" for part in range(4)]
+    for part, inputs in enumerate(told.values()):
+        images = whole.drawing.codes.view(4, 4, -1)[part]
+        assert torch.equal(inputs["codes"], images)
+        torch.testing.assert_close(inputs["reward"][0], whole.score.reward[part])
+    write_dump(tmp_path, rl, 0, "broken", rl.module.state_dict(), told, 4)
+    again, config = rl_stage(accumulate=2, batch=4, force=True), rl.config.loop
+    with listening(drawings):
+        found = repeat_dump(again, config, tmp_path / "dump-step0.pt")
+    assert found.same_inputs and found.numbers == pytest.approx(numbers)
+    assert drawings.sizes == [8, 8]
+
+
 def test_what_cannot_be_shared_out_evenly_is_refused(loop, small_world) -> None:
     with pytest.raises(ValueError, match=r"batch = 4 .* 3 parts .* multiple of 3"):
         pmtp(loop).loss_part(0, 0, 3)
@@ -122,5 +240,7 @@ def test_what_cannot_be_shared_out_evenly_is_refused(loop, small_world) -> None:
 def test_places_are_every_nth_one_and_each_in_one_part() -> None:
     shared = [list(places("batch", 6, part, 3)) for part in range(3)]
     assert shared == [[0, 3], [1, 4], [2, 5]]
+    assert [list(turns(part, 6, 3)) for part in (0, 3)] == [[0, 2, 4], [1, 3, 5]]
+    assert list(turns(2, 3, 2)) == [2]  # of a run with another setting
     assert part_of_mean(torch.tensor(2.0), 3, 6) == 1
     assert part_of_mean(torch.tensor(2.0), 3, None) == 2

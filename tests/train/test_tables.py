@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from echogen.engine.cycle import score
 from echogen.engine.decoding.sampler import Sampling
 from echogen.engine.engine import Engine
 from echogen.engine.images.vision import encode_image, to_pixels
@@ -23,6 +24,7 @@ from echogen.train.eval.intervals import estimate
 from echogen.train.eval.judge import Detection, detect
 from echogen.train.eval.matching import class_ious
 from echogen.train.eval.tables import (
+    cycle_means,
     cycle_table,
     expressions_of,
     frechet_distance,
@@ -113,6 +115,27 @@ def test_what_the_judge_misses_may_be_found_all_the_same(
     assert table["missed_found"] == pytest.approx(sum(counts[::2]) / sum(counts))
     low, high = table["interval95"]["missed_found"]
     assert low < table["missed_found"] < high
+
+
+def test_training_is_told_what_the_table_says(
+    scenes: list[Scene], found: list[list[Detection]]
+) -> None:
+    """To the last bit, and without intervals."""
+    layouts, rng = layouts_of(scenes, 0), np.random.default_rng(0)
+    boxes = [
+        [tuple(np.clip(rng.normal(o.box, 0.1), 0, 1).tolist()) for o in layout.objects]
+        for layout in layouts
+    ]
+    for judged in (found, [own if i % 2 else [] for i, own in enumerate(found)]):
+        table = cycle_table(scenes, layouts, boxes, judged)
+        told = cycle_means(scenes, layouts, boxes, judged)
+        assert told.keys() == table.keys() - {"interval95"}
+        for name, value in told.items():
+            assert value == table[name] or (value != value and table[name] != table[name]), name
+    alone = [score(layout, [row]) for layout, row in zip(layouts, boxes, strict=True)]
+    for name, at in (("self_iou", 0), ("self_l1", 1)):
+        assert told[name] == np.concatenate([s[at][0].double().numpy() for s in alone]).mean()
+    assert told["reward"] == pytest.approx(np.mean([float(s[2][0]) for s in alone]), rel=1e-7)
 
 
 @torch.no_grad()

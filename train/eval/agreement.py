@@ -69,9 +69,10 @@ def self_agreement(
     boxes: int = 0,
     w_iou: float = 0.5,
     w_l1: float = 0.5,
+    at_once: int | None = None,
 ) -> Agreement:
     """Agreement of the self-reward with the judge's mean IoU on ``count`` validation layouts, each
-    drawn ``group`` times; ``boxes``: see `roll_out`."""
+    drawn ``group`` times; ``boxes``, ``at_once``: see `roll_out`."""
     scenes = load_scenes("val", count)
     layouts, reward, judged = layouts_of(scenes, 0), [], []
     for i in range(0, count, BATCH):
@@ -79,7 +80,7 @@ def self_agreement(
         draws = torch.arange(i * group, (i + len(some)) * group)
         rollout = roll_out(
             engine, some, group=group, sampling=sampling, key=key, draws=draws, boxes=boxes,
-            w_iou=w_iou, w_l1=w_l1,
+            w_iou=w_iou, w_l1=w_l1, at_once=at_once,
         )  # fmt: skip
         reward.append(rollout.score.reward.cpu().numpy())
         images = to_images(decode_codes(engine.vq, rollout.drawing.codes))

@@ -98,7 +98,8 @@ class Repeated:
 def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
     """Compute the step of a dump again, with its weights, which the stage then keeps; nothing is
     written or updated. The parts are those of the run, one after another in one process: with other
-    parts, a stage would draw other inputs in each.
+    parts, a stage would draw other inputs in each. In Cycle RL ``accumulate`` and ``draw_at_once``
+    should be the run's too: with others its inputs are the same only up to rounding.
 
     Raises:
         StateError: a file that is torn, not a dump, of another run, or whose weights do not match

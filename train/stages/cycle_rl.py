@@ -33,19 +33,19 @@ from echogen.train.data.shapes import Scene
 from echogen.train.data.source import ShapesWorld
 from echogen.train.eval.agreement import self_agreement
 from echogen.train.eval.judge import detect
-from echogen.train.eval.tables import cycle_table, layouts_of
+from echogen.train.eval.tables import cycle_means, layouts_of
 from echogen.train.lora import without_adapters
 from echogen.train.parallel.distributed import one_goes_first
 from echogen.train.parallel.whole import WholeEngine
 from echogen.train.run.loop import BeginRefused
 from echogen.train.stages import keys
 from echogen.train.stages.credit import Credit, by_image, by_object, object_tokens
-from echogen.train.stages.held import Held, Portion
+from echogen.train.stages.held import Held, Portion, Share
 from echogen.train.stages.order import picked
 from echogen.train.stages.passes import worth_logging
 from echogen.train.stages.rollouts import Rollout, roll_out, targets
 from echogen.train.stages.scoring import box_logprob, image_logprob
-from echogen.train.stages.shares import places
+from echogen.train.stages.shares import places, turns
 from echogen.train.stages.world import WorldStage
 from echogen.train.start import Start
 
@@ -85,6 +85,7 @@ class CycleRLStage(WorldStage):
         apart = config.beta and not self._base
         self._reference = copy.deepcopy(self.module).requires_grad_(False) if apart else None
         self.frozen = [] if self._reference is None else [self._reference]
+        self._shares: dict[tuple[int, int], Share] = {}  # by the first of their parts, and parts
         self._held: dict[tuple[int, int], Held] = {}
         with one_goes_first():
             real = config.layouts == "real"
@@ -136,13 +137,25 @@ class CycleRLStage(WorldStage):
     def _hold(self, step: int, part: int = 0, parts: int = 1) -> Held:
         """The rollout of a step's part: a new one every ``updates`` steps. A layout's images are
         all in the same part, and their noise does not depend on the part."""
-        c, index = self.config, step // self.config.updates
-        held = self._held.get((part, parts))
+        index, held = step // self.config.updates, self._held.get((part, parts))
         if held is not None and held.index == index:
             return held
-        assert step % c.updates == 0, "a run resumes where a rollout begins (see CycleRLConfig)"
+        first = step % self.config.updates == 0
+        assert first, "a run resumes where a rollout begins (see CycleRLConfig)"
+        share = self._share(index, part, parts)
+        with span("train/cycle-rl/data", step=step):
+            held = self._packed(share, part)
+        self._held[part, parts] = held
+        return held
+
+    def _share(self, index: int, part: int, parts: int) -> Share:
+        """The rollout of all parts that the process of a ``part`` takes, drawn for the first."""
+        c, mine = self.config, turns(part, parts, self.config.loop.accumulate)
+        found = self._shares.get((mine.start, parts))
+        if found is not None and found.index == index:
+            return found
         every = self.layouts(index)
-        here = places("batch", c.batch, part, parts)
+        here = [i for own in mine for i in places("batch", c.batch, own, parts)]
         draws = keys.draw_ids(index, c.batch * c.group).view(c.batch, c.group)
         rollout = roll_out(
             self.engine,
@@ -150,17 +163,17 @@ class CycleRLStage(WorldStage):
             group=c.group,
             sampling=c.sampling,
             key=self._key,
-            draws=draws[list(here)].flatten(),
+            draws=draws[here].flatten(),
             boxes=self.reward_boxes,
             w_iou=c.w_iou,
             w_l1=c.w_l1,
             mode=c.advantage,
+            at_once=c.draw_at_once,
         )
-        with span("train/cycle-rl/data", step=step):
-            held = self._packed(index, rollout)
-        held.portion = self._portion(rollout.layouts, every)
-        self._held[part, parts] = held
-        return held
+        codes, tokens = rollout.drawing.codes.cpu().numpy(), rollout.answers.tokens.cpu()
+        share = Share(index, mine, rollout, codes, tokens, self._sizes(every))
+        self._shares[mine.start, parts] = share
+        return share
 
     def _tokens(self, layouts: list[Layout]) -> Tensor:
         """Which of the policy's tokens belong to which object, see `object_tokens`."""
@@ -168,21 +181,16 @@ class CycleRLStage(WorldStage):
         grid = None if policy == "boxes" else (config.grid, config.grid)
         return object_tokens(*targets(layouts), grid, policy != "image")
 
-    def _portion(self, here: list[Layout], every: list[Layout]) -> Portion:
-        """The share of the step that the layouts of a part make up."""
+    def _sizes(self, layouts: list[Layout]) -> np.ndarray:
+        """How much of each item of `Portion` there is in one image of each layout."""
         image = self.module.config.image_tokens * (self.config.policy != "boxes")
-        box = 4 * (self.config.policy != "image")
-
-        def count(layouts: list[Layout]) -> np.ndarray:
-            boxes = np.array([len(y.objects) for y in layouts])
-            tokens = image + box * boxes
-            rows, row_tokens = (tokens > 0).sum(), tokens.sum()
-            if self.config.credit == "object":
-                whose = self._tokens(layouts)
-                rows, row_tokens = int(whose.any(-1).sum()), int(whose.sum())
-            return np.array([len(layouts), boxes.sum(), tokens.sum(), rows, row_tokens])
-
-        return Portion(*(count(here) / np.maximum(count(every), 1)).tolist())
+        boxes = np.array([len(y.objects) for y in layouts])
+        tokens = image + 4 * (self.config.policy != "image") * boxes
+        rows, row_tokens = (tokens > 0).sum(), tokens.sum()
+        if self.config.credit == "object":
+            whose = self._tokens(layouts)
+            rows, row_tokens = int(whose.any(-1).sum()), int(whose.sum())
+        return np.array([len(layouts), boxes.sum(), tokens.sum(), rows, row_tokens])
 
     def _credit(self, index: int, rollout: Rollout, mask: Tensor) -> Credit:
         c, score = self.config, rollout.score
@@ -191,10 +199,10 @@ class CycleRLStage(WorldStage):
         tokens, there = self._tokens(rollout.layouts), targets(rollout.layouts)[1]
         return by_object(score, tokens, there, c.w_iou, c.w_l1, c.advantage)
 
-    def _packed(self, index: int, rollout: Rollout) -> Held:
-        policy, group = self.config.policy, rollout.group
+    def _packed(self, share: Share, part: int) -> Held:
+        policy, (rollout, codes, tokens) = self.config.policy, share.of(part)
+        group = rollout.group
         repeated = [y for y in rollout.layouts for _ in range(group)]
-        codes = rollout.drawing.codes.cpu().numpy()
         drawn = unconditional = asked = None
         sampled, mask = [], []
         if policy != "boxes":
@@ -208,15 +216,17 @@ class CycleRLStage(WorldStage):
             sampled.append(rollout.drawing.logprob)
             mask.append(torch.ones_like(rollout.drawing.logprob, dtype=torch.bool))
         if policy != "image":
-            asked = self._questions(repeated, codes, rollout.answers.tokens)
+            asked = self._questions(repeated, codes, tokens)
             sampled.append(rollout.answers.logprob.flatten(1))
             each = rollout.mask.repeat_interleave(group, 0)
             mask.append(each.repeat_interleave(4, 1))
         every = torch.cat(mask, 1)
-        credit = self._credit(index, rollout, every)
+        credit = self._credit(share.index, rollout, every)
+        portion = Portion(*(self._sizes(rollout.layouts) / np.maximum(share.sizes, 1)).tolist())
         return Held(
-            index, rollout, drawn, unconditional, asked, torch.cat(sampled, 1), every, credit
-        )
+            share.index, rollout, drawn, unconditional, asked, torch.cat(sampled, 1), every, credit,
+            portion,
+        )  # fmt: skip
 
     def _sequences(self, prompts: list[list[int]], codes: np.ndarray) -> Batch:
         """L2I sequences of B prompts and the B·G images drawn from them. As many images as fit into
@@ -353,7 +363,7 @@ class CycleRLStage(WorldStage):
         key = keys.noise_key(c.loop.seed, keys.RL_JUDGED)
         found = self_agreement(
             self.engine, c.gate_scenes, c.gate_group, c.sampling, key, self.reward_boxes, c.w_iou,
-            c.w_l1,
+            c.w_l1, c.draw_at_once,
         )  # fmt: skip
         least = math.ceil(c.gate_scenes / 4)
         if found.groups < least and not c.force:
@@ -401,7 +411,7 @@ class CycleRLStage(WorldStage):
         for draws in torch.arange(c.val_drawings * len(layouts)).chunk(c.val_drawings):
             rollout = roll_out(
                 self.engine, layouts, group=1, sampling=c.sampling, key=key, draws=draws,
-                w_iou=c.w_iou, w_l1=c.w_l1,
+                w_iou=c.w_iou, w_l1=c.w_l1, at_once=c.draw_at_once,
             )  # fmt: skip
             rewards.append(rollout.score.reward)
             boxes += [
@@ -418,7 +428,7 @@ class CycleRLStage(WorldStage):
             for codes in torch.cat(drawn).split(DECODED)
             for image in to_images(decode_codes(self.vq, codes))
         ]
-        table = cycle_table(scenes * c.val_drawings, layouts * c.val_drawings, boxes, detected)
+        table = cycle_means(scenes * c.val_drawings, layouts * c.val_drawings, boxes, detected)
         # With the run's w_iou and w_l1; the table's reward has equal weights, for comparing models.
         values["reward"] = float(torch.cat(rewards).mean())
         values |= {name: table[name] for name in ("self_iou", "gap")}

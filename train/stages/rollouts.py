@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,6 +41,19 @@ class Rollout:
         """G, images per layout."""
         return len(self.drawing.codes) // len(self.layouts)
 
+    def of(self, first: int, end: int) -> Rollout:
+        """The rollout of layouts ``first`` to ``end`` − 1, as if they had been drawn alone: K is
+        the most objects among them."""
+        here = self.layouts[first:end]
+        images, most = slice(first * self.group, end * self.group), most_objects(here)
+        codes, logprob, kept = self.drawing
+        drawing = Drawing(codes[images], logprob[images], None if kept is None else kept[images])
+        answers = Answers(*(x[images, :most] for x in self.answers))
+        score = CycleReward(*(x[first:end] for x in self.score))
+        boxes, iou, l1 = (x[:, :, :most] for x in (score.boxes, score.iou, score.l1))
+        score = score._replace(boxes=boxes, iou=iou, l1=l1)
+        return Rollout(here, drawing, answers, self.mask[first:end, :most], score)
+
 
 def _expected(score: CycleReward, boxes: int) -> CycleReward:
     """Reduce a score of K·n answers, ``boxes`` = n to each of K questions, to the K questions: the
@@ -49,15 +63,52 @@ def _expected(score: CycleReward, boxes: int) -> CycleReward:
     return score._replace(iou=iou.mean(-1), l1=l1.mean(-1), boxes=box[:, :, :, 0])
 
 
+def most_objects(layouts: list[Layout]) -> int:
+    """K, the most objects of a layout."""
+    return max(len(y.objects) for y in layouts)
+
+
 def targets(layouts: list[Layout]) -> tuple[Tensor, Tensor]:
     """Target boxes, float32 [B, K, 4], and which of them exist, bool [B, K]."""
-    most = max(len(y.objects) for y in layouts)
+    most = most_objects(layouts)
     box, mask = torch.zeros(len(layouts), most, 4), torch.zeros(len(layouts), most, dtype=bool)  # type: ignore[call-overload]
     for b, layout in enumerate(layouts):
         count = len(layout.objects)
         box[b, :count] = torch.tensor([o.box for o in layout.objects])
         mask[b, :count] = True
     return box, mask
+
+
+def _drawn(
+    engine: Engine,
+    layouts: list[Layout],
+    group: int,
+    sampling: Sampling,
+    key: int,
+    draws: Tensor,
+    at_once: int | None,
+) -> Drawing:
+    """Draw G images of each layout, in turns of as equal size as whole layouts allow: a GPU records
+    its steps anew for every number of rows."""
+    turns = 1 if at_once is None else -(-len(layouts) // max(1, at_once // group))
+    drawn = [
+        draw(
+            engine,
+            [layouts[b] for b in some for _ in range(group)],
+            sampling,
+            key,
+            draws[some[0] * group : (some[-1] + 1) * group],
+        )
+        for some in np.array_split(np.arange(len(layouts)), turns)
+    ]
+    if len(drawn) == 1:
+        return drawn[0]
+    kept = [x.kept for x in drawn if x.kept is not None]
+    return Drawing(
+        torch.cat([x.codes for x in drawn]),
+        torch.cat([x.logprob for x in drawn]),
+        torch.cat(kept) if kept else None,
+    )
 
 
 def roll_out(
@@ -72,6 +123,7 @@ def roll_out(
     w_iou: float = 0.5,
     w_l1: float = 0.5,
     mode: Mode = "grpo",
+    at_once: int | None = None,
 ) -> Rollout:
     """Draw, ground and score with the engine's current weights.
 
@@ -89,6 +141,8 @@ def roll_out(
             L1 are their mean: an unbiased estimate of the expectation under the grounder's
             distribution.
         w_iou, w_l1, mode: see `cycle_reward`.
+        at_once: the most images that are drawn at once, G or more: the images of a layout stay
+            together. None: all. (Grounding divides itself, see `engine.ground`.)
     """
     # Without the trainer's autocast, so that the engine computes as it does for users.
     images = len(layouts) * group
@@ -97,10 +151,13 @@ def roll_out(
         torch.autocast(engine.device.type, enabled=False),
     ):
         engine.refresh()
-        repeated = [layout for layout in layouts for _ in range(group)]
-        drawing = draw(engine, repeated, sampling, key, draws)
+        drawing = _drawn(engine, layouts, group, sampling, key, draws, at_once)
         each = max(boxes, 1)
-        asked = [[o.expr for o in layout.objects for _ in range(each)] for layout in repeated]
+        asked = [
+            [o.expr for o in layout.objects for _ in range(each)]
+            for layout in layouts
+            for _ in range(group)
+        ]
         answers = ground(engine, drawing.codes, asked, (key, draws) if boxes else None)
         box, mask = (t.to(engine.device) for t in targets(layouts))
         target, there = (t.repeat_interleave(each, 1) for t in (box, mask))

@@ -26,6 +26,14 @@ def places(what: str, count: int, part: int, parts: int) -> range:
     return range(part, count, parts)
 
 
+def turns(part: int, parts: int, accumulate: int) -> range:
+    """The parts that the process of a ``part`` takes, one after another (see `Processes.shares`).
+    Where ``parts`` is no multiple of ``accumulate``, as when a step of another run is repeated, it
+    is that part alone."""
+    count = parts if parts % accumulate else parts // accumulate
+    return range(part % count, parts, count)
+
+
 def part_of_mean(mean: Tensor, count: int, total: int | None) -> Tensor:
     """Convert a mean over a part's ``count`` items into its contribution to the mean over the
     batch's ``total`` items. ``total`` None: the part is the whole batch."""

@@ -100,13 +100,15 @@ def resumable(stage: Stage, step: int) -> bool:
     return step % getattr(stage.config, "updates", 1) == 0
 
 
-HOW = ("parallel", "accumulate", "checkpoint_activations", "deterministic")
-"""Settings of the loop that change how a step is computed, but not what it computes."""
+HOW = ("parallel", "accumulate", "checkpoint_activations", "deterministic", "draw_at_once")
+"""Settings, of the loop or of a stage, that change how a step is computed, but not what it
+computes."""
 
 
 def settings(told: dict[str, Any]) -> dict[str, Any]:
     """The part of a configuration, as from `to_json`, that identifies a run: all but ``HOW``."""
-    return {**told, "loop": {k: v for k, v in told["loop"].items() if k not in HOW}}
+    kept = {k: v for k, v in told.items() if k not in HOW}
+    return {**kept, "loop": {k: v for k, v in told["loop"].items() if k not in HOW}}
 
 
 def identity(stage: Stage) -> dict[str, str]:
