@@ -103,7 +103,7 @@ def measure(
                 HTTP: over_http,
             }
             _check(ways, layouts[0], seed)
-            counts = sorted({*clients})
+            counts = sorted({*clients} - {1}) or [1]  # among others, one client is ``alone``
             done, total = itertools.count(1), images + repeats * len(counts)
             after = (lambda: progress(next(done), total)) if progress else lambda: None
             alone: dict[str, list[float]] = {name: [] for name in ways}

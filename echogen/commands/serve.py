@@ -161,12 +161,12 @@ class Serve:
 
 
 def _logging() -> dict[str, Any]:
-    """Return uvicorn's own logging, with the time, and with the service's log beside it."""
+    """Return uvicorn's own logging, with the time, and with EchoGen's beside it."""
     import uvicorn
 
     config = copy.deepcopy(uvicorn.config.LOGGING_CONFIG)
     config["formatters"]["default"]["fmt"] = "%(asctime)s %(levelprefix)s %(message)s"
-    config["loggers"]["echogen.http"] = {
+    config["loggers"]["echogen"] = {
         "handlers": ["default"], "level": "INFO", "propagate": False
     }  # fmt: skip
     return config

@@ -68,7 +68,8 @@ class RunOptions:
     batch: int | None = None
     """Samples per step over all processes (cycle-rl: layouts), instead of the recipe's."""
     accumulate: int | None = None
-    """Parts to split each step's batch into: less memory, the same step."""
+    """Parts to split each step's batch into: less memory, the same step. (In cycle-rl they share
+    one drawing, whose memory --set draw_at_once=N bounds.)"""
     checkpoint_activations: bool = False
     """Recompute each decoder block in the backward pass, to save memory (not for vq)."""
     ema: float | None = None
@@ -86,7 +87,8 @@ class RunOptions:
     assign: Set = ()
     """Any other setting, such as loop.seed=1 (`train settings STAGE` lists them); repeatable."""
     resume: bool = False
-    """Continue the run in --out from its last checkpoint, with the settings it began with."""
+    """Continue the run in --out from its last checkpoint, with the settings it began with (but for
+    those that only change how a step is computed)."""
     repeat: Annotated[Path | None, tyro.conf.arg(metavar="DUMP")] = None
     """Recompute the step in a dump-stepN.pt of a run with these settings; write nothing."""
     json: Json = False

@@ -1,5 +1,5 @@
 """Drawing on a CPU with PyTorch's operations: the transformer's weights laid out for them, and a
-step made of few of them. This is for bfloat16, for large models on very many threads, and for
+step made of few of them. This is for bfloat16, for large models on many threads, and for
 machines without a compiler; `echogen.engine.cpu.native` draws the others.
 
 Making a view costs as much as using it, so buffers and their views are made once per drawing, and

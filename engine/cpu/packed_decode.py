@@ -202,8 +202,8 @@ class PackedWindows(PackedDecoding):
     has a weight of exactly 0. Windows of one code are therefore sequential decoding in the same
     arithmetic: in bfloat16 that of `PackedDecoding`, which in float32 rounds differently. All this
     was observed, not promised (AMD EPYC, Zen 5, torch 2.13). Where a library's rounding of a row
-    depends on its neighbours, as in torch 2.11 in float32 among 16 or more rows, codes are the same
-    except those within rounding.
+    depends on its neighbours, as in torch 2.11 in float32 among 16 or more rows, or in bfloat16 on
+    a CPU with AMX, codes are the same except those within rounding.
     """
 
     def __init__(

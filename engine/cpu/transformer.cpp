@@ -8,7 +8,7 @@
 //
 // A token's numbers are summed in one order whatever else is in the call: products run down the
 // inputs one by one, attention from the first key to the last. So a code has the same logits, to the
-// last bit, drawn alone or in a crowd, in a step of one code or of sixteen, by one thread or by two.
+// last bit, drawn alone or in a crowd, in a step of one code or of sixteen, by one thread or by many.
 //
 // Threads share a call in one of two ways. Each takes some of the rows and runs them alone; nobody
 // waits, but each reads all the weights. Or all run all rows together, and each computes some outputs

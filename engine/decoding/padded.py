@@ -16,7 +16,7 @@ def run_padded(
     model: UnifiedTransformer, table: Tensor, prompts: Sequence[Sequence[int]]
 ) -> tuple[Tensor, Tensor]:
     """Run prompts padded on the right, where causal attention never looks: no mask is needed, and
-    what a prompt leaves does not depend on its pads.
+    what a prompt leaves does not depend on what its pads hold.
 
     Args:
         model: runs them.

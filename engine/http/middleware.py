@@ -148,7 +148,8 @@ class Watched:
         route = path if path in known else "other"
         self._exposition.seconds.labels(route, str(status)).observe(took)
         level = logging.DEBUG if path in PROBES and status < 400 else logging.INFO
-        client = (scope.get("client") or ("-",))[0]
+        # Behind a proxy on this machine, uvicorn takes it from a header that clients may send too.
+        client = quote((scope.get("client") or ("-",))[0], safe=":.-")
         log.log(level, "%s %s %s %d %.3f s %s", client, method, quote(path), status, took, name)
 
 

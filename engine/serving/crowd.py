@@ -149,9 +149,9 @@ CHOICES = (Choice(), *(Choice(False, k, nucleus) for k in (0, 1) for nucleus in 
 
 def warm_up(logits: Tensor, on_operators: bool) -> None:
     """Compile what draws codes, for requests of every kind, from logits [R, V] of any step.
-    Otherwise all requests would wait at the first one of a kind: the ten kernels take one second of
-    a CPU each (for sm_90; 10 s in all), and the C++ that makes noise on a CPU takes two. Both are
-    kept on disk for later starts."""
+    Otherwise all requests would wait at the first one of a kind: for seconds, while ten kernels are
+    compiled on a GPU, or on a CPU the C++ that makes noise. Both are kept on disk for later
+    starts."""
     numbers = torch.zeros(1, dtype=torch.int64, device=logits.device)
     if not on_operators:
         gumbel_noise(0, numbers, numbers, 1)

@@ -22,7 +22,7 @@ def result():
     found = http.measure(
         "tiny", 3, (2, 1, 2), 2, progress=lambda done, total: seen.append((done, total))
     )
-    assert seen == [(n, 7) for n in range(1, 8)]
+    assert seen == [(n, 5) for n in range(1, 6)]
     return found
 
 

@@ -340,8 +340,10 @@ def test_what_clients_make_up_leaves_no_lines_of_its_own_in_the_log(client, capl
     for name in ("a b", "é", "x" * 129, ""):
         found = client.ask("GET", "/a%0a%e9b", X_Request_ID=name)
         assert re.fullmatch("[0-9a-f]{32}", found.headers["x-request-id"])
-    lines = logged(client, caplog, " /a", 4)
+    client.ask("GET", "/a", X_Forwarded_For="9.9.9.9 GET /admin 200 0.001 s abc")
+    lines = logged(client, caplog, " /a", 5)
     assert all(line.isascii() and "\n" not in line for line in lines)
+    assert not any("GET /admin" in line for line in lines)
 
 
 def test_probes_do_not_fill_the_log(client, caplog):

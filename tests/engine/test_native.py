@@ -421,14 +421,12 @@ def test_other_types_go_through_pytorch(tiny):
     assert "bfloat16 on cpu" in str(why_not_native(copy.deepcopy(tiny.transformer).bfloat16()))
 
 
-def test_a_large_model_goes_through_pytorch_where_threads_would_be_idle(tiny, threads, monkeypatch):
+def test_a_large_model_on_many_threads_goes_through_pytorch(tiny, threads, monkeypatch):
     monkeypatch.setattr("echogen.engine.cpu.native.CACHED_BYTES", 1 << 20)
     threads(2)
     assert why_not_native(tiny.transformer) is None
-    threads(65)
-    assert "divided among at most" in str(why_not_native(tiny.transformer))
-    monkeypatch.undo()
-    assert why_not_native(tiny.transformer) is None
+    threads(3)
+    assert "more than the 1 a cache may hold" in str(why_not_native(tiny.transformer))
 
 
 @torch.inference_mode()
@@ -445,9 +443,11 @@ def test_threads_that_share_products_change_no_bit(model, threads, monkeypatch):
         first = decoding.prefill()
         return torch.cat((first[:, None], decoding.window(codes, [0] * len(prompts))), 1)
 
+    if not loader.library("transformer").echogen_threaded():
+        pytest.skip("there is one thread here")
     threads(1)
     wanted = drawn()
     monkeypatch.setattr("echogen.engine.cpu.native.CACHED_BYTES", 0)
-    for count in (1, 2, 3, 7):
+    for count in (1, 2, 3, *[7] * 20):  # many times, as a meeting that is missing rarely shows
         threads(count)
         assert torch.equal(drawn(), wanted)

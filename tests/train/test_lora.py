@@ -165,7 +165,7 @@ def test_files_hold_the_adapters_alone(tmp_path, rl_stage, pmtp_run) -> None:
 
     def build() -> CycleRLStage:
         stage = CycleRLStage(config, load_start(pmtp_run, "djo", any_stage=True))
-        validated = iter((2.0, 1.0, 0.0))
+        validated = iter((1.5, 2.0, 1.0, 0.0))
         stage.evaluate = lambda: {"cycle_iou": next(validated)}
         return stage
 

@@ -170,6 +170,16 @@ def test_no_more_images_are_drawn_at_once_than_allowed(rl_stage, most) -> None:
     assert evaluated == pytest.approx(whole.evaluate(), rel=1e-4)
 
 
+def test_memory_that_drawing_lacks_names_the_setting(rl_stage, monkeypatch) -> None:
+    def draw(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("echogen.train.stages.rollouts.draw", draw)
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        rl_stage(batch=4).loss(0)
+    assert "images were drawn at once; set draw_at_once" in raised.value.__notes__[0]
+
+
 def test_a_truncated_drawing_in_turns_keeps_its_cuts(rl_stage) -> None:
     sampling = Sampling(cfg=3.0, top_k=9, top_p=0.8)
     drawn = [
@@ -223,7 +233,7 @@ def test_a_step_of_several_processes_is_repeated_as_they_drew_it(rl_stage, tmp_p
         assert torch.equal(inputs["codes"], images)
         torch.testing.assert_close(inputs["reward"][0], whole.score.reward[part])
     write_dump(tmp_path, rl, 0, "broken", rl.module.state_dict(), told, 4)
-    again, config = rl_stage(accumulate=2, batch=4, force=True), rl.config.loop
+    again, config = rl_stage(batch=4, force=True), rl.config.loop  # the file says how it was drawn
     with listening(drawings):
         found = repeat_dump(again, config, tmp_path / "dump-step0.pt")
     assert found.same_inputs and found.numbers == pytest.approx(numbers)

@@ -43,7 +43,8 @@ def write_dump(
 
     It holds: ``stage`` and ``config`` of the run, ``step``, the ``error``, the module's ``weights``
     before the step, whole, and their ``fingerprint``, the ``inputs`` of the loss in all processes,
-    and the number of ``parts`` (processes × accumulate) in which they processed the batch. Like a
+    and the number of ``parts`` (processes × accumulate) in which they processed the batch, with the
+    settings that say which of them were drawn at once. Like a
     state it leaves out frozen weights of the model that the run starts from, whose fingerprint is
     in the ``config``.
     """
@@ -56,6 +57,8 @@ def write_dump(
         "fingerprint": fingerprint(weights),
         "inputs": inputs,
         "parts": parts,
+        "accumulate": stage.config.loop.accumulate,
+        "draw_at_once": getattr(stage.config, "draw_at_once", None),
     }
     save_state(path, found)
     return path
@@ -98,8 +101,8 @@ class Repeated:
 def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
     """Compute the step of a dump again, with its weights, which the stage then keeps; nothing is
     written or updated. The parts are those of the run, one after another in one process: with other
-    parts, a stage would draw other inputs in each. In Cycle RL ``accumulate`` and ``draw_at_once``
-    should be the run's too: with others its inputs are the same only up to rounding.
+    parts, a stage would draw other inputs in each. Those that a process of the run drew at once are
+    drawn at once here, as others would be the same only up to rounding.
 
     Raises:
         StateError: a file that is torn, not a dump, of another run, or whose weights do not match
@@ -126,6 +129,7 @@ def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
     trained = [p for p in named.values() if p.requires_grad]
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    _draw_as_in(found, stage)
     config = replace(config, accumulate=found.get("parts", config.accumulate))
     check(stage, config, Processes())
     with only_deterministic(config.deterministic):
@@ -140,6 +144,16 @@ def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
         weights=[n for n, p in named.items() if not _finite(p)],
         same_inputs=_same(found["inputs"], inputs_of(stage, step)),
     )
+
+
+def _draw_as_in(found: dict[str, Any], stage: Any) -> None:
+    """Give a stage a dump's settings of what is drawn at once."""
+    if "accumulate" in found:  # older ones do not say
+        loop = replace(stage.config.loop, accumulate=found["accumulate"])
+        stage.config = replace(stage.config, loop=loop)
+    if hasattr(stage.config, "draw_at_once"):
+        at_once = found.get("draw_at_once", stage.config.draw_at_once)
+        stage.config = replace(stage.config, draw_at_once=at_once)
 
 
 def _finite(x: Tensor) -> bool:

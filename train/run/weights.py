@@ -56,8 +56,7 @@ def check_fits(
     told = [f"{how} {_first(names)}" for how, names in cases.items() if names]
     if told:
         raise StateError(
-            f"{what} {', '.join(told)}; another version of EchoGen or peft wrote it: use that one, "
-            f"or name another --out"
+            f"{what} {', '.join(told)}; another version of EchoGen or peft wrote it: use that one"
         )
 
 

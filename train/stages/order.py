@@ -51,6 +51,5 @@ def picked(
 
 @lru_cache(maxsize=2)  # a batch that crosses the end of an epoch is made once for each of its parts
 def _shuffled(seed: int, use: int, epoch: int, count: int) -> np.ndarray:
-    """The order of an epoch, int64 [count]. For ten million samples it takes two seconds and 80
-    MB."""
+    """The order of an epoch, int64 [count]."""
     return keys.generator(seed, use, epoch).permutation(count)

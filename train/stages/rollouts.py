@@ -91,16 +91,15 @@ def _drawn(
     """Draw G images of each layout, in turns of as equal size as whole layouts allow: a GPU records
     its steps anew for every number of rows."""
     turns = 1 if at_once is None else -(-len(layouts) // max(1, at_once // group))
-    drawn = [
-        draw(
-            engine,
-            [layouts[b] for b in some for _ in range(group)],
-            sampling,
-            key,
-            draws[some[0] * group : (some[-1] + 1) * group],
-        )
-        for some in np.array_split(np.arange(len(layouts)), turns)
-    ]
+    drawn = list[Drawing]()
+    for some in np.array_split(np.arange(len(layouts)), turns):
+        asked = [layouts[b] for b in some for _ in range(group)]
+        try:
+            mine = draws[some[0] * group : (some[-1] + 1) * group]
+            drawn.append(draw(engine, asked, sampling, key, mine))
+        except torch.OutOfMemoryError as error:
+            error.add_note(f"{len(asked)} images were drawn at once; set draw_at_once below that")
+            raise
     if len(drawn) == 1:
         return drawn[0]
     kept = [x.kept for x in drawn if x.kept is not None]
