@@ -31,14 +31,14 @@ CACHED_BYTES = 64 << 20
 """Most bytes of layers and image head that a CPU's caches may hold. Threads divide the rows of a
 smaller model's step among themselves, and wait for each other only at its end. A larger model's
 weights come from memory at every step, so its threads divide every product and read them once. For
-one row of a model of 110 million parameters two threads then take 0.6 of one's time (an Intel
-Xeon; `echogen bench engine --mode latency --model random:100m --cfg 1 --peer none`, with
+one row of a model of 110 million parameters two threads then take half of one's time (an Intel Xeon
+with AMX; `echogen bench engine --mode latency --model random:100m --cfg 1 --peer none`, with
 ``--threads`` 1 and 2). A small model's threads would wait for each other every few microseconds,
 and its steps would take milliseconds whenever another process has one of their cores."""
 FEW_THREADS = 2
-"""On up to this many threads such a model is drawn here, 1.6 times as fast as by PyTorch's
-operations (two rows, the same machine; the command above, with ``--threads 2`` and both values of
-ECHOGEN_NATIVE). More have not been measured."""
+"""On up to this many threads such a model is drawn here, 1.7 times as fast as by PyTorch's
+operations (the command above with ``--threads 2`` and both values of ECHOGEN_NATIVE). More have not
+been measured."""
 THREAD_TOKENS = 4
 """Least number of tokens per thread of a small model: from there on a further thread pays. A step
 of 8 rows of the bundled model takes 1.20 ms on two threads and 1.38 ms on one, with
