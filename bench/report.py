@@ -32,23 +32,24 @@ class ReportError(ValueError):
 
 def section(results: Path = RESULTS) -> str:
     """Return the tables as Markdown, without their marks."""
-    gpu = results / "gpu"
-    here = (
-        engine(_read(results, "engine-*.json")),
-        drawing(_read(results, "latency-*.json") + _read(results, "rollout-*.json")),
-        jacobi(_read(results, "jacobi-*.json")),
-        windows(_read(results, "window-*.json")),
-        training(_read(results, "train-*.json")),
-        memory(_read(results, "memory.json")),
-    )
-    there = (
-        drawing(_read(gpu, "latency-*.json") + _read(gpu, "rollout-*.json")),
-        windows(_read(gpu, "window-*.json")),
-        training(_read(gpu, "train-*.json")),
-        kernels(_read(gpu, "kernels.json") + _read(gpu, "kernels-*.json")),
-    )
-    on_gpu = [part.on_a_gpu() for part in there if part] or [NO_GPU]
-    return indexed([*(part for part in here if part), *on_gpu])
+    gpu, xeon = results / "gpu", results / "xeon"
+    here = [*_speeds(results), memory(_read(results, "memory.json"))]
+    on_gpu = [*_speeds(gpu), kernels(_read(gpu, "kernels.json") + _read(gpu, "kernels-*.json"))]
+    parts = [part for part in here if part]
+    parts += [part.on("an Intel Xeon") for part in _speeds(xeon) if part]
+    parts += [part.on("a GPU") for part in on_gpu if part] or [NO_GPU]
+    return indexed(parts)
+
+
+def _speeds(folder: Path) -> list[Part | None]:
+    """The answers from one machine's results."""
+    return [
+        engine(_read(folder, "engine-*.json")),
+        drawing(_read(folder, "latency-*.json") + _read(folder, "rollout-*.json")),
+        jacobi(_read(folder, "jacobi-*.json")),
+        windows(_read(folder, "window-*.json")),
+        training(_read(folder, "train-*.json")),
+    ]
 
 
 def placed(page: str, text: str) -> str:

@@ -30,9 +30,9 @@ class Part:
     notes: Sequence[str] = ()
     left_out: Sequence[str] = ()
 
-    def on_a_gpu(self) -> Part:
-        """Return the same question for a GPU."""
-        return replace(self, question=f"{self.question.removesuffix('?')} on a GPU?")
+    def on(self, machine: str) -> Part:
+        """Return the same question for another machine, such as "a GPU"."""
+        return replace(self, question=f"{self.question.removesuffix('?')} on {machine}?")
 
     def markdown(self) -> str:
         """Heading, text, table, and the lists below it."""

@@ -180,6 +180,18 @@ def test_a_gpu_changes_what_is_said(tmp_path):
     assert "| janus_pro_1b, bfloat16 | 1, 5 | 2.50 | 0.70 | 2600 | 81 (memory) | 300 |  |" in text
 
 
+def test_each_machine_has_tables_of_its_own(tmp_path):
+    (tmp_path / "xeon").mkdir()
+    record = json.loads((report.RESULTS / "engine-tiny-cpu.json").read_text())
+    (tmp_path / "engine-tiny-cpu.json").write_text(json.dumps(record | {"ratio": 9.0}))
+    slower = record | {"ratio": 4.0, "cpu": "Xeon"}
+    (tmp_path / "xeon" / "engine-tiny-cpu.json").write_text(json.dumps(slower))
+    first, second = report.section(tmp_path).split("### How fast is drawing")[1:]
+    assert "| 9.00 |" in first and "cores of Xeon" not in first
+    assert second.startswith(", against the transformers port on an Intel Xeon?")
+    assert "| 4.00 |" in second and "cores of Xeon" in second
+
+
 def test_what_cannot_be_placed_or_read_is_refused(tmp_path):
     with pytest.raises(report.ReportError, match="lacks the marks"):
         report.placed("no marks here", "text")
