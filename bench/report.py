@@ -33,20 +33,20 @@ class ReportError(ValueError):
 def section(results: Path = RESULTS) -> str:
     """Return the tables as Markdown, without their marks."""
     gpu, xeon = results / "gpu", results / "xeon"
-    here = [*_speeds(results), memory(_read(results, "memory.json"))]
-    on_gpu = [*_speeds(gpu), kernels(_read(gpu, "kernels.json") + _read(gpu, "kernels-*.json"))]
-    parts = [part for part in here if part]
-    parts += [part.on("an Intel Xeon") for part in _speeds(xeon) if part]
-    parts += [part.on("a GPU") for part in on_gpu if part] or [NO_GPU]
+    port = [engine(_read(folder, "engine-*.json")) for folder in (results, xeon)]
+    operators = kernels(_read(gpu, "kernels.json") + _read(gpu, "kernels-*.json"))
+    drawn, *others = _speeds(results)
+    several, saved = jacobi(_read(results, "jacobi-*.json")), memory(_read(results, "memory.json"))
+    parts = [part for part in (port[0], drawn, several, *others, saved) if part]
+    parts += [part.on("an Intel Xeon") for part in (port[1], *_speeds(xeon)) if part]
+    parts += [part.on("a GPU") for part in (*_speeds(gpu), operators) if part] or [NO_GPU]
     return indexed(parts)
 
 
 def _speeds(folder: Path) -> list[Part | None]:
-    """The answers from one machine's results."""
+    """What one machine's results say of drawing and of training."""
     return [
-        engine(_read(folder, "engine-*.json")),
         drawing(_read(folder, "latency-*.json") + _read(folder, "rollout-*.json")),
-        jacobi(_read(folder, "jacobi-*.json")),
         windows(_read(folder, "window-*.json")),
         training(_read(folder, "train-*.json")),
     ]

@@ -32,7 +32,8 @@ class Part:
 
     def on(self, machine: str) -> Part:
         """Return the same question for another machine, such as "a GPU"."""
-        return replace(self, question=f"{self.question.removesuffix('?')} on {machine}?")
+        question = self.question[0].lower() + self.question[1:]
+        return replace(self, question=f"On {machine}: {question}")
 
     def markdown(self) -> str:
         """Heading, text, table, and the lists below it."""

@@ -37,8 +37,8 @@ with AMX; `echogen bench engine --mode latency --model random:100m --cfg 1 --pee
 and its steps would take milliseconds whenever another process has one of their cores."""
 FEW_THREADS = 2
 """On up to this many threads such a model is drawn here, 1.7 times as fast as by PyTorch's
-operations (the command above with ``--threads 2`` and both values of ECHOGEN_NATIVE). More have not
-been measured."""
+operations (the same Xeon; the command above with ``--threads 2`` and both values of
+ECHOGEN_NATIVE). More have not been measured."""
 THREAD_TOKENS = 4
 """Least number of tokens per thread of a small model: from there on a further thread pays. A step
 of 8 rows of the bundled model takes 1.20 ms on two threads and 1.38 ms on one, with

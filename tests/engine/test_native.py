@@ -427,6 +427,8 @@ def test_a_large_model_on_many_threads_goes_through_pytorch(tiny, threads, monke
     assert why_not_native(tiny.transformer) is None
     threads(3)
     assert "more than the 1 a cache may hold" in str(why_not_native(tiny.transformer))
+    monkeypatch.undo()
+    assert why_not_native(tiny.transformer) is None
 
 
 @torch.inference_mode()

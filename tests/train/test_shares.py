@@ -238,6 +238,12 @@ def test_a_step_of_several_processes_is_repeated_as_they_drew_it(rl_stage, tmp_p
         found = repeat_dump(again, config, tmp_path / "dump-step0.pt")
     assert found.same_inputs and found.numbers == pytest.approx(numbers)
     assert drawings.sizes == [8, 8]
+    drawings.sizes.clear()  # with less memory than the run had
+    with listening(drawings):
+        repeat_dump(
+            rl_stage(batch=4, force=True, draw_at_once=4), config, tmp_path / "dump-step0.pt"
+        )
+    assert drawings.sizes == [4] * 4
 
 
 def test_what_cannot_be_shared_out_evenly_is_refused(loop, small_world) -> None:

@@ -44,9 +44,8 @@ def write_dump(
     It holds: ``stage`` and ``config`` of the run, ``step``, the ``error``, the module's ``weights``
     before the step, whole, and their ``fingerprint``, the ``inputs`` of the loss in all processes,
     and the number of ``parts`` (processes × accumulate) in which they processed the batch, with the
-    settings that say which of them were drawn at once. Like a
-    state it leaves out frozen weights of the model that the run starts from, whose fingerprint is
-    in the ``config``.
+    settings that say which of them were drawn at once. Like a state it leaves out frozen weights of
+    the model that the run starts from, whose fingerprint is in the ``config``.
     """
     path = folder / f"dump-step{step}.pt"
     found = {
@@ -147,13 +146,13 @@ def repeat_dump(stage: Stage, config: LoopConfig, path: Path) -> Repeated:
 
 
 def _draw_as_in(found: dict[str, Any], stage: Any) -> None:
-    """Give a stage a dump's settings of what is drawn at once."""
+    """Give a stage a dump's settings of what is drawn at once. A bound of its own stays: there may
+    be less memory here."""
     if "accumulate" in found:  # older ones do not say
         loop = replace(stage.config.loop, accumulate=found["accumulate"])
         stage.config = replace(stage.config, loop=loop)
-    if hasattr(stage.config, "draw_at_once"):
-        at_once = found.get("draw_at_once", stage.config.draw_at_once)
-        stage.config = replace(stage.config, draw_at_once=at_once)
+    if getattr(stage.config, "draw_at_once", 0) is None:
+        stage.config = replace(stage.config, draw_at_once=found.get("draw_at_once"))
 
 
 def _finite(x: Tensor) -> bool:

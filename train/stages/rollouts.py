@@ -98,7 +98,10 @@ def _drawn(
             mine = draws[some[0] * group : (some[-1] + 1) * group]
             drawn.append(draw(engine, asked, sampling, key, mine))
         except torch.OutOfMemoryError as error:
-            error.add_note(f"{len(asked)} images were drawn at once; set draw_at_once below that")
+            if len(some) > 1:  # one layout's images cannot be divided
+                error.add_note(
+                    f"{len(asked)} images were drawn at once; set draw_at_once below that"
+                )
             raise
     if len(drawn) == 1:
         return drawn[0]
