@@ -259,8 +259,10 @@ def _fake_loss(
     ref_logp: Tensor | None, sampled_logp: Tensor | None, clip_low: float, clip_high: float,
     beta: float, cap: float, normalise: str, max_tokens: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    scalars = [logp.new_empty((), dtype=wide_type(logp.dtype)) for _ in range(4)]
-    return *scalars, logp.new_empty(logp.shape[0], dtype=wide_type(logp.dtype))  # type: ignore[return-value]
+    def made(*shape: int) -> Tensor:
+        return logp.new_empty(shape, dtype=wide_type(logp.dtype))
+
+    return made(), made(), made(), made(), made(logp.shape[0])
 
 
 @_grpo_loss_backward.register_fake

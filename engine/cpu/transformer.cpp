@@ -55,8 +55,8 @@ constexpr int LANES = 4, TILE = 2;
 constexpr int WIDE = 4, BLOCK = LANES * WIDE;  // outputs
 // Rows of a block of weights to ask for ahead of time, 16 KiB with AVX-512. A step of 2 rows of a model
 // of 110 million parameters takes 0.92 of the time without, of 8 rows 0.82; one row alone took 1.07
-// times as long, so it goes without (two threads of an Intel Xeon with AMX;
-// other processors have not been measured).
+// times as long, so it goes without (two threads of an Intel Xeon with AMX; other processors have not
+// been measured).
 constexpr int AHEAD = 64;
 
 typedef float Vector __attribute__((vector_size(4 * LANES)));

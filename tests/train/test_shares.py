@@ -212,8 +212,7 @@ def test_a_run_in_parts_is_the_run_of_whole_batches(tmp_path, rl_stage, name) ->
         run(parts, parts.config.loop, tmp_path / "parts")
     assert drawings.sizes.count(16) == 6 // parts.config.updates
     settings = iter([(1, None), (2, 8)])
-    fresh = lambda: made(*next(settings))  # noqa: E731
-    run_in_parts(fresh, whole.config.loop, tmp_path / "resumed", 3)
+    run_in_parts(lambda: made(*next(settings)), whole.config.loop, tmp_path / "resumed", 3)
     for folder in ("parts", "resumed"):
         for found, wanted in zip(rows(tmp_path / folder), rows(tmp_path / "whole"), strict=True):
             assert found == pytest.approx(wanted, rel=BOUND, abs=2e-6), folder

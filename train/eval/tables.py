@@ -235,36 +235,15 @@ def cycle_table(
     layouts: list[Layout],
     boxes: list[list[Box]],
     found: list[list[Detection]],
+    intervals: bool = True,
 ) -> dict[str, Any]:
-    """Self-judged IoU, L1 and reward of generated images, the judge's IoU, and the signed gap.
+    """Self-judged IoU, L1 and reward of generated images, the judge's IoU, and the signed gap; with
+    95% ``intervals``, which evaluations during training leave out.
 
     ``missed_found`` shows what the reward is blind to: of the objects that the judge does not find
     at IoU 0.5, with their colour and shape, the share that the model itself finds (NaN: there are
     none).
     """
-    table = _with_intervals(_cycle_values(scenes, layouts, boxes, found))
-    table.setdefault("missed_found", float("nan"))
-    return table
-
-
-def cycle_means(
-    scenes: list[Scene],
-    layouts: list[Layout],
-    boxes: list[list[Box]],
-    found: list[list[Detection]],
-) -> dict[str, float]:
-    """The numbers of `cycle_table` without their intervals, for evaluations during training."""
-    values = _cycle_values(scenes, layouts, boxes, found)
-    return {"missed_found": float("nan")} | {name: mean(v) for name, v in values.items()}
-
-
-def _cycle_values(
-    scenes: list[Scene],
-    layouts: list[Layout],
-    boxes: list[list[Box]],
-    found: list[list[Detection]],
-) -> dict[str, list[np.ndarray]]:
-    """Every number of `cycle_table` of each image's objects, or of the image."""
     # One call for all images: one for each would be most of the time of an evaluation's table.
     target, there = targets(layouts)
     rows = pad_sequence([torch.tensor(row) for row in boxes], batch_first=True)
@@ -284,4 +263,8 @@ def _cycle_values(
         "gap": [a - b for a, b in zip(self_iou, judged, strict=True)],
     }
     missed = [own[by < 0.5] >= 0.5 for own, by in zip(self_iou, judged, strict=True)]
-    return values | ({"missed_found": missed} if any(map(len, missed)) else {})
+    if any(map(len, missed)):
+        values["missed_found"] = missed
+    table = _with_intervals(values) if intervals else {n: mean(v) for n, v in values.items()}
+    table.setdefault("missed_found", float("nan"))
+    return table

@@ -33,7 +33,7 @@ from echogen.train.data.shapes import Scene
 from echogen.train.data.source import ShapesWorld
 from echogen.train.eval.agreement import self_agreement
 from echogen.train.eval.judge import detect
-from echogen.train.eval.tables import cycle_means, layouts_of
+from echogen.train.eval.tables import cycle_table, layouts_of
 from echogen.train.lora import without_adapters
 from echogen.train.parallel.distributed import one_goes_first
 from echogen.train.parallel.whole import WholeEngine
@@ -428,7 +428,9 @@ class CycleRLStage(WorldStage):
             for codes in torch.cat(drawn).split(DECODED)
             for image in to_images(decode_codes(self.vq, codes))
         ]
-        table = cycle_means(scenes * c.val_drawings, layouts * c.val_drawings, boxes, detected)
+        table = cycle_table(
+            scenes * c.val_drawings, layouts * c.val_drawings, boxes, detected, intervals=False
+        )
         # With the run's w_iou and w_l1; the table's reward has equal weights, for comparing models.
         values["reward"] = float(torch.cat(rewards).mean())
         values |= {name: table[name] for name in ("self_iou", "gap")}
